@@ -1,0 +1,200 @@
+"""
+Settings: defaults < config file < --key=value.
+
+    python train.py config/lowrank.py --n_layer=6 --learning_rate=1e-3 --start="a=b"
+
+A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it; a script's
+Settings inherits the dataclasses it needs. A config file is a small Python file of assignments (nanoGPT's run
+unchanged). It is code and runs with your rights: read a stranger's before you use it. `--help` prints every
+setting with its default and its comment.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import sys
+import types
+import typing
+
+
+class UserError(Exception):
+    """Something the user can mend. The text is one line that names the setting or the file and what to change."""
+
+
+def run_main(main):
+    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get('RANK', '0') == '0':  # under torchrun every rank finds the same mistake: say it once
+            print(f'{os.path.basename(sys.argv[0])}: ' + ' '.join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# -----------------------------------------------------------------------------
+# defaults < config file < command line
+
+def configure(cls, argv=None):
+    """
+    An instance of the dataclass `cls` from its defaults, then config files, then --key=value, in the order given.
+
+    A bare argument is a config file, unless cls.positional names a list setting that collects the bare ones.
+    A list setting may be given several times (--stop=a --stop=b); a bare --flag means True.
+    Raises UserError for an unknown key, a wrong type or a bad choice, and whatever cls.check() finds.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(help_text(cls))
+        sys.exit(0)
+    positional, given, lists = getattr(cls, 'positional', None), {}, {}
+    for arg in argv:
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')  # only at the first '=': --start="a=b" works
+            value = parse(text if equals else 'True', find_field(cls, key, f'--{key}'), f'--{key}')
+            given[key] = lists.setdefault(key, []) if isinstance(value, list) else value
+            if isinstance(value, list):
+                given[key] += value
+        elif positional:
+            given.setdefault(positional, []).append(arg)
+        else:
+            given.update(read_config(cls, arg))
+    settings = cls(**given)
+    settings.given = set(given)  # what the user asked for, as against what is a default
+    check(settings)
+    return settings
+
+
+def check(settings):
+    """Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors."""
+    for part in type(settings).__mro__:
+        if 'check' in vars(part):
+            try:
+                part.check(settings)
+            except ValueError as error:  # model.py knows none of our files, so it raises plain ValueErrors
+                raise UserError(error) from None
+
+
+def read_config(cls, path):
+    """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path, [f'config/{f}' for f in os.listdir('config')] if os.path.isdir('config') else [], 1)
+        raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
+    namespace = {'__file__': path, '__name__': 'config'}
+    try:
+        with open(path, encoding='utf-8') as f:
+            exec(compile(f.read(), path, 'exec'), namespace)
+    except (Exception, SystemExit) as error:
+        raise UserError(f'{path}: {type(error).__name__}: {error}') from None
+    given = {}
+    for key, value in namespace.items():
+        # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would pass in silence
+        if not (key.startswith('_') or isinstance(value, types.ModuleType) or callable(value)):
+            given[key] = convert(value, find_field(cls, key, f'{path}: {key}'), f'{path}: {key}')
+    return given
+
+
+def from_dict(cls, values, where):
+    """An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are."""
+    settings = cls(**{key: convert(value, find_field(cls, key, f'{where}: {key}'), f'{where}: {key}') for key, value in values.items()})
+    check(settings)
+    return settings
+
+
+# -----------------------------------------------------------------------------
+# values
+
+def find_field(cls, key, where):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1, 0.5)
+        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0]}?' if near else '; --help lists all'))
+    return fields[key]
+
+
+def parse(text, field, where):
+    """The value that `text` of a command line has for `field`: a Python literal where that fits, else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    try:
+        return convert(text if isinstance(value, str) else value, field, where)
+    except UserError:
+        return convert(text, field, where)  # --start=123 and --out_dir=1e5 stay text where text is wanted
+
+
+def convert(value, field, where):
+    """`value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and what it takes."""
+    for kind in options(field.type):
+        if kind is type(None) and value is None:
+            return value
+        if typing.get_origin(kind) is typing.Literal:
+            if any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind)):
+                return value
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
+            return int(value)
+        elif kind in (int, bool, str, dict) and type(value) is kind:
+            return value
+        elif typing.get_origin(kind) is list:
+            items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
+            if all(isinstance(item, inner) for item in items):
+                return list(items)
+    raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
+
+
+def options(annotation):
+    """int | None → (int, NoneType); Literal['a', 'b'] → (Literal['a', 'b'],)"""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+
+
+def describe(annotation):
+    names = []
+    for kind in options(annotation):
+        if typing.get_origin(kind) is typing.Literal:
+            names += [str(choice) for choice in typing.get_args(kind)]
+        elif typing.get_origin(kind) is list:
+            names.append(f'a list of {typing.get_args(kind)[0].__name__}')
+        else:
+            names.append({type(None): 'None', bool: 'True or False'}.get(kind, kind.__name__))
+    return ' | '.join(names)
+
+
+# -----------------------------------------------------------------------------
+# --help
+
+def help_text(cls):
+    """Every setting with its default and the comment beside it, grouped by the dataclass that declares it."""
+    lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
+    for part in reversed(cls.__mro__):
+        comments = comments_of(part) if dataclasses.is_dataclass(part) else {}
+        fields = [f for f in dataclasses.fields(cls) if f.name in comments]
+        if fields:
+            lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
+            lines += [f'  --{f.name}={default_of(f)!r}'.ljust(44) + f'  {comments[f.name]}'.rstrip() for f in fields]
+    return '\n'.join(lines)
+
+
+def default_of(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def comments_of(part):
+    """{field: comment beside it} for the fields declared in the body of the dataclass `part` itself, read from its source."""
+    comments, name = {}, None
+    for line in inspect.getsource(part).split('\n')[1:]:
+        code, _, comment = line.partition('  # ')
+        head = code.strip().partition(':')[0]
+        if head in vars(part).get('__annotations__', {}):
+            name = head
+            comments[name] = comment.strip()
+        elif name and comment and not code.strip():  # a comment that goes on in the next line
+            comments[name] += ' ' + comment.strip()
+        else:
+            name = None
+    return comments
