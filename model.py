@@ -1,0 +1,398 @@
+"""
+Every network of minnow, in plain PyTorch. This file imports none of the others: copy it elsewhere and it works.
+
+    model = Transformer(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
+    loss = model(idx, targets)   # idx, targets: (B, T) int64; a target of -1 is ignored
+    logits = model(idx)          # (B, T, vocab_size)
+
+Names are the field's: n_head, n_kv_head, n_embd, block_size. Shapes in comments: B batch, T time, C n_embd, H heads,
+D head_dim, V vocabulary, R rank.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 0  # number of tokens; 0 = as the data set says
+    block_size: int = 1024  # context length in tokens
+    n_layer: int = 12
+    n_head: int = 12  # query heads
+    n_kv_head: int = 0  # heads of keys and values: 0 = n_head (MHA), fewer = GQA, 1 = MQA (Ainslie et al. 2023, arXiv 2305.13245)
+    n_embd: int = 768  # width
+    head_dim: int = 0  # width of a head; 0 = n_embd / n_head
+    d_ff: int = 0  # width of the MLP; 0 = 4 n_embd, or for a gated MLP 8/3 n_embd rounded up to 32 (the same parameters)
+    position: Literal['rope', 'learned', 'none'] = 'rope'  # rotary (Su et al. 2021, arXiv 2104.09864), or a table added to the embedding
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # before attention, MLP and head (Zhang & Sennrich 2019, arXiv 1910.07467)
+    norm_eps: float = 1e-5
+    mlp: Literal['gelu', 'silu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # relu2: So et al. 2021, arXiv 2109.08668; *glu: Shazeer 2020, arXiv 2002.05202
+    mlp_norm: bool = False  # a norm on the MLP's hidden layer too
+    qk_norm: bool = True  # RMS-normalise each query and key head: no logit growth, higher rates (Henry et al. 2020, arXiv 2010.04245)
+    softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
+    zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
+    tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
+    bias: bool = False  # biases in the linear layers and in LayerNorm
+    dropout: float = 0.0  # 0 is good for pretraining; 0.1 and more when data repeat many times
+    init_std: float = 0.0  # standard deviation of the weights' init; 0 = 1/sqrt(inputs). GPT-2: 0.02
+    rank_qk: int = 0  # low rank: a matrix becomes up·down with this inner width; 0 = dense. This one: queries and keys
+    rank_vo: int = 0  # values and attention's output
+    rank_mlp: int = 0  # all matrices of the MLP
+    rank_embed: int = 0  # embedding
+    rank_head: int = 0  # output head
+    rank_act: Literal['none', 'silu'] = 'none'  # between the factors (CoLA: silu, Liu et al. 2025, arXiv 2502.10940)
+    rank_init: Literal['spectral', 'normal'] = 'spectral'  # spectral: truncated SVD of the dense init (Khodak et al. 2021, arXiv 2105.01029);
+    # normal: both factors normal, their product with the dense init's deviation
+
+    def check(self):
+        """Raise ValueError, in one line that names the settings, for sizes that cannot work."""
+        for name in ('block_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them, or set head_dim')
+        if self.n_head % self.kv_heads:
+            raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
+        if self.position == 'rope' and self.d_head % 2:
+            raise ValueError(f"head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head even or set position='learned'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: takes 0 <= dropout < 1')
+        kv = self.kv_heads * self.d_head
+        for name, n_in, n_out in (('rank_qk', self.n_embd, kv), ('rank_vo', self.n_embd, kv), ('rank_mlp', self.n_embd, self.mlp_width),
+                                  ('rank_embed', self.vocab_size or self.n_embd, self.n_embd), ('rank_head', self.n_embd, self.vocab_size or self.n_embd)):
+            if getattr(self, name) > min(n_in, n_out):
+                raise ValueError(f'{name}={getattr(self, name)} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
+        if self.tie and self.rank_head != self.rank_embed:
+            raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but tie=True makes them one matrix: set tie=False')
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def d_head(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self):
+        gated = -(-self.n_embd * 8 // (3 * 32)) * 32
+        return self.d_ff or (gated if self.mlp in ('swiglu', 'geglu') else 4 * self.n_embd)
+
+    @property
+    def padded_vocab(self):
+        """Rows of the embedding and the head: a multiple of 64, which tensor cores want (nanoGPT: +25% speed for 50257 → 50304)."""
+        return -(-self.vocab_size // 64) * 64
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
+ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu2': lambda x: F.relu(x).square(), 'none': lambda x: x}
+ACTIVATIONS |= {'swiglu': F.silu, 'geglu': ACTIVATIONS['gelu']}  # tanh-GELU as in GPT-2, T5 v1.1 and Gemma
+
+
+class LowRank(nn.Module):
+    """A low-rank linear layer, y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)."""
+
+    def __init__(self, n_in, n_out, rank, cfg):
+        super().__init__()
+        self.down = nn.Linear(n_in, rank, bias=False)
+        self.up = nn.Linear(rank, n_out, bias=cfg.bias)
+        self.act = ACTIVATIONS[cfg.rank_act]
+
+    def forward(self, x):
+        return self.up(self.act(self.down(x)))
+
+
+def linear(n_in, n_out, rank, cfg):
+    """The linear layer of every block: dense for rank 0, else low-rank."""
+    return LowRank(n_in, n_out, rank, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
+
+
+def norm(width, cfg):
+    return nn.RMSNorm(width, cfg.norm_eps) if cfg.norm == 'rmsnorm' else nn.LayerNorm(width, cfg.norm_eps, bias=cfg.bias)
+
+
+def rotary_table(length, d_head, theta):
+    """cos and sin of every position's angles, (2, length, D/2) in float32."""
+    angles = torch.outer(torch.arange(length), 1 / theta ** (torch.arange(0, d_head, 2) / d_head))  # rounded as in transformers
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, table):
+    """Turn the pairs (i, i + D/2) of x (B, T, H, D) by their position's angles, table (2, T, D/2): Llama's layout."""
+    cos, sin = table[:, None, :, None, :]  # (1, T, 1, D/2)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with n_head query heads over kv_heads key and value heads."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.q = linear(cfg.n_embd, cfg.n_head * cfg.d_head, cfg.rank_qk, cfg)
+        self.k = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_qk, cfg)
+        self.v = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_vo, cfg)
+        self.o = linear(cfg.n_head * cfg.d_head, cfg.n_embd, cfg.rank_vo, cfg)
+
+    def forward(self, x, rotary, cache=None):
+        B, T, _ = x.shape
+        D = self.cfg.d_head
+        q = self.q(x).view(B, T, -1, D)  # (B, T, H, D)
+        k = self.k(x).view(B, T, -1, D)  # (B, T, kv_heads, D)
+        v = self.v(x).view(B, T, -1, D)
+        if self.cfg.qk_norm:
+            q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
+        S = k.size(2)
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=k.size(1) != q.size(1),
+                                           dropout_p=self.cfg.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.up = linear(cfg.n_embd, cfg.mlp_width, cfg.rank_mlp, cfg)
+        self.gate = linear(cfg.n_embd, cfg.mlp_width, cfg.rank_mlp, cfg) if cfg.mlp in ('swiglu', 'geglu') else None
+        self.norm = norm(cfg.mlp_width, cfg) if cfg.mlp_norm else nn.Identity()
+        self.down = linear(cfg.mlp_width, cfg.n_embd, cfg.rank_mlp, cfg)
+        self.act = ACTIVATIONS[cfg.mlp]
+
+    def forward(self, x):
+        h = self.act(self.gate(x)) * self.up(x) if self.gate is not None else self.act(self.up(x))
+        return self.down(self.norm(h))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
+        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, rotary, cache=None):
+        x = x + self.drop(self.attn(self.norm_1(x), rotary, cache))
+        return x + self.drop(self.mlp(self.norm_2(x)))
+
+
+# -----------------------------------------------------------------------------
+# Loss
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both gradients
+    run chunk by chunk in the forward pass. At V = 50k the logits, their softmax and its gradient are most of a small
+    model's memory; the price is one V x C buffer for W's gradient, and no second backward. (The idea: Liger kernel,
+    arXiv 2410.10989.)
+    """
+    CHUNK = 2 ** 24  # logits held at a time: 64 MiB in float32
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad):
+        # h (N, C) and weight (V padded, C) in the dtype to multiply in, targets (N,)
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        w, total = weight.to(dtype), h.new_zeros((), dtype=torch.float32)
+        grad_h = torch.empty_like(h) if with_grad else None
+        grad_w = torch.zeros_like(weight) if with_grad else None
+        rows = max(1, ChunkedCrossEntropy.CHUNK // len(weight))
+        for i in range(0, len(h), rows):
+            x, y = h[i:i + rows].to(dtype), targets[i:i + rows]
+            real = (y >= 0).unsqueeze(1)
+            y = y.clamp(min=0).unsqueeze(1)
+            logits = (x @ w.T).float()  # (rows, V padded)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logp = logits.clone() if softcap else logits
+            logp[:, n_vocab:] = -torch.inf  # the padding never gets probability
+            logp = torch.log_softmax(logp, dim=1)
+            nll = -logp.gather(1, y)
+            if smoothing:
+                nll = (1 - smoothing) * nll - smoothing * logp[:, :n_vocab].mean(1, keepdim=True)
+            total += (nll * real).sum()
+            if with_grad:  # d nll / d logits = softmax - target distribution
+                d = logp.exp_()
+                d.scatter_add_(1, y, torch.full_like(nll, smoothing - 1))
+                if smoothing:
+                    d[:, :n_vocab] -= smoothing / n_vocab
+                if softcap:
+                    d *= 1 - (logits / softcap).square_()
+                d = (d * real).to(dtype)
+                grad_h[i:i + rows] = d @ w
+                grad_w += d.T @ x
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, grad_w * grad, None, None, None, None, None
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class Transformer(nn.Module):
+    """
+    A decoder: idx (B, T) → logits (B, T, vocab_size), or with targets the cross-entropy in nats.
+
+    Raises ValueError for a configuration that cannot work and for more tokens than block_size.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        cfg.check()
+        if not cfg.vocab_size:
+            raise ValueError('vocab_size=0: set it to the number of tokens of the data')
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.padded_vocab, cfg.rank_embed or cfg.n_embd)
+        self.wte_up = nn.Linear(cfg.rank_embed, cfg.n_embd, bias=False) if cfg.rank_embed else None
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == 'learned' else None
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.norm_f = norm(cfg.n_embd, cfg)
+        self.head_down = nn.Linear(cfg.n_embd, cfg.rank_head, bias=False) if cfg.rank_head and not cfg.tie else None
+        self.head = None if cfg.tie else nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
+        rotary = rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta) if cfg.position == 'rope' else None
+        self.register_buffer('rotary', rotary, persistent=False)
+        if not self.wte.weight.is_meta:
+            self.init_weights()
+
+    # --- forward ---
+
+    def hidden(self, idx, cache=None):
+        """The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py)."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.cfg.block_size:
+            raise ValueError(f'{end} tokens are longer than block_size={self.cfg.block_size}')
+        x = self.wte(idx)  # (B, T, C)
+        if self.wte_up is not None:
+            x = self.wte_up(x)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start:end]
+        x = self.drop(x)
+        rotary = self.rotary[:, start:end] if self.rotary is not None else None
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        return self.norm_f(x)
+
+    def head_input(self, h):
+        """h (…, C) and the matrix (V padded, …) whose product are the logits: a low-rank head's inner factor is applied here."""
+        if self.cfg.tie:
+            return (h @ self.wte_up.weight if self.wte_up is not None else h), self.wte.weight
+        return (self.head_down(h) if self.head_down is not None else h), self.head.weight
+
+    def logits(self, h):
+        """h (…, C) → logits (…, vocab_size) in float32, without the vocabulary's padding."""
+        h, weight = self.head_input(h)
+        logits = F.linear(h, weight).float()[..., :self.cfg.vocab_size]
+        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):
+        """
+        idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss over the targets that are not
+        negative: their mean, or for reduction='sum' their sum (so that the caller can divide by the global batch's count).
+        """
+        h = self.hidden(idx, cache)
+        if targets is None:
+            return self.logits(h)
+        h, weight = self.head_input(h)
+        loss = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap,
+                                         label_smoothing, torch.is_grad_enabled())
+        return loss if reduction == 'sum' else loss / (targets >= 0).sum()
+
+    # --- init ---
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        wte, wpe                    normal, init_std or 0.02; tied and wide: 4/n_embd, or every token would predict itself at first
+        head, untied                zero: the first loss is exactly ln V
+        q, k, v, MLP up and gate    normal, init_std or 1/sqrt(inputs)
+        o, MLP down                 zero, or the same over sqrt(2 n_layer), as in GPT-2
+        low-rank factors            of the matrix they stand for: rank_init
+        norms one, biases zero, the vocabulary's padding zero
+        """
+        cfg = self.cfg
+        for block in self.blocks:
+            for layer in (block.attn.q, block.attn.k, block.attn.v, block.attn.o, block.mlp.up, block.mlp.gate, block.mlp.down):
+                if layer is not None:
+                    is_output = layer in (block.attn.o, block.mlp.down)
+                    init_linear(layer, cfg, 1 / math.sqrt(2 * cfg.n_layer) if is_output else 1.0, zero=is_output and cfg.zero_init)
+        embed_std = cfg.init_std or (min(0.02, 4 / cfg.n_embd) if cfg.tie else 0.02)  # the pre-norms take the scale out
+        nn.init.normal_(self.wte.weight, std=embed_std)
+        self.wte.weight[cfg.vocab_size:] = 0
+        if self.wpe is not None:
+            nn.init.normal_(self.wpe.weight, std=embed_std)
+        if self.wte_up is not None:
+            init_factors(self.wte_up.weight.T, self.wte.weight[:cfg.vocab_size], embed_std, cfg)
+        if self.head_down is not None:
+            init_factors(self.head_down.weight, self.head.weight[:cfg.vocab_size], cfg.init_std or cfg.n_embd ** -0.5, cfg)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+    # --- sizes ---
+
+    def num_params(self):
+        """Number of parameters, tied ones once, the vocabulary's padding not counted."""
+        padding = self.cfg.padded_vocab - self.cfg.vocab_size
+        padded = [self.wte.weight] + ([] if self.head is None else [self.head.weight])
+        return sum(p.numel() for p in self.parameters()) - sum(padding * w.size(1) for w in padded)
+
+    def flops_per_token(self):
+        """
+        Floating-point operations of training on one token: forward and backward of every matmul that runs (2 + 4 per
+        weight, head and factors included, look-ups not) and of attention at full length, 12 T H D a layer (PaLM,
+        arXiv 2204.02311, appendix B: causal kernels do about half of that).
+        """
+        cfg = self.cfg
+        matmuls = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name not in ('wte.weight', 'wpe.weight'))
+        if cfg.tie:
+            matmuls += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
+        return 6 * matmuls + 12 * cfg.n_layer * cfg.block_size * cfg.n_head * cfg.d_head
+
+
+def init_linear(layer, cfg, scale, zero):
+    """Init a dense or low-rank layer whose product has deviation scale * (init_std or 1/sqrt(inputs)); zero: whose output is zero."""
+    low_rank = isinstance(layer, LowRank)
+    n_in, last = (layer.down.in_features, layer.up) if low_rank else (layer.in_features, layer)
+    std = scale * (cfg.init_std or n_in ** -0.5)
+    if low_rank:
+        init_factors(layer.down.weight, layer.up.weight, std, cfg)
+    else:
+        nn.init.normal_(layer.weight, std=std)
+    if zero:
+        nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+
+
+def init_factors(down, up, std, cfg):
+    """Fill down (R, n_in) and up (n_out, R) so that up·down stands for a dense normal (n_out, n_in) of deviation `std`."""
+    rank, n_in = down.shape
+    if cfg.rank_init == 'normal':  # the product of R terms has deviation sqrt(R) * factor_std²
+        factor_std = math.sqrt(std / math.sqrt(rank))
+        nn.init.normal_(down, std=factor_std)
+        nn.init.normal_(up, std=factor_std)
+    else:
+        U, S, Vh = torch.linalg.svd(torch.empty(len(up), n_in, device=up.device).normal_(std=std), full_matrices=False)
+        down.copy_(S[:rank, None].sqrt() * Vh[:rank])
+        up.copy_(U[:, :rank] * S[:rank].sqrt())

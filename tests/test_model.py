@@ -1,0 +1,228 @@
+"""The networks against closed forms and plain PyTorch."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import read_config
+from model import ChunkedCrossEntropy, ModelConfig, Transformer, linear, rotary_table, rotate
+from sample import KVCache
+from train import Settings, model_config
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{'vocab_size': 100, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    for p in model.parameters():  # what is zero at the start would hide mistakes
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    model.wte.weight.data[model.cfg.vocab_size:] = 0
+    if model.head is not None:
+        model.head.weight.data[model.cfg.vocab_size:] = 0
+    return model
+
+
+def batch(rows=3, length=32, vocab_size=100, masked=10):
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.randint(vocab_size, (rows, length + 1), generator=generator)
+    x, y = idx[:, :-1].clone(), idx[:, 1:].clone()
+    y[0, length - masked:] = -1
+    return x, y
+
+
+# every decoder flag once; used below wherever a property must hold for all of them
+VARIANTS = [
+    dict(),
+    dict(position='learned', norm='layernorm', mlp='gelu', bias=True, qk_norm=False),
+    dict(position='none', mlp='silu', zero_init=False, tie=False),
+    dict(n_kv_head=2, mlp='swiglu', softcap=15.0, tie=False),
+    dict(n_kv_head=1, mlp='geglu', head_dim=16),
+    dict(mlp_norm=True, init_std=0.02, d_ff=48),
+    dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
+    dict(rank_embed=8, rank_head=8, rank_init='normal'),
+]
+
+
+# --- parameter counts ---
+
+@pytest.mark.parametrize('config, vocab_size, count', [
+    ('gpt2', 50304, 124_373_760), ('gpt2_medium', 50304, 354_599_936), ('gpt2_large', 50304, 773_582_080), ('gpt2_xl', 50304, 1_556_840_000),
+    ('llama_15m', 32000, 15_191_712), ('llama_42m', 32000, 41_689_600), ('llama_110m', 32000, 109_529_856),
+    ('lowrank28m_dense', 49954, 66_683_136), ('lowrank28m', 49954, 96_604_288),
+])
+def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
+    s = Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})
+    with torch.device('meta'):
+        model = Transformer(model_config(s))
+    assert model.num_params() == count
+    blocks = {'lowrank28m_dense': 28_317_696, 'lowrank28m': 25_972_992}
+    if config in blocks:
+        assert sum(p.numel() for p in model.blocks.parameters()) == blocks[config]
+
+
+# --- loss ---
+
+@pytest.mark.parametrize('softcap', [0.0, 15.0])
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_chunked_loss_and_its_gradients_equal_plain_cross_entropy(monkeypatch, softcap, smoothing):
+    monkeypatch.setattr(ChunkedCrossEntropy, 'CHUNK', 128 * 7)  # 7 rows at a time: the last chunk is a part
+    model, (x, y) = tiny(softcap=softcap), batch()
+    loss = model(x, y, label_smoothing=smoothing)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, label_smoothing=smoothing)
+    theirs = torch.autograd.grad(plain, list(model.parameters()))
+    assert abs(loss - plain) < 1e-5
+    for (name, _), a, b in zip(model.named_parameters(), ours, theirs):
+        assert torch.allclose(a, b, atol=2e-6, rtol=1e-4), name
+
+
+def test_masked_targets_do_not_count_and_all_masked_is_no_loss():
+    model, (x, y) = tiny(), batch(rows=1)
+    assert torch.allclose(model(x, y), model(x[:, :22], y[:, :22]), atol=1e-6)  # the last 10 are masked
+    assert model(x, torch.full_like(y, -1), reduction='sum') == 0
+
+
+def test_the_first_loss_is_ln_v():
+    torch.manual_seed(0)
+    x, y = batch(rows=8, vocab_size=5000)
+    untied = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4, n_embd=32, tie=False))
+    assert abs(untied(x, y).item() - math.log(5000)) < 1e-4  # a head of zeros
+    tied = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=1, n_head=12, n_embd=768))
+    assert abs(tied(x, y).item() / math.log(5000) - 1) < 0.01
+    gpt2 = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4, n_embd=32, tie=True, init_std=0.02, qk_norm=False,
+                                   position='learned', norm='layernorm', mlp='gelu', zero_init=False))
+    assert abs(gpt2(x, y).item() / math.log(5000) - 1) < 0.01
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_the_vocabularys_padding_changes_nothing(variant):
+    """100 tokens live in 128 rows: whatever the padding holds, no logit, loss or gradient knows of it."""
+    model, (x, y) = tiny(**variant), batch()
+    logits, loss = model(x), model(x, y)
+    loss.backward()
+    padded = [model.wte.weight] + ([] if model.head is None else [model.head.weight])
+    assert logits.size(-1) == 100 and all(len(w) == 128 and not w.grad[100:].any() for w in padded)
+    for w in padded:
+        w.data[100:] = 9.0
+    assert torch.equal(model(x), logits) and torch.equal(model(x, y), loss)
+
+
+# --- attention, positions ---
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_no_token_sees_a_later_one(variant):
+    model, (x, _) = tiny(**variant), batch()
+    changed = x.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 100
+    a, b = model(x), model(changed)
+    assert torch.allclose(a[:, :20], b[:, :20], atol=1e-5) and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-2)
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_the_kv_cache_gives_the_same_logits_in_pieces(variant):
+    model, (x, _) = tiny(**variant).eval(), batch()
+    cache, whole = KVCache(model.cfg.n_layer, 32), model(x)
+    pieces = torch.cat([model(x[:, i:j], cache=cache) for i, j in [(0, 5), (5, 6), (6, 20), (20, 32)]], dim=1)
+    assert torch.allclose(whole, pieces, atol=1e-5)
+    assert cache.buffers[0].shape == (2, 3, model.cfg.kv_heads, 32, model.cfg.d_head)  # keys are not repeated
+
+
+def test_grouped_queries_equal_full_attention_with_repeated_heads():
+    gqa, mha = tiny(n_kv_head=2), tiny()
+    weights = gqa.state_dict()
+    for name in list(weights):
+        if name.endswith(('attn.k.weight', 'attn.v.weight')):
+            weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    mha.load_state_dict(weights)
+    x, _ = batch()
+    assert torch.allclose(gqa(x), mha(x), atol=1e-5)
+
+
+def test_rotary_positions_depend_on_distance_only():
+    torch.manual_seed(0)
+    q, k, table = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16), rotary_table(64, 16, 10000.0)
+
+    def score(i, j):
+        return (rotate(q, table[:, i:i + 1]) * rotate(k, table[:, j:j + 1])).sum()
+    assert torch.allclose(score(3, 1), score(40, 38), atol=1e-5) and not torch.allclose(score(3, 1), score(3, 2), atol=1e-3)
+    assert torch.equal(rotate(q, table[:, :1]), q)  # position 0 is not turned
+
+
+# --- low rank ---
+
+def test_full_rank_with_spectral_init_is_the_dense_network():
+    """Same seed, same draws: the products are the dense matrices, and so is the loss."""
+    sizes = dict(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=32, zero_init=False, qk_norm=False)
+    dense, low = Transformer(ModelConfig(**sizes)), Transformer(ModelConfig(**sizes, rank_qk=32, rank_vo=32, rank_mlp=32))
+    for model in (dense, low):
+        torch.manual_seed(0)
+        model.init_weights()
+    for a, b in zip(dense.blocks, low.blocks):
+        for x, y in ((a.attn.q, b.attn.q), (a.attn.o, b.attn.o), (a.mlp.up, b.mlp.up), (a.mlp.down, b.mlp.down)):
+            assert torch.allclose(x.weight, y.up.weight @ y.down.weight, atol=1e-5)
+    low.wte.weight = dense.wte.weight
+    x, y = batch()
+    assert torch.allclose(dense(x, y), low(x, y), atol=1e-5)
+
+
+@pytest.mark.parametrize('rank_init', ['spectral', 'normal'])
+def test_factors_are_balanced_and_their_product_has_the_dense_scale(rank_init):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256, rank_mlp=64, rank_init=rank_init))
+    layer = model.blocks[0].mlp.up
+    product, dense_std = layer.up.weight @ layer.down.weight, 256 ** -0.5
+    if rank_init == 'normal':
+        assert abs(product.std() / dense_std - 1) < 0.1
+    else:  # the best rank-64 part of a dense draw: fewer directions, the largest singular value of the draw
+        spectrum = torch.linalg.svdvals(product)
+        assert abs(spectrum[0] / (dense_std * (256 ** 0.5 + 1024 ** 0.5)) - 1) < 0.1 and spectrum[64] < 1e-4
+        assert torch.allclose(layer.up.weight.norm(), layer.down.weight.norm())
+
+
+def test_low_rank_spends_what_it_should():
+    layer = linear(48, 96, 8, ModelConfig(bias=True))
+    assert sum(p.numel() for p in layer.parameters()) == 8 * (48 + 96) + 96
+
+
+# --- everything trains; counts ---
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_every_parameter_gets_a_gradient_and_the_loss_falls(variant):
+    model, (x, y) = tiny(**variant), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = model(x, y)
+    first.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    for _ in range(20):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = model(x, y)
+        loss.backward()
+    assert loss < first - 0.5
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_flops_are_those_that_torch_counts(variant):
+    model, (x, y) = tiny(**variant), batch(masked=0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's flash kernel
+        F.cross_entropy(F.linear(*model.head_input(model.hidden(x))).flatten(0, 1), y.flatten()).backward()
+    assert abs(counter.get_total_flops() / (x.numel() * model.flops_per_token()) - 1) < 0.02
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'), (dict(n_kv_head=3), 'n_kv_head=3'), (dict(n_layer=0), 'n_layer=0'),
+    (dict(rank_qk=33), 'rank_qk=33 is larger'), (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
+    (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'), (dict(head_dim=7), 'head_dim=7 is odd'),
+    (dict(dropout=1.0), 'dropout'),
+])
+def test_impossible_sizes_are_refused_by_name(settings, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(**settings)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match='block_size=32'):
+        tiny()(torch.zeros(1, 33, dtype=torch.long))
