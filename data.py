@@ -1,0 +1,341 @@
+"""
+Token files → batches. The order of the data is a function, not a state:
+
+    batch = f(seed, global sample number)
+
+so that resuming needs one integer, any number of ranks and micro-batches sees the same global batch, and evaluation
+never disturbs training. Nothing is held in memory but open files: 1e11 windows cost as much as ten.
+
+    data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
+    x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target
+"""
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm, log
+from typing import Literal
+
+import numpy as np
+
+from configurator import UserError
+
+VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
+
+
+@dataclass
+class DataConfig:
+    dataset: str | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
+    mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
+    packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
+    # the same from the first document start among them; one document, padded and masked (a random crop when too long)
+    verify_data: bool = False  # check the hashes of large data sets too
+
+
+# -----------------------------------------------------------------------------
+# Shuffling without an index
+
+def permute(i, n, key):
+    """
+    The place of i under a keyed permutation of range(n), for an int64 array i: a 6-round Feistel network over the next
+    even number of bits, walked until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = [np.uint64(splitmix(key * 6 + r)) for r in range(6)]
+    out = i.astype(np.uint64)
+    walk = np.arange(len(out))  # entries not yet inside range(n); at most 4 times n to walk in, so a few turns
+    while len(walk):
+        left, right = out[walk] >> np.uint64(half), out[walk] & mask
+        for k in keys:
+            left, right = right, left ^ (mix(right ^ k) & mask)
+        out[walk] = left << np.uint64(half) | right
+        walk = walk[out[walk] >= n]
+    return out.astype(np.int64)
+
+
+def mix(x):
+    """The finaliser of splitmix64 on uint64 arrays."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def splitmix(*numbers):
+    """A 64-bit hash of integers: one seed out of (seed, epoch, …)."""
+    state = 0
+    for number in numbers:
+        state = int(mix(np.array([(state + number + 0x9E3779B97F4A7C15) % 2 ** 64], dtype=np.uint64))[0])
+    return state
+
+
+# -----------------------------------------------------------------------------
+# Token files
+
+class TokenFiles:
+    """
+    One split ('train' or 'val') of a prepared folder: `.tokens` and `.documents` in all shards together, read by position.
+
+    A folder of prepare.py (train_00000.bin …, .idx, meta.json) or of nanoGPT (train.bin, val.bin, perhaps meta.pkl).
+    Raises UserError for a missing, empty or damaged one.
+    """
+
+    def __init__(self, folder, split, verify=False):
+        self.folder, self.split = folder, split
+        self.meta = read_meta(folder)
+        self.vocab_size, self.dtype = self.meta['vocab_size'], np.dtype(self.meta['dtype']).newbyteorder('<')
+        info = self.meta['splits'].get(split) or {'shards': []}
+        self.paths = [os.path.join(folder, shard['file']) for shard in info['shards']]
+        self.files, sizes, self.index = [], [], []
+        total = sum(shard['bytes_on_disk'] for shard in info['shards'])
+        for path, shard in zip(self.paths, info['shards']):
+            self.files.append(open_checked(path, shard['bytes_on_disk'], shard.get('sha256') if verify or total <= VERIFY_UP_TO else None))
+            sizes.append(shard['bytes_on_disk'] // self.dtype.itemsize)
+            self.index.append(np.empty(0, np.uint64))
+            if shard.get('documents'):
+                idx = path[:-len('.bin')] + '.idx'
+                open_checked(idx, 8 * shard['documents'], shard['idx_sha256'] if verify or total <= VERIFY_UP_TO else None).close()
+                self.index[-1] = np.memmap(idx, '<u8', 'r')
+        self.starts = np.cumsum([0] + sizes)  # where each shard begins
+        self.doc_starts = np.cumsum([0] + [len(i) for i in self.index])
+        self.tokens, self.documents = int(self.starts[-1]), int(self.doc_starts[-1])
+        self.bytes = info.get('bytes', 0)  # of text; 0 = not known
+        if self.tokens < 2:
+            raise UserError(f'{folder}: its {split} split holds no tokens to train on: prepare it again with more text (python prepare.py --help)')
+
+    def read(self, start, length):
+        """Tokens [start, start + length), fewer at the end of the split. Bounded reads, so memory does not grow as with a memmap."""
+        parts, shard = [], int(np.searchsorted(self.starts, start, 'right')) - 1
+        while length > 0 and shard < len(self.files):
+            offset = start - int(self.starts[shard])
+            n = min(length, int(self.starts[shard + 1]) - start)
+            data = os.pread(self.files[shard].fileno(), n * self.dtype.itemsize, offset * self.dtype.itemsize)
+            part = np.frombuffer(data, self.dtype)
+            if len(part) != n:
+                raise UserError(f'{self.paths[shard]}: became shorter while in use: prepare it again')
+            if n and int(part.max()) >= self.vocab_size:
+                raise UserError(f'{self.paths[shard]}: token {int(part.max())} near position {offset} is beyond the vocabulary of {self.vocab_size}: '
+                                'the file is damaged or of another tokenizer; prepare it again')
+            parts.append(part)
+            start, length, shard = start + n, length - n, shard + 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def document(self, number):
+        """(first, last + 1) token position of a document."""
+        shard = int(np.searchsorted(self.doc_starts, number, 'right')) - 1
+        local, index = number - int(self.doc_starts[shard]), self.index[shard]
+        end = int(index[local + 1]) if local + 1 < len(index) else int(self.starts[shard + 1] - self.starts[shard])
+        return int(self.starts[shard]) + int(index[local]), int(self.starts[shard]) + end
+
+    def next_document(self, position):
+        """Position of the first document that starts at or after `position`, or None."""
+        shard = int(np.searchsorted(self.starts, position, 'right')) - 1
+        while shard < len(self.index):
+            index = self.index[shard]
+            local = int(np.searchsorted(index, max(0, position - int(self.starts[shard]))))
+            if local < len(index):
+                return int(self.starts[shard]) + int(index[local])
+            shard += 1
+        return None
+
+
+def open_checked(path, size, sha256):
+    """The opened file, its size and (if given) its hash checked. Raises UserError."""
+    try:
+        file = open(path, 'rb')
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}: prepare the data set again') from None
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise UserError(f'{path}: has {found} bytes where {size} are expected: prepare the data set again')
+    if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
+        raise UserError(f'{path}: its contents do not match the hash in meta.json (damaged file): prepare the data set again')
+    return file
+
+
+def find_folder(name):
+    """data/NAME, or NAME itself when it is a folder. Raises UserError that says which command makes it."""
+    for folder in (os.path.join('data', name), name):
+        if os.path.isdir(folder):
+            return folder
+    source = name if name.isidentifier() else 'SOURCE'
+    raise UserError(f'dataset={name}: no such data set; first run: python prepare.py {source} --out=data/{os.path.basename(name)}')
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder; for nanoGPT's, the same made from train.bin, val.bin and meta.pkl."""
+    path = os.path.join(folder, 'meta.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        if meta['format'] != 1:
+            raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')
+        return meta
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: not a valid meta.json ({error}): prepare the data set again') from None
+    bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    if not os.path.isfile(bins['train']):
+        raise UserError(f'{folder}: neither meta.json nor train.bin in it: prepare it (python prepare.py --help)')
+    tokenizer, vocab_size = {'kind': 'gpt2'}, 50257  # nanoGPT's own assumption
+    if os.path.exists(os.path.join(folder, 'meta.pkl')):
+        pkl = read_pickle(os.path.join(folder, 'meta.pkl'))
+        vocab_size = pkl['vocab_size']
+        if 'itos' in pkl:
+            tokenizer = {'kind': 'char', 'chars': ''.join(pkl['itos'][i] for i in range(vocab_size)), 'eot': None}
+    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': {
+        split: {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': os.path.getsize(path) // 2 * 2}]} for split, path in bins.items() if os.path.isfile(path)}}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of dicts, lists, strings and numbers; whatever would import or call something is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+
+
+def read_pickle(path):
+    with open(path, 'rb') as f:
+        try:
+            return PlainUnpickler(f).load()
+        except Exception as error:  # a hostile file may raise anything
+            raise UserError(f'{path}: not a plain dictionary ({error}): it is not loaded') from None
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+class Source:
+    """One corpus as numbered rows of block_size + 1 tokens: row(i) for i in range(len), the whole split once."""
+
+    def __init__(self, name, split, block_size, packing, verify=False):
+        self.name, self.packing, self.block_size = name, packing, block_size
+        self.files = TokenFiles(find_folder(name), split, verify)
+        if packing != 'stream' and not self.files.documents:
+            raise UserError(f"packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): use packing=stream")
+        self.rows = self.files.documents if packing == 'document' else -(-(self.files.tokens - 1) // block_size)
+
+    def row(self, number, noise=0):
+        """Up to block_size + 1 tokens, int64. `noise` picks the crop of a document that is too long."""
+        T = self.block_size
+        if self.packing == 'document':
+            start, end = self.files.document(number)
+            room = end - start - (T + 1)
+            if room > 0:
+                start += splitmix(noise) % (room + 1)
+            return self.files.read(start, min(T + 1, end - start))
+        start = number * T
+        if self.packing == 'aligned':
+            document = self.files.next_document(start)
+            start = document if document is not None and document < min(start + T, self.files.tokens - 1) else start
+        return self.files.read(start, T + 1)
+
+    def tokens_per_row(self):
+        """Mean number of targets in a row."""
+        if self.packing != 'document':
+            return (self.files.tokens - 1) / self.rows
+        lengths = np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))])
+        return float(np.minimum(lengths - 1, self.block_size).mean())
+
+
+def fill(rows, block_size, height=0):
+    """Rows of up to block_size + 1 tokens → x, y (B, T) int64: y is x one token on; padding, also to `height` rows, is 0 in x, -1 in y."""
+    x = np.zeros((max(len(rows), height), block_size), np.int64)
+    y = np.full(x.shape, -1, np.int64)
+    for i, row in enumerate(rows):
+        x[i, :len(row) - 1], y[i, :len(row) - 1] = row[:-1], row[1:]
+    return x, y
+
+
+class Mixture:
+    """
+    The training data: sample i of the run → a row of one of the sources.
+
+    Every source goes through all its rows exactly once an epoch, each epoch in another order. Among any first n samples,
+    each source has its share of n, give or take one for every other source.
+    """
+
+    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False):
+        weights = dataset if isinstance(dataset, dict) else {dataset: 1}
+        if not weights or any(isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0 for w in weights.values()):
+            raise UserError(f'dataset={dataset}: a mixture takes a positive number for every name')
+        self.block_size, self.seed = block_size, seed
+        self.sources = [Source(name, split, block_size, packing, verify) for name in weights]
+        same_tokenizer(self.sources)
+        shares = [Fraction(w).limit_denominator(10 ** 6) for w in weights.values()]
+        if mix_by == 'documents' and packing != 'document':
+            # w documents of a source are w * (its tokens per document / tokens per row) rows
+            if not all(s.files.documents for s in self.sources):
+                raise UserError('mix_by=documents: a source has no .idx of its documents (a nanoGPT folder?): use mix_by=tokens')
+            shares = [w * Fraction(s.rows, s.files.documents) for w, s in zip(shares, self.sources)]
+        elif mix_by == 'tokens' and packing == 'document':
+            shares = [w / Fraction(s.tokens_per_row()).limit_denominator(10 ** 6) for w, s in zip(shares, self.sources)]
+        scale = lcm(*(w.denominator for w in shares))
+        self.shares = [int(w * scale) for w in shares]  # integers: the draw below is exact for any i
+
+    @property
+    def vocab_size(self):
+        return self.sources[0].files.vocab_size
+
+    def locate(self, i):
+        """Sample i → (source, how many samples of that source came before): source k takes its share of what 0…k-1 left."""
+        left = sum(self.shares)
+        for k, share in enumerate(self.shares):
+            before = i * share // left
+            if (i + 1) * share // left > before:
+                return k, before
+            i, left = i - before, left - share
+        raise AssertionError('the last source takes all that is left')
+
+    def rows(self, samples):
+        """x, y (len(samples), block_size) int64 for global sample numbers: a pure function of them and the seed."""
+        places = [self.locate(int(i)) for i in samples]
+        out = [None] * len(places)
+        for k, source in enumerate(self.sources):
+            mine = [(n, j) for n, (which, j) in enumerate(places) if which == k]
+            for epoch in {j // source.rows for _, j in mine}:
+                slots = [(n, j % source.rows) for n, j in mine if j // source.rows == epoch]
+                numbers = permute(np.array([j for _, j in slots]), source.rows, splitmix(self.seed, k, epoch))
+                for (n, _), number in zip(slots, numbers):
+                    out[n] = source.row(int(number), noise=splitmix(self.seed, k, epoch, int(number)))
+        return fill(out, self.block_size)
+
+    def epochs(self, samples):
+        """How often the first `samples` samples go through each source: {name: epochs}."""
+        return {s.name: samples * share / sum(self.shares) / s.rows for s, share in zip(self.sources, self.shares)}
+
+    def bits_per_byte(self, nats_per_token):
+        """The loss in bits per byte of text, over the whole of the sources; None where they do not know their bytes."""
+        rates = [s.files.bytes / s.files.tokens for s in self.sources]
+        bytes_per_token = sum(rate * share for rate, share in zip(rates, self.shares)) / sum(self.shares)
+        return nats_per_token / log(2) / bytes_per_token if all(rates) else None
+
+    def fingerprint(self):
+        """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""
+        return {s.name: hashlib.sha256(json.dumps(s.files.meta, sort_keys=True).encode()).hexdigest() for s in self.sources}
+
+
+def same_tokenizer(sources):
+    first = sources[0]
+    for source in sources[1:]:
+        if source.files.meta['tokenizer'] != first.files.meta['tokenizer']:
+            raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers '
+                            f'({first.files.meta["tokenizer"]["kind"]}, {source.files.meta["tokenizer"]["kind"]}): prepare them with the same --tokenizer')
+
+
+# -----------------------------------------------------------------------------
+# Validation: the same rows in the same order, whatever the training does
+
+def validation_rows(source, count):
+    """The numbers of the rows to evaluate on: `count` of them, the same for every run, spread over the split; 0 = all."""
+    if not count or count >= source.rows:
+        return np.arange(source.rows)
+    return np.sort(permute(np.arange(count), source.rows, 0))
+
+
+def validation_batch(source, numbers, height):
+    """x, y (height, T) for row numbers of a Source; a document that is too long is cropped the same way each time."""
+    return fill([source.row(int(i), noise=int(i)) for i in numbers], source.block_size, height)

@@ -1,0 +1,89 @@
+"""
+What the tests share: a data set they make themselves, and a way to run the scripts as a user does. No network, no files from elsewhere.
+"""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def write_dataset(folder, vocab_size=64, documents=200, seed=0, splits=('train', 'val'), shards=2):
+    """
+    A prepared data set that can be learned: each document counts up modulo a prime with a stride of its own, then ends with
+    token vocab_size - 1. Returns {split: list of documents}.
+    """
+    folder, rng, eot = Path(folder), np.random.default_rng(seed), vocab_size - 1
+    folder.mkdir(parents=True)
+    tokenizer = {'kind': 'byte', 'vocab_size': vocab_size, 'eot': eot}
+    meta = {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'eot': eot, 'dtype': 'uint16', 'splits': {}}
+    texts = {}
+    for split in splits:
+        count = documents if split == 'train' else documents // 4
+        texts[split] = [(rng.integers(61) + rng.integers(1, 4) * np.arange(rng.integers(5, 60))) % 61 for _ in range(count)]
+        texts[split] = [np.append(d, eot).astype('<u2') for d in texts[split]]
+        entry = {'tokens': sum(map(len, texts[split])), 'documents': len(texts[split]), 'bytes': sum(map(len, texts[split])), 'shards': []}
+        for n in range(shards):
+            docs = texts[split][n * count // shards:(n + 1) * count // shards]
+            name, starts = f'{split}_{n:05d}', np.cumsum([0] + [len(d) for d in docs])[:-1].astype('<u8')
+            (folder / f'{name}.bin').write_bytes(np.concatenate(docs).tobytes())
+            (folder / f'{name}.idx').write_bytes(starts.tobytes())
+            entry['shards'].append({'file': f'{name}.bin', 'tokens': sum(map(len, docs)), 'documents': len(docs), 'bytes_on_disk': 2 * sum(map(len, docs)),
+                                    'sha256': sha256(folder / f'{name}.bin'), 'idx_sha256': sha256(folder / f'{name}.idx')})
+        meta['splits'][split] = entry
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return texts
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+torch.set_num_threads(1)  # beside other processes, two threads make small tensors ten times slower
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """Folder of a small data set."""
+    folder = tmp_path_factory.mktemp('data') / 'counting'
+    write_dataset(folder)
+    return str(folder)
+
+
+def run(*args, nproc=1, cwd=ROOT, env=None, timeout=120):
+    """`python ARGS` or, for nproc > 1, `torchrun ARGS`, one thread a process. Returns the finished process, its output as text."""
+    start = [sys.executable] if nproc == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}']
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)} | (env or {})
+    return subprocess.run([*start, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--device=cpu', '--dtype=float32', '--max_iters=10',
+        '--learning_rate=1e-2', '--log_interval=1', '--eval_interval=5', '--eval_iters=0', '--sample_tokens=0']
+
+
+def train(out_dir, *args, dataset, nproc=1, check=True, **options):
+    """Run train.py on a tiny model. Returns the finished process."""
+    done = run('train.py', f'--out_dir={out_dir}', f'--dataset={dataset}', *TINY, *args, nproc=nproc, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_log(out_dir):
+    """The records of log.jsonl, without what differs from run to run: seconds, speeds, memory."""
+    noise = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}
+    return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in open(os.path.join(out_dir, 'log.jsonl'))]
+
+
+def one_line(done):
+    """The one line of a refusal: exit code 2, nothing else on stderr."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1, (done.returncode, done.stdout, done.stderr)
+    return lines[0]

@@ -1,0 +1,231 @@
+"""The order of the data is a function: exactly once an epoch, the same for any split into ranks, nothing to save."""
+import json
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_dataset
+
+from configurator import UserError
+from data import Mixture, Source, TokenFiles, permute, read_meta, validation_batch, validation_rows
+
+# --- the shuffle ---
+
+
+@pytest.mark.parametrize('n', [*range(1, 70), 127, 128, 129, 1000, 4095, 4097, 65537])
+def test_permute_is_a_permutation(n):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, 7)), np.arange(n))
+
+
+def test_permute_differs_by_key_and_stays_as_it_is():
+    a, b = permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2)
+    assert (a == b).sum() < 20 and abs(np.corrcoef(np.arange(1000), a)[0, 1]) < 0.1
+    assert a[:10].tolist() == [985, 253, 909, 777, 499, 390, 189, 25, 48, 470]  # a run resumed with a later version must see the same order
+
+
+def test_a_hundred_billion_windows_cost_nothing():
+    began = time.perf_counter()
+    out = permute(np.arange(512), 10 ** 11, 3)
+    assert time.perf_counter() - began < 0.1 and len(set(out.tolist())) == 512 and out.max() > 5e10
+
+
+# --- token files ---
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('corpus') / 'c'
+    return str(folder), write_dataset(folder, documents=97, shards=3)
+
+
+def test_reads_cross_shards_and_documents_are_found(corpus):
+    folder, docs = corpus
+    files, stream = TokenFiles(folder, 'train'), np.concatenate(docs['train']).astype(np.int64)
+    assert files.tokens == len(stream) and files.documents == 97
+    for start, length in [(0, 10), (0, len(stream)), (len(stream) - 3, 10), (len(stream), 5)]:
+        assert np.array_equal(files.read(start, length), stream[start:start + length])
+    for number in range(97):
+        start, end = files.document(number)
+        assert np.array_equal(stream[start:end], docs['train'][number])
+    starts = np.cumsum([0] + [len(d) for d in docs['train']])[:-1]
+    for position in range(0, len(stream), 7):
+        later = starts[starts >= position]
+        assert files.next_document(position) == (later[0] if len(later) else None)
+
+
+# --- rows ---
+
+@pytest.mark.parametrize('block_size', [1, 8, 31, 5000])
+def test_an_epoch_of_the_stream_has_every_token_as_a_target_exactly_once(corpus, block_size):
+    folder, docs = corpus
+    data, stream = Mixture(folder, 'train', block_size, seed=1), np.concatenate(docs['train'])
+    n = data.sources[0].rows
+    x, y = data.rows(range(n))
+    assert n == 1 or y[y >= 0].tolist() != stream[1:].tolist()  # shuffled
+    order = permute(np.arange(n), n, key_of(data, 0))
+    assert np.array_equal(y[np.argsort(order)][y[np.argsort(order)] >= 0], stream[1:])
+    assert np.array_equal(x[:, 1:][y[:, 1:] >= 0], y[:, :-1][y[:, 1:] >= 0])
+
+
+def key_of(data, epoch):
+    from data import splitmix
+    return splitmix(data.seed, 0, epoch)
+
+
+def test_each_epoch_has_another_order_and_the_seed_too(corpus):
+    a, b = Mixture(corpus[0], 'train', 16, seed=1), Mixture(corpus[0], 'train', 16, seed=2)
+    n = a.sources[0].rows
+    first, second = a.rows(range(n))[0], a.rows(range(n, 2 * n))[0]
+    assert not np.array_equal(first, second) and not np.array_equal(first, b.rows(range(n))[0])
+    assert np.array_equal(np.sort(first.view(f'V{first.itemsize * 16}').ravel()), np.sort(second.view(f'V{first.itemsize * 16}').ravel()))
+
+
+def test_any_split_into_calls_gives_the_same_rows(corpus):
+    data = Mixture({corpus[0]: 1}, 'train', 16, seed=3)
+    whole = data.rows(range(100, 140))
+    for size in (1, 3, 8):
+        parts = [data.rows(range(i, min(i + size, 140))) for i in range(100, 140, size)]
+        assert all(np.array_equal(w, np.concatenate(p)) for w, p in zip(whole, zip(*parts)))
+
+
+def test_aligned_rows_begin_with_a_document(corpus):
+    folder, docs = corpus
+    data, starts = Mixture(folder, 'train', 64, seed=1, packing='aligned'), {tuple(d[:3]) for d in docs['train']}
+    x, y = data.rows(range(data.sources[0].rows))
+    assert all(tuple(row[:3]) in starts for row in x)  # documents are shorter than 64 here, so each window has a start
+    assert abs((y >= 0).sum() / data.sources[0].files.tokens - 1) < 0.1
+
+
+def test_document_rows_are_padded_masked_and_cropped(corpus):
+    folder, docs = corpus
+    data = Mixture(folder, 'train', 30, seed=1, packing='document')
+    x, y = data.rows(range(97))
+    whole = {tuple(d) for d in docs['train']}
+    crops = {tuple(d[i:i + 31]) for d in docs['train'] for i in range(len(d) - 30)}
+    for row_x, row_y in zip(x, y):
+        n = (row_y >= 0).sum()
+        row = (*row_x[:n], row_y[n - 1])
+        assert row in (whole if len(row) < 31 else whole | crops) and (row_y[n:] == -1).all() and (row_x[n:] == 0).all()
+    again = Mixture(folder, 'train', 30, seed=1, packing='document').rows(range(97 * 3))[0]
+    assert np.array_equal(again[:97], x) and len({tuple(r) for r in again}) > len({tuple(r) for r in x})  # another crop each epoch
+
+
+# --- mixtures ---
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('three')
+    for n, documents in enumerate((40, 150, 90)):
+        write_dataset(folder / f'd{n}', documents=documents, seed=n)
+    return [str(folder / f'd{n}') for n in range(3)]
+
+
+def test_weights_are_met_exactly_and_each_source_goes_through_its_rows_once(three):
+    data = Mixture(dict(zip(three, (100, 20, 0.5))), 'train', 16, seed=1)
+    places = [data.locate(i) for i in range(20000)]
+    counts = np.zeros(3)
+    for i, (k, j) in enumerate(places):
+        assert j == counts[k]  # consecutive: no row left out, none twice
+        counts[k] += 1
+        assert (np.abs(counts - (i + 1) * np.array([100, 20, 0.5]) / 120.5) <= 2).all()
+    assert data.locate(10 ** 15)[1] > 0  # far out, at the same price
+
+
+@pytest.mark.parametrize('packing', ['stream', 'document'])
+@pytest.mark.parametrize('mix_by', ['tokens', 'documents'])
+def test_weights_count_tokens_or_documents_as_asked(tmp_path, packing, mix_by):
+    write_dataset(tmp_path / 'a', documents=100, seed=1)
+    write_dataset(tmp_path / 'b', documents=60, seed=2)
+    data = Mixture({str(tmp_path / 'a'): 3, str(tmp_path / 'b'): 1}, 'train', 16, seed=1, packing=packing, mix_by=mix_by)
+    tokens, documents = np.zeros(2), np.zeros(2)
+    for i in range(2000):
+        k, j = data.locate(i)
+        source = data.sources[k]
+        if packing == 'document':
+            tokens[k] += source.tokens_per_row()
+            documents[k] += 1
+        else:
+            tokens[k] += 16
+            documents[k] += 16 * source.files.documents / source.files.tokens
+    got = (tokens if mix_by == 'tokens' else documents)
+    assert abs(got[0] / got[1] / 3 - 1) < 0.02
+
+
+@pytest.mark.parametrize('dataset, words', [({'x': 0}, 'positive'), ({}, 'positive'), ({'x': 'many'}, 'positive'), ('nowhere', 'python prepare.py nowhere')])
+def test_a_mixture_that_cannot_be_is_refused(dataset, words):
+    with pytest.raises(UserError, match=words):
+        Mixture(dataset, 'train', 16, seed=1)
+
+
+def test_sources_of_different_tokenizers_are_refused(three, tmp_path):
+    write_dataset(tmp_path / 'other', vocab_size=65)
+    with pytest.raises(UserError, match='different tokenizers'):
+        Mixture({three[0]: 1, str(tmp_path / 'other'): 1}, 'train', 16, seed=1)
+
+
+# --- validation ---
+
+def test_validation_covers_the_split_or_a_fixed_part_of_it(corpus):
+    source = Source(corpus[0], 'val', 16, 'stream')
+    _, y = validation_batch(source, validation_rows(source, 0), 0)
+    assert (y >= 0).sum() == source.files.tokens - 1
+    some = validation_rows(source, 5)
+    assert len(set(some)) == 5 and np.array_equal(some, validation_rows(source, 5)) and max(some) < source.rows
+
+
+# --- nanoGPT's folders ---
+
+def test_a_nanogpt_folder_is_read_without_running_its_pickle(tmp_path):
+    chars = 'abc\n'
+    np.arange(400, dtype=np.uint16).__mod__(4).tofile(tmp_path / 'train.bin')
+    np.arange(40, dtype=np.uint16).__mod__(4).tofile(tmp_path / 'val.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 4, 'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))}))
+    meta = read_meta(str(tmp_path))
+    assert meta['vocab_size'] == 4 and meta['tokenizer']['chars'] == chars
+    assert Mixture(str(tmp_path), 'train', 16, seed=1).rows([0])[0].shape == (1, 16)
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'canary',)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match='meta.pkl'):
+        read_meta(str(tmp_path))
+    assert not (tmp_path / 'canary').exists()
+
+
+# --- damage ---
+
+def damaged(folder, change):
+    write_dataset(folder)
+    change(folder)
+    return TokenFiles(str(folder), 'train').read(0, 10 ** 6)
+
+
+def change_meta(**changes):
+    def change(folder):
+        meta = json.loads((folder / 'meta.json').read_text())
+        (folder / 'meta.json').write_text(json.dumps(meta | changes))
+    return change
+
+
+def flip_a_bit(folder):
+    data = bytearray((folder / 'train_00001.bin').read_bytes())
+    data[100] ^= 4
+    (folder / 'train_00001.bin').write_bytes(data)
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda f: (f / 'train_00001.bin').write_bytes(b'12'), 'train_00001.bin: has 2 bytes'),
+    (flip_a_bit, 'train_00001.bin: its contents do not match the hash'),
+    (lambda f: (f / 'train_00000.bin').unlink(), 'train_00000.bin: No such file'),
+    (lambda f: (f / 'train_00000.idx').write_bytes(b''), 'train_00000.idx: has 0 bytes'),
+    (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
+    (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
+    (change_meta(vocab_size=10), 'is beyond the vocabulary of 10'),
+    (change_meta(splits={}), 'its train split holds no tokens'),
+    (change_meta(format=2), 'format 2 is newer'),
+], ids=str)
+def test_a_damaged_data_set_is_refused_with_the_files_name(tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        damaged(tmp_path / 'd', change)
