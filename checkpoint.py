@@ -1,0 +1,184 @@
+"""
+Checkpoints: atomic, verified, without pickle.
+
+    out_dir/step_00001000/model.safetensors   the weights
+                          optimizer.pt        tensors only, loaded with weights_only=True
+                          state.json          step, settings, tokenizer: whatever else resuming needs
+                          manifest.json       sizes and sha256 of the rest, written last
+                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved alone
+    out_dir/best                              which checkpoint has the lowest validation loss, and that loss
+
+One is written under a temporary name, flushed to the disk, then renamed, so that a directory named step_… is whole or
+was damaged later; loading checks it and falls back to the newest that is sound.
+"""
+import json
+import os
+import re
+import shutil
+from hashlib import file_digest
+
+import safetensors.torch
+import torch
+
+from configurator import UserError
+
+# -----------------------------------------------------------------------------
+# Save
+
+def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
+    """
+    Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
+    weights: {name: tensor}; state: what json can write; other_files: paths to copy. Returns the directory.
+    """
+    final = os.path.join(out_dir, f'step_{step:08d}')
+    temporary = final + '.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)  # what a crash left
+    os.makedirs(temporary)
+    try:
+        safetensors.torch.save_file({name: t.detach().contiguous() for name, t in weights.items()}, os.path.join(temporary, 'model.safetensors'))
+        with open(os.path.join(temporary, 'optimizer.pt'), 'wb') as f:  # by an opened file: a full disk is then a clean OSError
+            torch.save(optimizer_state, f)
+        write_json(os.path.join(temporary, 'state.json'), state)
+        for path in other_files:
+            shutil.copy(path, temporary)
+        files = {}
+        for name in sorted(os.listdir(temporary)):
+            path = os.path.join(temporary, name)
+            sync(path)
+            files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
+        write_json(os.path.join(temporary, 'manifest.json'), {'step': step, 'files': files})
+        sync(os.path.join(temporary, 'manifest.json'))
+        sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
+        os.rename(temporary, final)
+        sync(out_dir)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f'{final}: could not be written ({error}); older checkpoints are untouched: make room, then run the same command to resume') from None
+    prune(out_dir, keep)
+    return final
+
+
+def prune(out_dir, keep):
+    for old in checkpoints(out_dir)[keep:]:
+        if old != best(out_dir)[0]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def mark_best(out_dir, step, val_loss, keep=2):
+    """Let out_dir/best name the checkpoint of `step`; the best one before may then go."""
+    path = os.path.join(out_dir, 'best')
+    write_json(path + '.tmp', {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
+    sync(path + '.tmp')
+    os.replace(path + '.tmp', path)
+    prune(out_dir, keep)
+
+
+def prepare_out_dir(out_dir, fresh):
+    """Make out_dir; a fresh run moves one that is there aside, to out_dir.old1 and so on."""
+    if fresh and checkpoints(out_dir):
+        aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
+        os.rename(out_dir, aside)
+        print(f'the run that was in {out_dir} is now in {aside}', flush=True)
+    os.makedirs(out_dir, exist_ok=True)
+
+
+def write_json(path, value):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+
+
+def sync(path):
+    """Flush a file or a directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256(path):
+    with open(path, 'rb') as f:
+        return file_digest(f, 'sha256').hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Find and load
+
+def checkpoints(out_dir):
+    """Checkpoint directories of a run, newest first."""
+    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
+    return [os.path.join(out_dir, n) for n in names]
+
+
+def best(out_dir):
+    """(directory, validation loss) of the best checkpoint; (None, None) if there is none yet."""
+    try:
+        with open(os.path.join(out_dir, 'best'), encoding='utf-8') as f:
+            entry = json.load(f)
+        return os.path.join(out_dir, entry['checkpoint']), entry['val_loss']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+
+
+def damage(folder):
+    """What is wrong with a checkpoint directory, in a few words; None if it is as it was written."""
+    try:
+        with open(os.path.join(folder, 'manifest.json'), encoding='utf-8') as f:
+            files = json.load(f)['files']
+        for name, entry in files.items():
+            path = os.path.join(folder, name)
+            if os.path.getsize(path) != entry['size'] or sha256(path) != entry['sha256']:
+                return f'{name} does not match the manifest'
+    except OSError as error:
+        return f'{os.path.basename(error.filename)}: {error.strerror}'
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 'manifest.json is not readable'
+    return None
+
+
+def find(where, which='last'):
+    """
+    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken: 'last', or 'best'
+    (the last if there is none). A damaged one is reported and the newest sound one taken. Raises UserError when none is sound.
+    """
+    if os.path.isfile(os.path.join(where, 'manifest.json')):
+        candidates = [where]
+    else:
+        candidates = checkpoints(where)
+        if which == 'best' and best(where)[0] in candidates:
+            candidates.sort(key=lambda folder: folder != best(where)[0])
+    if not candidates:
+        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where) else f'{where}: no such directory; give the out_dir of a training run')
+    for folder in candidates:
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f'{folder}: {problem}; skipped', flush=True)
+    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: {damage(candidates[0])}): '
+                    'restore one from a copy, or choose another --out_dir')
+
+
+def load_state(folder):
+    """state.json of a checkpoint."""
+    with open(os.path.join(folder, 'state.json'), encoding='utf-8') as f:
+        return json.load(f)
+
+
+def read_weights(folder):
+    """{name: tensor} of a checkpoint."""
+    return safetensors.torch.load_file(os.path.join(folder, 'model.safetensors'))
+
+
+def load_weights(model, weights, where):
+    """Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that names the first that is not."""
+    own = model.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
+        found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor' for tensors in (weights, own))
+        if found != wanted:
+            raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: these are the weights of another network')
+    model.load_state_dict(weights)
+
+
+def load_optimizer(folder, optimizer):
+    optimizer.load_state_dict(torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True))

@@ -1,0 +1,108 @@
+"""What is published is whole; what is damaged is noticed, named and passed over; nothing is unpickled."""
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from configurator import UserError
+
+
+def state(value):
+    return {'w': torch.full((4, 4), float(value))}, {'state': {0: {'step': torch.tensor(float(value))}}, 'param_groups': [{'lr': 0.1}]}, {'step': value}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(str(tmp_path), step, *state(step), keep=3)
+    return tmp_path
+
+
+def test_what_was_saved_comes_back(run):
+    folder = checkpoint.find(str(run))
+    assert checkpoint.load_state(folder) == {'step': 3} and torch.equal(checkpoint.read_weights(folder)['w'], torch.full((4, 4), 3.0))
+    assert sorted(os.listdir(folder)) == ['manifest.json', 'model.safetensors', 'optimizer.pt', 'state.json']
+
+
+FILES = ['model.safetensors', 'optimizer.pt', 'state.json', 'manifest.json']
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(size):
+    return lambda path: os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('damage', [flip, truncate(0), truncate(1), truncate(-1), os.remove, lambda p: shutil.copy(p.parent.parent / 'step_00000002' / p.name, p)],
+                         ids=['bit', 'empty', 'one byte', 'last byte', 'removed', 'of another step'])
+def test_a_damaged_file_is_noticed_and_the_one_before_is_taken(run, capsys, name, damage):
+    damage(run / 'step_00000003' / name)
+    assert checkpoint.find(str(run)).endswith('step_00000002') and 'step_00000003' in capsys.readouterr().out
+
+
+def test_when_none_is_sound_the_run_does_not_begin_anew(run):
+    for folder in run.iterdir():
+        flip(folder / 'model.safetensors')
+    with pytest.raises(UserError, match='no checkpoint in it is sound'):
+        checkpoint.find(str(run))
+
+
+def test_what_a_crash_leaves_is_never_taken_and_is_cleaned_away(run):
+    shutil.copytree(run / 'step_00000003', run / 'step_00000004.tmp')
+    assert checkpoint.find(str(run)).endswith('step_00000003')
+    checkpoint.save(str(run), 4, *state(4), keep=1)
+    assert os.listdir(run) == ['step_00000004']
+
+
+def test_every_file_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, 'fsync', lambda fd: (events.append(('fsync', os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, 'rename', lambda a, b: (events.append(('rename', b, 0)), rename(a, b)))
+    checkpoint.save(str(tmp_path), 1, *state(1))
+    at = [kind for kind, _, _ in events].index('rename')
+    flushed = {os.path.basename(path): size for kind, path, size in events[:at]}
+    assert {n: os.path.getsize(tmp_path / 'step_00000001' / n) for n in FILES}.items() <= flushed.items()
+    assert events[at + 1][1] == str(tmp_path)  # then the directory that holds the name
+
+
+def test_the_best_is_never_pruned(run):
+    checkpoint.mark_best(str(run), 1, 0.5, keep=3)
+    for step in (4, 5, 6):
+        checkpoint.save(str(run), step, *state(step), keep=2)
+    assert sorted(n for n in os.listdir(run) if n != 'best') == ['step_00000001', 'step_00000005', 'step_00000006']
+    assert checkpoint.find(str(run), 'best').endswith('1') and checkpoint.find(str(run)).endswith('6')
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint, 'write_json', full)
+    with pytest.raises(UserError, match='No space left on device.*make room'):
+        checkpoint.save(str(run), 4, *state(4))
+    monkeypatch.undo()
+    assert checkpoint.find(str(run)).endswith('3') and not (run / 'step_00000004.tmp').exists()
+
+
+def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'canary'),)
+    (run / 'step_00000003' / 'optimizer.pt').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(Exception, match='(?i)weights.only|unsupported|magic|invalid'):
+        checkpoint.load_optimizer(str(run / 'step_00000003'), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    assert not (tmp_path / 'canary').exists()
+
+
+@pytest.mark.parametrize('weights, words', [
+    ({}, 'weight: found no such tensor'), ({'weight': torch.zeros(2, 3), 'x': torch.zeros(1)}, 'x: found'), ({'weight': torch.zeros(3, 2)}, r'found \[3, 2\]')])
+def test_weights_of_another_network_are_refused_by_the_tensors_name(weights, words):
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_weights(torch.nn.Linear(3, 2, bias=False), weights, 'there')
