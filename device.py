@@ -1,0 +1,114 @@
+"""
+The machine: which device, which number format, how fast it can multiply. Measured where the documentation misleads.
+"""
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from configurator import UserError
+
+
+@dataclass
+class DeviceConfig:
+    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32. auto = bfloat16 where it is faster
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = on CUDA
+
+
+def pick_device(name):
+    """torch.device for a setting. Raises UserError for one that this machine has not."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, number = name.partition(':')
+    count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind)
+    if count is None or (number and not number.isdigit()):
+        raise UserError(f'device={name}: takes auto, cpu, cuda, cuda:N or mps')
+    if int(number or 0) >= count:
+        raise UserError(f'device={name}: this machine has {count} {kind} device(s); --device=cpu works everywhere')
+    if kind == 'cuda':
+        name = f'cuda:{number or os.environ.get("LOCAL_RANK", 0)}'  # torchrun: a device each
+        torch.cuda.set_device(name)
+    torch.set_float32_matmul_precision('high')  # tf32 where there is any
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower there."""
+    if name != 'auto':
+        return name
+    if device.type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if device.type == 'cpu' and matmul_flops(device, torch.bfloat16) > 1.5 * matmul_flops(device, torch.float32):
+        return 'bfloat16'
+    return 'float32'
+
+
+def pick_compile(setting, device):
+    """Whether to compile; where that cannot work, one line says so."""
+    wanted = device.type == 'cuda' if setting == 'auto' else setting
+    missing = None
+    if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
+        missing = 'no C++ compiler'
+    if device.type == 'cuda' and find_spec('triton') is None:
+        missing = 'no triton'
+    if wanted and missing:
+        print(f'compile: {missing} on this machine, going on without', flush=True)
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    return wanted and not missing
+
+
+def matmul_flops(device, dtype, n=512):
+    """FLOP/s of an n x n matmul, the best of a few (20 ms on a laptop)."""
+    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+    best, end = float('inf'), time.perf_counter() + 0.02
+    for i in range(100):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start) if i else best  # the first one sets things up
+        if i > 2 and time.perf_counter() > end:
+            break
+    return 2 * n ** 3 / best
+
+
+# dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12,
+              'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not known."""
+    if device.type == 'cpu':
+        return max(matmul_flops(device, getattr(torch, dtype), n) for n in (512, 1024))
+    if device.type == 'cuda' and dtype != 'float32':
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+    return None
+
+
+def autocast(device, dtype):
+    """Context in which matmuls run in `dtype`."""
+    return nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
+
+
+def zero(device):
+    """A zero to sum losses in: in float64, where a sum of many float32s does not depend on how they are grouped; MPS has none."""
+    return torch.zeros((), device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+
+
+def is_out_of_memory(error):
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text or 'out of memory' in text
+
+
+def peak_memory(device):
+    """The most bytes this process has held: on the GPU, else in RAM."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+    import sys
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
