@@ -1,0 +1,174 @@
+"""A download goes on where it broke, is checked, and never lies half there under its own name. The server is on this machine."""
+import hashlib
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import download as module
+from configurator import UserError
+from download import CORPORA, download, download_corpus
+
+BODY = bytes(range(256)) * 4096  # 1 MB
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.asked.append((self.path, self.headers.get('Range')))
+        if self.path.startswith('/moved'):
+            self.send_response(302)
+            self.send_header('Location', '/file')
+            self.end_headers()
+            return
+        if server.fail:
+            self.send_error(server.fail.pop())
+            return
+        if self.path not in server.bodies:
+            self.send_error(404)
+            return
+        body, start = server.bodies[self.path], 0
+        if 'Range' in self.headers and server.ranges:
+            start = int(self.headers['Range'][6:-1])
+            if start >= len(body):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            start += server.shift
+            self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
+        else:
+            self.send_response(200)
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        end = start + server.breaks.pop(0) if server.breaks else len(body)  # then the connection closes
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(module, 'WAIT', 0)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.bodies, server.asked, server.breaks, server.fail, server.ranges, server.shift = {'/file': BODY}, [], [], [], True, 0
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize('known', [{}, {'size': len(BODY), 'sha256': hashlib.sha256(BODY).hexdigest()}])
+def test_whole_at_once(server, tmp_path, known):
+    path = tmp_path / 'new' / 'file'
+    download(server.url + '/moved', str(path), **known)  # a redirect on the way
+    assert path.read_bytes() == BODY and os.listdir(path.parent) == ['file']
+    asked = len(server.asked)
+    download(server.url + '/file', str(path), **known)  # it is there: nothing is asked
+    assert len(server.asked) == asked
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(server, tmp_path):
+    server.breaks = [100_000, 300_000]
+    download(server.url + '/file', str(tmp_path / 'file'))
+    assert (tmp_path / 'file').read_bytes() == BODY
+    assert [r for _, r in server.asked] == [None, 'bytes=100000-', 'bytes=400000-']
+
+
+def test_a_later_run_goes_on_too(server, tmp_path):
+    (tmp_path / 'file.part').write_bytes(BODY[:700_000])
+    download(server.url + '/file', str(tmp_path / 'file'), size=len(BODY))
+    assert (tmp_path / 'file').read_bytes() == BODY and server.asked == [('/file', 'bytes=700000-')]
+
+
+def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
+    server.ranges = False
+    (tmp_path / 'file.part').write_bytes(b'x' * 700_000)
+    download(server.url + '/file', str(tmp_path / 'file'))
+    assert (tmp_path / 'file').read_bytes() == BODY
+
+
+def test_a_server_that_sends_another_range_is_not_believed(server, tmp_path):
+    server.shift = 10
+    (tmp_path / 'file.part').write_bytes(BODY[:700_000])
+    with pytest.raises(UserError, match='bytes where'):
+        download(server.url + '/file', str(tmp_path / 'file'), size=len(BODY))
+    assert not (tmp_path / 'file').exists()
+
+
+def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
+    (tmp_path / 'file.part').write_bytes(b'x' * (len(BODY) + 5))
+    download(server.url + '/file', str(tmp_path / 'file'))
+    assert (tmp_path / 'file').read_bytes() == BODY
+
+
+def test_busy_servers_are_asked_again_but_not_for_ever(server, tmp_path):
+    server.fail = [503, 429, 500]
+    download(server.url + '/file', str(tmp_path / 'file'))
+    assert (tmp_path / 'file').read_bytes() == BODY
+    server.fail, server.asked = [503] * 100, []
+    with pytest.raises(UserError, match='could not be downloaded .*Service Unavailable'):
+        download(server.url + '/file', str(tmp_path / 'other'))
+    assert len(server.asked) == module.TRIES and not (tmp_path / 'other').exists()
+
+
+def test_many_breaks_are_borne_as_long_as_something_comes(server, tmp_path):
+    server.breaks = [50_000] * 15
+    download(server.url + '/file', str(tmp_path / 'file'))
+    assert (tmp_path / 'file').read_bytes() == BODY
+
+
+@pytest.mark.parametrize('known, message', [({'size': 5}, '1048576 bytes where 5 are expected'), ({'size': 2 ** 21}, '1048576 bytes where 2097152'),
+                                            ({'sha256': '0' * 64}, 'another SHA-256')])
+def test_a_changed_file_is_refused(server, tmp_path, known, message):
+    with pytest.raises(UserError, match=message):
+        download(server.url + '/file', str(tmp_path / 'file'), **known)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_of_another_size_in_place_is_named(server, tmp_path):
+    (tmp_path / 'file').write_bytes(b'half')
+    with pytest.raises(UserError, match='has 4 bytes where 1048576 are expected: delete it'):
+        download(server.url + '/file', str(tmp_path / 'file'), size=len(BODY))
+
+
+def test_nothing_there_and_no_network(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r'/missing: could not be downloaded \(HTTP 404\): get the file elsewhere and put it at .*file'):
+        download(server.url + '/missing', str(tmp_path / 'file'))
+    assert len(server.asked) == 1  # asking again would not help
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match='Connection refused.*run the same command again when the network is back'):
+        download(server.url + '/file', str(tmp_path / 'file'))
+    assert not (tmp_path / 'file').exists()
+
+
+def test_two_processes_do_not_write_one_file(server, tmp_path):
+    import fcntl
+    with open(tmp_path / 'file.part', 'ab') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match='another process is downloading it'):
+            download(server.url + '/file', str(tmp_path / 'file'))
+
+
+def test_a_named_corpus_comes_through_the_same_code(server, tmp_path, monkeypatch):
+    """MINNOW_MIRROR asks another host for the same paths; sizes and hashes are checked as ever."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MINNOW_MIRROR', server.url + '/')
+    for name, (base, files) in list(CORPORA.items()):
+        path = '/' + base.split('/', 3)[3]
+        small = dict(list(files.items())[:2])
+        server.bodies |= {path + file: f'{name} {file}\n'.encode() for file in small}
+        monkeypatch.setitem(CORPORA, name, (base, {file: (len(f'{name} {file}\n'), None) for file in small}))
+        found = download_corpus(name)
+        assert found == [os.path.join('data', 'downloads', name, file) for file in small]
+        assert [open(p).read() for p in found] == [f'{name} {file}\n' for file in small]
+
+
+def test_revisions_are_pinned():
+    for name, (base, files) in CORPORA.items():
+        assert base.startswith('https://') and base.endswith('/') and any(len(part) == 40 for part in base.split('/')), name
+        assert all(size is None or size > 0 for size, _ in files.values())
+    assert CORPORA['shakespeare'][1]['input.txt'][0] == 1115394

@@ -1,0 +1,245 @@
+"""Every tokenizer gives its library's ids, takes any text and any id, and comes back from its description as it was."""
+import argparse
+import inspect
+import json
+import random
+
+import pytest
+import sentencepiece
+import tiktoken
+import tokenizers
+from tiktoken_ext import openai_public
+
+import tokenizer as module
+from configurator import UserError
+from tokenizer import char_tokenizer, load_tokenizer, new_tokenizer
+
+STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
+LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
+HARD = ['', ' ', '\n', '\0', 'Hello  world \n\n\t x\r\n  ', 'naïve café e\u0301', '中文没有空格。', '😀👩‍👩‍👧 x', '▁a▁▁ b▁',
+        '<|endoftext|> <s></s> <unk> [SEP] <0x41>', '\ufeff\u200b\u2028\ufffd', 'a' * 3000, ' ' * 300, '1' * 50, '\U0010ffff\ue000']
+
+
+def random_text(rng, length):
+    return ''.join(rng.choice(['a', 'b', 'the', ' ', ' ', '\n', '.', '\t', '  ', '7', 'é', '中', '😀', '▁', "'s", '/', '\r\n']) for _ in range(length))
+
+
+@pytest.fixture
+def toy_tiktoken(monkeypatch):
+    """tiktoken's own encodings, patterns and special tokens, over a small table of merges: nothing is downloaded."""
+    found = {STORY.encode()[i:i + n] for n in (2, 3, 4) for i in range(len(STORY) - n)} | {b'\n\n', b'  ', b'.\n', b'\n/'}
+    words = [bytes([i]) for i in range(256)] + sorted(found, key=lambda b: (len(b), b))
+    filled = words + [i.to_bytes(5, 'big') for i in range(50256 - len(words))]
+    monkeypatch.setattr(openai_public, 'data_gym_to_mergeable_bpe_ranks', lambda **_: {b: i for i, b in enumerate(filled)})
+    monkeypatch.setattr(openai_public, 'load_tiktoken_bpe', lambda *_, **__: {b: i for i, b in enumerate(words)})
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """Small vocabulary files as users bring them, made by their libraries."""
+    folder = tmp_path_factory.mktemp('vocabularies')
+    lines = LONG.split('\n')
+    # T5's kind: unigram, text normalised, a space put before it; and Mistral's: BPE, bytes, text as it is but for that space
+    for name, options in {'t5': {'model_type': 'unigram', 'vocab_size': 200},
+                          'mistral': {'model_type': 'bpe', 'vocab_size': 500, 'byte_fallback': True, 'normalization_rule_name': 'identity',
+                                      'remove_extra_whitespaces': False}}.items():
+        with open(folder / f'{name}.model', 'wb') as f:
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2, **options)
+    with open(folder / 'noeos.model', 'wb') as f:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2, vocab_size=200, eos_id=-1)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([LONG], vocab_size=400, special_tokens=['<|endoftext|>'], show_progress=False)
+    bpe.enable_truncation(5)
+    bpe.save(str(folder / 'tokenizer.json'))
+    bpe.train_from_iterator([LONG], vocab_size=400, special_tokens=['<end>'], show_progress=False)
+    bpe.save(str(folder / 'noeos.json'))
+    letters = 'abcdefghijklmnopqrstuvwxyz0123456789'
+    pieces = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *'.,!"\'', *(f'##{c}' for c in letters), 'little', 'girl']
+    (folder / 'uncased.txt').write_text('\n'.join(pieces) + '\n')
+    (folder / 'cased.txt').write_text('\n'.join([*pieces, 'Lily', 'O', 'S', 'M', 'I']) + '\n')
+    return folder
+
+
+@pytest.fixture
+def every_kind(files, toy_tiktoken):
+    names = 't5.model', 'mistral.model', 'tokenizer.json', 'cased.txt', 'uncased.txt'
+    return {**{kind: new_tokenizer(kind) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base')},
+            **{name: new_tokenizer(str(files / name)) for name in names},
+            'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]), 'no eot': char_tokenizer('abc', eot=False)}
+
+
+# --- round trips ---
+
+def test_bytes_and_subwords_write_any_text(every_kind):
+    rng = random.Random(1)
+    for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 'bpe', 'char', 'tokenizer.json'):
+        for text in HARD + [STORY] + [random_text(rng, n) for n in range(1, 60)] * (kind != 'char'):
+            assert every_kind[kind].decode(every_kind[kind].encode(text)) == text, (kind, text)
+
+
+def test_the_text_of_special_tokens_is_ordinary_text(every_kind):
+    for kind, t in every_kind.items():
+        if kind != 'no eot':
+            assert t.eot not in t.encode(STORY + '<|endoftext|></s>[SEP]'), kind
+
+
+def test_every_id_decodes_and_no_other(every_kind):
+    for kind, t in every_kind.items():
+        for i in [*range(min(t.vocab_size, 700)), t.vocab_size - 1, t.eot or 0]:
+            assert isinstance(t.decode([i]), str)
+        assert isinstance(t.decode(range(min(t.vocab_size, 700))), str)
+        for i in (t.vocab_size, -1):
+            with pytest.raises(UserError, match=f'token {i} is outside the vocabulary'):
+                t.decode([0, i])
+        assert t.eot is None or 0 <= t.eot < t.vocab_size, kind
+
+
+def test_a_growing_text_only_grows(every_kind):
+    """sample.py shows the new characters of decode(ids so far), but for an unfinished one at the end."""
+    for kind, t in every_kind.items():
+        ids, shown = t.encode('abc' if kind == 'no eot' else 'they do not 中😀 end. One, ok (x)'), ''
+        for n in range(1, len(ids) + 1):
+            text = t.decode(ids[:n]).rstrip('\ufffd')
+            assert text.startswith(shown), kind
+            shown = text
+
+
+# --- the libraries' ids ---
+
+def test_ids_are_the_library_s(every_kind, files):
+    for name in ('gpt2', 'cl100k_base', 'o200k_base'):
+        library = tiktoken.get_encoding(name)
+        assert every_kind[name].encode(STORY) == library.encode_ordinary(STORY)
+        assert (every_kind[name].vocab_size, every_kind[name].eot) == (library.n_vocab, library.eot_token)
+    for name in ('t5.model', 'mistral.model'):
+        library = sentencepiece.SentencePieceProcessor(model_file=str(files / name))
+        for text in [STORY, *HARD]:
+            assert every_kind[name].encode(text) == library.encode(text)
+        assert (every_kind[name].vocab_size, every_kind[name].eot) == (library.vocab_size(), library.eos_id())
+    library = tokenizers.Tokenizer.from_file(str(files / 'tokenizer.json'))
+    library.no_truncation()
+    assert every_kind['tokenizer.json'].encode(STORY) == library.encode(STORY).ids
+    assert every_kind['tokenizer.json'].eot == library.token_to_id('<|endoftext|>')
+    for name, lower in (('uncased.txt', True), ('cased.txt', False)):
+        library = tokenizers.BertWordPieceTokenizer(str(files / name), lowercase=lower)
+        assert every_kind[name].encode(STORY) == library.encode(STORY, add_special_tokens=False).ids
+        assert every_kind[name].eot == library.token_to_id('[SEP]') and every_kind[name].unk == library.token_to_id('[UNK]')
+    assert 'Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found')).replace(' ##', '')
+
+
+def test_char_ids_are_nanogpt_s():
+    """nanoGPT numbers the sorted characters, and has no end-of-text token; ours comes after them."""
+    t = new_tokenizer('char', ['hello', 'world'])
+    assert t.encode('hold') == [sorted(set('helloworld')).index(c) for c in 'hold'] and (t.vocab_size, t.eot) == (8, 7)
+    assert t.decode([*t.encode('hold'), t.eot]) == 'hold<|endoftext|>'
+    old = load_tokenizer({'kind': 'char', 'chars': 'dehlorw', 'eot': None}, '.')  # what data.py makes of a meta.pkl
+    assert old.encode('hold') == t.encode('hold') and (old.vocab_size, old.eot) == (7, None)
+    with pytest.raises(UserError, match="character 'é' is not among the 7 characters"):
+        t.encode('héllo')
+
+
+# --- long texts in pieces ---
+
+def test_pieces_of_a_long_text_have_the_ids_of_the_whole(every_kind, monkeypatch):
+    monkeypatch.setattr(module, 'PIECE', 3)
+    rng = random.Random(2)
+    for kind, t in every_kind.items():
+        if kind in ('char', 'no eot'):
+            continue
+        for text in [STORY, *HARD] + [random_text(rng, 80) for _ in range(100)]:
+            assert t.encode_long(text) == t.encode(text), (kind, text)
+    assert all([every_kind[kind].cut for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 't5.model', 'bpe', 'cased.txt', 'tokenizer.json')])
+    assert every_kind['mistral.model'].cut is None  # it puts a space before every text, so that pieces would gain one
+
+
+# --- bpe:N ---
+
+def test_bpe_is_the_same_byte_for_byte_every_time():
+    texts = [LONG, 'Another story.\n' * 30, '中文 ' * 200]
+    a, b = (new_tokenizer('bpe:400', texts) for _ in range(2))
+    assert a.files == b.files and a.vocab_size == 400
+    assert a.files != new_tokenizer('bpe:400', texts[::-1] + ['more text']).files
+
+
+def test_bpe_keeps_blanks_and_parts_digits():
+    t = new_tokenizer('bpe:400', [LONG, ' 2024 1234' * 500])
+    assert len(t.encode('        raise')) < len('        raise') / 2  # runs of spaces are pieces
+    assert len(t.encode('20241234')) == 8
+    assert t.eot not in range(2, 258) and t.decode([t.eot]) == ''
+
+
+@pytest.mark.parametrize('text', ['x' * 200_000, '字' * 70_000 + 'abc ' * 1000])
+def test_bpe_survives_words_longer_than_its_trainer_takes(text):
+    t = new_tokenizer('bpe:300', [text, LONG[:800]])
+    assert t.decode(t.encode(text)) == text
+
+
+def test_bpe_says_which_sizes_work():
+    with pytest.raises(UserError, match=r'bpe:200: too small .* use a larger one, bpe:\d+'):
+        new_tokenizer('bpe:200', [STORY])
+    with pytest.raises(UserError, match=r'bpe:50000: too large for so little text: use at most bpe:(\d+)') as error:
+        new_tokenizer('bpe:50000', [STORY])
+    largest = error.value.args[0].partition('at most ')[2].partition(',')[0]
+    assert new_tokenizer(largest, [STORY]).vocab_size == int(largest[4:])
+    with pytest.raises(UserError, match='takes the size of the vocabulary'):
+        new_tokenizer('bpe:many', [STORY])
+
+
+# --- saved and loaded ---
+
+def test_a_description_brings_the_tokenizer_back(every_kind, tmp_path):
+    for number, (kind, t) in enumerate(every_kind.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        description = json.loads(json.dumps(t.save(folder)))
+        assert description == t.describe() and {'kind', 'vocab_size', 'eot', 'files', 'sha256'} <= description.keys()
+        again = load_tokenizer(description, folder)
+        text = 'abc' if kind == 'no eot' else STORY
+        assert again.describe() == description and again.encode(text) == t.encode(text)
+        assert sorted(description['files']) == sorted(p.name for p in folder.iterdir())
+
+
+def test_the_same_vocabulary_is_the_same_tokenizer_wherever_its_file_lies(files, tmp_path):
+    (tmp_path / 'other.model').write_bytes((files / 'mistral.model').read_bytes())
+    assert new_tokenizer(str(tmp_path / 'other.model')).describe() == new_tokenizer(str(files / 'mistral.model')).describe()
+
+
+def test_a_changed_or_missing_file_is_refused(files, tmp_path):
+    description = new_tokenizer(str(files / 'mistral.model')).save(tmp_path)
+    path = tmp_path / 'tokenizer.model'
+    path.write_bytes((files / 't5.model').read_bytes())
+    with pytest.raises(UserError, match=r'tokenizer\.model: not the tokenizer that this was made with'):
+        load_tokenizer(description, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r'tokenizer\.model: No such file'):
+        load_tokenizer(description, tmp_path)
+    with pytest.raises(UserError, match='not the one described'):
+        load_tokenizer({**new_tokenizer('char', ['abc']).describe(), 'chars': 'abd'}, tmp_path)
+    with pytest.raises(UserError, match='kind morse'):
+        load_tokenizer({'kind': 'morse', 'eot': 0}, tmp_path)
+
+
+# --- what cannot be had ---
+
+def test_refusals_say_what_to_change(files, tmp_path, monkeypatch):
+    (tmp_path / 'text.txt').write_text('Just\na\ntext\n')
+    (tmp_path / 'broken.json').write_text('{"a": 1}')
+    (tmp_path / 'empty.model').write_bytes(b'')
+    (tmp_path / 'broken.model').write_bytes(b'no model at all')
+    for kind, message in {'morse': r'no such tokenizer; there are byte, char, gpt2,', 'missing.model': 'no such file',
+                          tmp_path / 'text.txt': 'not a BERT vocabulary', tmp_path / 'broken.json': r'not a tokenizer\.json',
+                          tmp_path / 'empty.model': 'not a sentencepiece model', tmp_path / 'broken.model': 'not a sentencepiece model',
+                          files / 'noeos.model': 'no end-of-text piece', files / 'noeos.json': 'no end-of-text token'}.items():
+        with pytest.raises(UserError, match=message):
+            new_tokenizer(str(kind))
+
+    def offline(*_, **__):
+        raise ConnectionError('no network')
+    monkeypatch.setattr(openai_public, 'load_tiktoken_bpe', offline)
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    with pytest.raises(UserError, match='cl100k_base: tiktoken could not load it'):
+        new_tokenizer('cl100k_base')
+    monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
+    with pytest.raises(UserError, match='pip install tokenizers'):
+        new_tokenizer(str(files / 'tokenizer.json'))

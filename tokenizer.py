@@ -1,0 +1,328 @@
+"""
+Text ↔ token ids: bytes, characters, tiktoken, sentencepiece, tokenizer.json and WordPiece behind one small interface.
+
+    tokenizer = new_tokenizer('gpt2')
+    tokenizer.vocab_size, tokenizer.eot      # 50257, 50256: the id that ends every document
+    tokenizer.encode('Hello world')          # [15496, 995]; special tokens are neither added nor recognised
+    tokenizer.decode([15496, 995])           # 'Hello world'; takes any id below vocab_size
+    description = tokenizer.save(folder)     # for meta.json and checkpoints; the tokenizer's files go into the folder
+    load_tokenizer(description, folder)      # the same tokenizer again, hashes checked
+
+What a library does well is left to it; this file makes the six kinds answer alike.
+"""
+import hashlib
+import io
+import json
+import os
+import re
+
+import numpy as np
+
+from configurator import UserError
+
+KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, FILE.json or FILE.txt'
+TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
+EOT = '<|endoftext|>'  # the end of text, for kinds that have no name of their own for it
+EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')  # what tokenizer.json files call it
+
+PIECE = 2 ** 14  # characters of a long text that are encoded at a time
+# Where a text may be parted so that its pieces have the ids of the whole
+ANYWHERE = re.compile('')
+BEFORE_BLANK = re.compile(r'(?<=[^\W\d_])(?=[ \n])')  # after a letter, before a space or newline
+BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= )')
+
+
+class Tokenizer:
+    """
+    What all kinds share. cut: one of the rules above, None = never part a text; files: {name: bytes} to keep with the data;
+    unk: the token for what the tokenizer cannot write, -1 = it can write anything.
+    """
+
+    def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
+        self.kind, self.vocab_size, self.eot, self.cut, self.unk = kind, vocab_size, eot, cut, unk
+        self.files, self.more = files or {}, more
+
+    def describe(self):
+        """What identifies the tokenizer, as JSON: equal descriptions are equal tokenizers."""
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        description = {'kind': self.kind, 'vocab_size': self.vocab_size, 'eot': self.eot, 'files': files, **self.more}
+        return {**description, 'sha256': fingerprint(description)}
+
+    def save(self, folder):
+        """Write the tokenizer's files into `folder`; returns its description."""
+        for name, data in self.files.items():
+            with open(os.path.join(folder, name), 'wb') as f:
+                f.write(data)
+        return self.describe()
+
+    def encode_long(self, text):
+        """
+        The ids of encode(text), piece by piece: less memory, and twice as fast with sentencepiece and WordPiece on a novel.
+        (Unigram models do better so: their float32 scores lose precision over a million characters.)
+        """
+        ids, start = [], 0
+        while self.cut and len(text) - start > 2 * PIECE and (place := self.cut.search(text, start + PIECE)):
+            ids += self.encode(text[start:place.start()])
+            start = place.start()
+        return ids + self.encode(text[start:])
+
+    def check_ids(self, ids):
+        """Raise UserError for an id outside the vocabulary, where libraries wrap around or crash."""
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the {self.kind} tokenizer: the ids are of another one')
+
+
+def fingerprint(description):
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def cut_rule(encode, pieces):
+    """Where a text may be parted for a tokenizer with these pieces: nowhere if one of them can span a letter and the space after it."""
+    if any(re.search(r'[^\W\d_] |\ufffd ', piece) for piece in pieces):  # U+FFFD: the end of a character, perhaps of a letter
+        return None
+    return BEFORE_SPACE if encode('so it') == encode('so') + encode(' it') else None
+
+
+# -----------------------------------------------------------------------------
+# The kinds
+
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8, and 256 for the end of text."""
+
+    def __init__(self):
+        super().__init__('byte', 257, 256, ANYWHERE)
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return b''.join(bytes([i]) if i < 256 else EOT.encode() for i in ids).decode(errors='replace')
+
+
+class CharTokenizer(Tokenizer):
+    """One token for each of `chars`, in their order; the end of text comes last, if there is one (nanoGPT has none)."""
+
+    def __init__(self, chars, eot=True):
+        super().__init__('char', len(chars) + eot, len(chars) if eot else None, ANYWHERE, chars=''.join(chars))
+        self.spelling = list(chars) + [EOT] * eot
+        self.ids = np.full(0x110000, -1, np.int32)  # code point → id
+        self.ids[[ord(c) for c in chars]] = range(len(chars))
+
+    def encode(self, text):
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+        ids = self.ids[codes]
+        if len(ids) and ids.min() < 0:
+            raise UserError(f'character {chr(codes[ids.argmin()])!r} is not among the {len(self.more["chars"])} characters of this char tokenizer: '
+                            'leave it out, or prepare the data with --tokenizer=byte')
+        return ids.tolist()
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return ''.join(self.spelling[i] for i in ids)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """An encoding of tiktoken, which downloads it once and keeps it (in TIKTOKEN_CACHE_DIR, if set)."""
+
+    def __init__(self, name):
+        import tiktoken
+        try:
+            self.encoding = tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:  # no network; a damaged file
+            raise UserError(f'tokenizer={name}: tiktoken could not load it ({type(error).__name__}): connect to the network once, '
+                            'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe:4096') from None
+        # its patterns end a word before the blank that follows it, so that is where a text can be parted
+        super().__init__(name, self.encoding.n_vocab, self.encoding.eot_token, BEFORE_BLANK)
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return b''.join(self.spell(i) for i in ids).decode(errors='replace')
+
+    def spell(self, i):
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:  # some ids of cl100k_base and o200k_base are not in use
+            return b''
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model; the end of text is its eos piece."""
+
+    def __init__(self, data, where='tokenizer.model'):
+        import sentencepiece
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=data or b'?')
+        except RuntimeError:
+            raise UserError(f'{where}: not a sentencepiece model') from None
+        n, eot = self.sp.vocab_size(), self.sp.eos_id()
+        if eot < 0:
+            raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): use one that has, or --tokenizer=bpe:4096')
+        cut = cut_rule(self.sp.encode, [self.sp.id_to_piece(i).replace('▁', ' ') for i in range(n)])
+        super().__init__('sentencepiece', n, eot, cut, {'tokenizer.model': data}, self.sp.unk_id())
+        # A model that keeps every blank can write any text but sentencepiece's own sign for the space, ▁: that goes as bytes
+        lossless = self.cut == BEFORE_SPACE and self.sp.decode(self.sp.encode(' a\n  b\t ')) == ' a\n  b\t '
+        self.sign = [self.sp.piece_to_id(f'<0x{byte:02X}>') for byte in '▁'.encode()] if lossless else None
+
+    def encode(self, text):
+        if not self.sign or '▁' not in text:
+            return self.sp.encode(text)
+        ids = []
+        for part in text.split('▁'):
+            ids += self.sp.encode(part) + self.sign
+        return ids[:-len(self.sign)]
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return self.sp.decode([int(i) for i in ids])
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library: a tokenizer.json, or a BERT vocabulary (vocab.txt)."""
+
+    def __init__(self, kind, data, where):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f'{where}: reading it takes the tokenizers library: pip install tokenizers') from None
+        if kind == 'wordpiece':
+            self.tokenizer = wordpiece(tokenizers, data, where)
+        else:
+            try:
+                self.tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+            except Exception as error:  # the library raises nothing narrower
+                raise UserError(f'{where}: not a tokenizer.json ({error})') from None
+        self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        vocab = self.tokenizer.get_vocab()
+        eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
+        if eot is None:
+            raise UserError(f'{where}: no end-of-text token in it, none of {", ".join(EOT_NAMES)}: add one to the vocabulary')
+        pieces = self.tokenizer.decode_batch([[i] for i in vocab.values()], skip_special_tokens=False)
+        super().__init__(kind, max(vocab.values()) + 1, eot, cut_rule(self.encode, pieces),
+                         {'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt': data}, vocab.get('[UNK]', vocab.get('<unk>', -1)))
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def wordpiece(tokenizers, data, where):
+    """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
+    vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
+    if '[UNK]' not in vocab or '[SEP]' not in vocab:
+        raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to prepare, name it as a source')
+    cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token='[UNK]'))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+# -----------------------------------------------------------------------------
+# New, trained, loaded
+
+def needs_text(kind):
+    """Is this kind made from the text to be tokenized? Raises UserError for a kind that does not exist or a file that is missing."""
+    if kind.startswith('bpe:'):
+        if not kind[4:].isdecimal():
+            raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
+        return True
+    if kind not in ('byte', 'char', *TIKTOKEN):
+        if not kind.endswith(('.model', '.json', '.txt')):
+            raise UserError(f'tokenizer={kind}: no such tokenizer; there are {KINDS}')
+        if not os.path.isfile(kind):
+            raise UserError(f'tokenizer={kind}: no such file')
+    return kind == 'char'
+
+
+def new_tokenizer(kind, texts=()):
+    """
+    The tokenizer that `kind` names, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str.
+    Raises UserError for what cannot be had.
+    """
+    if needs_text(kind):
+        return char_tokenizer(sorted(set().union(*texts))) if kind == 'char' else train_bpe(texts, int(kind[4:]))
+    if kind == 'byte':
+        return ByteTokenizer()
+    if kind in TIKTOKEN:
+        return TiktokenTokenizer(kind)
+    with open(kind, 'rb') as f:
+        data = f.read()
+    if kind.endswith('.model'):
+        return SentencePieceTokenizer(data, kind)
+    return JsonTokenizer('tokenizers' if kind.endswith('.json') else 'wordpiece', data, kind)
+
+
+def char_tokenizer(chars, eot=True):
+    """A token for every character of `chars`, in that order, and one for the end of text unless eot is False (nanoGPT's meta.pkl)."""
+    chars = list(chars)
+    if any(len(c) != 1 for c in chars) or len(set(chars)) != len(chars):
+        raise UserError('char tokenizer: its vocabulary must be single characters, each once')
+    return CharTokenizer(chars, eot)
+
+
+def train_bpe(texts, vocab_size):
+    """
+    Train a sentencepiece BPE that can write any text: pieces for all 256 bytes, no blank lost or added, a digit at a time.
+    The same texts in the same order give the same model, byte for byte. Raises UserError if vocab_size is too small or too large.
+    """
+    import sentencepiece
+    model = io.BytesIO()
+    # whole texts rather than lines, so that ".\n" can become a piece: 4% fewer tokens on stories, 7% on Python.
+    # In stretches, because the trainer aborts at a word of 65,536 characters
+    stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=stretches, model_writer=model, model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
+            normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT, bos_id=-1, pad_id=-1,
+            max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        low, high = re.search(r'smaller than required_chars. \d+ vs (\d+)', str(error)), re.search(r'too high .* <= (\d+)', str(error))
+        if low:
+            raise UserError(f'tokenizer=bpe:{vocab_size}: too small for the bytes and the common characters of this text, which take {low[1]}: '
+                            f'use a larger one, bpe:{max(512, 2 * int(low[1]))} for instance') from None
+        if high:
+            raise UserError(f'tokenizer=bpe:{vocab_size}: too large for so little text: use at most bpe:{high[1]}, or byte') from None
+        raise UserError(f'tokenizer=bpe:{vocab_size}: sentencepiece could not train it ({error})') from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def load_tokenizer(description, folder):
+    """The tokenizer of a description that save() returned, its files read from `folder` and checked. Raises UserError."""
+    kind, files = description['kind'], {}
+    for name, sha256 in description.get('files', {}).items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, 'rb') as f:
+                files[name] = f.read()
+        except OSError as error:
+            raise UserError(f'{path}: {error.strerror}: the tokenizer belongs beside its data; prepare the data again') from None
+        if hashlib.sha256(files[name]).hexdigest() != sha256:
+            raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): restore the file, or prepare the data again')
+    if kind == 'byte':
+        tokenizer = ByteTokenizer()
+    elif kind == 'char':
+        tokenizer = char_tokenizer(description['chars'], description['eot'] is not None)
+    elif kind in TIKTOKEN:
+        tokenizer = TiktokenTokenizer(kind)
+    elif kind == 'sentencepiece':
+        tokenizer = SentencePieceTokenizer(files['tokenizer.model'], os.path.join(folder, 'tokenizer.model'))
+    elif kind in ('tokenizers', 'wordpiece'):
+        (name, data), = files.items()
+        tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name))
+    else:
+        raise UserError(f'{folder}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
+    if description.get('sha256', tokenizer.describe()['sha256']) != tokenizer.describe()['sha256']:
+        raise UserError(f'{folder}: the {kind} tokenizer found here is not the one described there: prepare the data again')
+    return tokenizer
