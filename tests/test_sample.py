@@ -1,0 +1,182 @@
+"""Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
+import collections
+
+import pytest
+import torch
+from conftest import one_line, run, train
+
+import checkpoint
+from model import ModelConfig, Transformer
+from sample import draw, generate, stream
+from tokenizer import new_tokenizer
+
+
+def model(**settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def tokens(model, prompts, n, **options):
+    return torch.stack(list(generate(model, prompts, n, **options)), dim=1)
+
+
+# --- the cache ---
+
+@pytest.mark.parametrize('settings', [dict(), dict(position='learned', qk_norm=False), dict(n_kv_head=2, softcap=5.0), dict(n_kv_head=1, position='none'),
+                                      dict(rank_qk=8, rank_head=16, tie=False)], ids=str)
+def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(settings):
+    m, prompts = model(**settings), [[1, 2, 3], [7, 8, 9]]
+    cached, uncached = (tokens(m, prompts, 100, temperature=0, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached) and len(cached.unique()) > 5
+
+
+def test_when_the_context_is_full_the_newer_half_is_read_afresh():
+    m, prompt = model(), list(range(1, 21))
+    out = prompt + tokens(m, [prompt], 30, temperature=0)[0].tolist()
+    start = 0
+    for end in range(20, 50):  # the same thing said plainly: the whole window through the network for every token
+        if end - start > 24:
+            start = end - 12
+        assert m(torch.tensor([out[start:end]]))[0, -1].argmax() == out[end]
+
+
+# --- batches ---
+
+def test_a_batch_of_prompts_of_different_lengths_is_one_by_one():
+    m, prompts = model(block_size=64), [[1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 5]]
+    together = tokens(m, prompts, 12, temperature=0)
+    for row, prompt in enumerate(prompts):
+        alone = tokens(m, [prompt], 12, temperature=0)[0]
+        assert torch.equal(together[row][together[row] >= 0], alone)
+
+
+def test_a_row_ends_with_the_end_of_text_token():
+    m = model()
+    plain = tokens(m, [[1], [2]], 40, temperature=0)
+    eot = int(plain[0, 4])
+    out = tokens(m, [[1], [2]], 40, temperature=0, eot=eot)
+    first = plain[0].tolist().index(eot)
+    assert out[0, :first].tolist() == plain[0, :first].tolist() and (out[0, first:] == -1).all()
+
+
+def test_the_seed_decides():
+    m = model()
+
+    def text(seed):
+        return tokens(m, [[1, 2]], 30, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert text(1) == text(1) != text(2)
+
+
+# --- the knobs of draw(), against what they are defined as ---
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf]])
+
+
+def frequencies(n=20000, past=((5,),), **options):
+    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0} | options
+    logits, past = LOGITS.expand(n, -1), torch.tensor(past).expand(n, -1)
+    counts = collections.Counter(draw(logits, past, generator=torch.Generator().manual_seed(0), **options).tolist())
+    return torch.tensor([counts[i] / n for i in range(6)])
+
+
+def expected(logits):
+    return torch.tensor(logits).softmax(-1)
+
+
+@pytest.mark.parametrize('options, logits', [
+    (dict(), [2, 1, 0.5, 0, -1, -torch.inf]),
+    (dict(temperature=0.5), [4, 2, 1, 0, -2, -torch.inf]),
+    (dict(top_k=2), [2, 1, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),
+    (dict(top_p=0.75), [2, 1, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),  # 0.56 + 0.21 reach 0.75
+    (dict(top_p=0.5), [2, -torch.inf, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),
+    (dict(min_p=0.2), [2, 1, 0.5, -torch.inf, -torch.inf, -torch.inf]),  # e^-1.5 = 0.22 stays, e^-2 = 0.14 goes
+    (dict(repetition_penalty=2.0, past=((0, 4),)), [1, 1, 0.5, 0, -2, -torch.inf]),
+], ids=str)
+def test_tokens_are_drawn_with_the_probabilities_asked_for(options, logits):
+    assert (frequencies(**options) - expected([float(x) for x in logits])).abs().max() < 0.012
+
+
+def test_temperature_zero_is_greedy():
+    assert frequencies(n=10, temperature=0)[0] == 1
+
+
+# --- text ---
+
+class Scripted(torch.nn.Module):
+    """A 'model' that says a fixed byte string, whatever it is asked."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cfg, self.weight = ModelConfig(vocab_size=257, block_size=1000, n_layer=1), torch.nn.Parameter(torch.zeros(1))
+        self.ids, self.at = text.encode() + b' ' * 99, 0
+
+    def hidden(self, idx, cache):
+        cache.length += idx.size(1)
+        return torch.zeros(idx.size(0), 1, 1)
+
+    def logits(self, h):
+        out = torch.full((len(h), 257), -torch.inf)
+        out[:, self.ids[self.at]] = 0
+        self.at += 1
+        return out
+
+
+def said(text, n=50, **options):
+    return [piece for _, piece in stream(Scripted(text), new_tokenizer('byte'), [[65]], max_new_tokens=n, temperature=0, **options)]
+
+
+def test_a_character_is_never_cut_while_streaming():
+    pieces = said('äö→😀x', n=len('äö→😀x'.encode()))
+    assert ''.join(pieces) == 'äö→😀x' and '\ufffd' not in ''.join(pieces) and len([p for p in pieces if p]) == 5
+
+
+def test_text_ends_before_the_first_stop_string_and_none_of_it_is_shown():
+    pieces = said('One. Two.\n\nThree. END four', stop=['\n\nT', 'END'])
+    assert ''.join(pieces) == 'One. Two.'
+    assert ''.join(said('ENDE', stop=['END'])) == '' and ''.join(said('ENxEND', stop=['END'])) == 'ENx'
+
+
+# --- the script ---
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run on bytes, made by the scripts themselves."""
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'text.txt').write_text('the quick brown fox jumps over the lazy dog. ' * 400, encoding='utf-8')
+    done = run('prepare.py', folder / 'text.txt', f'--out={folder / "data"}', '--tokenizer=byte', '--val_fraction=0.1')
+    assert done.returncode == 0, done.stderr
+    train(folder / 'out', '--max_iters=60', '--n_embd=48', dataset=folder / 'data')
+    return folder / 'out'
+
+
+def test_a_trained_model_writes_what_it_has_read(trained):
+    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1', '--max_new_tokens=40')
+    assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
+
+
+def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('jumps over')
+    from_file = run('sample.py', f'--out_dir={trained}', f'--start=FILE:{tmp_path / "prompt.txt"}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9')
+    assert from_file.stdout.startswith('jumps over')
+    typed = run('sample.py', f'--out_dir={trained}', '--interactive', '--num_samples=1', '--max_new_tokens=5', '--temperature=0',
+                typed='the\n' + 'x' * 100 + '\nlazy\n')
+    assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout  # a prompt too long does not end the session
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
+    (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'), (['--temprature=1'], 'temperature'),
+])
+def test_bad_input_is_one_line(trained, args, words):
+    assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
+
+
+def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):
+    weights, state = checkpoint.read_weights(folder := checkpoint.find(str(trained))), checkpoint.load_state(folder)
+    state['model']['vocab_size'] = 128
+    folder = checkpoint.save(str(tmp_path), 1, weights, {}, state)
+    assert '257 tokens, the network 128' in one_line(run('sample.py', f'--out_dir={folder}'))
