@@ -63,17 +63,15 @@ def pick_compile(setting, device):
     return wanted and not missing
 
 
-def matmul_flops(device, dtype, n=512):
-    """FLOP/s of an n x n matmul, the best of a few (20 ms on a laptop)."""
+def matmul_flops(device, dtype, n=512, seconds=0.02):
+    """FLOP/s of an n x n matmul, the best of those that fit into `seconds` (of three at least)."""
     a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
-    best, end = float('inf'), time.perf_counter() + 0.02
-    for i in range(100):
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
         (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start) if i else best  # the first one sets things up
-        if i > 2 and time.perf_counter() > end:
-            break
-    return 2 * n ** 3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(times[1:])  # the first one sets things up
 
 
 # dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
@@ -84,7 +82,7 @@ PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e
 def peak_flops(device, dtype):
     """FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not known."""
     if device.type == 'cpu':
-        return max(matmul_flops(device, getattr(torch, dtype), n) for n in (512, 1024))
+        return max(matmul_flops(device, getattr(torch, dtype), n, seconds=0.3) for n in (512, 1024))
     if device.type == 'cuda' and dtype != 'float32':
         return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
     return None

@@ -58,11 +58,11 @@ def dataset(tmp_path_factory):
     return str(folder)
 
 
-def run(*args, nproc=1, cwd=ROOT, env=None, timeout=120):
-    """`python ARGS` or, for nproc > 1, `torchrun ARGS`, one thread a process. Returns the finished process, its output as text."""
+def run(*args, nproc=1, cwd=ROOT, env=None, typed=None, timeout=300):
+    """`python ARGS` or, for nproc > 1, `torchrun ARGS`, one thread a process, `typed` on its input. Returns the finished process."""
     start = [sys.executable] if nproc == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}']
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)} | (env or {})
-    return subprocess.run([*start, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([*start, *map(str, args)], cwd=cwd, env=environment, input=typed, capture_output=True, text=True, timeout=timeout)
 
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--device=cpu', '--dtype=float32', '--max_iters=10',

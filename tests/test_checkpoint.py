@@ -41,7 +41,8 @@ def truncate(size):
 
 
 @pytest.mark.parametrize('name', FILES)
-@pytest.mark.parametrize('damage', [flip, truncate(0), truncate(1), truncate(-1), os.remove, lambda p: shutil.copy(p.parent.parent / 'step_00000002' / p.name, p)],
+@pytest.mark.parametrize('damage', [flip, truncate(0), truncate(1), truncate(-1), os.remove,
+                                    lambda path: shutil.copy(path.parent.parent / 'step_00000002' / path.name, path)],
                          ids=['bit', 'empty', 'one byte', 'last byte', 'removed', 'of another step'])
 def test_a_damaged_file_is_noticed_and_the_one_before_is_taken(run, capsys, name, damage):
     damage(run / 'step_00000003' / name)

@@ -1,0 +1,42 @@
+"""The machine, as far as a CPU can show it."""
+import pytest
+import torch
+
+import device
+from configurator import UserError
+
+
+def test_bfloat16_is_taken_on_a_cpu_only_where_a_matmul_is_faster(monkeypatch):
+    cpu = torch.device('cpu')
+    for speed, choice in ((0.01, 'float32'), (1.2, 'float32'), (4.0, 'bfloat16')):  # emulated bf16 can be 100 times slower
+        monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
+        assert device.pick_dtype('auto', cpu) == choice and device.pick_dtype('float32', cpu) == 'float32'
+
+
+def test_the_matmul_is_really_timed():
+    assert 1e8 < device.matmul_flops(torch.device('cpu'), torch.float32) < 1e14
+
+
+def test_autocast_multiplies_in_the_dtype():
+    a = torch.ones(4, 4)
+    for name in ('float32', 'bfloat16'):
+        with device.autocast(torch.device('cpu'), name):
+            assert (a @ a).dtype == getattr(torch, name)
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(device.shutil, 'which', lambda name: None)
+    assert device.pick_compile(True, torch.device('cpu')) is False and 'no C++ compiler' in capsys.readouterr().out
+    assert device.pick_compile('auto', torch.device('cpu')) is False
+
+
+@pytest.mark.parametrize('name', ['tpu', 'cuda:x', 'cpu:1', 'cuda:99'])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=f'device={name}'):
+        device.pick_device(name)
+
+
+@pytest.mark.parametrize('error, is_it', [(MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+                                          (torch.OutOfMemoryError('CUDA out of memory.'), True), (RuntimeError('shape mismatch'), False)])
+def test_out_of_memory_is_told_from_other_errors(error, is_it):
+    assert device.is_out_of_memory(error) is is_it

@@ -1,0 +1,330 @@
+"""
+Training as a user runs it: resume = uninterrupted, accumulation = ranks = big batch, evaluation disturbs nothing, signals lose
+nothing, bad input is one line. Every claim of equality is bit for bit.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
+from safetensors.torch import load_file
+
+import checkpoint
+
+
+def last(out_dir):
+    """(weights, optimizer state) of the newest checkpoint."""
+    folder = checkpoint.find(str(out_dir))
+    return load_file(f'{folder}/model.safetensors'), torch.load(f'{folder}/optimizer.pt', weights_only=True)
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists and tensors are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='module')
+def whole(dataset, tmp_path_factory):
+    """Ten uninterrupted steps, dropout on."""
+    out = tmp_path_factory.mktemp('whole')
+    train(out, '--dropout=0.1', dataset=dataset)
+    return out
+
+
+# --- resume ---
+
+def test_ten_steps_are_five_and_five_in_a_new_process(whole, dataset, tmp_path):
+    train(tmp_path, '--dropout=0.1', '--max_iters=5', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
+    train(tmp_path, '--dropout=0.1', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
+    assert same(last(whole), last(tmp_path))  # weights, moments, the optimizer's own step
+    assert read_log(whole) == read_log(tmp_path)  # losses, norms, rates
+    assert len(last(tmp_path)[1]['state']) == len(last(tmp_path)[0])  # moments for every tensor
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(whole, dataset, tmp_path):
+    train(tmp_path / 'a', '--dropout=0.1', dataset=dataset)
+    train(tmp_path / 'b', '--dropout=0.1', '--seed=1', dataset=dataset)
+    assert same(last(whole), last(tmp_path / 'a')) and not same(last(whole), last(tmp_path / 'b'))
+
+
+def test_dropout_is_on(whole, dataset, tmp_path):
+    train(tmp_path, dataset=dataset)
+    assert not same(last(whole), last(tmp_path))
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(dataset, tmp_path):
+    train(tmp_path, dataset=dataset)
+    before = os.listdir(tmp_path)
+    assert 'done: 10 steps' in train(tmp_path, dataset=dataset).stdout and os.listdir(tmp_path) == before
+    train(tmp_path, '--max_iters=12', dataset=dataset)
+    assert checkpoint.find(str(tmp_path)).endswith('step_00000012')
+
+
+def test_scratch_moves_the_old_run_aside(dataset, tmp_path):
+    train(tmp_path / 'run', dataset=dataset)
+    train(tmp_path / 'run', '--init_from=scratch', '--n_layer=1', '--max_iters=1', dataset=dataset)
+    assert checkpoint.find(str(tmp_path / 'run.old1')).endswith('step_00000010')
+    assert checkpoint.find(str(tmp_path / 'run')).endswith('step_00000001')
+
+
+def test_init_from_a_run_takes_its_weights_and_network_with_a_fresh_schedule(whole, dataset, tmp_path):
+    done = run('train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}', *[a for a in TINY if not a.startswith(('--n_', '--block'))],
+               f'--init_from={whole}', '--max_iters=1', '--learning_rate=0')
+    assert done.returncode == 0, done.stderr
+    best = checkpoint.find(str(whole), 'best')
+    assert same(last(tmp_path)[0], load_file(f'{best}/model.safetensors'))
+    refused = train(tmp_path / 'other', f'--init_from={whole}', '--n_layer=3', dataset=dataset, check=False)
+    assert 'n_layer=3' in one_line(refused) and not (tmp_path / 'other').exists()
+
+
+# --- ranks, accumulation ---
+
+def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
+    for name, nproc in (('one', 1), ('two', 2)):
+        train(tmp_path / name, '--dropout=0.1', '--gradient_accumulation_steps=2', dataset=dataset, nproc=nproc)
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
+    one, two = read_log(tmp_path / 'one'), read_log(tmp_path / 'two')
+    assert [r.get('train_loss') for r in one] == [r.get('train_loss') for r in two]
+    assert all(abs(a['val_loss'] - b['val_loss']) < 1e-6 for a, b in zip(one, two) if 'val_loss' in a)
+
+
+def test_accumulation_is_the_big_batch_also_when_rows_have_unequal_numbers_of_targets(dataset, tmp_path):
+    """Documents, padded: the mean is over the global batch's real tokens, not the mean of means."""
+    for name, sizes in (('big', (8, 1)), ('small', (2, 4))):
+        train(tmp_path / name, '--packing=document', f'--batch_size={sizes[0]}', f'--gradient_accumulation_steps={sizes[1]}', '--learning_rate=1e-3',
+              dataset=dataset)
+    big, small = read_log(tmp_path / 'big'), read_log(tmp_path / 'small')
+    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-5 for a, b in zip(big, small) if 'train_loss' in a)
+
+
+def test_a_batch_on_two_ranks_is_shared_when_there_is_one_micro_batch(dataset, tmp_path):
+    train(tmp_path, dataset=dataset, nproc=2)
+    train(tmp_path / 'one', dataset=dataset)
+    ours, one = read_log(tmp_path), read_log(tmp_path / 'one')
+    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(ours, one) if 'train_loss' in a)
+
+
+# --- evaluation ---
+
+def test_evaluating_every_step_changes_nothing(whole, dataset, tmp_path):
+    train(tmp_path, '--dropout=0.1', '--eval_interval=1', '--sample_tokens=5', dataset=dataset)
+    never = tmp_path / 'never'
+    train(never, '--dropout=0.1', '--eval_interval=1000', dataset=dataset)
+    assert same(last(whole), last(tmp_path)) and same(last(whole), last(never))
+
+
+def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
+    before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*'))
+    done = train(whole, '--dropout=0.1', '--eval_only=True', dataset=dataset)
+    assert f'val_loss {read_log(whole)[-1]["val_loss"]:.4f}' in done.stdout
+    assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*')) == before
+    train(tmp_path / 'new', '--eval_only=True', dataset=dataset)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_the_log_has_what_the_design_promises(whole):
+    records = [json.loads(line) for line in (whole / 'log.jsonl').read_text().splitlines()]
+    training, evaluation = [r for r in records if 'train_loss' in r], [r for r in records if 'val_loss' in r]
+    assert [r['step'] for r in evaluation] == [0, 5, 10] and [r['step'] for r in training] == list(range(1, 11))
+    assert {'step', 'tokens', 'flops', 'seconds', 'train_loss', 'lr', 'grad_norm', 'tokens_per_second', 'mfu'} <= training[0].keys()
+    assert {'val_loss', 'val_bpb', 'peak_memory_bytes'} <= evaluation[0].keys()
+    assert training[-1]['tokens'] == 10 * 4 * 32 and evaluation[-1]['val_loss'] < evaluation[0]['val_loss']
+
+
+def test_a_mixture_is_validated_by_source(tmp_path):
+    for n in range(2):
+        write_dataset(tmp_path / f'd{n}', seed=n)
+    mixture = {str(tmp_path / 'd0'): 3, str(tmp_path / 'd1'): 1}
+    train(tmp_path / 'out', dataset=mixture)
+    record = [r for r in read_log(tmp_path / 'out') if 'val_loss' in r][-1]
+    a, b = (record[f'val_loss/{name}'] for name in mixture)
+    assert min(a, b) < record['val_loss'] < max(a, b)
+
+
+def test_label_smoothing_and_bfloat16_train(dataset, tmp_path):
+    train(tmp_path, '--label_smoothing=0.1', '--dtype=bfloat16', dataset=dataset)
+    losses = [r['train_loss'] for r in read_log(tmp_path) if 'train_loss' in r]
+    assert losses[-1] < losses[0]
+
+
+def test_compiled_and_plain_are_the_same_run(whole, dataset, tmp_path):
+    """And a compiled run's checkpoint is an ordinary one: same names, resumed without compiling."""
+    train(tmp_path, '--dropout=0.0', '--compile=True', '--max_iters=5', '--lr_decay_iters=10', dataset=dataset, timeout=300)
+    train(tmp_path, '--dropout=0.0', '--lr_decay_iters=10', dataset=dataset)
+    train(tmp_path / 'plain', '--dropout=0.0', dataset=dataset)
+    compiled, plain = read_log(tmp_path), read_log(tmp_path / 'plain')
+    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(compiled, plain) if 'train_loss' in a)
+    assert last(tmp_path)[0].keys() == last(whole)[0].keys()
+
+
+# --- checkpoints ---
+
+def test_only_the_newest_and_the_best_are_kept(dataset, tmp_path):
+    train(tmp_path, '--checkpoint_interval=1', '--keep_checkpoints=2', '--eval_interval=4', '--max_iters=10', dataset=dataset)
+    steps = {int(p.name[5:]) for p in tmp_path.glob('step_*')}
+    best = json.loads((tmp_path / 'best').read_text())
+    assert steps == {9, 10, int(best['checkpoint'][5:])}
+    assert best['val_loss'] == min(r['val_loss'] for r in read_log(tmp_path) if 'val_loss' in r)
+
+
+def test_always_save_checkpoint_false_saves_what_is_better_and_the_end(dataset, tmp_path):
+    train(tmp_path, '--always_save_checkpoint=False', '--learning_rate=30', '--warmup_iters=5', '--eval_interval=5', dataset=dataset)
+    best = json.loads((tmp_path / 'best').read_text())
+    assert {p.name for p in tmp_path.glob('step_*')} == {best['checkpoint'], 'step_00000010'}
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_bitwise(dataset, tmp_path, number):
+    slow = ['--max_iters=400', '--eval_interval=1000', '--n_embd=64', '--batch_size=16', '--log_interval=1']
+    args = [sys.executable, 'train.py', f'--out_dir={tmp_path / "cut"}', f'--dataset={dataset}', *TINY, *slow]
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith('step 20/'):
+            process.send_signal(number)
+            break
+    output = process.stdout.read()
+    assert process.wait(30) == 128 + number and f'stopped by {number.name}' in output, output
+    stopped_at = int(checkpoint.find(str(tmp_path / 'cut'))[-8:])
+    assert 20 <= stopped_at < 400
+    end = f'--max_iters={stopped_at + 5}'
+    for name in ('cut', 'whole'):
+        train(tmp_path / name, *slow, end, '--lr_decay_iters=400', '--warmup_iters=20', dataset=dataset)
+    assert same(last(tmp_path / 'cut'), last(tmp_path / 'whole'))
+
+
+def test_sigterm_to_torchrun_saves_once_on_all_ranks(dataset, tmp_path):
+    args = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}',
+            *TINY, '--max_iters=100000', '--eval_interval=100000']
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith('step 20/'):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    process.wait(60)
+    assert 'stopped by SIGTERM' in output and len(list(tmp_path.glob('step_*'))) == 1, output
+    assert checkpoint.damage(checkpoint.find(str(tmp_path))) is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp_path):
+    done = train(tmp_path, '--learning_rate=1e30', '--warmup_iters=0', '--grad_clip=0', '--eval_interval=1', '--softcap=0', dataset=dataset, check=False)
+    assert 'not finite' in one_line(done) and 'learning_rate' in one_line(done)
+    for folder in tmp_path.glob('step_*'):
+        assert all(t.isfinite().all() for t in load_file(f'{folder}/model.safetensors').values())
+
+
+# --- bad input: one line, exit code 2, nothing written ---
+
+@pytest.mark.parametrize('args, words', [
+    (['--dataset=nowhere'], 'python prepare.py nowhere'),
+    (['--n_layers=2'], 'did you mean n_layer'),
+    (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2'),
+    (['--n_kv_head=3'], 'n_kv_head'),
+    (['--rank_qk=64'], 'rank_qk=64 is larger'),
+    (['--rank_embed=64'], 'rank_embed=64 is larger'),
+    (['--vocab_size=10'], 'vocab_size=10'),
+    (['--learning_rate=fast'], 'takes float'),
+    (['--batch_size=0'], 'batch_size=0'),
+    (['--device=tpu'], 'device=tpu'),
+    (['--device=cuda:9'], 'device=cuda:9'),
+    (['--init_from=nowhere'], 'nowhere: no such directory'),
+    (['--init_from=resume'], 'no such directory'),
+    (['--init_from=hf:nowhere'], 'nowhere'),
+    (['--packing=documents'], 'stream | aligned | document'),
+    (['config/nothing.py'], 'no such config file'),
+])
+def test_bad_input_is_one_line_and_nothing_is_written(dataset, tmp_path, args, words):
+    done = train(tmp_path / 'out', *args, dataset=dataset, check=False)
+    assert words in one_line(done) and not (tmp_path / 'out').exists()
+
+
+def test_an_out_dir_of_another_run_is_left_alone(whole, dataset, tmp_path):
+    write_dataset(tmp_path / 'other', seed=9)
+    before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*'))
+    for arg, words in (('--n_layer=3', 'n_layer=3'), ('--seed=2', 'seed=2'), ('--batch_size=2', '= 2'), (f'--dataset={tmp_path / "other"}', 'dataset=')):
+        refused = one_line(train(whole, '--dropout=0.1', arg, dataset=dataset, check=False))
+        assert words in refused and 'belongs to' in refused
+    assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*')) == before
+
+
+def test_data_that_changed_under_a_run_are_noticed(tmp_path):
+    write_dataset(tmp_path / 'd', seed=1)
+    train(tmp_path / 'out', dataset=tmp_path / 'd')
+    (tmp_path / 'd').rename(tmp_path / 'old')
+    write_dataset(tmp_path / 'd', seed=2)
+    assert 'its files are not those' in one_line(train(tmp_path / 'out', '--max_iters=20', dataset=tmp_path / 'd', check=False))
+
+
+def test_two_ranks_say_a_mistake_once(dataset, tmp_path):
+    done = train(tmp_path / 'out', '--n_kv_head=3', dataset=dataset, nproc=2, check=False)
+    assert done.returncode != 0 and done.stderr.count('train.py: n_head=2 is not a multiple') == 1
+
+
+def test_out_of_memory_says_which_settings_to_lower(dataset, tmp_path):
+    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); sys.argv = sys.argv[1:]; sys.path.insert(0, '{ROOT}'); " \
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run('-c', limit, str(ROOT / 'train.py'), f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', *TINY, '--n_embd=8192', '--n_layer=40')
+    assert 'out of memory: lower batch_size=4' in one_line(done)
+
+
+# --- nanoGPT's files ---
+
+def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
+    """The settings of its five kinds of config file, by name; the README's laptop line trains."""
+    from configurator import read_config
+    from train import Settings
+    files = {
+        'train_shakespeare_char': """
+            out_dir = 'out-shakespeare-char'; eval_interval = 250; eval_iters = 200; log_interval = 10; always_save_checkpoint = False
+            wandb_log = False; wandb_project = 'shakespeare-char'; wandb_run_name = 'mini-gpt'; dataset = 'shakespeare_char'
+            gradient_accumulation_steps = 1; batch_size = 64; block_size = 256; n_layer = 6; n_head = 6; n_embd = 384; dropout = 0.2
+            learning_rate = 1e-3; max_iters = 5000; lr_decay_iters = 5000; min_lr = 1e-4; beta2 = 0.99; warmup_iters = 100""",
+        'train_gpt2': """
+            wandb_log = True; wandb_project = 'owt'; wandb_run_name='gpt2-124M'; batch_size = 12; block_size = 1024
+            gradient_accumulation_steps = 5 * 8; max_iters = 600000; lr_decay_iters = 600000; eval_interval = 1000; eval_iters = 200
+            log_interval = 10; weight_decay = 1e-1""",
+        'finetune_shakespeare': """
+            import time; out_dir = 'out-shakespeare'; eval_interval = 5; eval_iters = 40; wandb_log = False; wandb_project = 'shakespeare'
+            wandb_run_name = 'ft-' + str(time.time()); dataset = 'shakespeare'; init_from = 'gpt2-xl'; always_save_checkpoint = False
+            batch_size = 1; gradient_accumulation_steps = 32; max_iters = 20; learning_rate = 3e-5; decay_lr = False""",
+        'eval_gpt2': "batch_size = 8; eval_iters = 500; eval_only = True; wandb_log = False; init_from = 'gpt2'"}
+    for name, text in files.items():
+        (tmp_path / f'{name}.py').write_text(textwrap.dedent(text))
+        Settings(**read_config(Settings, str(tmp_path / f'{name}.py')))
+
+
+def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_path):
+    import pickle
+
+    import numpy as np
+    folder = tmp_path / 'data' / 'shakespeare_char'
+    folder.mkdir(parents=True)
+    text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\n' * 300
+    chars = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(chars)}
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[:-2000].tofile(folder / 'train.bin')
+    ids[-2000:].tofile(folder / 'val.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': stoi}))
+    line = ('--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 '
+            '--max_iters=20 --lr_decay_iters=2000 --dropout=0.0').split()  # its README's, fewer steps
+    (tmp_path / 'train_shakespeare_char.py').write_text("out_dir = 'out-shakespeare-char'\ndataset = 'shakespeare_char'\nalways_save_checkpoint = False\n")
+    done = run(ROOT / 'train.py', 'train_shakespeare_char.py', *line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampled = run(ROOT / 'sample.py', '--out_dir=out-shakespeare-char', '--device=cpu', '--num_samples=1', '--max_new_tokens=20', cwd=tmp_path)
+    assert sampled.returncode == 0 and sampled.stdout.strip(), sampled.stderr
+    assert Path(folder / 'train.bin').stat().st_size == 2 * (len(text) - 2000)
+
+

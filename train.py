@@ -1,0 +1,487 @@
+"""
+Train a model.
+
+    python train.py config/tinystories_cpu.py --learning_rate=2e-3          # one process
+    torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
+
+Run the same command again and it goes on where it was: checkpoints, log.jsonl and settings.json are in out_dir.
+Ctrl-C and SIGTERM save at the end of the step, then stop.
+"""
+import dataclasses
+import gc
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import hub
+from configurator import UserError, configure, from_dict, run_main
+from data import DataConfig, Mixture, Source, splitmix, validation_batch, validation_rows
+from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, zero
+from model import ModelConfig, Transformer
+from optim import OptimConfig, learning_rate, make_optimizer
+from sample import stream
+from tokenizer import load_tokenizer
+
+
+@dataclass
+class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
+    out_dir: str = 'out'  # where checkpoints, log and settings go
+    init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
+    # a run or checkpoint DIR: its weights, a fresh schedule; hf:FOLDER: a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    seed: int = 1337  # of weights, order of the data and dropout
+    batch_size: int = 12  # rows of a micro-batch: what has to fit into memory
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size times this many rows
+    label_smoothing: float = 0.0  # in the training loss only
+    eval_interval: int = 250  # steps between evaluations, each with a checkpoint and samples
+    eval_iters: int = 200  # batches of the validation split, the same ones each time; 0 = the whole split
+    eval_only: bool = False  # evaluate, then stop
+    log_interval: int = 10  # steps between progress lines
+    always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at the end)
+    checkpoint_interval: int = 0  # steps between further checkpoints; 0 = only after evaluations
+    keep_checkpoints: int = 2  # the newest ones kept, and the best one
+    sample_prompt: str = '\n'  # what the samples during training begin with
+    sample_tokens: int = 100  # their length; 0 = no samples
+    wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project: str = 'minnow'
+    wandb_run_name: str = ''  # '' = the name of out_dir
+    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto = nccl on CUDA
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_checkpoints'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
+
+
+# -----------------------------------------------------------------------------
+# Ranks
+
+class Ranks:
+    """This process among those that torchrun started, or alone."""
+
+    def __init__(self, backend, device):
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.device = device
+        if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
+            dist.init_process_group({'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend))
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def sum(self, *values):
+        """The sums over all ranks of some numbers, as a list of floats."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def from_first(self, compute):
+        """What compute() returns on rank 0, on all ranks; its UserError too."""
+        box = [None]
+        if self.first:
+            try:
+                box = [compute()]
+            except UserError as error:
+                box = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def say(self, text):
+        if self.first:
+            print(text, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# One step, one evaluation
+
+def micro_batches(s, step, rank, world):
+    """The global sample numbers of this rank's micro-batches in a step: contiguous, so any split of the same rows is the same batch."""
+    rows = s.batch_size * s.gradient_accumulation_steps // world
+    size = next(n for n in range(min(s.batch_size, rows), 0, -1) if rows % n == 0)
+    first = (step * world + rank) * rows
+    return [range(i, i + size) for i in range(first, first + rows, size)]
+
+
+def train_step(model, optimizer, scaler, data, s, step, ranks, stop=False):
+    """
+    One update. Returns (summed loss of this rank's rows in nats, targets in the global batch, norm of the gradient, whether
+    any rank was asked to stop).
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate(step, s)
+    numbers = micro_batches(s, step, ranks.rank, ranks.world)
+    batches = [[torch.from_numpy(a) for a in data.rows(samples)] for samples in numbers]
+    targets, stop = ranks.sum(sum(int((y >= 0).sum()) for _, y in batches), stop)
+    nats = zero(ranks.device)
+    for n, (samples, (x, y)) in enumerate(zip(numbers, batches)):
+        torch.manual_seed(splitmix(s.seed, samples[0]) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
+        if ranks.world > 1:
+            model.require_backward_grad_sync = n == len(batches) - 1  # set before the forward pass: exchange gradients once a step
+        with autocast(ranks.device, s.dtype):
+            loss = model(x.to(ranks.device), y.to(ranks.device), reduction='sum', label_smoothing=s.label_smoothing)
+        # the mean over the targets of the global batch; DDP divides by the number of ranks
+        scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
+        nats += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return nats, targets, norm, stop > 0
+
+
+@torch.no_grad()
+def evaluate(model, sources, s, ranks):
+    """
+    {'val_loss', 'val_bpb' and the same per source as 'val_loss/NAME', …}: nats per token and bits per byte of text over the
+    same rows every time, each token weighing the same, computed by all ranks together.
+    """
+    model.eval()
+    out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
+    for source in sources:
+        numbers = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world]
+        nats, targets = zero(ranks.device), 0
+        for i in range(0, len(numbers), s.batch_size):
+            x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + s.batch_size], s.batch_size))
+            with autocast(ranks.device, s.dtype):
+                nats += model(x.to(ranks.device), y.to(ranks.device), reduction='sum')
+            targets += int((y >= 0).sum())
+        nats, targets = ranks.sum(nats.item(), targets)
+        text_bytes = targets * source.files.bytes / source.files.tokens
+        all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
+        if len(sources) > 1:
+            out |= losses(nats, targets, text_bytes, '/' + source.name)
+    model.train()
+    return losses(all_nats, all_targets, all_bytes) | out
+
+
+def losses(nats, targets, text_bytes, suffix=''):
+    out = {'val_loss' + suffix: nats / max(targets, 1)}
+    if text_bytes:
+        out['val_bpb' + suffix] = nats / math.log(2) / text_bytes
+    return out
+
+
+# -----------------------------------------------------------------------------
+# Where to start from
+
+# what a resumed run may not change: the network, and which rows step n sees
+IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed']
+
+
+def model_config(s):
+    return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+def find_origin(s, ranks):
+    """
+    What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer'}
+    trained elsewhere, whose network becomes that of `s`.
+    """
+    found = checkpoint.checkpoints(s.out_dir)
+    if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
+        folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
+        state = checkpoint.load_state(folder)
+        if state['settings']['init_from'] not in ('auto', 'scratch'):
+            adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
+        return {'folder': folder, 'state': state}
+    if s.init_from in ('auto', 'scratch'):
+        return {}
+    if hub.knows(s.init_from):
+        ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
+        cfg, weights = hub.load(s.init_from)
+        tokenizer = None  # not known here: only the number of tokens is compared
+    else:
+        folder = checkpoint.find(s.init_from, 'best')
+        state = checkpoint.load_state(folder)
+        cfg, weights, tokenizer = from_dict(ModelConfig, state['model'], folder), checkpoint.read_weights(folder), state['tokenizer']
+    adopt(s, cfg, s.init_from)
+    if cfg.position == 'learned':
+        weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]
+    return {'weights': weights, 'tokenizer': tokenizer}
+
+
+def build_model(s, data, origin):
+    """The model on the CPU, from `origin`. Raises UserError where its vocabulary or its run is not that of the data."""
+    tokenizer = data.sources[0].files.meta['tokenizer']
+    if origin.get('tokenizer') not in (None, tokenizer):
+        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with that one')
+    s.vocab_size = s.vocab_size or data.vocab_size
+    if s.vocab_size < data.vocab_size:
+        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
+            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
+    if 'state' in origin:
+        check_same_run(s, data, origin['state'])
+    torch.manual_seed(s.seed)
+    model = Transformer(model_config(s))
+    if 'state' in origin:
+        checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
+    elif 'weights' in origin:
+        checkpoint.load_weights(model, origin['weights'], s.init_from)
+    return model
+
+
+def adopt(s, cfg, where):
+    """Take the model's settings from weights that were trained elsewhere; only dropout and a shorter context are the user's."""
+    if s.block_size > cfg.block_size and 'block_size' in s.given:
+        raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
+    for name, value in dataclasses.asdict(cfg).items():
+        if name == 'dropout' or (name == 'block_size' and name in s.given):
+            continue
+        if name in s.given and getattr(s, name) != value:
+            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: leave it out')
+        setattr(s, name, value)
+
+
+def check_same_run(s, data, state):
+    """Raise UserError unless the stored run is this one: same network, same data in the same order."""
+    stored, advice = state['settings'], 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+    for name in IDENTITY:
+        if getattr(s, name) != stored.get(name, getattr(s, name)):  # a setting that the stored run did not know is at its default
+            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={stored[name]}: {advice}')
+    rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
+    if rows != old:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {advice}')
+    if s.init_from not in ('auto', 'resume', stored['init_from']):
+        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {advice}')
+    if data.fingerprint() != state['data']:
+        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {advice}')
+    s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
+
+
+# -----------------------------------------------------------------------------
+# What is written down
+
+class Log:
+    """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
+
+    def __init__(self, s, step, ranks):
+        self.on, self.wandb, self.seconds, self.evaluated = ranks.first, None, 0.0, -1  # `evaluated`: step of the last evaluation
+        if not self.on:
+            return
+        self.path = os.path.join(s.out_dir, 'log.jsonl')
+        records = []
+        if step and os.path.exists(self.path):
+            with open(self.path, encoding='utf-8') as f:
+                records = [json.loads(line) for line in f if line.endswith('\n')]
+        records = [r for r in records if r['step'] <= step]  # what came after the checkpoint happens again
+        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(r) + '\n' for r in records)
+        os.replace(self.path + '.tmp', self.path)
+        self.seconds = records[-1]['seconds'] if records else 0.0
+        self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
+        self.began = time.perf_counter()
+        if s.wandb_log:
+            import wandb
+            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or os.path.basename(s.out_dir), config=dataclasses.asdict(s), dir=s.out_dir)
+
+    def write(self, step, **record):
+        if self.on:
+            record = {'step': step, **record, 'seconds': round(self.seconds + time.perf_counter() - self.began, 3)}
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(record) + '\n')
+            if self.wandb:
+                self.wandb.log(record, step=step)
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def save(s, step, model, optimizer, scaler, data, ranks):
+    """Rank 0 writes a checkpoint; the others wait for it."""
+    def write():
+        source = data.sources[0].files
+        state = {'step': step, 'model': dataclasses.asdict(model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
+                 'data': data.fingerprint(), 'scaler': scaler.state_dict(), 'torch': torch.__version__}
+        tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
+        checkpoint.save(s.out_dir, step, model.state_dict(), optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
+    ranks.from_first(write)
+
+
+def show_samples(model, s, data, ranks):
+    """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice."""
+    if not (s.sample_tokens and ranks.first):
+        return
+    source = data.sources[0].files
+    model.eval()
+    try:
+        tokenizer = load_tokenizer(source.meta['tokenizer'], source.folder)
+        prompt = tokenizer.encode(s.sample_prompt) or [0]
+        with autocast(ranks.device, s.dtype):
+            text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt[-s.block_size:]], max_new_tokens=s.sample_tokens, temperature=0.8,
+                                                       top_k=200, generator=torch.Generator().manual_seed(s.seed)))
+        print('    | ' + (s.sample_prompt + text).strip().replace('\n', '\n    | '), flush=True)
+    except UserError as error:
+        print(f'no sample: {error}', flush=True)
+    model.train()
+
+
+def describe(s, model, data, step, ranks):
+    """What is about to be trained, in a few lines."""
+    rows = s.batch_size * s.gradient_accumulation_steps
+    network = f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head') if getattr(s, name))
+    ranks.say(f'model: {model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
+    epochs = ', '.join(f'{name} {n:.2f}' for name, n in data.epochs(rows * s.max_iters).items())
+    ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
+    compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
+    ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: {threads}')
+    if step:
+        ranks.say(f'resuming {s.out_dir} at step {step}')
+
+
+# -----------------------------------------------------------------------------
+# The training loop
+
+def train(s, device, ranks):
+    """The run that the settings describe, from where it stands to its end or to a signal. Returns the signal's number, 0 at the end."""
+    origin = find_origin(s, ranks)
+    state = origin.get('state')
+    s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
+    s.compile = pick_compile(s.compile, device)
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data)
+    val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data) for source in data.sources]
+    model = build_model(s, data, origin).to(device)
+    optimizer = make_optimizer(model, s)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
+    step = 0
+    if state:
+        step = state['step']
+        checkpoint.load_optimizer(origin['folder'], optimizer)
+        scaler.load_state_dict(state['scaler'])
+    if s.compile:
+        model.compile()
+    runner = DistributedDataParallel(model) if ranks.world > 1 else model
+    describe(s, model, data, step, ranks)
+    if s.eval_only:
+        show_losses(step, evaluate(model, val, s, ranks), ranks)
+        return 0
+
+    if ranks.first:
+        checkpoint.prepare_out_dir(s.out_dir, fresh=not state)
+        checkpoint.write_json(os.path.join(s.out_dir, 'settings.json'), dataclasses.asdict(s))
+    log = Log(s, step, ranks)
+    evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
+    peak, tokens_per_step = peak_flops(device, s.dtype) if ranks.first else None, s.batch_size * s.gradient_accumulation_steps * s.block_size
+    flops_per_step = model.flops_per_token() * tokens_per_step
+    stop, stopping, saved = StopSignal(), False, step if state else None
+    nats, targets, norm, seconds, steps = zero(device), 0.0, torch.zeros(()), 0.0, 0  # since the last progress line
+
+    def save_once():
+        nonlocal saved
+        if saved != step:
+            check_finite(norm.item(), s, step)
+            save(s, step, model, optimizer, scaler, data, ranks)
+            saved = step
+
+    while True:
+        if (step % s.eval_interval == 0 or step >= s.max_iters) and step > evaluated and not stopping:
+            if step and s.always_save_checkpoint:
+                save_once()  # first, so that nothing that goes wrong in an evaluation can lose it
+            result = evaluate(model, val, s, ranks)
+            show_losses(step, result, ranks)
+            log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, **result, peak_memory_bytes=peak_memory(device))
+            if step and (best_loss is None or result['val_loss'] < best_loss):
+                best_loss = result['val_loss']
+                save_once()
+                ranks.from_first(lambda: checkpoint.mark_best(s.out_dir, step, best_loss, s.keep_checkpoints))
+            show_samples(model, s, data, ranks)
+        elif step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
+            save_once()
+        if step >= s.max_iters or stopping:
+            save_once()
+            break
+
+        began = time.perf_counter()
+        new_nats, new_targets, norm, stopping = train_step(runner, optimizer, scaler, data, s, step, ranks, stop.number > 0)
+        nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
+        if step % s.log_interval == 0 or step == 1:
+            total, = ranks.sum(nats.item())  # waits for the device
+            seconds += time.perf_counter() - began
+            report(s, step, total / max(targets, 1), norm.item(), steps / seconds, tokens_per_step, flops_per_step, peak, data, log, ranks)
+            nats, targets, seconds, steps = zero(device), 0.0, 0.0, 0
+        else:
+            seconds += time.perf_counter() - began
+    ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
+              if stopping else f'done: {step} steps; python sample.py --out_dir={s.out_dir}')
+    return (stop.number or signal.SIGTERM) if stopping else 0
+
+
+def check_finite(value, s, step):
+    if not math.isfinite(value):
+        raise UserError(f'the loss or its gradient is not finite at step {step}: lower learning_rate={s.learning_rate} or raise warmup_iters; '
+                        f'the newest checkpoint in {s.out_dir} is from before')
+
+
+def show_losses(step, result, ranks):
+    ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
+
+
+def report(s, step, loss, norm, steps_per_second, tokens_per_step, flops_per_step, peak, data, log, ranks):
+    """The progress line and its record in the log."""
+    check_finite(loss, s, step)
+    rate, left = tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
+    mfu = flops_per_step * steps_per_second / peak / ranks.world if peak else None
+    bpb = data.bits_per_byte(loss)
+    bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
+    ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {learning_rate(step - 1, s):.2e} | {rate:,.0f} tokens/s'
+              + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
+    log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s), grad_norm=norm,
+              tokens_per_second=round(rate, 1), **({'mfu': round(mfu, 4)} if mfu else {}))
+
+
+def main():
+    s = configure(Settings)
+    device = pick_device(s.device)
+    rows, world = s.batch_size * s.gradient_accumulation_steps, int(os.environ.get('WORLD_SIZE', 1))
+    if rows % world:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {world} processes: make it a multiple of {world}')
+    if s.wandb_log and find_spec('wandb') is None:
+        raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
+    ranks = Ranks(s.backend, device)
+    try:
+        signal_number = train(s, device, ranks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f'out of memory: lower batch_size={s.batch_size} (and raise gradient_accumulation_steps={s.gradient_accumulation_steps} '
+                        f'as much to keep the step), block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
+    finally:
+        if ranks.world > 1:
+            gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
+            dist.destroy_process_group()
+    sys.exit(128 + signal_number if signal_number else 0)
+
+
+if __name__ == '__main__':
+    run_main(main)
