@@ -1,0 +1,440 @@
+"""
+Any text → token files.
+
+    python prepare.py                                             # the Python standard library of this machine: no download
+    python prepare.py shakespeare --tokenizer=char --out=data/shakespeare_char
+    python prepare.py tinystories --tokenizer=gpt2
+    python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
+
+A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
+line) and .parquet (a document a row), the first two also as .gz, .zst or .bz2; or it is a named corpus, see download.py.
+
+    OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian, uint16 (uint32 from 65,537 tokens on); a document ends with the
+                                             end-of-text token and lies in one shard
+        train_00000.idx …, val_00000.idx …   uint64: where the documents of the shard start, in tokens
+        meta.json                            the tokenizer, counts, sizes and hashes
+
+OUT appears when it is whole. A run that was stopped goes on where it was when the same command is given again, and neither that nor
+the number of processes changes a byte of the result. Memory stays the same however much text there is, but for the longest line.
+"""
+import fcntl
+import heapq
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from hashlib import file_digest, sha256
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError, configure, run_main
+from download import CORPORA
+from sources import TASK_SIZE, Reader, divide, documents, find_files
+from tokenizer import ANYWHERE, load_tokenizer, needs_text, new_tokenizer
+
+SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here
+SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
+SAVE_EVERY = 10  # seconds between records of the progress
+
+
+@dataclass
+class Settings:
+    positional = 'sources'
+    sources: list[str] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
+    # stdlib, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed
+    out: str = ''  # the folder to make; '' = data/NAME for a single named corpus
+    tokenizer: str = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
+    # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing
+    text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined with a newline: prompt,response
+    val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and 0.1 for shakespeare
+    split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;
+    # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
+    errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
+    num_proc: int = 0  # processes; 0 = one for every core
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
+        if self.num_proc < 0:
+            raise ValueError(f'num_proc={self.num_proc}: takes a number of processes, or 0 for one on every core')
+
+
+# -----------------------------------------------------------------------------
+# Tasks → tokens, in the workers
+
+WORKER = {}  # settings and tokenizer of this process: too large to send with every task
+
+
+def tokenize(task):
+    """
+    The tokens of a task: {'train': (ids, where documents start in them, bytes of text), 'val': …}, and for the summary
+    the number of empty documents, of unknown tokens, and [(tokens, file:number)] of the longest documents.
+    """
+    s, tokenizer = WORKER['s'], WORKER['tokenizer']
+    ids, starts, size, empty, unknown, lengths = {'train': [], 'val': []}, {'train': [], 'val': []}, {'train': 0, 'val': 0}, 0, 0, []
+    for where, text in documents(task, s):
+        if not task.side and (not text or text.isspace()):
+            empty += 1
+            continue
+        for split, part in [(task.side, text)] if task.side else divide(text, s):
+            start = len(ids[split])
+            starts[split] += [start] if task.starts else []
+            ids[split] += tokenizer.encode_long(part) + ([tokenizer.eot] if task.ends else [])
+            size[split] += len(part.encode())
+            lengths.append((len(ids[split]) - start, where))
+    out = {}
+    for split in ids:
+        array = np.array(ids[split], np.int64)
+        if len(array) and not 0 <= array.min() <= array.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
+            raise UserError(f'{where}: the tokenizer gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged')
+        unknown += int(np.count_nonzero(array == tokenizer.unk))
+        out[split] = array.astype(dtype_of(tokenizer)), np.array(starts[split], np.int64), size[split]
+    return out, empty, unknown, heapq.nlargest(5, lengths)
+
+
+def dtype_of(tokenizer):
+    return np.dtype('<u2' if tokenizer.vocab_size <= 2 ** 16 else '<u4')
+
+
+def set_up(s, description, folder):
+    WORKER.update(s=s, tokenizer=load_tokenizer(description, folder))
+
+
+def start_worker(*arguments):
+    parent = multiprocessing.parent_process()  # one that was killed cannot stop its workers: they watch it
+    threading.Thread(target=lambda: multiprocessing.connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # one thread for a process
+    set_up(*arguments)
+
+
+def in_order(function, tasks, num_proc, arguments):
+    """Yield (task, function(task)) in the order of the tasks, with a few in flight, by processes that were set up with `arguments`."""
+    if num_proc == 1:
+        set_up(*arguments)
+        for task in tasks:
+            yield task, function(task)
+        return
+    waiting = deque()
+    # spawned, not forked: that is safe beside threads, and the same on macOS
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
+    try:
+        for task in tasks:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process: what it starts here never sees one
+            waiting.append((task, pool.submit(function, task)))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if len(waiting) > 3 * num_proc:
+                task, future = waiting.popleft()
+                yield task, future.result()
+        for task, future in waiting:
+            yield task, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -----------------------------------------------------------------------------
+# Tokens → shards
+
+class Split:
+    """The token files of one split, appended to. `shards`: what meta.json will say of them; the last one may be unfinished."""
+
+    def __init__(self, folder, name, dtype, shards):
+        self.folder, self.name, self.itemsize, self.shards, self.files = folder, name, dtype.itemsize, shards, ()
+        if shards and 'sha256' not in shards[-1]:
+            self.open('r+b')
+
+    def open(self, mode):
+        shard = self.shards[-1]
+        self.files = [open(os.path.join(self.folder, shard['file'][:-len('bin')] + ending), mode) for ending in ('bin', 'idx')]
+        for f, size in zip(self.files, (shard['tokens'] * self.itemsize, shard['documents'] * 8)):
+            if f.seek(0, os.SEEK_END) < size:
+                raise UserError(f'{f.name}: shorter than it was: it is deleted, run the same command to start again')
+            f.seek(size)
+            f.truncate()  # what came after the last record of progress is made again
+
+    def write(self, ids, starts, size):
+        if not self.files:
+            self.shards.append({'file': f'{self.name}_{len(self.shards):05d}.bin', 'tokens': 0, 'documents': 0, 'bytes': 0})
+            self.open('wb')
+        shard = self.shards[-1]
+        self.files[0].write(ids)
+        self.files[1].write((starts + shard['tokens']).astype('<u8'))
+        shard['tokens'] += len(ids)
+        shard['documents'] += len(starts)
+        shard['bytes'] += size
+
+    def sync(self):
+        for f in self.files:
+            f.flush()
+            os.fsync(f.fileno())
+
+    def close(self):
+        """Finish the shard."""
+        if self.files:
+            self.sync()
+            hashes = []
+            for f in self.files:
+                f.close()
+                with open(f.name, 'rb') as whole:
+                    hashes.append(file_digest(whole, 'sha256').hexdigest())
+            shard = self.shards[-1]
+            shard.update(bytes_on_disk=shard['tokens'] * self.itemsize, sha256=hashes[0], idx_sha256=hashes[1])
+            self.files = ()
+
+    def totals(self):
+        return {key: sum(shard[key] for shard in self.shards) for key in ('tokens', 'documents', 'bytes')} | {'shards': self.shards}
+
+
+def write_json(path, value):
+    """Replace a JSON file: whatever happens, the old or the new one is there whole."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+def prepare(s):
+    """
+    Prepare the sources of the settings `s`, going on where an interrupted run stopped. Raises UserError.
+    Returns (folder, meta.json, figures for the summary or None if the folder held just that already).
+    """
+    named = s.sources[0] if len(s.sources) == 1 and s.sources[0] in ('stdlib', *CORPORA) else None
+    out = s.out.rstrip('/') or (os.path.join('data', named) if named else '')
+    if not out:
+        find_files([source for source in s.sources if source not in CORPORA])  # a misspelt name is the likelier mistake
+        raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
+    s = replace(s, val_fraction=s.val_fraction or {'stdlib': 0.05, 'shakespeare': 0.1}.get(named, 0.01))
+    try:
+        needs_text(s.tokenizer)  # a wrong name is found before any download
+        files = find_files(s.sources)
+        source = describe(s, files)
+        if os.path.exists(out):
+            return out, finished(out, source), None
+        return out, *locked(s, files, source, out, out + '.part')
+    except BrokenProcessPool:
+        raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
+    except OSError as error:
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; the same command goes on from there') from None
+
+
+def describe(s, files):
+    """What decides the result, as JSON: the settings, and the inputs by name, size and time."""
+    stats = [(path, os.stat(path)) for path in [path for path, _ in files] + ([s.tokenizer] if os.path.isfile(s.tokenizer) else [])]
+    inputs = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    return {'sources': s.sources, 'tokenizer': s.tokenizer, 'text_key': s.text_key, 'val_fraction': s.val_fraction, 'split': s.split, 'errors': s.errors,
+            'inputs': sha256(inputs.encode()).hexdigest()}
+
+
+def finished(out, source):
+    """meta.json of an existing folder, if it was made from the same inputs with the same settings. Raises UserError."""
+    try:
+        with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        changed = next((key for key in source if meta['source'][key] != source[key]), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out') from None
+    if changed:
+        what = 'from other input files' if changed == 'inputs' else f'with {changed}={meta["source"][changed]}'
+        raise UserError(f'out={out}: exists, and was prepared {what}: delete it, or choose another --out')
+    return meta
+
+
+def locked(s, files, source, out, part):
+    """run(), with the folder `part` for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
+    os.makedirs(part, exist_ok=True)
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'out={out}: another process is preparing it: wait for that one, or choose another --out') from None
+    try:
+        return run(s, files, source, out, part)
+    except UserError:
+        shutil.rmtree(part)
+        raise
+    finally:
+        os.close(lock)
+
+
+def begin(s, files, source, part):
+    """A new record of progress: how to split is settled, and the tokenizer made."""
+    left = os.listdir(part)
+    if left:
+        print(f'{part}: left by a run with other settings or inputs; starting over')
+    for name in left:
+        os.unlink(os.path.join(part, name))
+    tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
+    split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
+    tokenizer = tokenizer or new_tokenizer(s.tokenizer, sample(s, files))
+    return {'source': source, 'split': split, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0, 'shards': {'train': [], 'val': []},
+            'empty': 0, 'unknown': 0, 'used': '', 'longest': [], 'length': 0}
+
+
+def few_documents(s, files):
+    """Are these .txt files with fewer than 200 documents together?"""
+    reader = Reader(files, s)
+    if len(files) >= 200 or any(kind != 'text' for _, kind in files):
+        return False
+    return sum(islice((1 for path, _ in files for _, starts, _ in reader.parts(path, ANYWHERE) if starts), 200)) < 200
+
+
+def sample(s, files):
+    """Texts to make a tokenizer from: every character for char; for bpe:N a part of the text, spread evenly over it."""
+    reader, chars, kept, stride = Reader(files, s), set(), [], 1
+    for number, task in enumerate(progress_bar('first pass', reader, reader.tasks(ANYWHERE))):
+        if s.tokenizer == 'char':
+            chars.update(*(text for _, text in documents(task, s)))
+        elif number % stride == 0:
+            kept.append([text for _, text in documents(task, s)])
+            if sum(len(text) for texts in kept for text in texts) > SAMPLE_SIZE:  # too much: keep every other task, and go on like that
+                kept, stride = kept[::2], 2 * stride
+    texts = sorted(chars) or [text for texts in kept for text in texts]
+    if all(not text or text.isspace() for text in texts):
+        raise UserError(f'{" ".join(s.sources)}: no text in it')
+    return texts
+
+
+def progress_bar(what, reader, items, done=0):
+    """Yield the items on, and show how much of its files the reader has read, with MB/s and the time left."""
+    with tqdm(desc=what, initial=done, total=reader.total, unit='B', unit_scale=True, disable=None) as bar:
+        for item in items:
+            yield item
+            bar.update(reader.position - bar.n)
+
+
+def run(s, files, source, out, part):
+    """Tokenize into the folder `part`, then name it `out`; returns (meta.json, figures for the summary)."""
+    try:
+        with open(os.path.join(part, 'progress.json'), encoding='utf-8') as f:
+            progress = json.load(f)
+    except (OSError, ValueError):
+        progress = {}
+    if progress.get('source') != source:
+        progress = begin(s, files, source, part)
+    s = replace(s, split=progress['split'])
+    reader = Reader(files, s)
+    if progress['tasks']:
+        print(f'{part}: goes on after {progress["position"] / 1e6:,.1f} of {reader.total / 1e6:,.1f} MB')
+    tokenizer = load_tokenizer(progress['tokenizer'], part)
+    dtype = dtype_of(tokenizer)
+    splits = {name: Split(part, name, dtype, shards) for name, shards in progress['shards'].items()}
+    used = np.zeros(tokenizer.vocab_size, bool)
+    if progress['used']:
+        used |= np.unpackbits(np.frombuffer(bytes.fromhex(progress['used']), np.uint8), count=len(used)).astype(bool)
+
+    def save():
+        for split in splits.values():
+            split.sync()
+        progress['used'] = np.packbits(used).tobytes().hex()
+        write_json(os.path.join(part, 'progress.json'), progress)
+
+    save()
+    started = saved = time.monotonic()
+    before = sum(split.totals()['bytes'] for split in splits.values())
+    num_proc = s.num_proc or max(1, min(cores(), reader.total // (8 * TASK_SIZE)))  # starting one takes as long as some MB of text
+    tasks = islice(reader.tasks(tokenizer.cut), progress['tasks'], None)
+    with closing(in_order(tokenize, tasks, num_proc, (s, progress['tokenizer'], part))) as results:
+        for task, (tokens, empty, unknown, longest) in progress_bar('tokenizing', reader, results, progress['position']):
+            for name, (ids, starts, size) in tokens.items():
+                if len(ids):
+                    splits[name].write(ids, starts, size)
+                    used[ids] = True
+                    if task.ends and splits[name].shards[-1]['tokens'] >= SHARD_TOKENS:
+                        splits[name].close()
+            if task.side:  # a part: the whole document counts
+                (tokens_here, where), = longest
+                progress['length'] = tokens_here + (0 if task.starts else progress['length'])
+                longest = [(progress['length'], where)] if task.ends else []
+            progress['longest'] = heapq.nlargest(5, [tuple(entry) for entry in progress['longest']] + longest)
+            progress['empty'] += empty
+            progress['unknown'] += unknown
+            progress['tasks'] += 1
+            progress['position'] = reader.position
+            if time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+    for split in splits.values():
+        split.close()
+    seconds = time.monotonic() - started
+
+    totals = {name: split.totals() for name, split in splits.items()}
+    for name, other in (('train', 'val'), ('val', 'train')):
+        if not totals[name]['tokens']:
+            if not totals[other]['tokens']:
+                raise UserError(f'{" ".join(s.sources)}: no text in it, {progress["empty"]} empty documents')
+            raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
+                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' else ''))
+    meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
+            'split': s.split, 'splits': totals, 'source': source}
+    write_json(os.path.join(part, 'meta.json'), meta)
+    for path in [os.path.join(part, name) for name in tokenizer.files] + [part]:
+        sync_path(path)
+    os.rename(part, out)
+    os.unlink(os.path.join(out, 'progress.json'))
+    sync_path(os.path.dirname(os.path.abspath(out)))
+    size, tokens = (sum(split[key] for split in totals.values()) for key in ('bytes', 'tokens'))
+    return meta, {'unused': 1 - used.mean(), 'unknown': progress['unknown'] / tokens, 'empty': progress['empty'], 'longest': progress['longest'],
+                  'seconds': seconds, 'speed': (size - before) / 1e6 / seconds, 'num_proc': num_proc}
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def sync_path(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def summary(out, meta, figures):
+    """What a person wants to know of a prepared data set."""
+    splits, description, dtype = meta['splits'], meta['tokenizer'], np.dtype(meta['dtype']).newbyteorder('<')
+    print(f'{out}: ' + ('ready' if figures else 'already prepared'))
+    for name, split in splits.items():
+        print(f'    {name:5} {split["documents"]:>12,} documents {split["tokens"]:>15,} tokens '
+              f'{split["bytes"]:>16,} bytes of text {len(split["shards"]):>4} shard(s)')
+    size, tokens = (sum(split[key] for split in splits.values()) for key in ('bytes', 'tokens'))
+    print(f'    {size / tokens:.3f} bytes a token; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
+    if figures:
+        print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
+        if figures['unknown']:
+            print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
+        print('    the longest documents:')
+        for n, where in figures['longest']:
+            print(f'        {n:>11,} tokens  {where}')
+        print(f'    {figures["seconds"]:.1f} s, {figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')
+    with open(os.path.join(out, 'train_00000.bin'), 'rb') as f:
+        ids = np.frombuffer(f.read(60 * dtype.itemsize), dtype)
+    print(f'    train begins: {load_tokenizer(description, out).decode(ids)!r}')
+    print(f'next: python train.py --dataset={out.removeprefix("data/")}')
+
+
+def main():
+    s = configure(Settings)
+    try:
+        summary(*prepare(s))
+    except KeyboardInterrupt:
+        print('prepare.py: stopped; the same command goes on from here', file=sys.stderr)
+        raise
+
+
+if __name__ == '__main__':
+    run_main(main)

@@ -1,0 +1,310 @@
+"""
+Sources of text → documents: what prepare.py reads.
+
+    files = find_files(['notes/', 'tinystories'])        # [(path, kind)]
+    for task in Reader(files, settings).tasks(cut):      # about 1 MB of text at a time
+        for where, text in documents(task, settings):    # 'notes/a.txt:1', 'Once …'
+
+Of the settings of prepare.py it uses text_key, errors, split and val_fraction. Memory stays the same however much text there is, but for
+the longest line or row, and a longest document that the tokenizer lets nobody part.
+"""
+import bz2
+import codecs
+import difflib
+import glob
+import json
+import os
+import re
+import sys
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from configurator import UserError
+from download import CORPORA, download_corpus
+from tokenizer import ANYWHERE
+
+TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
+HASHED = 2 ** 16  # characters of a document that decide its split
+
+
+# -----------------------------------------------------------------------------
+# Sources → files
+
+def find_files(sources):
+    """[(path, kind)] of all sources, in an order that is always the same. Raises UserError for what is missing or of no known kind."""
+    found = []
+    for source in sources:
+        if source == 'stdlib':
+            found += stdlib_files()
+        elif source in CORPORA:
+            found += [(path, kind_of(path)) for path in download_corpus(source)]
+        elif os.path.isfile(source):
+            if not kind_of(source):
+                raise UserError(f'{source}: takes .txt, .jsonl or .parquet (the first two also as .gz, .zst or .bz2): rename or convert it')
+            found.append((source, kind_of(source)))
+        else:
+            paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names] or glob.glob(source, recursive=True)
+            if not paths and not os.path.isdir(source):
+                names = ['stdlib', *CORPORA]
+                near = difflib.get_close_matches(source, names, 1)
+                raise UserError(f'{source}: no such file or folder; ' + (f'did you mean {near[0]}?' if near else f'the named corpora are {", ".join(names)}'))
+            known = [(path, kind_of(path)) for path in sorted(paths) if os.path.isfile(path) and kind_of(path)]
+            if not known:
+                raise UserError(f'{source}: no .txt, .jsonl or .parquet in it')
+            found += known
+    return found
+
+
+def kind_of(path):
+    """text, lines or parquet by the name of a file, None for what cannot be read."""
+    stem, ending = os.path.splitext(path)
+    packed = ending in ('.gz', '.zst', '.bz2')
+    return {'.txt': 'text', '.jsonl': 'lines', '.parquet': None if packed else 'parquet'}.get(os.path.splitext(stem)[1] if packed else ending)
+
+
+def stdlib_files():
+    """The Python sources of the standard library, each a document, and pydoc's chapters on the language. Not its tests, nor tables of code pages."""
+    root, found = sysconfig.get_paths()['stdlib'], []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings'))
+        for name in sorted(names):
+            if name.endswith('.py') and not name.startswith('_sysconfigdata'):
+                found.append((os.path.join(folder, name), 'topics' if os.path.basename(folder) == 'pydoc_data' and name == 'topics.py' else 'text'))
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Files → tasks
+
+@dataclass
+class Task:
+    """What a worker takes at a time. The tasks of a run depend on its input alone: not on timing, nor on the number of processes."""
+    documents: list = ()  # whole documents, [(file:number, text)],
+    side: str = ''        # or a part of a long one, with its side of the split;
+    starts: bool = True   # is it the first part,
+    ends: bool = True     # the last?
+    lines: tuple = ()     # or lines of a .jsonl, for the worker to parse: (bytes, file, number of the first line, its place in the file)
+
+
+class Reader:
+    """The files of a run, read as tasks. `position`: bytes read so far; `total`: of how many."""
+
+    def __init__(self, files, s):
+        self.files, self.s, self.position = files, s, 0
+        self.total = sum(os.path.getsize(path) for path, _ in files)
+
+    def tasks(self, cut):
+        """Yield the tasks. cut: where the tokenizer lets long texts be parted, see tokenizer.py."""
+        self.position, batch, size = 0, [], 0
+        read = {'text': self.text, 'lines': self.lines, 'parquet': self.parquet, 'topics': self.topics}
+        for path, kind in self.files:
+            for task in read[kind](path, cut):
+                whole = not (task.side or task.lines)
+                if whole:  # documents are collected over files
+                    batch += task.documents
+                    size += len(task.documents[0][1])
+                if batch and (size >= TASK_SIZE or not whole):
+                    yield Task(batch)
+                    batch, size = [], 0
+                if not whole:
+                    yield task
+        if batch:
+            yield Task(batch)
+
+    def blocks(self, path):
+        """The bytes of a file, unpacked, about a task's worth at a time. Raises UserError for a damaged one."""
+        unpack, fault = decompressor(path)
+        stream = unpack and unpack()
+        with open(path, 'rb') as f:
+            while block := f.read(TASK_SIZE // 16 if stream else TASK_SIZE):
+                self.position += len(block)
+                while block and stream:
+                    if stream.eof:
+                        stream = unpack()  # there may be several streams in a file, as pigz and cat make them
+                    try:
+                        yield stream.decompress(block)
+                    except fault as error:
+                        raise UserError(f'{path}: damaged ({error}): restore it') from None
+                    block = stream.unused_data if stream.eof else b''
+                yield block
+        if stream and not stream.eof:
+            raise UserError(f'{path}: ends in the middle: it was not copied whole')
+
+    def characters(self, path):
+        """Yield (text, is it the last) of a file, about a task's worth at a time."""
+        rest, offset, last = b'', 0, False
+        blocks = filter(None, self.blocks(path))
+        while not last:
+            block = next(blocks, None)
+            data, last = rest + (block or b''), block is None
+            try:
+                text, used = codecs.utf_8_decode(data, self.s.errors, last)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, offset + error.start) from None
+            yield text.removeprefix('\ufeff') if offset == 0 else text, last  # the byte order mark of some editors
+            rest, offset = data[used:], offset + used
+
+    def parts(self, path, cut):
+        """Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts."""
+        text, starts, separated, held = '', True, False, ''
+        for block, last in self.characters(path):
+            block = held + block
+            line = len(block) - block.rfind('\n') - 1  # an unfinished line may turn out a separator: it is held back,
+            held = '' if last or not line else block[-(line if line < 128 else 64):]  # of a long one, the end
+            *whole, rest = re.split(r'^<\|endoftext\|>\r?(?:\n|\Z)', block[:len(block) - len(held)], flags=re.MULTILINE)
+            separated = separated or bool(whole)
+            for document in whole:
+                yield (text + document).removesuffix('\n').removesuffix('\r'), starts, True  # the separator's own newline
+                text, starts = '', True
+            text += rest
+            while cut and len(text) > 2 * TASK_SIZE and (place := cut.search(text, TASK_SIZE)):
+                yield text[:place.start()], starts, False
+                text, starts = text[place.start():], False
+        if text or not separated:
+            yield text, starts, True
+
+    def text(self, path, cut):
+        """The documents of a .txt, a task each."""
+        number, lengths = 0, None
+        for text, starts, ends in self.parts(path, cut):
+            number += starts
+            if starts and ends:
+                yield Task([(f'{path}:{number}', text)])
+                continue
+            if starts:
+                done, boundary = 0, 0 if divide(text, self.s)[0][0] == 'val' else sys.maxsize  # the character where val begins
+                if self.s.split == 'tail':
+                    lengths = lengths or Reader((), self.s).lengths(path)
+                    boundary = int(lengths[number - 1] * (1 - self.s.val_fraction))
+            train, val = text[:max(0, boundary - done)], text[max(0, boundary - done):]
+            if train or ends and done < boundary:
+                yield Task([(f'{path}:{number}', train)], 'train', done == 0, ends or done + len(train) == boundary)
+            if val or ends and done >= boundary:
+                yield Task([(f'{path}:{number}', val)], 'val', done <= boundary, ends)
+            done += len(text)
+
+    def lengths(self, path):
+        """Characters of every document of a .txt."""
+        lengths = []
+        for text, starts, _ in self.parts(path, ANYWHERE):
+            lengths += [0] if starts else []
+            lengths[-1] += len(text)
+        return lengths
+
+    def topics(self, path, cut):
+        """pydoc's chapters on the language, each a document."""
+        from pydoc_data.topics import topics
+        self.position += os.path.getsize(path)
+        for name in sorted(topics):
+            yield Task([(f'{path}:{name}', topics[name])])
+
+    def lines(self, path, cut):
+        """The lines of a .jsonl, about a task's worth at a time."""
+        blocks, size, line, offset = [], 0, 1, 0
+        for block in self.blocks(path):
+            blocks.append(block)
+            size += len(block)
+            if size >= TASK_SIZE and b'\n' in block:
+                data = b''.join(blocks)
+                end = data.rindex(b'\n') + 1
+                yield Task(lines=(data[:end], path, line, offset))
+                line, offset = line + data.count(b'\n'), offset + end
+                blocks, size = [data[end:]], len(data) - end
+        if size:
+            yield Task(lines=(b''.join(blocks), path, line, offset))
+
+    def parquet(self, path, cut):
+        """The rows of a .parquet, a task each."""
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f'{path}: reading .parquet takes pyarrow: pip install pyarrow') from None
+        keys, number, start = self.s.text_key.split(','), 0, self.position
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for key in keys:
+                    if key not in file.schema_arrow.names:
+                        raise UserError(f'{path}: no column {key}; it has {", ".join(file.schema_arrow.names)}: set --text_key')
+                for batch in file.iter_batches(256, columns=keys):
+                    self.position = start + os.path.getsize(path) * (number + len(batch)) // file.metadata.num_rows
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield Task([(f'{path}:{number}', text_of(row, self.s, f'{path}:{number}'))])
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f'{path}: not a sound .parquet ({str(error)[:80]}): restore it') from None
+
+
+def decompressor(path):
+    """(what makes a decompressor, the fault it finds) for a packed file, else None; all have decompress(), eof and unused_data."""
+    if path.endswith('.gz'):
+        return lambda: zlib.decompressobj(31), zlib.error
+    if path.endswith('.bz2'):
+        return bz2.BZ2Decompressor, OSError
+    if not path.endswith('.zst'):
+        return None, ()
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f'{path}: reading .zst takes zstandard: pip install zstandard') from None
+    return zstandard.ZstdDecompressor(max_window_size=2 ** 31).decompressobj, zstandard.ZstdError
+
+
+# -----------------------------------------------------------------------------
+# Tasks → documents
+
+def documents(task, s):
+    """[(file:number, text)] of a task. Raises UserError that names file and line."""
+    if not task.lines:
+        return task.documents
+    data, path, first, offset = task.lines
+    try:
+        lines = data.decode('utf-8', s.errors).removeprefix('\ufeff').split('\n')
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, offset + error.start) from None
+    found = []
+    for number, line in enumerate(lines, first):
+        if line and not line.isspace():
+            where = f'{path}:{number}'
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f'{where}: broken JSON ({error}): mend or remove the line') from None
+            if not isinstance(row, dict):
+                raise UserError(f'{where}: takes an object with the field {s.text_key}, got a {type(row).__name__}')
+            found.append((where, text_of(row, s, where)))
+    return found
+
+
+def text_of(row, s, where):
+    """The text of a row: its fields of text_key joined with a newline, but for empty ones."""
+    texts = []
+    for key in s.text_key.split(','):
+        if key not in row:
+            raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --text_key')
+        if not isinstance(row[key], str | None):
+            raise UserError(f'{where}: field {key} holds a {type(row[key]).__name__}, not text: set --text_key')
+        texts += [row[key]] if row[key] else []
+    text = '\n'.join(texts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write half a surrogate pair, which is no character
+        if s.errors == 'strict':
+            raise UserError(f'{where}: field {s.text_key} holds half a surrogate pair: mend it, or use --errors=replace') from None
+        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
+
+
+def not_utf8(path, offset):
+    return UserError(f'{path}: byte {offset} is not UTF-8: convert the file, or use --errors=replace')
+
+
+def divide(text, s):
+    """A document → [(split, its text)]."""
+    if s.split == 'document':
+        number = int.from_bytes(blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big')
+        return [('val' if number < s.val_fraction * 2 ** 64 else 'train', text)]
+    n = int(len(text) * (1 - s.val_fraction))  # as nanoGPT cuts Shakespeare
+    return [(split, part) for split, part in (('train', text[:n]), ('val', text[n:])) if part]

@@ -1,0 +1,530 @@
+"""Any text becomes the same bytes, whatever the processes and interruptions; what is there under its name is whole."""
+import argparse
+import bz2
+import gzip
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import ROOT, run
+
+import prepare
+import sources
+from configurator import UserError, run_main
+from data import TokenFiles
+from prepare import Settings
+from sources import Reader, divide, documents, find_files
+from tokenizer import load_tokenizer, new_tokenizer
+
+WORDS = sorted(set(inspect.getsource(argparse).split(' '))) + ['très', '中文', '😀']
+
+
+def story(seed, words=40):
+    rng = np.random.default_rng(seed)
+    return ' '.join(rng.choice(WORDS, words))
+
+
+def write_jsonl(path, texts, key='text'):
+    Path(path).write_text(''.join(json.dumps({key: text}) + '\n' for text in texts))
+    return str(path)
+
+
+def do(out, *given, **settings):
+    """Prepare without the command line; returns meta.json."""
+    return prepare.prepare(Settings(sources=[str(path) for path in given], out=str(out), **{'tokenizer': 'byte', 'num_proc': 1, **settings}))[1]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def data_files(folder):
+    return {name: data for name, data in contents(folder).items() if name != 'meta.json'}
+
+
+def read(folder, split):
+    """The texts of a split, through data.py and the tokenizer."""
+    files = TokenFiles(str(folder), split, verify=True)
+    tokenizer = load_tokenizer(files.meta['tokenizer'], folder)
+    ends = [files.read(files.document(n)[1] - 1, 1)[0] for n in range(files.documents)]
+    assert set(ends) == {tokenizer.eot}  # every document ends with the end-of-text token
+    assert sum(files.document(n)[1] - files.document(n)[0] for n in range(files.documents)) == files.tokens
+    return [tokenizer.decode(files.read(a, b - a - 1)) for a, b in (files.document(n) for n in range(files.documents))]
+
+
+# --- the format ---
+
+def test_the_bytes_on_disk(tmp_path):
+    """Readable by anyone who knows this test."""
+    write_jsonl(tmp_path / 'x.jsonl', ['hello', '', 'é', ' \n', 'good bye'])
+    meta = do(tmp_path / 'out', tmp_path / 'x.jsonl', split='tail', val_fraction=0.5)
+    assert np.fromfile(tmp_path / 'out' / 'train_00000.bin', '<u2').tolist() == [*b'he', 256, *b'good', 256]
+    assert np.fromfile(tmp_path / 'out' / 'train_00000.idx', '<u8').tolist() == [0, 3]
+    assert np.fromfile(tmp_path / 'out' / 'val_00000.bin', '<u2').tolist() == [*b'llo', 256, *'é'.encode(), 256, *b' bye', 256]
+    assert np.fromfile(tmp_path / 'out' / 'val_00000.idx', '<u8').tolist() == [0, 4, 7]
+    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'train_00000.bin', 'train_00000.idx', 'val_00000.bin', 'val_00000.idx']
+    assert json.loads((tmp_path / 'out' / 'meta.json').read_text()) == meta
+    assert {key: meta[key] for key in ('format', 'vocab_size', 'eot', 'dtype')} == {'format': 1, 'vocab_size': 257, 'eot': 256, 'dtype': 'uint16'}
+    digest = {name: sha256(data).hexdigest() for name, data in contents(tmp_path / 'out').items()}
+    assert meta['splits']['train'] == {'tokens': 8, 'documents': 2, 'bytes': 6, 'shards': [
+        {'file': 'train_00000.bin', 'tokens': 8, 'documents': 2, 'bytes': 6, 'bytes_on_disk': 16,
+         'sha256': digest['train_00000.bin'], 'idx_sha256': digest['train_00000.idx']}]}
+    assert meta['splits']['val']['bytes'] == 3 + 2 + 4
+
+
+def test_large_vocabularies_take_32_bits_and_small_ones_16(tmp_path):
+    """A token beyond 65,535 in uint16 would wrap to another one in silence."""
+    pieces = ['[UNK]', '[SEP]', *(f'w{i}x' for i in range(65_534)), 'last']
+    write_jsonl(tmp_path / 'x.jsonl', ['last w0x last'] * 10)
+    for size, dtype in ((65_536, 'uint16'), (65_537, 'uint32')):
+        (tmp_path / 'vocab.txt').write_text('\n'.join(pieces[:size - 1] + ['last']))
+        meta = do(tmp_path / dtype, tmp_path / 'x.jsonl', tokenizer=str(tmp_path / 'vocab.txt'), split='tail', val_fraction=0.3)
+        assert (meta['dtype'], meta['vocab_size']) == (dtype, size)
+        assert np.fromfile(tmp_path / dtype / 'train_00000.bin', dtype)[0] == size - 1
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.new_tokenizer('byte').__class__, 'encode', lambda self, text: [70_000])
+    write_jsonl(tmp_path / 'x.jsonl', ['hello'])
+    with pytest.raises(UserError, match='a token beyond its vocabulary of 257'):
+        do(tmp_path / 'out', tmp_path / 'x.jsonl')
+
+
+def test_shards_hold_whole_documents_and_together_the_same(tmp_path, monkeypatch):
+    given = write_jsonl(tmp_path / 'x.jsonl', [story(n) for n in range(300)]), tmp_path / 'long.txt'
+    given[1].write_text(story(300, 3000))
+    do(tmp_path / 'one', *given, val_fraction=0.1)
+    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
+    monkeypatch.setattr(prepare, 'SHARD_TOKENS', 5000)
+    meta = do(tmp_path / 'many', *given, val_fraction=0.1)
+    assert len(meta['splits']['train']['shards']) > 5 and len(meta['splits']['val']['shards']) > 1
+    assert all(5000 <= shard['tokens'] < 5000 + 3000 for shard in meta['splits']['train']['shards'][:-1])  # the long one is in the last
+    for split in ('train', 'val'):
+        assert read(tmp_path / 'one', split) == read(tmp_path / 'many', split)
+
+
+# --- the split ---
+
+def test_shakespeare_is_cut_where_nanogpt_cuts_it(tmp_path):
+    text = (story(1, 5000) + '\n')[:20_001]
+    (tmp_path / 'input.txt').write_text(text)
+    meta = do(tmp_path / 'out', tmp_path / 'input.txt', tokenizer='char', val_fraction=0.1)
+    n = int(len(text) * 0.9)
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    for split, part in (('train', text[:n]), ('val', text[n:])):
+        assert np.fromfile(tmp_path / 'out' / f'{split}_00000.bin', '<u2').tolist() == [stoi[c] for c in part] + [len(stoi)]
+    assert meta['split'] == 'tail' and int(1115394 * (1 - 0.1)) == 1003854
+
+
+def test_equal_documents_are_on_one_side_in_any_order(tmp_path):
+    texts = [story(n, 8) for n in range(2000)] + [story(n, 8) for n in range(0, 2000, 3)]
+    write_jsonl(tmp_path / 'a.jsonl', texts)
+    write_jsonl(tmp_path / 'b.jsonl', texts[::-1])
+    meta = do(tmp_path / 'a', tmp_path / 'a.jsonl', val_fraction=0.2)
+    do(tmp_path / 'b', tmp_path / 'b.jsonl', val_fraction=0.2)
+    train, val = (read(tmp_path / 'a', split) for split in ('train', 'val'))
+    assert not set(train) & set(val) and sorted(train + val) == sorted(texts) and meta['split'] == 'document'
+    assert abs(len(set(val)) / 2000 - 0.2) < 0.03
+    assert read(tmp_path / 'b', 'val') == val[::-1]
+
+
+def test_auto_is_tail_for_few_texts_and_document_for_many(tmp_path):
+    for n in range(3):
+        (tmp_path / f'{n}.txt').write_text(story(n))
+    assert do(tmp_path / 'out1', tmp_path)['split'] == 'tail'
+    (tmp_path / 'many.txt').write_text('\n<|endoftext|>\n'.join(story(n) for n in range(400)))
+    assert do(tmp_path / 'out2', tmp_path / 'many.txt', val_fraction=0.1)['split'] == 'document'
+    assert do(tmp_path / 'out3', write_jsonl(tmp_path / 'x.jsonl', map(story, range(50))), val_fraction=0.3)['split'] == 'document'
+
+
+# --- sources ---
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    monkeypatch.setattr(sources, 'TASK_SIZE', 700)
+    texts = [story(n) for n in range(60)]
+    plain = Path(write_jsonl(tmp_path / 'x.jsonl', texts)).read_bytes()
+    half = plain.index(b'\n', len(plain) // 2) - 5  # two streams in a file, joined in the middle of a line
+    (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(plain[:half]) + gzip.compress(plain[half:]))
+    (tmp_path / 'x.jsonl.bz2').write_bytes(bz2.compress(plain[:half]) + bz2.compress(plain[half:]))
+    (tmp_path / 'x.jsonl.zst').write_bytes(zstandard.compress(plain[:half]) + zstandard.compress(plain[half:]))
+    separated = '\n<|endoftext|>\n'.join(texts) + '\n<|endoftext|>\n'
+    (tmp_path / 'x.txt').write_text(separated)
+    (tmp_path / 'x.txt.gz').write_bytes(gzip.compress(separated.replace('\n<|', '\r\n<|').replace('|>\n', '|>\r\n').encode('utf-8-sig')))
+    parquet.write_table(pyarrow.table({'id': range(60), 'text': texts}), tmp_path / 'x.parquet', row_group_size=7)
+    for path in sorted(tmp_path.glob('x.*')):
+        s = Settings(split='document', val_fraction=0.1)
+        reader = Reader(find_files([str(path)]), s)
+        found = [text for task in reader.tasks(None) for _, text in documents(task, s)]
+        stripped = [text.strip('\r\n') for text in texts]
+        assert [text.strip('\r\n') for text in found] == stripped, path
+        assert reader.position == reader.total == path.stat().st_size
+
+
+@pytest.mark.parametrize('size', [1, 2, 13, 14, 63, 64, 65, 129, 1000])
+def test_separators_are_found_wherever_a_block_ends(tmp_path, monkeypatch, size):
+    text = 'one\n<|endoftext|>\ntwo <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n' + ' <|endoftext|>\n<|endoftext|>\n' + 'é' * 70 + '\n<|endoftext|>'
+    (tmp_path / 'x.txt').write_text(text)
+    data = text.encode()
+    monkeypatch.setattr(Reader, 'blocks', lambda self, path: (data[i:i + size] for i in range(0, len(data), size)))
+    found = [part[0] for part in Reader([(str(tmp_path / 'x.txt'), 'text')], Settings()).parts('x.txt', None)]
+    assert found == ['one', 'two <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n <|endoftext|>', 'é' * 70]
+
+
+def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path):
+    for name in ('b/2.txt', 'b/1.jsonl', 'a.txt.gz', 'readme.md', 'c.parquet.gz', 'a/x.TXT'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    assert find_files([str(tmp_path)]) == [(str(tmp_path / 'a.txt.gz'), 'text'), (str(tmp_path / 'b/1.jsonl'), 'lines'), (str(tmp_path / 'b/2.txt'), 'text')]
+    assert find_files([str(tmp_path / '*' / '*.txt')]) == [(str(tmp_path / 'b/2.txt'), 'text')]
+
+
+def test_several_fields_are_joined_and_empty_ones_left_out(tmp_path):
+    (tmp_path / 'x.jsonl').write_text('{"a": "one", "b": "two"}\n\n{"a": null, "b": "three"}\n{"a": "", "b": null}\n')
+    do(tmp_path / 'out', tmp_path / 'x.jsonl', text_key='a,b', split='tail', val_fraction=0.5)
+    assert [a + b for a, b in zip(*(read(tmp_path / 'out', split) for split in ('train', 'val')))] == ['one\ntwo', 'three']
+
+
+def test_the_standard_library_is_a_corpus(tmp_path):
+    found = find_files(['stdlib'])
+    names = [os.path.basename(path) for path, _ in found]
+    assert found == find_files(['stdlib']) and {'os.py', 'argparse.py', 'typing.py'} <= set(names) and len(found) > 300
+    assert not any('/test' in path or 'site-packages' in path for path, _ in found)
+    topics = [pair for pair in found if pair[1] == 'topics']
+    (_, chapters), = [(task, documents(task, None)) for task in Reader(topics, Settings()).tasks(None)]
+    assert len(chapters) > 50 and all(':' in where and text for where, text in chapters)
+
+
+# --- long documents come in parts ---
+
+@pytest.mark.parametrize('split', ['tail', 'document'])
+@pytest.mark.parametrize('kind', ['byte', 'bpe'])
+def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch, kind, split):
+    texts = [story(1, 3000), story(2, 5), story(3, 2000), story(4, 900)]
+    for n, text in enumerate(texts[:2]):
+        (tmp_path / f'{n}.txt').write_text(text)
+    (tmp_path / '2.txt').write_text('\n<|endoftext|>\n'.join(texts[2:]))
+    if kind == 'bpe':
+        new_tokenizer('bpe:400', texts).save(tmp_path)
+        kind = str(tmp_path / 'tokenizer.model')
+    s = Settings(split=split, val_fraction=0.45)
+    do(tmp_path / 'whole', tmp_path / '*.txt', tokenizer=kind, split=split, val_fraction=0.45)
+    monkeypatch.setattr(sources, 'TASK_SIZE', 512)
+    tasks = list(Reader(find_files([str(tmp_path / '*.txt')]), s).tasks(new_tokenizer(kind).cut))
+    assert sum(bool(task.side) for task in tasks) > 20
+    monkeypatch.setattr(sources, 'HASHED', 256)  # at most what the first part holds
+    meta = do(tmp_path / 'parts', tmp_path / '*.txt', tokenizer=kind, split=split.replace('tail', 'auto'), val_fraction=0.45)
+    if split == 'tail':
+        assert data_files(tmp_path / 'whole') == data_files(tmp_path / 'parts')
+        assert meta['splits']['train']['documents'] == meta['splits']['val']['documents'] == 4
+    else:
+        for side in ('train', 'val'):
+            assert read(tmp_path / 'parts', side) == [text for text in texts if divide(text, s)[0][0] == side]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """Five times the text, in a file of one document and in one of many: the same peak."""
+    peaks = []
+    for size in (4, 20):
+        (tmp_path / f'{size}.txt').write_text((story(size, 2000) + '\n') * (size * 10))
+        write_jsonl(tmp_path / f'{size}.jsonl', [story(size, 300)] * (size * 100))
+        args = [tmp_path / f'{size}.txt', tmp_path / f'{size}.jsonl', f'--out={tmp_path / str(size)}', '--tokenizer=byte', '--num_proc=1', '--split=tail']
+        done = run('-c', 'import sources, prepare; sources.TASK_SIZE = 2 ** 17; prepare.main(); print(open("/proc/self/status").read())', *args)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.partition('VmHWM:')[2].split()[0]) / 1024)
+    assert peaks[1] < peaks[0] + 15, peaks
+
+
+# --- whatever the processes and the interruptions ---
+
+# small tasks, and a record of progress after each: what a large corpus meets in hours happens in a second
+SMALL = 'import sources, prepare; sources.TASK_SIZE = 4000; prepare.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; prepare.run_main(prepare.main)'
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """Sources of several kinds, and what an undisturbed run makes of them."""
+    folder = tmp_path_factory.mktemp('corpus')
+    write_jsonl(folder / 'a.jsonl', [story(n) for n in range(300)])
+    (folder / 'b.txt').write_text(story(99, 3000))
+    (folder / 'c.txt.gz').write_bytes(gzip.compress('\n<|endoftext|>\n'.join(story(n + 5000) for n in range(200)).encode()))
+    args = [str(folder / name) for name in ('a.jsonl', 'b.txt', 'c.txt.gz')] + ['--tokenizer=bpe:400', '--val_fraction=0.1']
+    done = run('-c', SMALL, *args, f'--out={folder / "out"}', '--num_proc=1')
+    assert done.returncode == 0, done.stderr
+    return args, contents(folder / 'out')
+
+
+def test_two_processes_write_the_same_bytes_as_one(corpus, tmp_path):
+    args, expected = corpus
+    done = run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=2')
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / 'out') == expected and len(expected) > 10
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, num_proc):
+    args, expected = corpus
+    command = [sys.executable, '-c', SMALL, *args, f'--out={tmp_path / "out"}', f'--num_proc={num_proc}']
+    kills = 0
+    for wanted in (5, 30):
+        with subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and tasks_done(tmp_path) < wanted:
+                time.sleep(0.002)
+            children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+            children = children.read_text().split() if children.exists() else []
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+        assert not (tmp_path / 'out').exists()
+        deadline = time.time() + 10
+        while any(alive(pid) for pid in children):  # the workers leave with their parent
+            assert time.time() < deadline, 'orphaned workers'
+            time.sleep(0.01)
+    assert kills == 2
+    done = run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1')
+    assert done.returncode == 0 and 'goes on after' in done.stdout, done.stdout + done.stderr
+    assert contents(tmp_path / 'out') == expected and os.listdir(tmp_path) == ['out']
+
+
+def tasks_done(folder):
+    try:
+        return json.loads((folder / 'out.part' / 'progress.json').read_text())['tasks']
+    except (OSError, ValueError):
+        return 0
+
+
+def alive(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
+    args, expected = corpus
+    command = [sys.executable, '-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and tasks_done(tmp_path) < 5:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    began = time.time()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and time.time() - began < 5
+    assert errors == 'prepare.py: stopped; the same command goes on from here\n'
+    assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
+    assert contents(tmp_path / 'out') == expected
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds the workers in /proc')
+def test_a_killed_worker_is_one_line_and_loses_nothing(corpus, tmp_path):
+    args, expected = corpus
+    command = [sys.executable, '-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
+    with subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and tasks_done(tmp_path) < 5:
+            time.sleep(0.002)
+        workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)  # as the kernel does when memory runs out
+        errors = process.stderr.read()
+    assert process.returncode == 2 and len(errors.splitlines()) == 1 and 'a worker was killed, out of memory perhaps: lower --num_proc' in errors, errors
+    assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
+    assert contents(tmp_path / 'out') == expected
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(corpus, tmp_path):
+    args, expected = corpus
+    limit = 'import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); '
+    done = run('-c', limit + SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'File too large' in done.stderr and 'make room' in done.stderr
+    assert not (tmp_path / 'out').exists()
+    assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
+    assert contents(tmp_path / 'out') == expected
+
+
+def test_other_settings_start_over(tmp_path, capsys):
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'ref', path, val_fraction=0.3)
+    (tmp_path / 'out.part').mkdir()
+    (tmp_path / 'out.part' / 'progress.json').write_text(json.dumps({'source': {'sources': ['other']}, 'tasks': 3}))
+    (tmp_path / 'out.part' / 'train_00000.bin').write_bytes(b'half')
+    do(tmp_path / 'out', path, val_fraction=0.3)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'ref')
+    assert 'left by a run with other settings' in capsys.readouterr().out
+
+
+def test_a_second_run_finds_it_done_and_refuses_anything_else(tmp_path):
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'out', path, val_fraction=0.3)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()}
+    _, meta, figures = prepare.prepare(Settings(sources=[path], out=str(tmp_path / 'out'), tokenizer='byte', val_fraction=0.3))
+    assert figures is None and meta['splits']['train']['documents'] > 0
+    for settings, message in (({'tokenizer': 'char'}, 'with tokenizer=byte'), ({'val_fraction': 0.2}, 'with val_fraction=0.3')):
+        with pytest.raises(UserError, match=f'exists, and was prepared {message}: delete it, or choose another --out'):
+            do(tmp_path / 'out', path, **{'val_fraction': 0.3, **settings})
+    write_jsonl(path, map(story, range(51)))
+    with pytest.raises(UserError, match='prepared from other input files'):
+        do(tmp_path / 'out', path, val_fraction=0.3)
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(UserError, match='exists, and was not made by prepare.py'):
+        do(tmp_path / 'mine', path)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()} and not os.listdir(tmp_path / 'mine')
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    import fcntl
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    (tmp_path / 'out.part').mkdir()
+    fd = os.open(tmp_path / 'out.part', os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match='another process is preparing it'):
+        do(tmp_path / 'out', path)
+    assert (tmp_path / 'out.part').is_dir()  # it is the other's
+    os.close(fd)
+    do(tmp_path / 'out', path, val_fraction=0.3)
+
+
+# --- the tokenizer goes with the data ---
+
+def test_bpe_is_kept_beside_the_data_and_serves_other_data(tmp_path):
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(300)))
+    first = do(tmp_path / 'a', path, tokenizer='bpe:400')
+    again = do(tmp_path / 'b', path, tokenizer='bpe:400')
+    more = write_jsonl(tmp_path / 'y.jsonl', map(story, range(300, 400)))
+    other = do(tmp_path / 'c', more, tokenizer=str(tmp_path / 'a' / 'tokenizer.model'), val_fraction=0.2)
+    assert first['tokenizer'] == again['tokenizer'] == other['tokenizer']  # so that a mixture of them is one vocabulary
+    assert contents(tmp_path / 'a')['tokenizer.model'] == contents(tmp_path / 'c')['tokenizer.model']
+    assert sorted(read(tmp_path / 'a', 'train') + read(tmp_path / 'a', 'val')) == sorted(map(story, range(300)))
+
+
+def test_a_large_text_is_sampled_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
+    monkeypatch.setattr(prepare, 'SAMPLE_SIZE', 10_000)
+    path = write_jsonl(tmp_path / 'x.jsonl', [f'{n} ' * 50 for n in range(1000)])
+    numbers = [int(text.split()[0]) for text in prepare.sample(Settings(), [(path, 'lines')])]
+    assert sum(len(f'{n} ' * 50) for n in numbers) <= 10_000 and len(numbers) > 20
+    assert np.histogram(numbers, 4, (0, 1000))[0].min() > 0
+
+
+# --- the command ---
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command line in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, args)])
+        try:
+            run_main(prepare.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return command
+
+
+def test_the_summary_says_what_a_person_wants(command, tmp_path):
+    write_jsonl('x.jsonl', [story(n, 100 if n == 7 else 20) for n in range(300)] + [''])
+    code, out, err = command('x.jsonl', '--out=data/mine', '--tokenizer=bpe:400')
+    assert code == 0 and not err, err
+    for part in ('data/mine: ready', 'train', 'documents', 'bytes a token', 'of the vocabulary never used', '1 empty documents', 'MB/s',
+                 'tokens  x.jsonl:8', 'train begins: ', 'next: python train.py --dataset=mine'):
+        assert part in out, out
+    code, out, err = command('x.jsonl', '--out=data/mine', '--tokenizer=bpe:400')
+    assert code == 0 and 'data/mine: already prepared' in out and not err
+
+
+def test_what_a_tokenizer_cannot_write_is_told(command):
+    Path('vocab.txt').write_text('\n'.join(['[UNK]', '[SEP]', 'cat', 'dog']))
+    write_jsonl('x.jsonl', ['cat dog fox dog cat dog fox dog'] * 9)
+    _, out, _ = command('x.jsonl', '--out=d', '--tokenizer=vocab.txt', '--split=tail', '--val_fraction=0.5')
+    assert '20.0% of the tokens stand for what the tokenizer cannot write' in out
+
+
+BAD = {  # command line → what the one line says
+    'missing.jsonl --out=d': 'missing.jsonl: no such file or folder',
+    'shakespear': 'did you mean shakespeare?',
+    'x.jsonl': 'out: name the folder to make',
+    'empty/ --out=d': 'empty/: no .txt, .jsonl or .parquet in it',
+    'notes.md --out=d': 'notes.md: takes .txt, .jsonl or .parquet',
+    'blank.jsonl --out=d --tokenizer=byte': 'blank.jsonl: no text in it, 2 empty documents',
+    'blank.jsonl --out=d': 'blank.jsonl: no text in it',
+    'latin.txt --out=d': r'latin.txt: byte 15 is not UTF-8: convert the file, or use --errors=replace',
+    'latin.jsonl --out=d': r'latin.jsonl: byte 33 is not UTF-8',
+    'cut.txt --out=d': 'cut.txt: byte 4 is not UTF-8',
+    'broken.jsonl --out=d': 'broken.jsonl:3: broken JSON',
+    'list.jsonl --out=d': 'list.jsonl:1: takes an object with the field text, got a list',
+    'x.jsonl --out=d --text_key=story': 'x.jsonl:1: no field story; it has text: set --text_key',
+    'number.jsonl --out=d': 'number.jsonl:1: field text holds a int, not text',
+    'half.jsonl --out=d': 'half.jsonl:1: field text holds half a surrogate pair',
+    'x.parquet --out=d --text_key=story': 'x.parquet: no column story; it has text: set --text_key',
+    'broken.parquet --out=d': 'broken.parquet: not a sound .parquet',
+    'cut.txt.gz --out=d': 'cut.txt.gz: ends in the middle',
+    'cut.txt.zst --out=d': 'cut.txt.zst: ends in the middle',
+    'cut.txt.bz2 --out=d': 'cut.txt.bz2: ends in the middle',
+    'broken.txt.gz --out=d': 'broken.txt.gz: damaged',
+    'broken.txt.bz2 --out=d': 'broken.txt.bz2: damaged',
+    'broken.txt.zst --out=d': 'broken.txt.zst: damaged',
+    'x.jsonl --out=d --tokenizer=morse': 'tokenizer=morse: no such tokenizer; there are byte, char, gpt2',
+    'x.jsonl --out=d --tokenizer=none.model': 'tokenizer=none.model: no such file',
+    'x.jsonl --out=d --tokenizer=bpe:10': 'tokenizer=bpe:10: too small',
+    'x.jsonl --out=d --tokenizer=bpe:99999': 'tokenizer=bpe:99999: too large for so little text',
+    'x.jsonl --out=d --tokenizer=byte --val_fraction=0.0001': 'nothing for val of 20 document(s) with split=document: use another --val_fraction, or',
+    'x.jsonl --out=d --tokenizer=byte --val_fraction=0.9999': 'leaves nothing for train',
+    'x.jsonl --out=d --val_fraction=1': 'val_fraction=1.0: takes a number between 0 and 1',
+    'x.jsonl --out=d --num_proc=-1': 'num_proc=-1',
+    'x.jsonl --out=d --tokeniser=byte': '--tokeniser: no such setting; did you mean tokenizer?',
+    'x.jsonl --out=d --split=half': "--split: got 'half', takes auto | document | tail",
+    'x.jsonl --out=notes.md/d --tokenizer=byte': 'notes.md',
+}
+
+
+@pytest.mark.parametrize('args', BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    write_jsonl('x.jsonl', map(story, range(20)))
+    os.mkdir('empty')
+    Path('notes.md').write_text('# Notes')
+    write_jsonl('blank.jsonl', ['', ' \n'])
+    Path('latin.txt').write_bytes(b'plain, then caf\xe9 ole')
+    Path('latin.jsonl').write_bytes(b'{"text": "fine"}\n{"text": "caf\xc3\xa9 \xe9"}\n')
+    Path('cut.txt').write_bytes(b'good' + '中'.encode()[:2])
+    Path('broken.jsonl').write_text('{"text": "a"}\n\n{"text": "b"\n')
+    Path('list.jsonl').write_text('["a"]\n')
+    Path('number.jsonl').write_text('{"text": 5}\n')
+    Path('half.jsonl').write_text('{"text": "\\ud83d"}\n')
+    parquet.write_table(pyarrow.table({'text': ['a']}), 'x.parquet')
+    Path('broken.parquet').write_bytes(b'PAR1 no parquet PAR1')
+    text = story(1, 5000).encode()
+    for ending, pack in (('gz', gzip.compress), ('bz2', bz2.compress), ('zst', zstandard.compress)):
+        packed = pack(text)
+        Path(f'cut.txt.{ending}').write_bytes(packed[:len(packed) // 2])
+        Path(f'broken.txt.{ending}').write_bytes(packed[:20] + b'\xff\x13\xff' * 30 + packed[110:])
+    before = sorted(os.listdir())
+    code, out, err = command(*args.split())
+    assert code == 2 and len(err.splitlines()) == 1 and not out, (code, out, err)
+    assert err.startswith('prepare.py: ') and BAD[args] in err, err
+    assert sorted(os.listdir()) == before
+
+
+def test_errors_replace_goes_on(command):
+    Path('latin.txt').write_bytes(b'plain, then caf\xe9 ole ' * 20)
+    Path('half.jsonl').write_text('{"text": "x\\ud83dy and more"}\n{"text": "caf\\u00e9 ' + '"}\n')
+    code, _, err = command('latin.txt', 'half.jsonl', '--out=d', '--tokenizer=byte', '--errors=replace', '--split=tail', '--val_fraction=0.5')
+    assert code == 0, err
+    train = read('d', 'train')
+    assert train[0].startswith('plain, then caf\ufffd ole ') and train[1].startswith('x\ufffdy')
+
+
+def test_help_lists_every_setting(command):
+    code, out, _ = command('--help')
+    assert code == 0 and all(f'--{name}' in out for name in Settings.__dataclass_fields__) and 'shakespeare' in out
