@@ -119,8 +119,13 @@ def linear(n_in, n_out, rank, cfg):
     return LowRank(n_in, n_out, rank, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # torch's kernel wants weight and input in one dtype; the sum of squares is in float32 all the same
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 def norm(width, cfg):
-    return nn.RMSNorm(width, cfg.norm_eps) if cfg.norm == 'rmsnorm' else nn.LayerNorm(width, cfg.norm_eps, bias=cfg.bias)
+    return RMSNorm(width, cfg.norm_eps) if cfg.norm == 'rmsnorm' else nn.LayerNorm(width, cfg.norm_eps, bias=cfg.bias)
 
 
 def rotary_table(length, d_head, theta):
