@@ -54,7 +54,10 @@ def configure(cls, argv=None):
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only at the first '=': --start="a=b" works
-            value = parse(text if equals else 'True', find_field(cls, key, f'--{key}'), f'--{key}')
+            setting = find_field(cls, key, f'--{key}')
+            if not equals and bool not in options(setting.type):
+                raise UserError(f'--{key}: has no value: write --{key}=VALUE, in one word')
+            value = parse(text if equals else 'True', setting, f'--{key}')
             given[key] = lists.setdefault(key, []) if isinstance(value, list) else value
             if isinstance(value, list):
                 given[key] += value

@@ -65,10 +65,11 @@ def test_a_list_is_given_several_times():
     ('--norm=batchnorm', "--norm: got 'batchnorm', takes rmsnorm | layernorm"),
     ('--compile=yes', 'takes True or False | auto'),
     ('--max_iters=-1', 'max_iters: must not be negative'),
+    ('--start', 'write --start=VALUE'),
     ('nowhere.py', 'no such config file'),
 ])
 def test_a_mistake_is_named_with_what_would_be_right(arg, words):
-    with pytest.raises(UserError, match='.*'.join(words.split('.*')) if '.*' in words else None) as error:
+    with pytest.raises(UserError) as error:
         configure(Settings, [arg])
     assert words in str(error.value) and '\n' not in str(error.value)
 
