@@ -74,13 +74,35 @@ def mark_best(out_dir, step, val_loss, keep=2):
     prune(out_dir, keep)
 
 
-def prepare_out_dir(out_dir, fresh):
-    """Make out_dir; a fresh run moves one that is there aside, to out_dir.old1 and so on."""
-    if fresh and checkpoints(out_dir):
+def prepare_out_dir(out_dir, step, settings):
+    """
+    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to out_dir.old1 and so on; one
+    that goes on after `step` sets later checkpoints, which were found damaged, aside as step_….damaged.
+    """
+    try:
+        set_aside(out_dir, step, settings)
+        os.makedirs(out_dir, exist_ok=True)
+        write_json(os.path.join(out_dir, 'settings.json'), settings)
+    except OSError as error:
+        raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
+
+
+def set_aside(out_dir, step, settings):
+    if step:
+        for newer in checkpoints(out_dir):
+            if int(os.path.basename(newer)[len('step_'):]) > step:
+                shutil.rmtree(newer + '.damaged', ignore_errors=True)
+                os.rename(newer, newer + '.damaged')
+        return
+    try:
+        with open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
+            other_run = json.load(f) != json.loads(json.dumps(settings))
+    except (OSError, ValueError):
+        other_run = False
+    if checkpoints(out_dir) or other_run:
         aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
         os.rename(out_dir, aside)
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
-    os.makedirs(out_dir, exist_ok=True)
 
 
 def write_json(path, value):
@@ -116,7 +138,8 @@ def best(out_dir):
     try:
         with open(os.path.join(out_dir, 'best'), encoding='utf-8') as f:
             entry = json.load(f)
-        return os.path.join(out_dir, entry['checkpoint']), entry['val_loss']
+        folder = os.path.join(out_dir, entry['checkpoint'])
+        return (folder, entry['val_loss']) if os.path.isdir(folder) else (None, None)
     except (OSError, ValueError, KeyError, TypeError):
         return None, None
 
@@ -181,4 +204,8 @@ def load_weights(model, weights, where):
 
 
 def load_optimizer(folder, optimizer):
+    """Take over the moments; rates, betas and decay stay those that the optimizer was made with."""
+    settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True))
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)

@@ -65,8 +65,11 @@ def draw(runs, path):
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel('loss (nats per token); thin: training')
     figure.axes[0].legend()
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f'picture={path}: {error}') from None
 
 
 def main():

@@ -15,6 +15,7 @@ import inspect
 import math
 import os
 import sys
+import time
 import types
 import typing
 
@@ -25,14 +26,20 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
         main()
     except UserError as error:
-        if os.environ.get('RANK', '0') == '0':  # under torchrun every rank finds the same mistake: say it once
-            print(f'{os.path.basename(sys.argv[0])}: ' + ' '.join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get('RANK', '0')
+        if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
+            time.sleep(3)
+        print(f'{os.path.basename(sys.argv[0])}: ' + f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 # -----------------------------------------------------------------------------
@@ -179,8 +186,12 @@ def help_text(cls):
         fields = [f for f in dataclasses.fields(cls) if f.name in comments]
         if fields:
             lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
-            lines += [f'  --{f.name}={default_of(f)!r}'.ljust(44) + f'  {comments[f.name]}'.rstrip() for f in fields]
+            lines += [f'  --{f.name}={default_of(f)!r}'.ljust(44) + f'  {choices(f.type)}{comments[f.name]}'.rstrip() for f in fields]
     return '\n'.join(lines)
+
+
+def choices(annotation):
+    return describe(annotation) + ': ' if any(typing.get_origin(kind) is typing.Literal for kind in options(annotation)) else ''
 
 
 def default_of(field):

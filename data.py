@@ -30,7 +30,8 @@ class DataConfig:
     dataset: str | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
-    # the same from the first document start among them; one document, padded and masked (a random crop when too long)
+    # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);
+    # or one document, padded and masked (a random crop when too long)
     verify_data: bool = False  # check the hashes of large data sets too
 
 
@@ -238,6 +239,8 @@ class Source:
         if self.packing != 'document':
             return (self.files.tokens - 1) / self.rows
         lengths = np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))])
+        if not (lengths > 1).any():
+            raise UserError(f'packing=document: no document of {self.name} has more than one token: use packing=stream')
         return float(np.minimum(lengths - 1, self.block_size).mean())
 
 
@@ -260,12 +263,13 @@ class Mixture:
 
     def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False):
         weights = dataset if isinstance(dataset, dict) else {dataset: 1}
-        if not weights or any(isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0 for w in weights.values()):
-            raise UserError(f'dataset={dataset}: a mixture takes a positive number for every name')
+        for name, w in weights.items() or [('', 0)]:
+            if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)) or not 1e-6 <= w <= 1e6:
+                raise UserError(f'dataset={dataset}: a mixture takes names, and for each a number between 1e-6 and 1e6')
         self.block_size, self.seed = block_size, seed
         self.sources = [Source(name, split, block_size, packing, verify) for name in weights]
         same_tokenizer(self.sources)
-        shares = [Fraction(w).limit_denominator(10 ** 6) for w in weights.values()]
+        shares = [Fraction(str(w)) for w in weights.values()]
         if mix_by == 'documents' and packing != 'document':
             # w documents of a source are w * (its tokens per document / tokens per row) rows
             if not all(s.files.documents for s in self.sources):

@@ -29,10 +29,11 @@ def pick_device(name):
     count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind)
     if count is None or (number and not number.isdigit()):
         raise UserError(f'device={name}: takes auto, cpu, cuda, cuda:N or mps')
-    if int(number or 0) >= count:
-        raise UserError(f'device={name}: this machine has {count} {kind} device(s); --device=cpu works everywhere')
+    number = number or (os.environ.get('LOCAL_RANK', '0') if kind == 'cuda' else '0')  # torchrun: a GPU each
+    if int(number) >= count:
+        raise UserError(f'device={name}: this machine has {count} {kind} device(s), number {number} was asked for; --device=cpu works everywhere')
     if kind == 'cuda':
-        name = f'cuda:{number or os.environ.get("LOCAL_RANK", 0)}'  # torchrun: a device each
+        name = f'cuda:{number}'
         torch.cuda.set_device(name)
     torch.set_float32_matmul_precision('high')  # tf32 where there is any
     return torch.device(name)

@@ -56,6 +56,8 @@ class ModelConfig:
         for name in ('block_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
         for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
@@ -248,7 +250,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None, None, None
+        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -261,7 +263,7 @@ class Transformer(nn.Module):
     Raises ValueError for a configuration that cannot work and for more tokens than block_size.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
         super().__init__()
         cfg.check()
         if not cfg.vocab_size:
@@ -277,7 +279,7 @@ class Transformer(nn.Module):
         self.head = None if cfg.tie else nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
         rotary = rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta) if cfg.position == 'rope' else None
         self.register_buffer('rotary', rotary, persistent=False)
-        if not self.wte.weight.is_meta:
+        if init and not self.wte.weight.is_meta:
             self.init_weights()
 
     # --- forward ---
@@ -288,9 +290,9 @@ class Transformer(nn.Module):
         end = start + idx.size(1)
         if end > self.cfg.block_size:
             raise ValueError(f'{end} tokens are longer than block_size={self.cfg.block_size}')
-        x = self.wte(idx)  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
         if self.wte_up is not None:
-            x = self.wte_up(x)
+            x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe.weight[start:end]
         x = self.drop(x)

@@ -18,7 +18,7 @@ import torch
 import checkpoint
 import hub
 from configurator import UserError, configure, from_dict, run_main
-from device import DeviceConfig, autocast, pick_device, pick_dtype
+from device import DeviceConfig, autocast, is_out_of_memory, pick_device, pick_dtype
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
@@ -46,8 +46,12 @@ class Settings(DeviceConfig):
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError('takes temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0')
+        for name, low, high in (('temperature', 0, math.inf), ('top_k', 0, math.inf), ('top_p', 1e-9, 1), ('min_p', 0, 1),
+                                ('repetition_penalty', 1e-9, math.inf), ('seed', 0, 2 ** 63 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f'{name}={getattr(self, name)}: takes a number between {low:.0f} and {high}')
+        if '' in self.stop:
+            raise ValueError('stop: an empty text would end every sample at once')
 
 
 # -----------------------------------------------------------------------------
@@ -73,16 +77,17 @@ class KVCache:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-             generator=None, eot=None, use_cache=True):
+             generator=None, eot=None, vocab_size=None, use_cache=True):
     """
     Yield one (B,) int64 tensor of next tokens at a time, max_new_tokens of them; -1 where a row ended with `eot` before.
 
     prompts: a list of B lists of token ids, of any lengths (a longer prompt overrides what is drawn for it at first: no
     padding, no mask; rows whose prompt still runs yield -1 until it ends, and then max_new_tokens like the others).
+    Only the first vocab_size tokens are drawn: a network may have more than its tokenizer (nanoGPT's 50304).
     When the context is full it slides on: the newer half of it is encoded afresh at positions 0…, so every token is
     computed as in training, with learned positions too, and cached = uncached token for token.
     """
-    T, device = model.cfg.block_size, next(model.parameters()).device
+    T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long, device=device)
@@ -96,7 +101,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             start = end - max(1, T // 2)
             cache = KVCache(model.cfg.n_layer, size) if use_cache else None
         known = start + cache.length if use_cache else start
-        logits = model.logits(model.hidden(tokens[:, known:end], cache)[:, -1])  # (B, V)
+        logits = model.logits(model.hidden(tokens[:, known:end], cache)[:, -1])[:, :V]  # (B, V)
         drawn = draw(logits, tokens[:, :end], temperature, top_k, top_p, min_p, repetition_penalty, generator)
         prompting, done = end < lengths, end >= lengths + max_new_tokens
         tokens[:, end] = torch.where(prompting, tokens[:, end], drawn)
@@ -146,10 +151,11 @@ def stream(model, tokenizer, prompts, stop=(), **options):
         if not final:
             text = text.rstrip('\ufffd')  # half a character so far
             text = text[:max(len(shown[row]), len(text) - hold)]
-        new, shown[row] = text[len(shown[row]):], text if len(text) > len(shown[row]) else shown[row]
+        new = text[len(shown[row]):]
+        shown[row] += new
         return new
 
-    for drawn in generate(model, prompts, eot=tokenizer.eot, **options):
+    for drawn in generate(model, prompts, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, **options):
         for row, token in enumerate(drawn.tolist()):
             if alive[row] and token >= 0:
                 ids[row].append(token)
@@ -170,7 +176,8 @@ def stream(model, tokenizer, prompts, stop=(), **options):
 def load(where, which='best'):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
     if hub.knows(where):
-        cfg, weights, folder, description = *hub.load(where), *hub.tokenizer(where)
+        cfg, weights = hub.load(where)
+        folder, description = hub.tokenizer(where)
     else:
         folder = checkpoint.find(where, which)
         state, weights = checkpoint.load_state(folder), checkpoint.read_weights(folder)
@@ -178,7 +185,7 @@ def load(where, which='best'):
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
-    model = Transformer(cfg)
+    model = Transformer(cfg, init=False)
     checkpoint.load_weights(model, weights, folder)
     return model.eval(), tokenizer
 
@@ -229,7 +236,12 @@ def main():
     dtype = pick_dtype(s.dtype, device) if device.type != 'cpu' else s.dtype.replace('auto', 'float32')
     generator = torch.Generator().manual_seed(s.seed)
     if not s.interactive:
-        print_samples(model, tokenizer, read_prompt(s.start), s, generator, dtype)
+        try:
+            print_samples(model, tokenizer, read_prompt(s.start), s, generator, dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f'out of memory: lower num_samples={s.num_samples} or max_new_tokens={s.max_new_tokens}') from None
         return
     print('a prompt a line; Ctrl-D ends', flush=True)
     for line in sys.stdin:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hub
-from configurator import UserError, configure, from_dict, run_main
+from configurator import UserError, check, configure, from_dict, run_main
 from data import DataConfig, Mixture, Source, splitmix, validation_batch, validation_rows
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, zero
 from model import ModelConfig, Transformer
@@ -65,6 +65,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
         for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
 
@@ -230,10 +232,11 @@ def build_model(s, data, origin):
     if s.vocab_size < data.vocab_size:
         raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
             f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
-    if 'state' in origin:
+    check(s)  # once more, now that the vocabulary is known
+    if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
     torch.manual_seed(s.seed)
-    model = Transformer(model_config(s))
+    model = Transformer(model_config(s), init=not origin)
     if 'state' in origin:
         checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     elif 'weights' in origin:
@@ -257,7 +260,8 @@ def check_same_run(s, data, state):
     """Raise UserError unless the stored run is this one: same network, same data in the same order."""
     stored, advice = state['settings'], 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
     for name in IDENTITY:
-        if getattr(s, name) != stored.get(name, getattr(s, name)):  # a setting that the stored run did not know is at its default
+        # as text: the order of a mixture counts; a setting that the stored run did not know is at its default
+        if json.dumps(getattr(s, name)) != json.dumps(stored.get(name, getattr(s, name))):
             raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={stored[name]}: {advice}')
     rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
     if rows != old:
@@ -293,7 +297,11 @@ class Log:
         self.began = time.perf_counter()
         if s.wandb_log:
             import wandb
-            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or os.path.basename(s.out_dir), config=dataclasses.asdict(s), dir=s.out_dir)
+            name = s.wandb_run_name or os.path.basename(s.out_dir)
+            try:
+                self.wandb = wandb.init(project=s.wandb_project, name=name, config=dataclasses.asdict(s), dir=s.out_dir)
+            except wandb.Error as error:
+                raise UserError(f'wandb_log=True: {error}: run wandb login, or set WANDB_MODE=offline') from None
 
     def write(self, step, **record):
         if self.on:
@@ -378,18 +386,17 @@ def train(s, device, ranks):
     if state:
         step = state['step']
         checkpoint.load_optimizer(origin['folder'], optimizer)
-        scaler.load_state_dict(state['scaler'])
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
     if s.compile:
         model.compile()
-    runner = DistributedDataParallel(model) if ranks.world > 1 else model
+    runner = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
     describe(s, model, data, step, ranks)
     if s.eval_only:
         show_losses(step, evaluate(model, val, s, ranks), ranks)
         return 0
 
-    if ranks.first:
-        checkpoint.prepare_out_dir(s.out_dir, fresh=not state)
-        checkpoint.write_json(os.path.join(s.out_dir, 'settings.json'), dataclasses.asdict(s))
+    ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s)))
     log = Log(s, step, ranks)
     evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak, tokens_per_step = peak_flops(device, s.dtype) if ranks.first else None, s.batch_size * s.gradient_accumulation_steps * s.block_size
@@ -400,7 +407,8 @@ def train(s, device, ranks):
     def save_once():
         nonlocal saved
         if saved != step:
-            check_finite(norm.item(), s, step)
+            if not scaler.is_enabled():  # a scaler skips the steps that overflow
+                check_finite(norm.item(), s, step)
             save(s, step, model, optimizer, scaler, data, ranks)
             saved = step
 
@@ -410,13 +418,13 @@ def train(s, device, ranks):
                 save_once()  # first, so that nothing that goes wrong in an evaluation can lose it
             result = evaluate(model, val, s, ranks)
             show_losses(step, result, ranks)
-            log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, **result, peak_memory_bytes=peak_memory(device))
             if step and (best_loss is None or result['val_loss'] < best_loss):
                 best_loss = result['val_loss']
                 save_once()
                 ranks.from_first(lambda: checkpoint.mark_best(s.out_dir, step, best_loss, s.keep_checkpoints))
+            log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, **result, peak_memory_bytes=peak_memory(device))
             show_samples(model, s, data, ranks)
-        elif step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
+        if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()
         if step >= s.max_iters or stopping:
             save_once()
@@ -456,8 +464,8 @@ def report(s, step, loss, norm, steps_per_second, tokens_per_step, flops_per_ste
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {learning_rate(step - 1, s):.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s), grad_norm=norm,
-              tokens_per_second=round(rate, 1), **({'mfu': round(mfu, 4)} if mfu else {}))
+    log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s),
+              tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}))
 
 
 def main():

@@ -152,7 +152,8 @@ def test_weights_count_tokens_or_documents_as_asked(tmp_path, packing, mix_by):
     assert abs(got[0] / got[1] / 3 - 1) < 0.02
 
 
-@pytest.mark.parametrize('dataset, words', [({'x': 0}, 'positive'), ({}, 'positive'), ({'x': 'many'}, 'positive'), ('nowhere', 'python prepare.py nowhere')])
+@pytest.mark.parametrize('dataset, words', [({'x': 0}, 'a mixture takes'), ({}, 'a mixture takes'), ({'x': 'many'}, 'a mixture takes'),
+                                            ({1: 2}, 'a mixture takes'), ({'x': 1e400}, 'a mixture takes'), ('nowhere', 'python prepare.py nowhere')])
 def test_a_mixture_that_cannot_be_is_refused(dataset, words):
     with pytest.raises(UserError, match=words):
         Mixture(dataset, 'train', 16, seed=1)

@@ -89,6 +89,22 @@ def test_init_from_a_run_takes_its_weights_and_network_with_a_fresh_schedule(who
     assert 'n_layer=3' in one_line(refused) and not (tmp_path / 'other').exists()
 
 
+def test_after_a_damaged_checkpoint_the_steps_are_made_again_and_nothing_sound_is_lost(whole, dataset, tmp_path):
+    train(tmp_path, '--dropout=0.1', '--checkpoint_interval=1', '--keep_checkpoints=3', dataset=dataset)
+    with open(tmp_path / 'step_00000010' / 'model.safetensors', 'ab') as f:
+        f.write(b'x')
+    train(tmp_path, '--dropout=0.1', '--keep_checkpoints=1', dataset=dataset)
+    assert same(last(whole), last(tmp_path)) and read_log(whole) == read_log(tmp_path)  # the log was cut, too
+    assert {p.name for p in tmp_path.glob('step_*')} == {'step_00000010', 'step_00000010.damaged'}
+
+
+def test_a_changed_weight_decay_counts_from_where_the_run_goes_on(whole, dataset, tmp_path):
+    shorter = ['--dropout=0.1', '--lr_decay_iters=10', '--warmup_iters=0']
+    train(tmp_path, *shorter, '--max_iters=5', dataset=dataset)
+    train(tmp_path, *shorter, '--weight_decay=9.0', dataset=dataset)
+    assert not same(last(whole)[0], last(tmp_path)[0])
+
+
 # --- ranks, accumulation ---
 
 def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
@@ -98,6 +114,12 @@ def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
     one, two = read_log(tmp_path / 'one'), read_log(tmp_path / 'two')
     assert [r.get('train_loss') for r in one] == [r.get('train_loss') for r in two]
     assert all(abs(a['val_loss'] - b['val_loss']) < 1e-6 for a, b in zip(one, two) if 'val_loss' in a)
+
+
+def test_ranks_with_unequal_numbers_of_targets_are_one_rank_too(dataset, tmp_path):
+    for name, nproc in (('one', 1), ('two', 2)):
+        train(tmp_path / name, '--packing=document', '--gradient_accumulation_steps=2', dataset=dataset, nproc=nproc)
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
 def test_accumulation_is_the_big_batch_also_when_rows_have_unequal_numbers_of_targets(dataset, tmp_path):
@@ -244,6 +266,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     (['--init_from=hf:nowhere'], 'nowhere'),
     (['--packing=documents'], 'stream | aligned | document'),
     (['config/nothing.py'], 'no such config file'),
+    (['--seed=99999999999999999999'], 'seed='),
+    (['--out_dir=README.md'], 'out_dir=README.md'),
+    (['--rank_embed=40', '--rank_head=40', '--n_embd=128', '--vocab_size=64', '--rank_embed=100'], 'rank_embed=100 is larger'),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(dataset, tmp_path, args, words):
     done = train(tmp_path / 'out', *args, dataset=dataset, check=False)
