@@ -167,6 +167,11 @@ def test_sources_of_different_tokenizers_are_refused(three, tmp_path):
 
 # --- validation ---
 
+def test_bits_per_byte_is_nats_over_ln_2_and_the_bytes_of_a_token(corpus):
+    data = Mixture(corpus[0], 'train', 16, seed=1)  # its meta.json says one byte a token
+    assert abs(data.bits_per_byte(np.log(2) * 3) - 3) < 1e-12
+
+
 def test_validation_covers_the_split_or_a_fixed_part_of_it(corpus):
     source = Source(corpus[0], 'val', 16, 'stream')
     _, y = validation_batch(source, validation_rows(source, 0), 0)
@@ -221,6 +226,7 @@ def flip_a_bit(folder):
     (flip_a_bit, 'train_00001.bin: its contents do not match the hash'),
     (lambda f: (f / 'train_00000.bin').unlink(), 'train_00000.bin: No such file'),
     (lambda f: (f / 'train_00000.idx').write_bytes(b''), 'train_00000.idx: has 0 bytes'),
+    (lambda f: (f / 'train_00000.idx').write_bytes(bytes(len((f / 'train_00000.idx').read_bytes()))), 'train_00000.idx: its contents do not match'),
     (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
     (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
     (change_meta(vocab_size=10), 'is beyond the vocabulary of 10'),

@@ -79,6 +79,13 @@ def test_chunked_loss_and_its_gradients_equal_plain_cross_entropy(monkeypatch, s
         assert torch.allclose(a, b, atol=2e-6, rtol=1e-4), name
 
 
+def test_the_chunked_loss_multiplies_in_the_dtype_of_autocast():
+    model, (x, y) = tiny(), batch()
+    with torch.autocast('cpu', torch.bfloat16):
+        ours, plain = model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+    assert abs(ours - plain) < 1e-5 < abs(ours - model(x, y))  # bfloat16 logits on both sides; float32 ones differ
+
+
 def test_masked_targets_do_not_count_and_all_masked_is_no_loss():
     model, (x, y) = tiny(), batch(rows=1)
     assert torch.allclose(model(x, y), model(x[:, :22], y[:, :22]), atol=1e-6)  # the last 10 are masked
