@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -38,6 +39,9 @@ class ModelConfig:
     qk_norm: bool = True  # RMS-normalise each query and key head: no logit growth, higher rates (Henry et al. 2020, arXiv 2010.04245)
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
+    embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate (modded-nanogpt, record 8)
+    x0_lambdas: bool = False  # each block reads a learned mix of its input and the embedding (modded-nanogpt, record 9)
+    value_residual: bool = False  # values are a learned mix of the layer's own and the first layer's (Zhou et al. 2024, arXiv 2410.17897)
     tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
     bias: bool = False  # biases in the linear layers and in LayerNorm
     dropout: float = 0.0  # 0 is good for pretraining; 0.1 and more when data repeat many times
@@ -143,6 +147,23 @@ def rotate(x, table):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
+def attend(q, k, v, mask, is_causal, dropout):
+    """
+    softmax(q·kᵀ / sqrt(D))·v of q (B, H, T, D) and k, v (B, kv_heads, S, D): torch's fused kernels, but for short rows in bfloat16 on
+    a CPU. There the fused kernel multiplies at float32's speed, and a training step of plain attention takes half its time
+    (T = 64: 0.7 against 2.7 ms, T = 256: 18 against 34 ms, T = 1024: 3 times longer).
+    """
+    groups = q.size(1) // k.size(1)
+    if not (q.device.type == 'cpu' and q.dtype == torch.bfloat16 and is_causal and k.size(2) <= 256):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=groups > 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    T = q.size(2)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (B, H, T, T)
+    return F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype), dropout) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention with n_head query heads over kv_heads key and value heads."""
 
@@ -153,25 +174,32 @@ class Attention(nn.Module):
         self.k = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_qk, cfg)
         self.v = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_vo, cfg)
         self.o = linear(cfg.n_head * cfg.d_head, cfg.n_embd, cfg.rank_vo, cfg)
+        self.v_mix = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and layer else None  # share of the first layer's values
 
-    def forward(self, x, rotary, cache=None):
+    def forward(self, x, rotary, v0=None, cache=None):
+        """x (B, T, C) → (B, T, C), and the first layer's values v0 (B, T, kv_heads, D) for the layers after it."""
         B, T, _ = x.shape
         D = self.cfg.d_head
         q = self.q(x).view(B, T, -1, D)  # (B, T, H, D)
         k = self.k(x).view(B, T, -1, D)  # (B, T, kv_heads, D)
         v = self.v(x).view(B, T, -1, D)
+        if self.v_mix is not None:
+            v = v + self.v_mix * (v0 - v)
+        elif self.cfg.value_residual:
+            v0 = v
+        qk = torch.cat([q, k], dim=2)  # (B, T, H + kv_heads, D): what both need is done once
         if self.cfg.qk_norm:
-            q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
+            qk = F.rms_norm(qk, (D,))
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            qk = rotate(qk, rotary)
+        q, k = qk.transpose(1, 2).split([q.size(2), k.size(2)], dim=1)  # (B, H, T, D)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
         S = k.size(2)
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=k.size(1) != q.size(1),
-                                           dropout_p=self.cfg.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask, T == S and T > 1, self.cfg.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1)), v0
 
 
 class MLP(nn.Module):
@@ -194,10 +222,14 @@ class Block(nn.Module):
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
         self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.x0_lambdas else None  # of the input and of the embedding
 
-    def forward(self, x, rotary, cache=None):
-        x = x + self.drop(self.attn(self.norm_1(x), rotary, cache))
-        return x + self.drop(self.mlp(self.norm_2(x)))
+    def forward(self, x, x0, rotary, v0=None, cache=None):
+        if self.lambdas is not None:
+            x = self.lambdas[0] * x + self.lambdas[1] * x0
+        y, v0 = self.attn(self.norm_1(x), rotary, v0, cache)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x))), v0
 
 
 # -----------------------------------------------------------------------------
@@ -208,10 +240,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both gradients
     run chunk by chunk in the forward pass. At V = 50k the logits, their softmax and its gradient are most of a small
     model's memory; the price is one V x C buffer for W's gradient, and no second backward. (The idea: Liger kernel,
-    arXiv 2410.10989.)
+    arXiv 2410.10989.) On a CPU a chunk's logits become gradients a block at a time, in its cache: half the time of
+    torch's cross_entropy on all of them. On a GPU torch.compile fuses the passes instead.
     """
-    CHUNK = 2 ** 24  # logits held at a time: 64 MiB in float32
-
     @staticmethod
     def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad):
         # h (N, C) and weight (V padded, C) in the dtype to multiply in, targets (N,)
@@ -219,31 +250,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w, total = weight.to(dtype), h.new_zeros((), dtype=torch.float32)
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros_like(weight) if with_grad else None
-        rows = max(1, ChunkedCrossEntropy.CHUNK // len(weight))
+        on_cpu = h.device.type == 'cpu'
+        rows = max(1, 2 ** (25 if on_cpu else 28) // len(w))  # 64 MiB of logits in bfloat16, on a GPU 512
+        block = max(1, 2 ** 20 // len(w)) if on_cpu else rows  # 4 MiB in float32
         for i in range(0, len(h), rows):
-            x, y = h[i:i + rows].to(dtype), targets[i:i + rows]
-            real = (y >= 0).unsqueeze(1)
-            y = y.clamp(min=0).unsqueeze(1)
-            logits = (x @ w.T).float()  # (rows, V padded)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            logp = logits.clone() if softcap else logits
-            logp[:, n_vocab:] = -torch.inf  # the padding never gets probability
-            logp = torch.log_softmax(logp, dim=1)
-            nll = -logp.gather(1, y)
-            if smoothing:
-                nll = (1 - smoothing) * nll - smoothing * logp[:, :n_vocab].mean(1, keepdim=True)
-            total += (nll * real).sum()
-            if with_grad:  # d nll / d logits = softmax - target distribution
-                d = logp.exp_()
-                d.scatter_add_(1, y, torch.full_like(nll, smoothing - 1))
-                if smoothing:
-                    d[:, :n_vocab] -= smoothing / n_vocab
-                if softcap:
-                    d *= 1 - (logits / softcap).square_()
-                d = (d * real).to(dtype)
-                grad_h[i:i + rows] = d @ w
-                grad_w += d.T @ x
+            x = h[i:i + rows].to(dtype)
+            logits = x @ w.T  # (rows, V padded), and then the gradient with respect to them
+            for z, y in zip(logits.split(block), targets[i:i + rows].split(block)):
+                total += loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad)
+            if with_grad:
+                grad_h[i:i + rows] = logits @ w
+                grad_w += logits.T @ x
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
@@ -251,6 +268,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
         return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None, None, None
+
+
+def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad):
+    """
+    Sum of the cross-entropies of logits (rows, V padded), those of the padding left out; with_grad: the logits give their place to the
+    gradient of that sum. The arithmetic is in float32, in as few passes as it takes.
+    """
+    real = (targets >= 0).unsqueeze(1)
+    y = targets.clamp(min=0).unsqueeze(1)
+    z = logits[:, :n_vocab].float()
+    if softcap:
+        tanh = torch.tanh(z / softcap)
+        z = softcap * tanh
+    log_sum = z.logsumexp(1, keepdim=True)
+    nll = log_sum - z.gather(1, y)
+    if smoothing:
+        nll = (1 - smoothing) * nll + smoothing * (log_sum - z.mean(1, keepdim=True))
+    if with_grad:  # softmax - target distribution
+        d = (z - log_sum).exp_()
+        d.scatter_add_(1, y, torch.full_like(log_sum, smoothing - 1))
+        if smoothing:
+            d -= smoothing / n_vocab
+        if softcap:
+            d *= 1 - tanh.square_()
+        logits[:, :n_vocab] = d.mul_(real)
+        logits[:, n_vocab:] = 0
+    return (nll * real).sum()
 
 
 # -----------------------------------------------------------------------------
@@ -268,10 +312,11 @@ class Transformer(nn.Module):
         cfg.check()
         if not cfg.vocab_size:
             raise ValueError('vocab_size=0: set it to the number of tokens of the data')
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, False  # recompute: keep only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv 1604.06174)
         self.wte = nn.Embedding(cfg.padded_vocab, cfg.rank_embed or cfg.n_embd)
         self.wte_up = nn.Linear(cfg.rank_embed, cfg.n_embd, bias=False) if cfg.rank_embed else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == 'learned' else None
+        self.norm_e = norm(cfg.n_embd, cfg) if cfg.embed_norm else nn.Identity()
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm_f = norm(cfg.n_embd, cfg)
@@ -295,10 +340,14 @@ class Transformer(nn.Module):
             x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe.weight[start:end]
-        x = self.drop(x)
+        x0 = x = self.drop(self.norm_e(x))
         rotary = self.rotary[:, start:end] if self.rotary is not None else None
+        v0 = None
         for block in self.blocks:
-            x = block(x, rotary, cache)
+            if self.recompute and self.training:
+                x, v0 = checkpoint(block, x, x0, rotary, v0, use_reentrant=False)
+            else:
+                x, v0 = block(x, x0, rotary, v0, cache)
         return self.norm_f(x)
 
     def head_input(self, h):
@@ -322,8 +371,8 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(h)
         h, weight = self.head_input(h)
-        loss = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap,
-                                         label_smoothing, torch.is_grad_enabled())
+        cross_entropy = ChunkedCrossEntropy.apply if h.is_cuda else torch.compiler.disable(ChunkedCrossEntropy.apply)
+        loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap, label_smoothing, torch.is_grad_enabled())
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
 
     # --- init ---
@@ -331,7 +380,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        wte, wpe                    normal, init_std or 0.02; tied and wide: 4/n_embd, or every token would predict itself at first
+        wte, wpe                    normal, init_std or 0.02 (1 before embed_norm); tied and wide: 4/n_embd, or every token would
+                                    predict itself at first
         head, untied                zero: the first loss is exactly ln V
         q, k, v, MLP up and gate    normal, init_std or 1/sqrt(inputs)
         o, MLP down                 zero, or the same over sqrt(2 n_layer), as in GPT-2
@@ -344,7 +394,7 @@ class Transformer(nn.Module):
                 if layer is not None:
                     is_output = layer in (block.attn.o, block.mlp.down)
                     init_linear(layer, cfg, 1 / math.sqrt(2 * cfg.n_layer) if is_output else 1.0, zero=is_output and cfg.zero_init)
-        embed_std = cfg.init_std or (min(0.02, 4 / cfg.n_embd) if cfg.tie else 0.02)  # the pre-norms take the scale out
+        embed_std = cfg.init_std or (min(0.02, 4 / cfg.n_embd) if cfg.tie else 1.0 if cfg.embed_norm else 0.02)  # norms take the scale out
         nn.init.normal_(self.wte.weight, std=embed_std)
         self.wte.weight[cfg.vocab_size:] = 0
         if self.wpe is not None:

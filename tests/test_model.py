@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import read_config
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, linear, rotary_table, rotate
+from origin import model_config
 from sample import KVCache
-from train import Settings, model_config
+from train import Settings
 
 
 def tiny(**settings):
