@@ -19,40 +19,136 @@ class OptimConfig:
     min_lr: float | None = None  # None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
     weight_decay: float = 0.1  # on matrices; never on norms and biases
-    beta1: float = 0.9
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the matrices of the blocks by Muon, the rest by AdamW
+    muon_lr: float = 0.02  # highest rate of the matrices under Muon
+    embed_lr: float | None = None  # highest rate of the embeddings, tied ones too; None = learning_rate
+    head_lr: float | None = None  # of an untied head
+    scalar_lr: float | None = None  # of norms, biases and lambdas
+    momentum: float = 0.95  # Muon's, Nesterov
+    momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = at once (modded-nanogpt, record 9)
+    beta1: float = 0.9  # AdamW's
     beta2: float = 0.95
+    eps: float = 1e-8
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 = no clipping
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters', 'min_lr'):
+        for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters', 'min_lr', 'muon_lr', 'embed_lr', 'head_lr',
+                     'scalar_lr', 'momentum_warmup', 'eps'):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
-        for name in ('beta1', 'beta2'):
+        for name in ('beta1', 'beta2', 'momentum'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: takes 0 <= {name} < 1')
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
 
 
-def make_optimizer(model, cfg):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions, as in nanoGPT."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{'params': [p for p in params if p.ndim >= 2], 'weight_decay': cfg.weight_decay},
-              {'params': [p for p in params if p.ndim < 2], 'weight_decay': 0.0}]
+# -----------------------------------------------------------------------------
+# AdamW, and Muon for the matrices
+
+class Muon(torch.optim.AdamW):
+    """
+    AdamW whose groups with muon=True are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum,
+    then the nearest orthogonal matrix, so that every direction of a matrix learns at the same rate. 1.5 times fewer tokens than
+    AdamW on GPT-2 124M for 2% more time (modded-nanogpt, record 4). Matrices of one shape are orthogonalised together: torch.optim.Muon
+    takes one after the other.
+    """
+
+    def __init__(self, groups, dtype=torch.float32, **settings):
+        super().__init__(groups, **settings)
+        self.dtype = dtype  # to orthogonalise in
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group['muon']:
+                self.orthogonal_step([p for p in group['params'] if p.grad is not None], group)
+        return super().step(closure)  # AdamW passes over what has no gradient left
+
+    def orthogonal_step(self, params, group):
+        shapes = {}
+        for p in params:  # a tall matrix goes with the wide ones: its transpose has the same orthogonal factor, transposed
+            shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        for same in shapes.values():
+            grads, moments = [p.grad for p in same], [self.momentum_of(p) for p in same]
+            torch._foreach_lerp_(moments, grads, 1 - group['momentum'])
+            torch._foreach_lerp_(grads, moments, group['momentum'])  # Nesterov: look ahead along the momentum
+            wide = torch.stack([g if g.size(0) <= g.size(1) else g.T for g in grads])
+            for p, update in zip(same, orthogonalize(wide, self.dtype)):
+                update = update.to(p.dtype) if p.size(0) <= p.size(1) else update.T.to(p.dtype)
+                scale = max(1, p.size(0) / p.size(1)) ** 0.5  # a tall matrix spreads its output over more entries
+                if group['weight_decay']:  # cautious (Chen et al. 2025, arXiv 2510.12402): decay only where the update shrinks the weight too
+                    p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
+                p.sub_(update, alpha=group['lr'] * scale)
+                p.grad = None
+
+    def momentum_of(self, p):
+        state = self.state[p]
+        if not state:
+            state['momentum'] = torch.zeros_like(p)
+        return state['momentum']
+
+
+def orthogonalize(g, dtype, steps=5):
+    """
+    The orthogonal factors of matrices g (N, rows, cols), rows <= cols, roughly: singular values end within 0.7…1.2. Five steps of a
+    Newton-Schulz iteration whose quintic is tuned for slope at zero; it is stable in bfloat16 (Jordan et al. 2024).
+    """
+    x = g.to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return x
+
+
+def make_optimizer(model, cfg, dtype=torch.float32):
+    """
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions, as in nanoGPT; for optimizer='muon'
+    the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
+    """
+    muon, groups = cfg.optimizer == 'muon', {}
+    for name, p in model.named_parameters():
+        matrix = p.ndim >= 2 and not name.startswith(('wte.', 'wpe.', 'head.'))
+        rate = cfg.muon_lr if muon and matrix else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) else cfg.head_lr if name == 'head.weight' \
+            else cfg.scalar_lr if p.ndim < 2 else None
+        decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) else 0.0
+        if p.requires_grad:
+            groups.setdefault((muon and matrix, cfg.learning_rate if rate is None else rate, decay), []).append(p)
+    groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}
+              for (by_muon, rate, decay), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return Muon(groups, dtype, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
-def learning_rate(step, cfg):
-    """The rate of update number `step` (from 0): linear warm-up, then cfg.schedule down to min_lr at lr_decay_iters."""
+def optimizer_flops(optimizer):
+    """Floating-point operations of the matmuls in one step of the optimizer: x·xᵀ, a·a and the product with x, five times a matrix."""
+    sides = [sorted(p.shape) for group in optimizer.param_groups if group['muon'] for p in group['params']]
+    return sum(5 * (4 * rows * rows * cols + 2 * rows ** 3) for rows, cols in sides)
+
+
+def set_rates(optimizer, step, cfg):
+    """The rates of update number `step`, every group in proportion to the schedule of learning_rate; Muon's momentum warms up."""
+    warm = min(1.0, step / cfg.momentum_warmup) if cfg.momentum_warmup else 1.0
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate(step, cfg, group['peak'])
+        group['momentum'] = 0.85 + warm * (cfg.momentum - 0.85)
+
+
+def learning_rate(step, cfg, peak=None):
+    """
+    The rate of update number `step` (from 0): linear warm-up, then cfg.schedule down to min_lr at lr_decay_iters. `peak`: the highest
+    rate of another group of tensors, in place of cfg.learning_rate; its whole schedule is in proportion.
+    """
     warmup = min(2000, cfg.max_iters // 20) if cfg.warmup_iters is None else cfg.warmup_iters
     end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
-    low = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+    high = cfg.learning_rate if peak is None else peak
+    low = high / 10 if cfg.min_lr is None or not cfg.learning_rate else cfg.min_lr * (high / cfg.learning_rate)
     if step < warmup:
-        return cfg.learning_rate * (step + 1) / (warmup + 1)
+        return high * (step + 1) / (warmup + 1)
     if not cfg.decay_lr:
-        return cfg.learning_rate
+        return high
     if step >= end:
         return low
     done = (step - warmup) / (end - warmup)  # 0…1
@@ -62,4 +158,4 @@ def learning_rate(step, cfg):
         share = 1 - done
     else:
         share = min(1.0, (end - step) / (cfg.cooldown * end))
-    return low + share * (cfg.learning_rate - low)
+    return low + share * (high - low)
