@@ -13,12 +13,14 @@ import torch
 
 from configurator import UserError
 
+IMPORTED = time.perf_counter()
+
 
 @dataclass
 class DeviceConfig:
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32. auto = bfloat16 where it is faster
-    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = on CUDA
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = where it pays: on CUDA, and on a CPU for runs of minutes
 
 
 def pick_device(name):
@@ -50,9 +52,12 @@ def pick_dtype(name, device):
     return 'float32'
 
 
-def pick_compile(setting, device):
-    """Whether to compile; where that cannot work, one line says so."""
-    wanted = device.type == 'cuda' if setting == 'auto' else setting
+def pick_compile(setting, device, flops=0.0):
+    """
+    Whether to compile; where that cannot work, one line says so. auto: on CUDA, and on a CPU for a run of 5e13 `flops` or more, two
+    minutes: compiling takes 20 s there and saves a fourth of the time (10.6M parameters in bfloat16: 8,900 against 6,400 tokens/s).
+    """
+    wanted = (device.type == 'cuda' or device.type == 'cpu' and flops >= 5e13) if setting == 'auto' else setting
     missing = None
     if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
         missing = 'no C++ compiler'
@@ -60,8 +65,10 @@ def pick_compile(setting, device):
         missing = 'no triton'
     if wanted and missing:
         print(f'compile: {missing} on this machine, going on without', flush=True)
+    if not wanted or missing:
+        return False
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-    return wanted and not missing
+    return True
 
 
 def matmul_flops(device, dtype, n=512, seconds=0.02):
@@ -83,10 +90,20 @@ PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e
 def peak_flops(device, dtype):
     """FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not known."""
     if device.type == 'cpu':
-        return max(matmul_flops(device, getattr(torch, dtype), n, seconds=0.3) for n in (512, 1024))
+        return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
     if device.type == 'cuda' and dtype != 'float32':
         return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
     return None
+
+
+def process_age():
+    """Seconds since this process began, the imports included; where the system does not tell, since this file was imported."""
+    try:
+        with open('/proc/self/stat', encoding='utf-8') as f:
+            ticks = int(f.read().rpartition(')')[2].split()[19])  # field 22: when it began, in clock ticks since the machine did
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, AttributeError):
+        return time.perf_counter() - IMPORTED
 
 
 def autocast(device, dtype):

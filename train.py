@@ -15,37 +15,43 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
+
+os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch: see device.py
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import hub
-from configurator import UserError, check, configure, from_dict, run_main
-from data import DataConfig, Mixture, Source, splitmix, validation_batch, validation_rows
-from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, zero
-from model import ModelConfig, Transformer
-from optim import OptimConfig, learning_rate, make_optimizer
+from configurator import UserError, configure, run_main
+from data import DataConfig, Mixture, Source, find_folder, read_meta, splitmix, validation_batch, validation_rows
+from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
+from model import ModelConfig
+from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, set_rates
+from origin import build_model, find_origin
+from plan import PlanConfig, fit_minutes, plan
 from sample import stream
 from tokenizer import load_tokenizer
 
 
 @dataclass
-class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
+class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
     out_dir: str = 'out'  # where checkpoints, log and settings go
     init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR: its weights, a fresh schedule; hf:FOLDER: a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
     seed: int = 1337  # of weights, order of the data and dropout
     batch_size: int = 12  # rows of a micro-batch: what has to fit into memory
     gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size times this many rows
+    recompute: bool = False  # activation checkpointing: the blocks run again in the backward pass, a third slower, for a fraction of the memory
     label_smoothing: float = 0.0  # in the training loss only
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint and samples
     eval_iters: int = 200  # batches of the validation split, the same ones each time; 0 = the whole split
     eval_only: bool = False  # evaluate, then stop
+    target_val_loss: float = 0.0  # stop when an evaluation reaches this loss; 0 = never
     log_interval: int = 10  # steps between progress lines
     always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at the end)
     checkpoint_interval: int = 0  # steps between further checkpoints; 0 = only after evaluations
@@ -62,7 +68,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
         for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_checkpoints'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens'):
+        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.seed < 2 ** 63:
@@ -124,23 +130,45 @@ def micro_batches(s, step, rank, world):
     return [range(i, i + size) for i in range(first, first + rows, size)]
 
 
-def train_step(model, optimizer, scaler, data, s, step, ranks, stop=False):
+class Batches:
+    """The micro-batches of a step, [(first sample number, x, y), …], the next step's read by a thread while this one is computed."""
+
+    def __init__(self, data, s, ranks):
+        self.data, self.s, self.ranks = data, s, ranks
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+
+    def read(self, step):
+        out = []
+        for samples in micro_batches(self.s, step, self.ranks.rank, self.ranks.world):
+            x, y = (torch.from_numpy(a) for a in self.data.rows(samples))
+            if self.ranks.device.type == 'cuda':
+                x, y = x.pin_memory(), y.pin_memory()  # then the copy to the GPU waits for nothing
+            out.append((samples[0], x, y))
+        return out, sum(int((y >= 0).sum()) for _, _, y in out)
+
+    def __call__(self, step):
+        """(the micro-batches of this rank, how many targets are in them)."""
+        now = self.ahead.pop(step, None) or self.thread.submit(self.read, step)
+        self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
+        return now.result()
+
+
+def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
     """
     One update. Returns (summed loss of this rank's rows in nats, targets in the global batch, norm of the gradient, whether
-    any rank was asked to stop).
+    any rank was asked to stop). Nothing in it waits for a GPU.
     """
-    for group in optimizer.param_groups:
-        group['lr'] = learning_rate(step, s)
-    numbers = micro_batches(s, step, ranks.rank, ranks.world)
-    batches = [[torch.from_numpy(a) for a in data.rows(samples)] for samples in numbers]
-    targets, stop = ranks.sum(sum(int((y >= 0).sum()) for _, y in batches), stop)
+    set_rates(optimizer, step, s)
+    micro, targets = batches(step)
+    targets, stop = ranks.sum(targets, stop)
     nats = zero(ranks.device)
-    for n, (samples, (x, y)) in enumerate(zip(numbers, batches)):
-        torch.manual_seed(splitmix(s.seed, samples[0]) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
+    for n, (first, x, y) in enumerate(micro):
+        torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
         if ranks.world > 1:
-            model.require_backward_grad_sync = n == len(batches) - 1  # set before the forward pass: exchange gradients once a step
+            model.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
+        x, y = x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
         with autocast(ranks.device, s.dtype):
-            loss = model(x.to(ranks.device), y.to(ranks.device), reduction='sum', label_smoothing=s.label_smoothing)
+            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing)
         # the mean over the targets of the global batch; DDP divides by the number of ranks
         scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
         nats += loss.detach()
@@ -185,95 +213,6 @@ def losses(nats, targets, text_bytes, suffix=''):
 
 
 # -----------------------------------------------------------------------------
-# Where to start from
-
-# what a resumed run may not change: the network, and which rows step n sees
-IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed']
-
-
-def model_config(s):
-    return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
-
-
-def find_origin(s, ranks):
-    """
-    What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer'}
-    trained elsewhere, whose network becomes that of `s`.
-    """
-    found = checkpoint.checkpoints(s.out_dir)
-    if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
-        folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
-        state = checkpoint.load_state(folder)
-        if state['settings']['init_from'] not in ('auto', 'scratch'):
-            adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
-        return {'folder': folder, 'state': state}
-    if s.init_from in ('auto', 'scratch'):
-        return {}
-    if hub.knows(s.init_from):
-        ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
-        cfg, weights = hub.load(s.init_from)
-        tokenizer = None  # not known here: only the number of tokens is compared
-    else:
-        folder = checkpoint.find(s.init_from, 'best')
-        state = checkpoint.load_state(folder)
-        cfg, weights, tokenizer = from_dict(ModelConfig, state['model'], folder), checkpoint.read_weights(folder), state['tokenizer']
-    adopt(s, cfg, s.init_from)
-    if cfg.position == 'learned':
-        weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]
-    return {'weights': weights, 'tokenizer': tokenizer}
-
-
-def build_model(s, data, origin):
-    """The model on the CPU, from `origin`. Raises UserError where its vocabulary or its run is not that of the data."""
-    tokenizer = data.sources[0].files.meta['tokenizer']
-    if origin.get('tokenizer') not in (None, tokenizer):
-        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with that one')
-    s.vocab_size = s.vocab_size or data.vocab_size
-    if s.vocab_size < data.vocab_size:
-        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
-            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
-    check(s)  # once more, now that the vocabulary is known
-    if 'state' in origin and not s.eval_only:
-        check_same_run(s, data, origin['state'])
-    torch.manual_seed(s.seed)
-    model = Transformer(model_config(s), init=not origin)
-    if 'state' in origin:
-        checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
-    elif 'weights' in origin:
-        checkpoint.load_weights(model, origin['weights'], s.init_from)
-    return model
-
-
-def adopt(s, cfg, where):
-    """Take the model's settings from weights that were trained elsewhere; only dropout and a shorter context are the user's."""
-    if s.block_size > cfg.block_size and 'block_size' in s.given:
-        raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
-    for name, value in dataclasses.asdict(cfg).items():
-        if name == 'dropout' or (name == 'block_size' and name in s.given):
-            continue
-        if name in s.given and getattr(s, name) != value:
-            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: leave it out')
-        setattr(s, name, value)
-
-
-def check_same_run(s, data, state):
-    """Raise UserError unless the stored run is this one: same network, same data in the same order."""
-    stored, advice = state['settings'], 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
-    for name in IDENTITY:
-        # as text: the order of a mixture counts; a setting that the stored run did not know is at its default
-        if json.dumps(getattr(s, name)) != json.dumps(stored.get(name, getattr(s, name))):
-            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={stored[name]}: {advice}')
-    rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
-    if rows != old:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {advice}')
-    if s.init_from not in ('auto', 'resume', stored['init_from']):
-        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {advice}')
-    if data.fingerprint() != state['data']:
-        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {advice}')
-    s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
-
-
-# -----------------------------------------------------------------------------
 # What is written down
 
 class Log:
@@ -292,9 +231,8 @@ class Log:
         with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(r) + '\n' for r in records)
         os.replace(self.path + '.tmp', self.path)
-        self.seconds = records[-1]['seconds'] if records else 0.0
+        self.seconds = records[-1]['seconds'] if records else 0.0  # of the processes before this one
         self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
-        self.began = time.perf_counter()
         if s.wandb_log:
             import wandb
             name = s.wandb_run_name or os.path.basename(s.out_dir)
@@ -305,7 +243,7 @@ class Log:
 
     def write(self, step, **record):
         if self.on:
-            record = {'step': step, **record, 'seconds': round(self.seconds + time.perf_counter() - self.began, 3)}
+            record = {'step': step, **record, 'seconds': round(self.seconds + process_age(), 3)}
             with open(self.path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(record) + '\n')
             if self.wandb:
@@ -369,6 +307,31 @@ def describe(s, model, data, step, ranks):
 
 
 # -----------------------------------------------------------------------------
+# The dial
+
+def derive(s, state, device, ranks):
+    """Set what plan.py derives from the dial, on all ranks alike; a run that goes on keeps what was derived when it began."""
+    names = list(s.dataset) if isinstance(s.dataset, dict) else [s.dataset]
+    vocab_size = read_meta(find_folder(names[0]))['vocab_size']
+    planned = ranks.from_first(lambda: plan(s, vocab_size, device, ranks.world))
+    for name in planned:
+        setattr(s, name, state['settings'][name] if state else planned[name])
+    return planned
+
+
+def time_steps(runner, optimizer, scaler, batches, s, ranks):
+    """Seconds of a step of this run, the same on all ranks: the median of five after three, which leave no trace."""
+    weights, times = {name: t.clone() for name, t in runner.state_dict().items()}, []
+    for step in range(8):
+        began = time.perf_counter()
+        train_step(runner, optimizer, scaler, batches, s, step, ranks)[2].item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    runner.load_state_dict(weights)
+    optimizer.state.clear()
+    return ranks.from_first(lambda: sorted(times[3:])[2])
+
+
+# -----------------------------------------------------------------------------
 # The training loop
 
 def train(s, device, ranks):
@@ -376,11 +339,13 @@ def train(s, device, ranks):
     origin = find_origin(s, ranks)
     state = origin.get('state')
     s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
-    s.compile = pick_compile(s.compile, device)
+    planned = derive(s, state, device, ranks) if s.is_planned else {}
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data)
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data) for source in data.sources]
     model = build_model(s, data, origin).to(device)
-    optimizer = make_optimizer(model, s)
+    model.recompute = s.recompute
+    optimizer = make_optimizer(model, s, torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
+    batches = Batches(data, s, ranks)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
     step = 0
     if state:
@@ -388,10 +353,19 @@ def train(s, device, ranks):
         checkpoint.load_optimizer(origin['folder'], optimizer)
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    flops_per_step = model.flops_per_token() * tokens_per_step + optimizer_flops(optimizer)
+    s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
-        model.compile()
+        model.compile(dynamic=False)
     runner = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
+    if s.minutes and not state and not s.eval_only:
+        seconds_per_step = time_steps(runner, optimizer, scaler, batches, s, ranks)
+        ranks.from_first(lambda: fit_minutes(s, planned, seconds_per_step, process_age()))
+        s.max_iters, s.eval_interval, s.log_interval = ranks.from_first(lambda: (s.max_iters, s.eval_interval, s.log_interval))
     describe(s, model, data, step, ranks)
+    if planned:
+        ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in planned))
     if s.eval_only:
         show_losses(step, evaluate(model, val, s, ranks), ranks)
         return 0
@@ -399,8 +373,7 @@ def train(s, device, ranks):
     ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s)))
     log = Log(s, step, ranks)
     evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
-    peak, tokens_per_step = peak_flops(device, s.dtype) if ranks.first else None, s.batch_size * s.gradient_accumulation_steps * s.block_size
-    flops_per_step = model.flops_per_token() * tokens_per_step
+    peak = peak_flops(device, s.dtype) if ranks.first else None
     stop, stopping, saved = StopSignal(), False, step if state else None
     nats, targets, norm, seconds, steps = zero(device), 0.0, torch.zeros(()), 0.0, 0  # since the last progress line
 
@@ -413,7 +386,8 @@ def train(s, device, ranks):
             saved = step
 
     while True:
-        if (step % s.eval_interval == 0 or step >= s.max_iters) and step > evaluated and not stopping:
+        due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
+        if (due or step >= s.max_iters) and step > evaluated and not stopping:
             if step and s.always_save_checkpoint:
                 save_once()  # first, so that nothing that goes wrong in an evaluation can lose it
             result = evaluate(model, val, s, ranks)
@@ -426,12 +400,13 @@ def train(s, device, ranks):
             show_samples(model, s, data, ranks)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()
-        if step >= s.max_iters or stopping:
+        reached = best_loss is not None and best_loss <= s.target_val_loss
+        if step >= s.max_iters or reached or stopping:
             save_once()
             break
 
         began = time.perf_counter()
-        new_nats, new_targets, norm, stopping = train_step(runner, optimizer, scaler, data, s, step, ranks, stop.number > 0)
+        new_nats, new_targets, norm, stopping = train_step(runner, optimizer, scaler, batches, s, step, ranks, stop.number > 0)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         if step % s.log_interval == 0 or step == 1:
             total, = ranks.sum(nats.item())  # waits for the device
@@ -472,7 +447,7 @@ def main():
     s = configure(Settings)
     device = pick_device(s.device)
     rows, world = s.batch_size * s.gradient_accumulation_steps, int(os.environ.get('WORLD_SIZE', 1))
-    if rows % world:
+    if rows % world and not s.is_planned:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {world} processes: make it a multiple of {world}')
     if s.wandb_log and find_spec('wandb') is None:
         raise UserError('wandb_log=True: wandb is not installed: pip install wandb')

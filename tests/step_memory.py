@@ -13,7 +13,8 @@ from configurator import read_config
 from device import autocast, peak_memory
 from model import Transformer
 from optim import make_optimizer
-from train import Settings, model_config
+from origin import model_config
+from train import Settings
 
 
 def main(kind, config, rows, vocab_size, compiled=''):

@@ -1,0 +1,99 @@
+"""
+Where a run starts from: random weights, its own newest checkpoint, or weights that were trained elsewhere.
+
+`s` is train.py's Settings, `ranks` its Ranks.
+"""
+import dataclasses
+import json
+
+import torch
+
+import checkpoint
+import hub
+from configurator import UserError, check, from_dict
+from model import ModelConfig, Transformer
+
+# what a resumed run may not change: the network, and which rows step n sees
+IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed']
+
+
+def model_config(s):
+    return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+def find_origin(s, ranks):
+    """
+    What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer'}
+    trained elsewhere, whose network becomes that of `s`.
+    """
+    found = checkpoint.checkpoints(s.out_dir)
+    if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
+        folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
+        state = checkpoint.load_state(folder)
+        if state['settings']['init_from'] not in ('auto', 'scratch'):
+            adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
+        return {'folder': folder, 'state': state}
+    if s.init_from in ('auto', 'scratch'):
+        return {}
+    if hub.knows(s.init_from):
+        ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
+        cfg, weights = hub.load(s.init_from)
+        tokenizer = None  # not known here: only the number of tokens is compared
+    else:
+        folder = checkpoint.find(s.init_from, 'best')
+        state = checkpoint.load_state(folder)
+        cfg, weights, tokenizer = from_dict(ModelConfig, state['model'], folder), checkpoint.read_weights(folder), state['tokenizer']
+    adopt(s, cfg, s.init_from)
+    if cfg.position == 'learned':
+        weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]
+    return {'weights': weights, 'tokenizer': tokenizer}
+
+
+def build_model(s, data, origin):
+    """The model on the CPU, from `origin`. Raises UserError where its vocabulary or its run is not that of the data."""
+    tokenizer = data.sources[0].files.meta['tokenizer']
+    if origin.get('tokenizer') not in (None, tokenizer):
+        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with that one')
+    s.vocab_size = s.vocab_size or data.vocab_size
+    if s.vocab_size < data.vocab_size:
+        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
+            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
+    check(s)  # once more, now that the vocabulary is known
+    if 'state' in origin and not s.eval_only:
+        check_same_run(s, data, origin['state'])
+    torch.manual_seed(s.seed)
+    model = Transformer(model_config(s), init=not origin)
+    if 'state' in origin:
+        checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
+    elif 'weights' in origin:
+        checkpoint.load_weights(model, origin['weights'], s.init_from)
+    return model
+
+
+def adopt(s, cfg, where):
+    """Take the model's settings from weights that were trained elsewhere; only dropout and a shorter context are the user's."""
+    if s.block_size > cfg.block_size and 'block_size' in s.given:
+        raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
+    for name, value in dataclasses.asdict(cfg).items():
+        if name == 'dropout' or (name == 'block_size' and name in s.given):
+            continue
+        if name in s.given and getattr(s, name) != value:
+            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: leave it out')
+        setattr(s, name, value)
+
+
+def check_same_run(s, data, state):
+    """Raise UserError unless the stored run is this one: same network, same data in the same order."""
+    stored, advice = state['settings'], 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+    for name in IDENTITY:
+        # as text: the order of a mixture counts; a setting that the stored run did not know is at its default
+        if json.dumps(getattr(s, name)) != json.dumps(stored.get(name, getattr(s, name))):
+            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={stored[name]}: {advice}')
+    rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
+    if rows != old:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {advice}')
+    if s.init_from not in ('auto', 'resume', stored['init_from']):
+        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {advice}')
+    if data.fingerprint() != state['data']:
+        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {advice}')
+    s.init_from = stored['init_from']  # what it began with, whatever the resuming command says

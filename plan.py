@@ -1,0 +1,134 @@
+"""
+One dial. Of the depth, the parameters, the tokens or the minutes wanted, train.py derives everything else: the network, the batch,
+the rates and the steps, with the recipe of config/fast.py. It prints what it derived; whatever is given stays as it is given.
+
+    python train.py --minutes=5            # the best model that this machine can train in five minutes
+    python train.py --depth=6              # 20 tokens a parameter
+    python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
+"""
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from configurator import UserError, check, read_config
+from device import peak_flops
+from model import ModelConfig, Transformer
+
+TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556)
+REACHED = 0.5  # share of the ceiling of matmuls that training reaches, to choose a size by; the steps are timed
+DEEPEST = 48
+
+
+@dataclass
+class PlanConfig:
+    depth: int = 0  # layers; one of these four settings, or several, and the rest is derived and printed. 0 = not set, here and below
+    params: float = 0.0  # about so many parameters
+    tokens: float = 0.0  # about so many tokens to train on, by default 20 a parameter
+    minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        for name in ('depth', 'params', 'tokens', 'minutes'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if self.depth and self.params:
+            raise ValueError(f'depth={self.depth}, params={self.params:g}: give one of them, the other follows')
+        if self.tokens and self.minutes:
+            raise ValueError(f'tokens={self.tokens:g}, minutes={self.minutes:g}: give one of them, the other follows')
+        if self.depth > DEEPEST:
+            raise ValueError(f'depth={self.depth}: takes at most {DEEPEST}')
+
+    @property
+    def is_planned(self):
+        return bool(self.depth or self.params or self.tokens or self.minutes)
+
+
+# -----------------------------------------------------------------------------
+# What follows from what
+
+def shape(depth, device):
+    """The network of a depth: 64 wide for each layer, as nanochat has it, and heads of 64 where there are four of them."""
+    width = max(128, 64 * depth)
+    return {'n_layer': depth, 'n_embd': width, 'n_head': max(4, width // 64), 'block_size': 1024 if device.type == 'cuda' else 256}
+
+
+def batch_tokens(tokens):
+    """
+    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200 thousand (RESULTS.md), about
+    2^18 are for 1.5 billion (modded-nanogpt, track 1); a power law between the two.
+    """
+    return 2 ** round(math.log2(768 * (tokens / 2e5) ** 0.65))
+
+
+def rates(width):
+    """AdamW's rates for a width: the head's falls with its root (nanochat). Muon's and the embedding's hold for all."""
+    return {'head_lr': 0.004 * (768 / width) ** 0.5}
+
+
+def size(s, vocab_size):
+    """(parameters, floating-point operations a token) of the network that `s` describes, without making it."""
+    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size})
+    with torch.device('meta'):
+        model = Transformer(cfg, init=False)
+    return model.num_params(), model.flops_per_token()
+
+
+# -----------------------------------------------------------------------------
+# The plan
+
+def plan(s, vocab_size, device, world):
+    """
+    Derive what the dial of `s` (train.py's Settings) leaves open, in place. Returns {setting: value} of what was derived. For minutes,
+    max_iters is a guess until fit_minutes() knows the time of a step.
+    """
+    if s.init_from not in ('auto', 'scratch', 'resume'):
+        raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, tokens and minutes out, and set max_iters')
+    derived, kept = {}, s.given - ({'max_iters'} if s.tokens or s.minutes else set())
+
+    def derive(settings):
+        for name, value in settings.items():
+            if name not in kept:
+                setattr(s, name, value)
+                derived[name] = value
+
+    derive(read_config(type(s), 'config/fast.py'))
+    budget = s.minutes * 60 * REACHED * world * (peak_flops(device, s.dtype) or 1e14)  # FLOPs
+    sizes = {}
+    for depth in [s.depth] if s.depth else range(1, DEEPEST + 1):
+        derive(shape(depth, device))
+        check(s)
+        sizes[depth] = size(s, vocab_size)
+    if s.params:
+        depth = min(sizes, key=lambda d: abs(math.log(sizes[d][0] / s.params)))
+    elif not s.depth:  # the deepest network that gets its tokens
+        depth = max([d for d, (params, flops) in sizes.items() if (s.tokens or budget / flops) >= TOKENS_PER_PARAM * params], default=1)
+    derive(shape(depth, device))
+    params, flops = sizes[depth]
+
+    tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * params
+    rows = max(world, batch_tokens(tokens) // s.block_size)
+    limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))  # rows whose activations fit into memory
+    accumulation = next(n for n in range(1, rows + 1) if rows % (n * world) == 0 and rows // (n * world) <= limit or n == rows)
+    derive({'batch_size': rows // (accumulation * world), 'gradient_accumulation_steps': accumulation * world})
+    derive(rates(s.n_embd) | steps(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))
+    check(s)
+    return derived
+
+
+def steps(count):
+    """max_iters and the intervals that go with it."""
+    count = max(1, round(count))
+    return {'max_iters': count, 'eval_interval': max(1, -(-count // 5)), 'eval_iters': 20, 'log_interval': max(1, count // 50)}
+
+
+def fit_minutes(s, derived, seconds_per_step, elapsed):
+    """Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and the intervals that follow."""
+    evaluations = 6 * 20 / 3 / s.gradient_accumulation_steps  # in steps: six, of 20 batches, each a third of a training step's work
+    count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
+    if count < 10:
+        raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
+                        'give more minutes, or a smaller --depth')
+    for name, value in steps(count).items():
+        if name in derived:
+            setattr(s, name, value)
