@@ -311,7 +311,7 @@ def bench_prepare(s, device, machine):
         yield section('prepare: left out', {}, [str(error)])
         return
     with tempfile.TemporaryDirectory() as folder:
-        size, counted = write_text(s, folder, 2 if s.quick else 50)
+        size, counted = write_text(s, folder, 2 if s.quick else 100)
         arms = {'ours': lambda: prepare_ours(folder, size, cores()), 'ours, one process': lambda: prepare_ours(folder, size, 1)}
         notes = [f'{counted:,} documents; seconds of the whole process, its start included']
         if s.peer:
