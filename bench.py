@@ -281,7 +281,7 @@ def bench_sample(s, device, machine):
 
         def transformers_():
             with autocast(device, dtype):
-                return hf.generate(prompt, max_new_tokens=count, do_sample=True, temperature=0.8, top_k=50, pad_token_id=0)
+                return hf.generate(prompt, max_new_tokens=count, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
         sides['transformers'] = hf, transformers_
 
     def figures(network, generate):
