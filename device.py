@@ -82,6 +82,17 @@ def matmul_flops(device, dtype, n=512, seconds=0.02):
     return 2 * n ** 3 / min(times[1:])  # the first one sets things up
 
 
+def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
+    """Bytes/s of a copy of `size` bytes, read and written, the best of those that fit into `seconds`: more than any cache holds."""
+    a, b = torch.zeros(size, dtype=torch.uint8, device=device), torch.ones(size, dtype=torch.uint8, device=device)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        a.copy_(b)[0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size / min(times[1:])
+
+
 # dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12,
               'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
@@ -125,6 +136,9 @@ def peak_memory(device):
     """The most bytes this process has held: on the GPU, else in RAM."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists('/proc/self/status'):  # Linux: getrusage() would count what the process that started this one held
+        with open('/proc/self/status') as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith('VmHWM:'))
     import resource  # not on Windows
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

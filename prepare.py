@@ -85,25 +85,25 @@ def tokenize(task):
     the number of empty documents, of unknown tokens, and [(tokens, file:number)] of the longest documents.
     """
     s, tokenizer = WORKER['s'], WORKER['tokenizer']
-    ids, starts, size, empty, unknown, lengths = {'train': [], 'val': []}, {'train': [], 'val': []}, {'train': 0, 'val': 0}, 0, 0, []
+    texts, empty = {'train': [], 'val': []}, 0
     for where, text in documents(task, s):
         if not task.side and (not text or text.isspace()):
             empty += 1
             continue
         for split, part in [(task.side, text)] if task.side else divide(text, s):
-            start = len(ids[split])
-            starts[split] += [start] if task.starts else []
-            ids[split] += tokenizer.encode_long(part) + ([tokenizer.eot] if task.ends else [])
-            size[split] += len(part.encode())
-            lengths.append((len(ids[split]) - start, where))
-    out = {}
-    for split in ids:
-        array = np.array(ids[split], np.int64)
-        if len(array) and not 0 <= array.min() <= array.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
-            raise UserError(f'{where}: the tokenizer gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged')
-        unknown += int(np.count_nonzero(array == tokenizer.unk))
-        out[split] = array.astype(dtype_of(tokenizer)), np.array(starts[split], np.int64), size[split]
-    return out, empty, unknown, heapq.nlargest(5, lengths)
+            texts[split].append((where, part))
+    out, unknown, longest = {}, 0, []
+    for split, found in texts.items():
+        ids, lengths = tokenizer.encode_documents([text for _, text in found])
+        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
+            raise UserError(f'{found[0][0]}: the tokenizer gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged')
+        starts = np.cumsum(lengths) - lengths if task.starts else lengths[:0]
+        if len(lengths) and not task.ends:  # the end of the document, and its token, come with another part
+            ids, lengths = ids[:-1], lengths - 1
+        unknown += int(np.count_nonzero(ids == tokenizer.unk))
+        longest += [(int(lengths[i]), found[i][0]) for i in np.argsort(-lengths, kind='stable')[:5]]
+        out[split] = ids.astype(dtype_of(tokenizer)), starts, sum(len(text.encode()) for _, text in found)
+    return out, empty, unknown, heapq.nlargest(5, longest)
 
 
 def dtype_of(tokenizer):

@@ -12,6 +12,7 @@ What a library does well is left to it; this file makes the six kinds answer ali
 """
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ PIECE = 2 ** 14  # characters of a long text that are encoded at a time
 # Where a text may be parted so that its pieces have the ids of the whole
 ANYWHERE = re.compile('')
 BEFORE_BLANK = re.compile(r'(?<=[^\W\d_])(?=[ \n])')  # after a letter, before a space or newline
+WORD_END, LAST_WORD, NOT_ASCII = re.compile(r'(?<=[A-Za-z])(?=[ \n])'), re.compile(r'(?s:.*)[A-Za-z](?=[ \n])'), re.compile(r'[^\x00-\x7f]+')
 BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= )')
 
 
@@ -65,6 +67,12 @@ class Tokenizer:
             ids += self.encode(text[start:place.start()])
             start = place.start()
         return ids + self.encode(text[start:])
+
+    def encode_documents(self, texts):
+        """(ids of all texts with the end of text after each, int64; how many each has), for prepare.py."""
+        ids = [self.encode_long(text) + [self.eot] for text in texts]
+        lengths = np.array([len(document) for document in ids], np.int64)
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int64, lengths.sum()), lengths
 
     def check_ids(self, ids):
         """Raise UserError for an id outside the vocabulary, where libraries wrap around or crash."""
@@ -135,6 +143,13 @@ class TiktokenTokenizer(Tokenizer):
                             'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe:4096') from None
         # its patterns end a word before the blank that follows it, so that is where a text can be parted
         super().__init__(name, self.encoding.n_vocab, self.encoding.eot_token, BEFORE_BLANK)
+        self.words = None
+
+    def encode_documents(self, texts):
+        if self.kind != 'gpt2':
+            return super().encode_documents(texts)
+        self.words = self.words or Words(self)
+        return self.words.encode(texts)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -148,6 +163,104 @@ class TiktokenTokenizer(Tokenizer):
             return self.encoding.decode_single_token_bytes(i)
         except KeyError:  # some ids of cl100k_base and o200k_base are not in use
             return b''
+
+
+class Words:
+    """
+    GPT-2's tokens of many texts at once, the same as tiktoken's, three times as fast where a text is ASCII: where words begin is found for a megabyte at a
+    time in numpy, and a word of up to 15 bytes that is a token is found in a table by its bytes. Only the other words go through the BPE,
+    once each. The pattern that is followed here:  '(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+    """
+    LETTER, DIGIT, BLANK, OTHER, END = range(5)  # classes of bytes; END: 255, the end of a text, and 254, a stretch that is not ASCII
+    BITS = 18  # of the table's size: 6 MB. Of two tokens in one place the commoner, with the lower id, keeps it
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.cache, encoding = tokenizer, {}, tokenizer.encoding
+        self.classes = np.full(256, self.OTHER, np.uint8)
+        for name, chars in ((self.LETTER, b'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'), (self.DIGIT, b'0123456789'),
+                            (self.BLANK, b' \t\n\v\f\r'), (self.END, b'\xfe\xff')):
+            self.classes[list(chars)] = name
+        self.masks = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of a word of 8
+        tokens = {i: encoding.decode_single_token_bytes(i) for i in reversed(range(encoding.eot_token))}
+        ids = [i for i, token in tokens.items() if len(token) <= 15 and token.isascii()] + [encoding.eot_token]
+        tokens[encoding.eot_token] = b'\xff'
+        keys = b''.join(tokens[i].ljust(15, b'\0') + bytes([len(tokens[i])]) for i in ids)
+        first, second = np.frombuffer(keys, '<u8').reshape(-1, 2).T
+        self.first, self.second = np.zeros((2, 2 ** self.BITS), np.uint64)
+        self.ids = np.full(2 ** self.BITS, -1, np.int32)
+        place = self.place(first, second)
+        self.first[place], self.second[place], self.ids[place] = first, second, ids
+
+    def without(self, text, stretches):
+        """A text with the character 254 for every stretch that is not ASCII, from the end of a word to the end of another; those go to `stretches`."""
+        parts, at = [], 0
+        for found in NOT_ASCII.finditer(text):
+            if found.end() > at:
+                word = LAST_WORD.match(text, max(at, found.start() - 200), found.start())
+                start, end = word.end() if word else at, WORD_END.search(text, found.end())
+                parts += [text[at:start], '\xfe']
+                stretches.append(text[start:end.start() if end else len(text)])
+                at = start + len(stretches[-1])
+        return ''.join(parts) + text[at:]
+
+    def place(self, first, second):
+        """Where in the table a word is, by its first 8 bytes and by the next 7 with its length."""
+        mixed = (first ^ (second * np.uint64(0xC2B2AE3D27D4EB4F))) * np.uint64(0x9E3779B97F4A7C15)
+        return (mixed >> np.uint64(64 - self.BITS)).astype(np.int64)
+
+    def starts(self, data):
+        """Where the words of the bytes `data` start, every END being one."""
+        kind = self.classes[data]
+        before, blank, solid = kind[:-1], kind == self.BLANK, (kind != self.BLANK) & (kind != self.END)
+        start = np.ones(len(data), bool)
+        start[1:] = (kind[1:] != before) | (kind[1:] == self.END)
+        start[:-1] |= blank[:-1] & solid[1:]  # the last blank before a word is not one with those before it,
+        start[1:] &= ~((data[:-1] == ord(' ')) & solid[1:])  # and a space is one with the word
+        quote = np.flatnonzero(data[1:-1] == ord("'")) + 1  # 's 'd 'm 't 'll 've 're, unless the quote is part of a word
+        quote = quote[start[quote]]
+        if len(data) > 1 and data[0] == ord("'"):
+            quote = np.append(0, quote)
+        one, two = data[quote + 1], data[np.minimum(quote + 2, len(data) - 1)]
+        length = np.where(np.isin(one, list(b'sdmt')), 1, 0)
+        for a, b in (b'll', b've', b're'):
+            length[(one == a) & (two == b)] = 2
+        quote, length = quote[length > 0], length[length > 0]
+        start[quote + 1] = False
+        start[quote + 1 + length] = True
+        return np.flatnonzero(start)
+
+    def encode(self, texts):
+        """(ids of all texts with the end of text after each, how many each has)."""
+        stretches = []  # what is not ASCII, in order
+        data = b''.join(part for text in texts for part in ((text if text.isascii() else self.without(text, stretches)).encode('latin-1'), b'\xff'))
+        padded = np.frombuffer(data + bytes(16), np.uint8)
+        start = self.starts(padded[:len(data)])
+        length = np.diff(start, append=len(data))
+        eights = np.ndarray(len(data) + 9, '<u8', padded, strides=(1,))  # the 8 bytes from every place on
+        first = eights[start] & self.masks[np.minimum(length, 8)]
+        second = eights[start + 8] & self.masks[np.clip(length - 8, 0, 7)] | length.astype(np.uint64) << np.uint64(56)
+        place = self.place(first, second)
+        known = (self.first[place] == first) & (self.second[place] == second) & (length <= 15)
+        rest = np.flatnonzero(~known)
+        if len(self.cache) > 2 ** 17:
+            self.cache = {}  # memory stays the same
+        stretches = iter(stretches)
+        others = [self.word(data[a:a + n]) if data[a] < 254 else self.tokenizer.encode_long(next(stretches))
+                  for a, n in zip(start[rest].tolist(), length[rest].tolist())]
+        count = np.ones(len(start), np.int64)
+        count[rest] = [len(ids) for ids in others]
+        end = np.cumsum(count)
+        out = np.zeros(end[-1] if len(end) else 0, np.int64)
+        out[end[known] - 1] = self.ids[place[known]]
+        mine = np.repeat(~known, count)
+        out[mine] = np.fromiter(itertools.chain.from_iterable(others), np.int64)
+        return out, np.diff(end[padded[start] == 255], prepend=0)
+
+    def word(self, data):
+        """The ids of one word."""
+        if data not in self.cache:
+            self.cache[data] = self.tokenizer.encode(data.decode())
+        return self.cache[data]
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -4,6 +4,7 @@ import inspect
 import json
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
@@ -126,6 +127,28 @@ def test_ids_are_the_library_s(every_kind, files):
         assert every_kind[name].encode(STORY) == library.encode(STORY, add_special_tokens=False).ids
         assert every_kind[name].eot == library.token_to_id('[SEP]') and every_kind[name].unk == library.token_to_id('[UNK]')
     assert 'Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found')).replace(' ##', '')
+
+
+def test_gpt2_s_ids_of_many_documents_are_the_library_s(toy_tiktoken):
+    """Where words begin is found in numpy there: every rule of the pattern, at every place of a text, next to everything."""
+    t, rng = new_tokenizer('gpt2'), random.Random(0)
+    atoms = list("sdmtlverSE09 '.\"\n\t\r\v\f\0\x1c\x7f-") + ["'s", "'ll", "'ve", "'re", " '", '  ', '\n\n', ' \n', 'girl', 'é', '’', 'x' * 40]
+    atoms += ['!' * 15, '!' * 16]
+    for _ in range(60):
+        some = atoms[:rng.randint(5, len(atoms))]
+        texts = [''.join(rng.choice(some) for _ in range(rng.randint(1, 30))) for _ in range(50)] + [STORY, "'", "'s", ' ']
+        ids, lengths = t.encode_documents(texts)
+        assert lengths.sum() == len(ids)
+        for text, document in zip(texts, np.split(ids, np.cumsum(lengths)[:-1])):
+            assert document.tolist() == t.encoding.encode_ordinary(text) + [t.eot], repr(text)
+
+
+def test_documents_of_every_kind_end_with_the_end_of_text(every_kind):
+    for kind, t in every_kind.items():
+        if kind != 'no eot':
+            ids, lengths = t.encode_documents(['one', 'ok'])
+            assert ids.tolist() == [*t.encode('one'), t.eot, *t.encode('ok'), t.eot] and lengths.tolist() == [len(t.encode('one')) + 1, len(t.encode('ok')) + 1]
+        assert [len(a) for a in t.encode_documents([])] == [0, 0]
 
 
 def test_char_ids_are_nanogpt_s():
