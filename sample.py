@@ -77,16 +77,16 @@ class KVCache:
 
     def __init__(self, model, size):
         self.buffers, self.size, self.length = [None] * model.cfg.n_layer, size, 0
-        self.device = next(model.parameters()).device
+        self.slots = torch.arange(size, device=next(model.parameters()).device)
 
     def extend(self, T, static=False):
         """Make room for T more tokens. static: attention runs over the whole buffer, masked, whatever is in use of it."""
-        self.positions = torch.arange(self.length, self.length + T, device=self.device)
+        self.positions = self.slots[self.length:self.length + T]
         self.length += T
         self.used = self.size if static else self.length
         self.mask = None  # (T, used); not needed for the first tokens, which are causal, nor for one that sees all in use
         if static or 1 < T < self.used:
-            self.mask = torch.arange(self.used, device=self.device) <= self.positions[:, None]
+            self.mask = self.slots[:self.used] <= self.positions[:, None]
 
     def update(self, layer, k, v):
         """Put k, v (B, kv_heads, T, D) of one layer at the places of the last extend(); what there is to attend to comes back."""
@@ -133,7 +133,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if eot is not None:
             ended |= ~prompting & (drawn == eot)
         yield torch.where(prompting | done | ended, -1, drawn)
-        if ended.all():
+        if eot is not None and ended.all():
             return
 
 
@@ -143,8 +143,10 @@ def next_logits(model, window, cache, compile):
         return step(model, window)
     new = window[:, cache.length:]
     static = compile and cache.length > 0 and new.size(1) == 1
+    if static:
+        new = new.clone(memory_format=torch.contiguous_format)  # always the same strides, or it would be compiled again
     cache.extend(new.size(1), static)
-    return compiled_step(cache.device.type)(model, new.clone(), cache) if static else step(model, new, cache)  # clone: always the same strides
+    return step(model, new, cache) if not static else compiled_step(cache.slots.device.type)(model, new, cache)
 
 
 def step(model, idx, cache=None):
