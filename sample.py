@@ -75,23 +75,28 @@ class KVCache:
     addresses: it compiles once, and a CUDA graph can replay it (the idea: gpt-fast).
     """
 
-    def __init__(self, model, size):
-        self.buffers, self.size, self.length = [None] * model.cfg.n_layer, size, 0
+    def __init__(self, model, size, compile=False):
+        self.buffers, self.size, self.length, self.compile = [None] * model.cfg.n_layer, size, 0, compile
         self.slots = torch.arange(size, device=next(model.parameters()).device)
 
-    def extend(self, T, static=False):
-        """Make room for T more tokens. static: attention runs over the whole buffer, masked, whatever is in use of it."""
+    def extend(self, T):
+        """Make room for T more tokens. Returns whether a compiled step is to take them: then attention runs over the whole buffer, masked."""
+        static = self.compile and T == 1 and self.length > 0
         self.positions = self.slots[self.length:self.length + T]
         self.length += T
         self.used = self.size if static else self.length
         self.mask = None  # (T, used); not needed for the first tokens, which are causal, nor for one that sees all in use
         if static or 1 < T < self.used:
             self.mask = self.slots[:self.used] <= self.positions[:, None]
+        return static
 
     def update(self, layer, k, v):
         """Put k, v (B, kv_heads, T, D) of one layer at the places of the last extend(); what there is to attend to comes back."""
         if self.buffers[layer] is None:  # zeros: what the mask hides must still be finite
             self.buffers[layer] = [k.new_zeros(k.size(0), k.size(1), self.size, k.size(3)) for _ in range(2)]
+            if self.compile:  # a CUDA graph may write only where it knows that the address stays
+                for buffer in self.buffers[layer]:
+                    torch._dynamo.mark_static_address(buffer, guard=False)
         keys, values = self.buffers[layer]
         keys[:, :, self.positions] = k
         values[:, :, self.positions] = v
@@ -120,13 +125,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     start = 0  # where the window begins
     # a compiled step is made for one size of the cache: always the same, so that it is never compiled again
-    cache = KVCache(model, T if compile else min(T, longest + max_new_tokens)) if use_cache else None
+    cache = KVCache(model, T if compile else min(T, longest + max_new_tokens), compile) if use_cache else None
     for end in range(shortest, longest + max_new_tokens):
         if end - start > T:  # full: keep half, so that a long text costs one prefill every T/2 tokens
             start = end - max(1, T // 2)
             if use_cache:
                 cache.length = 0
-        logits = next_logits(model, tokens[:, start:end], cache, compile)[:, :V]  # (B, V)
+        logits = next_logits(model, tokens[:, start:end], cache)[:, :V]  # (B, V)
         drawn = draw(logits, tokens[:, :end], temperature, top_k, top_p, min_p, repetition_penalty, generator)
         prompting, done = end < lengths, end >= lengths + max_new_tokens
         tokens[:, end] = torch.where(prompting, tokens[:, end], drawn)
@@ -137,19 +142,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             return
 
 
-def next_logits(model, window, cache, compile):
+def next_logits(model, window, cache):
     """Logits (B, vocab_size) of what follows `window` (B, T); computed are those of its tokens that the cache has not."""
-    if cache is None:
-        return step(model, window)
-    new = window[:, cache.length:]
-    static = compile and cache.length > 0 and new.size(1) == 1
-    if static:
-        new = new.clone(memory_format=torch.contiguous_format)  # always the same strides, or it would be compiled again
-    cache.extend(new.size(1), static)
-    return step(model, new, cache) if not static else compiled_step(cache.slots.device.type)(model, new, cache)
+    new = window if cache is None else window[:, cache.length:]
+    if cache is None or not cache.extend(new.size(1)):
+        return step(model, new, cache)
+    # contiguous: its strides are then always the same, or it would be compiled again
+    return compiled_step(new.device.type)(model, new.clone(memory_format=torch.contiguous_format), cache)
 
 
-def step(model, idx, cache=None):
+def step(model, idx, cache):
     return model.logits(model.hidden(idx, cache)[:, -1])
 
 
