@@ -18,7 +18,7 @@ from configurator import UserError
 class DeviceConfig:
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32. auto = bfloat16 where it is faster
-    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = on CUDA in training, from 3,000 tokens on in sampling, where it begins to pay
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = on CUDA in training, in sampling from 4,000 tokens on, where it begins to pay
 
 
 def pick_device(name):
