@@ -196,9 +196,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
-        S = k.size(2)
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = attend(q, k, v, mask, T == S and T > 1, self.cfg.dropout if self.training else 0.0)
+        y = attend(q, k, v, cache.mask if cache is not None else None, T == k.size(2) and T > 1, self.cfg.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), v0
 
 
@@ -331,17 +329,16 @@ class Transformer(nn.Module):
 
     def hidden(self, idx, cache=None):
         """The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py)."""
-        start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
-        if end > self.cfg.block_size:
-            raise ValueError(f'{end} tokens are longer than block_size={self.cfg.block_size}')
+        if idx.size(1) > self.cfg.block_size:
+            raise ValueError(f'{idx.size(1)} tokens are longer than block_size={self.cfg.block_size}')
+        positions = cache.positions if cache is not None else slice(idx.size(1))
         x = self.wte(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
         if self.wte_up is not None:
             x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe.weight[positions]
         x0 = x = self.drop(self.norm_e(x))
-        rotary = self.rotary[:, start:end] if self.rotary is not None else None
+        rotary = self.rotary[:, positions] if self.rotary is not None else None
         v0 = None
         for block in self.blocks:
             if self.recompute and self.training:
@@ -359,7 +356,7 @@ class Transformer(nn.Module):
     def logits(self, h):
         """h (…, C) → logits (…, vocab_size) in float32, without the vocabulary's padding."""
         h, weight = self.head_input(h)
-        logits = F.linear(h, weight).float()[..., :self.cfg.vocab_size]
+        logits = (F.linear(h, weight) if self.head is None else self.head(h)).float()[..., :self.cfg.vocab_size]
         return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
 
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch: see device.py
+os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch is loaded: its threads wait for one another
+# a moment, not for milliseconds, or two runs on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, RESULTS.md)
 
 import torch
 import torch.distributed as dist

@@ -7,7 +7,7 @@ from conftest import one_line, run, train
 
 import checkpoint
 from model import ModelConfig, Transformer
-from sample import draw, generate, stream
+from sample import KVCache, Packed, draw, generate, pack, step, stream
 from tokenizer import new_tokenizer
 
 
@@ -32,6 +32,35 @@ def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(s
     m, prompts = model(**settings), [[1, 2, 3], [7, 8, 9]]
     cached, uncached = (tokens(m, prompts, 100, temperature=0, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached) and len(cached.unique()) > 5
+
+
+@pytest.mark.parametrize('settings', [dict(n_kv_head=2, softcap=5.0), dict(position='learned', qk_norm=False, bias=True, norm='layernorm'),
+                                      dict(position='none', rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
+def test_compiled_decoding_is_uncached_token_for_token_also_far_beyond_the_context(settings):
+    prompts = [[1, 2, 3], [7, 8, 9, 4, 2]]
+    uncached = tokens(model(**settings), prompts, 60, temperature=0, use_cache=False)
+    compiled = tokens(pack(model(**settings), 'float32'), prompts, 60, temperature=0, compile=True)
+    assert torch.equal(compiled, uncached) and len(uncached.unique()) > 5
+
+
+def test_one_graph_is_compiled_whatever_the_lengths():
+    torch._dynamo.reset()
+    counts, m = torch._dynamo.utils.counters, pack(model(n_layer=1), 'float32')
+    counts.clear()
+    for prompt, n in (([1, 2, 3], 5), ([4], 9), ([5] * 9, 40)):
+        tokens(m, [prompt], n, temperature=0, compile=True)
+    assert counts['stats']['unique_graphs'] == 1 and not counts['graph_break']
+
+
+def test_what_the_mask_hides_changes_nothing():
+    m, x = model(), torch.tensor([[1, 2, 3, 4, 5]])
+    caches = [KVCache(m, 5), KVCache(m, 24, compile=True)]
+    for cache in caches:
+        cache.extend(4)
+        step(m, x[:, :4], cache)
+        cache.extend(1)
+    assert [cache.used for cache in caches] == [5, 24]
+    assert torch.allclose(*(step(m, x[:, 4:], cache) for cache in caches), atol=1e-5)
 
 
 def test_when_the_context_is_full_the_newer_half_is_read_afresh():
@@ -69,6 +98,31 @@ def test_the_seed_decides():
     def text(seed):
         return tokens(m, [[1, 2]], 30, generator=torch.Generator().manual_seed(seed)).tolist()
     assert text(1) == text(1) != text(2)
+
+
+# --- packed weights ---
+
+@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', int8=True), 0.05)], ids=str)
+@pytest.mark.parametrize('settings', [dict(), dict(rank_qk=8, rank_embed=16, rank_head=16, bias=True), dict(tie=False, mlp='swiglu')], ids=str)
+def test_a_packed_model_says_what_it_said_before_up_to_rounding(settings, options, error):
+    x = torch.arange(20)[None]
+    before, after = model(**settings)(x), pack(model(**settings), **options)(x)
+    assert ((after - before).norm() / before.norm()) < error
+
+
+@pytest.mark.parametrize('rows', [1, 3, 9])
+def test_a_packed_layer_gives_the_same_compiled_as_eagerly(rows):
+    torch.manual_seed(0)
+    layer, x = Packed(torch.randn(7, 16), torch.randn(7), torch.float32, int8=True), torch.randn(rows, 1, 16)
+    assert torch.allclose(torch.compile(layer)(x), layer(x), atol=1e-5)
+
+
+def test_int8_takes_a_byte_a_weight_and_is_half_a_step_off_at_most():
+    m, packed = model(), pack(model(), int8=True)
+    for layer, weight in ((packed.blocks[1].mlp.up, m.blocks[1].mlp.up.weight), (packed.head, m.wte.weight)):
+        assert layer.weight.dtype == torch.int8
+        assert ((layer.weight * layer.scale[:, None] - weight).abs() <= 0.501 * layer.scale[:, None]).all()
+    assert torch.equal(packed.wte.weight, m.wte.weight)  # the look-up stays exact
 
 
 # --- the knobs of draw(), against what they are defined as ---
@@ -115,7 +169,6 @@ class Scripted(torch.nn.Module):
         self.ids, self.at = text.encode() + b' ' * 99, 0
 
     def hidden(self, idx, cache):
-        cache.length += idx.size(1)
         return torch.zeros(idx.size(0), 1, 1)
 
     def logits(self, h):
@@ -132,6 +185,14 @@ def said(text, n=50, **options):
 def test_a_character_is_never_cut_while_streaming():
     pieces = said('äö→😀x', n=len('äö→😀x'.encode()))
     assert ''.join(pieces) == 'äö→😀x' and '\ufffd' not in ''.join(pieces) and len([p for p in pieces if p]) == 5
+
+
+def test_a_token_costs_the_same_however_long_the_text_is():
+    tokenizer, lengths = new_tokenizer('byte'), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    pieces = [piece for _, piece in stream(Scripted('äö→😀x' * 20), tokenizer, [[65] * 30], max_new_tokens=240, temperature=0)]
+    assert ''.join(pieces) == 'äö→😀x' * 20 and max(lengths) <= 12
 
 
 def test_text_ends_before_the_first_stop_string_and_none_of_it_is_shown():
@@ -155,6 +216,11 @@ def trained(tmp_path_factory):
 
 def test_a_trained_model_writes_what_it_has_read(trained):
     done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1', '--max_new_tokens=40')
+    assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
+
+
+def test_compiled_and_in_int8_it_writes_the_same(trained):
+    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1', '--max_new_tokens=40', '--compile', '--int8')
     assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
 
 
