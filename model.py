@@ -233,6 +233,11 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # Loss
 
+CHUNK = 2 ** 25  # logits multiplied at a time on a CPU: 64 MiB in bfloat16
+BLOCK = 2 ** 20  # of these, how many are worked on at a time: 4 MiB in float32
+GPU_CHUNK = 2 ** 28
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both gradients
@@ -249,8 +254,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros_like(weight) if with_grad else None
         on_cpu = h.device.type == 'cpu'
-        rows = max(1, 2 ** (25 if on_cpu else 28) // len(w))  # 64 MiB of logits in bfloat16, on a GPU 512
-        block = max(1, 2 ** 20 // len(w)) if on_cpu else rows  # 4 MiB in float32
+        rows = max(1, (CHUNK if on_cpu else GPU_CHUNK) // len(w))
+        block = max(1, BLOCK // len(w)) if on_cpu else rows
         for i in range(0, len(h), rows):
             x = h[i:i + rows].to(dtype)
             logits = x @ w.T  # (rows, V padded), and then the gradient with respect to them

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import read_config
-from model import ChunkedCrossEntropy, ModelConfig, Transformer, linear, rotary_table, rotate
+from model import ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, rotary_table, rotate
 from origin import model_config
 from sample import KVCache
 from train import Settings
@@ -64,12 +64,79 @@ def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_s
         assert sum(p.numel() for p in model.blocks.parameters()) == blocks[config]
 
 
+# --- attention ---
+
+@pytest.mark.parametrize('T', [64, 300])
+@pytest.mark.parametrize('kv_heads', [4, 2])
+def test_plain_attention_of_short_rows_in_bfloat16_is_torchs(T, kv_heads):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    ours = attend(q, k, v, None, True, 0.0)
+    theirs = F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    assert torch.allclose(ours.float(), theirs, atol=0.03)
+    for a, b in zip(torch.autograd.grad(ours.float().square().sum(), (q, k, v)), torch.autograd.grad(theirs.square().sum(), (q, k, v))):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+# --- the recipe's parts ---
+
+def test_x0_lambdas_and_value_residual_start_where_they_say():
+    """At its start a network with lambdas is the one without; with a value mix of 0 so is the one with value residual."""
+    plain, x = tiny(zero_init=False), batch()[0]
+    recipe = tiny(zero_init=False, x0_lambdas=True, value_residual=True)
+    own = recipe.state_dict()
+    recipe.load_state_dict(plain.state_dict() | {name: own[name] for name in own.keys() - plain.state_dict().keys()})
+    assert not torch.allclose(recipe(x), plain(x), atol=1e-3)  # half of the first layer's values
+    for block in recipe.blocks[1:]:
+        block.attn.v_mix.data.zero_()
+    assert torch.allclose(recipe(x), plain(x), atol=1e-6)
+    recipe.blocks[1].lambdas.data[1] = 1.0
+    assert not torch.allclose(recipe(x), plain(x), atol=1e-3)
+
+
+def test_value_residual_of_one_takes_the_first_layers_values():
+    model, seen = tiny(value_residual=True, zero_init=False, n_kv_head=2), []
+    model.blocks[1].attn.v_mix.data.fill_(1.0)
+    for block in model.blocks:
+        block.attn.v.register_forward_hook(lambda module, args, out: seen.append(out))
+    x, y = batch()
+    gradient = torch.autograd.grad(model(x, y), model.blocks[1].attn.v.weight)[0]
+    assert len(seen) == 2 and gradient.abs().max() == 0  # the second layer's own values count for nothing
+
+
+def test_the_norm_after_the_embedding_takes_its_scale_out():
+    model, x = tiny(embed_norm=True, tie=False), batch()[0]
+    torch.nn.init.normal_(model.head.weight)
+    before = model(x)
+    model.wte.weight.data *= 7
+    assert torch.allclose(model(x), before, atol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less():
+    model, (x, y) = tiny(zero_init=False, value_residual=True, x0_lambdas=True, dropout=0.1), batch()
+    gradients, kept = [], []
+    for model.recompute in (False, True):
+        total = 0
+
+        def count(t):
+            nonlocal total
+            total += t.numel()
+            return t
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = model(x, y)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        kept.append(total)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
+
+
 # --- loss ---
 
 @pytest.mark.parametrize('softcap', [0.0, 15.0])
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 def test_chunked_loss_and_its_gradients_equal_plain_cross_entropy(monkeypatch, softcap, smoothing):
-    monkeypatch.setattr(ChunkedCrossEntropy, 'CHUNK', 128 * 7)  # 7 rows at a time: the last chunk is a part
+    monkeypatch.setattr('model.CHUNK', 128 * 7)  # 7 rows at a time, worked on by 2: the last chunk and the last block are parts
+    monkeypatch.setattr('model.BLOCK', 128 * 2)
     model, (x, y) = tiny(softcap=softcap), batch()
     loss = model(x, y, label_smoothing=smoothing)
     ours = torch.autograd.grad(loss, list(model.parameters()))
@@ -85,6 +152,19 @@ def test_the_chunked_loss_multiplies_in_the_dtype_of_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         ours, plain = model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     assert abs(ours - plain) < 1e-5 < abs(ours - model(x, y))  # bfloat16 logits on both sides; float32 ones differ
+
+
+def test_the_compiled_loss_on_a_gpu_is_one_graph_and_the_same(monkeypatch):
+    """What torch.compile makes of the loss on CUDA, seen on a CPU: no graph break, the same loss and gradients."""
+    model, (x, y) = tiny(softcap=15.0), batch()
+    weights = list(model.parameters())
+
+    def loss():
+        h, weight = model.head_input(model.hidden(x))
+        return ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, y.flatten(), 100, 15.0, 0.0, True)
+    eager = torch.autograd.grad(loss(), weights)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, dynamic=False)(), weights)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(eager, compiled))
 
 
 def test_masked_targets_do_not_count_and_all_masked_is_no_loss():

@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, Transformer
-from optim import OptimConfig, learning_rate, make_optimizer
+from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
 
 
 def test_cosine_is_nanogpts():
@@ -50,6 +51,88 @@ def test_one_step_is_adamw_as_written():
     make_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.5)).step()
     m, v = gradient, gradient ** 2  # after the correction of the bias
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5) - 0.1 * m / (v.sqrt() + 1e-8), atol=1e-6)
+
+
+def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_directions():
+    torch.manual_seed(0)
+    g = torch.randn(3, 16, 40)
+    U, S, Vh = torch.linalg.svd(g, full_matrices=False)
+    ours = orthogonalize(g, torch.float32)
+    assert ((torch.linalg.svdvals(ours) - 0.95).abs() < 0.3).all()
+    assert (U.mT @ ours @ Vh.mT).diagonal(dim1=1, dim2=2).min() > 0.6  # the same singular vectors
+    assert (orthogonalize(g, torch.bfloat16).float() - ours).norm() < 0.05 * ours.norm()
+
+
+def muon_and_model(**settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, tie=False, value_residual=True, mlp='swiglu'))
+    cfg = OptimConfig(**{'optimizer': 'muon', 'momentum_warmup': 0, 'weight_decay': 0.0} | settings)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model, make_optimizer(model, cfg), cfg
+
+
+@pytest.mark.parametrize('name', ['q', 'o'])
+def test_the_first_step_is_torchs_muon(name):
+    """Nesterov's momentum, five steps, sqrt(max(1, rows / columns)); torch multiplies in bfloat16."""
+    model, optimizer, cfg = muon_and_model()
+    weight = getattr(model.blocks[1].attn, name).weight
+    theirs = torch.nn.Parameter(weight.detach().clone())
+    theirs.grad = weight.grad.clone()
+    torch.optim.Muon([theirs], lr=cfg.muon_lr, weight_decay=0.0, momentum=0.95, nesterov=True).step()
+    before = weight.detach().clone()
+    optimizer.step()
+    assert (weight - theirs).norm() < 0.05 * (before - weight).norm() and weight.grad is None
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_each_at_its_rate():
+    model, optimizer, _ = muon_and_model(muon_lr=0.02, embed_lr=0.3, head_lr=0.01, scalar_lr=0.015, weight_decay=0.1)
+    where = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    for name, p in model.named_parameters():
+        group = where[id(p)]
+        wanted = (True, 0.02, 0.1) if p.ndim == 2 and name.startswith('blocks') else (False, 0.3 if 'wte' in name else 0.01 if 'head' in name else 0.015, 0.0)
+        assert (group['muon'], group['peak'], group['weight_decay']) == wanted, name
+
+
+def test_a_tall_matrix_steps_as_its_transpose_but_further():
+    model, optimizer, _ = muon_and_model()
+    up, down = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((48, 16), (16, 48)))
+    up.grad = torch.randn(48, 16)
+    down.grad = up.grad.T.clone()
+    with torch.no_grad():
+        optimizer.orthogonal_step([up, down], optimizer.param_groups[0] | {'lr': 1.0})
+    assert torch.allclose(up, down.T * 3 ** 0.5, atol=1e-5)
+
+
+def test_cautious_decay_shrinks_only_what_the_update_shrinks_too():
+    steps = []
+    for weight_decay in (0.0, 5.0):
+        model, optimizer, _ = muon_and_model(weight_decay=weight_decay, muon_lr=0.02)
+        weight = model.blocks[0].attn.q.weight
+        before = weight.detach().clone()
+        optimizer.step()
+        steps.append(before - weight.detach())
+    plain, decayed = steps
+    shrinks = plain * before > 0
+    assert torch.allclose(decayed, torch.where(shrinks, plain + 0.02 * 5.0 * before, plain), atol=1e-6) and 0.2 < shrinks.float().mean() < 0.8
+
+
+def test_the_momentum_warms_up_and_every_rate_follows_the_schedule():
+    model, optimizer, cfg = muon_and_model(momentum_warmup=100, schedule='linear', max_iters=200, warmup_iters=0, min_lr=0.0, muon_lr=0.02, head_lr=0.01)
+    seen = []
+    for step in (0, 50, 100, 150):
+        set_rates(optimizer, step, cfg)
+        seen.append([(g['lr'] / g['peak'], g['momentum']) for g in optimizer.param_groups])
+        assert len(set(seen[-1])) == 1
+    for (share, momentum), wanted in zip((s[0] for s in seen), ((1.0, 0.85), (0.75, 0.9), (0.5, 0.95), (0.25, 0.95))):
+        assert math.isclose(share, wanted[0]) and math.isclose(momentum, wanted[1])
+
+
+def test_the_flops_of_a_step_are_torchs_count():
+    model, optimizer, _ = muon_and_model()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == optimizer_flops(optimizer)
 
 
 @pytest.mark.parametrize('settings, words', [(dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown')])
