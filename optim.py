@@ -86,7 +86,7 @@ class Muon(torch.optim.AdamW):
     def momentum_of(self, p):
         state = self.state[p]
         if not state:
-            state['momentum'] = torch.zeros_like(p)
+            state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # a step because AdamW asks for one when it loads its state
         return state['momentum']
 
 

@@ -107,10 +107,10 @@ def plan(s, vocab_size, device, world):
     params, flops = sizes[depth]
 
     tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * params
-    rows = max(world, batch_tokens(tokens) // s.block_size)
+    rows = max(1, batch_tokens(tokens) // s.block_size // world)  # of each process
     limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))  # rows whose activations fit into memory
-    accumulation = next(n for n in range(1, rows + 1) if rows % (n * world) == 0 and rows // (n * world) <= limit or n == rows)
-    derive({'batch_size': rows // (accumulation * world), 'gradient_accumulation_steps': accumulation * world})
+    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
+    derive({'batch_size': micro, 'gradient_accumulation_steps': rows // micro * world})
     derive(rates(s.n_embd) | steps(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))
     check(s)
     return derived

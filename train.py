@@ -191,9 +191,9 @@ def evaluate(model, sources, s, ranks):
     out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
     for source in sources:
         numbers = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world]
-        nats, targets = zero(ranks.device), 0
-        for i in range(0, len(numbers), s.batch_size):
-            x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + s.batch_size], s.batch_size))
+        nats, targets, height = zero(ranks.device), 0, 4 * s.batch_size  # without gradients, four times the rows fit
+        for i in range(0, len(numbers), height):
+            x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + height], height))
             with autocast(ranks.device, s.dtype):
                 nats += model(x.to(ranks.device), y.to(ranks.device), reduction='sum')
             targets += int((y >= 0).sum())

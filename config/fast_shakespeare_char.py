@@ -11,8 +11,8 @@ n_layer, n_head, n_embd = 4, 4, 128
 block_size = 64
 
 batch_size = 12
-max_iters = 275  # 211,200 tokens, a fifth of an epoch; nanoGPT needs 1.54M
+max_iters = 190  # 145,920 tokens, a seventh of an epoch
 muon_lr = 0.045
 target_val_loss = 1.88
-eval_interval, eval_iters, log_interval = 275, 0, 25
+eval_interval, eval_iters, log_interval = 190, 0, 25
 sample_tokens = 0

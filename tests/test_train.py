@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+from data import Mixture
+from train import Batches, Ranks, Settings
 
 
 def last(out_dir):
@@ -51,6 +54,48 @@ def test_ten_steps_are_five_and_five_in_a_new_process(whole, dataset, tmp_path):
     assert same(last(whole), last(tmp_path))  # weights, moments, the optimizer's own step
     assert read_log(whole) == read_log(tmp_path)  # losses, norms, rates
     assert len(last(tmp_path)[1]['state']) == len(last(tmp_path)[0])  # moments for every tensor
+
+
+MUON = ['--optimizer=muon', '--tie=False', '--embed_norm', '--value_residual', '--mlp=swiglu', '--embed_lr=0.3', '--momentum_warmup=8', '--dropout=0.1']
+
+
+def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset, tmp_path):
+    for name, steps, nproc in (('one', (10,), 1), ('parts', (5, 10), 1), ('two', (10,), 2)):
+        for max_iters in steps:
+            train(tmp_path / name, *MUON, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}', '--lr_decay_iters=10', '--warmup_iters=0',
+                  dataset=dataset, nproc=nproc)
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'parts')) and read_log(tmp_path / 'one') == read_log(tmp_path / 'parts')
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
+
+
+def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
+    race = ['--eval_interval=2', '--max_iters=100', '--target_val_loss=3.9']
+    done = train(tmp_path, *race, dataset=dataset)
+    records = [r for r in read_log(tmp_path) if 'val_loss' in r]
+    assert records[-1]['val_loss'] <= 3.9 < records[-2]['val_loss'] and 2 < records[-1]['step'] < 100
+    assert records[0]['step'] == 2 and f'step {records[-1]["step"]}' in done.stdout  # a race does not stop for the loss it starts with
+    train(tmp_path, *race, dataset=dataset)
+    assert checkpoint.find(str(tmp_path)).endswith(f'step_{records[-1]["step"]:08d}')
+
+
+def test_the_seconds_of_the_log_count_from_the_start_of_the_process(dataset, tmp_path):
+    began = time.monotonic()
+    train(tmp_path, '--max_iters=1', dataset=dataset)
+    whole = time.monotonic() - began
+    seconds = [json.loads(line)['seconds'] for line in open(tmp_path / 'log.jsonl')]
+    assert whole / 2 < seconds[0] <= seconds[-1] < whole + 0.1  # most of it is loading torch
+    train(tmp_path, '--max_iters=2', dataset=dataset)
+    assert [json.loads(line)['seconds'] for line in open(tmp_path / 'log.jsonl')][-1] > seconds[-1] + whole / 4  # and goes on adding up
+
+
+def test_the_next_batch_is_read_ahead_and_is_the_same(dataset):
+    s = Settings(dataset=dataset, block_size=32, batch_size=2, gradient_accumulation_steps=2, seed=3)
+    data, ranks = Mixture(dataset, 'train', 32, 3), Ranks('auto', torch.device('cpu'))
+    ahead = Batches(data, s, ranks)
+    for step in (0, 1, 2, 7, 8, 3):  # in order, and anywhere
+        micro, targets = ahead(step)
+        assert [first for first, _, _ in micro] == [4 * step, 4 * step + 2] and targets == 4 * 32
+        assert all(torch.equal(torch.from_numpy(data.rows(range(first, first + 2))[0]), x) for first, x, _ in micro)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(whole, dataset, tmp_path):
@@ -309,7 +354,6 @@ def test_out_of_memory_says_which_settings_to_lower(dataset, tmp_path):
 def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
     """The settings of its five kinds of config file, by name; the README's laptop line trains."""
     from configurator import read_config
-    from train import Settings
     files = {
         'train_shakespeare_char': """
             out_dir = 'out-shakespeare-char'; eval_interval = 250; eval_iters = 200; log_interval = 10; always_save_checkpoint = False

@@ -1,0 +1,117 @@
+"""The dial: what is given stays, what follows is derived and printed, a run that goes on keeps it, and the minutes are kept."""
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import one_line, run
+
+from configurator import UserError
+from plan import batch_tokens, plan, shape, size
+from train import Settings
+
+CPU = torch.device('cpu')
+
+
+def planned(vocab_size=512, world=1, **given):
+    s = Settings(**given)
+    s.given, s.dtype = set(given), 'float32'
+    return s, plan(s, vocab_size, CPU, world)
+
+
+def test_the_depth_gives_a_network_and_twenty_tokens_a_parameter():
+    s, derived = planned(depth=3)
+    assert (s.n_layer, s.n_embd, s.n_head) == (3, 192, 4) and s.optimizer == 'muon' and s.embed_norm
+    tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size * s.max_iters
+    assert math.isclose(tokens, 20 * size(s, 512)[0], rel_tol=0.05)
+    assert {'n_embd', 'max_iters', 'batch_size', 'head_lr', 'optimizer'} <= derived.keys()
+
+
+def test_what_is_given_stays():
+    s, derived = planned(depth=3, n_embd=256, mlp='gelu', muon_lr=0.5, batch_size=2, max_iters=7)
+    assert (s.n_embd, s.mlp, s.muon_lr, s.batch_size, s.max_iters) == (256, 'gelu', 0.5, 2, 7)
+    assert not {'n_embd', 'mlp', 'muon_lr', 'batch_size', 'max_iters'} & derived.keys()
+
+
+def test_parameters_and_tokens_are_met_as_nearly_as_depths_allow():
+    for params in (1e6, 10e6, 100e6):
+        s, _ = planned(params=params, tokens=1e7)
+        assert 0.6 < size(s, 512)[0] / params < 1.6
+        assert math.isclose(s.batch_size * s.gradient_accumulation_steps * s.block_size * s.max_iters, 1e7, rel_tol=0.05)
+    small, large = (planned(tokens=tokens)[0].n_layer for tokens in (1e7, 1e10))
+    assert small < large
+
+
+def test_more_minutes_make_a_larger_network(monkeypatch):
+    monkeypatch.setattr('plan.peak_flops', lambda device, dtype: 1e11)
+    depths = [planned(minutes=m)[0].n_layer for m in (1, 60, 6000)]
+    assert depths == sorted(depths) and depths[0] < depths[2]
+
+
+@pytest.mark.parametrize('tokens, least, most', [(2e5, 512, 1024), (1.5e9, 2 ** 17, 2 ** 19)])
+def test_the_batch_follows_the_tokens(tokens, least, most):
+    assert least <= batch_tokens(tokens) <= most
+
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_any_number_of_processes_can_share_a_step(world):
+    s, _ = planned(depth=4, world=world)
+    rows = s.batch_size * s.gradient_accumulation_steps
+    assert rows % world == 0 and rows // world % s.batch_size == 0
+
+
+def test_every_depth_has_whole_heads():
+    for depth in range(1, 49):
+        sizes = shape(depth, CPU)
+        assert sizes['n_embd'] % (2 * sizes['n_head']) == 0
+
+
+def test_weights_from_elsewhere_have_a_network_already():
+    with pytest.raises(UserError, match='init_from=hf:somewhere'):
+        planned(depth=2, init_from='hf:somewhere')
+
+
+# --- as a user runs it ---
+
+DIAL = ['--device=cpu', '--dtype=float32', '--sample_tokens=0', '--block_size=32', '--compile=False']
+
+
+def test_a_run_prints_what_it_derived_and_goes_on_with_it(dataset, tmp_path):
+    args = ['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', '--depth=1', '--tokens=20000', *DIAL]
+    first = run(*args, '--eval_interval=10')
+    assert first.returncode == 0, first.stderr
+    derived = dict(re.findall(r'--(\w+)=(\S+)', re.search('derived: (.*)', first.stdout).group(1)))
+    settings = json.loads((tmp_path / 'settings.json').read_text())
+    assert derived['n_embd'] == '128' and all(str(settings[name]) == value for name, value in derived.items())
+    again = run(*args, '--eval_interval=10', '--muon_lr=0.01')
+    assert f'done: {settings["max_iters"]} steps' in again.stdout and 'derived' in again.stdout
+
+
+def test_minutes_are_those_of_the_whole_process(dataset, tmp_path):
+    began = time.monotonic()
+    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', '--minutes=0.2', '--depth=1', *DIAL)
+    assert done.returncode == 0 and 'done' in done.stdout, done.stderr
+    assert 4 < time.monotonic() - began < 25  # of 12 s, on a shared machine
+    records = [json.loads(line) for line in (tmp_path / 'log.jsonl').open()]
+    assert len({r['tokens'] / r['step'] for r in records if r['step']}) == 1 and records[-1]['seconds'] < 25
+
+
+def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path):
+    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/a', '--minutes=0.2', '--depth=1', *DIAL)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / 'a' / 'settings.json').read_text())
+    again = [f'--{name}={steps[name]}' for name in re.findall(r'--(\w+)=', re.search('derived: (.*)', done.stdout).group(1))]
+    plain = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/b', *again, *DIAL)
+    assert plain.returncode == 0, plain.stderr
+    losses = [[r['train_loss'] for r in map(json.loads, (tmp_path / name / 'log.jsonl').open()) if 'train_loss' in r] for name in 'ab']
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize('args, words', [(['--depth=2', '--params=1e6'], 'depth=2, params=1e+06'), (['--tokens=1e6', '--minutes=1'], 'tokens=1e+06, minutes=1'),
+                                         (['--depth=100'], 'depth=100'), (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
+def test_a_dial_that_cannot_work_is_one_line_and_nothing_is_written(args, words, dataset, tmp_path):
+    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *args, *DIAL)
+    assert words in one_line(done) and not Path(tmp_path / 'run').exists()
