@@ -14,6 +14,7 @@ How fast: against the limits of this machine, and against nanoGPT.
 Every side runs as its users run it, with its own defaults, and in turn (A B A B): what disturbs the machine disturbs all of them.
 Printed are medians, the extremes, and how many times the others' figure ours is.
 """
+import copy
 import importlib.util
 import io
 import itertools
@@ -47,6 +48,7 @@ from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_c
 from measure import ROOT, alternate, run, seconds, section, show, summarize
 from model import Transformer
 from optim import make_optimizer
+from origin import model_config
 from prepare import cores, write_json
 
 MB = 10 ** 6
@@ -125,7 +127,7 @@ def bench_train(s, device, machine):
 
 def flops_per_token(sizes):
     with torch.device('meta'):
-        return Transformer(train.model_config(settings_of(sizes))).flops_per_token()
+        return Transformer(model_config(settings_of(sizes))).flops_per_token()
 
 
 def settings_of(sizes):
@@ -154,7 +156,7 @@ def train_ours(options, folder, device):
     """(tokens/s of every step, peak MiB, dtype, lines printed) of our train.py."""
     out = os.path.join(folder, 'ours')
     shutil.rmtree(out, ignore_errors=True)
-    lines, _, peak = run([sys.executable, os.path.join(ROOT, 'train.py'), f'--out_dir={out}', '--sample_tokens=0', *options], device)
+    lines, _, peak = run([sys.executable, os.path.join(ROOT, 'train.py'), f'--out_dir={out}', '--sample_tokens=0', '--compile=True', *options], device)
     with open(os.path.join(out, 'log.jsonl')) as log, open(os.path.join(out, 'settings.json')) as settings:
         return [r['tokens_per_second'] for r in map(json.loads, log) if 'train_loss' in r], peak, json.load(settings)['dtype'], lines
 
@@ -183,7 +185,7 @@ def bench_loss(s, device, machine):
     dtype, rows, width = pick_dtype('auto', device), 8, 64 if s.quick else 768
     length = 32 if s.quick else 256 if device.type == 'cpu' else 2048
     for vocab_size in (64, 1024) if s.quick else (4096, 50304, 131072):
-        model = HeadAlone(train.model_config(settings_of({'n_layer': 1, 'n_head': 2, 'n_embd': width, 'vocab_size': vocab_size}))).to(device)
+        model = HeadAlone(model_config(settings_of({'n_layer': 1, 'n_head': 2, 'n_embd': width, 'vocab_size': vocab_size}))).to(device)
         model.h = torch.randn(rows, length, width, device=device, requires_grad=True)
         y = torch.randint(vocab_size, (rows, length), device=device)
 
@@ -227,10 +229,10 @@ def two_steps(kind, sizes, device, peer, **more):
         optimizer, step = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type), torch.compile(model)
         dtype = 'float32' if device.type != 'cuda' else 'bfloat16'
     else:
-        model, dtype = Transformer(train.model_config(s)).to(device), pick_dtype(s.dtype, device)
+        model, dtype = Transformer(model_config(s)).to(device), pick_dtype(s.dtype, device)
         optimizer = make_optimizer(model, s)
-        if pick_compile(s.compile, device):
-            model.compile()
+        if pick_compile(True, device):  # as in any run of some minutes
+            model.compile(dynamic=False)
     idx = torch.randint(sizes['vocab_size'], (sizes['batch_size'], sizes['block_size'] + 1), device=device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     for _ in range(2):
@@ -257,20 +259,20 @@ def peer_model(peer, sizes):
 def bench_sample(s, device, machine):
     """Text from random weights, a row at a time; the limit is reading all weights from memory once a token."""
     sizes, count = NETWORKS['tiny' if s.quick else '10.6M'], 50 if s.quick else 500
-    model = Transformer(train.model_config(settings_of(sizes))).to(device).eval()
-    dtype = pick_dtype('auto', device) if device.type != 'cpu' else 'float32'  # as sample.py takes it
+    model, dtype = Transformer(model_config(settings_of(sizes))).to(device).eval(), pick_dtype('auto', device)
+    as_they_do = autocast(device, 'float32' if device.type == 'cpu' else dtype)  # nanoGPT's sample.py: float32 on a CPU
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-    def ours():
-        with autocast(device, dtype):
-            return list(sample.generate(model, [[0]], count, temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0)))
+    def ours(int8=False):
+        packed = sample.pack(copy.deepcopy(model), dtype, int8)
+        return packed, lambda: list(sample.generate(packed, [[0]], count, temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0), compile=True))
 
-    sides = {'ours': (model, ours)}
+    sides = {'ours': ours(), 'ours, int8': ours(int8=True)}
     if s.peer:
         gpt = peer_model(s.peer, sizes).to(device).eval()
 
         def peers():
-            with autocast(device, dtype):
+            with as_they_do:
                 return gpt.generate(prompt, count, temperature=0.8, top_k=200)
         sides['nanoGPT'] = gpt, peers
     if importlib.util.find_spec('transformers'):
@@ -280,7 +282,7 @@ def bench_sample(s, device, machine):
         hf = transformers.GPT2LMHeadModel(cfg).to(device).eval()
 
         def transformers_():
-            with autocast(device, dtype):
+            with as_they_do:
                 return hf.generate(prompt, max_new_tokens=count, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
         sides['transformers'] = hf, transformers_
 
@@ -290,13 +292,13 @@ def bench_sample(s, device, machine):
         if device.type == 'cuda':
             torch.cuda.synchronize()
         rate = count / (time.perf_counter() - start)
-        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         return {'tokens/s': rate, 'share of the bandwidth': rate * weights / machine['bandwidth']}
 
     for _, generate in sides.values():  # what is compiled is compiled now
         generate()
     samples = alternate({name: lambda side=side: figures(*side) for name, side in sides.items()}, s.rounds)
-    yield section(f'sample: {count} tokens, one row, context {sizes["block_size"]}, {dtype}', samples,
+    yield section(f'sample: {count} tokens, one row, context {sizes["block_size"]}; ours {dtype} and int8, compiled', samples,
                   ['nanoGPT has no cache of keys and values; transformers has one, and a context of 1,024 that never fills'] if len(sides) > 1 else [])
 
 
@@ -436,7 +438,7 @@ def scale_data(folder, device, quick):
 def training_step(sizes, tokens, device):
     """(a function that does one training step of a network of these sizes, the tokens in it)."""
     s = settings_of(sizes)
-    model, dtype = Transformer(train.model_config(s)).to(device), pick_dtype('auto', device)
+    model, dtype = Transformer(model_config(s)).to(device), pick_dtype('auto', device)
     optimizer, rows = make_optimizer(model, s), max(1, tokens // s.block_size)
     idx = torch.randint(s.vocab_size, (rows, s.block_size), device=device)
 

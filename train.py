@@ -31,7 +31,7 @@ import checkpoint
 from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, find_folder, read_meta, splitmix, validation_batch, validation_rows
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
-from model import ModelConfig
+from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin
 from plan import PlanConfig, fit_minutes, plan
@@ -264,14 +264,14 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-def save(s, step, model, optimizer, scaler, data, ranks):
+def save(s, step, run, ranks):
     """Rank 0 writes a checkpoint; the others wait for it."""
     def write():
-        source = data.sources[0].files
-        state = {'step': step, 'model': dataclasses.asdict(model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
-                 'data': data.fingerprint(), 'scaler': scaler.state_dict(), 'torch': torch.__version__}
+        source = run.data.sources[0].files
+        state = {'step': step, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
+                 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
-        checkpoint.save(s.out_dir, step, model.state_dict(), optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
+        checkpoint.save(s.out_dir, step, run.model.state_dict(), run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
     ranks.from_first(write)
 
 
@@ -293,18 +293,20 @@ def show_samples(model, s, data, ranks):
     model.train()
 
 
-def describe(s, model, data, step, ranks):
+def describe(s, run, ranks):
     """What is about to be trained, in a few lines."""
     rows = s.batch_size * s.gradient_accumulation_steps
     network = f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head') if getattr(s, name))
-    ranks.say(f'model: {model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
-    epochs = ', '.join(f'{name} {n:.2f}' for name, n in data.epochs(rows * s.max_iters).items())
+    ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
+    epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: {threads}')
-    if step:
-        ranks.say(f'resuming {s.out_dir} at step {step}')
+    if run.planned:
+        ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))
+    if run.step:
+        ranks.say(f'resuming {s.out_dir} at step {run.step}')
 
 
 # -----------------------------------------------------------------------------
@@ -320,23 +322,43 @@ def derive(s, state, device, ranks):
     return planned
 
 
-def time_steps(runner, optimizer, scaler, batches, s, ranks):
-    """Seconds of a step of this run, the same on all ranks: the median of five after three, which leave no trace."""
-    weights, times = {name: t.clone() for name, t in runner.state_dict().items()}, []
+def spend_minutes(run, s, ranks):
+    """Time five steps after three, leave no trace of them, and set max_iters so that the whole process takes s.minutes."""
+    weights, times = {name: t.clone() for name, t in run.model.state_dict().items()}, []
     for step in range(8):
         began = time.perf_counter()
-        train_step(runner, optimizer, scaler, batches, s, step, ranks)[2].item()  # waits for the device
+        train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks)[2].item()  # waits for the device
         times.append(time.perf_counter() - began)
-    runner.load_state_dict(weights)
-    optimizer.state.clear()
-    return ranks.from_first(lambda: sorted(times[3:])[2])
+    run.model.load_state_dict(weights)
+    run.optimizer.state.clear()
+
+    def fit():
+        fit_minutes(s, run.planned, sorted(times[3:])[2], process_age())
+        return s.max_iters, s.eval_interval, s.log_interval
+    s.max_iters, s.eval_interval, s.log_interval = ranks.from_first(fit)
 
 
 # -----------------------------------------------------------------------------
 # The training loop
 
-def train(s, device, ranks):
-    """The run that the settings describe, from where it stands to its end or to a signal. Returns the signal's number, 0 at the end."""
+@dataclass
+class Run:
+    """What a training run works with."""
+    model: Transformer
+    runner: torch.nn.Module  # the model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: Mixture
+    val: list[Source]
+    batches: Batches
+    step: int  # where it goes on: 0 at its beginning
+    planned: dict  # what plan.py derived
+    tokens_per_step: int
+    flops_per_step: float
+
+
+def set_up(s, device, ranks):
+    """The Run that the settings describe, as it stands."""
     origin = find_origin(s, ranks)
     state = origin.get('state')
     s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
@@ -346,11 +368,8 @@ def train(s, device, ranks):
     model = build_model(s, data, origin).to(device)
     model.recompute = s.recompute
     optimizer = make_optimizer(model, s, torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
-    batches = Batches(data, s, ranks)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
-    step = 0
     if state:
-        step = state['step']
         checkpoint.load_optimizer(origin['folder'], optimizer)
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
@@ -360,30 +379,33 @@ def train(s, device, ranks):
     if s.compile:
         model.compile(dynamic=False)
     runner = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
-    if s.minutes and not state and not s.eval_only:
-        seconds_per_step = time_steps(runner, optimizer, scaler, batches, s, ranks)
-        ranks.from_first(lambda: fit_minutes(s, planned, seconds_per_step, process_age()))
-        s.max_iters, s.eval_interval, s.log_interval = ranks.from_first(lambda: (s.max_iters, s.eval_interval, s.log_interval))
-    describe(s, model, data, step, ranks)
-    if planned:
-        ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in planned))
+    return Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), state['step'] if state else 0, planned, tokens_per_step, flops_per_step)
+
+
+def train(s, device, ranks):
+    """The run that the settings describe, from where it stands to its end or to a signal. Returns the signal's number, 0 at the end."""
+    run = set_up(s, device, ranks)
+    step = run.step
+    if s.minutes and not step and not s.eval_only:
+        spend_minutes(run, s, ranks)
+    describe(s, run, ranks)
     if s.eval_only:
-        show_losses(step, evaluate(model, val, s, ranks), ranks)
+        show_losses(step, evaluate(run.model, run.val, s, ranks), ranks)
         return 0
 
     ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s)))
     log = Log(s, step, ranks)
     evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
-    stop, stopping, saved = StopSignal(), False, step if state else None
+    stop, stopping, saved = StopSignal(), False, step or None
     nats, targets, norm, seconds, steps = zero(device), 0.0, torch.zeros(()), 0.0, 0  # since the last progress line
 
     def save_once():
         nonlocal saved
         if saved != step:
-            if not scaler.is_enabled():  # a scaler skips the steps that overflow
+            if not run.scaler.is_enabled():  # a scaler skips the steps that overflow
                 check_finite(norm.item(), s, step)
-            save(s, step, model, optimizer, scaler, data, ranks)
+            save(s, step, run, ranks)
             saved = step
 
     while True:
@@ -391,14 +413,14 @@ def train(s, device, ranks):
         if (due or step >= s.max_iters) and step > evaluated and not stopping:
             if step and s.always_save_checkpoint:
                 save_once()  # first, so that nothing that goes wrong in an evaluation can lose it
-            result = evaluate(model, val, s, ranks)
+            result = evaluate(run.model, run.val, s, ranks)
             show_losses(step, result, ranks)
             if step and (best_loss is None or result['val_loss'] < best_loss):
                 best_loss = result['val_loss']
                 save_once()
                 ranks.from_first(lambda: checkpoint.mark_best(s.out_dir, step, best_loss, s.keep_checkpoints))
-            log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, **result, peak_memory_bytes=peak_memory(device))
-            show_samples(model, s, data, ranks)
+            log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, **result, peak_memory_bytes=peak_memory(device))
+            show_samples(run.model, s, run.data, ranks)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()
         reached = best_loss is not None and best_loss <= s.target_val_loss
@@ -407,12 +429,12 @@ def train(s, device, ranks):
             break
 
         began = time.perf_counter()
-        new_nats, new_targets, norm, stopping = train_step(runner, optimizer, scaler, batches, s, step, ranks, stop.number > 0)
+        new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         if step % s.log_interval == 0 or step == 1:
             total, = ranks.sum(nats.item())  # waits for the device
             seconds += time.perf_counter() - began
-            report(s, step, total / max(targets, 1), norm.item(), steps / seconds, tokens_per_step, flops_per_step, peak, data, log, ranks)
+            report(s, run, step, total / max(targets, 1), norm.item(), steps / seconds, peak, log, ranks)
             nats, targets, seconds, steps = zero(device), 0.0, 0.0, 0
         else:
             seconds += time.perf_counter() - began
@@ -431,16 +453,16 @@ def show_losses(step, result, ranks):
     ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
 
 
-def report(s, step, loss, norm, steps_per_second, tokens_per_step, flops_per_step, peak, data, log, ranks):
+def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
     """The progress line and its record in the log."""
     check_finite(loss, s, step)
-    rate, left = tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
-    mfu = flops_per_step * steps_per_second / peak / ranks.world if peak else None
-    bpb = data.bits_per_byte(loss)
+    rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
+    mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
+    bpb = run.data.bits_per_byte(loss)
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {learning_rate(step - 1, s):.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * tokens_per_step, flops=step * flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s),
+    log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s),
               tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}))
 
 
