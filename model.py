@@ -40,7 +40,6 @@ class ModelConfig:
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
     embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate (modded-nanogpt, record 8)
-    x0_lambdas: bool = False  # each block reads a learned mix of its input and the embedding (modded-nanogpt, record 9)
     value_residual: bool = False  # values are a learned mix of the layer's own and the first layer's (Zhou et al. 2024, arXiv 2410.17897)
     tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
     bias: bool = False  # biases in the linear layers and in LayerNorm
@@ -220,11 +219,8 @@ class Block(nn.Module):
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
         self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
-        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.x0_lambdas else None  # of the input and of the embedding
 
-    def forward(self, x, x0, rotary, v0=None, cache=None):
-        if self.lambdas is not None:
-            x = self.lambdas[0] * x + self.lambdas[1] * x0
+    def forward(self, x, rotary, v0=None, cache=None):
         y, v0 = self.attn(self.norm_1(x), rotary, v0, cache)
         x = x + self.drop(y)
         return x + self.drop(self.mlp(self.norm_2(x))), v0
@@ -342,14 +338,14 @@ class Transformer(nn.Module):
             x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe.weight[positions]
-        x0 = x = self.drop(self.norm_e(x))
+        x = self.drop(self.norm_e(x))
         rotary = self.rotary[:, positions] if self.rotary is not None else None
         v0 = None
         for block in self.blocks:
             if self.recompute and self.training:
-                x, v0 = checkpoint(block, x, x0, rotary, v0, use_reentrant=False)
+                x, v0 = checkpoint(block, x, rotary, v0, use_reentrant=False)
             else:
-                x, v0 = block(x, x0, rotary, v0, cache)
+                x, v0 = block(x, rotary, v0, cache)
         return self.norm_f(x)
 
     def head_input(self, h):

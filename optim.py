@@ -23,7 +23,7 @@ class OptimConfig:
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
     embed_lr: float | None = None  # highest rate of the embeddings, tied ones too; None = learning_rate
     head_lr: float | None = None  # of an untied head
-    scalar_lr: float | None = None  # of norms, biases and lambdas
+    scalar_lr: float | None = None  # of norms, biases and the mix of values
     momentum: float = 0.95  # Muon's, Nesterov
     momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = at once (modded-nanogpt, record 9)
     beta1: float = 0.9  # AdamW's

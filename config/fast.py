@@ -6,6 +6,5 @@ beta1, beta2, weight_decay, grad_clip = 0.8, 0.95, 0.1, 0.0
 schedule, cooldown, warmup_iters, min_lr = 'wsd', 0.6, 0, 0.0  # no warm-up (Muon's step is bounded), a long linear cooldown
 
 position, mlp, qk_norm, zero_init = 'rope', 'swiglu', True, True
-tie, embed_norm = False, True
-x0_lambdas, value_residual = True, True
+tie, embed_norm, value_residual = False, True, True
 softcap = 15.0

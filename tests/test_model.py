@@ -80,18 +80,13 @@ def test_plain_attention_of_short_rows_in_bfloat16_is_torchs(T, kv_heads):
 
 # --- the recipe's parts ---
 
-def test_x0_lambdas_and_value_residual_start_where_they_say():
-    """At its start a network with lambdas is the one without; with a value mix of 0 so is the one with value residual."""
+def test_a_value_mix_of_zero_is_no_value_residual():
     plain, x = tiny(zero_init=False), batch()[0]
-    recipe = tiny(zero_init=False, x0_lambdas=True, value_residual=True)
-    own = recipe.state_dict()
-    recipe.load_state_dict(plain.state_dict() | {name: own[name] for name in own.keys() - plain.state_dict().keys()})
-    assert not torch.allclose(recipe(x), plain(x), atol=1e-3)  # half of the first layer's values
-    for block in recipe.blocks[1:]:
-        block.attn.v_mix.data.zero_()
-    assert torch.allclose(recipe(x), plain(x), atol=1e-6)
-    recipe.blocks[1].lambdas.data[1] = 1.0
-    assert not torch.allclose(recipe(x), plain(x), atol=1e-3)
+    mixed = tiny(zero_init=False, value_residual=True)
+    mixed.load_state_dict(plain.state_dict() | {'blocks.1.attn.v_mix': mixed.blocks[1].attn.v_mix})
+    assert not torch.allclose(mixed(x), plain(x), atol=1e-3)  # half of the first layer's values
+    mixed.blocks[1].attn.v_mix.data.zero_()
+    assert torch.allclose(mixed(x), plain(x), atol=1e-6)
 
 
 def test_value_residual_of_one_takes_the_first_layers_values():
@@ -113,7 +108,7 @@ def test_the_norm_after_the_embedding_takes_its_scale_out():
 
 
 def test_recomputed_activations_give_the_same_gradients_and_keep_less():
-    model, (x, y) = tiny(zero_init=False, value_residual=True, x0_lambdas=True, dropout=0.1), batch()
+    model, (x, y) = tiny(zero_init=False, value_residual=True, dropout=0.1), batch()
     gradients, kept = [], []
     for model.recompute in (False, True):
         total = 0
