@@ -204,8 +204,12 @@ def load_weights(model, weights, where):
 
 
 def load_optimizer(folder, optimizer):
-    """Take over the moments; rates, betas and decay stay those that the optimizer was made with."""
+    """Take over the moments; rates, betas and decay stay those that the optimizer was made with. Raises UserError for other groups of tensors."""
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True))
+    try:
+        optimizer.load_state_dict(torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True))
+    except ValueError:
+        raise UserError(f'{folder}: its tensors are grouped by other rates: give embed_lr, head_lr and scalar_lr as they were, or another --out_dir with '
+                        f'--init_from={folder}') from None
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)

@@ -18,14 +18,14 @@ class OptimConfig:
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None = max_iters
     min_lr: float | None = None  # None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
-    weight_decay: float = 0.1  # on matrices; never on norms and biases
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: the matrices of the blocks by Muon, the rest by AdamW
+    weight_decay: float = 0.1  # on matrices; never on norms and biases, and under Muon not on embeddings and head
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: all matrices but embeddings and head by Muon, these and the rest by AdamW
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
-    embed_lr: float | None = None  # highest rate of the embeddings, tied ones too; None = learning_rate
-    head_lr: float | None = None  # of an untied head
+    embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
+    head_lr: float | None = None  # of the head, and of an embedding tied to it
     scalar_lr: float | None = None  # of norms, biases and the mix of values
     momentum: float = 0.95  # Muon's, Nesterov
-    momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = at once (modded-nanogpt, record 9)
+    momentum_warmup: int = 300  # steps in which it rises from 0.85 (or stays, if it is lower); 0 = at once (modded-nanogpt, record 9)
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95
     eps: float = 1e-8
@@ -58,6 +58,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups, dtype=torch.float32, **settings):
         super().__init__(groups, **settings)
         self.dtype = dtype  # to orthogonalise in
+        self._step_supports_amp_scaling = False  # a GradScaler is to pass over the steps that overflow itself: only AdamW's kernel could
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -109,9 +110,10 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
     """
     muon, groups = cfg.optimizer == 'muon', {}
+    head = 'head.weight' if 'head.weight' in dict(model.named_parameters()) else 'wte.weight'  # tied
     for name, p in model.named_parameters():
         matrix = p.ndim >= 2 and not name.startswith(('wte.', 'wpe.', 'head.'))
-        rate = cfg.muon_lr if muon and matrix else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) else cfg.head_lr if name == 'head.weight' \
+        rate = cfg.muon_lr if muon and matrix else cfg.head_lr if name == head else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) \
             else cfg.scalar_lr if p.ndim < 2 else None
         decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) else 0.0
         if p.requires_grad:
@@ -130,10 +132,10 @@ def optimizer_flops(optimizer):
 
 def set_rates(optimizer, step, cfg):
     """The rates of update number `step`, every group in proportion to the schedule of learning_rate; Muon's momentum warms up."""
-    warm = min(1.0, step / cfg.momentum_warmup) if cfg.momentum_warmup else 1.0
+    warm, start = min(1.0, step / cfg.momentum_warmup) if cfg.momentum_warmup else 1.0, min(0.85, cfg.momentum)
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(step, cfg, group['peak'])
-        group['momentum'] = 0.85 + warm * (cfg.momentum - 0.85)
+        group['momentum'] = start + warm * (cfg.momentum - start)
 
 
 def learning_rate(step, cfg, peak=None):

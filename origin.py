@@ -14,7 +14,7 @@ from configurator import UserError, check, from_dict
 from model import ModelConfig, Transformer
 
 # what a resumed run may not change: the network, and which rows step n sees
-IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed']
+IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed', 'optimizer']
 
 
 def model_config(s):

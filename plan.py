@@ -1,12 +1,14 @@
 """
 One dial. Of the depth, the parameters, the tokens or the minutes wanted, train.py derives everything else: the network, the batch,
-the rates and the steps, with the recipe of config/fast.py. It prints what it derived; whatever is given stays as it is given.
+the rates and the steps, with the recipe of config/fast.py. It prints what it derived; what is given stays as it is given, but for the
+steps of a config file where tokens or minutes are asked for.
 
     python train.py --minutes=5            # the best model that this machine can train in five minutes
     python train.py --depth=6              # 20 tokens a parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
 """
 import math
+import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +40,8 @@ class PlanConfig:
             raise ValueError(f'tokens={self.tokens:g}, minutes={self.minutes:g}: give one of them, the other follows')
         if self.depth > DEEPEST:
             raise ValueError(f'depth={self.depth}: takes at most {DEEPEST}')
+        if self.tokens > 1e15:
+            raise ValueError(f'tokens={self.tokens:g}: takes at most 1e15')
 
     @property
     def is_planned(self):
@@ -84,7 +88,9 @@ def plan(s, vocab_size, device, world):
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
         raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, tokens and minutes out, and set max_iters')
-    derived, kept = {}, s.given - ({'max_iters'} if s.tokens or s.minutes else set())
+    if 'n_layer' in s.given and (s.depth or s.params):
+        raise UserError(f'n_layer={s.n_layer}: depth and params choose it: leave one of them out')
+    derived, kept = {}, s.given - ({'max_iters'} if s.tokens else {'max_iters', 'eval_interval', 'eval_iters'} if s.minutes else set())
 
     def derive(settings):
         for name, value in settings.items():
@@ -92,34 +98,39 @@ def plan(s, vocab_size, device, world):
                 setattr(s, name, value)
                 derived[name] = value
 
-    derive(read_config(type(s), 'config/fast.py'))
+    derive(read_config(type(s), os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'fast.py')))
     budget = s.minutes * 60 * REACHED * world * (peak_flops(device, s.dtype) or 1e14)  # FLOPs
-    sizes = {}
+    sizes, problem = {}, None
     for depth in [s.depth] if s.depth else range(1, DEEPEST + 1):
         derive(shape(depth, device))
-        check(s)
-        sizes[depth] = size(s, vocab_size)
+        try:
+            check(s)
+            sizes[depth] = size(s, vocab_size)
+        except UserError as error:  # what is given does not go with this depth
+            problem = error
+    if not sizes:
+        raise problem
     if s.params:
         depth = min(sizes, key=lambda d: abs(math.log(sizes[d][0] / s.params)))
     elif not s.depth:  # the deepest network that gets its tokens
-        depth = max([d for d, (params, flops) in sizes.items() if (s.tokens or budget / flops) >= TOKENS_PER_PARAM * params], default=1)
+        depth = max([d for d, (params, flops) in sizes.items() if (s.tokens or budget / flops) >= TOKENS_PER_PARAM * params], default=min(sizes))
     derive(shape(depth, device))
     params, flops = sizes[depth]
 
     tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * params
     rows = max(1, batch_tokens(tokens) // s.block_size // world)  # of each process
     limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))  # rows whose activations fit into memory
-    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= limit)
-    derive({'batch_size': micro, 'gradient_accumulation_steps': rows // micro * world})
-    derive(rates(s.n_embd) | steps(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))
+    micro = s.batch_size if 'batch_size' in kept else max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)
+    derive({'batch_size': micro, 'gradient_accumulation_steps': max(1, round(rows / micro)) * world})
+    derive(rates(s.n_embd) | {'max_iters': max(1, round(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))})
+    derive(intervals(s.max_iters))
     check(s)
     return derived
 
 
-def steps(count):
-    """max_iters and the intervals that go with it."""
-    count = max(1, round(count))
-    return {'max_iters': count, 'eval_interval': max(1, -(-count // 5)), 'eval_iters': 20, 'log_interval': max(1, count // 50)}
+def intervals(count):
+    """How often a run of `count` steps evaluates and reports."""
+    return {'eval_interval': -(-count // 5), 'eval_iters': 20, 'log_interval': max(1, count // 50)}
 
 
 def fit_minutes(s, derived, seconds_per_step, elapsed):
@@ -129,6 +140,6 @@ def fit_minutes(s, derived, seconds_per_step, elapsed):
     if count < 10:
         raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
                         'give more minutes, or a smaller --depth')
-    for name, value in steps(count).items():
+    for name, value in ({'max_iters': round(count)} | intervals(round(count))).items():
         if name in derived:
             setattr(s, name, value)

@@ -301,9 +301,10 @@ class Packed(nn.Module):
     def forward(self, x):  # (…, n_in)
         if torch.compiler.is_compiling() and x.numel() <= self.FEW * x.size(-1):
             y = (x.unsqueeze(-2) * self.weight.float()).sum(-1)  # (…, n_out)
-        else:
-            y = F.linear(x.to(self.dtype), self.weight.to(self.dtype)).float()
-        y = y if self.scale is None else y * self.scale
+            y = y if self.scale is None else y * self.scale
+        else:  # scaled before they are multiplied: sums of integers would overflow float16
+            weight = self.weight if self.scale is None else self.weight * self.scale[:, None]
+            y = F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
         return y if self.bias is None else y + self.bias
 
 

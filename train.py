@@ -314,8 +314,12 @@ def describe(s, run, ranks):
 
 def derive(s, state, device, ranks):
     """Set what plan.py derives from the dial, on all ranks alike; a run that goes on keeps what was derived when it began."""
-    names = list(s.dataset) if isinstance(s.dataset, dict) else [s.dataset]
-    vocab_size = read_meta(find_folder(names[0]))['vocab_size']
+    dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
+    if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
+        raise UserError(f'{", ".join(f"{name}={value:g}" for name, value in dial.items() if value)}: out_dir={s.out_dir} belongs to a run with another dial: '
+                        'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
+    first = next(iter(s.dataset), '') if isinstance(s.dataset, dict) else s.dataset
+    vocab_size = read_meta(find_folder(str(first)))['vocab_size']
     planned = ranks.from_first(lambda: plan(s, vocab_size, device, ranks.world))
     for name in planned:
         setattr(s, name, state['settings'][name] if state else planned[name])
@@ -363,6 +367,10 @@ def set_up(s, device, ranks):
     state = origin.get('state')
     s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
     planned = derive(s, state, device, ranks) if s.is_planned else {}
+    rows = s.batch_size * s.gradient_accumulation_steps
+    if rows % ranks.world:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
+                        f'make it a multiple of {ranks.world}')
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data)
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data) for source in data.sources]
     model = build_model(s, data, origin).to(device)
@@ -423,7 +431,7 @@ def train(s, device, ranks):
             show_samples(run.model, s, run.data, ranks)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()
-        reached = best_loss is not None and best_loss <= s.target_val_loss
+        reached = s.target_val_loss and best_loss is not None and best_loss <= s.target_val_loss
         if step >= s.max_iters or reached or stopping:
             save_once()
             break
@@ -439,13 +447,14 @@ def train(s, device, ranks):
         else:
             seconds += time.perf_counter() - began
     ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
-              if stopping else f'done: {step} steps; python sample.py --out_dir={s.out_dir}')
+              if stopping else f'done: {step} steps{", target_val_loss reached" if reached else ""}; python sample.py --out_dir={s.out_dir}')
     return (stop.number or signal.SIGTERM) if stopping else 0
 
 
 def check_finite(value, s, step):
     if not math.isfinite(value):
-        raise UserError(f'the loss or its gradient is not finite at step {step}: lower learning_rate={s.learning_rate} or raise warmup_iters; '
+        name = 'muon_lr' if s.optimizer == 'muon' else 'learning_rate'
+        raise UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
                         f'the newest checkpoint in {s.out_dir} is from before')
 
 
@@ -456,22 +465,20 @@ def show_losses(step, result, ranks):
 def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
     """The progress line and its record in the log."""
     check_finite(loss, s, step)
+    lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer == 'muon' else None)
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = run.data.bits_per_byte(loss)
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
-    ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {learning_rate(step - 1, s):.2e} | {rate:,.0f} tokens/s'
+    ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, train_loss=loss, lr=learning_rate(step - 1, s),
+    log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, train_loss=loss, lr=lr,
               tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}))
 
 
 def main():
     s = configure(Settings)
     device = pick_device(s.device)
-    rows, world = s.batch_size * s.gradient_accumulation_steps, int(os.environ.get('WORLD_SIZE', 1))
-    if rows % world and not s.is_planned:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {world} processes: make it a multiple of {world}')
     if s.wandb_log and find_spec('wandb') is None:
         raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
     ranks = Ranks(s.backend, device)

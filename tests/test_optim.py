@@ -94,6 +94,24 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_each_at_its_rate
         assert (group['muon'], group['peak'], group['weight_decay']) == wanted, name
 
 
+def test_a_tied_embedding_learns_at_the_heads_rate():
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, tie=True))
+    optimizer = make_optimizer(model, OptimConfig(optimizer='muon', embed_lr=0.3, head_lr=0.01))
+    assert [g['peak'] for g in optimizer.param_groups if any(p is model.wte.weight for p in g['params'])] == [0.01]
+
+
+def test_a_step_that_overflows_float16_changes_nothing():
+    model, optimizer, _ = muon_and_model()
+    scaler = torch.amp.GradScaler('cpu')
+    scaler.scale(torch.ones(()))
+    for p in model.parameters():
+        p.grad.fill_(torch.inf)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 def test_a_tall_matrix_steps_as_its_transpose_but_further():
     model, optimizer, _ = muon_and_model()
     up, down = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((48, 16), (16, 48)))

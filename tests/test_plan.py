@@ -63,6 +63,30 @@ def test_any_number_of_processes_can_share_a_step(world):
     assert rows % world == 0 and rows // world % s.batch_size == 0
 
 
+def test_a_smaller_micro_batch_is_the_same_step():
+    sizes = []
+    for batch_size in (1, 4, 16):
+        s, _ = planned(depth=1, tokens=5e6, batch_size=batch_size)
+        assert s.batch_size == batch_size
+        sizes.append(s.batch_size * s.gradient_accumulation_steps)
+    assert len(set(sizes)) == 1 and sizes[0] > 16
+
+
+def test_depths_that_do_not_go_with_what_is_given_are_passed_over():
+    s, _ = planned(params=10e6, tokens=50e6, n_kv_head=2)
+    assert s.n_head % 2 == 0 and 5e6 < size(s, 512)[0] < 20e6
+    with pytest.raises(UserError, match='n_layer=4'):
+        planned(depth=6, n_layer=4)
+
+
+def test_evaluations_are_spread_over_the_steps_that_are_given():
+    assert planned(depth=3, max_iters=10)[0].eval_interval == 2
+
+
+def test_tokens_and_minutes_take_the_place_of_a_config_files_steps():
+    assert planned(depth=1, tokens=1e6, max_iters=7)[0].max_iters > 100
+
+
 def test_every_depth_has_whole_heads():
     for depth in range(1, 49):
         sizes = shape(depth, CPU)
@@ -110,8 +134,17 @@ def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_another_dial_or_a_step_that_cannot_be_shared_is_refused(dataset, tmp_path):
+    args = ['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--depth=1', *DIAL]
+    assert run(*args, '--tokens=2000').returncode == 0
+    assert 'belongs to a run with another dial' in one_line(run(*args, '--tokens=4000'))
+    shared = run(*args, '--tokens=2000', f'--out_dir={tmp_path}/other', '--batch_size=3', '--gradient_accumulation_steps=1', nproc=2)
+    assert 'cannot be shared by 2 processes' in shared.stderr and not (tmp_path / 'other').exists()
+
+
 @pytest.mark.parametrize('args, words', [(['--depth=2', '--params=1e6'], 'depth=2, params=1e+06'), (['--tokens=1e6', '--minutes=1'], 'tokens=1e+06, minutes=1'),
-                                         (['--depth=100'], 'depth=100'), (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
+                                         (['--depth=100'], 'depth=100'), (['--tokens=1e25'], 'tokens=1e+25'), (['--depth=1', '--dataset={}'], 'meta.json'),
+                                         (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
 def test_a_dial_that_cannot_work_is_one_line_and_nothing_is_written(args, words, dataset, tmp_path):
     done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *args, *DIAL)
     assert words in one_line(done) and not Path(tmp_path / 'run').exists()

@@ -68,6 +68,12 @@ def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
+def test_resuming_with_another_optimizer_or_other_rates_is_refused(whole, dataset):
+    for change, words in (('--optimizer=muon', 'optimizer=muon'), ('--embed_lr=0.1', 'embed_lr')):
+        refused = train(whole, '--dropout=0.1', '--max_iters=12', change, dataset=dataset, check=False)
+        assert words in one_line(refused)
+
+
 def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
     race = ['--eval_interval=2', '--max_iters=100', '--target_val_loss=3.9']
     done = train(tmp_path, *race, dataset=dataset)
