@@ -17,7 +17,8 @@ from configurator import UserError, check, read_config
 from device import peak_flops
 from model import ModelConfig, Transformer
 
-TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556)
+TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
+EPOCHS = 4  # more are worth little (Muennighoff et al. 2023, arXiv 2305.16264): from there on a larger network is
 REACHED = 0.5  # share of the ceiling of matmuls that training reaches, to choose a size by; the steps are timed
 DEEPEST = 48
 
@@ -71,20 +72,20 @@ def rates(width):
 
 
 def size(s, vocab_size):
-    """(parameters, floating-point operations a token) of the network that `s` describes, without making it."""
+    """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
     cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size})
     with torch.device('meta'):
         model = Transformer(cfg, init=False)
-    return model.num_params(), model.flops_per_token()
+    return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()
 
 
 # -----------------------------------------------------------------------------
 # The plan
 
-def plan(s, vocab_size, device, world):
+def plan(s, vocab_size, data_tokens, device, world):
     """
-    Derive what the dial of `s` (train.py's Settings) leaves open, in place. Returns {setting: value} of what was derived. For minutes,
-    max_iters is a guess until fit_minutes() knows the time of a step.
+    Derive what the dial of `s` (train.py's Settings) leaves open, in place, for data of so many tokens. Returns {setting: value} of what
+    was derived. For minutes, max_iters is a guess until fit_minutes() knows the time of a step.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
         raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, tokens and minutes out, and set max_iters')
@@ -112,12 +113,14 @@ def plan(s, vocab_size, device, world):
         raise problem
     if s.params:
         depth = min(sizes, key=lambda d: abs(math.log(sizes[d][0] / s.params)))
-    elif not s.depth:  # the deepest network that gets its tokens
-        depth = max([d for d, (params, flops) in sizes.items() if (s.tokens or budget / flops) >= TOKENS_PER_PARAM * params], default=min(sizes))
+    elif s.depth:
+        depth = s.depth
+    else:  # the deepest network that gets its tokens, or whose minutes bring it through the data often enough
+        most = math.inf if s.tokens else EPOCHS * data_tokens
+        depth = max([d for d, (_, blocks, flops) in sizes.items() if (s.tokens or budget / flops) >= min(TOKENS_PER_PARAM * blocks, most)], default=min(sizes))
     derive(shape(depth, device))
-    params, flops = sizes[depth]
-
-    tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * params
+    _, blocks, flops = sizes[depth]
+    tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * blocks
     rows = max(1, batch_tokens(tokens) // s.block_size // world)  # of each process
     limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))  # rows whose activations fit into memory
     micro = s.batch_size if 'batch_size' in kept else max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)

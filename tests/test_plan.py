@@ -16,17 +16,17 @@ from train import Settings
 CPU = torch.device('cpu')
 
 
-def planned(vocab_size=512, world=1, **given):
+def planned(vocab_size=512, world=1, data_tokens=1e12, **given):
     s = Settings(**given)
     s.given, s.dtype = set(given), 'float32'
-    return s, plan(s, vocab_size, CPU, world)
+    return s, plan(s, vocab_size, data_tokens, CPU, world)
 
 
-def test_the_depth_gives_a_network_and_twenty_tokens_a_parameter():
+def test_the_depth_gives_a_network_and_twenty_tokens_a_parameter_of_its_blocks():
     s, derived = planned(depth=3)
     assert (s.n_layer, s.n_embd, s.n_head) == (3, 192, 4) and s.optimizer == 'muon' and s.embed_norm
     tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size * s.max_iters
-    assert math.isclose(tokens, 20 * size(s, 512)[0], rel_tol=0.05)
+    assert math.isclose(tokens, 20 * size(s, 512)[1], rel_tol=0.05)
     assert {'n_embd', 'max_iters', 'batch_size', 'head_lr', 'optimizer'} <= derived.keys()
 
 
@@ -49,6 +49,13 @@ def test_more_minutes_make_a_larger_network(monkeypatch):
     monkeypatch.setattr('plan.peak_flops', lambda device, dtype: 1e11)
     depths = [planned(minutes=m)[0].n_layer for m in (1, 60, 6000)]
     assert depths == sorted(depths) and depths[0] < depths[2]
+
+
+def test_little_data_makes_a_larger_network_rather_than_more_than_four_epochs(monkeypatch):
+    monkeypatch.setattr('plan.peak_flops', lambda device, dtype: 1e12)
+    much, little = (planned(minutes=5, data_tokens=tokens)[0] for tokens in (1e12, 1e6))
+    assert little.n_layer > much.n_layer
+    assert planned(tokens=1e7, data_tokens=1e4)[0].n_layer == planned(tokens=1e7)[0].n_layer  # tokens that are given are given
 
 
 @pytest.mark.parametrize('tokens, least, most', [(2e5, 512, 1024), (1.5e9, 2 ** 17, 2 ** 19)])
