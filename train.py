@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from configurator import UserError, configure, run_main
-from data import DataConfig, Mixture, Source, TokenFiles, find_folder, splitmix, validation_batch, validation_rows
+from data import DataConfig, Mixture, Source, splitmix, validation_batch, validation_rows
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, set_rates
@@ -318,9 +318,9 @@ def derive(s, state, device, ranks):
     if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
         raise UserError(f'{", ".join(f"{name}={value:g}" for name, value in dial.items() if value)}: out_dir={s.out_dir} belongs to a run with another dial: '
                         'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
-    first = next(iter(s.dataset), '') if isinstance(s.dataset, dict) else s.dataset
-    files = TokenFiles(find_folder(str(first)), 'train')
-    planned = ranks.from_first(lambda: plan(s, files.vocab_size, files.tokens, device, ranks.world))
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed)
+    tokens = sum(source.files.tokens for source in data.sources)
+    planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
     for name in planned:
         setattr(s, name, state['settings'][name] if state else planned[name])
     return planned

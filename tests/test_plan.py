@@ -150,7 +150,7 @@ def test_another_dial_or_a_step_that_cannot_be_shared_is_refused(dataset, tmp_pa
 
 
 @pytest.mark.parametrize('args, words', [(['--depth=2', '--params=1e6'], 'depth=2, params=1e+06'), (['--tokens=1e6', '--minutes=1'], 'tokens=1e+06, minutes=1'),
-                                         (['--depth=100'], 'depth=100'), (['--tokens=1e25'], 'tokens=1e+25'), (['--depth=1', '--dataset={}'], 'meta.json'),
+                                         (['--depth=100'], 'depth=100'), (['--tokens=1e25'], 'tokens=1e+25'), (['--depth=1', '--dataset={}'], 'dataset={}'),
                                          (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
 def test_a_dial_that_cannot_work_is_one_line_and_nothing_is_written(args, words, dataset, tmp_path):
     done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *args, *DIAL)

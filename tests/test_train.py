@@ -68,10 +68,10 @@ def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
-def test_resuming_with_another_optimizer_or_other_rates_is_refused(whole, dataset):
-    for change, words in (('--optimizer=muon', 'optimizer=muon'), ('--embed_lr=0.1', 'embed_lr')):
-        refused = train(whole, '--dropout=0.1', '--max_iters=12', change, dataset=dataset, check=False)
-        assert words in one_line(refused)
+def test_resuming_with_another_optimizer_or_other_rates_is_refused(dataset, tmp_path):
+    train(tmp_path, '--max_iters=2', dataset=dataset)
+    for change, words in (('--optimizer=muon', 'optimizer=muon'), ('--head_lr=0.1', 'head_lr')):
+        assert words in one_line(train(tmp_path, '--max_iters=3', change, dataset=dataset, check=False))
 
 
 def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
