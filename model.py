@@ -408,6 +408,10 @@ class Transformer(nn.Module):
 
     # --- sizes ---
 
+    def factors(self):
+        """The weights (down, up) of every low-rank layer of the blocks."""
+        return [(layer.down.weight, layer.up.weight) for layer in self.modules() if isinstance(layer, LowRank)]
+
     def num_params(self):
         """Number of parameters, tied ones once, the vocabulary's padding not counted."""
         padding = self.cfg.padded_vocab - self.cfg.vocab_size

@@ -2,10 +2,13 @@
 Parameter groups, the optimizer and the learning rate's schedule.
 """
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+
+from configurator import UserError
 
 
 @dataclass
@@ -19,11 +22,15 @@ class OptimConfig:
     min_lr: float | None = None  # None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
     weight_decay: float = 0.1  # on matrices; never on norms and biases, and under Muon not on embeddings and head
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: all matrices but embeddings and head by Muon, these and the rest by AdamW
+    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of low-rank matrices: on each factor, which shrinks the rank (Kobayashi et al.
+    # 2024, arXiv 2410.23819), on their product (Khodak et al. 2021, arXiv 2105.01029), or none
+    optimizer: Literal['adamw', 'muon', 'spectron'] = 'adamw'  # muon: all matrices but embeddings and head by Muon, these and the rest by AdamW;
+    # spectron: the same, and the step of low-rank factors is bounded by their norms (arXiv 2602.12429)
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
     embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
     head_lr: float | None = None  # of the head, and of an embedding tied to it
     scalar_lr: float | None = None  # of norms, biases and the mix of values
+    lr_scale: dict = field(default_factory=dict)  # multiples of these rates for tensors whose name matches: {'attn.[qk]': 2, 'blocks.*.up.weight': 0.5}
     momentum: float = 0.95  # Muon's, Nesterov
     momentum_warmup: int = 300  # steps in which it rises from 0.85 (or stays, if it is lower); 0 = at once (modded-nanogpt, record 9)
     beta1: float = 0.9  # AdamW's
@@ -40,6 +47,9 @@ class OptimConfig:
         for name in ('beta1', 'beta2', 'momentum'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: takes 0 <= {name} < 1')
+        for pattern, scale in self.lr_scale.items():
+            if not isinstance(pattern, str) or isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+                raise ValueError(f'lr_scale={self.lr_scale}: takes patterns of names, and for each a number of at least 0')
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
 
@@ -52,43 +62,79 @@ class Muon(torch.optim.AdamW):
     AdamW whose groups with muon=True are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum,
     then the nearest orthogonal matrix, so that every direction of a matrix learns at the same rate. 1.5 times fewer tokens than
     AdamW on GPT-2 124M for 2% more time (modded-nanogpt, record 4). Matrices of one shape are orthogonalised together: torch.optim.Muon
-    takes one after the other.
+    takes one after the other. A tensor with more than two dimensions is a stack of matrices.
+
+    pairs: the factors (down, up) of the low-rank matrices; product_decay: weight decay on their products up·down;
+    bounded: Spectron's step for them.
     """
 
-    def __init__(self, groups, dtype=torch.float32, **settings):
+    def __init__(self, groups, dtype=torch.float32, pairs=(), product_decay=0.0, bounded=False, **settings):
         super().__init__(groups, **settings)
         self.dtype = dtype  # to orthogonalise in
+        self.pairs, self.product_decay, self.bounded = pairs, product_decay, bounded
         self._step_supports_amp_scaling = False  # a GradScaler is to pass over the steps that overflow itself: only AdamW's kernel could
 
     @torch.no_grad()
     def step(self, closure=None):
+        bounds = self.bounds() if self.bounded else {}
+        if self.product_decay:
+            self.decay_products()
         for group in self.param_groups:
             if group['muon']:
-                self.orthogonal_step([p for p in group['params'] if p.grad is not None], group)
+                self.orthogonal_step([p for p in group['params'] if p.grad is not None], group, bounds)
         return super().step(closure)  # AdamW passes over what has no gradient left
 
-    def orthogonal_step(self, params, group):
+    def orthogonal_step(self, params, group, bounds=()):
         shapes = {}
         for p in params:  # a tall matrix goes with the wide ones: its transpose has the same orthogonal factor, transposed
-            shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
-        for same in shapes.values():
+            shapes.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
+        for (short, long), same in shapes.items():
             grads, moments = [p.grad for p in same], [self.momentum_of(p) for p in same]
             torch._foreach_lerp_(moments, grads, 1 - group['momentum'])
             torch._foreach_lerp_(grads, moments, group['momentum'])  # Nesterov: look ahead along the momentum
-            wide = torch.stack([g if g.size(0) <= g.size(1) else g.T for g in grads])
-            for p, update in zip(same, orthogonalize(wide, self.dtype)):
-                update = update.to(p.dtype) if p.size(0) <= p.size(1) else update.T.to(p.dtype)
-                scale = max(1, p.size(0) / p.size(1)) ** 0.5  # a tall matrix spreads its output over more entries
+            wide = torch.cat([(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in grads])
+            for p, update in zip(same, orthogonalize(wide, self.dtype).split([p.numel() // (short * long) for p in same])):
+                rows, cols = p.shape[-2:]
+                update = (update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype)
+                scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall matrix spreads its output over more entries
                 if group['weight_decay']:  # cautious (Chen et al. 2025, arXiv 2510.12402): decay only where the update shrinks the weight too
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
-                p.sub_(update, alpha=group['lr'] * scale)
+                p.sub_(update * scale, alpha=group['lr'])
                 p.grad = None
 
     def momentum_of(self, p):
         state = self.state[p]
-        if not state:
+        if 'momentum' not in state:
             state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # a step because AdamW asks for one when it loads its state
         return state['momentum']
+
+    def bounds(self):
+        """
+        {factor: what to scale its orthogonal step by} = 1 / (|down| + |up| + 1), so that the product's spectral norm changes by no more
+        than the rate: |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429).
+        """
+        bounds = {}
+        for down, up in self.pairs:
+            bounds[down] = bounds[up] = 1 / (self.spectral_norm(down) + self.spectral_norm(up) + 1)
+        return bounds
+
+    def spectral_norm(self, p):
+        """An estimate from below: power iteration, a step of it each time, which goes on where the last one ended."""
+        state = self.state[p]
+        if 'direction' not in state:
+            self.momentum_of(p)
+            state['direction'] = torch.ones_like(p[0])
+        along = p @ state['direction']
+        state['direction'] = torch.nn.functional.normalize(p.T @ along, dim=0)
+        return (p @ state['direction']).norm()
+
+    def decay_products(self):
+        """Weight decay on up·down: the gradient of |up·down|²/2 for either factor."""
+        rates = {p: group['lr'] for group in self.param_groups for p in group['params']}
+        for down, up in self.pairs:
+            to_down, to_up = up.T @ up @ down, up @ (down @ down.T)
+            down.sub_(to_down, alpha=rates[down] * self.product_decay)
+            up.sub_(to_up, alpha=rates[up] * self.product_decay)
 
 
 def orthogonalize(g, dtype, steps=5):
@@ -108,26 +154,35 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     """
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions, as in nanoGPT; for optimizer='muon'
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
+    Raises UserError for a pattern of lr_scale that no name matches.
     """
-    muon, groups = cfg.optimizer == 'muon', {}
-    head = 'head.weight' if 'head.weight' in dict(model.named_parameters()) else 'wte.weight'  # tied
+    muon, groups, names = cfg.optimizer != 'adamw', {}, [name for name, _ in model.named_parameters()]
+    for pattern in cfg.lr_scale:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f'lr_scale: {pattern!r} matches no tensor; the names are like {", ".join(names[:2] + names[-2:])}')
+    head = 'head.weight' if 'head.weight' in names else 'wte.weight'  # tied
+    pairs = getattr(model, 'factors', list)()
+    factors = {p for pair in pairs for p in pair} if cfg.factor_decay != 'factor' else set()
     for name, p in model.named_parameters():
         matrix = p.ndim >= 2 and not name.startswith(('wte.', 'wpe.', 'head.'))
         rate = cfg.muon_lr if muon and matrix else cfg.head_lr if name == head else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) \
             else cfg.scalar_lr if p.ndim < 2 else None
-        decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) else 0.0
+        rate = cfg.learning_rate if rate is None else rate
+        rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
+        decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) and p not in factors else 0.0
         if p.requires_grad:
-            groups.setdefault((muon and matrix, cfg.learning_rate if rate is None else rate, decay), []).append(p)
+            groups.setdefault((muon and matrix, rate, decay), []).append(p)
     groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}
               for (by_muon, rate, decay), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
-    return Muon(groups, dtype, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return Muon(groups, dtype, pairs, cfg.weight_decay if cfg.factor_decay == 'product' else 0.0, cfg.optimizer == 'spectron',
+                betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
 def optimizer_flops(optimizer):
     """Floating-point operations of the matmuls in one step of the optimizer: x·xᵀ, a·a and the product with x, five times a matrix."""
-    sides = [sorted(p.shape) for group in optimizer.param_groups if group['muon'] for p in group['params']]
-    return sum(5 * (4 * rows * rows * cols + 2 * rows ** 3) for rows, cols in sides)
+    matrices = [(p.numel() // (p.size(-2) * p.size(-1)), *sorted(p.shape[-2:])) for group in optimizer.param_groups if group['muon'] for p in group['params']]
+    return sum(count * 5 * (4 * rows * rows * cols + 2 * rows ** 3) for count, rows, cols in matrices)
 
 
 def set_rates(optimizer, step, cfg):

@@ -453,7 +453,7 @@ def train(s, device, ranks):
 
 def check_finite(value, s, step):
     if not math.isfinite(value):
-        name = 'muon_lr' if s.optimizer == 'muon' else 'learning_rate'
+        name = 'muon_lr' if s.optimizer != 'adamw' else 'learning_rate'
         raise UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
                         f'the newest checkpoint in {s.out_dir} is from before')
 
@@ -465,7 +465,7 @@ def show_losses(step, result, ranks):
 def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
     """The progress line and its record in the log."""
     check_finite(loss, s, step)
-    lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer == 'muon' else None)
+    lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = run.data.bits_per_byte(loss)

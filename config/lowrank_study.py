@@ -1,0 +1,14 @@
+# What low rank costs: the base of config/sweeps/lowrank.py, a decoder of 2.65M weights in its blocks and the recipe of config/fast.py.
+#   python prepare.py tinystories --tokenizer=bpe:4096 --val_fraction=0.05 --out=data/stories     # or any text of yours
+#   python train.py config/lowrank_study.py
+from config.fast import *  # noqa: F403
+
+out_dir = 'out/lowrank_study'
+dataset = 'stories'
+
+n_layer, n_head, n_embd = 6, 6, 192
+block_size, batch_size = 256, 16  # 4,096 tokens a step
+max_iters = 500
+eval_interval, eval_iters = 500, 0  # the whole split, at the end: schedules that end are not compared in their middle
+sample_tokens = 0
+dtype, compile = 'bfloat16', False  # the same for every arm
