@@ -9,7 +9,7 @@ Names are the field's: n_head, n_kv_head, n_embd, block_size. Shapes in comments
 D head_dim, V vocabulary, R rank.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -50,9 +50,15 @@ class ModelConfig:
     rank_mlp: int = 0  # all matrices of the MLP
     rank_embed: int = 0  # embedding
     rank_head: int = 0  # output head
-    rank_act: Literal['none', 'silu'] = 'none'  # between the factors (CoLA: silu, Liu et al. 2025, arXiv 2502.10940)
-    rank_init: Literal['spectral', 'normal'] = 'spectral'  # spectral: truncated SVD of the dense init (Khodak et al. 2021, arXiv 2105.01029);
-    # normal: both factors normal, their product with the dense init's deviation
+    ranks: dict = field(default_factory=dict)  # of single matrices, over these: {'attn.k': 16, 'blocks.3.mlp.down': 0}
+    first_block_dense: bool = False  # the first block stays as it is (Pufferfish, Wang et al. 2021, arXiv 2103.03936)
+    rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # between the factors (silu: CoLA, Liu et al. 2025, arXiv 2502.10940;
+    # rmsnorm: DeepSeek-V2's latents, arXiv 2405.04434)
+    rank_act_qk: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] | None = None  # of queries and keys; None = rank_act
+    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # spectral: truncated SVD of the dense init (Khodak et al. 2021, arXiv
+    # 2105.01029); orthogonal: all singular values equal (Kamalakara et al. 2022, arXiv 2209.13569); normal: both factors; all of the dense one's norm
+    rank_identity: bool = False  # add a learned multiple of the input where it fits, so that the matrix has full rank again
+    rank_blocks: int = 0  # add a block-diagonal matrix of so many blocks, for full rank too (Wei et al. 2024, arXiv 2406.16450)
 
     def check(self):
         """Raise ValueError, in one line that names the settings, for sizes that cannot work."""
@@ -61,7 +67,7 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
-        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head'):
+        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_blocks'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not self.head_dim and self.n_embd % self.n_head:
@@ -72,13 +78,37 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head even or set position='learned'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: takes 0 <= dropout < 1')
-        kv = self.kv_heads * self.d_head
-        for name, n_in, n_out in (('rank_qk', self.n_embd, kv), ('rank_vo', self.n_embd, kv), ('rank_mlp', self.n_embd, self.mlp_width),
-                                  ('rank_embed', self.vocab_size or self.n_embd, self.n_embd), ('rank_head', self.n_embd, self.vocab_size or self.n_embd)):
-            if getattr(self, name) > min(n_in, n_out):
-                raise ValueError(f'{name}={getattr(self, name)} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
+        self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but tie=True makes them one matrix: set tie=False')
+
+    def check_ranks(self):
+        sizes = self.sizes()
+        for name in self.ranks:
+            layer, _, matrix = name.removeprefix('blocks.').partition('.') if name.startswith('blocks.') else ('0', '', name)
+            if matrix not in sizes or not (layer.isdecimal() and int(layer) < self.n_layer):
+                raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, or one of a single block as blocks.0.attn.q')
+        table = (self.vocab_size or self.n_embd, self.n_embd)
+        named = [(group, getattr(self, group), sizes[name]) for name, group in RANK_OF.items()]
+        named += [(f'ranks: {name}', rank, sizes[name.split('.', 2)[-1] if name.startswith('blocks.') else name]) for name, rank in self.ranks.items()]
+        for name, rank, (n_in, n_out) in named + [('rank_embed', self.rank_embed, table), ('rank_head', self.rank_head, table)]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+                raise ValueError(f'{name}={rank}: takes a whole number, 0 for a dense matrix')
+            if rank > min(n_in, n_out):
+                raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
+        if any(n % self.rank_blocks for size in sizes.values() for n in size) if self.rank_blocks else False:
+            raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide all sides of the matrices, {sizes}')
+
+    def sizes(self):
+        """{matrix of a block: (inputs, outputs)}."""
+        q, kv = self.n_head * self.d_head, self.kv_heads * self.d_head
+        return {'attn.q': (self.n_embd, q), 'attn.k': (self.n_embd, kv), 'attn.v': (self.n_embd, kv), 'attn.o': (q, self.n_embd),
+                'mlp.up': (self.n_embd, self.mlp_width), 'mlp.gate': (self.n_embd, self.mlp_width), 'mlp.down': (self.mlp_width, self.n_embd)}
+
+    def rank(self, layer, name):
+        """The rank of a matrix of a block, 0 for a dense one: the most particular setting counts."""
+        group = 0 if self.first_block_dense and layer == 0 else getattr(self, RANK_OF[name])
+        return self.ranks.get(f'blocks.{layer}.{name}', self.ranks.get(name, group))
 
     @property
     def kv_heads(self):
@@ -99,29 +129,50 @@ class ModelConfig:
         return -(-self.vocab_size // 64) * 64
 
 
+RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.o': 'rank_vo',
+           'mlp.up': 'rank_mlp', 'mlp.gate': 'rank_mlp', 'mlp.down': 'rank_mlp'}  # which setting each matrix follows
+
+
 # -----------------------------------------------------------------------------
 # Parts
 
-ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu2': lambda x: F.relu(x).square(), 'none': lambda x: x}
+ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu2': lambda x: F.relu(x).square()}
 ACTIVATIONS |= {'swiglu': F.silu, 'geglu': ACTIVATIONS['gelu']}  # tanh-GELU as in GPT-2, T5 v1.1 and Gemma
 
 
-class LowRank(nn.Module):
-    """A low-rank linear layer, y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)."""
+LATENTS = {'none': lambda z: z, 'silu': F.silu, 'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),
+           'silu+rmsnorm': lambda z: F.rms_norm(F.silu(z), z.shape[-1:])}
 
-    def __init__(self, n_in, n_out, rank, cfg):
+
+class LowRank(nn.Module):
+    """
+    A low-rank linear layer, y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out). What brings the full rank back is added, if asked
+    for: a multiple of the input, a block-diagonal matrix.
+    """
+
+    def __init__(self, n_in, n_out, rank, act, cfg):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
         self.up = nn.Linear(rank, n_out, bias=cfg.bias)
-        self.act = ACTIVATIONS[cfg.rank_act]
+        self.act = LATENTS[act]
+        self.identity = nn.Parameter(torch.zeros(())) if cfg.rank_identity and n_in == n_out else None
+        n = cfg.rank_blocks
+        self.blocks = nn.Parameter(torch.empty(n, n_out // n, n_in // n)) if n else None
 
     def forward(self, x):
-        return self.up(self.act(self.down(x)))
+        y = self.up(self.act(self.down(x)))
+        if self.identity is not None:
+            y = y + self.identity * x
+        if self.blocks is not None:
+            y = y + torch.einsum('...ni,noi->...no', x.unflatten(-1, (len(self.blocks), -1)), self.blocks.type_as(x)).flatten(-2)
+        return y
 
 
-def linear(n_in, n_out, rank, cfg):
-    """The linear layer of every block: dense for rank 0, else low-rank."""
-    return LowRank(n_in, n_out, rank, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
+def linear(cfg, layer, name):
+    """The linear layer `name` of block `layer`, as in ModelConfig.sizes(): dense, or low-rank."""
+    (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
+    act = cfg.rank_act_qk if cfg.rank_act_qk and name in ('attn.q', 'attn.k') else cfg.rank_act
+    return LowRank(n_in, n_out, rank, act, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -169,10 +220,7 @@ class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.cfg, self.layer = cfg, layer
-        self.q = linear(cfg.n_embd, cfg.n_head * cfg.d_head, cfg.rank_qk, cfg)
-        self.k = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_qk, cfg)
-        self.v = linear(cfg.n_embd, cfg.kv_heads * cfg.d_head, cfg.rank_vo, cfg)
-        self.o = linear(cfg.n_head * cfg.d_head, cfg.n_embd, cfg.rank_vo, cfg)
+        self.q, self.k, self.v, self.o = (linear(cfg, layer, f'attn.{name}') for name in 'qkvo')
         self.v_mix = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and layer else None  # share of the first layer's values
 
     def forward(self, x, rotary, v0=None, cache=None):
@@ -200,12 +248,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer):
         super().__init__()
-        self.up = linear(cfg.n_embd, cfg.mlp_width, cfg.rank_mlp, cfg)
-        self.gate = linear(cfg.n_embd, cfg.mlp_width, cfg.rank_mlp, cfg) if cfg.mlp in ('swiglu', 'geglu') else None
+        self.up = linear(cfg, layer, 'mlp.up')
+        self.gate = linear(cfg, layer, 'mlp.gate') if cfg.mlp in ('swiglu', 'geglu') else None
         self.norm = norm(cfg.mlp_width, cfg) if cfg.mlp_norm else nn.Identity()
-        self.down = linear(cfg.mlp_width, cfg.n_embd, cfg.rank_mlp, cfg)
+        self.down = linear(cfg, layer, 'mlp.down')
         self.act = ACTIVATIONS[cfg.mlp]
 
     def forward(self, x):
@@ -217,7 +265,7 @@ class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
-        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg)
+        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rotary, v0=None, cache=None):
@@ -425,7 +473,7 @@ class Transformer(nn.Module):
         arXiv 2204.02311, appendix B: causal kernels do about half of that).
         """
         cfg = self.cfg
-        matmuls = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name not in ('wte.weight', 'wpe.weight'))
+        matmuls = sum(p.numel() for name, p in self.named_parameters() if p.ndim >= 2 and name not in ('wte.weight', 'wpe.weight'))
         if cfg.tie:
             matmuls += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
         return 6 * matmuls + 12 * cfg.n_layer * cfg.block_size * cfg.n_head * cfg.d_head
@@ -438,6 +486,8 @@ def init_linear(layer, cfg, scale, zero):
     std = scale * (cfg.init_std or n_in ** -0.5)
     if low_rank:
         init_factors(layer.down.weight, layer.up.weight, std, cfg)
+        if layer.blocks is not None:
+            nn.init.normal_(layer.blocks, std=0 if zero else std)
     else:
         nn.init.normal_(layer.weight, std=std)
     if zero:
@@ -447,13 +497,21 @@ def init_linear(layer, cfg, scale, zero):
 
 
 def init_factors(down, up, std, cfg):
-    """Fill down (R, n_in) and up (n_out, R) so that up·down stands for a dense normal (n_out, n_in) of deviation `std`."""
-    rank, n_in = down.shape
+    """
+    Fill down (R, n_in) and up (n_out, R) so that up·down stands for a dense normal (n_out, n_in) of deviation `std`: its Frobenius norm is
+    that one's at any rank, so that comparing ranks does not compare scales.
+    """
+    (rank, n_in), n_out = down.shape, len(up)
     if cfg.rank_init == 'normal':  # the product of R terms has deviation sqrt(R) * factor_std²
         factor_std = math.sqrt(std / math.sqrt(rank))
         nn.init.normal_(down, std=factor_std)
         nn.init.normal_(up, std=factor_std)
+        return
+    if cfg.rank_init == 'spectral':
+        U, S, Vh = torch.linalg.svd(torch.empty(n_out, n_in, device=up.device).normal_(std=std), full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank] * (S.norm() / S[:rank].norm()), Vh[:rank]
     else:
-        U, S, Vh = torch.linalg.svd(torch.empty(len(up), n_in, device=up.device).normal_(std=std), full_matrices=False)
-        down.copy_(S[:rank, None].sqrt() * Vh[:rank])
-        up.copy_(U[:, :rank] * S[:rank].sqrt())
+        S = torch.full((rank,), std * math.sqrt(n_in * n_out / rank), device=up.device)
+        U, Vh = nn.init.orthogonal_(torch.empty_like(up)), nn.init.orthogonal_(torch.empty_like(down))
+    down.copy_(S[:, None].sqrt() * Vh)
+    up.copy_(U * S.sqrt())

@@ -44,6 +44,7 @@ VARIANTS = [
     dict(mlp_norm=True, init_std=0.02, d_ff=48),
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
     dict(rank_embed=8, rank_head=8, rank_init='normal'),
+    dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm', rank_act_qk='none', first_block_dense=True),
 ]
 
 
@@ -253,23 +254,58 @@ def test_full_rank_with_spectral_init_is_the_dense_network():
     assert torch.allclose(dense(x, y), low(x, y), atol=1e-5)
 
 
-@pytest.mark.parametrize('rank_init', ['spectral', 'normal'])
-def test_factors_are_balanced_and_their_product_has_the_dense_scale(rank_init):
+@pytest.mark.parametrize('rank_init', ['spectral', 'orthogonal', 'normal'])
+@pytest.mark.parametrize('rank', [8, 64, 256])
+def test_factors_are_balanced_and_their_product_has_the_dense_norm_at_any_rank(rank_init, rank):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256, rank_mlp=64, rank_init=rank_init))
+    model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256, rank_mlp=rank, rank_init=rank_init))
     layer = model.blocks[0].mlp.up
-    product, dense_std = layer.up.weight @ layer.down.weight, 256 ** -0.5
-    if rank_init == 'normal':
-        assert abs(product.std() / dense_std - 1) < 0.1
-    else:  # the best rank-64 part of a dense draw: fewer directions, the largest singular value of the draw
-        spectrum = torch.linalg.svdvals(product)
-        assert abs(spectrum[0] / (dense_std * (256 ** 0.5 + 1024 ** 0.5)) - 1) < 0.1 and spectrum[64] < 1e-4
+    product, dense_norm = layer.up.weight @ layer.down.weight, 256 ** -0.5 * (256 * 1024) ** 0.5
+    assert abs(product.norm() / dense_norm - 1) < 0.05
+    spectrum = torch.linalg.svdvals(product)
+    assert rank == 256 or spectrum[rank] < 1e-4
+    if rank_init == 'orthogonal':
+        assert torch.allclose(spectrum[:rank], spectrum[0], rtol=1e-3)
+    if rank_init == 'spectral' and rank == 256:  # the whole of a dense draw
+        assert abs(spectrum[0] / (256 ** -0.5 * (256 ** 0.5 + 1024 ** 0.5)) - 1) < 0.1
+    if rank_init != 'normal':
         assert torch.allclose(layer.up.weight.norm(), layer.down.weight.norm())
 
 
 def test_low_rank_spends_what_it_should():
-    layer = linear(48, 96, 8, ModelConfig(bias=True))
-    assert sum(p.numel() for p in layer.parameters()) == 8 * (48 + 96) + 96
+    def spent(**settings):
+        layer = linear(ModelConfig(n_embd=48, d_ff=96, n_head=4, bias=True, **settings), 0, 'mlp.up')
+        return sum(p.numel() for p in layer.parameters())
+    assert spent(rank_mlp=8) == 8 * (48 + 96) + 96
+    assert spent(rank_mlp=8, rank_blocks=4, rank_identity=True) == 8 * (48 + 96) + 96 + 48 * 96 // 4  # not square: no identity
+
+
+def test_the_most_particular_rank_counts():
+    cfg = ModelConfig(n_layer=3, n_embd=64, n_head=4, rank_qk=8, ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2}, first_block_dense=True)
+    assert [cfg.rank(layer, 'attn.q') for layer in range(3)] == [0, 8, 8]
+    assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [4, 4, 0]
+    assert [cfg.rank(layer, 'mlp.up') for layer in range(3)] == [2, 0, 0]
+    blocks = Transformer(ModelConfig(**vars(cfg) | {'vocab_size': 100})).blocks
+    assert blocks[1].attn.k.down.weight.shape == (4, 64) and blocks[2].attn.k.weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize('act, latent', [('none', lambda z: z), ('silu', F.silu), ('rmsnorm', lambda z: z / (z * z).mean(-1, keepdim=True).sqrt()),
+                                         ('silu+rmsnorm', lambda z: F.silu(z) / (F.silu(z) ** 2).mean(-1, keepdim=True).sqrt())])
+def test_what_is_between_the_factors(act, latent):
+    torch.manual_seed(0)
+    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_act=act), 0, 'mlp.up'), torch.randn(3, 5, 48)
+    assert torch.allclose(layer(x), latent(x @ layer.down.weight.T) @ layer.up.weight.T, atol=1e-4)
+    assert linear(ModelConfig(n_embd=48, n_head=4, rank_qk=8, rank_act=act, rank_act_qk='none'), 0, 'attn.q').act(x) is x
+
+
+def test_a_block_diagonal_and_an_identity_bring_the_full_rank_back():
+    torch.manual_seed(0)
+    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_blocks=4, rank_identity=True), 0, 'mlp.up'), torch.randn(100, 48)
+    torch.nn.init.normal_(layer.blocks)
+    layer.identity.data.fill_(0.5)
+    whole = layer.up.weight @ layer.down.weight + torch.block_diag(*layer.blocks) + 0.5 * torch.eye(48)
+    assert torch.allclose(layer(x), x @ whole.T, atol=1e-4)
+    assert torch.linalg.matrix_rank(layer(x)) == 48
 
 
 # --- everything trains; counts ---
@@ -301,6 +337,8 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'), (dict(n_kv_head=3), 'n_kv_head=3'), (dict(n_layer=0), 'n_layer=0'),
     (dict(rank_qk=33), 'rank_qk=33 is larger'), (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
     (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'), (dict(head_dim=7), 'head_dim=7 is odd'),
+    (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"), (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
+    (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'), (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole number'), (dict(rank_blocks=5), 'rank_blocks=5'),
     (dict(dropout=1.0), 'dropout'),
 ])
 def test_impossible_sizes_are_refused_by_name(settings, words):
