@@ -338,7 +338,8 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(rank_qk=33), 'rank_qk=33 is larger'), (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
     (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'), (dict(head_dim=7), 'head_dim=7 is odd'),
     (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"), (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
-    (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'), (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole number'), (dict(rank_blocks=5), 'rank_blocks=5'),
+    (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'), (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
+    (dict(rank_blocks=5), 'rank_blocks=5'),
     (dict(dropout=1.0), 'dropout'),
 ])
 def test_impossible_sizes_are_refused_by_name(settings, words):

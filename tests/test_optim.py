@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configurator import UserError
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
 
@@ -125,6 +126,74 @@ def test_a_tall_matrix_steps_as_its_transpose_but_further():
     assert torch.allclose(up, down.T * 3 ** 0.5, atol=1e-5)
 
 
+def test_a_stack_of_matrices_is_updated_matrix_by_matrix():
+    model, optimizer, _ = muon_and_model()
+    stack, single = torch.nn.Parameter(torch.zeros(3, 16, 48)), [torch.nn.Parameter(torch.zeros(16, 48)) for _ in range(3)]
+    stack.grad = torch.randn(3, 16, 48)
+    for p, g in zip(single, stack.grad.clone()):
+        p.grad = g
+    with torch.no_grad():
+        optimizer.orthogonal_step([stack, *single], optimizer.param_groups[0] | {'lr': 1.0})
+    assert torch.allclose(stack, torch.stack(list(single)), atol=1e-5)
+
+
+# --- low-rank factors ---
+
+def low_rank_model(**settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, rank_qk=4, rank_mlp=8, zero_init=False))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model, make_optimizer(model, OptimConfig(**{'optimizer': 'muon', 'momentum_warmup': 0, 'muon_lr': 0.1} | settings))
+
+
+def test_spectron_changes_no_product_by_more_than_the_rate():
+    moved = {}
+    for name in ('muon', 'spectron'):
+        model, optimizer = low_rank_model(optimizer=name, weight_decay=0.0)
+        for p in model.parameters():
+            p.data *= 3  # where the bound counts: large factors
+        optimizer.bounds()
+        for _ in range(20):  # the power iterations converge
+            optimizer.bounds()
+        before = [(up @ down).detach() for down, up in model.factors()]
+        optimizer.step()
+        moved[name] = max(torch.linalg.matrix_norm(up @ down - b, 2).item() for (down, up), b in zip(model.factors(), before))
+    assert 0.02 < moved['spectron'] < 0.1 * 1.2 < moved['muon']  # Newton-Schulz ends within 1.2
+
+
+def test_spectrons_norm_is_the_spectral_norm():
+    model, optimizer = low_rank_model(optimizer='spectron')
+    down, _ = model.factors()[0]
+    with torch.no_grad():
+        estimates = [optimizer.spectral_norm(down).item() for _ in range(50)]
+    assert math.isclose(estimates[-1], torch.linalg.matrix_norm(down, 2).item(), rel_tol=1e-2) and estimates[0] < estimates[-1]
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_decay_on_the_product_is_the_gradient_of_its_norm_and_replaces_the_factors_decay(optimizer):
+    steps = {}
+    for factor_decay in ('none', 'product'):
+        model, opt = low_rank_model(optimizer=optimizer, factor_decay=factor_decay, weight_decay=0.3, learning_rate=0.1)
+        before = [p.detach().clone().requires_grad_() for pair in model.factors() for p in pair]
+        norm = sum((up @ down).square().sum() / 2 for down, up in zip(before[::2], before[1::2]))
+        wanted = torch.autograd.grad(norm, before)
+        assert {g['weight_decay'] for g in opt.param_groups for p in g['params'] if any(p is f for pair in model.factors() for f in pair)} == {0.0}
+        opt.step()
+        steps[factor_decay] = [(p - b).detach() for p, b in zip((p for pair in model.factors() for p in pair), before)]
+    for none, product, gradient in zip(steps['none'], steps['product'], wanted):
+        assert torch.allclose(product - none, -0.1 * 0.3 * gradient, atol=1e-5)
+
+
+def test_rates_are_scaled_by_name_and_a_pattern_that_matches_nothing_is_refused():
+    model, optimizer = low_rank_model(lr_scale={r'attn\.[qk]': 2, r'attn\..\.up': 0.25, 'norm': 0})
+    rate = {name: group['peak'] for group in optimizer.param_groups for p in group['params'] for name, q in model.named_parameters() if q is p}
+    assert rate['blocks.0.attn.q.down.weight'] == 0.2 and rate['blocks.1.attn.k.up.weight'] == 0.05 and rate['blocks.0.attn.v.weight'] == 0.1
+    assert rate['norm_f.weight'] == 0
+    with pytest.raises(UserError, match="lr_scale: 'attn.x' matches no tensor"):
+        low_rank_model(lr_scale={'attn.x': 2})
+
+
 def test_cautious_decay_shrinks_only_what_the_update_shrinks_too():
     steps = []
     for weight_decay in (0.0, 5.0):
@@ -156,7 +225,8 @@ def test_the_flops_of_a_step_are_torchs_count():
     assert counter.get_total_flops() == optimizer_flops(optimizer)
 
 
-@pytest.mark.parametrize('settings, words', [(dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown')])
+@pytest.mark.parametrize('settings, words', [(dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown'),
+                                             (dict(lr_scale={'q': -1}), 'lr_scale'), (dict(lr_scale={'q': True}), 'lr_scale')])
 def test_values_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()
