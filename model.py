@@ -59,6 +59,7 @@ class ModelConfig:
     # 2105.01029); orthogonal: all singular values equal (Kamalakara et al. 2022, arXiv 2209.13569); normal: both factors; all of the dense one's norm
     rank_identity: bool = False  # add a learned multiple of the input where it fits, so that the matrix has full rank again
     rank_blocks: int = 0  # add a block-diagonal matrix of so many blocks, for full rank too (Wei et al. 2024, arXiv 2406.16450)
+    rank_guide: int = 0  # self-guided start: a dense matrix beside the factors, whose share falls from 1 to 0 in so many steps (the same)
 
     def check(self):
         """Raise ValueError, in one line that names the settings, for sizes that cannot work."""
@@ -67,7 +68,7 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
-        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_blocks'):
+        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_blocks', 'rank_guide'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not self.head_dim and self.n_embd % self.n_head:
@@ -147,7 +148,7 @@ LATENTS = {'none': lambda z: z, 'silu': F.silu, 'rmsnorm': lambda z: F.rms_norm(
 class LowRank(nn.Module):
     """
     A low-rank linear layer, y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out). What brings the full rank back is added, if asked
-    for: a multiple of the input, a block-diagonal matrix.
+    for: a multiple of the input, a block-diagonal matrix. While it is guided, y is share·guide(x) + (1 - share)·that.
     """
 
     def __init__(self, n_in, n_out, rank, act, cfg):
@@ -158,6 +159,8 @@ class LowRank(nn.Module):
         self.identity = nn.Parameter(torch.zeros(())) if cfg.rank_identity and n_in == n_out else None
         n = cfg.rank_blocks
         self.blocks = nn.Parameter(torch.empty(n, n_out // n, n_in // n)) if n else None
+        self.guide = nn.Linear(n_in, n_out, bias=False) if cfg.rank_guide else None
+        self.register_buffer('share', torch.ones(()) if cfg.rank_guide else None)
 
     def forward(self, x):
         y = self.up(self.act(self.down(x)))
@@ -165,7 +168,7 @@ class LowRank(nn.Module):
             y = y + self.identity * x
         if self.blocks is not None:
             y = y + torch.einsum('...ni,noi->...no', x.unflatten(-1, (len(self.blocks), -1)), self.blocks.type_as(x)).flatten(-2)
-        return y
+        return y if self.guide is None else y + self.share.type_as(y) * (self.guide(x) - y)
 
 
 def linear(cfg, layer, name):
@@ -423,6 +426,22 @@ class Transformer(nn.Module):
         loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap, label_smoothing, torch.is_grad_enabled())
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
 
+    # --- the guides of low-rank layers ---
+
+    def set_guides(self, step):
+        """Their share in update number `step`: a cosine from 1 to 0 over rank_guide steps."""
+        for layer in self.low_rank_layers():
+            layer.share.fill_(0.5 * (1 + math.cos(math.pi * min(1, step / self.cfg.rank_guide))))
+
+    def drop_guides(self):
+        """Go on without them: their parameters are gone."""
+        for layer in self.low_rank_layers():
+            layer.guide = layer.share = None
+        self.cfg.rank_guide = 0
+
+    def low_rank_layers(self):
+        return [layer for layer in self.modules() if isinstance(layer, LowRank)]
+
     # --- init ---
 
     @torch.no_grad()
@@ -458,7 +477,7 @@ class Transformer(nn.Module):
 
     def factors(self):
         """The weights (down, up) of every low-rank layer of the blocks."""
-        return [(layer.down.weight, layer.up.weight) for layer in self.modules() if isinstance(layer, LowRank)]
+        return [(layer.down.weight, layer.up.weight) for layer in self.low_rank_layers()]
 
     def num_params(self):
         """Number of parameters, tied ones once, the vocabulary's padding not counted."""
@@ -492,6 +511,8 @@ def init_linear(layer, cfg, scale, zero):
         nn.init.normal_(layer.weight, std=std)
     if zero:
         nn.init.zeros_(last.weight)
+    if low_rank and layer.guide is not None:
+        layer.guide.weight.copy_(layer.up.weight @ layer.down.weight)
     if last.bias is not None:
         nn.init.zeros_(last.bias)
 

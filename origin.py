@@ -62,7 +62,10 @@ def build_model(s, data, origin):
     if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
     torch.manual_seed(s.seed)
-    model = Transformer(model_config(s), init=not origin)
+    cfg = model_config(s)
+    if 'state' in origin:
+        cfg.rank_guide = origin['state']['model'].get('rank_guide', 0)  # gone, if the run is past them
+    model = Transformer(cfg, init=not origin)
     if 'state' in origin:
         checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     elif 'weights' in origin:

@@ -268,7 +268,7 @@ def save(s, step, run, ranks):
     """Rank 0 writes a checkpoint; the others wait for it."""
     def write():
         source = run.data.sources[0].files
-        state = {'step': step, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
+        state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
                  'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         checkpoint.save(s.out_dir, step, run.model.state_dict(), run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
@@ -359,6 +359,7 @@ class Run:
     planned: dict  # what plan.py derived
     tokens_per_step: int
     flops_per_step: float
+    flops: float  # so far
 
 
 def set_up(s, device, ranks):
@@ -386,8 +387,24 @@ def set_up(s, device, ranks):
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
-    runner = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
-    return Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), state['step'] if state else 0, planned, tokens_per_step, flops_per_step)
+    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), state['step'] if state else 0, planned, tokens_per_step, flops_per_step,
+               state.get('flops', state['step'] * flops_per_step) if state else 0.0)
+
+
+def end_guides(run, ranks):
+    """Their share has fallen to nothing: low-rank layers go on alone."""
+    run.model.drop_guides()
+    left = set(run.model.parameters())
+    for group in run.optimizer.param_groups:
+        for p in set(group['params']) - left:
+            run.optimizer.state.pop(p, None)
+        group['params'] = [p for p in group['params'] if p in left]
+    run.runner = wrap(run.model, ranks)
+    run.flops_per_step = run.model.flops_per_token() * run.tokens_per_step + optimizer_flops(run.optimizer)
+
+
+def wrap(model, ranks):
+    return DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
 
 
 def train(s, device, ranks):
@@ -417,6 +434,8 @@ def train(s, device, ranks):
             saved = step
 
     while True:
+        if run.model.cfg.rank_guide:
+            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, ranks)
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
         if (due or step >= s.max_iters) and step > evaluated and not stopping:
             if step and s.always_save_checkpoint:
@@ -427,7 +446,7 @@ def train(s, device, ranks):
                 best_loss = result['val_loss']
                 save_once()
                 ranks.from_first(lambda: checkpoint.mark_best(s.out_dir, step, best_loss, s.keep_checkpoints))
-            log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, **result, peak_memory_bytes=peak_memory(device))
+            log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(device))
             show_samples(run.model, s, run.data, ranks)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()
@@ -439,6 +458,7 @@ def train(s, device, ranks):
         began = time.perf_counter()
         new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
+        run.flops += run.flops_per_step
         if step % s.log_interval == 0 or step == 1:
             total, = ranks.sum(nats.item())  # waits for the device
             seconds += time.perf_counter() - began
@@ -472,7 +492,7 @@ def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * run.tokens_per_step, flops=step * run.flops_per_step, train_loss=loss, lr=lr,
+    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr,
               tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}))
 
 

@@ -23,6 +23,8 @@ def tiny(**settings):
     model.wte.weight.data[model.cfg.vocab_size:] = 0
     if model.head is not None:
         model.head.weight.data[model.cfg.vocab_size:] = 0
+    if model.cfg.rank_guide:
+        model.set_guides(model.cfg.rank_guide // 2)  # at their share of 1 the factors get no gradient
     return model
 
 
@@ -45,6 +47,7 @@ VARIANTS = [
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
     dict(rank_embed=8, rank_head=8, rank_init='normal'),
     dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm', rank_act_qk='none', first_block_dense=True),
+    dict(rank_vo=8, rank_mlp=8, rank_guide=10),
 ]
 
 
@@ -306,6 +309,26 @@ def test_a_block_diagonal_and_an_identity_bring_the_full_rank_back():
     whole = layer.up.weight @ layer.down.weight + torch.block_diag(*layer.blocks) + 0.5 * torch.eye(48)
     assert torch.allclose(layer(x), x @ whole.T, atol=1e-4)
     assert torch.linalg.matrix_rank(layer(x)) == 48
+
+
+def test_a_guided_model_starts_as_the_low_rank_one_and_ends_as_it():
+    cfg, x = dict(rank_qk=8, rank_mlp=8, zero_init=False), batch()[0]
+    plain, guided = tiny(**cfg), tiny(**cfg, rank_guide=10)
+    guided.load_state_dict(guided.state_dict() | plain.state_dict())
+    for layer in guided.low_rank_layers():
+        layer.guide.weight.data = (layer.up.weight @ layer.down.weight).detach()
+    assert torch.allclose(guided(x), plain(x), atol=1e-5)
+    for layer in guided.low_rank_layers():
+        layer.guide.weight.data += 1
+    shares = []
+    for step in (0, 5, 10):
+        guided.set_guides(step)
+        shares.append(guided.blocks[0].attn.q.share.item())
+    assert shares == pytest.approx([1, 0.5, 0]) and torch.allclose(guided(x), plain(x), atol=1e-5)
+    guided.set_guides(0)
+    assert not torch.allclose(guided(x), plain(x), atol=1e-2)
+    guided.drop_guides()
+    assert torch.equal(guided(x), plain(x)) and guided.state_dict().keys() == plain.state_dict().keys() and guided.cfg == plain.cfg
 
 
 # --- everything trains; counts ---

@@ -68,6 +68,21 @@ def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
+LOW_RANK = ['--rank_qk=8', '--rank_mlp=8', '--rank_guide=5', '--optimizer=spectron', '--factor_decay=product', '--rank_identity', '--rank_blocks=2',
+            '--lr_decay_iters=10', '--warmup_iters=0']
+
+
+def test_a_low_rank_run_goes_on_bitwise_before_at_and_after_the_end_of_its_guides(dataset, tmp_path):
+    for name, steps, nproc in (('one', (10,), 1), ('parts', (3, 5, 8, 10), 1), ('two', (10,), 2)):
+        for max_iters in steps:
+            train(tmp_path / name, *LOW_RANK, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}', dataset=dataset, nproc=nproc)
+    one, parts = ([r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('one', 'parts'))
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'parts')) and one == parts
+    assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
+    flops = {r['step']: r['flops'] for r in read_log(tmp_path / 'one')}
+    assert flops[5] / 5 > (flops[10] - flops[5]) / 5 * 1.3 and not any('guide' in name for name in last(tmp_path / 'one')[0])
+
+
 def test_resuming_with_another_optimizer_or_other_rates_is_refused(dataset, tmp_path):
     train(tmp_path, '--max_iters=2', dataset=dataset)
     for change, words in (('--optimizer=muon', 'optimizer=muon'), ('--head_lr=0.1', 'head_lr')):
