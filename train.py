@@ -268,8 +268,8 @@ def save(s, step, run, ranks):
     """Rank 0 writes a checkpoint; the others wait for it."""
     def write():
         source = run.data.sources[0].files
-        state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s), 'tokenizer': source.meta['tokenizer'],
-                 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
+        state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
+                 'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         checkpoint.save(s.out_dir, step, run.model.state_dict(), run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
     ranks.from_first(write)
@@ -387,8 +387,9 @@ def set_up(s, device, ranks):
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
-    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), state['step'] if state else 0, planned, tokens_per_step, flops_per_step,
-               state.get('flops', state['step'] * flops_per_step) if state else 0.0)
+    step = state['step'] if state else 0
+    flops = state.get('flops', step * flops_per_step) if state else 0.0
+    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops)
 
 
 def end_guides(run, ranks):
