@@ -99,7 +99,7 @@ class Muon(torch.optim.AdamW):
                 scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall matrix spreads its output over more entries
                 if group['weight_decay']:  # cautious (Chen et al. 2025, arXiv 2510.12402): decay only where the update shrinks the weight too
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
-                p.sub_(update * scale, alpha=group['lr'])
+                p.sub_(update.mul_(scale), alpha=group['lr'])
                 p.grad = None
 
     def momentum_of(self, p):
