@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import hub
 from configurator import UserError, check, from_dict
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 
 # what a resumed run may not change: the network, and which rows step n sees
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed', 'optimizer']
@@ -65,7 +65,7 @@ def build_model(s, data, origin):
     cfg = model_config(s)
     if 'state' in origin:
         cfg.rank_guide = origin['state']['model'].get('rank_guide', 0)  # gone, if the run is past them
-    model = Transformer(cfg, init=not origin)
+    model = make_model(cfg, init=not origin)
     if 'state' in origin:
         checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     elif 'weights' in origin:
