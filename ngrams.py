@@ -50,7 +50,7 @@ def look_up(keys, wanted):
 
 def tuned(model, train, tokens, vocab_size):
     """(nats of `tokens`, k): k is what predicts the last tenth of `train` best from the rest; then all of `train` is counted."""
-    cut = len(train) - len(train) // HELD_OUT
+    cut = len(train) - max(1, len(train) // HELD_OUT)
     nats = model(train[:cut], train[cut - 1:], vocab_size)
     k = float(min(SMOOTHING, key=lambda k: nats(k).mean()))
     return model(train, tokens, vocab_size)(k), k
@@ -115,7 +115,7 @@ def count_ngrams(train, vocab_size, order):
     different tokens before.
     """
     number, keys, counts, out = train, np.arange(vocab_size), np.bincount(train, minlength=vocab_size), []
-    for n in range(2, order + 1):
+    for n in range(2, min(order, len(train)) + 1):
         longer, place, longer_number, longer_counts = np.unique(number[:-1] * vocab_size + train[n - 1:], return_index=True, return_inverse=True,
                                                                 return_counts=True)
         out.append((keys, np.bincount(number[place + 1], minlength=len(keys))))  # number[place + 1]: the longer one without its first token
