@@ -46,7 +46,7 @@ from configurator import UserError, configure, run_main
 from data import Mixture
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
 from measure import ROOT, alternate, run, seconds, section, show, summarize
-from model import Transformer
+from model import Transformer, make_model
 from optim import make_optimizer
 from origin import model_config
 from prepare import cores, write_json
@@ -127,7 +127,7 @@ def bench_train(s, device, machine):
 
 def flops_per_token(sizes):
     with torch.device('meta'):
-        return Transformer(model_config(settings_of(sizes))).flops_per_token()
+        return make_model(model_config(settings_of(sizes))).flops_per_token()
 
 
 def settings_of(sizes):
@@ -229,7 +229,7 @@ def two_steps(kind, sizes, device, peer, **more):
         optimizer, step = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type), torch.compile(model)
         dtype = 'float32' if device.type != 'cuda' else 'bfloat16'
     else:
-        model, dtype = Transformer(model_config(s)).to(device), pick_dtype(s.dtype, device)
+        model, dtype = make_model(model_config(s)).to(device), pick_dtype(s.dtype, device)
         optimizer = make_optimizer(model, s)
         if pick_compile(True, device):  # as in any run of some minutes
             model.compile(dynamic=False)
@@ -259,7 +259,7 @@ def peer_model(peer, sizes):
 def bench_sample(s, device, machine):
     """Text from random weights, a row at a time; the limit is reading all weights from memory once a token."""
     sizes, count = NETWORKS['tiny' if s.quick else '10.6M'], 50 if s.quick else 500
-    model, dtype = Transformer(model_config(settings_of(sizes))).to(device).eval(), pick_dtype('auto', device)
+    model, dtype = make_model(model_config(settings_of(sizes))).to(device).eval(), pick_dtype('auto', device)
     as_they_do = autocast(device, 'float32' if device.type == 'cpu' else dtype)  # nanoGPT's sample.py: float32 on a CPU
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
 
@@ -438,7 +438,7 @@ def scale_data(folder, device, quick):
 def training_step(sizes, tokens, device):
     """(a function that does one training step of a network of these sizes, the tokens in it)."""
     s = settings_of(sizes)
-    model, dtype = Transformer(model_config(s)).to(device), pick_dtype('auto', device)
+    model, dtype = make_model(model_config(s)).to(device), pick_dtype('auto', device)
     optimizer, rows = make_optimizer(model, s), max(1, tokens // s.block_size)
     idx = torch.randint(s.vocab_size, (rows, s.block_size), device=device)
 

@@ -1,7 +1,7 @@
 """
 Every network of minnow, in plain PyTorch. This file imports none of the others: copy it elsewhere and it works.
 
-    model = Transformer(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
+    model = make_model(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
     loss = model(idx, targets)   # idx, targets: (B, T) int64; a target of -1 is ignored
     logits = model(idx)          # (B, T, vocab_size)
 
@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
+    arch: Literal['decoder', 'markov'] = 'decoder'  # markov: the next token follows from the one before alone; a V x V table of logits, or with
+    # rank_embed an embedding and a head of that width. Of the settings below it knows vocab_size, block_size, dropout, softcap and rank_embed only
     vocab_size: int = 0  # number of tokens; 0 = as the data set says
     block_size: int = 1024  # context length in tokens
     n_layer: int = 12
@@ -64,14 +66,16 @@ class ModelConfig:
         for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: takes 0 <= dropout < 1')
+        if self.arch == 'markov':
+            return self.check_markov()
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them, or set head_dim')
         if self.n_head % self.kv_heads:
             raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.d_head % 2:
             raise ValueError(f"head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head even or set position='learned'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout}: takes 0 <= dropout < 1')
         kv = self.kv_heads * self.d_head
         for name, n_in, n_out in (('rank_qk', self.n_embd, kv), ('rank_vo', self.n_embd, kv), ('rank_mlp', self.n_embd, self.mlp_width),
                                   ('rank_embed', self.vocab_size or self.n_embd, self.n_embd), ('rank_head', self.n_embd, self.vocab_size or self.n_embd)):
@@ -79,6 +83,14 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but tie=True makes them one matrix: set tie=False')
+
+    def check_markov(self):
+        if self.rank_embed > (self.vocab_size or self.rank_embed):
+            raise ValueError(f'rank_embed={self.rank_embed} is larger than the table ({self.vocab_size} x {self.vocab_size}): lower it, or 0 for a full table')
+        if self.rank_head:
+            raise ValueError(f"rank_head={self.rank_head}: arch='markov' has one rank, rank_embed: leave rank_head out")
+        if self.softcap and not self.rank_embed:
+            raise ValueError(f"softcap={self.softcap}: arch='markov' takes it with rank_embed only: a full table may learn any logits")
 
     @property
     def kv_heads(self):
@@ -453,3 +465,95 @@ def init_factors(down, up, std, cfg):
         U, S, Vh = torch.linalg.svd(torch.empty(len(up), n_in, device=up.device).normal_(std=std), full_matrices=False)
         down.copy_(S[:rank, None].sqrt() * Vh[:rank])
         up.copy_(U[:, :rank] * S[:rank].sqrt())
+
+
+# -----------------------------------------------------------------------------
+# Markov chains: the next token follows from the one before alone
+
+class BigramLoss(torch.autograd.Function):
+    """
+    Sum of -log softmax(table[previous])[target], which reads every row of the table that occurs once, however often it occurs, and holds a few
+    rows at a time. Of the gradient, n·softmax(row) - counts of what followed, for n occurrences of a row, the table itself says the softmax:
+    backward hands over the counts alone, as a sparse (V, V) tensor of an entry a token, -counts. It adds up over micro-batches and ranks as
+    gradients do, and Muon.count() of optim.py steps by it. At V = 29k and 5,500 targets that is 0.1 MB, the rows would be 170, a dense gradient 3,363.
+    """
+    @staticmethod
+    def forward(ctx, table, previous, targets):  # (V, V), (N,), (N,)
+        rows, which = previous.unique(return_inverse=True)  # (U,), (N,)
+        ctx.save_for_backward(previous, targets)
+        ctx.shape = table.shape
+        log_sums = torch.cat([table[some].logsumexp(1) for some in rows.split(64)])  # a few at a time: 7 MB at V = 29k
+        return (log_sums[which] - table[previous, targets]).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        entries = torch.stack(ctx.saved_tensors)  # (2, N)
+        return torch.sparse_coo_tensor(entries, -grad.expand(entries.size(1)), ctx.shape, check_invariants=False), None, None
+
+
+class Markov(nn.Module):
+    """
+    A first-order Markov chain, with Transformer's interface: the logits of the next token are a row of a table (V, V), one row for each
+    previous token; with rank_embed = R a product (V, R)·(R, V), two factors because one, E·Eᵀ, could not tell ab from ba.
+    """
+
+    def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
+        super().__init__()
+        cfg.check()
+        if not cfg.vocab_size:
+            raise ValueError('vocab_size=0: set it to the number of tokens of the data')
+        self.cfg, self.recompute = cfg, False  # recompute: nothing to compute again
+        V, R = cfg.vocab_size, cfg.rank_embed
+        # empty: nn.Embedding would fill it at once, 8 s for 841M numbers; sparse: tells DDP what its gradient will be
+        self.wte = nn.Embedding.from_pretrained(torch.empty(V, R or V), freeze=False, sparse=not R)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.head = nn.Linear(R, V, bias=False) if R else None
+        if init and not self.wte.weight.is_meta:
+            self.init_weights()
+
+    def hidden(self, idx, cache=None):
+        """What logits() wants of each token: (B, T, R), or for a full table idx itself. The past is of no use, so the cache stays empty."""
+        return idx if self.head is None else self.drop(self.wte(idx))
+
+    def logits(self, h):
+        """h (…, R), or indices (…) of a full table → logits (…, vocab_size) in float32."""
+        if self.head is None:
+            return self.wte.weight[h].float()
+        logits = self.head(h).float()
+        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+
+    @torch.compiler.disable  # its sizes differ from batch to batch
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):
+        """As Transformer's."""
+        if targets is None:
+            return self.logits(self.hidden(idx))
+        real = targets >= 0  # no token needs its neighbours, so padding is left out before it costs anything
+        idx, targets = idx[real], targets[real]  # (N,)
+        if self.head is None:
+            if label_smoothing:
+                raise ValueError(f'label_smoothing={label_smoothing}: a full Markov table is smoothed by a lower learning_rate instead: set it to 0')
+            loss = BigramLoss.apply(self.wte.weight, idx, targets)
+        else:
+            loss = ChunkedCrossEntropy.apply(self.hidden(idx), self.head.weight, targets, self.cfg.vocab_size, self.cfg.softcap, label_smoothing,
+                                             torch.is_grad_enabled())
+        return loss if reduction == 'sum' else loss / len(targets)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Logits of deviation 1: the table, or the embedding, normal, and the head uniform in ±1/sqrt(R). The first loss of a table is ln V + 1/2."""
+        nn.init.normal_(self.wte.weight)
+        if self.head is not None:
+            nn.init.uniform_(self.head.weight, -self.cfg.rank_embed ** -0.5, self.cfg.rank_embed ** -0.5)
+
+    def num_params(self):
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating-point operations of training on one token: forward and backward of the head, 6 R V; a table is looked up, not multiplied: 0."""
+        return 6 * self.cfg.rank_embed * self.cfg.vocab_size
+
+
+def make_model(cfg, init=True):
+    """The network that a ModelConfig describes."""
+    return (Markov if cfg.arch == 'markov' else Transformer)(cfg, init)

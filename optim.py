@@ -63,6 +63,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None and p.grad.is_sparse:
+                    self.count(p, group['lr'])
             if group['muon']:
                 self.orthogonal_step([p for p in group['params'] if p.grad is not None], group)
         return super().step(closure)  # AdamW passes over what has no gradient left
@@ -83,6 +86,23 @@ class Muon(torch.optim.AdamW):
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
                 p.sub_(update, alpha=group['lr'] * scale)
                 p.grad = None
+
+    def count(self, p, rate):
+        """
+        The natural gradient (Amari 1998) of the rows of softmaxes p (V, V), whose p.grad are minus the counts of model.BigramLoss. In the
+        frequencies themselves it leads straight to those of the batch, q ← (1 - η) q + η counts/n, here with η = n·rate/(1 + rate·(all n so far)),
+        as SGD's rates fall (Bottou 2010). So q stays (q₀/rate + all counts)/(1/rate + all n): add-k smoothing, one number of state a row, and
+        where nothing was counted all logits fall alike, which a softmax does not see: only the counted ones are written.
+        """
+        if not self.state[p]:
+            self.state[p].update(seen=p.new_zeros(len(p)), step=torch.zeros(()))
+        grad, seen = p.grad.coalesce(), self.state[p]['seen']
+        (previous, following), counts = grad.indices(), -grad.values()
+        rows, which = previous.unique_consecutive(return_inverse=True)
+        log_sums = torch.cat([p[some].logsumexp(1) for some in rows.split(64)])  # a few rows at a time
+        p[previous, following] = torch.logaddexp(p[previous, following], log_sums[which] + (counts * rate / (1 + rate * seen[previous])).log())
+        seen.index_add_(0, previous, counts)
+        p.grad = None
 
     def momentum_of(self, p):
         state = self.state[p]
@@ -122,6 +142,11 @@ def make_optimizer(model, cfg, dtype=torch.float32):
               for (by_muon, rate, decay), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
     return Muon(groups, dtype, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def clip_gradient(model, most):
+    """Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts (sparse) are no part of it: their step is bounded."""
+    return torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is None or not p.grad.is_sparse], most)
 
 
 def optimizer_flops(optimizer):

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import hub
 from configurator import UserError, check, from_dict
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 
 # what a resumed run may not change: the network, and which rows step n sees
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed', 'optimizer']
@@ -62,7 +62,7 @@ def build_model(s, data, origin):
     if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
     torch.manual_seed(s.seed)
-    model = Transformer(model_config(s), init=not origin)
+    model = make_model(model_config(s), init=not origin)
     if 'state' in origin:
         checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     elif 'weights' in origin:

@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError, check, read_config
 from device import peak_flops
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 
 TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
 EPOCHS = 4  # more are worth little (Muennighoff et al. 2023, arXiv 2305.16264): from there on a larger network is
@@ -75,7 +75,7 @@ def size(s, vocab_size):
     """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
     cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size})
     with torch.device('meta'):
-        model = Transformer(cfg, init=False)
+        model = make_model(cfg, init=False)
     return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()
 
 
@@ -89,6 +89,8 @@ def plan(s, vocab_size, data_tokens, device, world):
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
         raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, tokens and minutes out, and set max_iters')
+    if s.arch == 'markov':
+        raise UserError('arch=markov: has no depth to derive: leave depth, params, tokens and minutes out, and set max_iters')
     if 'n_layer' in s.given and (s.depth or s.params):
         raise UserError(f'n_layer={s.n_layer}: depth and params choose it: leave one of them out')
     derived, kept = {}, s.given - ({'max_iters'} if s.tokens else {'max_iters', 'eval_interval', 'eval_iters'} if s.minutes else set())

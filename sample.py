@@ -29,7 +29,7 @@ import checkpoint
 import hub
 from configurator import UserError, configure, from_dict, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -252,7 +252,7 @@ def load(where, which='best'):
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
-    model = Transformer(cfg, init=False)
+    model = make_model(cfg, init=False)
     checkpoint.load_weights(model, weights, folder)
     return model.eval(), tokenizer
 
@@ -314,8 +314,8 @@ def pack(model, dtype='bfloat16', int8=False):
     Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32', 'bfloat16', 'float16'),
     or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32.
     """
-    weight = model.wte.weight if model.cfg.tie else model.head.weight
-    model.head = Packed(weight, None, getattr(torch, dtype), int8)
+    if model.cfg.tie and model.cfg.arch == 'decoder':
+        model.head = Packed(model.wte.weight, None, getattr(torch, dtype), int8)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose

@@ -32,8 +32,8 @@ from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from loss import evaluate
-from model import ModelConfig, Transformer
-from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, set_rates
+from model import ModelConfig
+from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin
 from plan import PlanConfig, fit_minutes, plan
 from sample import stream
@@ -77,6 +77,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
             raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
+        if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
+            raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table is smoothed by a lower learning_rate instead: set it to 0')
 
 
 # -----------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
         scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
         nats += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    norm = clip_gradient(model, s.grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -265,7 +267,7 @@ def show_samples(model, s, data, ranks):
 def describe(s, run, ranks):
     """What is about to be trained, in a few lines."""
     rows = s.batch_size * s.gradient_accumulation_steps
-    network = f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    network = 'a Markov chain' if s.arch == 'markov' else f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head') if getattr(s, name))
     ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
@@ -317,7 +319,7 @@ def spend_minutes(run, s, ranks):
 @dataclass
 class Run:
     """What a training run works with."""
-    model: Transformer
+    model: torch.nn.Module
     runner: torch.nn.Module  # the model, or DDP around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

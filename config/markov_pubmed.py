@@ -1,0 +1,17 @@
+# A Markov chain of PubMed abstracts, with a table of all pairs: 840,768,016 numbers, which train in the memory of one copy (4 GB)
+#   python prepare.py FILE.jsonl --out=data/pubmed --tokenizer=bert_cased_vocab.txt --val_fraction=0.1    # BERT's vocabulary of cased text, 28,996 tokens
+#   python train.py config/markov_pubmed.py
+#   python sample.py --out_dir=out/markov_pubmed --start="The patients"
+out_dir = 'out/markov_pubmed'
+dataset = 'pubmed'
+arch = 'markov'
+
+packing, block_size = 'document', 512  # an abstract a row
+batch_size = 16  # 5,500 targets a step
+max_iters = 520
+learning_rate = 5500.0  # targets of a step over pseudo-counts: the table begins as one observation of each token's successors
+decay_lr, warmup_iters = False, 0  # every target counts the same
+grad_clip = 0.0
+eval_interval, eval_iters = 52, 0
+always_save_checkpoint, keep_checkpoints = False, 1  # each is 3.4 GB
+sample_prompt = 'The patients'
