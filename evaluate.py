@@ -132,8 +132,8 @@ def trained_rungs(sweep, s):
     bigrams, others = [], []
     for run in expand(sweep):
         (_, nats, targets), = row_losses(checkpoint.find(run.out_dir, 'last'), s.dataset, s).values()
-        is_bigram = run.settings.arch == 'markov'
-        (bigrams if is_bigram else others).append(Rung(run.arm.replace('_', ' '), 'gradient', *mean_and_error(nats, targets)))
+        group, name = (bigrams, f'{run.arm}, gradient') if run.settings.arch == 'markov' else (others, run.arm)
+        group.append(Rung(name.replace('_', ' '), 'gradient', *mean_and_error(nats, targets)))
     return bigrams, others
 
 
@@ -185,9 +185,9 @@ def ladder(s):
     name = os.path.basename(os.path.normpath(s.dataset))
     s.out = s.out or os.path.join('out', 'ladder', name)
     sweep = plan_training(s, files['train']) if s.sweep else None  # what is wrong with it shows at once
+    trained_bigrams, others = trained_rungs(sweep, s) if sweep else ([], [])
     train, val = (f.read(0, f.tokens) for f in files.values())
     below, bigrams, above = count_rungs(train, val, files['val'].vocab_size, sweep.base['block_size'] if sweep else 256)
-    trained_bigrams, others = trained_rungs(sweep, s) if sweep else ([], [])
     entropy = files['val'].meta.get('entropy')
     limit = [Rung('entropy of the source', 'limit', entropy)] if entropy else []
     rungs = below + trained_bigrams + bigrams + above + others + limit
