@@ -23,7 +23,7 @@ from configurator import UserError, configure, run_main
 from data import Source, TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
-from sample import load
+from sample import load_checkpoint
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -38,8 +38,9 @@ class LossSettings(DeviceConfig):
 
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
-    state, device = checkpoint.load_state(folder), pick_device(s.device)
-    model, dtype = load(folder)[0].to(device), pick_dtype(s.dtype, device)
+    device = pick_device(s.device)
+    (model, state), dtype = load_checkpoint(folder), pick_dtype(s.dtype, device)
+    model.to(device)
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
     out = {}

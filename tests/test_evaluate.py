@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from conftest import one_line, read_log, run, train, write_dataset
 
 import ngrams
+from configurator import UserError
 from data import Source, TokenFiles
-from evaluate import LossSettings, Rung, count_rungs, ladder_table, mean_and_error, row_losses
+from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, main, mean_and_error, row_losses
 
 SWEEP = """
 base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dtype': 'float32', 'log_interval': 50}
@@ -53,7 +55,7 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
     write_dataset(tmp_path / 'same', seed=5)
     write_dataset(tmp_path / 'other', vocab_size=63)
     s = LossSettings(device='cpu', dtype='float32')
-    folder = trained / 'step_00000010'
+    folder = str(trained / 'step_00000010')
     (_, nats, targets), = row_losses(folder, str(tmp_path / 'same'), s).values()
     assert targets.sum() == TokenFiles(str(tmp_path / 'same'), 'val').tokens - 1 and nats.min() > 0
     assert 'other: was prepared with another tokenizer' in one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
@@ -72,26 +74,26 @@ def test_counted_models_meet_the_targets_of_trained_ones(dataset):
     assert below[0].loss == pytest.approx(math.log(64)) and above[1].loss == pytest.approx(ngrams.kneser_ney(stream, val, 64, 5).mean())
 
 
-def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path):
+def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, capsys):
     write_dataset(tmp_path / 'counting')
     meta = json.loads((tmp_path / 'counting' / 'meta.json').read_text())
     (tmp_path / 'counting' / 'meta.json').write_text(json.dumps(meta | {'entropy': 0.5}))
     (tmp_path / 'arms.py').write_text(SWEEP)
-    args = ['evaluate.py', 'ladder', f'--dataset={tmp_path / "counting"}', f'--sweep={tmp_path / "arms.py"}', f'--out={tmp_path / "out"}',
-            '--device=cpu', '--dtype=float32']
-    first = run(*args)
-    assert first.returncode == 0, first.stdout + first.stderr
+    args = {'dataset': str(tmp_path / 'counting'), 'sweep': str(tmp_path / 'arms.py'), 'out': str(tmp_path / 'out'), 'device': 'cpu', 'dtype': 'float32'}
+    ladder(LadderSettings(**args))
+    first = capsys.readouterr().out
     assert (tmp_path / 'out' / 'ladder.png').read_bytes().startswith(b'\x89PNG')
-    assert re.findall(r'^(.+?)  +[\d.]+ +[\d.]+ +[\d.]+ +[-\d.]+%$', first.stdout, re.MULTILINE) == [
+    assert re.findall(r'^(.+?)  +[\d.]+ +[\d.]+ +[\d.]+ +[-\d.]+%$', first, re.MULTILINE) == [
         'uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram rank 4, gradient', 'bigram, gradient', 'bigram, add k', 'bigram, interpolated',
         'Kneser–Ney, 3 tokens', 'Kneser–Ney, 5 tokens', 'transformer', 'entropy of the source']  # the rank that 64 tokens have not is left out
-    assert '3 to do' in first.stdout
-    again = run(*args, '--picture=')
-    assert '0 to do' in again.stdout and again.stdout.partition('counting:')[2] == first.stdout.partition('counting:')[2].partition('\n\ndrawn')[0] + '\n'
+    assert '3 to do' in first
+    ladder(LadderSettings(**args, picture=''))
+    again = capsys.readouterr().out
+    assert '0 to do' in again and again.partition('counting:')[2] == first.partition('counting:')[2].partition('\n\ndrawn')[0] + '\n'
     # the full bigram took one pass, and counted
     log = read_log(tmp_path / 'out' / 'bigram,seed=1')
     assert log[-1]['step'] == math.ceil((meta['splits']['train']['tokens'] - 1) / 256)
-    values = dict(re.findall(r'^(bigram, \S+(?: k)?)  +([\d.]+)', first.stdout, re.MULTILINE))
+    values = dict(re.findall(r'^(bigram, \S+(?: k)?)  +([\d.]+)', first, re.MULTILINE))
     assert abs(float(values['bigram, gradient']) - float(values['bigram, add k'])) < 0.1
 
 
@@ -113,8 +115,10 @@ def test_the_table_says_how_far_above_the_entropy():
     (['ladder', '--dataset=nope'], 'dataset=nope: no such data set'),
     (['ladder', '--dataset=DATA', '--sweep=nope.py'], 'nope.py: no such config file'),
     (['ladder', '--dataset=DATA', '--sweep=', '--picture=/proc/x/y.png'], 'picture=/proc/x/y.png')])
-def test_bad_input_is_one_line(dataset, args, expected):
-    assert expected in one_line(run('evaluate.py', *[arg.replace('DATA', dataset) for arg in args]))
+def test_bad_input_is_refused(dataset, args, expected, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', *[arg.replace('DATA', dataset) for arg in args]])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main()
 
 
 def test_a_data_set_without_documents_climbs_too(tmp_path):

@@ -12,5 +12,5 @@ arms = {
     # the table counts: one pass over the data, and a rate that makes it begin as 32 observations of each token's successors
     'bigram': {'arch': 'markov', 'learning_rate': 128.0, 'decay_lr': False, 'warmup_iters': 0, 'grad_clip': 0.0},
     'transformer': {key: value for key, value in vars(config.fast).items() if key[0] != '_'} | {
-        'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'max_iters': 500, 'muon_lr': 0.02},
+        'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'max_iters': 500},
 }
