@@ -9,7 +9,7 @@ How good a model is.
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see train.py
@@ -117,23 +117,28 @@ def count_rungs(train, val, vocab_size, block_size):
 
 def plan_training(s, files):
     """The Sweep of the trained rungs, for this data set: arms of a rank that its vocabulary has not are left out; without max_iters, one pass over the data."""
-    sweep = read_sweep(s.sweep)
-    arms = {}
+    sweep, arms = read_sweep(s.sweep), {}
+    if not isinstance(sweep.base, dict) or not {'block_size', 'batch_size'} <= sweep.base.keys():
+        raise UserError(f'{s.sweep}: base: the ladder takes a dict of settings with block_size and batch_size')
     for name, arm in sweep.arms.items():
         given = sweep.base | arm
         if given.get('rank_embed', 0) < files.vocab_size:
             steps = -(-(files.tokens - 1) // (given['block_size'] * given['batch_size']))
             arms[name] = {'max_iters': steps, 'eval_interval': given.get('max_iters', steps)} | arm
-    return replace(sweep, base=sweep.base | {'dataset': s.dataset}, arms=arms, out=s.out)
+    machine = {f.name: getattr(s, f.name) for f in fields(DeviceConfig)}
+    return replace(sweep, base=machine | sweep.base | {'dataset': s.dataset}, arms=arms, out=s.out)
 
 
-def trained_rungs(sweep, s):
-    """(bigrams, the others): trained where they are not yet, and evaluated on the whole validation split, at the end of their training."""
+def trained_rungs(sweep, s, wanted):
+    """(bigrams, the others): trained where they are not yet, then evaluated at the end of their training, on all its `wanted` targets."""
     run_missing(sweep)
     bigrams, others = [], []
     for run in expand(sweep):
         (_, nats, targets), = row_losses(checkpoint.find(run.out_dir, 'last'), s.dataset, s).values()
-        group, name = (bigrams, f'{run.arm}, gradient') if run.settings.arch == 'markov' else (others, run.arm)
+        if targets.sum() != wanted:
+            raise UserError(f'{s.sweep}: packing={run.settings.packing} leaves out some targets of the validation split: use packing=stream')
+        name = run.name.removesuffix(',seed=1')
+        group, name = (bigrams, f'{name}, gradient') if run.settings.arch == 'markov' else (others, name)
         group.append(Rung(name.replace('_', ' '), 'gradient', *mean_and_error(nats, targets)))
     return bigrams, others
 
@@ -186,7 +191,7 @@ def ladder(s):
     name = os.path.basename(os.path.normpath(s.dataset))
     s.out = s.out or os.path.join('out', 'ladder', name)
     sweep = plan_training(s, files['train']) if s.sweep else None  # what is wrong with it shows at once
-    trained_bigrams, others = trained_rungs(sweep, s) if sweep else ([], [])
+    trained_bigrams, others = trained_rungs(sweep, s, files['val'].tokens - 1) if sweep else ([], [])
     train, val = (f.read(0, f.tokens) for f in files.values())
     below, bigrams, above = count_rungs(train, val, files['val'].vocab_size, sweep.base['block_size'] if sweep else 256)
     entropy = files['val'].meta.get('entropy')

@@ -107,6 +107,16 @@ def test_the_table_says_how_far_above_the_entropy():
     assert '        -' in ladder_table([Rung('one', 'counts', 2.0)], Files, None)
 
 
+def test_every_rung_has_the_same_targets(dataset, tmp_path):
+    arms = SWEEP.partition('arms')[0] + "arms = {'bigram': {'arch': 'markov', 'packing': 'document', 'max_iters': 1}}"
+    (tmp_path / 'arms.py').write_text(arms)
+    with pytest.raises(UserError, match='packing=document leaves out some targets'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out'), device='cpu', dtype='float32'))
+    (tmp_path / 'arms.py').write_text('base = "config/fast.py"\narms = {"a": {}}')
+    with pytest.raises(UserError, match='base: the ladder takes a dict'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
+
+
 @pytest.mark.parametrize('args, expected', [
     ([], 'nothing to do: takes loss or ladder first'),
     (['tasks'], 'tasks: takes loss or ladder first'),
