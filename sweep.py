@@ -313,9 +313,9 @@ def work(queue, free, lock, failed):
                 result = outcome(run, process.returncode)
                 spent += run.flops
                 left = sum(r.flops for r in queue) + sum(r.flops for r, _, _ in busy.values())
-                minutes = (time.monotonic() - began) * left / spent / 60
+                minutes = (time.monotonic() - began) * left / spent / 60 if spent else math.inf  # a table that is looked up costs no FLOPs
                 print(f'{count - len(queue) - len(busy)}/{count} {run.name}: {result} in {time.monotonic() - since:.0f} s'
-                      + (f'; {len(queue) + len(busy)} left, {minutes:.0f} min' if left else ''), flush=True)
+                      + (f'; {len(queue) + len(busy)} left' if queue or busy else '') + (f', {minutes:.0f} min' if left and spent else ''), flush=True)
                 if result.startswith('failed'):
                     failed.append((run, result))
             time.sleep(0.05)
