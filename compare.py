@@ -1,70 +1,323 @@
 """
-Several runs in one table and one picture.
+Several runs in one table and one picture, their seeds grouped.
 
     python compare.py out/demo_dense out/demo_lowrank --picture=out/demo.png
+    python compare.py 'out/sweeps/demo/*' --reference=dense,learning_rate=0.002
+    python compare.py --sweep=config/sweeps/demo.py          # runs what is missing first
+
+Runs that differ only in their seed are one arm: mean ± standard error, and the difference to the reference, paired by seed, with its 95%
+interval. A loss counts at the end of a run only: the rate has cooled down there, and a run in the middle of its schedule would look
+worse than it is. So arms of unlike cost are compared by giving them equal budgets (budget='flops' in a sweep), not by reading curves off.
 """
-import json
+import csv
+import glob
+import math
 import os
+import re
+import statistics
+from collections import Counter
 from dataclasses import dataclass, field, fields
 
-import torch
-
 from configurator import UserError, configure, run_main
-from model import ModelConfig, make_model
+from sweep import BESIDE, cost, expand, read_log, read_settings, read_sweep, run_missing, state
+from sweep import Settings as Training
 
 
 @dataclass
 class Settings:
-    runs: list[str] = field(default_factory=list)  # out_dirs of training runs
-    picture: str = 'out/compare.png'  # where to draw; '' = nowhere
+    runs: list[str] = field(default_factory=list)  # out_dirs of training runs, or patterns: 'out/sweeps/demo/*'
+    sweep: str = ''  # file of a sweep: run what is missing, then report (README, config/sweeps/demo.py)
+    dry_run: bool = False  # list the runs of the sweep, run nothing
+    jobs: int = 0  # runs at a time; 0 = one a GPU, or one on a CPU
+    reference: str = ''  # the arm that the others are compared with; '' = the first one
+    picture: str = 'auto'  # where to draw; '' = nowhere, auto = out/compare.png, or compare.png in the folder of the sweep
+    csv: str = ''  # write the table there, for notebooks
 
     positional = 'runs'
 
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if bool(self.runs) == bool(self.sweep):
+            raise ValueError('runs: give the out_dir of one run or more, or --sweep=FILE: python compare.py out/demo_dense out/demo_lowrank')
+        if self.jobs < 0:
+            raise ValueError(f'jobs={self.jobs}: must not be negative')
+        if (self.dry_run or self.jobs) and not self.sweep:
+            raise ValueError('dry_run, jobs: belong to --sweep=FILE')
+
+
+# -----------------------------------------------------------------------------
+# Runs, and arms of runs that differ in their seed
+
+@dataclass
+class Arm:
+    """Runs of the same settings, one a seed: those that are finished, and the seeds of those that are not."""
+    name: str
+    runs: dict = field(default_factory=dict)  # {seed: run as read_run() gives it}, whatever its state
+    swept: dict = field(default_factory=dict)  # of a sweep: {setting: value}
+
+    def seeds(self, state='done'):
+        return {seed for seed, run in self.runs.items() if run['state'] == state}
+
+    def last(self, key):
+        """{seed: value of `key` at the end of the run} of the finished ones."""
+        return {seed: self.runs[seed]['val'][-1][key] for seed in sorted(self.seeds()) if key in self.runs[seed]['val'][-1]}
+
+    @property
+    def loss(self):
+        return statistics.mean(self.last('val_loss').values()) if self.seeds() else math.inf
+
 
 def read_run(out_dir):
-    """{'name', 'parameters', 'train': records with train_loss, 'val': records with val_loss} of a run. Raises UserError."""
+    """{'out_dir', 'settings', 'state', 'parameters', 'blocks', 'train': records with train_loss, 'val': those with val_loss} of a run. Raises UserError."""
     try:
-        with open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
-            settings = json.load(f)
-        with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
-            log = [json.loads(line) for line in f if line.endswith('\n')]
+        settings, log = read_settings(out_dir), read_log(out_dir)
+        if settings is None:
+            raise ValueError('no settings.json')
     except (OSError, ValueError) as error:
         raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
-    val = [r for r in log if 'val_loss' in r]
-    if not val:
-        raise UserError(f'{out_dir}: log.jsonl has no evaluation yet')
-    with torch.device('meta'):
-        model = make_model(ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}))
-    return {'name': os.path.basename(out_dir.rstrip('/')), 'parameters': model.num_params(), 'train': [r for r in log if 'train_loss' in r], 'val': val}
+    parameters, blocks, _ = cost(settings)
+    return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks,
+            'train': [r for r in log if 'train_loss' in r], 'val': [r for r in log if 'val_loss' in r]}
 
 
-def table(runs):
-    """The last evaluation of every run, a line each."""
-    width = max(len(run['name']) for run in runs)
-    lines = [f'{"run":{width}}  parameters      tokens      FLOPs  seconds  val loss  bits/byte']
+def find_runs(patterns):
+    """The out_dirs that names and patterns mean, each once. What a pattern meets and is no run is passed over, and so are runs moved aside."""
+    found = []
+    for pattern in patterns:
+        if os.path.isdir(pattern) or not glob.has_magic(pattern):
+            found.append(pattern)
+            continue
+        matches = [path for path in sorted(glob.glob(pattern)) if os.path.exists(os.path.join(path, 'settings.json')) and not re.search(r'\.old\d+$', path)]
+        if not matches:
+            raise UserError(f'{pattern}: matches no training run')
+        found += matches
+    return list(dict.fromkeys(path.rstrip('/') or path for path in found))
+
+
+def group(runs):
+    """Arms of runs that differ in nothing but the seed, in the order of their first runs, named after their folders."""
+    arms, names = {}, Counter()
     for run in runs:
-        r = run['val'][-1]
-        bpb = f'{r["val_bpb"]:9.4f}' if 'val_bpb' in r else '        -'
-        lines.append(f'{run["name"]:{width}}  {run["parameters"]:10,}  {r["tokens"]:10,}  {r["flops"]:9.2e}  {r["seconds"]:7.0f}  {r["val_loss"]:8.4f}  {bpb}')
-    return '\n'.join(lines)
+        s = run['settings']
+        key = repr([getattr(s, f.name) for f in fields(Training) if f.name not in BESIDE | {'seed'}])
+        arm = arms.setdefault(key, Arm(arm_name(run['out_dir'])))
+        if s.seed in arm.runs:
+            raise UserError(f'{run["out_dir"]}: the same run as {arm.runs[s.seed]["out_dir"]}, seed {s.seed}: leave one of them out')
+        arm.runs[s.seed] = run
+    for arm in arms.values():
+        names[arm.name] += 1
+        if names[arm.name] > 1:
+            arm.name += f'#{names[arm.name]}'
+    return list(arms.values())
 
 
-def draw(runs, path):
-    """Validation loss (points) and training loss (thin) against tokens and against seconds."""
+def arm_name(out_dir):
+    """out/dense,seed=1 → dense; a folder that is named by its seed alone takes the name of the one above."""
+    parts = [re.sub(r'[,_.-]?(seed|s)[=_-]?\d+$', '', part) for part in os.path.normpath(out_dir).split(os.sep)]
+    return next((part for part in reversed(parts) if part), out_dir)
+
+
+# -----------------------------------------------------------------------------
+# Statistics
+
+def t_quantile(freedom, coverage=0.95):
+    """The t for which a Student's t of so many degrees of freedom lies within ±t with probability `coverage`."""
+    def inside(t):  # Abramowitz & Stegun 26.7.3 and 26.7.4: finite sums in the angle
+        angle = math.atan(t / math.sqrt(freedom))
+        odd = freedom % 2
+        term = math.cos(angle) if odd else 1.0
+        total = term if freedom > 1 else 0.0
+        for n in range(2 if odd else 1, freedom - 1, 2):
+            term *= n / (n + 1) * math.cos(angle) ** 2
+            total += term
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+    low, high = 0.0, 1e6
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < coverage else (low, middle)
+    return high
+
+
+def mean_and_error(values):
+    """(mean, standard error or None for fewer than two) of some numbers."""
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired(arm, reference):
+    """(mean difference, half width of its 95% interval or None, pairs) of the losses of two arms over the seeds that both have; None if none."""
+    a, b = arm.last('val_loss'), reference.last('val_loss')
+    differences = [a[seed] - b[seed] for seed in a if seed in b]
+    if not differences:
+        return None
+    mean, error = mean_and_error(differences)
+    return mean, error and error * t_quantile(len(differences) - 1), len(differences)
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+def row(arm, reference):
+    """The figures of an arm as {name: number or None}: what the table and the csv file show."""
+    run = next(iter(arm.runs.values()))
+    out = {'arm': arm.name, 'parameters': run['parameters'], 'block_parameters': run['blocks'], 'seeds': len(arm.seeds())}
+    for key in ('tokens', 'flops', 'seconds'):
+        values = arm.last(key).values()
+        out[key] = statistics.mean(values) if values else None
+    out['flops_per_token'] = out['flops'] / out['tokens'] if out['tokens'] else None
+    out['memory_mib'] = max(arm.last('peak_memory_bytes').values(), default=0) / 2 ** 20 or None
+    for key in ('val_loss', 'val_bpb'):
+        values = arm.last(key).values()
+        out[key], out[key + '_se'] = mean_and_error(values) if values else (None, None)
+    out['difference'], out['half_width'], out['pairs'] = (arm is not reference and paired(arm, reference)) or (None, None, None)
+    return out
+
+
+def table(arms, reference=None):
+    """A line for each arm, the reference first and then the lowest loss, and below what has to be known to read them."""
+    reference = reference or arms[0]
+    arms = [reference] + sorted((a for a in arms if a is not reference), key=lambda a: a.loss)
+    heads = ['arm', 'parameters', 'in blocks', 'tokens', 'FLOPs/token', 'FLOPs', 'seconds', 'MiB', 'seeds', 'val loss', 'bits/byte',
+             f'minus {reference.name} [95%]']
+    rows = [cells(row(arm, reference)) for arm in arms]
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = ['  '.join(text.rjust(w) if n and n < 11 else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths))).rstrip() for line in [heads] + rows]
+    return '\n'.join(lines + notes(arms, reference))
+
+
+def cells(r):
+    def show(value, form):
+        return '-' if value is None else format(value, form)
+
+    def loss(key):
+        return show(r[key], '.4f') + ('' if r[key + '_se'] is None else f' ± {r[key + "_se"]:.4f}')
+    if r['difference'] is None:
+        difference = ''
+    elif r['half_width'] is None:
+        difference = f'{r["difference"]:+.4f} n=1'
+    else:
+        difference = f'{r["difference"]:+.4f} [{r["difference"] - r["half_width"]:+.4f}, {r["difference"] + r["half_width"]:+.4f}] n={r["pairs"]}'
+    return [r['arm'], show(r['parameters'], ','), show(r['block_parameters'], ','), show(r['tokens'], ',.0f'), show(r['flops_per_token'], '.3g'),
+            show(r['flops'], '.3e'), show(r['seconds'], '.0f'), show(r['memory_mib'], '.0f'), str(r['seeds']), loss('val_loss'), loss('val_bpb'), difference]
+
+
+def notes(arms, reference):
+    """What the figures leave out or cannot say, a line each."""
+    lines = []
+    for arm in arms:
+        for name, seeds in (('diverged', arm.seeds('diverged')), ('not finished, left out', set(arm.runs) - arm.seeds() - arm.seeds('diverged'))):
+            if seeds:
+                lines.append(f'{arm.name}: {name}: seed {", ".join(map(str, sorted(seeds)))}')
+        alone = arm.seeds() ^ reference.seeds()
+        if alone and arm.seeds() and reference.seeds():
+            lines.append(f'{arm.name}: seed {", ".join(map(str, sorted(alone)))} has no partner and is left out of the difference')
+    runs = [run for arm in arms for run in arm.runs.values()]
+    if len({validation(run['settings']) for run in runs}) > 1:
+        lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size): '
+                     'their losses are not comparable')
+    return lines
+
+
+def validation(s):
+    """What decides on which tokens, and with how much context, a run is validated."""
+    return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size
+
+
+def write_csv(rows, path):
+    try:
+        with open(path, 'w', newline='', encoding='utf-8') as f:
+            out = csv.DictWriter(f, rows[0])
+            out.writeheader()
+            out.writerows(rows)
+    except OSError as error:
+        raise UserError(f'csv={path}: {error.strerror}') from None
+
+
+# -----------------------------------------------------------------------------
+# A sweep: each arm at its best setting
+
+def best(points):
+    """
+    The best of an arm's settings, by the mean over the seeds that all of them have been run with: five seeds are not to be compared
+    with a single lucky one. A diverged run is as bad as can be.
+    """
+    measured = [p.seeds() | p.seeds('diverged') for p in points]
+    shared = set.intersection(*[seeds for seeds in measured if seeds] or [set()])
+    if not shared:  # runs failed: by the seed that most have
+        shared = {seed for seed, _ in Counter(seed for seeds in measured for seed in seeds).most_common(1)}
+
+    def loss(point, seeds):
+        if not shared or not shared <= seeds or shared & point.seeds('diverged'):
+            return math.inf
+        return statistics.mean(point.last('val_loss')[seed] for seed in shared)
+    return min(zip(points, measured), key=lambda pair: loss(*pair))[0]
+
+
+def edges(points, chosen):
+    """['muon_lr=0.06', …]: what to add to the sweep where the best value of a number is the first or last one tried."""
+    out = []
+    for key, value in chosen.swept.items():
+        values = sorted({p.swept[key] for p in points}) if all(type(p.swept[key]) in (int, float) for p in points) else []
+        if len(values) > 1 and value in (values[0], values[-1]):
+            near = values[1] if value == values[0] else values[-2]
+            beyond = value * value / near if min(value, near) > 0 else 2 * value - near
+            out.append(f'{key}={round(beyond) if type(value) is int else float(f"{beyond:.2g}"):g}')
+    return out
+
+
+def sweep_report(name, points):
+    """The settings of one arm, a line each, the best marked, and a warning where it is at the edge."""
+    chosen, lines = best(points), [f'{name}:']
+    for p in points:
+        values = p.last('val_loss').values()
+        mean, error = mean_and_error(values) if values else (None, None)
+        result = '' if mean is None else f'{mean:.4f}' + (f' ± {error:.4f}' if error else '') + f' n={len(values)}'
+        result += f' diverged: {len(p.seeds("diverged"))}' * bool(p.seeds('diverged'))
+        setting = ' '.join(f'{key}={value}' for key, value in p.swept.items())
+        lines.append(f'  {"*" if p is chosen else " "} {setting:28}  {result.strip() or "not run"}')
+    found = edges(points, chosen) if chosen.seeds() else []
+    return '\n'.join(lines + [f'  best at the edge: add {", ".join(found)}'] * bool(found))
+
+
+def sweep_points(runs):
+    """{arm: its settings, an Arm each, with the runs there are}."""
+    arms = {}
+    for run in runs:
+        points = arms.setdefault(run.arm, [])
+        point = next((p for p in points if p.swept == run.swept), None)
+        if point is None:
+            points.append(point := Arm(run.arm, swept=run.swept))
+        if read_settings(run.out_dir):
+            point.runs[run.seed] = read_run(run.out_dir)
+    return arms
+
+
+def list_runs(runs):
+    """What a sweep would run."""
+    width = max(len(run.name) for run in runs)
+    lines = [f'{"run":{width}}  parameters   steps      FLOPs  state']
+    lines += [f'{r.name:{width}}  {r.parameters:10,}  {r.settings.max_iters:6,}  {r.flops:9.2e}  {state(r.out_dir, r.settings)}' for r in runs]
+    left = [r for r in runs if state(r.out_dir, r.settings) not in ('done', 'diverged')]
+    return '\n'.join(lines + [f'{len(runs)} runs, {len(left)} to do: {sum(r.flops for r in left):.2e} FLOPs'])
+
+
+# -----------------------------------------------------------------------------
+# The picture
+
+def draw(arms, path, sweeps=None):
+    """Validation loss against tokens, FLOPs and seconds, and for a sweep the final loss against what is swept."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    for axis, against in zip(figure.subplots(1, 2, sharey=True), ('tokens', 'seconds')):
-        for n, run in enumerate(runs):
-            axis.plot([r[against] for r in run['train']], [r['train_loss'] for r in run['train']], color=f'C{n}', alpha=0.35, linewidth=1)
-            axis.plot([r[against] for r in run['val']], [r['val_loss'] for r in run['val']], 'o-', color=f'C{n}', markersize=4,
-                      label=f'{run["name"]}: {run["parameters"] / 1e6:.1f}M, {run["val"][-1]["val_loss"]:.3f}')
+    figure = Figure(figsize=(13, 4), layout='constrained')
+    for axis, against in zip(figure.subplots(1, 3, sharey=True), ('tokens', 'flops', 'seconds')):
+        for n, arm in enumerate(arms):
+            for run in arm.runs.values():
+                axis.plot([r[against] for r in run['val']], [r['val_loss'] for r in run['val']], 'o-', color=f'C{n}', markersize=3)
         axis.set_xlabel(against)
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel('loss (nats per token); thin: training')
-    figure.axes[0].legend()
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -72,15 +325,46 @@ def draw(runs, path):
         raise UserError(f'picture={path}: {error}') from None
 
 
+# -----------------------------------------------------------------------------
+
+def report(s, arms, sweeps=None):
+    """Print the table of arms, and write the csv file and the picture that the settings ask for."""
+    known = {arm.name: arm for arm in arms}
+    if s.reference and s.reference not in known:
+        raise UserError(f'reference={s.reference}: takes one of {", ".join(known)}')
+    reference = known[s.reference] if s.reference else arms[0]
+    print(table(arms, reference))
+    if s.csv:
+        write_csv([row(arm, reference) for arm in arms], s.csv)
+    if s.picture:
+        path = s.picture if s.picture != 'auto' else os.path.join(s.sweep_out if s.sweep else 'out', 'compare.png')
+        draw([arm for arm in arms if any(run['val'] for run in arm.runs.values())], path, sweeps)
+        print(f'drawn: {path}')
+
+
+def report_sweep(s, runs):
+    arms = sweep_points(runs)
+    for name, points in arms.items():
+        if len(points) > 1:
+            print(sweep_report(name, points) + '\n')
+    report(s, [best(points) for points in arms.values() if any(p.runs for p in points)], arms)
+
+
 def main():
     s = configure(Settings)
-    if not s.runs:
-        raise UserError('runs: give the out_dir of one run or more: python compare.py out/demo_dense out/demo_lowrank')
-    runs = [read_run(out_dir) for out_dir in s.runs]
-    print(table(runs))
-    if s.picture:
-        draw(runs, s.picture)
-        print(f'drawn: {s.picture}')
+    if not s.sweep:
+        return report(s, group([read_run(out_dir) for out_dir in find_runs(s.runs)]))
+    sweep = read_sweep(s.sweep)
+    s.sweep_out, runs, problem = sweep.out, expand(sweep), None
+    if s.dry_run:
+        return print(list_runs(runs))
+    try:
+        run_missing(sweep, s.jobs)
+    except UserError as error:  # some failed: report the others first
+        problem = error
+    report_sweep(s, runs)
+    if problem:
+        raise problem
 
 
 if __name__ == '__main__':

@@ -7,7 +7,8 @@ Any text → token files.
     python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
 
 A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
-line) and .parquet (a document a row), the first two also as .gz, .zst or .bz2; or it is a named corpus, see download.py.
+line) and .parquet (a document a row), the first two also as .gz, .zst or .bz2; or it is a named corpus, see download.py, or a Markov
+chain of known entropy, see synthetic.py.
 
     OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian, uint16 (uint32 from 65,537 tokens on); a document ends with the
                                              end-of-text token and lies in one shard
@@ -40,6 +41,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+import synthetic
 from configurator import UserError, configure, run_main
 from download import CORPORA
 from sources import TASK_SIZE, Reader, divide, documents, find_files
@@ -54,12 +56,12 @@ SAVE_EVERY = 10  # seconds between records of the progress
 class Settings:
     positional = 'sources'
     sources: list[str] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
-    # stdlib, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed
+    # stdlib, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
     out: str = ''  # the folder to make; '' = data/NAME for a single named corpus
     tokenizer: str = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
     # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing
     text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined with a newline: prompt,response
-    val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and 0.1 for shakespeare
+    val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for shakespeare
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;
     # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
     errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
@@ -215,12 +217,12 @@ def prepare(s):
     Prepare the sources of the settings `s`, going on where an interrupted run stopped. Raises UserError.
     Returns (folder, meta.json, figures for the summary or None if the folder held just that already).
     """
-    named = s.sources[0] if len(s.sources) == 1 and s.sources[0] in ('stdlib', *CORPORA) else None
-    out = s.out.rstrip('/') or (os.path.join('data', named) if named else '')
+    named = s.sources[0] if len(s.sources) == 1 and s.sources[0] in ('stdlib', *CORPORA, *synthetic.NAMES) else None
+    out = s.out.rstrip('/') or (os.path.join('data', named.removeprefix('synthetic:')) if named else '')
     if not out:
         find_files([source for source in s.sources if source not in CORPORA])  # a misspelt name is the likelier mistake
         raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
-    s = replace(s, val_fraction=s.val_fraction or {'stdlib': 0.05, 'shakespeare': 0.1}.get(named, 0.01))
+    s = replace(s, val_fraction=s.val_fraction or ({'stdlib': 0.05, 'shakespeare': 0.1} | dict.fromkeys(synthetic.NAMES, 0.05)).get(named, 0.01))
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
         files = find_files(s.sources)
@@ -382,7 +384,7 @@ def run(s, files, source, out, part):
             raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
                             f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' else ''))
     meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
-            'split': s.split, 'splits': totals, 'source': source}
+            'split': s.split, 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
     write_json(os.path.join(part, 'meta.json'), meta)
     for path in [os.path.join(part, name) for name in tokenizer.files] + [part]:
         sync_path(path)
@@ -413,6 +415,8 @@ def summary(out, meta, figures):
               f'{split["bytes"]:>16,} bytes of text {len(split["shards"]):>4} shard(s)')
     size, tokens = (sum(split[key] for split in splits.values()) for key in ('bytes', 'tokens'))
     print(f'    {size / tokens:.3f} bytes a token; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
+    if 'entropy' in meta:
+        print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
     if figures:
         print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
         if figures['unknown']:

@@ -21,6 +21,7 @@ import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import synthetic
 from configurator import UserError
 from download import CORPORA, download_corpus
 from tokenizer import ANYWHERE
@@ -38,6 +39,8 @@ def find_files(sources):
     for source in sources:
         if source == 'stdlib':
             found += stdlib_files()
+        elif source in synthetic.NAMES:
+            found.append((synthetic.write_text(source), 'text'))
         elif source in CORPORA:
             found += [(path, kind_of(path)) for path in download_corpus(source)]
         elif os.path.isfile(source):
@@ -47,7 +50,7 @@ def find_files(sources):
         else:
             paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names] or glob.glob(source, recursive=True)
             if not paths and not os.path.isdir(source):
-                names = ['stdlib', *CORPORA]
+                names = ['stdlib', *CORPORA, *synthetic.NAMES]
                 near = difflib.get_close_matches(source, names, 1)
                 raise UserError(f'{source}: no such file or folder; ' + (f'did you mean {near[0]}?' if near else f'the named corpora are {", ".join(names)}'))
             known = [(path, kind_of(path)) for path in sorted(paths) if os.path.isfile(path) and kind_of(path)]

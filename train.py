@@ -29,8 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from configurator import UserError, configure, run_main
-from data import DataConfig, Mixture, Source, splitmix, validation_batch, validation_rows
+from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
+from loss import evaluate
 from model import ModelConfig
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin
@@ -123,7 +124,7 @@ class Ranks:
 
 
 # -----------------------------------------------------------------------------
-# One step, one evaluation
+# One step
 
 def micro_batches(s, step, rank, world):
     """The global sample numbers of this rank's micro-batches in a step: contiguous, so any split of the same rows is the same batch."""
@@ -181,38 +182,6 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return nats, targets, norm, stop > 0
-
-
-@torch.no_grad()
-def evaluate(model, sources, s, ranks):
-    """
-    {'val_loss', 'val_bpb' and the same per source as 'val_loss/NAME', …}: nats per token and bits per byte of text over the
-    same rows every time, each token weighing the same, computed by all ranks together.
-    """
-    model.eval()
-    out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
-    for source in sources:
-        numbers = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world]
-        nats, targets, height = zero(ranks.device), 0, 4 * s.batch_size  # without gradients, four times the rows fit
-        for i in range(0, len(numbers), height):
-            x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + height], height))
-            with autocast(ranks.device, s.dtype):
-                nats += model(x.to(ranks.device), y.to(ranks.device), reduction='sum')
-            targets += int((y >= 0).sum())
-        nats, targets = ranks.sum(nats.item(), targets)
-        text_bytes = targets * source.files.bytes / source.files.tokens
-        all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
-        if len(sources) > 1:
-            out |= losses(nats, targets, text_bytes, '/' + source.name)
-    model.train()
-    return losses(all_nats, all_targets, all_bytes) | out
-
-
-def losses(nats, targets, text_bytes, suffix=''):
-    out = {'val_loss' + suffix: nats / max(targets, 1)}
-    if text_bytes:
-        out['val_bpb' + suffix] = nats / math.log(2) / text_bytes
-    return out
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,225 @@
+"""
+How good a model is.
+
+    python evaluate.py loss --out_dir=out/tinystories_cpu     # nats per token and bits per byte of a checkpoint, on the whole validation split
+    python evaluate.py ladder --dataset=tinystories           # from uniform guesses over counts to a transformer, on the same tokens
+
+`python evaluate.py loss --help` prints the settings of one of them.
+"""
+import math
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see train.py
+
+import numpy as np
+import torch
+
+import checkpoint
+import ngrams
+from configurator import UserError, configure, run_main
+from data import Source, TokenFiles, find_folder
+from device import DeviceConfig, pick_compile, pick_device, pick_dtype
+from loss import batch_losses, losses
+from sample import load_checkpoint
+from sweep import expand, read_sweep, run_missing
+
+# -----------------------------------------------------------------------------
+# The loss of a checkpoint
+
+@dataclass
+class LossSettings(DeviceConfig):
+    out_dir: str = 'out'  # a training run, or one of its checkpoints
+    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
+    dataset: str = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = what the run was trained on
+
+
+def row_losses(folder, dataset, s):
+    """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
+    device = pick_device(s.device)
+    (model, state), dtype = load_checkpoint(folder), pick_dtype(s.dtype, device)
+    model.to(device)
+    if pick_compile(s.compile, device):
+        model.compile(dynamic=False)
+    out = {}
+    for name in [dataset] if dataset else state['settings']['dataset'] if isinstance(state['settings']['dataset'], dict) else [state['settings']['dataset']]:
+        source = Source(name, 'val', model.cfg.block_size, state['settings']['packing'])
+        if source.files.meta['tokenizer'] != state['tokenizer']:
+            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {folder}: prepare it with the same --tokenizer')
+        with torch.no_grad():
+            pairs = [(loss.item(), count) for loss, count in batch_losses(model, source, np.arange(source.rows), 1, device, dtype)]
+        out[name] = source, *np.array(pairs).T
+    return out
+
+
+def mean_and_error(nats, targets):
+    """(nats per token, its standard error) from the sums of rows; rows, not tokens, are what is independent: tokens of one text are alike."""
+    mean = nats.sum() / targets.sum()
+    apart = nats - mean * targets
+    return mean, math.sqrt(apart @ apart * len(nats) / max(1, len(nats) - 1)) / targets.sum()
+
+
+def show_loss(s):
+    """python evaluate.py loss"""
+    folder = checkpoint.find(s.out_dir, s.which)
+    for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
+        mean, error = mean_and_error(nats, targets)
+        bits = losses(mean, 1, source.files.bytes / source.files.tokens).get('val_bpb')
+        print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
+              f'    {mean:.4f} nats a token ± {error:.4f} (standard error over {len(nats):,} rows)' + (f', {bits:.4f} bits per byte' if bits else ''))
+
+
+# -----------------------------------------------------------------------------
+# The ladder: what each step from guessing to a transformer is worth
+
+RANKS = (4, 16, 64, 256)  # of bigrams from the SVD of the counts
+COLOURS = {'counts': 'C0', 'SVD of the counts': 'C2', 'gradient': 'C1', 'limit': 'C3'}
+
+
+@dataclass
+class LadderSettings(DeviceConfig):
+    dataset: str = 'stdlib'  # name under data/, or a folder
+    sweep: str = 'config/sweeps/ladder.py'  # the models that are trained, those not there yet first; '' = only what is counted
+    out: str = ''  # folder of their runs; '' = out/ladder/NAME
+    picture: str = 'auto'  # where to draw; '' = nowhere, auto = ladder.png in that folder
+
+
+@dataclass
+class Rung:
+    """A model and its loss on the validation split, in nats per token."""
+    name: str
+    kind: str  # one of COLOURS
+    loss: float
+    error: float = 0.0  # standard error
+
+    def bits(self, files):
+        """Bits per byte of text, None where `files` do not know their bytes."""
+        return losses(self.loss, 1, files.bytes / files.tokens).get('val_bpb')
+
+
+def count_rungs(train, val, vocab_size, block_size):
+    """(rungs below a bigram, bigrams, rungs above): models in closed form. Their smoothing is chosen on the last tenth of `train`."""
+    ends = np.arange(0, len(val) - 1, block_size)  # the rows of the trained models, for the same standard error
+
+    def rung(name, nats, kind='counts'):
+        return Rung(name, kind, *mean_and_error(np.add.reduceat(nats, ends), np.diff(ends, append=len(nats))))
+    below = [rung('uniform', np.full(len(val) - 1, math.log(vocab_size))), rung('unigram', ngrams.tuned(ngrams.unigram, train, val, vocab_size)[0])]
+    interpolated, k = ngrams.tuned(ngrams.interpolated_bigram, train, val, vocab_size)
+    bigrams = [rung('bigram, add k', ngrams.tuned(ngrams.bigram, train, val, vocab_size)[0]), rung('bigram, interpolated', interpolated)]
+    ranks = [rank for rank in RANKS if 16 * rank <= vocab_size <= 8192]  # a table of that size fits, and the rank is low
+    if ranks:
+        by_rank = ngrams.low_rank_bigrams(train, val, vocab_size, k, ranks)
+        below += [rung(f'bigram, rank {rank}, SVD', by_rank[rank], 'SVD of the counts') for rank in ranks]
+    return below, bigrams, [rung(f'Kneser–Ney, {n} tokens', ngrams.kneser_ney(train, val, vocab_size, n)) for n in (3, 5)]
+
+
+def plan_training(s, files):
+    """The Sweep of the trained rungs, for this data set: arms of a rank that its vocabulary has not are left out; without max_iters, one pass over the data."""
+    sweep, arms = read_sweep(s.sweep), {}
+    if not isinstance(sweep.base, dict) or not {'block_size', 'batch_size'} <= sweep.base.keys():
+        raise UserError(f'{s.sweep}: base: the ladder takes a dict of settings with block_size and batch_size')
+    for name, arm in sweep.arms.items():
+        given = sweep.base | arm
+        if given.get('rank_embed', 0) < files.vocab_size:
+            steps = -(-(files.tokens - 1) // (given['block_size'] * given['batch_size']))
+            arms[name] = {'max_iters': steps, 'eval_interval': given.get('max_iters', steps)} | arm
+    machine = {f.name: getattr(s, f.name) for f in fields(DeviceConfig)}
+    return replace(sweep, base=machine | sweep.base | {'dataset': s.dataset}, arms=arms, out=s.out)
+
+
+def trained_rungs(sweep, s, wanted):
+    """(bigrams, the others): trained where they are not yet, then evaluated at the end of their training, on all its `wanted` targets."""
+    run_missing(sweep)
+    bigrams, others = [], []
+    for run in expand(sweep):
+        (_, nats, targets), = row_losses(checkpoint.find(run.out_dir, 'last'), s.dataset, s).values()
+        if targets.sum() != wanted:
+            raise UserError(f'{s.sweep}: packing={run.settings.packing} leaves out some targets of the validation split: use packing=stream')
+        name = run.name.removesuffix(',seed=1')
+        group, name = (bigrams, f'{name}, gradient') if run.settings.arch == 'markov' else (others, name)
+        group.append(Rung(name.replace('_', ' '), 'gradient', *mean_and_error(nats, targets)))
+    return bigrams, others
+
+
+def ladder_table(rungs, files, entropy):
+    """The rungs, a line each, and with the entropy of the source how far each is above it."""
+    width = max(len(rung.name) for rung in rungs)
+    lines = [f'{"":{width}}  nats/token    s.e.  bits/byte' + '  above the entropy' * bool(entropy)]
+    for rung in rungs:
+        bits = rung.bits(files)
+        lines.append(f'{rung.name:{width}}  {rung.loss:10.4f}  {rung.error:6.4f}  ' + (f'{bits:9.4f}' if bits else '        -')
+                     + (f'  {rung.loss / entropy - 1:17.2%}' if entropy else ''))
+    return '\n'.join(lines)
+
+
+def draw_ladder(rungs, files, title, path):
+    """A bar for each rung, in order."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
+    values = [rung.bits(files) or rung.loss for rung in rungs]
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rungs)), layout='constrained')
+    axis = figure.subplots()
+    for kind, colour in COLOURS.items():
+        places = [n for n, rung in enumerate(rungs) if rung.kind == kind]
+        if places:
+            axis.barh(places, [values[n] for n in places], color=colour, height=0.7, label=kind)
+    for n, value in enumerate(values):
+        axis.text(value, n, f' {value:.3f}', va='center')
+    if rungs[-1].kind == 'limit':
+        axis.axvline(values[-1], color=COLOURS['limit'], linestyle=':')
+    axis.set_yticks(range(len(rungs)), [rung.name for rung in rungs])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.1 * max(values))
+    axis.set_xlabel('bits per byte' if rungs[0].bits(files) else 'nats per token')
+    axis.set_title(title)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.legend(loc='lower right')
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f'picture={path}: {error}') from None
+
+
+def ladder(s):
+    """python evaluate.py ladder"""
+    files = {split: TokenFiles(find_folder(s.dataset), split) for split in ('train', 'val')}
+    name = os.path.basename(os.path.normpath(s.dataset))
+    s.out = s.out or os.path.join('out', 'ladder', name)
+    sweep = plan_training(s, files['train']) if s.sweep else None  # what is wrong with it shows at once
+    trained_bigrams, others = trained_rungs(sweep, s, files['val'].tokens - 1) if sweep else ([], [])
+    train, val = (f.read(0, f.tokens) for f in files.values())
+    below, bigrams, above = count_rungs(train, val, files['val'].vocab_size, sweep.base['block_size'] if sweep else 256)
+    entropy = files['val'].meta.get('entropy')
+    limit = [Rung('entropy of the source', 'limit', entropy)] if entropy else []
+    rungs = below + trained_bigrams + bigrams + above + others + limit
+    print(f'{name}: {len(train):,} tokens to learn from, {len(val) - 1:,} to predict, a vocabulary of {files["val"].vocab_size:,}\n')
+    print(ladder_table(rungs, files['val'], entropy))
+    if s.picture:
+        path = os.path.join(s.out, 'ladder.png') if s.picture == 'auto' else s.picture
+        draw_ladder(rungs, files['val'], f'{name}: {len(val) - 1:,} validation tokens', path)
+        print(f'\ndrawn: {path}')
+
+
+# -----------------------------------------------------------------------------
+
+COMMANDS = {'loss': (LossSettings, show_loss), 'ladder': (LadderSettings, ladder)}
+
+
+def main():
+    command, *rest = sys.argv[1:] or ['']
+    if command in ('--help', '-h'):
+        print(__doc__.strip())
+    elif command in COMMANDS:
+        settings, function = COMMANDS[command]
+        function(configure(settings, rest))
+    else:
+        raise UserError(f'{command or "nothing to do"}: takes {" or ".join(COMMANDS)} first: python evaluate.py loss --out_dir=out/…')
+
+
+if __name__ == '__main__':
+    run_main(main)

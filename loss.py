@@ -1,0 +1,46 @@
+"""
+The loss on the validation rows: the same rows in the same order whatever the training does, every token weighing the same.
+"""
+import math
+
+import torch
+
+from data import validation_batch, validation_rows
+from device import autocast, zero
+
+
+@torch.no_grad()
+def evaluate(model, sources, s, ranks):
+    """
+    {'val_loss', 'val_bpb' and the same per source as 'val_loss/NAME', …}: nats per token and bits per byte of text over the
+    same rows every time, each token weighing the same, computed by all ranks together.
+    """
+    model.eval()
+    out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
+    for source in sources:
+        numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world], zero(ranks.device), 0
+        for loss, count in batch_losses(model, source, numbers, 4 * s.batch_size, ranks.device, s.dtype):  # without gradients, four times the rows fit
+            nats, targets = nats + loss, targets + count
+        nats, targets = ranks.sum(nats.item(), targets)
+        text_bytes = targets * source.files.bytes / source.files.tokens
+        all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
+        if len(sources) > 1:
+            out |= losses(nats, targets, text_bytes, '/' + source.name)
+    model.train()
+    return losses(all_nats, all_targets, all_bytes) | out
+
+
+def batch_losses(model, source, numbers, height, device, dtype):
+    """Yield (summed loss in nats, which stays on the device; how many targets) of `height` rows of a data.Source at a time."""
+    for i in range(0, len(numbers), height):
+        x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + height], height))
+        with autocast(device, dtype):
+            loss = model(x.to(device), y.to(device), reduction='sum')
+        yield loss, int((y >= 0).sum())
+
+
+def losses(nats, targets, text_bytes, suffix=''):
+    out = {'val_loss' + suffix: nats / max(targets, 1)}
+    if text_bytes:
+        out['val_bpb' + suffix] = nats / math.log(2) / text_bytes
+    return out

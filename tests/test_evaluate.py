@@ -1,0 +1,143 @@
+"""The loss of a checkpoint is that of its training; the ladder puts every model on the same tokens."""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import one_line, read_log, run, train, write_dataset
+
+import ngrams
+from configurator import UserError
+from data import Source, TokenFiles
+from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, main, mean_and_error, row_losses
+
+SWEEP = """
+base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dtype': 'float32', 'log_interval': 50}
+arms = {
+    'bigram_rank_4': {'arch': 'markov', 'rank_embed': 4, 'max_iters': 5},
+    'bigram_rank_256': {'arch': 'markov', 'rank_embed': 256, 'max_iters': 5},
+    'bigram': {'arch': 'markov', 'learning_rate': 256.0, 'decay_lr': False, 'warmup_iters': 0, 'grad_clip': 0.0},
+    'transformer': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'max_iters': 5},
+}
+"""
+
+
+@pytest.fixture(scope='module')
+def trained(dataset, tmp_path_factory):
+    """out_dir of a run whose evaluations cover the whole validation split."""
+    out_dir = tmp_path_factory.mktemp('trained') / 'out'
+    train(out_dir, dataset=dataset)
+    return out_dir
+
+
+# --- the loss ---
+
+def test_it_is_the_loss_that_training_saw_on_the_whole_split(trained, dataset):
+    last = read_log(trained)[-1]
+    done = run('evaluate.py', 'loss', f'--out_dir={trained}', '--which=last', '--device=cpu', '--dtype=float32')
+    assert done.returncode == 0, done.stderr
+    found = re.search(r'([\d.]+) nats a token ± ([\d.]+) .* ([\d.]+) bits per byte', done.stdout).groups()
+    assert float(found[0]) == pytest.approx(last['val_loss'], abs=2e-4) and float(found[2]) == pytest.approx(last['val_bpb'], abs=2e-4)
+    assert f'all {TokenFiles(dataset, "val").tokens - 1:,} targets' in done.stdout and 0 < float(found[1]) < 0.5
+
+
+def test_the_error_is_that_of_a_mean_of_rows():
+    rows = np.random.default_rng(0).normal(3, 1, 400)
+    mean, error = mean_and_error(rows * 10, np.full(400, 10))
+    assert mean == pytest.approx(rows.mean()) and error == pytest.approx(rows.std(ddof=1) / 20)
+    assert mean_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
+
+
+def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
+    write_dataset(tmp_path / 'same', seed=5)
+    write_dataset(tmp_path / 'other', vocab_size=63)
+    s = LossSettings(device='cpu', dtype='float32')
+    folder = str(trained / 'step_00000010')
+    (_, nats, targets), = row_losses(folder, str(tmp_path / 'same'), s).values()
+    assert targets.sum() == TokenFiles(str(tmp_path / 'same'), 'val').tokens - 1 and nats.min() > 0
+    assert 'other: was prepared with another tokenizer' in one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
+
+
+# --- the ladder ---
+
+def test_counted_models_meet_the_targets_of_trained_ones(dataset):
+    files, source = [TokenFiles(dataset, split) for split in ('train', 'val')], Source(dataset, 'val', 32, 'stream')
+    stream, val = (f.read(0, f.tokens) for f in files)
+    targets = np.concatenate([source.row(n)[1:] for n in range(source.rows)])
+    assert (targets == val[1:]).all()
+    below, bigrams, above = count_rungs(stream, val, 64, 32)
+    names = [rung.name for rung in below + bigrams + above]
+    assert names == ['uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram, add k', 'bigram, interpolated', 'Kneser–Ney, 3 tokens', 'Kneser–Ney, 5 tokens']
+    assert below[0].loss == pytest.approx(math.log(64)) and above[1].loss == pytest.approx(ngrams.kneser_ney(stream, val, 64, 5).mean())
+
+
+def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, capsys):
+    write_dataset(tmp_path / 'counting')
+    meta = json.loads((tmp_path / 'counting' / 'meta.json').read_text())
+    (tmp_path / 'counting' / 'meta.json').write_text(json.dumps(meta | {'entropy': 0.5}))
+    (tmp_path / 'arms.py').write_text(SWEEP)
+    args = {'dataset': str(tmp_path / 'counting'), 'sweep': str(tmp_path / 'arms.py'), 'out': str(tmp_path / 'out'), 'device': 'cpu', 'dtype': 'float32'}
+    ladder(LadderSettings(**args))
+    first = capsys.readouterr().out
+    assert (tmp_path / 'out' / 'ladder.png').read_bytes().startswith(b'\x89PNG')
+    assert re.findall(r'^(.+?)  +[\d.]+ +[\d.]+ +[\d.]+ +[-\d.]+%$', first, re.MULTILINE) == [
+        'uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram rank 4, gradient', 'bigram, gradient', 'bigram, add k', 'bigram, interpolated',
+        'Kneser–Ney, 3 tokens', 'Kneser–Ney, 5 tokens', 'transformer', 'entropy of the source']  # the rank that 64 tokens have not is left out
+    assert '3 to do' in first
+    ladder(LadderSettings(**args, picture=''))
+    again = capsys.readouterr().out
+    assert '0 to do' in again and again.partition('counting:')[2] == first.partition('counting:')[2].partition('\n\ndrawn')[0] + '\n'
+    # the full bigram took one pass, and counted
+    log = read_log(tmp_path / 'out' / 'bigram,seed=1')
+    assert log[-1]['step'] == math.ceil((meta['splits']['train']['tokens'] - 1) / 256)
+    values = dict(re.findall(r'^(bigram, \S+(?: k)?)  +([\d.]+)', first, re.MULTILINE))
+    assert abs(float(values['bigram, gradient']) - float(values['bigram, add k'])) < 0.1
+
+
+def test_the_table_says_how_far_above_the_entropy():
+    class Files:
+        bytes, tokens = 50, 100
+    assert ladder_table([Rung('one', 'counts', 2.0, 0.1), Rung('entropy of the source', 'limit', 1.6)], Files, 1.6).splitlines()[1:] == [
+        f'one                        2.0000  0.1000     {4 / math.log(2):.4f}             25.00%',
+        f'entropy of the source      1.6000  0.0000     {3.2 / math.log(2):.4f}              0.00%']
+    Files.bytes = 0
+    assert '        -' in ladder_table([Rung('one', 'counts', 2.0)], Files, None)
+
+
+def test_every_rung_has_the_same_targets(dataset, tmp_path):
+    arms = SWEEP.partition('arms')[0] + "arms = {'bigram': {'arch': 'markov', 'packing': 'document', 'max_iters': 1}}"
+    (tmp_path / 'arms.py').write_text(arms)
+    with pytest.raises(UserError, match='packing=document leaves out some targets'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out'), device='cpu', dtype='float32'))
+    (tmp_path / 'arms.py').write_text('base = "config/fast.py"\narms = {"a": {}}')
+    with pytest.raises(UserError, match='base: the ladder takes a dict'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
+
+
+@pytest.mark.parametrize('args, expected', [
+    ([], 'nothing to do: takes loss or ladder first'),
+    (['tasks'], 'tasks: takes loss or ladder first'),
+    (['loss', '--out_dir=nowhere'], 'nowhere: no such directory'),
+    (['loss', '--out=x'], '--out: no such setting'),
+    (['ladder', '--dataset=nope'], 'dataset=nope: no such data set'),
+    (['ladder', '--dataset=DATA', '--sweep=nope.py'], 'nope.py: no such config file'),
+    (['ladder', '--dataset=DATA', '--sweep=', '--picture=/proc/x/y.png'], 'picture=/proc/x/y.png')])
+def test_bad_input_is_refused(dataset, args, expected, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', *[arg.replace('DATA', dataset) for arg in args]])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main()
+
+
+def test_a_data_set_without_documents_climbs_too(tmp_path):
+    """nanoGPT's train.bin and val.bin: no .idx, no bytes; losses in nats alone."""
+    write_dataset(tmp_path / 'counting', shards=1)
+    folder = tmp_path / 'nano'
+    folder.mkdir()
+    for split in ('train', 'val'):
+        (folder / f'{split}.bin').write_bytes((tmp_path / 'counting' / f'{split}_00000.bin').read_bytes())
+    done = run('evaluate.py', 'ladder', f'--dataset={folder}', '--sweep=', f'--picture={tmp_path / "p.png"}')
+    assert done.returncode == 0 and Path(tmp_path / 'p.png').exists(), done.stderr
+    assert re.search(r'uniform +10.8249 +0.0000 +-\n', done.stdout)
