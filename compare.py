@@ -34,7 +34,7 @@ def read_run(out_dir):
     if not val:
         raise UserError(f'{out_dir}: log.jsonl has no evaluation yet')
     with torch.device('meta'):
-        model = Transformer(ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig)}))
+        model = Transformer(ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}))
     return {'name': os.path.basename(out_dir.rstrip('/')), 'parameters': model.num_params(), 'train': [r for r in log if 'train_loss' in r], 'val': val}
 
 
