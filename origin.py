@@ -5,6 +5,7 @@ Where a run starts from: random weights, its own newest checkpoint, or weights t
 """
 import dataclasses
 import json
+import os
 
 import torch
 
@@ -19,6 +20,15 @@ IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropou
 
 def model_config(s):
     return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+def read_model(where, which='best'):
+    """(ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
+    if hub.knows(where):
+        return *hub.load(where), hub.find(where)
+    folder = checkpoint.find(where, which)
+    cfg = from_dict(ModelConfig, checkpoint.load_state(folder)['model'], os.path.join(folder, 'state.json'))
+    return cfg, checkpoint.read_weights(folder), folder
 
 
 def find_origin(s, ranks):
@@ -37,12 +47,8 @@ def find_origin(s, ranks):
         return {}
     if hub.knows(s.init_from):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
-        cfg, weights = hub.load(s.init_from)
-        tokenizer = None  # not known here: only the number of tokens is compared
-    else:
-        folder = checkpoint.find(s.init_from, 'best')
-        state = checkpoint.load_state(folder)
-        cfg, weights, tokenizer = from_dict(ModelConfig, state['model'], folder), checkpoint.read_weights(folder), state['tokenizer']
+    cfg, weights, folder = read_model(s.init_from)
+    tokenizer = None if hub.knows(s.init_from) else checkpoint.load_state(folder)['tokenizer']  # None: only the number of tokens is compared
     adopt(s, cfg, s.init_from)
     if cfg.position == 'learned':
         weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]

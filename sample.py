@@ -27,9 +27,10 @@ import torch.nn.functional as F
 
 import checkpoint
 import hub
-from configurator import UserError, configure, from_dict, run_main
+from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from model import ModelConfig, Transformer
+from model import Transformer
+from origin import read_model
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -242,13 +243,8 @@ class Row:
 
 def load(where, which='best'):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
-    if hub.knows(where):
-        cfg, weights = hub.load(where)
-        folder, description = hub.tokenizer(where)
-    else:
-        folder = checkpoint.find(where, which)
-        state, weights = checkpoint.load_state(folder), checkpoint.read_weights(folder)
-        cfg, description = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json')), state['tokenizer']
+    cfg, weights, folder = read_model(where, which)
+    description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
