@@ -40,6 +40,9 @@ def find_origin(s, ranks):
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
+        if 'surgery' in state and not s.eval_only:
+            raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
+                            f'give --init_from={s.out_dir} and another --out_dir')
         if state['settings']['init_from'] not in ('auto', 'scratch'):
             adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
         return {'folder': folder, 'state': state}
