@@ -35,8 +35,17 @@ class WeightsSettings:
 # The matrices of a model, as the factors whose product they are
 
 def product(layer):
-    """The factors of a linear layer's weight (n_out, n_in), outermost first: one if it is dense."""
-    return [layer.up.weight, layer.down.weight] if isinstance(layer, LowRank) else [layer.weight]
+    """The factors of a linear layer's weight (n_out, n_in), outermost first: one if it is dense, or has full rank by what is added to the factors."""
+    if not isinstance(layer, LowRank):
+        return [layer.weight]
+    if layer.identity is None and layer.blocks is None and layer.guide is None:
+        return [layer.up.weight, layer.down.weight]
+    weight = layer.up.weight @ layer.down.weight
+    if layer.identity is not None:
+        weight = weight + layer.identity * torch.eye(len(weight))
+    if layer.blocks is not None:
+        weight = weight + torch.block_diag(*layer.blocks)
+    return [weight if layer.guide is None else torch.lerp(weight, layer.guide.weight, layer.share)]
 
 
 def is_linear(layer):

@@ -1,6 +1,7 @@
 """Ranks of weights: matrices whose figures are known, the product of factors without forming it, and what a user sees of a run."""
 import csv
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import one_line, run, train
 from test_hub import saved
 
 import checkpoint
-from analyze import WeightsSettings, figures, gaussian, matrices, measure, rank_for, singular_values, table, weights
+from analyze import WeightsSettings, figures, gaussian, matrices, measure, product, rank_for, singular_values, table, weights
 from configurator import UserError
 from model import LowRank, ModelConfig, Transformer
 
@@ -93,6 +94,15 @@ def test_the_product_of_factors_has_the_singular_values_of_the_matrix(shapes):
     torch.manual_seed(0)
     factors = [torch.randn(shape) for shape in shapes]
     close(singular_values(factors), dense(*factors))
+
+
+@pytest.mark.parametrize('settings', [{}, dict(rank_identity=True), dict(rank_blocks=4), dict(rank_blocks=2, rank_identity=True, rank_guide=9)], ids=str)
+def test_the_product_of_a_layer_is_what_it_computes(settings):
+    model = random_model(rank_qk=6, rank_mlp=5, **settings)
+    for layer in (model.blocks[0].attn.q, model.blocks[0].mlp.down):
+        if layer.share is not None:
+            layer.share.fill_(0.3)
+        torch.testing.assert_close(functools.reduce(torch.matmul, product(layer)), layer(torch.eye(layer.down.in_features)).T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('settings', [{}, dict(n_kv_head=2), dict(rank_qk=6, rank_vo=5)], ids=str)
