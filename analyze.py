@@ -307,17 +307,16 @@ def weights(s):
         if base:
             check_same_matrices(model, base, s)
         records.append(measure(model, base, checkpoint.load_state(folder)['step'] if s.along else 0))
-    last = records[-1]
-    title = f'{folder}, less {s.against}' if base else folder
-    print(f'{title}: {model.num_params():,} parameters\n\n{table(last)}\n\n'
+    last, less = records[-1], f', less {s.against}' if base else ''
+    print(f'{folder}{less}: {model.num_params():,} parameters\n\n{table(last)}\n\n'
           'median (range) over layers and heads; null: of random Gaussian matrices; pays: the rank below which two factors are smaller than the matrix\n'
           'qk: W_qᵀW_k of each head, ov: W_oW_v')
     if any(r['name'].endswith(('.up', '.down')) and r['name'].count('.') == 4 for r in last):
-        print(f'rank_act={model.cfg.rank_act}: layers with an activation between their factors have no product; up and down are those factors')
+        print('layers with an activation between their factors have no product; up and down are those factors')
     if s.csv:
         write(s.csv, 'csv', lambda path: write_csv(path, sum(records, [])))
     if s.picture:
-        page = draw_along(sum(records, []), title) if s.along else draw_spectra(last, title)
+        page = draw_along(sum(records, []), s.out_dir + less) if s.along else draw_spectra(last, folder + less)
         write(s.picture, 'picture', lambda path: page.savefig(path, dpi=120))
 
 
