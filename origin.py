@@ -40,7 +40,7 @@ def find_origin(s, ranks):
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
-        if 'surgery' in state and not s.eval_only:
+        if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
         if state['settings']['init_from'] not in ('auto', 'scratch'):
