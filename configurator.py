@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import keyword
 import math
 import os
 import sys
@@ -65,9 +66,9 @@ def configure(cls, argv=None):
             if not equals and bool not in options(setting.type):
                 raise UserError(f'--{key}: has no value: write --{key}=VALUE, in one word')
             value = parse(text if equals else 'True', setting, f'--{key}')
-            given[key] = lists.setdefault(key, []) if isinstance(value, list) else value
+            given[setting.name] = lists.setdefault(key, []) if isinstance(value, list) else value
             if isinstance(value, list):
-                given[key] += value
+                given[setting.name] += value
         elif positional:
             given.setdefault(positional, []).append(arg)
         else:
@@ -76,6 +77,22 @@ def configure(cls, argv=None):
     settings.given = set(given)  # what the user asked for, as against what is a default
     check(settings)
     return settings
+
+
+def configure_command(commands, argv=None):
+    """
+    (function, its settings) of the command that the first argument names: `python surgery.py factorize --from=DIR`.
+    commands: {name: (function, its dataclass)}. Raises UserError as configure() does, and for no such command.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in commands:
+        function, cls = commands[argv[0]]
+        return function, configure(cls, argv[1:])
+    takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
+    if argv and argv[0] in ('--help', '-h'):
+        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip() + f'\n\nThe first argument {takes}')
+        sys.exit(0)
+    raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
 
 
 def check(settings):
@@ -119,9 +136,11 @@ def from_dict(cls, values, where):
 
 def find_field(cls, key, where):
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if keyword.iskeyword(key):
+        key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)
-        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0]}?' if near else '; --help lists all'))
+        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all'))
     return fields[key]
 
 
@@ -186,7 +205,7 @@ def help_text(cls):
         fields = [f for f in dataclasses.fields(cls) if f.name in comments]
         if fields:
             lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
-            lines += [f'  --{f.name}={default_of(f)!r}'.ljust(44) + f'  {choices(f.type)}{comments[f.name]}'.rstrip() for f in fields]
+            lines += [f'  --{f.name.rstrip("_")}={default_of(f)!r}'.ljust(44) + f'  {choices(f.type)}{comments[f.name]}'.rstrip() for f in fields]
     return '\n'.join(lines)
 
 

@@ -8,7 +8,6 @@ How good a model is.
 """
 import math
 import os
-import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -19,11 +18,11 @@ import torch
 
 import checkpoint
 import ngrams
-from configurator import UserError, configure, run_main
+from configurator import UserError, configure_command, run_main
 from data import Source, TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
-from sample import load_checkpoint
+from origin import load_model
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -39,7 +38,7 @@ class LossSettings(DeviceConfig):
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
     device = pick_device(s.device)
-    (model, state), dtype = load_checkpoint(folder), pick_dtype(s.dtype, device)
+    (model, _), state, dtype = load_model(folder), checkpoint.load_state(folder), pick_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
@@ -207,18 +206,9 @@ def ladder(s):
 
 # -----------------------------------------------------------------------------
 
-COMMANDS = {'loss': (LossSettings, show_loss), 'ladder': (LadderSettings, ladder)}
-
-
 def main():
-    command, *rest = sys.argv[1:] or ['']
-    if command in ('--help', '-h'):
-        print(__doc__.strip())
-    elif command in COMMANDS:
-        settings, function = COMMANDS[command]
-        function(configure(settings, rest))
-    else:
-        raise UserError(f'{command or "nothing to do"}: takes {" or ".join(COMMANDS)} first: python evaluate.py loss --out_dir=out/…')
+    function, s = configure_command({'loss': (show_loss, LossSettings), 'ladder': (ladder, LadderSettings)})
+    function(s)
 
 
 if __name__ == '__main__':

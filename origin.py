@@ -5,6 +5,7 @@ Where a run starts from: random weights, its own newest checkpoint, or weights t
 """
 import dataclasses
 import json
+import os
 
 import torch
 
@@ -21,6 +22,28 @@ def model_config(s):
     return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
+def read_model(where, which='best'):
+    """(ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
+    if hub.knows(where):
+        return *hub.load(where), hub.find(where)
+    folder = checkpoint.find(where, which)
+    cfg = from_dict(ModelConfig, checkpoint.load_state(folder)['model'], os.path.join(folder, 'state.json'))
+    return cfg, checkpoint.read_weights(folder), folder
+
+
+def load_model(where, which='best'):
+    """(the model in eval mode, its folder) of what read_model() knows."""
+    cfg, weights, folder = read_model(where, which)
+    return fill(cfg, weights, folder), folder
+
+
+def fill(cfg, weights, where):
+    """The network of a ModelConfig in eval mode, with these weights from `where`. Raises UserError where they are not its own."""
+    model = make_model(cfg, init=False)
+    checkpoint.load_weights(model, weights, where)
+    return model.eval()
+
+
 def find_origin(s, ranks):
     """
     What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer'}
@@ -30,6 +53,9 @@ def find_origin(s, ranks):
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
+        if 'surgery' in state:
+            raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
+                            f'give --init_from={s.out_dir} and another --out_dir')
         if state['settings']['init_from'] not in ('auto', 'scratch'):
             adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
         return {'folder': folder, 'state': state}
@@ -37,12 +63,8 @@ def find_origin(s, ranks):
         return {}
     if hub.knows(s.init_from):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
-        cfg, weights = hub.load(s.init_from)
-        tokenizer = None  # not known here: only the number of tokens is compared
-    else:
-        folder = checkpoint.find(s.init_from, 'best')
-        state = checkpoint.load_state(folder)
-        cfg, weights, tokenizer = from_dict(ModelConfig, state['model'], folder), checkpoint.read_weights(folder), state['tokenizer']
+    cfg, weights, folder = read_model(s.init_from)
+    tokenizer = None if hub.knows(s.init_from) else checkpoint.load_state(folder)['tokenizer']  # None: only the number of tokens is compared
     adopt(s, cfg, s.init_from)
     if cfg.position == 'learned':
         weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 import checkpoint
 import hub
-from configurator import UserError, configure, from_dict, run_main
+from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from model import ModelConfig, make_model
+from origin import load_model
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -242,30 +242,12 @@ class Row:
 
 def load(where, which='best'):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
-    if hub.knows(where):
-        model = fill(*hub.load(where), where)
-        folder, description = hub.tokenizer(where)
-    else:
-        folder = checkpoint.find(where, which)
-        model, state = load_checkpoint(folder)
-        description = state['tokenizer']
+    model, folder = load_model(where, which)
+    description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {model.cfg.vocab_size}: they do not belong together')
     return model, tokenizer
-
-
-def load_checkpoint(folder):
-    """(model in eval mode, state.json) of a checkpoint directory."""
-    state = checkpoint.load_state(folder)
-    return fill(from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json')), checkpoint.read_weights(folder), folder), state
-
-
-def fill(cfg, weights, where):
-    """The network of a ModelConfig in eval mode, with these weights."""
-    model = make_model(cfg, init=False)
-    checkpoint.load_weights(model, weights, where)
-    return model.eval()
 
 
 def read_prompt(start):

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, from_dict, help_text
+from configurator import UserError, configure, configure_command, from_dict, help_text
 
 
 @dataclass
@@ -108,3 +108,25 @@ def test_stored_settings_come_back_strictly():
     assert from_dict(Settings, {'max_iters': 3}, 'x').max_iters == 3
     with pytest.raises(UserError, match='x: n_layers'):
         from_dict(Settings, {'n_layers': 3}, 'x')
+
+
+@dataclass
+class Copy:
+    from_: str = ''  # where it comes from
+    stop: list[str] = field(default_factory=list)
+
+
+def test_a_setting_may_be_named_as_a_word_of_python():
+    s = configure(Copy, ['--from=a', '--stop=x', '--stop=y'])
+    assert (s.from_, s.stop, s.given) == ('a', ['x', 'y'], {'from_', 'stop'}) and "--from=''" in help_text(Copy)
+    with pytest.raises(UserError, match='--import: no such setting'):
+        configure(Copy, ['--import=a'])
+
+
+def test_the_first_argument_names_a_command():
+    commands = {'copy': (len, Copy), 'train': (max, Settings)}
+    function, s = configure_command(commands, ['train', '--max_iters=3'])
+    assert function is max and s.max_iters == 3
+    for argv, words in [([], 'no command given: takes copy or train'), (['cpy'], 'cpy: takes copy or train'), (['copy', '--max_iters=3'], 'no such setting')]:
+        with pytest.raises(UserError, match=words):
+            configure_command(commands, argv)

@@ -1,0 +1,160 @@
+"""Factorizing: at full rank the same function, below it the best one of its rank, by energy no rank too many; and a checkpoint like any other."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import one_line, read_log, run, train
+from test_hub import saved
+
+import checkpoint
+import hub
+import sample
+from configurator import UserError, configure_command
+from data import Mixture
+from model import LowRank, ModelConfig, Transformer
+from surgery import FactorizeSettings, build, decompose, factorize, factors, input_moments, run_factorize
+
+
+def random_model(**settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**dict(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32) | settings)).eval()
+    for name, p in model.named_parameters():
+        p.data = (1 if 'norm' in name and 'weight' in name else 0) + torch.randn(p.shape) / 5  # biases and norms too
+    return model
+
+
+def all_ranks(model, rank):
+    return {f'blocks.{name}': rank for name, layer in model.blocks.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
+def ids():
+    return torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+# --- the arithmetic ---
+
+@pytest.mark.parametrize('settings', [dict(bias=True, norm='layernorm', mlp='gelu', position='learned'), dict(mlp='swiglu', n_kv_head=1, tie=False)], ids=str)
+@pytest.mark.parametrize('by_inputs', [False, True])
+def test_at_full_rank_the_logits_are_the_same(settings, by_inputs, dataset):
+    model = random_model(**settings)
+    ranks = {name: min(layer.weight.shape) for name, layer in model.named_modules() if name.startswith('blocks') and isinstance(layer, torch.nn.Linear)}
+    weights, _ = factorize(model, ranks, moments=input_moments(model, Mixture(dataset, 'train', 32, 0)) if by_inputs else None)
+    low = build(dataclasses.replace(model.cfg, ranks=ranks), weights, 'test').eval()
+    assert sum(isinstance(layer, LowRank) for layer in low.modules()) == len(ranks)
+    torch.testing.assert_close(low(ids()), model(ids()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cut_is_the_best_of_its_rank_and_balanced():
+    torch.manual_seed(0)
+    W = torch.randn(30, 20).double()
+    down, up = factors(*decompose(W), 6)
+    assert torch.isclose((W - up @ down).norm(), torch.linalg.svdvals(W)[6:].norm())  # Eckart and Young
+    torch.testing.assert_close(up.T @ up, down @ down.T)
+
+
+def test_weighing_by_the_inputs_gives_the_least_error_of_the_outputs():
+    torch.manual_seed(0)
+    W, x = torch.randn(24, 16).double(), torch.randn(500, 16).double() * torch.logspace(0, -2, 16)
+    moment = x.T @ x / len(x)
+    errors = [((x @ (W - up @ down).T).square().sum() / len(x)).item() for down, up in (factors(*decompose(W, m), 4) for m in (None, moment))]
+    S = decompose(W, moment)[1]
+    assert abs(errors[1] / S[4:].square().sum().item() - 1) < 1e-4 and errors[1] < 0.5 * errors[0]
+
+
+def test_an_input_that_never_occurs_is_no_trouble():
+    W, moment = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])).double()
+    down, up = factors(*decompose(W, moment), 3)
+    torch.testing.assert_close((up @ down)[:, :3], W.double()[:, :3], rtol=1e-3, atol=1e-3)
+
+
+def test_the_moments_are_those_of_the_inputs(dataset):
+    model, seen = random_model(), []
+    layer = model.blocks[1].mlp.down
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1).detach()))
+    moments, x = input_moments(model, Mixture(dataset, 'train', 32, 0)), torch.cat(seen)
+    assert moments.keys() == all_ranks(model, 0).keys()
+    torch.testing.assert_close(moments['blocks.1.mlp.down'], (x.T @ x / len(x)).double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('energy', [0.5, 0.8])
+def test_by_energy_each_matrix_gets_the_least_multiple_of_8(energy):
+    model = random_model(n_embd=64, n_head=4)
+    weights, records = factorize(model, {}, energy)
+    for r in records:
+        s = torch.linalg.svdvals(model.get_submodule(r['name']).weight.double())
+        kept, sizes = s.square().cumsum(0) / s.square().sum(), model.get_submodule(r['name']).weight.shape
+        if r['rank']:
+            assert r['rank'] % 8 == 0 and kept[r['rank'] - 1] >= energy and kept[r['rank'] - 9 if r['rank'] > 8 else 0] < energy
+            up, down = (weights[f'{r["name"]}.{half}.weight'].double() for half in ('up', 'down'))
+            close = 1 - ((up @ down - model.get_submodule(r['name']).weight).norm() / s.norm()) ** 2
+            assert abs(close - kept[r['rank'] - 1]) < 1e-6 and abs(r['kept'] - close) < 1e-6
+        else:
+            needed = -(-(int((kept < energy).sum()) + 1) // 8) * 8
+            assert needed * sum(sizes) >= sizes[0] * sizes[1]
+    assert any(r['rank'] for r in records) and (energy < 0.8 or any(not r['rank'] for r in records))
+
+
+# --- as a user runs it ---
+
+@pytest.fixture(scope='module')
+def dense(dataset, tmp_path_factory):
+    """out_dir of a trained dense network, 64 wide."""
+    out_dir = tmp_path_factory.mktemp('dense') / 'run'
+    train(out_dir, '--n_embd=64', '--n_head=4', '--d_ff=256', '--max_iters=40', '--eval_interval=40', dataset=dataset)
+    return str(out_dir)
+
+
+def test_from_a_run_to_a_run(dense, dataset, tmp_path):
+    low, tuned = f'{tmp_path}/low', f'{tmp_path}/tuned'
+    done = run('surgery.py', 'factorize', f'--from={dense}', f'--out_dir={low}', '--rank_qk=8', '--rank_mlp=16')
+    assert done.returncode == 0, done.stderr
+    state = checkpoint.load_state(checkpoint.find(low))
+    assert (state['step'], state['model']['rank_qk'], state['model']['rank_vo'], state['model']['rank_mlp']) == (0, 8, 0, 16)
+    saved_ = 2 * (2 * (64 * 64 - 8 * 128) + 2 * (64 * 256 - 16 * 320))
+    before, after = (Transformer(ModelConfig(**checkpoint.load_state(checkpoint.find(where))['model'])) for where in (dense, low))
+    assert before.num_params() - after.num_params() == saved_ and before.flops_per_token() - after.flops_per_token() == 6 * saved_
+    assert f'{before.num_params():,} → ' in done.stdout and f'{after.num_params():,}' in done.stdout
+
+    loss = read_log(low)[0]['val_loss']
+    assert loss > read_log(dense)[-1]['val_loss'] and f'→ {loss:14.4f}' in done.stdout  # what it cost
+    steps = ['--batch_size=4', '--block_size=32', '--max_iters=20', '--eval_interval=20', '--eval_iters=0', '--learning_rate=3e-3']
+    done = run('train.py', f'--out_dir={tuned}', f'--init_from={low}', f'--dataset={dataset}', *steps, '--dtype=float32', '--sample_tokens=0')
+    assert done.returncode == 0, done.stderr
+    log = [r for r in read_log(tuned) if 'val_loss' in r]
+    assert abs(log[0]['val_loss'] - loss) < 1e-4 and log[-1]['val_loss'] < loss  # starts where surgery left it, and mends
+    done = run('compare.py', dense, low, tuned, '--picture=')
+    assert done.returncode == 0 and f'{after.num_params():,}' in done.stdout, done.stderr
+    assert sample.load(low)[0].num_params() == after.num_params()
+    assert f'--init_from={low} and another --out_dir' in one_line(train(low, '--n_embd=64', dataset=dataset, check=False))
+
+
+def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
+    folder = saved(tmp_path / 'gpt2')
+    with pytest.raises(UserError, match='neither tokenizer.json nor tokenizer.model'):
+        run_factorize(FactorizeSettings(f'hf:{folder}', f'{tmp_path}/low', rank_mlp=40))
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.WordLevel({'</s>': 0} | {f't{n}': n for n in range(1, 100)}, unk_token='</s>')).save(f'{folder}/tokenizer.json')
+    run_factorize(FactorizeSettings(f'hf:{folder}', f'{tmp_path}/low', rank_qk=48, rank_vo=48, rank_mlp=48))
+    written = checkpoint.find(f'{tmp_path}/low')
+    assert (tmp_path / 'low/step_00000000/tokenizer.json').exists()
+    low = build(ModelConfig(**checkpoint.load_state(written)['model']), checkpoint.read_weights(written), written).eval()
+    assert low.blocks[0].attn.q.up.bias.abs().sum() > 0 and low.blocks[0].attn.q.down.bias is None
+    torch.testing.assert_close(low(ids()), build(*hub.load(f'hf:{folder}'), folder).eval()(ids()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_path):
+    low, new = f'{tmp_path}/low', f'{tmp_path}/new'
+    run_factorize(FactorizeSettings(dense, low, energy=0.6, dataset='none'))
+    for args, words in [(dict(from_='nowhere', energy=0.9), 'nowhere: no such directory'), (dict(from_=low, energy=0.9), 'is low-rank already'),
+                        (dict(rank_qk=65), 'rank_qk=65 is larger than the matrix'), (dict(out_dir=dense, energy=0.9), 'holds something already'),
+                        (dict(energy=0.9999, dataset='none'), 'lower it'), (dict(rank_qk=8, dataset='nowhere'), 'no such data set')]:
+        with pytest.raises(UserError, match=words):
+            run_factorize(FactorizeSettings(**dict(from_=dense, out_dir=new) | args))
+    for args, words in [([f'--out_dir={new}', '--energy=0.9'], 'from: is not given'), ([f'--from={dense}', '--energy=0.9'], 'out_dir: is not given'),
+                        ([f'--from={dense}', f'--out_dir={new}'], 'give either energy or ranks'),
+                        ([f'--from={dense}', f'--out_dir={new}', '--energy=0.9', '--rank_qk=8'], 'give either energy or ranks')]:
+        with pytest.raises(UserError, match=words):
+            configure_command({'factorize': (run_factorize, FactorizeSettings)}, ['factorize', *args])
+    assert 'energy=1: takes 0 < energy < 1' in one_line(run('surgery.py', 'factorize', f'--from={dense}', f'--out_dir={new}', '--energy=1'))
+    assert not (tmp_path / 'new').exists() and json.loads((tmp_path / 'low/settings.json').read_text())['ranks']
