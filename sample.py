@@ -29,7 +29,7 @@ import checkpoint
 import hub
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from origin import load_model
+from origin import fill, read_model
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -242,12 +242,12 @@ class Row:
 
 def load(where, which='best'):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
-    model, folder = load_model(where, which)
+    cfg, weights, folder = read_model(where, which)
     description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {model.cfg.vocab_size}: they do not belong together')
-    return model, tokenizer
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
+    return fill(cfg, weights, folder), tokenizer
 
 
 def read_prompt(start):

@@ -9,11 +9,11 @@ from test_hub import saved
 
 import checkpoint
 import hub
-import sample
 from configurator import UserError, configure_command
 from data import Mixture
 from model import LowRank, ModelConfig, Transformer
-from surgery import FactorizeSettings, build, decompose, factorize, factors, input_moments, run_factorize
+from origin import fill, load_model
+from surgery import FactorizeSettings, decompose, factorize, factors, input_moments, run_factorize
 
 
 def random_model(**settings):
@@ -40,7 +40,7 @@ def test_at_full_rank_the_logits_are_the_same(settings, by_inputs, dataset):
     model = random_model(**settings)
     ranks = {name: min(layer.weight.shape) for name, layer in model.named_modules() if name.startswith('blocks') and isinstance(layer, torch.nn.Linear)}
     weights, _ = factorize(model, ranks, moments=input_moments(model, Mixture(dataset, 'train', 32, 0)) if by_inputs else None)
-    low = build(dataclasses.replace(model.cfg, ranks=ranks), weights, 'test').eval()
+    low = fill(dataclasses.replace(model.cfg, ranks=ranks), weights, 'test').eval()
     assert sum(isinstance(layer, LowRank) for layer in low.modules()) == len(ranks)
     torch.testing.assert_close(low(ids()), model(ids()), rtol=1e-5, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_from_a_run_to_a_run(dense, dataset, tmp_path):
     assert abs(log[0]['val_loss'] - loss) < 1e-4 and log[-1]['val_loss'] < loss  # starts where surgery left it, and mends
     done = run('compare.py', dense, low, tuned, '--picture=')
     assert done.returncode == 0 and f'{after.num_params():,}' in done.stdout, done.stderr
-    assert sample.load(low)[0].num_params() == after.num_params()
+    assert load_model(low)[0].num_params() == after.num_params()
     assert f'--init_from={low} and another --out_dir' in one_line(train(low, '--n_embd=64', dataset=dataset, check=False))
 
 
@@ -138,9 +138,9 @@ def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
     run_factorize(FactorizeSettings(f'hf:{folder}', f'{tmp_path}/low', rank_qk=48, rank_vo=48, rank_mlp=48))
     written = checkpoint.find(f'{tmp_path}/low')
     assert (tmp_path / 'low/step_00000000/tokenizer.json').exists()
-    low = build(ModelConfig(**checkpoint.load_state(written)['model']), checkpoint.read_weights(written), written).eval()
+    low = fill(ModelConfig(**checkpoint.load_state(written)['model']), checkpoint.read_weights(written), written).eval()
     assert low.blocks[0].attn.q.up.bias.abs().sum() > 0 and low.blocks[0].attn.q.down.bias is None
-    torch.testing.assert_close(low(ids()), build(*hub.load(f'hf:{folder}'), folder).eval()(ids()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(low(ids()), fill(*hub.load(f'hf:{folder}'), folder).eval()(ids()), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_path):
