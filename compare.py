@@ -277,9 +277,9 @@ def edges(points, chosen):
         values = sorted({p.swept[key] for p in points}) if all(type(p.swept[key]) in (int, float) for p in points) else []
         if len(values) > 1 and value in (values[0], values[-1]):
             near = values[1] if value == values[0] else values[-2]
-            beyond = value * value / near if min(value, near) > 0 else 2 * value - near
+            beyond = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
             beyond = round(beyond) if type(value) is int else float(f'{beyond:.2g}')
-            if beyond not in (0, value):
+            if beyond > 0 and beyond != value:  # nothing is to be added below zero
                 out.append(f'{key}={beyond:g}')
     return out
 

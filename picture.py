@@ -39,7 +39,7 @@ def draw(arms, path, swept=None):
     axes[0].set_ylabel('validation loss (nats per token)')
     label_ends(axes[2], [(arm.loss, arm.name, colours[arm.name]) for arm in arms if arm.seeds()])
     if swept:
-        draw_swept(axes[3], swept, colours)
+        draw_swept(axes[3], swept, {arm.name: arm.swept.get(swept[arm.name][0]) for arm in arms if arm.name in swept}, colours)
         axes[3].xaxis.set_minor_locator(NullLocator())
     for axis in axes:
         axis.grid(alpha=0.25, which='both', linewidth=0.5)
@@ -70,12 +70,13 @@ def label_ends(axis, ends):
         axis.annotate(f'{name}  {loss:.3f}', (1.03, top), xycoords='axes fraction', color=colour, fontsize=9, va='center', annotation_clip=False)
 
 
-def draw_swept(axis, swept, colours):
+def draw_swept(axis, swept, chosen, colours):
     for name, (_, curve) in swept.items():
         x, y, errors = zip(*curve)
         axis.errorbar(x, y, [e or 0 for e in errors], color=colours[name], marker='o', markersize=3.5, linewidth=1.4, capsize=2)
-        lowest = min(curve, key=lambda point: point[1])
-        axis.plot(*lowest[:2], 'o', color=colours[name], markersize=8, fillstyle='none')
+        for point in curve:
+            if point[0] == chosen[name]:
+                axis.plot(*point[:2], 'o', color=colours[name], markersize=8, fillstyle='none')
     values = sorted({x for _, curve in swept.values() for x, _, _ in curve})
     if values[0] > 0:
         axis.set_xscale('log')
