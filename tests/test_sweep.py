@@ -145,7 +145,7 @@ def test_a_dry_run_lists_and_leaves_nothing(make, tmp_path):
 
 
 def test_two_sweeps_never_share_a_folder_nor_does_one_with_what_another_left_running(make, tmp_path):
-    made = make({'a': {}}, {'max_iters': 100000})
+    made = make({'a': {}}, {'max_iters': 300})
     with locked(made.out) as lock:
         assert 'another sweep is running' in one_line(run('compare.py', f'--sweep={write(made, tmp_path / "s.py")}'))
         process = start(expand(made)[0], {}, lock)
