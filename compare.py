@@ -19,7 +19,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from configurator import UserError, configure, run_main
-from sweep import BESIDE, cost, expand, read_log, read_settings, read_sweep, run_missing, state
+from picture import draw
+from sweep import BESIDE, cost, expand, list_runs, read_log, read_settings, read_sweep, run_missing, state
 from sweep import Settings as Training
 
 
@@ -62,22 +63,30 @@ class Arm:
         """{seed: value of `key` at the end of the run} of the finished ones."""
         return {seed: self.runs[seed]['val'][-1][key] for seed in sorted(self.seeds()) if key in self.runs[seed]['val'][-1]}
 
+    def curves(self, against):
+        """(mean, single ones): curves of (x, loss, standard error of the mean) from the first evaluation after step 0 on."""
+        runs = [{r['step']: r for r in run['val'] if r['step'] and math.isfinite(r['val_loss'])} for run in self.runs.values() if run['state'] != 'diverged']
+        runs = [run for run in runs if run]
+        steps = sorted(set.intersection(*map(set, runs))) if runs else []
+        mean = [(statistics.mean(run[step][against] for run in runs), *mean_and_error(run[step]['val_loss'] for run in runs)) for step in steps]
+        return mean, [[(r[against], r['val_loss'], None) for r in run.values()] for run in runs]
+
     @property
     def loss(self):
         return statistics.mean(self.last('val_loss').values()) if self.seeds() else math.inf
 
 
 def read_run(out_dir):
-    """{'out_dir', 'settings', 'state', 'parameters', 'blocks', 'train': records with train_loss, 'val': those with val_loss} of a run. Raises UserError."""
+    """{'out_dir', 'settings', 'state', 'parameters', 'blocks', 'val': records with val_loss} of a run. Raises UserError."""
     try:
         settings, log = read_settings(out_dir), read_log(out_dir)
         if settings is None:
             raise ValueError('no settings.json')
+        parameters, blocks, _ = cost(settings)
     except (OSError, ValueError) as error:
         raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
-    parameters, blocks, _ = cost(settings)
     return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks,
-            'train': [r for r in log if 'train_loss' in r], 'val': [r for r in log if 'val_loss' in r]}
+            'val': [r for r in log if 'val_loss' in r]}
 
 
 def find_runs(patterns):
@@ -113,7 +122,7 @@ def group(runs):
 
 def arm_name(out_dir):
     """out/dense,seed=1 → dense; a folder that is named by its seed alone takes the name of the one above."""
-    parts = [re.sub(r'[,_.-]?(seed|s)[=_-]?\d+$', '', part) for part in os.path.normpath(out_dir).split(os.sep)]
+    parts = [re.sub(r'(^|[,_.-])(seed|s)[=_-]?\d+$', '', part) for part in os.path.normpath(out_dir).split(os.sep)]
     return next((part for part in reversed(parts) if part), out_dir)
 
 
@@ -174,10 +183,9 @@ def row(arm, reference):
     return out
 
 
-def table(arms, reference=None):
-    """A line for each arm, the reference first and then the lowest loss, and below what has to be known to read them."""
-    reference = reference or arms[0]
-    arms = [reference] + sorted((a for a in arms if a is not reference), key=lambda a: a.loss)
+def table(arms):
+    """A line for each arm, the first one as the reference, and below what has to be known to read them."""
+    reference = arms[0]
     heads = ['arm', 'parameters', 'in blocks', 'tokens', 'FLOPs/token', 'FLOPs', 'seconds', 'MiB', 'seeds', 'val loss', 'bits/byte',
              f'minus {reference.name} [95%]']
     rows = [cells(row(arm, reference)) for arm in arms]
@@ -190,8 +198,6 @@ def cells(r):
     def show(value, form):
         return '-' if value is None else format(value, form)
 
-    def loss(key):
-        return show(r[key], '.4f') + ('' if r[key + '_se'] is None else f' ± {r[key + "_se"]:.4f}')
     if r['difference'] is None:
         difference = ''
     elif r['half_width'] is None:
@@ -199,24 +205,34 @@ def cells(r):
     else:
         difference = f'{r["difference"]:+.4f} [{r["difference"] - r["half_width"]:+.4f}, {r["difference"] + r["half_width"]:+.4f}] n={r["pairs"]}'
     return [r['arm'], show(r['parameters'], ','), show(r['block_parameters'], ','), show(r['tokens'], ',.0f'), show(r['flops_per_token'], '.3g'),
-            show(r['flops'], '.3e'), show(r['seconds'], '.0f'), show(r['memory_mib'], '.0f'), str(r['seeds']), loss('val_loss'), loss('val_bpb'), difference]
+            show(r['flops'], '.3e'), show(r['seconds'], '.0f'), show(r['memory_mib'], '.0f'), str(r['seeds']),
+            plus_minus(r['val_loss'], r['val_loss_se']), plus_minus(r['val_bpb'], r['val_bpb_se']), difference]
+
+
+def plus_minus(mean, error):
+    return '-' if mean is None else f'{mean:.4f}' if error is None else f'{mean:.4f} ± {error:.4f}'
 
 
 def notes(arms, reference):
     """What the figures leave out or cannot say, a line each."""
     lines = []
     for arm in arms:
-        for name, seeds in (('diverged', arm.seeds('diverged')), ('not finished, left out', set(arm.runs) - arm.seeds() - arm.seeds('diverged'))):
-            if seeds:
-                lines.append(f'{arm.name}: {name}: seed {", ".join(map(str, sorted(seeds)))}')
+        if arm.seeds('diverged'):
+            lines.append(f'{arm.name}: diverged: seed {listed(arm.seeds("diverged"))}')
+        for seed in sorted(set(arm.runs) - arm.seeds() - arm.seeds('diverged')):
+            lines.append(f'{arm.name}: seed {seed} is not finished ({arm.runs[seed]["state"]} of {arm.runs[seed]["settings"].max_iters}) and left out')
         alone = arm.seeds() ^ reference.seeds()
         if alone and arm.seeds() and reference.seeds():
-            lines.append(f'{arm.name}: seed {", ".join(map(str, sorted(alone)))} has no partner and is left out of the difference')
+            lines.append(f'{arm.name}: seed {listed(alone)} has no partner and is left out of the difference')
     runs = [run for arm in arms for run in arm.runs.values()]
     if len({validation(run['settings']) for run in runs}) > 1:
         lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size): '
                      'their losses are not comparable')
     return lines
+
+
+def listed(seeds):
+    return ', '.join(map(str, sorted(seeds)))
 
 
 def validation(s):
@@ -261,23 +277,33 @@ def edges(points, chosen):
         values = sorted({p.swept[key] for p in points}) if all(type(p.swept[key]) in (int, float) for p in points) else []
         if len(values) > 1 and value in (values[0], values[-1]):
             near = values[1] if value == values[0] else values[-2]
-            beyond = value * value / near if min(value, near) > 0 else 2 * value - near
-            out.append(f'{key}={round(beyond) if type(value) is int else float(f"{beyond:.2g}"):g}')
+            beyond = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
+            beyond = round(beyond) if type(value) is int else float(f'{beyond:.2g}')
+            if beyond > 0 and beyond != value:  # nothing is to be added below zero
+                out.append(f'{key}={beyond:g}')
     return out
 
 
 def sweep_report(name, points):
     """The settings of one arm, a line each, the best marked, and a warning where it is at the edge."""
     chosen, lines = best(points), [f'{name}:']
-    for p in points:
-        values = p.last('val_loss').values()
-        mean, error = mean_and_error(values) if values else (None, None)
-        result = '' if mean is None else f'{mean:.4f}' + (f' ± {error:.4f}' if error else '') + f' n={len(values)}'
-        result += f' diverged: {len(p.seeds("diverged"))}' * bool(p.seeds('diverged'))
-        setting = ' '.join(f'{key}={value}' for key, value in p.swept.items())
-        lines.append(f'  {"*" if p is chosen else " "} {setting:28}  {result.strip() or "not run"}')
+    settings = [' '.join(f'{key}={value}' for key, value in p.swept.items()) for p in points]
+    for p, setting in zip(points, settings):
+        values, diverged = p.last('val_loss').values(), p.seeds('diverged')
+        result = [plus_minus(*mean_and_error(values)) + f' n={len(values)}'] if values else []
+        result += [f'diverged: seed {listed(diverged)}'] if diverged else []
+        lines.append(f'  {"*" if p is chosen else " "} {setting:{max(map(len, settings))}}  {", ".join(result) or "not run"}')
     found = edges(points, chosen) if chosen.seeds() else []
     return '\n'.join(lines + [f'  best at the edge: add {", ".join(found)}'] * bool(found))
+
+
+def swept_curve(points):
+    """(setting, [(its value, mean loss, standard error)]): over the first swept setting that takes numbers, the others at their best."""
+    key, lowest = next((key for key in points[0].swept if len({p.swept[key] for p in points if type(p.swept[key]) in (int, float)}) > 1), None), {}
+    for p in sorted(points, key=lambda p: p.loss, reverse=True):
+        if key and p.seeds():
+            lowest[p.swept[key]] = mean_and_error(p.last('val_loss').values())
+    return key, [(x, *lowest[x]) for x in sorted(lowest)]
 
 
 def sweep_points(runs):
@@ -293,76 +319,48 @@ def sweep_points(runs):
     return arms
 
 
-def list_runs(runs):
-    """What a sweep would run."""
-    width = max(len(run.name) for run in runs)
-    lines = [f'{"run":{width}}  parameters   steps      FLOPs  state']
-    lines += [f'{r.name:{width}}  {r.parameters:10,}  {r.settings.max_iters:6,}  {r.flops:9.2e}  {state(r.out_dir, r.settings)}' for r in runs]
-    left = [r for r in runs if state(r.out_dir, r.settings) not in ('done', 'diverged')]
-    return '\n'.join(lines + [f'{len(runs)} runs, {len(left)} to do: {sum(r.flops for r in left):.2e} FLOPs'])
-
-
-# -----------------------------------------------------------------------------
-# The picture
-
-def draw(arms, path, sweeps=None):
-    """Validation loss against tokens, FLOPs and seconds, and for a sweep the final loss against what is swept."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
-    figure = Figure(figsize=(13, 4), layout='constrained')
-    for axis, against in zip(figure.subplots(1, 3, sharey=True), ('tokens', 'flops', 'seconds')):
-        for n, arm in enumerate(arms):
-            for run in arm.runs.values():
-                axis.plot([r[against] for r in run['val']], [r['val_loss'] for r in run['val']], 'o-', color=f'C{n}', markersize=3)
-        axis.set_xlabel(against)
-        axis.grid(alpha=0.3)
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f'picture={path}: {error}') from None
-
-
 # -----------------------------------------------------------------------------
 
-def report(s, arms, sweeps=None):
+def report(s, arms, folder, swept=None):
     """Print the table of arms, and write the csv file and the picture that the settings ask for."""
     known = {arm.name: arm for arm in arms}
     if s.reference and s.reference not in known:
         raise UserError(f'reference={s.reference}: takes one of {", ".join(known)}')
     reference = known[s.reference] if s.reference else arms[0]
-    print(table(arms, reference))
+    arms = [reference] + sorted((arm for arm in arms if arm is not reference), key=lambda arm: arm.loss)
+    print(table(arms))
     if s.csv:
         write_csv([row(arm, reference) for arm in arms], s.csv)
     if s.picture:
-        path = s.picture if s.picture != 'auto' else os.path.join(s.sweep_out if s.sweep else 'out', 'compare.png')
-        draw([arm for arm in arms if any(run['val'] for run in arm.runs.values())], path, sweeps)
+        path = os.path.join(folder, 'compare.png') if s.picture == 'auto' else s.picture
+        draw(arms, path, swept)
         print(f'drawn: {path}')
 
 
-def report_sweep(s, runs):
+def report_sweep(s, runs, folder):
+    """The settings of every arm, then the report of the arms at their best."""
     arms = sweep_points(runs)
     for name, points in arms.items():
         if len(points) > 1:
             print(sweep_report(name, points) + '\n')
-    report(s, [best(points) for points in arms.values() if any(p.runs for p in points)], arms)
+    found = [best(points) for points in arms.values() if any(p.runs for p in points)]
+    if found:
+        report(s, found, folder, {name: curve for name, points in arms.items() if len((curve := swept_curve(points))[1]) > 1})
 
 
 def main():
     s = configure(Settings)
     if not s.sweep:
-        return report(s, group([read_run(out_dir) for out_dir in find_runs(s.runs)]))
-    sweep = read_sweep(s.sweep)
-    s.sweep_out, runs, problem = sweep.out, expand(sweep), None
+        return report(s, group([read_run(out_dir) for out_dir in find_runs(s.runs)]), 'out')
+    sweep, problem = read_sweep(s.sweep), None
+    runs = expand(sweep)
     if s.dry_run:
         return print(list_runs(runs))
     try:
         run_missing(sweep, s.jobs)
     except UserError as error:  # some failed: report the others first
         problem = error
-    report_sweep(s, runs)
+    report_sweep(s, runs, sweep.out)
     if problem:
         raise problem
 

@@ -108,6 +108,8 @@ def read_sweep(path):
 def expand(sweep):
     """The runs of a sweep, seed by seed, so that arms can be compared before the last seed is done. Raises UserError for what cannot work."""
     check(sweep)
+    for key in sweep.base if isinstance(sweep.base, dict) else ():
+        find_field(Settings, key, f'base: {key}')
     rows, total = [], None  # a row: the runs of one setting, a seed each
     for n, (name, arm) in enumerate(sweep.arms.items()):
         fixed, swept = split(name, {key: value for key, value in arm.items() if key not in ('seeds', 'budget')})
@@ -249,6 +251,15 @@ def state(out_dir, s):
     if val and (val[-1]['step'] >= s.max_iters or s.target_val_loss and val[-1]['val_loss'] <= s.target_val_loss):
         return 'done' if math.isfinite(val[-1]['val_loss']) else 'diverged'
     return f'step {records[-1]["step"]}' if records else 'to do'
+
+
+def list_runs(runs):
+    """What a sweep would run."""
+    width = max(len(run.name) for run in runs)
+    lines = [f'{"run":{width}}  parameters   steps      FLOPs  state']
+    lines += [f'{r.name:{width}}  {r.parameters:10,}  {r.settings.max_iters:6,}  {r.flops:9.2e}  {state(r.out_dir, r.settings)}' for r in runs]
+    left = [r for r in runs if state(r.out_dir, r.settings) not in ('done', 'diverged')]
+    return '\n'.join(lines + [f'{len(runs)} runs, {len(left)} to do: {sum(r.flops for r in left):.2e} FLOPs'])
 
 
 # -----------------------------------------------------------------------------
