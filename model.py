@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class ModelConfig:
     arch: Literal['decoder', 'markov'] = 'decoder'  # markov: the next token follows from the one before alone; a V x V table of logits, or with
-    # rank_embed an embedding and a head of that width. Of the settings below it knows vocab_size, block_size, dropout, softcap and rank_embed only
+    # rank_embed an embedding and a head of that width. It knows vocab_size and block_size, and with rank_embed dropout and softcap; the rest is ignored
     vocab_size: int = 0  # number of tokens; 0 = as the data set says
     block_size: int = 1024  # context length in tokens
     n_layer: int = 12

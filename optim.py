@@ -10,7 +10,7 @@ import torch
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = 6e-4  # the highest one
+    learning_rate: float = 6e-4  # the highest one; of a full Markov table (arch=markov): targets of a step over pseudo-counts, thousands
     max_iters: int = 10000  # steps; a step is one update of the weights
     schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # how the rate falls to min_lr; wsd: constant, then linear over the last cooldown
     decay_lr: bool = True  # False: constant after the warm-up

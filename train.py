@@ -338,6 +338,8 @@ def set_up(s, device, ranks):
     state = origin.get('state')
     s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
     planned = derive(s, state, device, ranks) if s.is_planned else {}
+    if ranks.world > 1 and device.type == 'cuda' and s.arch == 'markov' and not s.rank_embed:
+        raise UserError('arch=markov: NCCL cannot add up the sparse counts of a full table: use one process, or --device=cpu')
     rows = s.batch_size * s.gradient_accumulation_steps
     if rows % ranks.world:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '

@@ -7,9 +7,10 @@ dataset = 'pubmed'
 arch = 'markov'
 
 packing, block_size = 'document', 512  # an abstract a row
-batch_size = 16  # 5,500 targets a step
-max_iters = 520
-learning_rate = 5500.0  # targets of a step over pseudo-counts: the table begins as one observation of each token's successors
+batch_size = 16  # 5,500 targets a step; an epoch of 827 abstracts is 52 steps (of the original's 45,000: 2,812)
+max_iters = 104
+learning_rate = 55.0  # targets of a step over pseudo-counts: the table's random start weighs as 100 observations of each row's token. 5500 comes
+# within 0.01 nats of the training text's own frequencies in five epochs, and is 0.6 worse on other text
 decay_lr, warmup_iters = False, 0  # every target counts the same
 grad_clip = 0.0
 eval_interval, eval_iters = 52, 0

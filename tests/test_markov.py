@@ -179,7 +179,7 @@ def test_a_step_takes_a_third_of_the_memory_of_dense_adamw():
 # train.py and sample.py
 
 MARKOV = ['--arch=markov', '--learning_rate=100', '--decay_lr=False', '--warmup_iters=0']
-LOW = ['--arch=markov', '--rank_embed=8', '--dropout=0.1']
+LOW = ['--arch=markov', '--rank_embed=16', '--dropout=0.1', '--learning_rate=3e-2']
 
 
 def weights(out_dir, step=10):
