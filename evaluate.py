@@ -19,11 +19,11 @@ import torch
 
 import checkpoint
 import ngrams
-from configurator import UserError, configure, run_main
+from configurator import UserError, configure, from_dict, run_main
 from data import Source, TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
-from sample import load_checkpoint
+from model import ModelConfig, make_model
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -38,9 +38,11 @@ class LossSettings(DeviceConfig):
 
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
-    device = pick_device(s.device)
-    (model, state), dtype = load_checkpoint(folder), pick_dtype(s.dtype, device)
-    model.to(device)
+    state, device = checkpoint.load_state(folder), pick_device(s.device)
+    dtype = pick_dtype(s.dtype, device)
+    model = make_model(from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json')), init=False)
+    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    model.to(device).eval()
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
     out = {}

@@ -243,29 +243,18 @@ class Row:
 def load(where, which='best'):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
     if hub.knows(where):
-        model = fill(*hub.load(where), where)
+        cfg, weights = hub.load(where)
         folder, description = hub.tokenizer(where)
     else:
         folder = checkpoint.find(where, which)
-        model, state = load_checkpoint(folder)
-        description = state['tokenizer']
+        state, weights = checkpoint.load_state(folder), checkpoint.read_weights(folder)
+        cfg, description = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json')), state['tokenizer']
     tokenizer = load_tokenizer(description, folder)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {model.cfg.vocab_size}: they do not belong together')
-    return model, tokenizer
-
-
-def load_checkpoint(folder):
-    """(model in eval mode, state.json) of a checkpoint directory."""
-    state = checkpoint.load_state(folder)
-    return fill(from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json')), checkpoint.read_weights(folder), folder), state
-
-
-def fill(cfg, weights, where):
-    """The network of a ModelConfig in eval mode, with these weights."""
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     model = make_model(cfg, init=False)
-    checkpoint.load_weights(model, weights, where)
-    return model.eval()
+    checkpoint.load_weights(model, weights, folder)
+    return model.eval(), tokenizer
 
 
 def read_prompt(start):
