@@ -100,10 +100,10 @@ class Rung:
 
 def count_rungs(train, val, vocab_size, block_size):
     """(rungs below a bigram, bigrams, rungs above): models in closed form. Their smoothing is chosen on the last tenth of `train`."""
-    ends = np.arange(0, len(val) - 1, block_size)  # the rows of the trained models, for the same standard error
+    starts = np.arange(0, len(val) - 1, block_size)  # the rows of the trained models, for the same standard error
 
     def rung(name, nats, kind='counts'):
-        return Rung(name, kind, *mean_and_error(np.add.reduceat(nats, ends), np.diff(ends, append=len(nats))))
+        return Rung(name, kind, *mean_and_error(np.add.reduceat(nats, starts), np.diff(starts, append=len(nats))))
     below = [rung('uniform', np.full(len(val) - 1, math.log(vocab_size))), rung('unigram', ngrams.tuned(ngrams.unigram, train, val, vocab_size)[0])]
     interpolated, k = ngrams.tuned(ngrams.interpolated_bigram, train, val, vocab_size)
     bigrams = [rung('bigram, add k', ngrams.tuned(ngrams.bigram, train, val, vocab_size)[0]), rung('bigram, interpolated', interpolated)]
@@ -122,8 +122,8 @@ def plan_training(s, files):
     for name, arm in sweep.arms.items():
         given = sweep.base | arm
         if given.get('rank_embed', 0) < files.vocab_size:
-            steps = -(-(files.tokens - 1) // (given['block_size'] * given['batch_size']))
-            arms[name] = {'max_iters': steps, 'eval_interval': given.get('max_iters', steps)} | arm
+            steps = given.get('max_iters', -(-(files.tokens - 1) // (given['block_size'] * given['batch_size'])))
+            arms[name] = {'max_iters': steps, 'eval_interval': steps} | arm
     machine = {f.name: getattr(s, f.name) for f in fields(DeviceConfig)}
     return replace(sweep, base=machine | sweep.base | {'dataset': s.dataset}, arms=arms, out=s.out)
 
