@@ -136,7 +136,7 @@ def run_one(s):
 
 RIGHT = {'dataset': 'data/stories', 'block_size': 64, 'batch_size': 8, 'gradient_accumulation_steps': 4, 'max_iters': 300, 'n_layer': 6, 'mlp': 'silu',
          'qk_norm': False, 'weight_decay': 0.0, 'beta2': 0.999, 'dtype': 'bfloat16', 'compile': False, 'eval_interval': 10 ** 6, 'eval_iters': 40,
-         'sample_tokens': 0}
+         'sample_tokens': 0, 'target_val_loss': 1e-9}  # the last: never reached, but a race is not evaluated before its first step
 ARMS = {'dense': {'n_embd': 192, 'n_head': 6},
         'lowrank': {'n_embd': 256, 'n_head': 8, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96, 'mlp_norm': True}}
 QUICK = {'n_layer': 4, 'max_iters': 100}  # and half of the widths, heads and ranks
