@@ -149,13 +149,19 @@ SEEDS = {'right': (1, 2, 3), 'blog': (1, 2, 3)}  # of the others: 1
 CONDITIONS = ['right', *(f'right+{name}' for name in FAULTS), 'blog', *(f'blog-{name}' for name in FAULTS)]
 
 
+def recipe(s, arm):
+    """The settings of an arm's runs, the faults left out."""
+    if not s.quick:
+        return RIGHT | ARMS[arm]
+    return RIGHT | {name: value // 2 if type(value) is int else value for name, value in ARMS[arm].items()} | QUICK
+
+
 def val_loss(s, arm, condition, rate, seed):
     """Validation loss of all tokens at the end of a run, which is made if it is not there; inf if it diverges."""
     out = f'{s.out_dir}/{arm}_{condition}_{rate:g}_{seed}'
     path = f'{out}/final_val_loss'
     if not os.path.exists(path):
-        sizes = ({name: value // 2 if type(value) is int else value for name, value in ARMS[arm].items()} | QUICK) if s.quick else ARMS[arm]
-        own = RIGHT | sizes | {'condition': condition, 'learning_rate': rate, 'seed': seed}
+        own = recipe(s, arm) | {'condition': condition, 'learning_rate': rate, 'seed': seed}
         asked = [arg for arg in sys.argv[1:] if not arg.startswith('--only')]
         command = [sys.executable, __file__, *(f'--{key}={value}' for key, value in own.items()), *asked, f'--out_dir={out}']
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -121,7 +121,16 @@ def test_unguarded_starts_at_the_full_rate_clips_single_values_and_forgets_what_
     assert logits[0].tolist() == [0, 0] and logits[1, 1] > 0.9
 
 
-# --- the table ---
+# --- the runs and the table ---
+
+@pytest.mark.parametrize('quick, parameters', [(False, 2_654_208), (True, 442_368)])
+def test_both_arms_have_equal_parameters_in_their_blocks(quick, parameters):
+    for arm in blog.ARMS:
+        recipe = blog.recipe(blog.Settings(quick=quick), arm)
+        with torch.device('meta'):
+            network = model.Transformer(model.ModelConfig(vocab_size=64, **{k: v for k, v in recipe.items() if hasattr(model.ModelConfig, k)}))
+        assert sum(p.numel() for p in network.blocks.parameters() if p.ndim == 2) == parameters
+
 
 def test_the_table_has_every_condition_and_its_cost_on_the_same_seed(monkeypatch):
     def loss(s, arm, condition, rate, seed):
