@@ -82,7 +82,7 @@ def read_run(out_dir):
         settings, log = read_settings(out_dir), read_log(out_dir)
         if settings is None:
             raise ValueError('no settings.json')
-        parameters, blocks, _ = cost(settings)
+        parameters, blocks, *_ = cost(settings)
     except (OSError, ValueError) as error:
         raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
     return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks,

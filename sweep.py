@@ -150,9 +150,9 @@ def make_run(sweep, name, fixed, swept, seed, flops=None):
     given = shared | fixed | swept | {'seed': seed, 'out_dir': os.path.join(sweep.out, folder)}
     try:
         s = settle(files, given)
-        parameters, _, flops_per_step = cost(s)
+        parameters, _, per_step, guides = cost(s)
         if flops:
-            given['max_iters'] = max(1, round(flops / flops_per_step))
+            given['max_iters'] = max(1, round((flops - guides) / per_step))
             if s.lr_decay_iters:
                 given['lr_decay_iters'] = max(1, round(s.lr_decay_iters * given['max_iters'] / s.max_iters))
         for key, value in (('sample_tokens', 0), ('keep_checkpoints', 1)):  # nobody looks at the samples, and a hundred runs fill a disk
@@ -161,7 +161,7 @@ def make_run(sweep, name, fixed, swept, seed, flops=None):
         s = settle(files, given)
     except UserError as error:
         raise UserError(f'arms: {folder}: {error}') from None
-    return Run(name, swept, s, arguments(files, given), parameters, flops_per_step * s.max_iters)
+    return Run(name, swept, s, arguments(files, given), parameters, guides + per_step * s.max_iters)
 
 
 def arguments(files, given):
@@ -196,11 +196,17 @@ def vocabulary(dataset):
 
 
 def cost(s):
-    """(parameters, those of the blocks, floating-point operations of a step, the optimizer's included) of a run, without making its network."""
+    """
+    (parameters, those of the blocks, floating-point operations of a step, the optimizer's included, and what the guides of low-rank layers
+    take while they last) of a run, without making its network.
+    """
+    def per_step(model):
+        return model.flops_per_token() * s.batch_size * s.gradient_accumulation_steps * s.block_size + optimizer_flops(make_optimizer(model, s))
     with torch.device('meta'):
-        model = make_model(model_config(s), init=False)
-    per_step = model.flops_per_token() * s.batch_size * s.gradient_accumulation_steps * s.block_size + optimizer_flops(make_optimizer(model, s))
-    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.')), per_step
+        model = make_model(dataclasses.replace(model_config(s), rank_guide=0), init=False)
+        guided = make_model(model_config(s), init=False) if s.rank_guide else model
+    guides = s.rank_guide * (per_step(guided) - per_step(model))
+    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.')), per_step(model), guides
 
 
 def slug(value):

@@ -268,7 +268,7 @@ def describe(s, run, ranks):
     """What is about to be trained, in a few lines."""
     rows = s.batch_size * s.gradient_accumulation_steps
     network = 'a Markov chain' if s.arch == 'markov' else f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
-    low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head') if getattr(s, name))
+    low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
     ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
