@@ -12,7 +12,7 @@ from conftest import TINY, one_line, read_log, run, train
 import checkpoint
 import model
 import train as training
-from data import Mixture
+from data import Mixture, validation_batch
 from experiments import blog
 from optim import learning_rate, make_optimizer
 
@@ -66,7 +66,7 @@ def test_last_only_the_last_column_of_the_targets_remains_and_only_in_training(f
     _, x, y = micro[0]
     assert targets == 4 and (y[:, :-1] == -1).all() and (y[:, -1] >= 0).all() and (x[:, 1:] >= 0).all()
     source = training.Source(dataset, 'val', 32, 'stream')
-    assert (training.validation_batch(source, range(4), 4)[1] >= 0).all()
+    assert (validation_batch(source, range(4), 4)[1] >= 0).all()
 
 
 def test_overlap_uses_22_of_120_rows_the_inner_ones_eight_times(faulty):
