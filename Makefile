@@ -24,6 +24,6 @@ demo: .venv/demo
 
 test: .venv/test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test
