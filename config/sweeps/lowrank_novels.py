@@ -1,20 +1,7 @@
-# What low rank costs, and where it pays: rates of every arm on one seed, all for the FLOPs of the dense one. The finalists follow in
-# lowrank_novels_final.py, the same on stories in lowrank.py
+# config/sweeps/lowrank.py on novels
 #   python prepare.py FOLDER_OF_NOVELS --out=data/novels --tokenizer=bpe:4096
 #   python compare.py --sweep=config/sweeps/lowrank_novels.py --jobs=2
-base = 'config/lowrank_study.py'
-budget = 'flops'
-out = 'out/sweeps/lowrank_novels'
+from config.sweeps.lowrank import *  # noqa: F403
+from config.sweeps.lowrank import arms as _arms
 
-_qk = r'attn\.[qk]\.'
-_rates = {'muon_lr': [0.03, 0.05], 'lr_scale': [{_qk: 2}, {_qk: 4}]}
-_wide = {'n_embd': 256, 'n_head': 8, 'd_ff': 592, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96}  # 2.65M weights in the blocks, as the dense arm
-
-arms = {
-    'dense': _rates,
-    'qk24': {'rank_qk': 24, 'muon_lr': [0.03, 0.05], 'lr_scale': [{_qk: 1}, {_qk: 2}]},  # queries and keys alone: 2.32M
-    'smaller_dense': {'d_ff': 416, **_rates},  # dense, and as few weights and as many tokens as qk24
-    'low_rank': {**_wide, 'muon_lr': [0.03, 0.05]},
-    'low_rank_silu': {**_wide, 'rank_act': 'silu', 'rank_act_qk': 'none', 'muon_lr': [0.03, 0.05]},  # CoLA, but for queries and keys
-}
-arms = {name: {'dataset': 'novels', **arm} for name, arm in arms.items()}
+arms = {name: {'dataset': 'novels', **arm} for name, arm in _arms.items()}
