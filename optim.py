@@ -30,7 +30,8 @@ class OptimConfig:
     embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
     head_lr: float | None = None  # of the head, and of an embedding tied to it
     scalar_lr: float | None = None  # of norms, biases and the mix of values
-    lr_scale: dict = field(default_factory=dict)  # multiples of these rates for tensors whose name matches: {'attn.[qk]': 2, 'blocks.*.up.weight': 0.5}
+    lr_scale: dict = field(default_factory=dict)  # multiples of these rates for tensors whose name matches: {'attn.[qk]': 2}; muP for low-rank
+    # factors under AdamW: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (Qiu et al. 2024, arXiv 2406.06248)
     momentum: float = 0.95  # Muon's, Nesterov
     momentum_warmup: int = 300  # steps in which it rises from 0.85 (or stays, if it is lower); 0 = at once (modded-nanogpt, record 9)
     beta1: float = 0.9  # AdamW's
