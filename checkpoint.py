@@ -204,12 +204,14 @@ def load_weights(model, weights, where):
 
 
 def load_optimizer(folder, optimizer):
-    """Take over the moments; rates, betas and decay stay those that the optimizer was made with. Raises UserError for other groups of tensors."""
-    settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True))
-    except ValueError:
-        raise UserError(f'{folder}: its tensors are grouped by other rates: give embed_lr, head_lr and scalar_lr as they were, or another --out_dir with '
-                        f'--init_from={folder}') from None
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
+    """
+    Take over the moments of every tensor, by its name; rates, betas and decay stay those that the optimizer was made with. Raises UserError for
+    moments of other tensors.
+    """
+    stored, own = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True), optimizer.state_dict()
+    names, wanted = ([name for group in groups for name in group.get('param_names', ())] for groups in (stored['param_groups'], own['param_groups']))
+    if sorted(names) != sorted(wanted):
+        raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
+    places = {name: n for n, name in enumerate(wanted)}
+    own['state'] = {places[name]: stored['state'][n] for n, name in enumerate(names) if n in stored['state']}
+    optimizer.load_state_dict(own)

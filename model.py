@@ -70,7 +70,7 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
-        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_blocks', 'rank_guide'):
+        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed', 'rank_head', 'rank_blocks', 'rank_guide'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.dropout < 1:
@@ -90,36 +90,44 @@ class ModelConfig:
     def check_ranks(self):
         sizes = self.sizes()
         for name in self.ranks:
-            layer, _, matrix = name.removeprefix('blocks.').partition('.') if name.startswith('blocks.') else ('0', '', name)
-            if matrix not in sizes or not (layer.isdecimal() and int(layer) < self.n_layer):
+            layer, _, matrix = name[7:].partition('.') if str(name).startswith('blocks.') else ('0', '', name)
+            if matrix not in sizes or layer not in map(str, range(self.n_layer)):
                 raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, or one of a single block as blocks.0.attn.q')
         table = (self.vocab_size or self.n_embd, self.n_embd)
-        named = [(group, getattr(self, group), sizes[name]) for name, group in RANK_OF.items()]
+        named = [(group, getattr(self, group), sizes[name]) for name, group in RANK_OF.items() if name in sizes]
         named += [(f'ranks: {name}', rank, sizes[name.split('.', 2)[-1] if name.startswith('blocks.') else name]) for name, rank in self.ranks.items()]
         for name, rank, (n_in, n_out) in named + [('rank_embed', self.rank_embed, table), ('rank_head', self.rank_head, table)]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
                 raise ValueError(f'{name}={rank}: takes a whole number, 0 for a dense matrix')
             if rank > min(n_in, n_out):
                 raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
-        if any(n % self.rank_blocks for size in sizes.values() for n in size) if self.rank_blocks else False:
-            raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide all sides of the matrices, {sizes}')
+        low_rank = {name for name in sizes for layer in range(self.n_layer) if self.rank(layer, name)}
+        for name in ('first_block_dense', 'rank_identity', 'rank_blocks', 'rank_guide'):
+            if getattr(self, name) and not low_rank:
+                raise ValueError(f'{name}={getattr(self, name)}: no matrix of the blocks is low-rank: set rank_qk, rank_vo, rank_mlp or ranks too')
+        for name in low_rank if self.rank_blocks else ():
+            if any(n % self.rank_blocks for n in sizes[name]):
+                raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide both sides of {name}, {sizes[name][0]} x {sizes[name][1]}')
 
     def sizes(self):
         """{matrix of a block: (inputs, outputs)}."""
-        q, kv = self.n_head * self.d_head, self.kv_heads * self.d_head
+        q, kv, gated = self.n_head * self.d_head, self.kv_heads * self.d_head, self.mlp in ('swiglu', 'geglu')
         return {'attn.q': (self.n_embd, q), 'attn.k': (self.n_embd, kv), 'attn.v': (self.n_embd, kv), 'attn.o': (q, self.n_embd),
-                'mlp.up': (self.n_embd, self.mlp_width), 'mlp.gate': (self.n_embd, self.mlp_width), 'mlp.down': (self.mlp_width, self.n_embd)}
+                'mlp.up': (self.n_embd, self.mlp_width), **({'mlp.gate': (self.n_embd, self.mlp_width)} if gated else {}),
+                'mlp.down': (self.mlp_width, self.n_embd)}
 
     def rank(self, layer, name):
         """The rank of a matrix of a block, 0 for a dense one: the most particular setting counts."""
-        group = 0 if self.first_block_dense and layer == 0 else getattr(self, RANK_OF[name])
-        return self.ranks.get(f'blocks.{layer}.{name}', self.ranks.get(name, group))
+        general = 0 if self.first_block_dense and layer == 0 else self.ranks.get(name, getattr(self, RANK_OF[name]))
+        return self.ranks.get(f'blocks.{layer}.{name}', general)
 
     def check_markov(self):
         if self.rank_embed > (self.vocab_size or self.rank_embed):
             raise ValueError(f'rank_embed={self.rank_embed} is larger than the table ({self.vocab_size} x {self.vocab_size}): lower it, or 0 for a full table')
         if self.rank_head:
             raise ValueError(f"rank_head={self.rank_head}: arch='markov' has one rank, rank_embed: leave rank_head out")
+        if self.rank_guide:
+            raise ValueError(f"rank_guide={self.rank_guide}: arch='markov' has no layers to guide: leave it out")
         if self.softcap and not self.rank_embed:
             raise ValueError(f"softcap={self.softcap}: arch='markov' takes it with rank_embed only: a full table may learn any logits")
 
@@ -177,7 +185,7 @@ class LowRank(nn.Module):
     def forward(self, x):
         y = self.up(self.act(self.down(x)))
         if self.identity is not None:
-            y = y + self.identity * x
+            y = y + self.identity * x.type_as(y)
         if self.blocks is not None:
             y = y + torch.einsum('...ni,noi->...no', x.unflatten(-1, (len(self.blocks), -1)), self.blocks.type_as(x)).flatten(-2)
         return y if self.guide is None else y + self.share.type_as(y) * (self.guide(x) - y)
@@ -266,7 +274,7 @@ class MLP(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.up = linear(cfg, layer, 'mlp.up')
-        self.gate = linear(cfg, layer, 'mlp.gate') if cfg.mlp in ('swiglu', 'geglu') else None
+        self.gate = linear(cfg, layer, 'mlp.gate') if 'mlp.gate' in cfg.sizes() else None
         self.norm = norm(cfg.mlp_width, cfg) if cfg.mlp_norm else nn.Identity()
         self.down = linear(cfg, layer, 'mlp.down')
         self.act = ACTIVATIONS[cfg.mlp]
@@ -523,7 +531,7 @@ def init_linear(layer, cfg, scale, zero):
         nn.init.normal_(layer.weight, std=std)
     if zero:
         nn.init.zeros_(last.weight)
-    if low_rank and layer.guide is not None:
+    if low_rank and layer.guide is not None:  # as the product, so that without an activation nothing jumps when its share begins to fall
         layer.guide.weight.copy_(layer.up.weight @ layer.down.weight)
     if last.bias is not None:
         nn.init.zeros_(last.bias)
@@ -605,7 +613,9 @@ class Markov(nn.Module):
         logits = self.head(h).float()
         return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
 
-    @torch.compiler.disable  # its sizes differ from batch to batch
+    def compile(self, *args, **kwargs):
+        """Does nothing: the sizes in forward() differ from batch to batch."""
+
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):
         """As Transformer's."""
         if targets is None:

@@ -22,7 +22,7 @@ class OptimConfig:
     min_lr: float | None = None  # None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
     weight_decay: float = 0.1  # on matrices; never on norms and biases, and under Muon not on embeddings and head
-    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of low-rank matrices: on each factor, which shrinks the rank (Kobayashi et al.
+    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of the blocks' low-rank matrices: on each factor, which shrinks the rank (Kobayashi et al.
     # 2024, arXiv 2410.23819), on their product (Khodak et al. 2021, arXiv 2105.01029), or none
     optimizer: Literal['adamw', 'muon', 'spectron'] = 'adamw'  # muon: all matrices but embeddings and head by Muon, these and the rest by AdamW;
     # spectron: the same, and the step of low-rank factors is bounded by their norms (arXiv 2602.12429)
@@ -51,6 +51,10 @@ class OptimConfig:
         for pattern, scale in self.lr_scale.items():
             if not isinstance(pattern, str) or isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
                 raise ValueError(f'lr_scale={self.lr_scale}: takes patterns of names, and for each a number of at least 0')
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f'lr_scale: {pattern!r} is no pattern: {error}') from None
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
 
@@ -132,7 +136,7 @@ class Muon(torch.optim.AdamW):
     def bounds(self):
         """
         {factor: what to scale its orthogonal step by} = 1 / (|down| + |up| + 1), so that the product's spectral norm changes by no more
-        than the rate: |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429).
+        than the rate: |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429), as far as orthogonalize() is exact, to 1.2.
         """
         bounds = {}
         for down, up in self.pairs:
@@ -145,8 +149,8 @@ class Muon(torch.optim.AdamW):
         if 'direction' not in state:
             self.momentum_of(p)
             state['direction'] = torch.ones_like(p[0])
-        along = p @ state['direction']
-        state['direction'] = torch.nn.functional.normalize(p.T @ along, dim=0)
+        new = torch.nn.functional.normalize(p.T @ (p @ state['direction']), dim=0)
+        state['direction'] = torch.where(new.any(), new, state['direction'])  # a matrix that starts at zero has none yet
         return (p @ state['direction']).norm()
 
     def decay_products(self):
@@ -175,14 +179,16 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     """
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions, as in nanoGPT; for optimizer='muon'
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
-    Raises UserError for a pattern of lr_scale that no name matches.
+    Raises UserError for a pattern of lr_scale that no name matches, and for spectron without low-rank matrices.
     """
     muon, groups, names = cfg.optimizer != 'adamw', {}, [name for name, _ in model.named_parameters()]
     for pattern in cfg.lr_scale:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(re.search(pattern, name) or re.search(pattern, name.replace('.down.', '.guide.')) for name in names):  # guides may be gone already
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; the names are like {", ".join(names[:2] + names[-2:])}')
     head = 'head.weight' if 'head.weight' in names else 'wte.weight'  # tied
     pairs = getattr(model, 'factors', list)()
+    if cfg.optimizer == 'spectron' and not pairs:
+        raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or rank_mlp')
     factors = {p for pair in pairs for p in pair} if cfg.factor_decay != 'factor' else set()
     for name, p in model.named_parameters():
         matrix = p.ndim >= 2 and not name.startswith(('wte.', 'wpe.', 'head.'))
@@ -192,7 +198,7 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
         decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) and p not in factors else 0.0
         if p.requires_grad:
-            groups.setdefault((muon and matrix, rate, decay), []).append(p)
+            groups.setdefault((muon and matrix, rate, decay), []).append((name, p))
     groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}
               for (by_muon, rate, decay), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
@@ -206,9 +212,13 @@ def clip_gradient(model, most):
 
 
 def optimizer_flops(optimizer):
-    """Floating-point operations of the matmuls in one step of the optimizer: x·xᵀ, a·a and the product with x, five times a matrix."""
+    """
+    Floating-point operations of the matmuls in one step of the optimizer: x·xᵀ, a·a and the product with x, five times a matrix; and of the
+    decay on products.
+    """
     matrices = [(p.numel() // (p.size(-2) * p.size(-1)), *sorted(p.shape[-2:])) for group in optimizer.param_groups if group['muon'] for p in group['params']]
-    return sum(count * 5 * (4 * rows * rows * cols + 2 * rows ** 3) for count, rows, cols in matrices)
+    decay = sum(4 * len(down) * len(down) * (down.size(1) + len(up)) for down, up in optimizer.pairs) if optimizer.product_decay else 0
+    return decay + sum(count * 5 * (4 * rows * rows * cols + 2 * rows ** 3) for count, rows, cols in matrices)
 
 
 def set_rates(optimizer, step, cfg):

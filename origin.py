@@ -65,6 +65,8 @@ def find_origin(s, ranks):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
     cfg, weights, folder = read_model(s.init_from)
     tokenizer = None if hub.knows(s.init_from) else checkpoint.load_state(folder)['tokenizer']  # None: only the number of tokens is compared
+    if cfg.rank_guide:
+        raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
     if cfg.position == 'learned':
         weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]

@@ -73,7 +73,7 @@ def rates(width):
 
 def size(s, vocab_size):
     """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
-    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size})
+    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size, 'rank_guide': 0})
     with torch.device('meta'):
         model = make_model(cfg, init=False)
     return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()

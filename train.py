@@ -75,6 +75,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.seed < 2 ** 63:
             raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
+        if self.rank_guide > self.max_iters:
+            raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: the guides would never go: lower it')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
         if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
@@ -370,9 +372,11 @@ def end_guides(run, ranks):
     run.model.drop_guides()
     left = set(run.model.parameters())
     for group in run.optimizer.param_groups:
+        kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]
         for p in set(group['params']) - left:
             run.optimizer.state.pop(p, None)
-        group['params'] = [p for p in group['params'] if p in left]
+        group['params'], group['param_names'] = map(list, zip(*kept)) if kept else ([], [])
+    run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = run.model.flops_per_token() * run.tokens_per_step + optimizer_flops(run.optimizer)
 

@@ -286,7 +286,7 @@ def test_low_rank_spends_what_it_should():
 def test_the_most_particular_rank_counts():
     cfg = ModelConfig(n_layer=3, n_embd=64, n_head=4, rank_qk=8, ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2}, first_block_dense=True)
     assert [cfg.rank(layer, 'attn.q') for layer in range(3)] == [0, 8, 8]
-    assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [4, 4, 0]
+    assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [0, 4, 0]
     assert [cfg.rank(layer, 'mlp.up') for layer in range(3)] == [2, 0, 0]
     blocks = Transformer(ModelConfig(**vars(cfg) | {'vocab_size': 100})).blocks
     assert blocks[1].attn.k.down.weight.shape == (4, 64) and blocks[2].attn.k.weight.shape == (64, 64)
@@ -362,7 +362,10 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'), (dict(head_dim=7), 'head_dim=7 is odd'),
     (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"), (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
     (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'), (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
-    (dict(rank_blocks=5), 'rank_blocks=5'),
+    (dict(rank_qk=4, rank_blocks=5), 'rank_blocks=5: does not divide'), (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is no matrix"),
+    (dict(ranks={'blocks.01.attn.q': 3}), 'is no matrix'), (dict(ranks={1: 4}), '1 is no matrix'), (dict(rank_guide=5), 'rank_guide=5: no matrix'),
+    (dict(rank_identity=True), 'rank_identity=True: no matrix'), (dict(arch='markov', rank_guide=5), 'rank_guide=5'),
+    (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
     (dict(dropout=1.0), 'dropout'),
 ])
 def test_impossible_sizes_are_refused_by_name(settings, words):

@@ -162,6 +162,19 @@ def test_spectron_changes_no_product_by_more_than_the_rate():
     assert 0.02 < moved['spectron'] < 0.1 * 1.2 < moved['muon']  # Newton-Schulz ends within 1.2
 
 
+def test_spectrons_norm_of_a_matrix_that_started_at_zero_follows_it():
+    model, optimizer = low_rank_model(optimizer='spectron')
+    _, up = model.factors()[0]
+    target = up.detach().clone()
+    with torch.no_grad():
+        up.zero_()
+        assert optimizer.spectral_norm(up) == 0
+        up.copy_(target)
+        for _ in range(50):
+            estimate = optimizer.spectral_norm(up).item()
+    assert math.isclose(estimate, torch.linalg.matrix_norm(target, 2).item(), rel_tol=1e-2)
+
+
 def test_spectrons_norm_is_the_spectral_norm():
     model, optimizer = low_rank_model(optimizer='spectron')
     down, _ = model.factors()[0]
@@ -192,6 +205,8 @@ def test_rates_are_scaled_by_name_and_a_pattern_that_matches_nothing_is_refused(
     assert rate['norm_f.weight'] == 0
     with pytest.raises(UserError, match="lr_scale: 'attn.x' matches no tensor"):
         low_rank_model(lr_scale={'attn.x': 2})
+    with pytest.raises(UserError, match='optimizer=spectron: no matrix'):
+        muon_and_model(optimizer='spectron')
 
 
 def test_cautious_decay_shrinks_only_what_the_update_shrinks_too():
@@ -226,7 +241,8 @@ def test_the_flops_of_a_step_are_torchs_count():
 
 
 @pytest.mark.parametrize('settings, words', [(dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown'),
-                                             (dict(lr_scale={'q': -1}), 'lr_scale'), (dict(lr_scale={'q': True}), 'lr_scale')])
+                                             (dict(lr_scale={'q': -1}), 'lr_scale'),
+                                             (dict(lr_scale={'attn.[q': 2}), 'is no pattern'), (dict(lr_scale={'q': True}), 'lr_scale')])
 def test_values_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()

@@ -73,7 +73,9 @@ LOW_RANK = ['--rank_qk=8', '--rank_mlp=8', '--rank_guide=5', '--optimizer=spectr
 
 
 def test_a_low_rank_run_goes_on_bitwise_before_at_and_after_the_end_of_its_guides(dataset, tmp_path):
-    for name, steps, nproc in (('one', (10,), 1), ('parts', (3, 5, 8, 10), 1), ('two', (10,), 2)):
+    early = ['--rank_guide=5', '--eval_interval=3', '--target_val_loss=100', '--max_iters=10']  # stops at its first evaluation, after three steps
+    train(tmp_path / 'parts', *LOW_RANK, '--gradient_accumulation_steps=2', *early, dataset=dataset)
+    for name, steps, nproc in (('one', (10,), 1), ('parts', (5, 8, 10), 1), ('two', (10,), 2)):
         for max_iters in steps:
             train(tmp_path / name, *LOW_RANK, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}', dataset=dataset, nproc=nproc)
     one, parts = ([r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('one', 'parts'))
@@ -83,10 +85,22 @@ def test_a_low_rank_run_goes_on_bitwise_before_at_and_after_the_end_of_its_guide
     assert flops[5] / 5 > (flops[10] - flops[5]) / 5 * 1.3 and not any('guide' in name for name in last(tmp_path / 'one')[0])
 
 
-def test_resuming_with_another_optimizer_or_other_rates_is_refused(dataset, tmp_path):
-    train(tmp_path, '--max_iters=2', dataset=dataset)
-    for change, words in (('--optimizer=muon', 'optimizer=muon'), ('--head_lr=0.1', 'head_lr')):
-        assert words in one_line(train(tmp_path, '--max_iters=3', change, dataset=dataset, check=False))
+def test_resuming_with_another_optimizer_is_refused_and_with_other_rates_every_tensor_keeps_its_own_moments(dataset, tmp_path):
+    train(tmp_path, '--max_iters=2', '--optimizer=muon', "--lr_scale={'attn.k': 2}", dataset=dataset)
+    assert 'optimizer=adamw' in one_line(train(tmp_path, '--max_iters=3', '--optimizer=adamw', dataset=dataset, check=False))
+    before = moments(tmp_path)
+    train(tmp_path, '--max_iters=3', '--optimizer=muon', "--lr_scale={'attn.v': 0, 'attn.k': 3}", '--momentum=0.99999', '--momentum_warmup=0',
+          dataset=dataset)
+    after = moments(tmp_path)
+    assert before.keys() == after.keys() and all((after[name] - m).norm() < 0.1 * m.norm() for name, m in before.items())
+    assert (before['blocks.0.attn.k.weight'] - after['blocks.0.attn.v.weight']).norm() > 0.5 * before['blocks.0.attn.k.weight'].norm()
+
+
+def moments(out_dir):
+    """{name: momentum} of the matrices under Muon."""
+    state = last(out_dir)[1]
+    names = [name for group in state['param_groups'] for name in group['param_names']]
+    return {name: state['state'][n]['momentum'] for n, name in enumerate(names) if 'momentum' in state['state'][n]}
 
 
 def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
