@@ -12,7 +12,7 @@ from conftest import one_line, read_log, run, train, write_dataset
 import ngrams
 from configurator import UserError
 from data import Source, TokenFiles
-from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, main, mean_and_error, row_losses
+from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, row_losses
 
 SWEEP = """
 base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dtype': 'float32', 'log_interval': 50}
@@ -44,11 +44,14 @@ def test_it_is_the_loss_that_training_saw_on_the_whole_split(trained, dataset):
     assert f'all {TokenFiles(dataset, "val").tokens - 1:,} targets' in done.stdout and 0 < float(found[1]) < 0.5
 
 
-def test_the_error_is_that_of_a_mean_of_rows():
-    rows = np.random.default_rng(0).normal(3, 1, 400)
-    mean, error = mean_and_error(rows * 10, np.full(400, 10))
-    assert mean == pytest.approx(rows.mean()) and error == pytest.approx(rows.std(ddof=1) / 20)
-    assert mean_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
+def test_the_error_is_that_of_a_mean_of_documents_not_of_rows():
+    rng = np.random.default_rng(0)
+    alone = rng.normal(3, 1, 3200)  # rows of texts of their own
+    mean, error = loss_and_error(alone * 10, np.full(3200, 10))
+    assert mean == pytest.approx(alone.mean()) and error == pytest.approx(3200 ** -0.5, rel=0.25)
+    alike = np.repeat(rng.normal(3, 1, 320), 10)  # ten rows to a document
+    assert loss_and_error(alike * 10, np.full(3200, 10))[1] == pytest.approx(320 ** -0.5, rel=0.25)
+    assert loss_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
 
 
 def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
@@ -68,7 +71,7 @@ def test_counted_models_meet_the_targets_of_trained_ones(dataset):
     stream, val = (f.read(0, f.tokens) for f in files)
     targets = np.concatenate([source.row(n)[1:] for n in range(source.rows)])
     assert (targets == val[1:]).all()
-    below, bigrams, above = count_rungs(stream, val, 64, 32)
+    below, bigrams, above = count_rungs(stream, val, 64)
     names = [rung.name for rung in below + bigrams + above]
     assert names == ['uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram, add k', 'bigram, interpolated', 'Kneser–Ney, 3 tokens', 'Kneser–Ney, 5 tokens']
     assert below[0].loss == pytest.approx(math.log(64)) and above[1].loss == pytest.approx(ngrams.kneser_ney(stream, val, 64, 5).mean())
