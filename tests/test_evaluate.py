@@ -3,16 +3,19 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import one_line, read_log, run, train, write_dataset
 
+import checkpoint
 import ngrams
 from configurator import UserError
 from data import Source, TokenFiles
 from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, row_losses
+from model import ModelConfig, Transformer
 
 SWEEP = """
 base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dtype': 'float32', 'log_interval': 50}
@@ -62,6 +65,16 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
     (_, nats, targets), = row_losses(folder, str(tmp_path / 'same'), s).values()
     assert targets.sum() == TokenFiles(str(tmp_path / 'same'), 'val').tokens - 1 and nats.min() > 0
     assert 'other: was prepared with another tokenizer' in one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
+
+
+def test_weights_that_were_trained_elsewhere_need_a_data_set(dataset, tmp_path):
+    """What surgery.py makes of hub weights without data: settings that know no dataset and no packing."""
+    model = Transformer(ModelConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    state = {'step': 0, 'model': asdict(model.cfg), 'settings': asdict(model.cfg), 'tokenizer': TokenFiles(dataset, 'val').meta['tokenizer']}
+    folder, s = checkpoint.save(str(tmp_path), 0, model.state_dict(), {}, state), LossSettings(device='cpu', dtype='float32')
+    with pytest.raises(UserError, match='dataset: .* does not say what it was trained on'):
+        row_losses(folder, '', s)
+    assert row_losses(folder, dataset, s)[dataset][1].min() > 0
 
 
 # --- the ladder ---
@@ -115,6 +128,9 @@ def test_every_rung_has_the_same_targets(dataset, tmp_path):
     (tmp_path / 'arms.py').write_text(arms)
     with pytest.raises(UserError, match='packing=document leaves out some targets'):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out'), device='cpu', dtype='float32'))
+    (tmp_path / 'arms.py').write_text(SWEEP.replace("'rank_embed': 4,", "'rank_embed': [4, 8],"))
+    with pytest.raises(UserError, match=r'bigram_rank_4: rank_embed=\[4, 8\]: the ladder takes one value'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
     (tmp_path / 'arms.py').write_text('base = "config/fast.py"\narms = {"a": {}}')
     with pytest.raises(UserError, match='base: the ladder takes a dict'):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
