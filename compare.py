@@ -228,6 +228,9 @@ def notes(arms, reference):
     if len({validation(run['settings']) for run in runs}) > 1:
         lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size): '
                      'their losses are not comparable')
+    dtypes = {arm.name: sorted({run['settings'].dtype for run in arm.runs.values()}) for arm in arms}
+    if len(set(sum(dtypes.values(), []))) > 1:
+        lines.append('careful: not all of these were trained in the same dtype: ' + ', '.join(f'{name} {"/".join(found)}' for name, found in dtypes.items()))
     return lines
 
 

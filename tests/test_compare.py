@@ -131,6 +131,12 @@ def test_losses_on_other_tokens_are_called_incomparable(arms, tmp_path):
     assert 'careful' in table(arms + [Arm('c', {1: read_run(write_run(tmp_path / 'c', eval_iters=7))})])
 
 
+def test_arms_of_unlike_dtypes_are_not_one_and_that_is_said(arms, tmp_path):
+    assert 'dtype' not in table(arms)
+    found = group([*arms[0].runs.values(), read_run(write_run(tmp_path / 'half,seed=1', 1, rank_mlp=0, dtype='bfloat16'))])
+    assert [arm.name for arm in found] == ['a', 'half'] and 'not all of these were trained in the same dtype: a auto, half bfloat16' in table(found)
+
+
 def test_the_table_goes_to_csv_the_reference_first_then_the_lowest_loss(arms, tmp_path):
     write_run(tmp_path / 'c,seed=1', 1, 3.0, rank_qk=4)
     done = run('compare.py', f'{tmp_path}/*', '--reference=b', '--picture=', f'--csv={tmp_path}/t.csv')
