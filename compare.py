@@ -273,17 +273,24 @@ def best(points):
     return min(zip(points, measured), key=lambda pair: loss(*pair))[0]
 
 
+def number(value):
+    """(what is varied, its number) of a swept value: ('', 2) of 2, ('attn.[qk]', 2) of {'attn.[qk]': 2}; None of anything else."""
+    inside = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ('', value)
+    return inside if type(inside[1]) in (int, float) else None
+
+
 def edges(points, chosen):
     """['muon_lr=0.06', …]: what to add to the sweep where the best value of a number is the first or last one tried."""
     out = []
-    for key, value in chosen.swept.items():
-        values = sorted({p.swept[key] for p in points}) if all(type(p.swept[key]) in (int, float) for p in points) else []
+    for key in chosen.swept:
+        part, value = number(chosen.swept[key]) or (None, None)
+        values = sorted({found[1] for p in points if (found := number(p.swept[key])) and found[0] == part})
         if len(values) > 1 and value in (values[0], values[-1]):
             near = values[1] if value == values[0] else values[-2]
             beyond = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
             beyond = round(beyond) if type(value) is int else float(f'{beyond:.2g}')
             if beyond > 0 and beyond != value:  # nothing is to be added below zero
-                out.append(f'{key}={beyond:g}')
+                out.append(f'{key}={{{part!r}: {beyond:g}}}' if part else f'{key}={beyond:g}')
     return out
 
 
@@ -302,9 +309,11 @@ def sweep_report(name, points):
 
 def swept_curve(points):
     """(setting, [(its value, mean loss, standard error)]): over the first swept setting that takes numbers, the others at their best."""
-    key, lowest = next((key for key in points[0].swept if len({p.swept[key] for p in points if type(p.swept[key]) in (int, float)}) > 1), None), {}
+    def values(key):
+        return {p.swept[key] for p in points if type(p.swept[key]) in (int, float)}
+    key, lowest = next((key for key in points[0].swept if len(values(key)) > 1), None), {}
     for p in sorted(points, key=lambda p: p.loss, reverse=True):
-        if key and p.seeds():
+        if key and p.seeds() and type(p.swept[key]) in (int, float):  # others, such as None among rates, have no place on an axis
             lowest[p.swept[key]] = mean_and_error(p.last('val_loss').values())
     return key, [(x, *lowest[x]) for x in sorted(lowest)]
 
