@@ -5,9 +5,7 @@ What is inside a checkpoint, in figures and pictures.
     python analyze.py weights --out_dir=out/run --along                      # the same for every checkpoint that is kept
     python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER        # of what training has changed
 """
-import csv
 import functools
-import os
 import re
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +17,7 @@ import checkpoint
 from configurator import UserError, configure_command, run_main
 from model import LowRank
 from origin import load_model
+from picture import figure, save, write_csv
 
 
 @dataclass
@@ -201,14 +200,6 @@ def table(records):
     return '\n'.join('  '.join(f'{cell:<{w}}' if n < 2 else f'{cell:>{w}}' for n, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
-def figure(width, height):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
-    return Figure(figsize=(width, height), layout='constrained')
-
-
 def draw_spectra(records, title):
     """A panel for every kind of matrix: singular values over the largest of a Gaussian matrix of the same norm, a line a layer (and head)."""
     kinds = by_kind(records)
@@ -257,23 +248,6 @@ def draw_along(records, title):
     return page
 
 
-def write(path, setting, save):
-    """save(path), its folder made; a path that cannot be written becomes a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{setting}={path}: {error}') from None
-    print(f'written: {path}')
-
-
-def write_csv(path, records):
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        out = csv.DictWriter(f, [name for name in records[0] if name not in ('s', 'null')], extrasaction='ignore')
-        out.writeheader()
-        out.writerows(records)
-
-
 # -----------------------------------------------------------------------------
 # Commands
 
@@ -304,11 +278,13 @@ def weights(s):
           'qk: W_qᵀW_k of each head, ov: W_oW_v')
     if any(r['name'].endswith(('.up', '.down')) and r['name'].count('.') == 4 for r in last):
         print('layers with an activation between their factors have no product; up and down are those factors')
+    every = sum(records, [])
     if s.csv:
-        write(s.csv, 'csv', lambda path: write_csv(path, sum(records, [])))
+        write_csv([{key: value for key, value in r.items() if key not in ('s', 'null')} for r in every], s.csv)
+        print(f'written: {s.csv}')
     if s.picture:
-        page = draw_along(sum(records, []), s.out_dir + less) if s.along else draw_spectra(last, folder + less)
-        write(s.picture, 'picture', lambda path: page.savefig(path, dpi=120))
+        save(draw_along(every, s.out_dir + less) if s.along else draw_spectra(last, folder + less), s.picture)
+        print(f'written: {s.picture}')
 
 
 def main():

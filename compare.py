@@ -9,7 +9,6 @@ Runs that differ only in their seed are one arm: mean ± standard error, and the
 interval. A loss counts at the end of a run only: the rate has cooled down there, and a run in the middle of its schedule would look
 worse than it is. So arms of unlike cost are compared by giving them equal budgets (budget='flops' in a sweep), not by reading curves off.
 """
-import csv
 import glob
 import math
 import os
@@ -19,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from configurator import UserError, configure, run_main
-from picture import draw
+from picture import draw, write_csv
 from sweep import BESIDE, cost, expand, list_runs, read_log, read_settings, read_sweep, run_missing, state
 from sweep import Settings as Training
 
@@ -241,16 +240,6 @@ def listed(seeds):
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
     return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size
-
-
-def write_csv(rows, path):
-    try:
-        with open(path, 'w', newline='', encoding='utf-8') as f:
-            out = csv.DictWriter(f, rows[0])
-            out.writeheader()
-            out.writerows(rows)
-    except OSError as error:
-        raise UserError(f'csv={path}: {error.strerror}') from None
 
 
 # -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from data import Source, TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
 from origin import load_model
+from picture import figure, save
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -168,13 +169,9 @@ def ladder_table(rungs, files, entropy):
 
 def draw_ladder(rungs, files, title, path):
     """A bar for each rung, in order."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
     values = [rung.bits(files) or rung.loss for rung in rungs]
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rungs)), layout='constrained')
-    axis = figure.subplots()
+    page = figure(9, 1.2 + 0.3 * len(rungs))
+    axis = page.subplots()
     for kind, colour in COLOURS.items():
         places = [n for n, rung in enumerate(rungs) if rung.kind == kind]
         if places:
@@ -190,11 +187,7 @@ def draw_ladder(rungs, files, title, path):
     axis.set_title(title)
     axis.spines[['top', 'right']].set_visible(False)
     axis.legend(loc='lower right')
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f'picture={path}: {error}') from None
+    save(page, path)
 
 
 def ladder(s):

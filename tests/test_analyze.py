@@ -197,7 +197,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     for name, width in (('a', 32), ('b', 48)):
         write_checkpoint(tmp_path / name, random_model(n_embd=width))
     for settings, words in [(dict(out_dir='nowhere'), 'nowhere: no such directory'), (dict(against=f'{tmp_path}/b'), 'give a checkpoint of the same network'),
-                            (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True), 'no checkpoints in it to go along')]:
+                            (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True), 'no checkpoints in it to go along'),
+                            (dict(picture='/proc/x/y.png'), 'picture=/proc/x/y.png'), (dict(csv='/proc/x/y.csv'), 'csv=/proc/x/y.csv')]:
         with pytest.raises(UserError, match=words):
             weights(WeightsSettings(**dict(out_dir=f'{tmp_path}/a', picture=f'{tmp_path}/p.png') | settings))
     assert not (tmp_path / 'p.png').exists()
