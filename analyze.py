@@ -56,9 +56,11 @@ def is_linear(layer):
 def matrices(model):
     """
     {name: factors} of every weight matrix: blocks.N.attn.q …, and of every head blocks.N.attn.qk.H and ov.H, then wte, wpe and head.
-    A low-rank layer with an activation has no product: its factors are there as NAME.up and NAME.down.
+    A low-rank layer with an activation has no product: its factors are there as NAME.up and NAME.down. Of a Markov chain: its table.
     """
     out, cfg = {}, model.cfg
+    if cfg.arch == 'markov':
+        return {'table': [model.wte.weight] + ([model.head.weight.T] if model.head is not None else [])}  # (V, V), or (V, R)·(R, V)
     for n, block in enumerate(model.blocks):
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, (nn.Linear, LowRank))}
         for name, layer in layers.items():
@@ -228,7 +230,8 @@ def draw_spectra(records, title):
     page.suptitle(title, fontsize=11)
     page.supxlabel('number of the singular value', fontsize=10)
     page.supylabel('singular value / edge of the Gaussian', fontsize=10)
-    page.colorbar(colors, ax=list(axes), label='layer', shrink=0.6, ticks=MaxNLocator(integer=True))
+    if any(r['layer'] != '' for r in records):
+        page.colorbar(colors, ax=list(axes), label='layer', shrink=0.6, ticks=MaxNLocator(integer=True))
     return page
 
 
@@ -259,6 +262,9 @@ def check_same_matrices(model, base, s):
             raise UserError(f'against={s.against}: {name}: {wanted}, but {found} in out_dir={s.out_dir}: give a checkpoint of the same network')
 
 
+LARGEST_TABLE = 8192  # of a Markov chain, full: 0.5 GB in float64, and minutes
+
+
 def weights(s):
     base = load_model(s.against)[0] if s.against else None
     folders = [s.out_dir]
@@ -269,6 +275,8 @@ def weights(s):
     records = []
     for where in folders:
         model, folder = load_model(where)
+        if model.cfg.arch == 'markov' and not model.cfg.rank_embed and model.cfg.vocab_size > LARGEST_TABLE:
+            raise UserError(f'out_dir={where}: a table of {model.cfg.vocab_size:,} tokens squared is too large to decompose, {LARGEST_TABLE:,} is the most')
         if base:
             check_same_matrices(model, base, s)
         records.append(measure(model, base, checkpoint.load_state(folder)['step'] if s.along else 0))

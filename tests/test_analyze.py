@@ -3,16 +3,18 @@ import csv
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
 from conftest import one_line, run, train
 from test_hub import saved
 
+import analyze
 import checkpoint
 from analyze import WeightsSettings, figures, gaussian, matrices, measure, product, rank_for, singular_values, table, weights
 from configurator import UserError
-from model import LowRank, ModelConfig, Transformer
+from model import LowRank, ModelConfig, Transformer, make_model
 
 
 def values(matrix):
@@ -129,6 +131,23 @@ def test_with_an_activation_between_them_the_factors_are_measured_each():
     found = matrices(random_model(rank_qk=8, rank_act='silu'))
     assert [len(found[f'blocks.0.attn.{name}']) for name in ('q.up', 'q.down', 'v', 'o')] == [1, 1, 1, 1]
     assert 'blocks.0.attn.q' not in found and 'blocks.0.attn.qk.0' not in found and 'blocks.0.attn.ov.0' in found
+
+
+@pytest.mark.parametrize('rank', [0, 6])
+def test_of_a_markov_chain_the_table_is_measured(rank, tmp_path, capsys, monkeypatch):
+    """Logits of every token after every token, (V, V): with rank_embed the product of its two factors."""
+    torch.manual_seed(0)
+    model = make_model(ModelConfig(arch='markov', vocab_size=40, block_size=16, rank_embed=rank))
+    record, = measure(model)
+    close(record['s'], torch.linalg.svdvals(model(torch.arange(40)[None])[0].double().detach()))
+    assert record['full_rank'] == (rank or 40)
+    write_checkpoint(tmp_path / 'run', model)
+    weights(WeightsSettings(str(tmp_path / 'run'), picture=str(tmp_path / 'p.png')))
+    assert re.search(r'table x1 +40x40', capsys.readouterr().out) and (tmp_path / 'p.png').stat().st_size > 5000
+    monkeypatch.setattr(analyze, 'LARGEST_TABLE', 39)
+    if not rank:
+        with pytest.raises(UserError, match='too large to decompose'):
+            weights(WeightsSettings(str(tmp_path / 'run'), picture=''))
 
 
 # --- differences ---
