@@ -200,7 +200,8 @@ def table(s):
     """Rates, losses and what each fault costs, as markdown."""
     lines = ['| rate, no fault, seed 1 | ' + ' | '.join(f'{rate:g}' for rate in RATES) + ' |', '|---' * (len(RATES) + 1) + '|']
     lines += [f'| {arm} | ' + ' | '.join(f'{val_loss(s, arm, "right", rate, 1):.3f}' for rate in RATES) + ' |' for arm in ARMS]
-    lines += ['', '| condition (three seeds, or seed 1) | dense | low-rank | gap | change, dense | change, low-rank |', '|---|---|---|---|---|---|']
+    lines += ['', '| condition (three seeds, ± their deviation, or seed 1) | dense | low-rank | gap | change, dense | change, low-rank |']
+    lines += ['|---' * 6 + '|']
     for condition in CONDITIONS:
         dense, lowrank = (losses(s, arm, condition) for arm in ARMS)
         cells = [' ± '.join(f'{f(seeds):.3f}' for f in (mean, spread)[:len(seeds)]) or '–' for seeds in (dense, lowrank)]
