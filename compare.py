@@ -219,7 +219,9 @@ def notes(arms, reference):
         if arm.seeds('diverged'):
             lines.append(f'{arm.name}: diverged: seed {listed(arm.seeds("diverged"))}')
         for seed in sorted(set(arm.runs) - arm.seeds() - arm.seeds('diverged')):
-            lines.append(f'{arm.name}: seed {seed} is not finished ({arm.runs[seed]["state"]} of {arm.runs[seed]["settings"].max_iters}) and left out')
+            state, steps = arm.runs[seed]['state'], arm.runs[seed]['settings'].max_iters
+            lines.append(f'{arm.name}: seed {seed} is not finished ({state} of {steps}) and left out' if steps else
+                         f'{arm.name}: seed {seed} has no loss: surgery.py measures one where it has a --dataset')
         alone = arm.seeds() ^ reference.seeds()
         if alone and arm.seeds() and reference.seeds():
             lines.append(f'{arm.name}: seed {listed(alone)} has no partner and is left out of the difference')
