@@ -5,9 +5,7 @@ What is inside a checkpoint, in figures and pictures.
     python analyze.py weights --out_dir=out/run --along                      # the same for every checkpoint that is kept
     python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER        # of what training has changed
 """
-import csv
 import functools
-import os
 import re
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +17,7 @@ import checkpoint
 from configurator import UserError, configure_command, run_main
 from model import LowRank
 from origin import load_model
+from picture import figure, save, write_csv
 
 
 @dataclass
@@ -57,9 +56,11 @@ def is_linear(layer):
 def matrices(model):
     """
     {name: factors} of every weight matrix: blocks.N.attn.q …, and of every head blocks.N.attn.qk.H and ov.H, then wte, wpe and head.
-    A low-rank layer with an activation has no product: its factors are there as NAME.up and NAME.down.
+    A low-rank layer with an activation has no product: its factors are there as NAME.up and NAME.down. Of a Markov chain: its table.
     """
     out, cfg = {}, model.cfg
+    if cfg.arch == 'markov':
+        return {'table': [model.wte.weight] + ([model.head.weight.T] if model.head is not None else [])}  # (V, V), or (V, R)·(R, V)
     for n, block in enumerate(model.blocks):
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, (nn.Linear, LowRank))}
         for name, layer in layers.items():
@@ -201,14 +202,6 @@ def table(records):
     return '\n'.join('  '.join(f'{cell:<{w}}' if n < 2 else f'{cell:>{w}}' for n, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
-def figure(width, height):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
-    return Figure(figsize=(width, height), layout='constrained')
-
-
 def draw_spectra(records, title):
     """A panel for every kind of matrix: singular values over the largest of a Gaussian matrix of the same norm, a line a layer (and head)."""
     kinds = by_kind(records)
@@ -237,7 +230,8 @@ def draw_spectra(records, title):
     page.suptitle(title, fontsize=11)
     page.supxlabel('number of the singular value', fontsize=10)
     page.supylabel('singular value / edge of the Gaussian', fontsize=10)
-    page.colorbar(colors, ax=list(axes), label='layer', shrink=0.6, ticks=MaxNLocator(integer=True))
+    if any(r['layer'] != '' for r in records):
+        page.colorbar(colors, ax=list(axes), label='layer', shrink=0.6, ticks=MaxNLocator(integer=True))
     return page
 
 
@@ -257,23 +251,6 @@ def draw_along(records, title):
     return page
 
 
-def write(path, setting, save):
-    """save(path), its folder made; a path that cannot be written becomes a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{setting}={path}: {error}') from None
-    print(f'written: {path}')
-
-
-def write_csv(path, records):
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        out = csv.DictWriter(f, [name for name in records[0] if name not in ('s', 'null')], extrasaction='ignore')
-        out.writeheader()
-        out.writerows(records)
-
-
 # -----------------------------------------------------------------------------
 # Commands
 
@@ -283,6 +260,9 @@ def check_same_matrices(model, base, s):
         found, wanted = (f'{of[name][0]}x{of[name][1]}' if name in of else 'no such matrix' for of in shapes)
         if found != wanted:
             raise UserError(f'against={s.against}: {name}: {wanted}, but {found} in out_dir={s.out_dir}: give a checkpoint of the same network')
+
+
+LARGEST_TABLE = 8192  # of a Markov chain, full: 0.5 GB in float64, and minutes
 
 
 def weights(s):
@@ -295,6 +275,8 @@ def weights(s):
     records = []
     for where in folders:
         model, folder = load_model(where)
+        if model.cfg.arch == 'markov' and not model.cfg.rank_embed and model.cfg.vocab_size > LARGEST_TABLE:
+            raise UserError(f'out_dir={where}: a table of {model.cfg.vocab_size:,} tokens squared is too large to decompose, {LARGEST_TABLE:,} is the most')
         if base:
             check_same_matrices(model, base, s)
         records.append(measure(model, base, checkpoint.load_state(folder)['step'] if s.along else 0))
@@ -304,11 +286,13 @@ def weights(s):
           'qk: W_qᵀW_k of each head, ov: W_oW_v')
     if any(r['name'].endswith(('.up', '.down')) and r['name'].count('.') == 4 for r in last):
         print('layers with an activation between their factors have no product; up and down are those factors')
+    every = sum(records, [])
     if s.csv:
-        write(s.csv, 'csv', lambda path: write_csv(path, sum(records, [])))
+        write_csv([{key: value for key, value in r.items() if key not in ('s', 'null')} for r in every], s.csv)
+        print(f'written: {s.csv}')
     if s.picture:
-        page = draw_along(sum(records, []), s.out_dir + less) if s.along else draw_spectra(last, folder + less)
-        write(s.picture, 'picture', lambda path: page.savefig(path, dpi=120))
+        save(draw_along(every, s.out_dir + less) if s.along else draw_spectra(last, folder + less), s.picture)
+        print(f'written: {s.picture}')
 
 
 def main():

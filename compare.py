@@ -9,7 +9,6 @@ Runs that differ only in their seed are one arm: mean ± standard error, and the
 interval. A loss counts at the end of a run only: the rate has cooled down there, and a run in the middle of its schedule would look
 worse than it is. So arms of unlike cost are compared by giving them equal budgets (budget='flops' in a sweep), not by reading curves off.
 """
-import csv
 import glob
 import math
 import os
@@ -19,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from configurator import UserError, configure, run_main
-from picture import draw
+from picture import draw, write_csv
 from sweep import BESIDE, cost, expand, list_runs, read_log, read_settings, read_sweep, run_missing, state
 from sweep import Settings as Training
 
@@ -220,7 +219,9 @@ def notes(arms, reference):
         if arm.seeds('diverged'):
             lines.append(f'{arm.name}: diverged: seed {listed(arm.seeds("diverged"))}')
         for seed in sorted(set(arm.runs) - arm.seeds() - arm.seeds('diverged')):
-            lines.append(f'{arm.name}: seed {seed} is not finished ({arm.runs[seed]["state"]} of {arm.runs[seed]["settings"].max_iters}) and left out')
+            state, steps = arm.runs[seed]['state'], arm.runs[seed]['settings'].max_iters
+            lines.append(f'{arm.name}: seed {seed} is not finished ({state} of {steps}) and left out' if steps else
+                         f'{arm.name}: seed {seed} has no loss: surgery.py measures one where it has a --dataset')
         alone = arm.seeds() ^ reference.seeds()
         if alone and arm.seeds() and reference.seeds():
             lines.append(f'{arm.name}: seed {listed(alone)} has no partner and is left out of the difference')
@@ -228,6 +229,9 @@ def notes(arms, reference):
     if len({validation(run['settings']) for run in runs}) > 1:
         lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size): '
                      'their losses are not comparable')
+    dtypes = {arm.name: sorted({run['settings'].dtype for run in arm.runs.values()}) for arm in arms}
+    if len(set(sum(dtypes.values(), []))) > 1:
+        lines.append('careful: not all of these were trained in the same dtype: ' + ', '.join(f'{name} {"/".join(found)}' for name, found in dtypes.items()))
     return lines
 
 
@@ -238,16 +242,6 @@ def listed(seeds):
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
     return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size
-
-
-def write_csv(rows, path):
-    try:
-        with open(path, 'w', newline='', encoding='utf-8') as f:
-            out = csv.DictWriter(f, rows[0])
-            out.writeheader()
-            out.writerows(rows)
-    except OSError as error:
-        raise UserError(f'csv={path}: {error.strerror}') from None
 
 
 # -----------------------------------------------------------------------------
@@ -270,17 +264,24 @@ def best(points):
     return min(zip(points, measured), key=lambda pair: loss(*pair))[0]
 
 
+def number(value):
+    """(what is varied, its number) of a swept value: ('', 2) of 2, ('attn.[qk]', 2) of {'attn.[qk]': 2}; None of anything else."""
+    inside = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ('', value)
+    return inside if type(inside[1]) in (int, float) else None
+
+
 def edges(points, chosen):
     """['muon_lr=0.06', …]: what to add to the sweep where the best value of a number is the first or last one tried."""
     out = []
-    for key, value in chosen.swept.items():
-        values = sorted({p.swept[key] for p in points}) if all(type(p.swept[key]) in (int, float) for p in points) else []
+    for key in chosen.swept:
+        part, value = number(chosen.swept[key]) or (None, None)
+        values = sorted({found[1] for p in points if (found := number(p.swept[key])) and found[0] == part})
         if len(values) > 1 and value in (values[0], values[-1]):
             near = values[1] if value == values[0] else values[-2]
             beyond = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
             beyond = round(beyond) if type(value) is int else float(f'{beyond:.2g}')
             if beyond > 0 and beyond != value:  # nothing is to be added below zero
-                out.append(f'{key}={beyond:g}')
+                out.append(f'{key}={{{part!r}: {beyond:g}}}' if part else f'{key}={beyond:g}')
     return out
 
 
@@ -299,9 +300,11 @@ def sweep_report(name, points):
 
 def swept_curve(points):
     """(setting, [(its value, mean loss, standard error)]): over the first swept setting that takes numbers, the others at their best."""
-    key, lowest = next((key for key in points[0].swept if len({p.swept[key] for p in points if type(p.swept[key]) in (int, float)}) > 1), None), {}
+    def values(key):
+        return {p.swept[key] for p in points if type(p.swept[key]) in (int, float)}
+    key, lowest = next((key for key in points[0].swept if len(values(key)) > 1), None), {}
     for p in sorted(points, key=lambda p: p.loss, reverse=True):
-        if key and p.seeds():
+        if key and p.seeds() and type(p.swept[key]) in (int, float):  # others, such as None among rates, have no place on an axis
             lowest[p.swept[key]] = mean_and_error(p.last('val_loss').values())
     return key, [(x, *lowest[x]) for x in sorted(lowest)]
 

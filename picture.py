@@ -1,25 +1,58 @@
 """
-The picture of a comparison: what the arms' losses did, and where they ended. compare.py does the reading and the counting.
+What scripts leave to look at: figures and tables of any of them, and the picture of a comparison: what the arms' losses did, and where
+they ended. compare.py does the reading and the counting.
 """
+import csv
 import os
 
 from configurator import UserError
 
+# -----------------------------------------------------------------------------
+# For all scripts
+
+def figure(width, height):
+    """A Figure of so many inches. Raises UserError where matplotlib, which nothing else needs, is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def save(page, path):
+    """Write a figure, its folder made. Raises UserError where it cannot be."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        page.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f'picture={path}: {error}') from None
+
+
+def write_csv(rows, path):
+    """Write dicts of the same keys as a table, its folder made. Raises UserError where it cannot be."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path, 'w', newline='', encoding='utf-8') as f:
+            out = csv.DictWriter(f, rows[0])
+            out.writeheader()
+            out.writerows(rows)
+    except OSError as error:
+        raise UserError(f'csv={path}: {error.strerror}') from None
+
+
+# -----------------------------------------------------------------------------
+# A comparison
 
 def draw(arms, path, swept=None):
     """
     Validation loss against tokens, FLOPs and seconds: the mean over the seeds with a band of its standard error, single seeds thin.
     For a sweep, {arm: (setting, [(value, final loss, its error)])}, a panel of the final loss against what was swept too.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-    except ImportError:
-        raise UserError("picture: matplotlib is not installed: pip install matplotlib, or --picture=''") from None
+    page = figure(13 + 4 * bool(swept), 4.2)  # first, as it says what to install
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     colours = {arm.name: '0.2' if n == 0 else f'C{(n - 1) % 10}' for n, arm in enumerate(arms)}  # the reference is grey
-    figure = Figure(figsize=(13 + 4 * bool(swept), 4.2), layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.08)
-    axes = figure.subplots(1, 3 + bool(swept))
+    page.get_layout_engine().set(w_pad=0.08)
+    axes = page.subplots(1, 3 + bool(swept))
     for axis, against, label in zip(axes, ('tokens', 'flops', 'seconds'), ('tokens', 'FLOPs', 'seconds')):
         late = []  # the later four fifths of each curve: the fall before would flatten what is to be compared
         for arm in arms:
@@ -44,11 +77,7 @@ def draw(arms, path, swept=None):
     for axis in axes:
         axis.grid(alpha=0.25, which='both', linewidth=0.5)
         axis.spines[['top', 'right']].set_visible(False)
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f'picture={path}: {error}') from None
+    save(page, path)
 
 
 def draw_arm(axis, mean, single, colour):

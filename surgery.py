@@ -64,22 +64,24 @@ def dense_layers(model):
 
 @torch.no_grad()
 def input_moments(model, data):
-    """{name: E[x·xᵀ] (n_in, n_in)} of the inputs x of every dense layer of the blocks, over SAMPLE tokens of a Mixture."""
-    sums, rows, layers = {}, max(1, SAMPLE // model.cfg.block_size), dense_layers(model)
+    """{name: E[x·xᵀ] (n_in, n_in)} of the inputs x of every dense layer of the blocks, over at most SAMPLE tokens of a Mixture, padding left out."""
+    sums, rows, layers, tokens = {}, max(1, SAMPLE // model.cfg.block_size), dense_layers(model), 0
 
     def watch(name):
         def hook(layer, args):
-            x = args[0].flatten(0, -2).float()  # (B T, n_in)
+            x = args[0][real].float()  # (B, T, n_in) → (N, n_in)
             sums[name] = sums.get(name, 0) + (x.T @ x).double()
         return hook
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     model.eval()
     for first in range(0, rows, 8):
-        x, _ = data.rows(range(first, min(first + 8, rows)))
-        model.hidden(torch.from_numpy(x))
+        x, y = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
+        real = y >= 0  # for watch()
+        tokens += int(real.sum())
+        model.hidden(x)
     for handle in handles:
         handle.remove()
-    return {name: total / (rows * model.cfg.block_size) for name, total in sums.items()}
+    return {name: total / tokens for name, total in sums.items()}
 
 
 def decompose(weight, moment=None):
@@ -164,6 +166,8 @@ def read(s):
     of the data where there are any. Raises UserError for a network that is low-rank already and for data of another tokenizer.
     """
     cfg, weights, folder = read_model(s.from_)
+    if cfg.arch == 'markov':
+        raise UserError(f'from={s.from_}: a Markov chain has no layers to factorize: train one of low rank, --arch=markov --rank_embed=64')
     model = fill(cfg, weights, s.from_)
     low_rank = [name for name, layer in model.named_modules() if isinstance(layer, LowRank)]
     if low_rank:
@@ -177,15 +181,20 @@ def read(s):
     return model, state.get('settings', {}), data, tokenizer
 
 
+def validation(cfg, val):
+    """Settings of the losses: about SAMPLE validation tokens, or all where there are no more."""
+    count = max(1, SAMPLE // cfg.block_size // 4)
+    return {'eval_iters': 0 if all(source.rows <= 4 * count for source in val) else count, 'batch_size': 4}
+
+
 def losses(model, val):
-    """{'val_loss', 'val_bpb'} over about SAMPLE validation tokens."""
-    s = SimpleNamespace(eval_iters=max(1, SAMPLE // model.cfg.block_size // 4), batch_size=4, dtype='float32')
-    return evaluate(model, val, s, Ranks('auto', torch.device('cpu')))
+    """{'val_loss', 'val_bpb'} of a model."""
+    return evaluate(model, val, SimpleNamespace(**validation(model.cfg, val), dtype='float32'), Ranks('auto', torch.device('cpu')))
 
 
 def save(s, model, settings, tokenizer, record):
-    """Write the checkpoint, settings.json and log.jsonl, as train.py does."""
-    settings = settings | dataclasses.asdict(model.cfg) | {'out_dir': s.out_dir, 'init_from': s.from_}
+    """Write the checkpoint, settings.json and log.jsonl, as train.py does of a run of no steps."""
+    settings = settings | dataclasses.asdict(model.cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     checkpoint.prepare_out_dir(s.out_dir, 0, settings)
     description, folder = tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
@@ -220,6 +229,8 @@ def run_factorize(s):
         print(f'{what:24}{old:14,} → {new:14,}  {new / old - 1:+.1%}')
     for name in after:
         print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
+    if data:  # so that compare.py knows what the loss is of
+        settings = settings | validation(cfg, data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
     save(s, low, settings, tokenizer, after)
     print(f'written: {s.out_dir}; python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
 

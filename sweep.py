@@ -8,7 +8,6 @@ Each run is train.py in a process and a folder of its own, so a sweep that was s
 this file, not the other way round: running needs no tables, and other scripts want runs without a report.
 """
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -38,7 +37,7 @@ from prepare import cores
 from train import Settings
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
-BESIDE = {'out_dir', 'device', 'dtype', 'compile', 'backend', 'recompute', 'verify_data', 'log_interval', 'always_save_checkpoint', 'checkpoint_interval',
+BESIDE = {'out_dir', 'device', 'compile', 'backend', 'recompute', 'verify_data', 'log_interval', 'always_save_checkpoint', 'checkpoint_interval',
           'keep_checkpoints', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project', 'wandb_run_name'}
 
 
@@ -222,7 +221,7 @@ def check_folders(runs):
         stored = read_settings(run.out_dir)
         for f in dataclasses.fields(Settings) if stored else ():
             was, now = (json.dumps(getattr(s, f.name)) for s in (stored, run.settings))
-            if f.name not in BESIDE and was != now:
+            if f.name not in BESIDE and was != now and not (f.name == 'dtype' and '"auto"' in (was, now)):  # a run writes down what auto was
                 raise UserError(f'{run.out_dir}: holds a run with {f.name}={was}, the sweep wants {now}: give another out, or move that one away')
 
 
@@ -291,6 +290,7 @@ def run_missing(sweep, jobs=0):
 @contextmanager
 def locked(folder):
     """Hold `folder` for this sweep alone. Its runs inherit the lock: it is held until the last of them has ended, however this process ends."""
+    import fcntl  # here: Windows has none, and compare.py and evaluate.py want it for sweeps only
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, '.lock'), 'a')

@@ -27,6 +27,7 @@ import model
 import train
 from compare import read_run
 from configurator import UserError, configure, run_main
+from picture import figure, save
 
 
 @dataclass
@@ -199,7 +200,8 @@ def table(s):
     """Rates, losses and what each fault costs, as markdown."""
     lines = ['| rate, no fault, seed 1 | ' + ' | '.join(f'{rate:g}' for rate in RATES) + ' |', '|---' * (len(RATES) + 1) + '|']
     lines += [f'| {arm} | ' + ' | '.join(f'{val_loss(s, arm, "right", rate, 1):.3f}' for rate in RATES) + ' |' for arm in ARMS]
-    lines += ['', '| condition (three seeds, or seed 1) | dense | low-rank | gap | change, dense | change, low-rank |', '|---|---|---|---|---|---|']
+    lines += ['', '| condition (three seeds, ± their deviation, or seed 1) | dense | low-rank | gap | change, dense | change, low-rank |']
+    lines += ['|---' * 6 + '|']
     for condition in CONDITIONS:
         dense, lowrank = (losses(s, arm, condition) for arm in ARMS)
         cells = [' ± '.join(f'{f(seeds):.3f}' for f in (mean, spread)[:len(seeds)]) or '–' for seeds in (dense, lowrank)]
@@ -211,22 +213,18 @@ def table(s):
 
 def draw(s, path):
     """What each fault costs when it is alone, and what its repair gains when the others remain."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('the picture needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(10, 4), layout='constrained')
+    page = figure(10, 4)
     panels = ('right+', 1, 'cost of a fault alone'), ('blog-', -1, 'gain when it alone is mended')
-    for axis, (base, sign, title) in zip(figure.subplots(1, 2, sharey=True), panels):
+    for axis, (base, sign, title) in zip(page.subplots(1, 2, sharey=True), panels):
         for n, arm in enumerate(ARMS):
             bars = axis.bar([i + 0.4 * n for i in range(len(FAULTS))], [sign * change(s, arm, base + name) for name in FAULTS], 0.4, label=arm)
             axis.bar_label(bars, fmt='%.2f', fontsize=8)
         axis.set_xticks([i + 0.2 for i in range(len(FAULTS))], FAULTS)
         axis.axhline(0, color='black', linewidth=0.8)
         axis.set_title(title)
-    figure.axes[0].set_ylabel('nats per token')
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    page.axes[0].set_ylabel('nats per token')
+    page.axes[0].legend()
+    save(page, path)
 
 
 def main():

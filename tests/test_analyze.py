@@ -3,16 +3,18 @@ import csv
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
 from conftest import one_line, run, train
 from test_hub import saved
 
+import analyze
 import checkpoint
 from analyze import WeightsSettings, figures, gaussian, matrices, measure, product, rank_for, singular_values, table, weights
 from configurator import UserError
-from model import LowRank, ModelConfig, Transformer
+from model import LowRank, ModelConfig, Transformer, make_model
 
 
 def values(matrix):
@@ -131,6 +133,23 @@ def test_with_an_activation_between_them_the_factors_are_measured_each():
     assert 'blocks.0.attn.q' not in found and 'blocks.0.attn.qk.0' not in found and 'blocks.0.attn.ov.0' in found
 
 
+@pytest.mark.parametrize('rank', [0, 6])
+def test_of_a_markov_chain_the_table_is_measured(rank, tmp_path, capsys, monkeypatch):
+    """Logits of every token after every token, (V, V): with rank_embed the product of its two factors."""
+    torch.manual_seed(0)
+    model = make_model(ModelConfig(arch='markov', vocab_size=40, block_size=16, rank_embed=rank))
+    record, = measure(model)
+    close(record['s'], torch.linalg.svdvals(model(torch.arange(40)[None])[0].double().detach()))
+    assert record['full_rank'] == (rank or 40)
+    write_checkpoint(tmp_path / 'run', model)
+    weights(WeightsSettings(str(tmp_path / 'run'), picture=str(tmp_path / 'p.png')))
+    assert re.search(r'table x1 +40x40', capsys.readouterr().out) and (tmp_path / 'p.png').stat().st_size > 5000
+    monkeypatch.setattr(analyze, 'LARGEST_TABLE', 39)
+    if not rank:
+        with pytest.raises(UserError, match='too large to decompose'):
+            weights(WeightsSettings(str(tmp_path / 'run'), picture=''))
+
+
 # --- differences ---
 
 def changed(model, rank, seed=1):
@@ -197,7 +216,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     for name, width in (('a', 32), ('b', 48)):
         write_checkpoint(tmp_path / name, random_model(n_embd=width))
     for settings, words in [(dict(out_dir='nowhere'), 'nowhere: no such directory'), (dict(against=f'{tmp_path}/b'), 'give a checkpoint of the same network'),
-                            (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True), 'no checkpoints in it to go along')]:
+                            (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True), 'no checkpoints in it to go along'),
+                            (dict(picture='/proc/x/y.png'), 'picture=/proc/x/y.png'), (dict(csv='/proc/x/y.csv'), 'csv=/proc/x/y.csv')]:
         with pytest.raises(UserError, match=words):
             weights(WeightsSettings(**dict(out_dir=f'{tmp_path}/a', picture=f'{tmp_path}/p.png') | settings))
     assert not (tmp_path / 'p.png').exists()

@@ -131,6 +131,12 @@ def test_losses_on_other_tokens_are_called_incomparable(arms, tmp_path):
     assert 'careful' in table(arms + [Arm('c', {1: read_run(write_run(tmp_path / 'c', eval_iters=7))})])
 
 
+def test_arms_of_unlike_dtypes_are_not_one_and_that_is_said(arms, tmp_path):
+    assert 'dtype' not in table(arms)
+    found = group([*arms[0].runs.values(), read_run(write_run(tmp_path / 'half,seed=1', 1, rank_mlp=0, dtype='bfloat16'))])
+    assert [arm.name for arm in found] == ['a', 'half'] and 'not all of these were trained in the same dtype: a auto, half bfloat16' in table(found)
+
+
 def test_the_table_goes_to_csv_the_reference_first_then_the_lowest_loss(arms, tmp_path):
     write_run(tmp_path / 'c,seed=1', 1, 3.0, rank_qk=4)
     done = run('compare.py', f'{tmp_path}/*', '--reference=b', '--picture=', f'--csv={tmp_path}/t.csv')
@@ -157,13 +163,20 @@ def test_a_setting_that_diverged_is_not_the_best_but_bounds_the_sweep():
 @pytest.mark.parametrize('values, lowest, advice', [
     ([0.01, 0.02, 0.04], 0.04, ['lr=0.08']), ([0.01, 0.02, 0.04], 0.01, ['lr=0.005']), ([0.02, 0.03], 0.03, ['lr=0.045']), ([0.01, 0.02, 0.04], 0.02, []),
     ([24, 48, 96], 96, ['lr=192']), ([0.01, 1e9], 0.01, ['lr=0.0025']), ([0.0, 0.1], 0.0, []), ([0.0, 0.1], 0.1, ['lr=0.2']), (['silu', 'none'], 'none', []),
-    ([0.02], 0.02, [])])
+    ([0.02], 0.02, []), ([None, 0.01, 0.02], 0.02, ['lr=0.04']), ([None, 0.01, 0.02], None, []),
+    ([{'attn.[qk]': 2}, {'attn.[qk]': 4}], {'attn.[qk]': 4}, ["lr={'attn.[qk]': 8}"]), ([{'a': 2, 'b': 1}, {'a': 4, 'b': 1}], {'a': 4, 'b': 1}, []),
+    ([{'a': 2}, {'b': 2}], {'a': 2}, [])])
 def test_a_best_at_the_edge_is_named_with_what_to_add(values, lowest, advice):
     found = points(*[(value, {1: 4.0 if value == lowest else 4.5}) for value in values])
     assert edges(found, best(found)) == advice
     report = compare.sweep_report('x', found)
     assert (f'best at the edge: add {advice[0]}' in report) if advice else 'edge' not in report
     assert f'* lr={lowest}' in report
+
+
+def test_what_is_no_number_has_no_place_on_the_axis():
+    found = points((None, {1: 4.0}), (0.01, {1: 4.2}), (0.02, {1: 4.1}))
+    assert compare.swept_curve(found) == ('lr', [(0.01, 4.2, None), (0.02, 4.1, None)])
 
 
 # --- mistakes ---

@@ -3,16 +3,19 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import one_line, read_log, run, train, write_dataset
 
+import checkpoint
 import ngrams
 from configurator import UserError
 from data import Source, TokenFiles
-from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, main, mean_and_error, row_losses
+from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, row_losses
+from model import ModelConfig, Transformer
 
 SWEEP = """
 base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dtype': 'float32', 'log_interval': 50}
@@ -44,11 +47,14 @@ def test_it_is_the_loss_that_training_saw_on_the_whole_split(trained, dataset):
     assert f'all {TokenFiles(dataset, "val").tokens - 1:,} targets' in done.stdout and 0 < float(found[1]) < 0.5
 
 
-def test_the_error_is_that_of_a_mean_of_rows():
-    rows = np.random.default_rng(0).normal(3, 1, 400)
-    mean, error = mean_and_error(rows * 10, np.full(400, 10))
-    assert mean == pytest.approx(rows.mean()) and error == pytest.approx(rows.std(ddof=1) / 20)
-    assert mean_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
+def test_the_error_is_that_of_a_mean_of_documents_not_of_rows():
+    rng = np.random.default_rng(0)
+    alone = rng.normal(3, 1, 3200)  # rows of texts of their own
+    mean, error = loss_and_error(alone * 10, np.full(3200, 10))
+    assert mean == pytest.approx(alone.mean()) and error == pytest.approx(3200 ** -0.5, rel=0.25)
+    alike = np.repeat(rng.normal(3, 1, 320), 10)  # ten rows to a document
+    assert loss_and_error(alike * 10, np.full(3200, 10))[1] == pytest.approx(320 ** -0.5, rel=0.25)
+    assert loss_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
 
 
 def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
@@ -61,6 +67,16 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
     assert 'other: was prepared with another tokenizer' in one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
 
 
+def test_weights_that_were_trained_elsewhere_need_a_data_set(dataset, tmp_path):
+    """What surgery.py makes of hub weights without data: settings that know no dataset and no packing."""
+    model = Transformer(ModelConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    state = {'step': 0, 'model': asdict(model.cfg), 'settings': asdict(model.cfg), 'tokenizer': TokenFiles(dataset, 'val').meta['tokenizer']}
+    folder, s = checkpoint.save(str(tmp_path), 0, model.state_dict(), {}, state), LossSettings(device='cpu', dtype='float32')
+    with pytest.raises(UserError, match='dataset: .* does not say what it was trained on'):
+        row_losses(folder, '', s)
+    assert row_losses(folder, dataset, s)[dataset][1].min() > 0
+
+
 # --- the ladder ---
 
 def test_counted_models_meet_the_targets_of_trained_ones(dataset):
@@ -68,7 +84,7 @@ def test_counted_models_meet_the_targets_of_trained_ones(dataset):
     stream, val = (f.read(0, f.tokens) for f in files)
     targets = np.concatenate([source.row(n)[1:] for n in range(source.rows)])
     assert (targets == val[1:]).all()
-    below, bigrams, above = count_rungs(stream, val, 64, 32)
+    below, bigrams, above = count_rungs(stream, val, 64)
     names = [rung.name for rung in below + bigrams + above]
     assert names == ['uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram, add k', 'bigram, interpolated', 'Kneser–Ney, 3 tokens', 'Kneser–Ney, 5 tokens']
     assert below[0].loss == pytest.approx(math.log(64)) and above[1].loss == pytest.approx(ngrams.kneser_ney(stream, val, 64, 5).mean())
@@ -112,6 +128,9 @@ def test_every_rung_has_the_same_targets(dataset, tmp_path):
     (tmp_path / 'arms.py').write_text(arms)
     with pytest.raises(UserError, match='packing=document leaves out some targets'):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out'), device='cpu', dtype='float32'))
+    (tmp_path / 'arms.py').write_text(SWEEP.replace("'rank_embed': 4,", "'rank_embed': [4, 8],"))
+    with pytest.raises(UserError, match=r'bigram_rank_4: rank_embed=\[4, 8\]: the ladder takes one value'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
     (tmp_path / 'arms.py').write_text('base = "config/fast.py"\narms = {"a": {}}')
     with pytest.raises(UserError, match='base: the ladder takes a dict'):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))

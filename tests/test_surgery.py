@@ -1,6 +1,7 @@
 """Factorizing: at full rank the same function, below it the best one of its rank, by energy no rank too many; and a checkpoint like any other."""
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from test_hub import saved
 
 import checkpoint
 import hub
+from compare import group, read_run, table
 from configurator import UserError, configure_command
 from data import Mixture
-from model import LowRank, ModelConfig, Transformer
+from model import LowRank, ModelConfig, Transformer, make_model
 from origin import fill, load_model
 from surgery import FactorizeSettings, decompose, factorize, factors, input_moments, run_factorize
 
@@ -68,12 +70,14 @@ def test_an_input_that_never_occurs_is_no_trouble():
     torch.testing.assert_close((up @ down)[:, :3], W.double()[:, :3], rtol=1e-3, atol=1e-3)
 
 
-def test_the_moments_are_those_of_the_inputs(dataset):
-    model, seen = random_model(), []
+@pytest.mark.parametrize('packing', ['stream', 'document'])
+def test_the_moments_are_those_of_the_inputs_without_the_padding(dataset, packing):
+    model, seen, data = random_model(), [], Mixture(dataset, 'train', 32, 0, packing)
     layer = model.blocks[1].mlp.down
     layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1).detach()))
-    moments, x = input_moments(model, Mixture(dataset, 'train', 32, 0)), torch.cat(seen)
-    assert moments.keys() == all_ranks(model, 0).keys()
+    moments, x = input_moments(model, data), torch.cat(seen)
+    x = x[torch.from_numpy(data.rows(range(len(x) // 32))[1] >= 0).flatten()]
+    assert moments.keys() == all_ranks(model, 0).keys() and (packing == 'stream' or len(x) < 0.9 * 2 ** 16)
     torch.testing.assert_close(moments['blocks.1.mlp.down'], (x.T @ x / len(x)).double(), rtol=1e-4, atol=1e-6)
 
 
@@ -123,8 +127,10 @@ def test_from_a_run_to_a_run(dense, dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     log = [r for r in read_log(tuned) if 'val_loss' in r]
     assert abs(log[0]['val_loss'] - loss) < 1e-4 and log[-1]['val_loss'] < loss  # starts where surgery left it, and mends
-    done = run('compare.py', dense, low, tuned, '--picture=')
+    done = run('compare.py', dense, low, tuned, f'--picture={tmp_path}/p.png')
     assert done.returncode == 0 and f'{after.num_params():,}' in done.stdout, done.stderr
+    assert re.search(rf'^low .* {loss:.4f} ', done.stdout, re.MULTILINE) and not re.search('not finished|careful', done.stdout)  # a run of no steps
+    assert run('compare.py', low, f'--picture={tmp_path}/p.png').returncode == 0
     assert load_model(low)[0].num_params() == after.num_params()
     assert f'--init_from={low} and another --out_dir' in one_line(train(low, '--n_embd=64', dataset=dataset, check=False))
 
@@ -144,9 +150,12 @@ def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
 
 
 def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_path):
-    low, new = f'{tmp_path}/low', f'{tmp_path}/new'
+    low, new, chain = f'{tmp_path}/low', f'{tmp_path}/new', make_model(ModelConfig(arch='markov', vocab_size=64))
     run_factorize(FactorizeSettings(dense, low, energy=0.6, dataset='none'))
-    for args, words in [(dict(from_='nowhere', energy=0.9), 'nowhere: no such directory'), (dict(from_=low, energy=0.9), 'is low-rank already'),
+    assert 'low: seed 1337 has no loss: surgery.py measures one' in table(group([read_run(dense), read_run(low)]))
+    checkpoint.save(f'{tmp_path}/chain', 0, chain.state_dict(), {}, {'step': 0, 'model': dataclasses.asdict(chain.cfg), 'settings': {}})
+    for args, words in [(dict(from_='nowhere', energy=0.9), 'nowhere: no such directory'), (dict(from_=f'{tmp_path}/chain', energy=0.9), 'a Markov chain'),
+                        (dict(from_=low, energy=0.9), 'is low-rank already'),
                         (dict(rank_qk=65), 'rank_qk=65 is larger than the matrix'), (dict(out_dir=dense, energy=0.9), 'holds something already'),
                         (dict(energy=0.9999, dataset='none'), 'lower it'), (dict(rank_qk=8, dataset='nowhere'), 'no such data set')]:
         with pytest.raises(UserError, match=words):

@@ -192,6 +192,9 @@ def test_a_folder_that_holds_another_run_is_refused(make, tmp_path):
     run_missing(made)
     with pytest.raises(UserError, match='holds a run with n_embd=32, the sweep wants 48'):
         run_missing(make({'a': {}}, {'n_embd': 48}))
+    with pytest.raises(UserError, match='holds a run with dtype="float32", the sweep wants "bfloat16"'):
+        run_missing(make({'a': {}}, {'dtype': 'bfloat16'}))
+    run_missing(make({'a': {}}, {'dtype': 'auto'}))  # which was float32
     run_missing(make({'a': {}}, {'log_interval': 3, 'sample_tokens': 9}))  # these change nothing of what is learned
     assert 'no such config file' in one_line(run('compare.py', '--sweep=nothing.py'))
     assert 'belong to --sweep' in one_line(run('compare.py', 'a', '--jobs=2'))
