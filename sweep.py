@@ -211,8 +211,8 @@ def cost(s):
 def slug(value):
     """A value as a part of a folder's name: as it is where that is short and plain, else with its hash."""
     text = str(value)
-    plain = re.sub(r'[^\w.+-]+', '_', text)[:24].strip('_')
-    return plain if plain == text else f'{plain[:12]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+    plain = re.sub(r'[^\w.+-]+', '', text)[:24]
+    return plain if plain == text else f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'
 
 
 def check_folders(runs):

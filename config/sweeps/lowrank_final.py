@@ -7,5 +7,5 @@ seeds = [1, 2, 3, 4, 5]
 
 arms = {
     'dense': {'muon_lr': [0.05], 'lr_scale': [{_qk: 2}]},
-    'qk24': {'rank_qk': 24, 'muon_lr': [0.05], 'lr_scale': [{_qk: 2}]},
+    'qk24': {'rank_qk': 24, 'muon_lr': [0.03], 'lr_scale': [{_qk: 2}]},
 }
