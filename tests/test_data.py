@@ -232,7 +232,7 @@ def flip_a_bit(folder):
     (change_meta(vocab_size=10), 'is beyond the vocabulary of 10'),
     (change_meta(splits={}), 'its train split holds no tokens'),
     (change_meta(format=2), 'format 2 is newer'),
-], ids=str)
+])
 def test_a_damaged_data_set_is_refused_with_the_files_name(tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         damaged(tmp_path / 'd', change)
