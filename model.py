@@ -91,7 +91,7 @@ class ModelConfig:
         sizes = self.sizes()
         for name in self.ranks:
             layer, _, matrix = name[7:].partition('.') if str(name).startswith('blocks.') else ('0', '', name)
-            if matrix not in sizes or layer not in map(str, range(self.n_layer)):
+            if matrix not in sizes or not layer.isdecimal() or str(int(layer)) != layer or int(layer) >= self.n_layer:
                 raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, or one of a single block as blocks.0.attn.q')
         table = (self.vocab_size or self.n_embd, self.n_embd)
         named = [(group, getattr(self, group), sizes[name]) for name, group in RANK_OF.items() if name in sizes]
@@ -101,7 +101,9 @@ class ModelConfig:
                 raise ValueError(f'{name}={rank}: takes a whole number, 0 for a dense matrix')
             if rank > min(n_in, n_out):
                 raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 for a dense one')
-        low_rank = {name for name in sizes for layer in range(self.n_layer) if self.rank(layer, name)}
+        layers = {int(name.split('.')[1]) for name in self.ranks if name.startswith('blocks.')}  # those with ranks of their own,
+        layers |= set(range(min(self.n_layer, len(self.ranks) + 2)))  # the first, and one of the others at least
+        low_rank = {name for name in sizes for layer in layers if self.rank(layer, name)}
         for name in ('first_block_dense', 'rank_identity', 'rank_blocks', 'rank_guide'):
             if getattr(self, name) and not low_rank:
                 raise ValueError(f'{name}={getattr(self, name)}: no matrix of the blocks is low-rank: set rank_qk, rank_vo, rank_mlp or ranks too')

@@ -373,6 +373,10 @@ def test_impossible_sizes_are_refused_by_name(settings, words):
         tiny(**settings)
 
 
+def test_a_hostile_number_of_layers_is_checked_at_once():
+    ModelConfig(n_layer=10 ** 18, rank_qk=8, first_block_dense=True, ranks={'blocks.1.attn.q': 0}).check()
+
+
 def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(ValueError, match='block_size=32'):
         tiny()(torch.zeros(1, 33, dtype=torch.long))
