@@ -491,7 +491,18 @@ def main():
         if ranks.world > 1:
             gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
             dist.destroy_process_group()
-    sys.exit(128 + signal_number if signal_number else 0)
+    leave(128 + signal_number if signal_number else 0, ranks)
+
+
+def leave(code, ranks):
+    """Exit. Beside others without the interpreter's tidying up: gloo's threads may abort in it, after all is done (now and then, under load)."""
+    if ranks.world > 1:
+        if 'wandb' in sys.modules:
+            sys.modules['wandb'].finish()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == '__main__':
