@@ -44,7 +44,8 @@ BESIDE = {'out_dir', 'device', 'compile', 'backend', 'recompute', 'verify_data',
 @dataclass
 class Sweep:
     base: str | list[str] | dict = field(default_factory=dict)  # what all arms share: a config file, several of them, or settings
-    arms: dict = field(default_factory=dict)  # {name: {setting: value}}; a list of values is swept. An arm may have 'seeds' and 'budget' of its own
+    arms: dict = field(default_factory=dict)  # {name: {setting: value}}; a list of values is swept. An arm may have 'seeds' and 'budget' of its own,
+    #                                           and be a list of such dicts: a cross of two short lines costs less than the whole grid
     seeds: list[int] = field(default_factory=lambda: [1])
     budget: Literal['tokens', 'flops'] = 'tokens'  # flops: max_iters of every arm is set so that it spends the FLOPs of the first one
     out: str = ''  # folder of the runs; '' = out/sweeps/ and the name of the sweep's file
@@ -56,13 +57,14 @@ class Sweep:
         for name, arm in self.arms.items():
             if not isinstance(name, str) or not re.fullmatch(r'[\w.+-]+', name):
                 raise ValueError(f'arms: {name!r} names a folder too: takes letters, digits and . _ + -')
-            if not isinstance(arm, dict):
-                raise ValueError(f'arms: {name}: got {arm!r}, takes a dict of settings')
-            seeds = arm.get('seeds', self.seeds)
-            if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
-                raise ValueError(f'arms: {name}: seeds={seeds}: takes a list of different numbers')
-            if arm.get('budget', self.budget) not in ('tokens', 'flops'):
-                raise ValueError(f'arms: {name}: budget={arm["budget"]}: takes tokens or flops')
+            for grid in grids(arm) or [None]:
+                if not isinstance(grid, dict):
+                    raise ValueError(f'arms: {name}: got {arm!r}, takes a dict of settings, or a list of them')
+                seeds = grid.get('seeds', self.seeds)
+                if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
+                    raise ValueError(f'arms: {name}: seeds={seeds}: takes a list of different numbers')
+                if grid.get('budget', self.budget) not in ('tokens', 'flops'):
+                    raise ValueError(f'arms: {name}: budget={grid["budget"]}: takes tokens or flops')
         if not self.out:
             raise ValueError("out='': name the folder of the runs")
 
@@ -110,18 +112,24 @@ def expand(sweep):
     for key in sweep.base if isinstance(sweep.base, dict) else ():
         find_field(Settings, key, f'base: {key}')
     rows, total = [], None  # a row: the runs of one setting, a seed each
-    for n, (name, arm) in enumerate(sweep.arms.items()):
-        fixed, swept = split(name, {key: value for key, value in arm.items() if key not in ('seeds', 'budget')})
-        equal = arm.get('budget', sweep.budget) == 'flops'
-        if equal and ('max_iters' in swept or n and 'max_iters' in fixed):
+    for name, grid in [(name, grid) for name, arm in sweep.arms.items() for grid in grids(arm)]:
+        fixed, swept = split(name, {key: value for key, value in grid.items() if key not in ('seeds', 'budget')})
+        equal = grid.get('budget', sweep.budget) == 'flops'
+        if equal and ('max_iters' in swept or rows and 'max_iters' in fixed):
             raise UserError(f"arms: {name}: max_iters is what budget='flops' sets: leave it out, or give the arm budget='tokens'")
         for values in itertools.product(*swept.values()):
-            row = [make_run(sweep, name, fixed, dict(zip(swept, values)), seed, total if equal else None) for seed in arm.get('seeds', sweep.seeds)]
+            row = [make_run(sweep, name, fixed, dict(zip(swept, values)), seed, total if equal else None) for seed in grid.get('seeds', sweep.seeds)]
             total = total or row[0].flops
             rows.append(row)
     runs = [run for seed in itertools.zip_longest(*rows) for run in seed if run]
+    check_grids(runs)
     check_folders(runs)
     return runs
+
+
+def grids(arm):
+    """The grids of an arm: it is one, or a list of them."""
+    return arm if isinstance(arm, list) else [arm]
 
 
 def split(name, arm):
@@ -213,6 +221,18 @@ def slug(value):
     text = str(value)
     plain = re.sub(r'[^\w.+-]+', '', text)[:24]
     return plain if plain == text else f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'
+
+
+def check_grids(runs):
+    """Raise UserError where the grids of an arm do not sweep the same settings, or meet in a run."""
+    keys, folders = {}, set()
+    for run in runs:
+        if keys.setdefault(run.arm, run.swept.keys()) != run.swept.keys():
+            raise UserError(f'arms: {run.arm}: its grids sweep {", ".join(keys[run.arm]) or "nothing"} and {", ".join(run.swept) or "nothing"}: '
+                            'give each a list for the same settings')
+        if run.out_dir in folders:
+            raise UserError(f'arms: {run.arm}: {run.name} is in two of its grids: leave it out of one')
+        folders.add(run.out_dir)
 
 
 def check_folders(runs):

@@ -44,6 +44,13 @@ def test_lists_are_swept_inside_their_arm_and_seeds_come_last(make):
     assert of(runs, 'learning_rate', 'rank_qk', 'out_dir')[1] == (0.1, 8, os.path.join(runs[0].out_dir.rpartition('/')[0], runs[1].name))
 
 
+def test_an_arm_of_several_grids_runs_each_of_their_points(make):
+    cross = [{'learning_rate': [0.1, 0.2, 0.3], 'rank_qk': [8]}, {'learning_rate': [0.2], 'rank_qk': [4, 16]}]
+    assert of(expand(make({'a': cross})), 'learning_rate', 'rank_qk') == [(0.1, 8), (0.2, 8), (0.3, 8), (0.2, 4), (0.2, 16)]
+    equal = expand(make({'a': [{'n_layer': [2]}, {'n_layer': [4]}]}, {'max_iters': 1000}, budget='flops'))  # of the first grid, the second's too
+    assert equal[0].settings.max_iters == 1000 and equal[1].settings.max_iters < 600
+
+
 def test_any_value_makes_a_short_safe_name_of_its_own(make, tmp_path):
     for name in ('x', 'y'):
         write_dataset(tmp_path / name)
@@ -173,7 +180,8 @@ def test_each_process_has_a_gpu_or_its_share_of_the_cores(monkeypatch):
 @pytest.mark.parametrize('text, names', [
     ("", 'arms: has none'), ("arms = {'a': {'n_embed': 3}}", 'arms: a: n_embed: no such setting; did you mean n_embd'),
     ("arms = {'a': {}}\nsead = [1]", 'sead: no such setting; did you mean seeds'), ("arms = {'a': 3}", 'arms: a: got 3, takes a dict'),
-    ("arms = {'a,b': {}}", "'a,b'"), ("arms = {'a': {'seed': 3}}", 'seed: the sweep sets it'), ("arms = {'a': {}}\nseeds = []", 'seeds=[]'),
+    ("arms = {'a': []}", 'arms: a: got []'), ("arms = {'a': [{'n_embd': [8]}, {'n_embd': [8, 16]}]}", 'a,n_embd=8,seed=1 is in two of its grids'),
+    ("arms = {'a': [{'n_embd': [8]}, {'n_embd': 16}]}", 'its grids sweep n_embd and nothing'), ("arms = {'a,b': {}}", "'a,b'"), ("arms = {'a': {'seed': 3}}", 'seed: the sweep sets it'), ("arms = {'a': {}}\nseeds = []", 'seeds=[]'),
     ("arms = {'a': {'seeds': [1, 1]}}", 'seeds=[1, 1]'), ("arms = {'a': {}}\nbudget = 'flop'", 'budget'), ("arms = {'a': {'budget': 3}}", 'budget=3'),
     ("arms = {'a': {'n_embd': []}}", 'n_embd=[]'), ("arms = {'a': {'n_embd': [8, 8]}}", 'takes different values'),
     ("arms = {'a': {'n_head': [2, 3]}}", 'arms: a,n_head=3,seed=1: n_embd=32 is not divisible'), ("arms = {'a': {'n_embd': 'x'}}", "got 'x', takes int"),

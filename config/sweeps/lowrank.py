@@ -5,14 +5,21 @@
 base = 'config/lowrank_study.py'
 budget = 'flops'
 
-_qk = r'attn\.[qk]\.'
-_rates = {'muon_lr': [0.03, 0.05], 'lr_scale': [{_qk: 2}, {_qk: 4}]}
+
+def _rates(muon_lr, qk, **arm):
+    """Muon's rates, and the multiples of them that queries and keys take: two lines that cross in the middle of both."""
+    scale = [{r'attn\.[qk]\.': n} for n in qk]
+    middle = scale.pop(len(scale) // 2)
+    cross = [arm | {'muon_lr': muon_lr, 'lr_scale': [middle]}]
+    return cross + [arm | {'muon_lr': [muon_lr[len(muon_lr) // 2]], 'lr_scale': scale}] * bool(scale)
+
+
 _wide = {'n_embd': 256, 'n_head': 8, 'd_ff': 592, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96}  # 2.65M weights in the blocks, as the dense arm
 
 arms = {
-    'dense': _rates,
-    'qk24': {'rank_qk': 24, 'muon_lr': [0.03, 0.05], 'lr_scale': [{_qk: 1}, {_qk: 2}]},  # queries and keys alone: 2.32M
-    'smaller_dense': {'d_ff': 416, **_rates},  # dense, with as few weights and as many tokens as qk24
-    'low_rank': {**_wide, 'muon_lr': [0.03, 0.05]},
-    'low_rank_silu': {**_wide, 'rank_act': 'silu', 'rank_act_qk': 'none', 'muon_lr': [0.03, 0.05]},  # CoLA, but for queries and keys
+    'dense': _rates([0.03, 0.05, 0.08], [1, 2, 4]),
+    'qk24': _rates([0.02, 0.03, 0.05], [1, 2, 4], rank_qk=24),  # queries and keys alone: 2.32M
+    'smaller_dense': _rates([0.03, 0.05, 0.08], [2], d_ff=416),  # dense, with as few weights and FLOPs a token as qk24
+    'low_rank': _rates([0.03, 0.05, 0.08], [1], **_wide),
+    'low_rank_silu': _rates([0.03, 0.05, 0.08], [1], rank_act='silu', rank_act_qk='none', **_wide),  # CoLA, but for queries and keys
 }

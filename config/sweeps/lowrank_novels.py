@@ -4,4 +4,4 @@
 from config.sweeps.lowrank import *  # noqa: F403
 from config.sweeps.lowrank import arms as _arms
 
-arms = {name: {'dataset': 'novels', **arm} for name, arm in _arms.items()}
+arms = {name: [{'dataset': 'novels', **grid} for grid in grids] for name, grids in _arms.items()}
