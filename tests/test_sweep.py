@@ -1,4 +1,5 @@
 """A sweep runs what is missing, once, each arm at the budget it was promised, whatever stops it in between."""
+import dataclasses
 import json
 import os
 import re
@@ -61,12 +62,16 @@ def test_any_value_makes_a_short_safe_name_of_its_own(make, tmp_path):
     assert of(runs, 'dataset')[0] == (mixtures[0],) and of(runs, 'sample_prompt')[0] == ('a/b',)
 
 
-def test_the_file_in_the_repo_is_a_sweep(monkeypatch, tmp_path):
+@pytest.mark.parametrize('name, count', [('demo', 8), ('lowrank', 19), ('lowrank_novels', 20), ('lowrank_final', 15), ('lowrank_novels_final', 15)])
+def test_the_files_in_the_repo_are_sweeps_and_finalists_are_among_the_swept(name, count, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, 'vocabulary', lambda dataset: 4096)
-    demo = read_sweep(str(ROOT / 'config/sweeps/demo.py'))
-    assert demo.out == 'out/sweeps/demo'
-    demo.out = str(tmp_path)
-    assert len(expand(demo)) == 8
+
+    def runs(name):
+        read = read_sweep(str(ROOT / f'config/sweeps/{name}.py'))
+        assert read.out == f'out/sweeps/{name.removesuffix("_final")}'
+        return {run.name: run.settings for run in expand(dataclasses.replace(read, out=str(tmp_path)))}
+    found, swept = runs(name), runs(name.removesuffix('_final'))
+    assert len(found) == count and all(swept[run] == s for run, s in found.items() if s.seed == 1)
 
 
 # --- budgets ---
@@ -181,7 +186,8 @@ def test_each_process_has_a_gpu_or_its_share_of_the_cores(monkeypatch):
     ("", 'arms: has none'), ("arms = {'a': {'n_embed': 3}}", 'arms: a: n_embed: no such setting; did you mean n_embd'),
     ("arms = {'a': {}}\nsead = [1]", 'sead: no such setting; did you mean seeds'), ("arms = {'a': 3}", 'arms: a: got 3, takes a dict'),
     ("arms = {'a': []}", 'arms: a: got []'), ("arms = {'a': [{'n_embd': [8]}, {'n_embd': [8, 16]}]}", 'a,n_embd=8,seed=1 is in two of its grids'),
-    ("arms = {'a': [{'n_embd': [8]}, {'n_embd': 16}]}", 'its grids sweep n_embd and nothing'), ("arms = {'a,b': {}}", "'a,b'"), ("arms = {'a': {'seed': 3}}", 'seed: the sweep sets it'), ("arms = {'a': {}}\nseeds = []", 'seeds=[]'),
+    ("arms = {'a': [{'n_embd': [8]}, {'n_embd': 16}]}", 'its grids sweep n_embd and nothing'),
+    ("arms = {'a,b': {}}", "'a,b'"), ("arms = {'a': {'seed': 3}}", 'seed: the sweep sets it'), ("arms = {'a': {}}\nseeds = []", 'seeds=[]'),
     ("arms = {'a': {'seeds': [1, 1]}}", 'seeds=[1, 1]'), ("arms = {'a': {}}\nbudget = 'flop'", 'budget'), ("arms = {'a': {'budget': 3}}", 'budget=3'),
     ("arms = {'a': {'n_embd': []}}", 'n_embd=[]'), ("arms = {'a': {'n_embd': [8, 8]}}", 'takes different values'),
     ("arms = {'a': {'n_head': [2, 3]}}", 'arms: a,n_head=3,seed=1: n_embd=32 is not divisible'), ("arms = {'a': {'n_embd': 'x'}}", "got 'x', takes int"),

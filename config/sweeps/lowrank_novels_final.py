@@ -4,3 +4,4 @@ from config.sweeps.lowrank_final import arms as _arms
 
 out = 'out/sweeps/lowrank_novels'
 arms = {name: {'dataset': 'novels', **arm} for name, arm in _arms.items()}
+arms['qk24']['muon_lr'] = [0.03]
