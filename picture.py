@@ -114,7 +114,8 @@ def draw_swept(axis, swept, chosen, colours):
 
 
 def short(x):
-    """2000 → 2k, 5e6 → 5M, 2e10 → 2e10"""
+    """2000 → 2k, 5e6 → 5M, 2e10 → 2e10, 5.2e13 → 5.2e13"""
     if x >= 1e9:
-        return f'{x:.0e}'.replace('e+', 'e')
+        mantissa, exponent = f'{x:.2e}'.split('e+')
+        return f'{float(mantissa):g}e{int(exponent)}'
     return f'{x / 1e6:g}M' if x >= 1e6 else f'{x / 1e3:g}k' if x >= 1e3 else f'{x:g}'

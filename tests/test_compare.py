@@ -11,6 +11,7 @@ from conftest import one_line, run, train
 import compare
 from compare import Arm, best, edges, find_runs, group, read_run, row, t_quantile, table
 from configurator import UserError
+from picture import short
 from train import Settings
 
 LOSSES = {'a': {1: 4.00, 2: 4.10, 3: 4.30}, 'b': {1: 3.97, 2: 4.06, 3: 4.29}}
@@ -145,6 +146,11 @@ def test_the_table_goes_to_csv_the_reference_first_then_the_lowest_loss(arms, tm
     assert [r['arm'] for r in rows] == ['b', 'c', 'a'] and float(rows[2]['difference']) == pytest.approx(0.0266667, abs=1e-6)
     assert float(rows[0]['tokens']) == 960 and float(rows[0]['flops_per_token']) == pytest.approx(1e7 / 960) and rows[0]['difference'] == ''
     assert 'reference=d: takes one of' in one_line(run('compare.py', f'{tmp_path}/*', '--reference=d', '--picture='))
+
+
+@pytest.mark.parametrize('x, label', [(2000, '2k'), (2.05e6, '2.05M'), (2e10, '2e10'), (5.2e13, '5.2e13'), (6e13, '6e13')])
+def test_neighbours_on_an_axis_are_told_apart(x, label):
+    assert short(x) == label
 
 
 # --- the best of a sweep ---
