@@ -131,12 +131,15 @@ def plan_training(s, files):
     if not isinstance(sweep.base, dict) or not {'block_size', 'batch_size'} <= sweep.base.keys():
         raise UserError(f'{s.sweep}: base: the ladder takes a dict of settings with block_size and batch_size')
     for name, arm in sweep.arms.items():
-        given = sweep.base | arm
-        for key in ('rank_embed', 'block_size', 'batch_size', 'max_iters'):
+        if isinstance(arm, list):
+            raise UserError(f'{s.sweep}: arms: {name}: the ladder takes one dict of settings: write an arm for each')
+        given = {'gradient_accumulation_steps': 1} | sweep.base | arm
+        for key in ('rank_embed', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'max_iters'):
             if isinstance(given.get(key), list):
                 raise UserError(f'{s.sweep}: arms: {name}: {key}={given[key]}: the ladder takes one value: write an arm for each')
         if given.get('rank_embed', 0) < files.vocab_size:
-            steps = given.get('max_iters', -(-(files.tokens - 1) // (given['block_size'] * given['batch_size'])))
+            tokens = given['block_size'] * given['batch_size'] * given['gradient_accumulation_steps']  # of a step
+            steps = given.get('max_iters', -(-(files.tokens - 1) // tokens))
             arms[name] = {'max_iters': steps, 'eval_interval': steps} | arm
     machine = {f.name: getattr(s, f.name) for f in fields(DeviceConfig)}
     return replace(sweep, base=machine | sweep.base | {'dataset': s.dataset}, arms=arms, out=s.out)

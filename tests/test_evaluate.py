@@ -14,7 +14,7 @@ import checkpoint
 import ngrams
 from configurator import UserError
 from data import Source, TokenFiles
-from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, row_losses
+from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, plan_training, row_losses
 from model import ModelConfig, Transformer
 
 SWEEP = """
@@ -113,6 +113,14 @@ def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, caps
     assert abs(float(values['bigram, gradient']) - float(values['bigram, add k'])) < 0.1
 
 
+def test_a_pass_over_the_data_counts_accumulated_rows(dataset, tmp_path):
+    (tmp_path / 'arms.py').write_text(SWEEP)
+    (tmp_path / 'more.py').write_text(SWEEP + "base['gradient_accumulation_steps'] = 2")
+    steps = [plan_training(LadderSettings(dataset=dataset, sweep=str(tmp_path / name), out='out'), TokenFiles(dataset, 'train')).arms['bigram']['max_iters']
+             for name in ('arms.py', 'more.py')]
+    assert steps[1] == math.ceil(steps[0] / 2)
+
+
 def test_the_table_says_how_far_above_the_entropy():
     class Files:
         bytes, tokens = 50, 100
@@ -130,6 +138,9 @@ def test_every_rung_has_the_same_targets(dataset, tmp_path):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out'), device='cpu', dtype='float32'))
     (tmp_path / 'arms.py').write_text(SWEEP.replace("'rank_embed': 4,", "'rank_embed': [4, 8],"))
     with pytest.raises(UserError, match=r'bigram_rank_4: rank_embed=\[4, 8\]: the ladder takes one value'):
+        ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
+    (tmp_path / 'arms.py').write_text("base = {'block_size': 8, 'batch_size': 2}\narms = {'a': [{'arch': 'markov'}]}")
+    with pytest.raises(UserError, match='arms: a: the ladder takes one dict'):
         ladder(LadderSettings(dataset=dataset, sweep=str(tmp_path / 'arms.py'), out=str(tmp_path / 'out')))
     (tmp_path / 'arms.py').write_text('base = "config/fast.py"\narms = {"a": {}}')
     with pytest.raises(UserError, match='base: the ladder takes a dict'):
