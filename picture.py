@@ -49,7 +49,7 @@ def draw(arms, path, swept=None):
     For a sweep, {arm: (setting, [(value, final loss, its error)])}, a panel of the final loss against what was swept too.
     """
     page = figure(13 + 4 * bool(swept), 4.2)  # first, as it says what to install
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
     colours = {arm.name: '0.2' if n == 0 else f'C{(n - 1) % 10}' for n, arm in enumerate(arms)}  # the reference is grey
     page.get_layout_engine().set(w_pad=0.08)
     axes = page.subplots(1, 3 + bool(swept))
@@ -63,7 +63,8 @@ def draw(arms, path, swept=None):
         if late:
             axis.set_xlim(left=0.95 * min(x for x, _, _ in late))
             axis.set_ylim(top=max(loss for _, loss, _ in late) + 0.05)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left, right = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if right > 5 * left else MaxNLocator(4))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axis.xaxis.set_minor_formatter(NullFormatter())
         if axis is not axes[0]:
