@@ -57,9 +57,9 @@ class Sweep:
         for name, arm in self.arms.items():
             if not isinstance(name, str) or not re.fullmatch(r'[\w.+-]+', name):
                 raise ValueError(f'arms: {name!r} names a folder too: takes letters, digits and . _ + -')
-            for grid in grids(arm) or [None]:
-                if not isinstance(grid, dict):
-                    raise ValueError(f'arms: {name}: got {arm!r}, takes a dict of settings, or a list of them')
+            if not grids(arm) or not all(isinstance(grid, dict) for grid in grids(arm)):
+                raise ValueError(f'arms: {name}: got {arm!r}, takes a dict of settings, or a list of them')
+            for grid in grids(arm):
                 seeds = grid.get('seeds', self.seeds)
                 if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
                     raise ValueError(f'arms: {name}: seeds={seeds}: takes a list of different numbers')

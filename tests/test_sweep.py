@@ -62,7 +62,8 @@ def test_any_value_makes_a_short_safe_name_of_its_own(make, tmp_path):
     assert of(runs, 'dataset')[0] == (mixtures[0],) and of(runs, 'sample_prompt')[0] == ('a/b',)
 
 
-@pytest.mark.parametrize('name, count', [('demo', 8), ('lowrank', 19), ('lowrank_novels', 20), ('lowrank_final', 15), ('lowrank_novels_final', 15)])
+@pytest.mark.parametrize('name, count', [('demo', 8), ('lowrank', 19), ('lowrank_novels', 20), ('lowrank_final', 15), ('lowrank_novels_final', 15),
+                                         ('lowrank_long', 9)])
 def test_the_files_in_the_repo_are_sweeps_and_finalists_are_among_the_swept(name, count, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, 'vocabulary', lambda dataset: 4096)
 
