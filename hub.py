@@ -110,13 +110,13 @@ def read_json(path):
 def gpt2_config(config):
     config.one_of('activation_function', 'gelu_new', 'gelu_pytorch_tanh')  # two names of tanh-GELU
     config.one_of('scale_attn_weights', True)
-    config.one_of('scale_attn_by_inverse_layer_idx', False)
     config.one_of('add_cross_attention', False)
     width = config.size('n_embd')
     return ModelConfig(
         vocab_size=config.size('vocab_size'), block_size=config.size('n_positions'), n_layer=config.size('n_layer'), n_head=config.size('n_head'),
         n_kv_head=config.size('n_head'), n_embd=width, d_ff=config.size('n_inner', 4 * width), position='learned',
         norm='layernorm', norm_eps=config.number('layer_norm_epsilon', 1e-5), mlp='gelu', qk_norm=False, zero_init=False, init_std=0.02,
+        depth_scale='attn' if config.one_of('scale_attn_by_inverse_layer_idx', False, True) else 'none',
         tie=config.one_of('tie_word_embeddings', True, False), bias=True)
 
 

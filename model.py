@@ -42,6 +42,8 @@ class ModelConfig:
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
     embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate (modded-nanogpt, record 8)
+    depth_scale: Literal['none', 'attn', 'norm'] = 'none'  # block n, from 1: attn: its attention logits over n (GPT-2's scale_attn_by_inverse_layer_idx;
+    # Inheritune, arXiv 2404.08634, trained with it); norm: its norms' outputs over sqrt(n) (Sun et al. 2025, arXiv 2502.05795)
     value_residual: bool = False  # values are a learned mix of the layer's own and the first layer's (Zhou et al. 2024, arXiv 2410.17897)
     tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
     bias: bool = False  # biases in the linear layers and in LayerNorm
@@ -265,6 +267,8 @@ class Attention(nn.Module):
         if rotary is not None:
             qk = rotate(qk, rotary)
         q, k = qk.transpose(1, 2).split([q.size(2), k.size(2)], dim=1)  # (B, H, T, D)
+        if self.cfg.depth_scale == 'attn':
+            q = q / (self.layer + 1)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
@@ -292,11 +296,15 @@ class Block(nn.Module):
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
         self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
+        self.scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0  # of what the norms put out
 
     def forward(self, x, rotary, v0=None, cache=None):
-        y, v0 = self.attn(self.norm_1(x), rotary, v0, cache)
+        y, v0 = self.attn(self.normed(self.norm_1, x), rotary, v0, cache)
         x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm_2(x))), v0
+        return x + self.drop(self.mlp(self.normed(self.norm_2, x))), v0
+
+    def normed(self, norm, x):
+        return norm(x) if self.scale == 1 else norm(x) * self.scale
 
 
 # -----------------------------------------------------------------------------

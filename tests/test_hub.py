@@ -106,7 +106,8 @@ def refusal(where):
 
 # --- the same logits ---
 
-@pytest.mark.parametrize('settings', [dict(), dict(n_inner=80), dict(tie_word_embeddings=False), dict(activation_function='gelu_pytorch_tanh')], ids=str)
+@pytest.mark.parametrize('settings', [dict(), dict(n_inner=80), dict(tie_word_embeddings=False), dict(activation_function='gelu_pytorch_tanh'),
+                                      dict(scale_attn_by_inverse_layer_idx=True)], ids=str)
 def test_gpt2_has_the_logits_of_transformers(settings, tmp_path):
     model = theirs('gpt2', **settings)
     model.save_pretrained(tmp_path)
@@ -294,7 +295,7 @@ def test_nothing_is_written_into_the_folder(tmp_path):
 
 @pytest.mark.parametrize('kind, field, value', [
     ('gpt2', 'model_type', 'gpt_neo'), ('gpt2', 'model_type', None), ('gpt2', 'model_type', ['gpt2']), ('gpt2', 'activation_function', 'gelu'),
-    ('gpt2', 'activation_function', 'relu'), ('gpt2', 'scale_attn_by_inverse_layer_idx', True), ('gpt2', 'scale_attn_weights', False),
+    ('gpt2', 'activation_function', 'relu'), ('gpt2', 'scale_attn_weights', False),
     ('gpt2', 'add_cross_attention', True), ('gpt2', 'n_embd', '48'), ('gpt2', 'n_layer', 0), ('gpt2', 'n_layer', True), ('gpt2', 'n_head', 2.0),
     ('gpt2', 'n_head', None), ('gpt2', 'n_head', 7), ('gpt2', 'layer_norm_epsilon', float('nan')), ('gpt2', 'tie_word_embeddings', 'false'),
     ('gpt2', 'auto_map', {'AutoModelForCausalLM': 'own.Code'}), ('gpt2', 'quantization_config', {'bits': 4}), ('llama', 'hidden_act', 'gelu'),
