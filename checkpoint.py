@@ -203,15 +203,29 @@ def load_weights(model, weights, where):
     model.load_state_dict(weights)
 
 
-def load_optimizer(folder, optimizer):
+def read_moments(folder):
+    """{name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet."""
+    stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
+    names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
+    return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
+
+
+def pack_moments(moments):
+    """An optimizer's state, for save(), out of what read_moments() returns."""
+    return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
+
+
+def load_optimizer(folder, optimizer, partly=False):
     """
-    Take over the moments of every tensor, by its name; rates, betas and decay stay those that the optimizer was made with. Raises UserError for
-    moments of other tensors.
+    Take over the moments of every tensor, by its name; rates, betas and decay stay those that the optimizer was made with. partly: those that
+    are there and fit. Returns how many tensors have theirs. Raises UserError for moments of other tensors.
     """
-    stored, own = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True), optimizer.state_dict()
-    names, wanted = ([name for group in groups for name in group.get('param_names', ())] for groups in (stored['param_groups'], own['param_groups']))
-    if sorted(names) != sorted(wanted):
+    moments, own = read_moments(folder), optimizer.state_dict()
+    params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
+    if partly:
+        moments = {name: moments[name] for name, p in params if name in moments and all(t.shape in (p.shape, ()) for t in moments[name].values())}
+    elif sorted(moments) != sorted(name for name, _ in params):
         raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
-    places = {name: n for n, name in enumerate(wanted)}
-    own['state'] = {places[name]: stored['state'][n] for n, name in enumerate(names) if n in stored['state']}
+    own['state'] = {n: moments[name] for n, (name, _) in enumerate(params) if moments.get(name)}
     optimizer.load_state_dict(own)
+    return len(own['state'])

@@ -46,8 +46,8 @@ def fill(cfg, weights, where):
 
 def find_origin(s, ranks):
     """
-    What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer'}
-    trained elsewhere, whose network becomes that of `s`.
+    What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer', 'step',
+    'flops', 'moments'} trained elsewhere, whose network becomes that of `s`; moments: the folder with them, if they are to be kept.
     """
     found = checkpoint.checkpoints(s.out_dir)
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
@@ -70,7 +70,24 @@ def find_origin(s, ranks):
     adopt(s, cfg, s.init_from)
     if cfg.position == 'learned':
         weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]
-    return {'weights': weights, 'tokenizer': tokenizer}
+    return {'weights': weights, 'tokenizer': tokenizer} | kept(s, folder)
+
+
+def kept(s, folder):
+    """What s.init_keep says to keep of the run that the weights are from, beside them."""
+    if s.init_keep == 'weights':
+        return {}
+    state = {} if hub.knows(s.init_from) else checkpoint.load_state(folder)
+    if not any(checkpoint.read_moments(folder).values() if state else ()):
+        raise UserError(f"init_keep={s.init_keep}: {s.init_from} has no optimizer's moments: leave it out")
+    if state['settings']['optimizer'] != s.optimizer:
+        raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of {state["settings"]["optimizer"]}: set optimizer to that')
+    if s.init_keep == 'optimizer':
+        return {'moments': folder}
+    step = state.get('of_step', state['step'])
+    if step >= s.max_iters:
+        raise UserError(f'max_iters={s.max_iters}: the weights in {s.init_from} are at step {step} of their schedule: raise it')
+    return {'moments': folder, 'step': step, 'flops': state['flops']}
 
 
 def build_model(s, data, origin):

@@ -1,18 +1,25 @@
 """
 A new network out of a trained one.
 
-    python surgery.py factorize --from=out/dense --out_dir=out/low --rank_qk=48 --rank_vo=64    # the same ranks in all layers
-    python surgery.py factorize --from=hf:FOLDER --out_dir=out/low --energy=0.95                # each matrix its own
-    python train.py --init_from=out/low --out_dir=out/low_tuned --max_iters=200                 # and a short fine-tune
+    python surgery.py inherit --from=out/big --out_dir=out/small --layers=0-11                  # its first layers, or 0,2,4 or last:6
+    python surgery.py grow --from=out/small --out_dir=out/big --n_layer=12 --how=zero           # more layers, here the same function
+    python surgery.py widen --from=out/small --out_dir=out/wide --n_embd=512 --n_head=8         # wider, the same function
+    python surgery.py average --from='out/run/step_*' --out_dir=out/mean                        # the mean of several
+    python surgery.py factorize --from=out/dense --out_dir=out/low --rank_qk=48 --rank_vo=64    # low rank: the same in all layers
+    python surgery.py factorize --from=hf:FOLDER --out_dir=out/low --energy=0.95                # or each matrix its own
+    python train.py --init_from=out/small --out_dir=out/small_tuned                             # and on with it
 
-What it writes is a checkpoint at step 0, with settings and a log as a run has them.
+What it writes is a checkpoint at step 0, with settings and a log as a run has them. Its loss and its size are printed beside the old ones.
 """
 import dataclasses
+import glob
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from statistics import median
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -22,28 +29,79 @@ import hub
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture, Source
+from growth import average, grown_layers, layer_names, parse_layers, take_layers, widen
 from loss import evaluate
-from model import LowRank, ModelConfig, make_model
+from model import LowRank, ModelConfig, Transformer, make_model
 from origin import fill, read_model
 from train import Ranks
 
 
 @dataclass
-class FactorizeSettings:
-    from_: str = ''  # the dense network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+class Settings:
+    from_: str = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
     out_dir: str = ''  # where the new one goes: a new directory
-    rank_qk: int = 0  # ranks of the queries' and keys' matrices; 0 = they stay dense
-    rank_vo: int = 0  # of the values' and attention's output
-    rank_mlp: int = 0  # of the MLP
-    energy: float = 0.0  # in place of ranks: each matrix gets the one that keeps this share of its energy, a multiple of 8; it stays dense
-    # where two factors would not be smaller. With a dataset, energy is that of its outputs on these data
-    dataset: str | dict = 'auto'  # whose inputs weigh the errors; auto = the one it was trained on, if it is there; none = plain SVD
+    dataset: str | dict = 'auto'  # data to measure the losses on; auto = those it was trained on, if they are there; none = no losses
+    seed: int = 1337  # of what is drawn anew
 
     def check(self):
         """Raise ValueError for values that cannot work."""
         for name in ('from_', 'out_dir'):
             if not getattr(self, name):
-                raise ValueError(f'{name.rstrip("_")}: is not given: python surgery.py factorize --from=DIR --out_dir=NEW --energy=0.95')
+                raise ValueError(f'{name.rstrip("_")}: is not given: python surgery.py COMMAND --from=DIR --out_dir=NEW …')
+
+
+@dataclass
+class InheritSettings(Settings):
+    layers: str = ''  # blocks to take, as 0-11, 0,2,4, first:6, last:6, middle:6; any order, any number of times
+    fresh: str = ''  # what is drawn anew in place of inherited: parts of the tensors' names, with commas: wpe,norm_f is what the original of
+    # Inheritune forgot; attn, mlp and norm are possible too
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.layers:
+            raise ValueError('layers: is not given: --layers=0-11, 0,2,4 or last:6')
+
+
+@dataclass
+class GrowSettings(Settings):
+    n_layer: int = 0  # how many blocks to have
+    how: Literal['stack', 'interleave', 'zero'] = 'stack'  # where the new ones are from: all blocks again on top; each doubled in its place; the
+    # same, but silent: the copies' output matrices are zero, so that the function stays
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.n_layer < 1:
+            raise ValueError(f'n_layer={self.n_layer}: takes the number of blocks to grow to')
+
+
+@dataclass
+class WidenSettings(Settings):
+    n_embd: int = 0  # new sizes; 0 = as it is
+    n_head: int = 0  # heads stay as wide as they are
+    d_ff: int = 0
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not (self.n_embd or self.n_head or self.d_ff):
+            raise ValueError('n_embd, n_head, d_ff: none is given: what is to be wider?')
+
+
+@dataclass
+class AverageSettings(Settings):
+    from_: list[str] = field(default_factory=list)  # the old networks, --from=DIR for each, or a pattern: --from='out/run/step_*'
+
+
+@dataclass
+class FactorizeSettings(Settings):
+    # with a dataset, errors are weighed by the inputs of each matrix on these data; none = plain SVD
+    rank_qk: int = 0  # ranks of the queries' and keys' matrices; 0 = they stay dense
+    rank_vo: int = 0  # of the values' and attention's output
+    rank_mlp: int = 0  # of the MLP
+    energy: float = 0.0  # in place of ranks: each matrix gets the one that keeps this share of its energy, a multiple of 8; it stays dense
+    # where two factors would not be smaller. With a dataset, energy is that of its outputs on these data
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
         uniform = [name for name in ('rank_qk', 'rank_vo', 'rank_mlp') if getattr(self, name)]
         if bool(uniform) == bool(self.energy):
             raise ValueError(f'energy={self.energy:g}, {uniform[0] if uniform else "rank_qk, rank_vo, rank_mlp"}: give either energy or ranks')
@@ -143,11 +201,42 @@ def report(records, by_output):
 # -----------------------------------------------------------------------------
 # From and to the disk
 
+@dataclass
+class Old:
+    """A network to operate on, and what belongs to it."""
+    model: Transformer
+    settings: dict  # of its run; {} of weights of others
+    moments: dict  # {name: {what: tensor}} of its optimizer
+    state: dict  # state.json
+    data: tuple | None  # (training Mixture, validation Sources)
+    tokenizer: tuple  # (description, folder of its files)
+
+
+def read(s, where):
+    """The Old network of `where`. Raises UserError for what has no layers, is in the middle of a guided start, or is not of the data's tokenizer."""
+    if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
+        raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
+    cfg, weights, folder = read_model(where)
+    if cfg.arch == 'markov':
+        raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
+    if cfg.rank_guide:
+        raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
+    known = hub.knows(where)
+    state, moments = ({}, {}) if known else (checkpoint.load_state(folder), checkpoint.read_moments(folder))
+    data = open_data(s, cfg, state.get('settings', {}))
+    files = data[0].sources[0].files if data else None
+    if state and files and files.meta['tokenizer'] != state['tokenizer'] or files and files.vocab_size > cfg.vocab_size:
+        raise UserError(f'dataset={files.folder}: its tokenizer is not that of {where}: prepare the data with that one, or give --dataset=none')
+    # weights of others go with the tokenizer of the data where there are any
+    tokenizer = (state['tokenizer'], folder) if state else (files.meta['tokenizer'], files.folder) if files else hub.tokenizer(where)[::-1]
+    return Old(fill(cfg, weights, where), state.get('settings', {}), moments, state, data, tokenizer)
+
+
 def open_data(s, cfg, settings):
-    """(training Mixture, validation Sources) of s.dataset; None for plain SVD."""
+    """(training Mixture, validation Sources) of s.dataset; None if there is none."""
     name = settings.get('dataset', 'none') if s.dataset == 'auto' else s.dataset
     if name == 'none':
-        print('plain SVD; --dataset=NAME would weigh errors by the inputs on such data')
+        print('no data; --dataset=NAME would measure losses')
         return None
     packing = settings.get('packing', 'stream')
     try:
@@ -156,29 +245,8 @@ def open_data(s, cfg, settings):
     except UserError as error:
         if s.dataset != 'auto':
             raise
-        print(f'plain SVD: {error}')
+        print(f'no losses: {error}')
         return None
-
-
-def read(s):
-    """
-    (model, settings, data, (tokenizer, folder of its files)) of s.from_. Weights of others have no settings, and go with the tokenizer
-    of the data where there are any. Raises UserError for a network that is low-rank already and for data of another tokenizer.
-    """
-    cfg, weights, folder = read_model(s.from_)
-    if cfg.arch == 'markov':
-        raise UserError(f'from={s.from_}: a Markov chain has no layers to factorize: train one of low rank, --arch=markov --rank_embed=64')
-    model = fill(cfg, weights, s.from_)
-    low_rank = [name for name, layer in model.named_modules() if isinstance(layer, LowRank)]
-    if low_rank:
-        raise UserError(f'from={s.from_}: {low_rank[0]} is low-rank already: give the dense network')
-    state = {} if hub.knows(s.from_) else checkpoint.load_state(folder)
-    data = open_data(s, cfg, state.get('settings', {}))
-    files = data[0].sources[0].files if data else None
-    if state and files and files.meta['tokenizer'] != state['tokenizer'] or files and files.vocab_size > cfg.vocab_size:
-        raise UserError(f'dataset={files.folder}: its tokenizer is not that of {s.from_}: prepare the data with that one, or give --dataset=none')
-    tokenizer = (state['tokenizer'], folder) if state else (files.meta['tokenizer'], files.folder) if files else hub.tokenizer(s.from_)[::-1]
-    return model, state.get('settings', {}), data, tokenizer
 
 
 def validation(cfg, val):
@@ -192,51 +260,105 @@ def losses(model, val):
     return evaluate(model, val, SimpleNamespace(**validation(model.cfg, val), dtype='float32'), Ranks('auto', torch.device('cpu')))
 
 
-def save(s, model, settings, tokenizer, record):
-    """Write the checkpoint, settings.json and log.jsonl, as train.py does of a run of no steps."""
-    settings = settings | dataclasses.asdict(model.cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
+def write(s, command, old, cfg, weights, names=None):
+    """
+    Print what has become of `old`, and write it: checkpoint, settings.json and log.jsonl, as train.py does of a run of no steps.
+    names: {tensor: the old one that it was}, whose optimizer's moments go along.
+    """
+    new = fill(cfg, weights, s.out_dir)
+    before, after = (losses(model, old.data[1]) if old.data else {} for model in (old.model, new))
+    for what, size in ('parameters', Transformer.num_params), ('training FLOPs a token', Transformer.flops_per_token):
+        print(f'{what:24}{size(old.model):14,} → {size(new):14,}  {size(new) / size(old.model) - 1:+.1%}')
+    for name in after:
+        print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
+    settings = old.settings | dataclasses.asdict(cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
+    if old.data:  # so that compare.py knows what the loss is of
+        settings |= validation(cfg, old.data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
     checkpoint.prepare_out_dir(s.out_dir, 0, settings)
-    description, folder = tokenizer
-    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
-             'surgery': 'factorize'}
-    checkpoint.save(s.out_dir, 0, model.state_dict(), {}, state, [os.path.join(folder, name) for name in description.get('files', ())])
-    if record:
+    description, folder = old.tokenizer
+    state = {'step': 0, 'model': dataclasses.asdict(cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
+             'surgery': command, 'of_step': old.state.get('of_step', old.state.get('step', 0)), 'flops': old.state.get('flops', 0.0)}
+    moments = {name: old.moments[origin] for name, origin in (names or {}).items() if origin in old.moments}
+    tokenizer_files = [os.path.join(folder, name) for name in description.get('files', ())]
+    checkpoint.save(s.out_dir, 0, weights, checkpoint.pack_moments(moments), state, tokenizer_files)
+    if after:
         with open(os.path.join(s.out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
-            f.write(json.dumps({'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **record}) + '\n')
+            f.write(json.dumps({'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **after}) + '\n')
+    print(f'written: {s.out_dir}; python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
 
 
 # -----------------------------------------------------------------------------
 # Commands
 
+def run_inherit(s):
+    old = read(s, s.from_)
+    weights, layers = old.model.state_dict(), parse_layers(s.layers, old.model.cfg.n_layer)
+    cfg, taken = take_layers(old.model.cfg, weights, layers)
+    torch.manual_seed(s.seed)
+    drawn, fresh = make_model(cfg).state_dict(), set()
+    for part in filter(None, s.fresh.split(',')):
+        found = {name for name in taken if re.search(rf'(^|\.){re.escape(part)}(_\d)?\.', name)}
+        if not found:
+            parts = sorted({re.sub(r'_\d$', '', part) for name in taken for part in name.split('.')[:-1] if not part.isdecimal()} - {'blocks'})
+            raise UserError(f'fresh={s.fresh}: {part!r} is no part of this network: takes {", ".join(parts)}')
+        fresh |= found
+    print(f'blocks {", ".join(map(str, layers))} of {old.model.cfg.n_layer}' + (f'; drawn anew: {s.fresh}, {len(fresh)} tensors' if fresh else ''))
+    names = {name: origin for name, origin in layer_names(weights, layers).items() if name not in fresh}
+    write(s, 'inherit', old, cfg, taken | {name: drawn[name] for name in fresh}, names)
+
+
+def run_grow(s):
+    old = read(s, s.from_)
+    if s.n_layer <= old.model.cfg.n_layer:
+        raise UserError(f'n_layer={s.n_layer}: the network has {old.model.cfg.n_layer} blocks already: give more, or use surgery.py inherit')
+    weights, (layers, silent) = old.model.state_dict(), grown_layers(old.model.cfg.n_layer, s.n_layer, s.how)
+    print('blocks ' + ', '.join(f'{layer}{" silent" if n in silent else ""}' for n, layer in enumerate(layers)))
+    new = tuple(f'blocks.{n}.' for n in silent)
+    names = {name: origin for name, origin in layer_names(weights, layers).items() if not name.startswith(new)}
+    write(s, 'grow', old, *take_layers(old.model.cfg, weights, layers, silent), names)
+
+
+def run_widen(s):
+    old = read(s, s.from_)
+    torch.manual_seed(s.seed)
+    cfg, weights = widen(old.model.cfg, old.model.state_dict(), s.n_embd, s.n_head, s.d_ff)
+    if old.model.cfg.tie and not cfg.tie:
+        print('embedding and head are two matrices now: LayerNorm cannot be widened exactly with them tied')
+    write(s, 'widen', old, cfg, weights)
+
+
+def run_average(s):
+    folders = [folder for where in s.from_ for folder in (sorted(glob.glob(where)) if glob.has_magic(where) else [where])]
+    if len(folders) < 2:
+        raise UserError(f"from={', '.join(s.from_)}: {len(folders)} found: give two or more, --from=DIR for each or a pattern as --from='out/run/step_*'")
+    old = read(s, folders[-1])
+    found = [read_model(folder)[:2] for folder in folders]
+    print(f'the mean of {", ".join(folders)}; beside it, the last of these:')
+    write(s, 'average', old, *average(*zip(*found), folders))
+
+
 def run_factorize(s):
-    if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
-        raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
-    dense, settings, data, tokenizer = read(s)
+    old = read(s, s.from_)
+    low_rank = [name for name, layer in old.model.named_modules() if isinstance(layer, LowRank)]
+    if low_rank:
+        raise UserError(f'from={s.from_}: {low_rank[0]} is low-rank already: give the dense network')
     plain = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name.startswith('rank_') and f.name not in ('rank_embed', 'rank_head')}
-    cfg = dataclasses.replace(dense.cfg, **plain | {'rank_qk': s.rank_qk, 'rank_vo': s.rank_vo, 'rank_mlp': s.rank_mlp, 'ranks': {}})
+    cfg = dataclasses.replace(old.model.cfg, **plain | {'rank_qk': s.rank_qk, 'rank_vo': s.rank_vo, 'rank_mlp': s.rank_mlp, 'ranks': {}})
     check(cfg)
     with torch.device('meta'):
         uniform = {name: layer.down.out_features for name, layer in make_model(cfg).named_modules() if isinstance(layer, LowRank)}
-    weights, records = factorize(dense, uniform, s.energy, input_moments(dense, data[0]) if data else None)
+    weights, records = factorize(old.model, uniform, s.energy, input_moments(old.model, old.data[0]) if old.data else None)
     if s.energy:
         cfg = dataclasses.replace(cfg, ranks={r['name']: r['rank'] for r in records if r['rank']})
         if not cfg.ranks:
             raise UserError(f'energy={s.energy:g}: two factors that keep so much would not be smaller than any of the matrices: lower it')
-    low = fill(cfg, weights, s.out_dir)
-    print(report(records, bool(data)) + '\n')
-    before, after = (losses(model, data[1]) if data else {} for model in (dense, low))
-    for what, old, new in [('parameters', dense.num_params(), low.num_params()), ('training FLOPs a token', dense.flops_per_token(), low.flops_per_token())]:
-        print(f'{what:24}{old:14,} → {new:14,}  {new / old - 1:+.1%}')
-    for name in after:
-        print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
-    if data:  # so that compare.py knows what the loss is of
-        settings = settings | validation(cfg, data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
-    save(s, low, settings, tokenizer, after)
-    print(f'written: {s.out_dir}; python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
+    print(report(records, bool(old.data)) + '\n')
+    write(s, 'factorize', old, cfg, weights)
 
 
 def main():
-    command, s = configure_command({'factorize': (run_factorize, FactorizeSettings)})
+    command, s = configure_command({'inherit': (run_inherit, InheritSettings), 'grow': (run_grow, GrowSettings), 'widen': (run_widen, WidenSettings),
+                                    'average': (run_average, AverageSettings), 'factorize': (run_factorize, FactorizeSettings)})
     command(s)
 
 

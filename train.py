@@ -44,7 +44,9 @@ from tokenizer import load_tokenizer
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
     out_dir: str = 'out'  # where checkpoints, log and settings go
     init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
-    # a run or checkpoint DIR: its weights, a fresh schedule; hf:FOLDER: a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
+    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep of init_from=DIR: weights alone; the optimizer's moments too,
+    # with a fresh schedule; or all, so that rate and data go on at its step
     seed: int = 1337  # of weights, order of the data and dropout
     batch_size: int = 12  # rows of a micro-batch: what has to fit into memory
     gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size times this many rows
@@ -279,7 +281,7 @@ def describe(s, run, ranks):
     if run.planned:
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))
     if run.step:
-        ranks.say(f'resuming {s.out_dir} at step {run.step}')
+        ranks.say(f'{"going on with " + s.init_from if run.borrowed else "resuming " + s.out_dir} at step {run.step}')
 
 
 # -----------------------------------------------------------------------------
@@ -333,6 +335,7 @@ class Run:
     tokens_per_step: int
     flops_per_step: float
     flops: float  # so far
+    borrowed: bool  # whether it begins with the weights of another
 
 
 def set_up(s, device, ranks):
@@ -357,14 +360,19 @@ def set_up(s, device, ranks):
         checkpoint.load_optimizer(origin['folder'], optimizer)
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
+    elif 'moments' in origin:
+        count = checkpoint.load_optimizer(origin['moments'], optimizer, partly=True)
+        ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
     flops_per_step = model.flops_per_token() * tokens_per_step + optimizer_flops(optimizer)
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
-    step = state['step'] if state else 0
-    flops = state.get('flops', step * flops_per_step) if state else 0.0
-    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops)
+    begun = state or origin
+    step = begun.get('step', 0)
+    flops = begun.get('flops', step * flops_per_step)
+    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
+               'weights' in origin)
 
 
 def end_guides(run, ranks):

@@ -1,4 +1,7 @@
-"""Factorizing: at full rank the same function, below it the best one of its rank, by energy no rank too many; and a checkpoint like any other."""
+"""
+Surgery as a user runs it, and factorizing: at full rank the same function, below it the best one of its rank, by energy no rank too many.
+The arithmetic of growth is in test_growth.py.
+"""
 import dataclasses
 import json
 import re
@@ -167,3 +170,94 @@ def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_
             configure_command({'factorize': (run_factorize, FactorizeSettings)}, ['factorize', *args])
     assert 'energy=1: takes 0 < energy < 1' in one_line(run('surgery.py', 'factorize', f'--from={dense}', f'--out_dir={new}', '--energy=1'))
     assert not (tmp_path / 'new').exists() and json.loads((tmp_path / 'low/settings.json').read_text())['ranks']
+
+
+# --- inherit, grow, widen, average ---
+
+GO_ON = ['--batch_size=4', '--block_size=32', '--eval_interval=20', '--eval_iters=0', '--dtype=float32', '--sample_tokens=0', '--log_interval=1']
+
+
+def operate(command, source, out_dir, *args):
+    """Output of surgery.py, and the loss that it wrote down."""
+    done = run('surgery.py', command, f'--from={source}', f'--out_dir={out_dir}', *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, read_log(out_dir)[0]['val_loss']
+
+
+def weights_of(out_dir):
+    return checkpoint.read_weights(checkpoint.find(str(out_dir)))
+
+
+def test_inherited_layers_go_on_as_a_smaller_network(dense, dataset, tmp_path):
+    out, loss = operate('inherit', dense, tmp_path / 'small', '--layers=last:1')
+    old, new = weights_of(dense), weights_of(tmp_path / 'small')
+    assert 'blocks 1 of 2' in out and all(torch.equal(t, old[name.replace('blocks.0', 'blocks.1')]) for name, t in new.items())
+    done = run('train.py', f'--out_dir={tmp_path}/on', f'--init_from={tmp_path}/small', f'--dataset={dataset}', *GO_ON, '--max_iters=20')
+    assert done.returncode == 0 and '1 layers' in done.stdout, done.stderr
+    log = [r for r in read_log(tmp_path / 'on') if 'val_loss' in r]
+    assert abs(log[0]['val_loss'] - loss) < 1e-4 and log[-1]['val_loss'] < loss
+
+
+def test_what_the_original_forgot_can_be_forgotten(dense, dataset, tmp_path):
+    """Inheritune's code left positions and the final norm behind; --fresh draws them, or other parts, anew, the same for the same seed."""
+    train(tmp_path / 'gpt', '--position=learned', '--max_iters=20', '--eval_interval=20', dataset=dataset)
+    losses = [operate('inherit', tmp_path / 'gpt', tmp_path / name, '--layers=0', *args)[1] for name, args in [
+        ('a', ['--fresh=wpe,norm_f']), ('b', ['--fresh=attn,norm', '--seed=1']), ('all', [])]]
+    assert losses[2] < losses[0]
+    old, a, b = weights_of(tmp_path / 'gpt'), weights_of(tmp_path / 'a'), weights_of(tmp_path / 'b')
+    changed = [{name for name in new if not torch.equal(new[name], old[name])} for new in (a, b)]
+    assert changed[0] == {'wpe.weight', 'norm_f.weight'}
+    assert changed[1] == {f'blocks.0.{part}.weight' for part in ('norm_1', 'norm_2', 'attn.q', 'attn.k', 'attn.v', 'attn.o')}
+    assert (a['norm_f.weight'] == 1).all()
+    done = run('surgery.py', 'inherit', f'--from={dense}', f'--out_dir={tmp_path}/c', '--layers=0', '--fresh=wpe')
+    assert "'wpe' is no part of this network: takes attn, down, k, mlp, norm, norm_f, o, q, up, v, wte" in one_line(done)
+
+
+def test_growth_with_silent_blocks_keeps_the_loss_and_stacking_does_not(dense, tmp_path):
+    _, before = operate('inherit', dense, tmp_path / 'same', '--layers=0-1')
+    out, loss = operate('grow', dense, tmp_path / 'zero', '--n_layer=5', '--how=zero')
+    assert 'blocks 0, 0 silent, 0 silent, 1, 1 silent' in out and abs(loss - before) < 1e-6
+    _, stacked = operate('grow', dense, tmp_path / 'stack', '--n_layer=4')
+    assert stacked - before > 1e-3
+    _, wide = operate('widen', dense, tmp_path / 'wide', '--n_embd=96', '--n_head=6', '--d_ff=384')
+    assert abs(wide - before) < 1e-5
+
+
+def test_a_grown_network_can_go_on_in_the_schedule(dataset, tmp_path):
+    """With nothing grown, init_keep=schedule is the uninterrupted run; optimizer keeps the moments, weights nothing else."""
+    whole, half = tmp_path / 'whole', tmp_path / 'half'
+    args = ['--n_layer=2', '--max_iters=20', '--eval_interval=10', '--keep_checkpoints=9']
+    train(whole, *args, dataset=dataset)
+    operate('inherit', whole / 'step_00000010', half, '--layers=0-1')
+    operate('grow', half, tmp_path / 'more', '--n_layer=3', '--how=zero')
+    runs = {}
+    for name, source, layers, keep in [('schedule', half, 2, 'schedule'), ('optimizer', half, 2, 'optimizer'), ('weights', half, 2, 'weights'),
+                                       ('grown', tmp_path / 'more', 3, 'schedule'), ('checkpoint', whole / 'step_00000010', 2, 'schedule')]:
+        done = train(tmp_path / name, *args[1:], f'--init_from={source}', f'--init_keep={keep}', f'--n_layer={layers}', dataset=dataset)
+        runs[name] = {r['step']: r for r in read_log(tmp_path / name) if 'train_loss' in r}
+        if name == 'schedule':
+            assert 'tensors go on with the moments of' in done.stdout and f'going on with {half} at step 10' in done.stdout
+    uninterrupted = {r['step']: r for r in read_log(whole) if 'train_loss' in r and r['step'] > 10}
+    assert runs['schedule'] == uninterrupted == runs['checkpoint']
+    assert runs['grown'][11]['train_loss'] == pytest.approx(uninterrupted[11]['train_loss'], abs=1e-6)
+    assert runs['grown'][11]['flops'] > uninterrupted[11]['flops']
+    assert min(runs['optimizer']) == 1 == min(runs['weights']) and runs['optimizer'][2]['train_loss'] != runs['weights'][2]['train_loss']
+    for args, words in [([f'--init_from={whole}', '--init_keep=schedule'], 'are at step 20 of their schedule: raise it'),
+                        ([f'--init_from={half}', '--init_keep=schedule', '--optimizer=muon'], 'the moments in .* are those of adamw')]:
+        assert re.search(words, one_line(train(tmp_path / 'no', '--max_iters=20', *args, dataset=dataset, check=False)))
+    operate('widen', whole, tmp_path / 'wide', '--d_ff=256')
+    refused = train(tmp_path / 'no', f'--init_from={tmp_path}/wide', '--d_ff=256', '--init_keep=optimizer', dataset=dataset, check=False)
+    assert "has no optimizer's moments" in one_line(refused)
+    done = run('surgery.py', 'average', f'--from={whole}/step_*', f'--out_dir={tmp_path}/mean')
+    assert done.returncode == 0 and 'the mean of' in done.stdout, done.stderr
+    parts = [weights_of(whole / f'step_{n:08d}') for n in (10, 20)]
+    assert all(torch.allclose(t, (parts[0][name] + parts[1][name]) / 2) for name, t in weights_of(tmp_path / 'mean').items())
+
+
+def test_surgery_that_cannot_be_done_writes_nothing(dense, tmp_path):
+    for command, args, words in [('inherit', ['--layers=0-2'], 'the network has the blocks 0 to 1'), ('inherit', [], 'layers: is not given'),
+                                 ('grow', ['--n_layer=2'], 'has 2 blocks already'), ('grow', [], 'n_layer=0: takes'), ('widen', [], 'what is to be wider'),
+                                 ('widen', ['--n_embd=32'], 'n_embd=32: the network has 64'), ('average', [], '1 found: give two or more'),
+                                 ('average', [f'--from={tmp_path}/nowhere'], 'nowhere: no such directory')]:
+        assert words in one_line(run('surgery.py', command, f'--from={dense}', f'--out_dir={tmp_path}/new', *args))
+    assert not (tmp_path / 'new').exists()

@@ -1,0 +1,157 @@
+"""
+The arithmetic of surgery: the settings and tensors of a network out of those of another.
+
+    cfg, weights = take_layers(cfg, weights, [0, 1, 2, 3])                      # the first four blocks
+    cfg, weights = take_layers(cfg, weights, [0, 0, 1, 1], silent={1, 3})       # twice as many, the same function
+    cfg, weights = widen(cfg, weights, n_embd=512, n_head=8)                    # the same function
+
+Weights are {name: tensor}, names those of model.py. A map {new name: old name} says which tensor each one was, so that an optimizer's
+moments can follow.
+"""
+import dataclasses
+import math
+import re
+
+import torch
+
+from configurator import UserError, check
+from model import make_model
+
+# -----------------------------------------------------------------------------
+# Depth
+
+def parse_layers(text, n_layer):
+    """
+    Numbers of blocks out of '0-11', '0,2,4', 'first:6', 'last:6', 'middle:6', or several of these with commas between them. One may come
+    more than once. Raises UserError for what is no such thing and for a block that a network of n_layer does not have.
+    """
+    layers = []
+    for part in text.replace(' ', '').split(','):
+        where, _, count = part.partition(':')
+        begin, dash, end = part.partition('-')
+        if where in ('first', 'last', 'middle') and count.isdecimal():
+            start = {'first': 0, 'last': n_layer - int(count), 'middle': (n_layer - int(count)) // 2}[where]
+            layers += range(start, start + int(count))
+        elif begin.isdecimal() and (end.isdecimal() if dash else not end):
+            layers += range(int(begin), int(end if dash else begin) + 1)
+        else:
+            raise UserError(f'layers={text}: {part!r}: takes blocks as 0-11, 0,2,4, first:6, last:6 or middle:6')
+    if not layers or min(layers) < 0 or max(layers) >= n_layer:
+        raise UserError(f'layers={text}: the network has the blocks 0 to {n_layer - 1}')
+    return layers
+
+
+def grown_layers(n_layer, target, how):
+    """
+    (blocks to take, those of them that are to be silent) to grow from n_layer to `target` blocks. stack: all of them again and again
+    (Gong et al. 2019; G_stack, Du et al. 2024, arXiv 2405.15319); interleave: each some times in a row; zero: the same, and all but the
+    first of a row silent (LLaMA Pro, Wu et al. 2024, arXiv 2401.02415).
+    """
+    if how == 'stack':
+        return [n % n_layer for n in range(target)], set()
+    layers = [n * n_layer // target for n in range(target)]
+    return layers, {n for n in range(1, target) if layers[n] == layers[n - 1]} if how == 'zero' else set()
+
+
+def layer_names(names, layers):
+    """{name in a network whose block n is block layers[n]: name in the old one}, for the tensors that both have."""
+    out = {name: name for name in names if not name.startswith('blocks.')}
+    for n, layer in enumerate(layers):
+        prefix = f'blocks.{layer}.'
+        out |= {f'blocks.{n}.{name.removeprefix(prefix)}': name for name in names if name.startswith(prefix)}
+    out.pop('blocks.0.attn.v_mix', None)  # the first block has no values before its own to mix in
+    return out
+
+
+def take_layers(cfg, weights, layers, silent=()):
+    """
+    (ModelConfig, weights) of a network whose block n is block layers[n] of this one; what is not in blocks stays as it is. The blocks n
+    in `silent` add nothing at first: the matrices that write their output are zero.
+    """
+    new = dataclasses.replace(cfg, n_layer=len(layers), first_block_dense=False, ranks={k: r for k, r in cfg.ranks.items() if not k.startswith('blocks.')})
+    new.ranks |= {f'blocks.{n}.{name}': cfg.rank(layer, name) for n, layer in enumerate(layers) for name in cfg.sizes()
+                  if cfg.rank(layer, name) != new.rank(n, name)}
+    out = {name: weights[old].clone() for name, old in layer_names(weights, layers).items()}
+    for n in silent:
+        for part in (f'blocks.{n}.attn.o.', f'blocks.{n}.mlp.down.'):
+            for name in out:
+                if name.startswith(part) and name != part + 'down.weight':  # of two factors the outer one is enough
+                    out[name].zero_()
+    for n, layer in enumerate(layers):
+        if cfg.value_residual and layer == 0 and n > 0:
+            out[f'blocks.{n}.attn.v_mix'] = torch.zeros(())  # it had only its own values
+    return new, out
+
+
+# -----------------------------------------------------------------------------
+# Width
+
+NORM = r'(.*\.)?norm_\w\.(weight|bias)'  # of the stream
+
+
+def stream_dim(name, cfg):
+    """The dimension in which the tensor `name` writes to the stream between the blocks; None if it does not write there."""
+    if name in ('wte.weight', 'wpe.weight'):
+        return None if name == 'wte.weight' and cfg.rank_embed else 1
+    return 0 if re.fullmatch(r'wte_up\.weight|blocks\.\d+\.(attn\.o|mlp\.down)\.(up\.)?(weight|bias)', name) else None
+
+
+@torch.no_grad()
+def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
+    """
+    (ModelConfig, weights) of larger sizes (0: as it is) and the same function: every old tensor is a corner of its new one. What is new in the
+    stream, in heads and in the MLP is not written yet, so it is zero, but is read by random weights, so that it learns from the first step
+    (after Net2Net, Chen et al. 2016, arXiv 1511.05641, without its copies, which stay alike). The energy that a norm divides by is spread
+    over more entries, for which its weight and norm_eps make up; LayerNorm's mean is zero once the stream's is (center). Random numbers
+    are torch's. Raises UserError for what cannot be widened exactly.
+    """
+    for name in ('mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'):
+        if getattr(cfg, name):
+            raise UserError(f'{name}={getattr(cfg, name)}: a network with it cannot be widened and keep its function')
+    n_embd, n_head, d_ff = n_embd or cfg.n_embd, n_head or cfg.n_head, d_ff or cfg.mlp_width
+    for name, value, old in (('n_embd', n_embd, cfg.n_embd), ('n_head', n_head, cfg.n_head), ('d_ff', d_ff, cfg.mlp_width)):
+        if value < old:
+            raise UserError(f'{name}={value}: the network has {old}, and widen makes it larger')
+    if n_head % (cfg.n_head // cfg.kv_heads):
+        raise UserError(f'n_head={n_head}: a head of keys and values serves {cfg.n_head // cfg.kv_heads} heads of queries: take a multiple of that')
+    if cfg.norm == 'layernorm' and n_embd > cfg.n_embd:
+        cfg, weights = center(cfg, weights)
+    new = dataclasses.replace(cfg, n_embd=n_embd, n_head=n_head, n_kv_head=n_head * cfg.kv_heads // cfg.n_head, head_dim=cfg.d_head, d_ff=d_ff,
+                              norm_eps=cfg.norm_eps * cfg.n_embd / n_embd)
+    check(new)
+    out = make_model(new).state_dict()
+    for name, old in weights.items():
+        if re.fullmatch(NORM, name):
+            old = old * math.sqrt(cfg.n_embd / n_embd) if name.endswith('weight') else old
+            out[name].fill_(old.mean() if name.endswith('weight') else 0)
+        elif stream_dim(name, cfg) is not None or name.endswith(('attn.o.down.weight', 'mlp.down.down.weight')):
+            out[name].zero_()
+        out[name][tuple(slice(size) for size in old.shape)] = old
+    return new, out
+
+
+def center(cfg, weights):
+    """(ModelConfig, weights) of the same function whose stream has mean zero, as LayerNorm makes it anyhow. An embedding that was the head too is two then."""
+    if cfg.embed_norm:
+        raise UserError('embed_norm=True, norm=layernorm: a network with both cannot be widened and keep its function')
+    if cfg.tie and cfg.rank_embed:
+        raise UserError('tie=True, rank_embed, norm=layernorm: a network with these cannot be widened and keep its function')
+    out = weights | ({'head.weight': weights['wte.weight']} if cfg.tie else {})
+    dims = {name: stream_dim(name, cfg) for name in weights}
+    out |= {name: t - t.mean(dims[name], keepdim=True) for name, t in weights.items() if dims[name] is not None}
+    return dataclasses.replace(cfg, tie=False), out
+
+
+# -----------------------------------------------------------------------------
+# The mean of several
+
+def average(cfgs, weights, names):
+    """
+    (ModelConfig, weights) with the means of several networks' tensors (model soups, Wortsman et al. 2022, arXiv 2203.05482; the last
+    checkpoints of a run: LAWA, Kaddour 2022, arXiv 2209.14981). `names`: where they are from. Raises UserError unless all are one architecture.
+    """
+    for cfg, name in zip(cfgs, names):
+        other = next((f.name for f in dataclasses.fields(cfg) if f.name != 'dropout' and getattr(cfg, f.name) != getattr(cfgs[0], f.name)), None)
+        if other:
+            raise UserError(f'from={name}: has {other}={getattr(cfg, other)}, but {names[0]} has {getattr(cfgs[0], other)}: only equal networks have a mean')
+    return cfgs[0], {name: torch.stack([w[name].float() for w in weights]).mean(0).to(t.dtype) for name, t in weights[0].items()}

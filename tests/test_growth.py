@@ -1,0 +1,148 @@
+"""Surgery's arithmetic: growth that keeps the function keeps it for every kind of network, inherited blocks are the old ones, and so are their moments."""
+import math
+
+import pytest
+import torch
+from test_surgery import ids, random_model
+
+from configurator import UserError
+from growth import average, grown_layers, layer_names, parse_layers, take_layers, widen
+from origin import fill
+
+KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
+         dict(value_residual=True, embed_norm=True, tie=False, softcap=15.0),
+         dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu+rmsnorm', first_block_dense=True),
+         dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True), dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
+
+
+def network(**settings):
+    return random_model(**dict(n_layer=3, n_head=4) | settings)
+
+
+def logits(cfg, weights):
+    return fill(cfg, weights, 'test')(ids())
+
+
+# --- depth ---
+
+@pytest.mark.parametrize('settings', [k for k in KINDS if 'depth_scale' not in k] + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True)], ids=str)
+def test_silent_blocks_keep_the_function(settings):
+    old = network(**settings)
+    cfg, weights = take_layers(old.cfg, old.state_dict(), *grown_layers(3, 7, 'zero'))
+    assert cfg.n_layer == 7
+    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('settings', KINDS, ids=str)
+def test_the_blocks_taken_are_the_old_ones(settings):
+    old, layers = network(**settings), [2, 0, 2]
+    cfg, weights = take_layers(old.cfg, old.state_dict(), layers)
+    new, x = fill(cfg, weights, 'test'), torch.randn(1, 8, 32)
+    if settings.get('depth_scale') == 'norm':  # whose place in the stack is part of what it computes
+        return
+    for block, layer in zip(new.blocks, layers):
+        rotary, v0 = (None if old.rotary is None else old.rotary[:, :8]), torch.randn(1, 8, old.cfg.kv_heads, old.cfg.d_head)
+        alone = block is new.blocks[0] or layer == 0  # such a block knows no values but its own
+        if old.cfg.value_residual and alone:
+            continue
+        torch.testing.assert_close(block(x, rotary, v0)[0], old.blocks[layer](x, rotary, v0)[0])
+    for name in ('wte.weight', 'norm_f.weight'):
+        assert torch.equal(new.state_dict()[name], old.state_dict()[name])
+
+
+def test_with_value_residual_the_first_block_has_its_own_values_wherever_it_goes():
+    old = network(value_residual=True)
+    cfg, weights = take_layers(old.cfg, old.state_dict(), [1, 0])
+    new, x = fill(cfg, weights, 'test'), torch.randn(1, 8, 32)
+    assert new.blocks[0].attn.v_mix is None and new.blocks[1].attn.v_mix == 0
+    torch.testing.assert_close(new.blocks[1](x, old.rotary[:, :8], torch.randn(1, 8, 4, 8))[0], old.blocks[0](x, old.rotary[:, :8])[0])
+
+
+def test_where_grown_layers_are_from():
+    assert grown_layers(3, 7, 'stack') == ([0, 1, 2, 0, 1, 2, 0], set())
+    assert grown_layers(3, 6, 'interleave') == ([0, 0, 1, 1, 2, 2], set())
+    assert grown_layers(4, 6, 'zero') == ([0, 0, 1, 2, 2, 3], {1, 4})
+    for target in range(4, 17):
+        layers, silent = grown_layers(4, target, 'zero')
+        assert len(silent) == target - 4 and [layer for n, layer in enumerate(layers) if n not in silent] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('text, layers', [('0-3', [0, 1, 2, 3]), ('0,2,4', [0, 2, 4]), ('last:2', [6, 7]), ('first:3', [0, 1, 2]), ('middle:4', [2, 3, 4, 5]),
+                                          ('0-1, last:1', [0, 1, 7]), ('3,3', [3, 3])])
+def test_layers_are_named_in_a_few_ways(text, layers):
+    assert parse_layers(text, 8) == layers
+
+
+@pytest.mark.parametrize('text', ['8', '0-8', 'last:9', 'middle:10', '-1', 'a', '1-', 'first:', '3-1', '', '0,,1', '1:2', '²'])
+def test_layers_that_are_not_there_are_refused(text):
+    with pytest.raises(UserError, match='^layers='):
+        parse_layers(text, 8)
+
+
+def test_moments_follow_their_tensors():
+    names = layer_names(network().state_dict(), [2, 0])
+    assert names['blocks.0.attn.q.weight'] == 'blocks.2.attn.q.weight' and names['blocks.1.mlp.down.weight'] == 'blocks.0.mlp.down.weight'
+    assert names['wte.weight'] == 'wte.weight' and not any('blocks.2' in name for name in names)
+    assert 'blocks.0.attn.v_mix' not in layer_names(network(value_residual=True).state_dict(), [2, 0])
+
+
+# --- width ---
+
+WIDENED = [k for k in KINDS if 'mlp_norm' not in k] + [dict(norm='layernorm', bias=True), dict(depth_scale='attn', norm_eps=0.1)]
+
+
+@pytest.mark.parametrize('sizes', [dict(n_embd=48), dict(n_head=8), dict(d_ff=160), dict(n_embd=40, n_head=6, d_ff=200)], ids=str)
+@pytest.mark.parametrize('settings', WIDENED, ids=str)
+def test_widening_keeps_the_function(settings, sizes):
+    old = network(**settings)
+    cfg, weights = widen(old.cfg, old.state_dict(), **sizes)
+    assert all(getattr(cfg, name) == size for name, size in sizes.items()) and cfg.d_head == old.cfg.d_head
+    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(norm='layernorm', bias=True), dict(rank_qk=8, rank_mlp=8, rank_vo=4)], ids=str)
+def test_everything_that_widening_adds_can_learn(settings):
+    """Two steps move every entry of the matrices."""
+    old = network(**settings)
+    new = fill(*widen(old.cfg, old.state_dict(), n_embd=48, n_head=8, d_ff=160), 'test').train()
+    before, optimizer = {name: p.detach().clone() for name, p in new.named_parameters()}, torch.optim.Adam(new.parameters(), lr=1e-2)
+    for _ in range(2):
+        new(ids(), ids().roll(-1, 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in new.named_parameters():
+        if p.dim() == 2 and name not in ('wte.weight', 'wpe.weight'):
+            assert (p != before[name]).float().mean() > 0.95, name
+
+
+@pytest.mark.parametrize('settings, sizes, words', [
+    (dict(), dict(n_embd=16), 'n_embd=16: the network has 32'), (dict(), dict(d_ff=100), 'd_ff=100: the network has 128'),
+    (dict(n_kv_head=2), dict(n_head=7), 'n_head=7: a head of keys and values serves 2'), (dict(rank_mlp=8, mlp_norm=True), dict(d_ff=256), 'mlp_norm=True'),
+    (dict(norm='layernorm', embed_norm=True), dict(n_embd=48), 'embed_norm=True, norm=layernorm')])
+def test_what_cannot_be_widened_is_refused(settings, sizes, words):
+    old = network(**settings)
+    with pytest.raises(UserError, match=words):
+        widen(old.cfg, old.state_dict(), **sizes)
+
+
+# --- the mean, and the scale by depth ---
+
+def test_the_mean_is_the_mean():
+    a, b = network(), network()
+    for p in b.parameters():
+        p.data += 1
+    cfg, weights = average([a.cfg, b.cfg], [a.state_dict(), b.state_dict()], 'ab')
+    assert cfg == a.cfg and all(torch.allclose(weights[name], t + 0.5) for name, t in a.state_dict().items())
+    with pytest.raises(UserError, match='from=b: has n_layer=2, but a has 3'):
+        average([a.cfg, network(n_layer=2).cfg], [a.state_dict(), b.state_dict()], 'ab')
+
+
+def test_scaling_by_depth_is_in_the_queries_or_in_the_norms():
+    """depth_scale='attn' divides the logits of block n by n: so do its queries' weights; 'norm' is a weight of its norms."""
+    for scale, names, by in [('attn', ['attn.q.weight'], lambda n: n), ('norm', ['norm_1.weight', 'norm_2.weight'], math.sqrt)]:
+        scaled, plain = (network(qk_norm=False, depth_scale=s) for s in (scale, 'none'))
+        assert not torch.allclose(scaled(ids()), plain(ids()))
+        for n, block in enumerate(plain.blocks, 1):
+            for name in names:
+                block.get_parameter(name).data /= by(n)
+        torch.testing.assert_close(scaled(ids()), plain(ids()), rtol=1e-5, atol=1e-5)
