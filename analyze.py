@@ -38,18 +38,11 @@ def product(layer):
         return [layer.weight]
     if layer.identity is None and layer.blocks is None and layer.guide is None:
         return [layer.up.weight, layer.down.weight]
-    weight = layer.up.weight @ layer.down.weight
-    if layer.identity is not None:
-        weight = weight + layer.identity * torch.eye(len(weight))
-    if layer.blocks is not None:
-        weight = weight + torch.block_diag(*layer.blocks)
-    return [weight if layer.guide is None else torch.lerp(weight, layer.guide.weight, layer.share)]
+    return [layer.matrix()]
 
 
 def is_linear(layer):
-    """Whether a layer is one matrix; with an activation between its factors it is two."""
-    probe = torch.tensor([-1.0, 2.0])
-    return not isinstance(layer, LowRank) or torch.equal(layer.act(probe), probe)
+    return not isinstance(layer, LowRank) or layer.is_linear()
 
 
 @torch.no_grad()

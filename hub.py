@@ -1,24 +1,35 @@
 """
-Models of others: local Hugging Face folders of the GPT-2 and Llama families, read without their code.
+Hugging Face folders, in and out: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA) and Mistral.
 
     cfg, weights = load('hf:FOLDER')      # config.json and model.safetensors, whole or in shards
     cfg, weights = load('gpt2-medium')    # fetched once into data/downloads/hf
 
+    python hub.py export --out_dir=out/run --to=FOLDER                  # for transformers, vLLM, lm-eval, llama.cpp's converter
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any network, with its code beside it
+
 A folder is somebody else's file: every size that config.json names is compared with the headers of the weights before
 anything is allocated, every tensor must be known and is used, pickles and code are never touched.
 """
-import json
+import dataclasses
 import os
 import re
+import shutil
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from configurator import UserError
+import checkpoint
+from configurator import UserError, configure_command, from_dict, run_main
 from download import download
-from model import ModelConfig
-from tokenizer import new_tokenizer
+from families import FAMILIES, HEAD, Config, name_rows, obstacles, read_json
+from growth import fold
+from model import ModelConfig, make_model
+from tokenizer import load_tokenizer, new_tokenizer
+from tokenizer_json import to_json
 
 # -----------------------------------------------------------------------------
 # Where the folder is
@@ -53,159 +64,6 @@ def find(where):
     if not os.path.isdir(folder):
         raise UserError(f'{where}: no such directory; give a local folder with config.json and model.safetensors')
     return folder
-
-
-# -----------------------------------------------------------------------------
-# config.json
-
-class Config:
-    """The fields of a config.json; whatever is wrong with one becomes a UserError that names the file and the field."""
-
-    def __init__(self, folder):
-        self.path = os.path.join(folder, 'config.json')
-        self.fields = read_json(self.path)
-
-    def refuse(self, name, value, why):
-        shown = repr(value) if len(repr(value)) < 100 else repr(value)[:100] + '…'
-        raise UserError(f'{self.path}: {name}={shown}: {why}')
-
-    def get(self, name, default):
-        """A field; null counts as absent."""
-        value = self.fields.get(name)
-        return default if value is None else value
-
-    def size(self, name, default=None):
-        value = self.get(name, default)
-        if type(value) is not int or not 1 <= value < 2 ** 31:
-            self.refuse(name, value, 'takes a whole number from 1, below 2**31')
-        return value
-
-    def number(self, name, default):
-        value = self.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            self.refuse(name, value, 'takes a number above 0, below 1e30')
-        return float(value)
-
-    def one_of(self, name, *known):
-        """A field that has one of the values `known`, the ones that our networks can follow; the first stands for an absent one."""
-        value = self.get(name, known[0])
-        if value not in known:
-            self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
-        return value
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            value = json.load(f)
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not readable as JSON: {error}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{path}: holds a {type(value).__name__}, takes an object with fields')
-    return value
-
-
-def gpt2_config(config):
-    config.one_of('activation_function', 'gelu_new', 'gelu_pytorch_tanh')  # two names of tanh-GELU
-    config.one_of('scale_attn_weights', True)
-    config.one_of('add_cross_attention', False)
-    width = config.size('n_embd')
-    return ModelConfig(
-        vocab_size=config.size('vocab_size'), block_size=config.size('n_positions'), n_layer=config.size('n_layer'), n_head=config.size('n_head'),
-        n_kv_head=config.size('n_head'), n_embd=width, d_ff=config.size('n_inner', 4 * width), position='learned',
-        norm='layernorm', norm_eps=config.number('layer_norm_epsilon', 1e-5), mlp='gelu', qk_norm=False, zero_init=False, init_std=0.02,
-        depth_scale='attn' if config.one_of('scale_attn_by_inverse_layer_idx', False, True) else 'none',
-        tie=config.one_of('tie_word_embeddings', True, False), bias=True)
-
-
-def llama_config(config):
-    config.one_of('hidden_act', 'silu', 'swish')  # two names of one function
-    bias = config.one_of('attention_bias', False, True)
-    config.one_of('mlp_bias', bias)  # ours are in all linear layers or in none
-    for name in ('rope_parameters', 'rope_scaling'):  # as transformers 5 writes it, and as it was before
-        rope = config.get(name, {})
-        if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type', 'default')) != 'default' or any(isinstance(v, dict) for v in rope.values()):
-            config.refuse(name, rope, "takes rope_type='default' for all layers: our rotary angles are not scaled")
-        config.fields |= {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
-    config.one_of('partial_rotary_factor', 1.0)
-    width, heads, context = config.size('hidden_size'), config.size('num_attention_heads'), config.size('max_position_embeddings')
-    head_dim = config.size('head_dim', max(1, width // heads))
-    if 4 * context * head_dim > 2 ** 28:  # the one size that no tensor of the file vouches for: our table of angles has it
-        config.refuse('max_position_embeddings', context, 'its rotary table would take more than 256 MiB: lower it to the context that you use')
-    return ModelConfig(
-        vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_hidden_layers'), n_head=heads,
-        n_kv_head=config.size('num_key_value_heads', heads), n_embd=width, head_dim=head_dim, d_ff=config.size('intermediate_size'),
-        position='rope', rope_theta=config.number('rope_theta', 10000.0), norm='rmsnorm', norm_eps=config.number('rms_norm_eps', 1e-6),
-        mlp='swiglu', qk_norm=False, zero_init=False, init_std=0.02, tie=config.one_of('tie_word_embeddings', False, True), bias=bias)
-
-
-def mistral_config(config):
-    for name, default in (('sliding_window', 4096), ('num_key_value_heads', 8)):
-        config.fields.setdefault(name, default)  # absent means this to transformers; null means none
-    cfg = llama_config(config)
-    cfg.block_size = min(cfg.block_size, config.size('sliding_window', cfg.block_size))  # in a context this short, the window hides nothing
-    return cfg
-
-
-# -----------------------------------------------------------------------------
-# Names: ours, theirs, the shape of theirs, and how theirs becomes ours
-#
-# N is the number of a layer. V vocabulary, T context, C width, F width of the MLP, Q and K all heads of queries and of keys.
-
-def same(t):
-    return t
-
-
-def flip(t):
-    """GPT-2's Conv1D keeps its matrices as (in, out)."""
-    return t.t().contiguous()
-
-
-def third(i):
-    """Queries, keys or values out of GPT-2's fused c_attn: its matrix (in, 3 out), or its bias (3 out)."""
-    return lambda t: t.chunk(3, dim=-1)[i].t().clone(memory_format=torch.contiguous_format)
-
-
-GPT2 = [
-    ('wte.weight', 'wte.weight', 'V C', same),
-    ('wpe.weight', 'wpe.weight', 'T C', same),
-    ('blocks.N.norm_1.weight', 'h.N.ln_1.weight', 'C', same),
-    ('blocks.N.attn.q.weight', 'h.N.attn.c_attn.weight', 'C 3C', third(0)),
-    ('blocks.N.attn.k.weight', 'h.N.attn.c_attn.weight', 'C 3C', third(1)),
-    ('blocks.N.attn.v.weight', 'h.N.attn.c_attn.weight', 'C 3C', third(2)),
-    ('blocks.N.attn.o.weight', 'h.N.attn.c_proj.weight', 'C C', flip),
-    ('blocks.N.norm_2.weight', 'h.N.ln_2.weight', 'C', same),
-    ('blocks.N.mlp.up.weight', 'h.N.mlp.c_fc.weight', 'C F', flip),
-    ('blocks.N.mlp.down.weight', 'h.N.mlp.c_proj.weight', 'F C', flip),
-    ('norm_f.weight', 'ln_f.weight', 'C', same),
-]
-GPT2_BIAS = [(ours[:-6] + 'bias', theirs[:-6] + 'bias', shape.split()[-1], change) for ours, theirs, shape, change in GPT2[2:]]
-
-LLAMA = [
-    ('wte.weight', 'embed_tokens.weight', 'V C', same),
-    ('blocks.N.norm_1.weight', 'layers.N.input_layernorm.weight', 'C', same),
-    ('blocks.N.attn.q.weight', 'layers.N.self_attn.q_proj.weight', 'Q C', same),
-    ('blocks.N.attn.k.weight', 'layers.N.self_attn.k_proj.weight', 'K C', same),
-    ('blocks.N.attn.v.weight', 'layers.N.self_attn.v_proj.weight', 'K C', same),
-    ('blocks.N.attn.o.weight', 'layers.N.self_attn.o_proj.weight', 'C Q', same),
-    ('blocks.N.norm_2.weight', 'layers.N.post_attention_layernorm.weight', 'C', same),
-    ('blocks.N.mlp.gate.weight', 'layers.N.mlp.gate_proj.weight', 'F C', same),
-    ('blocks.N.mlp.up.weight', 'layers.N.mlp.up_proj.weight', 'F C', same),
-    ('blocks.N.mlp.down.weight', 'layers.N.mlp.down_proj.weight', 'C F', same),
-    ('norm_f.weight', 'norm.weight', 'C', same),
-]
-LLAMA_BIAS = [(ours[:-6] + 'bias', theirs[:-6] + 'bias', shape.split()[0], change) for ours, theirs, shape, change in LLAMA if 'proj' in theirs]
-HEAD = ('head.weight', 'lm_head.weight', 'V C', same)
-
-# model_type: its config, its names, those of its biases, the prefix that all but lm_head may have, buffers that old files carry along
-ROTARY = r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
-FAMILIES = {
-    'gpt2': (gpt2_config, GPT2, GPT2_BIAS, 'transformer.', r'h\.\d+\.attn\.(bias|masked_bias)'),
-    'llama': (llama_config, LLAMA, LLAMA_BIAS, 'model.', ROTARY),
-    'mistral': (mistral_config, LLAMA, LLAMA_BIAS, 'model.', ROTARY),
-}
 
 
 # -----------------------------------------------------------------------------
@@ -253,43 +111,44 @@ def load(where):
     if kind not in list(FAMILIES):
         config.refuse('model_type', kind, f'takes {" or ".join(FAMILIES)}')
     for name, why in (('auto_map', 'asks for code of its own, which is never run'), ('quantization_config', 'quantized weights are not read')):
-        if config.get(name, None):
+        if config.get(name, None) and kind != 'minnow':  # whose code is ours, here
             config.refuse(name, config.fields[name], why)
-    make_config, table, biases, prefix, buffers = FAMILIES[kind]
-    cfg = make_config(config)
+    family = FAMILIES[kind]
+    cfg = family.read(config)
     try:
         cfg.check()
     except ValueError as error:
         raise UserError(f'{config.path}: {error}') from None
 
-    slices = read_headers(folder, prefix)
-    embedding, head = table[0][1], HEAD[1]
+    slices = read_headers(folder, family.prefix)
+    embedding, head = next(iter(family.names), 'wte') + '.weight', HEAD + '.weight'
     if cfg.tie and head in slices:
         slices.setdefault(embedding, slices[head])  # one matrix, of whose two names the writer may have kept either
-    rows = table + (biases if cfg.bias else []) + ([HEAD] if not cfg.tie or head in slices else [])
-    sizes = {'V': cfg.vocab_size, 'T': cfg.block_size, 'C': cfg.n_embd, '3C': 3 * cfg.n_embd, 'F': cfg.mlp_width,
-             'Q': cfg.n_head * cfg.d_head, 'K': cfg.kv_heads * cfg.d_head}
-    unused, plan = {name for name in slices if not re.fullmatch(buffers, name)}, []
-    for ours, theirs, shape, change in rows:
-        for n in range(cfg.n_layer if '.N.' in ours else 1):
-            name, wanted = theirs.replace('.N.', f'.{n}.'), [sizes[size] for size in shape.split()]
-            found = slices[name].get_shape() if name in slices else 'not in the file'
-            if found != wanted:  # from the headers alone: no number in config.json can make us allocate what the file does not hold
-                raise UserError(f'{folder}: {name}: {found}, but config.json asks for {wanted}')
-            if slices[name].get_dtype() not in ('F32', 'F16', 'BF16'):
-                raise UserError(f'{folder}: {name}: {slices[name].get_dtype()}, takes float32, float16 or bfloat16')
-            unused.discard(name)
-            plan.append((ours.replace('.N.', f'.{n}.'), name, shape, change))
+    if cfg.n_layer > len(slices):
+        raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_layer} layers')
+    unused, plan = {name for name in slices if not re.fullmatch(family.buffers, name)}, []
+    for theirs, ours, wanted, flipped in name_rows(family, cfg):
+        found = slices[theirs].get_shape() if theirs in slices else 'not in the file'
+        if found != wanted:  # from the headers alone: no number in config.json can make us allocate what the file does not hold
+            raise UserError(f'{folder}: {theirs}: {found}, but config.json asks for {wanted}')
+        if slices[theirs].get_dtype() not in ('F32', 'F16', 'BF16'):
+            raise UserError(f'{folder}: {theirs}: {slices[theirs].get_dtype()}, takes float32, float16 or bfloat16')
+        unused.discard(theirs)
+        plan.append((theirs, ours, flipped))
+    if cfg.tie and head in unused:
+        if not torch.equal(slices[head][:], slices[embedding][:]):
+            config.refuse('tie_word_embeddings', True, f'but {head} and {embedding} are not equal in the file')
+        unused.discard(head)
     if unused:
         raise UserError(f'{folder}: {min(unused)}: the network that config.json describes has no such tensor here')
 
     weights = {}
-    for ours, name, shape, change in plan:
-        weights[ours] = change(slices[name][:].float())
-        if shape == 'V C':
-            weights[ours] = F.pad(weights[ours], (0, 0, 0, cfg.padded_vocab - cfg.vocab_size))
-    if cfg.tie and not torch.equal(weights.pop('head.weight', weights['wte.weight']), weights['wte.weight']):
-        config.refuse('tie_word_embeddings', True, f'but {head} and {embedding} are not equal in the file')
+    for theirs, ours, flipped in plan:
+        t = slices[theirs][...].float()
+        t = t.t().contiguous() if flipped else t
+        if t.ndim and sum(ours.values()) > len(t):
+            t = F.pad(t, (0, 0, 0, sum(ours.values()) - len(t)))  # the vocabulary's padding
+        weights |= zip(ours, [t] if len(ours) == 1 else (part.clone() for part in t.split(list(ours.values()))))
     return cfg, weights
 
 
@@ -305,3 +164,94 @@ def tokenizer(where):
             return folder, new_tokenizer(path).describe()
     raise UserError(f'{folder}: neither tokenizer.json nor tokenizer.model in it: let transformers write one into a copy of it: python -c "from transformers '
                     f"import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")
+
+
+# -----------------------------------------------------------------------------
+# Export
+
+@dataclass
+class ExportSettings:
+    out_dir: str = 'out'  # a run (its best checkpoint) or a checkpoint
+    to: str = ''  # the folder to write: a new one
+    as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any network, as our own class, which comes along
+    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.to:
+            raise ValueError('to: is not given: python hub.py export --out_dir=out/run --to=FOLDER')
+
+
+def stock(cfg, weights, where):
+    """(fields of config.json, {name: tensor}) of the family that a network fits, after folding. Raises UserError with what stands in the way."""
+    in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
+    kind = min(in_the_way, key=lambda kind: len(in_the_way[kind]))
+    if in_the_way[kind]:
+        raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}): --as=custom takes any network')
+    family, tensors = FAMILIES[kind], {}
+    cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)
+    for theirs, ours, shape, flipped in name_rows(family, cfg):
+        t = torch.cat([weights[name] if name in weights else torch.zeros(rows) for name, rows in ours.items()])  # a bias that we do not have
+        t = t.t() if flipped else t[:shape[0]]  # without the vocabulary's padding
+        tensors[theirs if theirs.startswith(HEAD) else family.prefix + theirs] = t
+    return {'architectures': [family.architecture], 'model_type': kind, 'tie_word_embeddings': cfg.tie, **family.write(cfg)}, tensors
+
+
+def custom(cfg, weights):
+    """The same as our own class."""
+    fields = {'architectures': [FAMILIES['minnow'].architecture], 'model_type': 'minnow', 'minnow': dataclasses.asdict(cfg), 'tie_word_embeddings': False,
+              'auto_map': {'AutoConfig': 'modeling_minnow.MinnowConfig', 'AutoModelForCausalLM': 'modeling_minnow.MinnowForCausalLM'}}
+    return fields, {f'model.{name}': t for name, t in weights.items()}
+
+
+def export(s):
+    """Write the folder s.to, whole or not at all. Raises UserError for a network or a tokenizer that has no place there."""
+    if os.path.exists(s.to):
+        raise UserError(f'to={s.to}: is there already: give a new folder')
+    folder = checkpoint.find(s.out_dir, 'best')
+    state = checkpoint.load_state(folder)
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    if cfg.arch == 'markov' or cfg.rank_guide:
+        raise UserError(f'{folder}: a Markov chain, or a guided start that has not ended, is not exported')
+    model = make_model(cfg, init=False)
+    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    tokenizer = load_tokenizer(state['tokenizer'], folder)
+    fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
+    ends = {'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
+    text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+    files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
+             'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
+                                       'clean_up_tokenization_spaces': False}}
+    temporary = s.to.rstrip('/') + '.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(temporary, 'model.safetensors'),
+                  {'format': 'pt'})
+        for name, value in files.items():
+            checkpoint.write_json(os.path.join(temporary, name), value)
+        tokenizer.save(temporary)  # the sentencepiece model too, which llama.cpp's converter prefers
+        with open(os.path.join(temporary, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+            f.write(text)
+        for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
+            shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), temporary)
+        os.rename(temporary, s.to)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f'to={s.to}: {error.strerror}: give another folder, or make room') from None
+    return fields['model_type']
+
+
+def run_export(s):
+    kind = export(s)
+    trust = ', trust_remote_code=True' if kind == 'minnow' else ''
+    print(f'written: {s.to}, of the family {kind}; transformers.AutoModelForCausalLM.from_pretrained({s.to!r}{trust}), or --init_from=hf:{s.to} here')
+
+
+def main():
+    command, s = configure_command({'export': (run_export, ExportSettings)})
+    command(s)
+
+
+if __name__ == '__main__':
+    run_main(main)

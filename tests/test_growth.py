@@ -6,13 +6,16 @@ import torch
 from test_surgery import ids, random_model
 
 from configurator import UserError
-from growth import average, grown_layers, layer_names, parse_layers, take_layers, widen
+from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
 from origin import fill
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
          dict(value_residual=True, embed_norm=True, tie=False, softcap=15.0),
          dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu+rmsnorm', first_block_dense=True),
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True), dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
+
+
+RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
 
 
 def network(**settings):
@@ -123,6 +126,31 @@ def test_what_cannot_be_widened_is_refused(settings, sizes, words):
     old = network(**settings)
     with pytest.raises(UserError, match=words):
         widen(old.cfg, old.state_dict(), **sizes)
+
+
+# --- the same in plainer settings ---
+
+FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
+          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
+          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8), dict(depth_scale='norm', norm='layernorm', bias=True),
+          dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
+
+
+@pytest.mark.parametrize('settings', FOLDED, ids=str)
+def test_folding_keeps_the_function_and_leaves_no_setting(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert not any(getattr(cfg, name) for name in (*RANKS, 'embed_norm')) and cfg.depth_scale == 'none'
+    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'), dict(embed_norm=True, position='learned')], ids=str)
+def test_what_cannot_be_folded_stays(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert all(getattr(cfg, name) == value for name, value in settings.items())
+    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=1e-5, atol=1e-4)
 
 
 # --- the mean, and the scale by depth ---

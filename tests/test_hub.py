@@ -15,7 +15,16 @@ import torch
 import transformers
 from conftest import one_line, run
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import checkpoint
 import hub
@@ -40,7 +49,9 @@ def one_thread():
 ENDS = dict(bos_token_id=1, eos_token_id=2)
 GPT2 = dict(vocab_size=100, n_positions=32, n_embd=48, n_layer=3, n_head=4, layer_norm_epsilon=1e-3, **ENDS)
 LLAMA = dict(vocab_size=100, max_position_embeddings=32, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, **ENDS)
-KINDS = {'gpt2': (GPT2LMHeadModel, GPT2Config, GPT2), 'llama': (LlamaForCausalLM, LlamaConfig, LLAMA), 'mistral': (MistralForCausalLM, MistralConfig, LLAMA)}
+KINDS = {'gpt2': (GPT2LMHeadModel, GPT2Config, GPT2), 'gpt_bigcode': (GPTBigCodeForCausalLM, GPTBigCodeConfig, GPT2),
+         'llama': (LlamaForCausalLM, LlamaConfig, LLAMA),
+         'mistral': (MistralForCausalLM, MistralConfig, LLAMA)}
 
 
 def theirs(kind, **settings):
@@ -114,6 +125,15 @@ def test_gpt2_has_the_logits_of_transformers(settings, tmp_path):
     assert difference(model, tmp_path) < 1e-5
 
 
+def test_starcoder_has_the_logits_of_transformers(tmp_path):
+    """GPTBigCode: GPT-2 with one head of keys and values, and matrices that are not flipped."""
+    model = theirs('gpt_bigcode', n_inner=80)
+    model.save_pretrained(tmp_path)
+    assert difference(model, tmp_path) < 1e-5 and hub.load(f'hf:{tmp_path}')[0].n_kv_head == 1
+    edit(tmp_path, multi_query=False)
+    assert 'multi_query=False: takes True' in refusal(str(tmp_path))
+
+
 @pytest.mark.parametrize('settings', [
     dict(), dict(num_key_value_heads=2), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(num_key_value_heads=2, head_dim=20),
     dict(rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0}), dict(rms_norm_eps=1e-2), dict(attention_bias=True, mlp_bias=True)], ids=str)
@@ -144,7 +164,7 @@ def test_a_window_that_hides_nothing_leaves_the_context(window, context, tmp_pat
     assert hub.load(f'hf:{tmp_path}')[0].block_size == context and difference(model, tmp_path) < 1e-5
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+@pytest.mark.parametrize('kind', ['gpt2', 'gpt_bigcode', 'llama'])
 def test_greedy_text_is_that_of_transformers(kind, tmp_path):
     model = theirs(kind)
     model.save_pretrained(tmp_path)

@@ -1,0 +1,233 @@
+"""
+The families of networks that other libraries know: what their config.json says and what their tensors are called, both ways.
+
+hub.py reads and writes folders by these tables; a further family is one more entry of FAMILIES.
+"""
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError, from_dict
+from model import ModelConfig, make_model
+
+# -----------------------------------------------------------------------------
+# config.json
+
+class Config:
+    """The fields of a config.json; whatever is wrong with one becomes a UserError that names the file and the field."""
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, 'config.json')
+        self.fields = read_json(self.path)
+
+    def refuse(self, name, value, why):
+        shown = repr(value) if len(repr(value)) < 100 else repr(value)[:100] + '…'
+        raise UserError(f'{self.path}: {name}={shown}: {why}')
+
+    def get(self, name, default):
+        """A field; null counts as absent."""
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def size(self, name, default=None):
+        value = self.get(name, default)
+        if type(value) is not int or not 1 <= value < 2 ** 31:
+            self.refuse(name, value, 'takes a whole number from 1, below 2**31')
+        return value
+
+    def number(self, name, default):
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            self.refuse(name, value, 'takes a number above 0, below 1e30')
+        return float(value)
+
+    def one_of(self, name, *known):
+        """A field that has one of the values `known`, the ones that our networks can follow; the first stands for an absent one."""
+        value = self.get(name, known[0])
+        if value not in known:
+            self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
+        return value
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: holds a {type(value).__name__}, takes an object with fields')
+    return value
+
+
+def gpt2_config(config):
+    config.one_of('activation_function', 'gelu_new', 'gelu_pytorch_tanh')  # two names of tanh-GELU
+    config.one_of('scale_attn_weights', True)
+    config.one_of('add_cross_attention', False)
+    width = config.size('n_embd')
+    return ModelConfig(
+        vocab_size=config.size('vocab_size'), block_size=config.size('n_positions'), n_layer=config.size('n_layer'), n_head=config.size('n_head'),
+        n_kv_head=config.size('n_head'), n_embd=width, d_ff=config.size('n_inner', 4 * width), position='learned',
+        norm='layernorm', norm_eps=config.number('layer_norm_epsilon', 1e-5), mlp='gelu', qk_norm=False, zero_init=False, init_std=0.02,
+        depth_scale='attn' if config.one_of('scale_attn_by_inverse_layer_idx', False, True) else 'none',
+        tie=config.one_of('tie_word_embeddings', True, False), bias=True)
+
+
+def bigcode_config(config):
+    config.one_of('multi_query', True)  # without it, its fused matrix goes head by head
+    config.fields.setdefault('activation_function', 'gelu_pytorch_tanh')
+    cfg = gpt2_config(config)
+    cfg.n_kv_head = 1
+    return cfg
+
+
+def check_rotary(config, name, context, head_dim):
+    """The one size that no tensor of the file vouches for: our table of angles has it."""
+    if 4 * context * head_dim > 2 ** 28:
+        config.refuse(name, context, 'its rotary table would take more than 256 MiB: lower it to the context that you use')
+
+
+def llama_config(config):
+    config.one_of('hidden_act', 'silu', 'swish')  # two names of one function
+    bias = config.one_of('attention_bias', False, True)
+    config.one_of('mlp_bias', bias)  # ours are in all linear layers or in none
+    for name in ('rope_parameters', 'rope_scaling'):  # as transformers 5 writes it, and as it was before
+        rope = config.get(name, {})
+        if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type', 'default')) != 'default' or any(isinstance(v, dict) for v in rope.values()):
+            config.refuse(name, rope, "takes rope_type='default' for all layers: our rotary angles are not scaled")
+        config.fields |= {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
+    config.one_of('partial_rotary_factor', 1.0)
+    width, heads, context = config.size('hidden_size'), config.size('num_attention_heads'), config.size('max_position_embeddings')
+    head_dim = config.size('head_dim', max(1, width // heads))
+    check_rotary(config, 'max_position_embeddings', context, head_dim)
+    return ModelConfig(
+        vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_hidden_layers'), n_head=heads,
+        n_kv_head=config.size('num_key_value_heads', heads), n_embd=width, head_dim=head_dim, d_ff=config.size('intermediate_size'),
+        position='rope', rope_theta=config.number('rope_theta', 10000.0), norm='rmsnorm', norm_eps=config.number('rms_norm_eps', 1e-6),
+        mlp='swiglu', qk_norm=False, zero_init=False, init_std=0.02, tie=config.one_of('tie_word_embeddings', False, True), bias=bias)
+
+
+def mistral_config(config):
+    for name, default in (('sliding_window', 4096), ('num_key_value_heads', 8)):
+        config.fields.setdefault(name, default)  # absent means this to transformers; null means none
+    cfg = llama_config(config)
+    cfg.block_size = min(cfg.block_size, config.size('sliding_window', cfg.block_size))  # in a context this short, the window hides nothing
+    return cfg
+
+
+def minnow_config(config):
+    """Our own settings, as hub.py export --as=custom writes them."""
+    fields = config.get('minnow', None)
+    if not isinstance(fields, dict):
+        config.refuse('minnow', fields, 'takes the settings of a network')
+    cfg = from_dict(ModelConfig, fields, f'{config.path}: minnow')
+    check_rotary(config, 'block_size', cfg.block_size, cfg.d_head)
+    return cfg
+
+
+def gpt2_fields(cfg):
+    return {'n_positions': cfg.block_size, 'n_layer': cfg.n_layer, 'n_head': cfg.n_head, 'n_embd': cfg.n_embd, 'n_inner': cfg.mlp_width,
+            'activation_function': 'gelu_new', 'layer_norm_epsilon': cfg.norm_eps, 'resid_pdrop': cfg.dropout, 'embd_pdrop': cfg.dropout,
+            'attn_pdrop': cfg.dropout}
+
+
+def bigcode_fields(cfg):
+    return gpt2_fields(cfg) | {'activation_function': 'gelu_pytorch_tanh', 'multi_query': True}
+
+
+def llama_fields(cfg):
+    return {'max_position_embeddings': cfg.block_size, 'num_hidden_layers': cfg.n_layer, 'num_attention_heads': cfg.n_head,
+            'num_key_value_heads': cfg.kv_heads, 'head_dim': cfg.d_head, 'hidden_size': cfg.n_embd, 'intermediate_size': cfg.mlp_width,
+            'hidden_act': 'silu', 'rms_norm_eps': cfg.norm_eps, 'rope_theta': cfg.rope_theta, 'attention_bias': cfg.bias, 'mlp_bias': cfg.bias,
+            'attention_dropout': cfg.dropout}
+
+
+# -----------------------------------------------------------------------------
+# Names: their module, and ours. N is the number of a layer; several of ours are one of theirs, one below the other
+
+GPT2 = {
+    'wte': 'wte', 'wpe': 'wpe', 'ln_f': 'norm_f',
+    'h.N.ln_1': 'blocks.N.norm_1', 'h.N.attn.c_attn': 'blocks.N.attn.q blocks.N.attn.k blocks.N.attn.v', 'h.N.attn.c_proj': 'blocks.N.attn.o',
+    'h.N.ln_2': 'blocks.N.norm_2', 'h.N.mlp.c_fc': 'blocks.N.mlp.up', 'h.N.mlp.c_proj': 'blocks.N.mlp.down',
+}
+LLAMA = {
+    'embed_tokens': 'wte', 'norm': 'norm_f',
+    'layers.N.input_layernorm': 'blocks.N.norm_1', 'layers.N.self_attn.q_proj': 'blocks.N.attn.q', 'layers.N.self_attn.k_proj': 'blocks.N.attn.k',
+    'layers.N.self_attn.v_proj': 'blocks.N.attn.v', 'layers.N.self_attn.o_proj': 'blocks.N.attn.o',
+    'layers.N.post_attention_layernorm': 'blocks.N.norm_2', 'layers.N.mlp.gate_proj': 'blocks.N.mlp.gate',
+    'layers.N.mlp.up_proj': 'blocks.N.mlp.up', 'layers.N.mlp.down_proj': 'blocks.N.mlp.down',
+}
+HEAD = 'lm_head'  # ours is head; it has no prefix
+
+
+@dataclass
+class Family:
+    """What is to be known of one model_type."""
+    architecture: str  # the class of transformers
+    read: Callable  # Config → ModelConfig
+    write: Callable | None  # ModelConfig → fields of config.json; None: not written, another family is the same
+    names: dict  # {their module: our modules}, without the prefix
+    prefix: str  # that all names but the head's may have
+    biases: bool = False  # whether all layers have them, always
+    flipped: str = '$^'  # pattern of their matrices that are kept as (in, out): GPT-2's Conv1D
+    buffers: str = '$^'  # pattern of what old files carry along
+    wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, beside those of PLAIN
+
+
+PLAIN = {'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False, 'rank_act': 'none', 'depth_scale': 'none'}
+
+
+def gpt2_wants(cfg):
+    return {'position': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'n_kv_head': cfg.n_head, 'head_dim': cfg.n_embd // cfg.n_head}
+
+
+MASKS, ROTARY = r'h\.\d+\.attn\.(bias|masked_bias)', r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
+FAMILIES = {
+    'gpt2': Family('GPT2LMHeadModel', gpt2_config, gpt2_fields, GPT2, 'transformer.', biases=True, flipped=r'h\.\d+\.(attn|mlp)\..*', buffers=MASKS,
+                   wants=gpt2_wants),
+    'gpt_bigcode': Family('GPTBigCodeForCausalLM', bigcode_config, bigcode_fields, GPT2, 'transformer.', biases=True, buffers=MASKS,
+                          wants=lambda cfg: gpt2_wants(cfg) | {'n_kv_head': 1}),
+    'llama': Family('LlamaForCausalLM', llama_config, llama_fields, LLAMA, 'model.', buffers=ROTARY,
+                    wants=lambda cfg: {'position': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu'}),
+    'minnow': Family('MinnowForCausalLM', minnow_config, None, {}, 'model.'),
+    'mistral': Family('MistralForCausalLM', mistral_config, None, LLAMA, 'model.', buffers=ROTARY),
+}
+
+
+def obstacles(family, cfg):
+    """The settings of a network that have no place in a family, as ['name=value', …]."""
+    found = {name: getattr(cfg, name) for name in PLAIN} | {name: getattr(cfg, name) for name in family.wants(cfg)}
+    found |= {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
+    return [f'{name}={found[name]}' for name, wanted in (PLAIN | family.wants(cfg)).items() if found[name] != wanted]
+
+
+def name_rows(family, cfg):
+    """
+    Yields (their name, {our name: rows of ours}, shape of theirs, whether theirs is flipped) for every tensor of a network with these
+    settings. Ours are one below the other in theirs, whose vocabulary is not padded.
+    """
+    if not family.names:  # ours
+        with torch.device('meta'):
+            tensors = make_model(cfg).state_dict().items()
+        yield from ((name, {name: len(t) if t.ndim else 1}, list(t.shape), False) for name, t in tensors)
+        return
+    with torch.device('meta'):
+        shapes = {name: list(t.shape) for name, t in make_model(dataclasses.replace(cfg, n_layer=1)).state_dict().items()}
+    for theirs, ours in (family.names | ({} if cfg.tie else {HEAD: 'head'})).items():
+        for kind in ('weight', 'bias'):
+            parts = {f'{part}.{kind}': shapes.get(f'{part}.{kind}'.replace('.N.', '.0.')) for part in ours.split()}
+            if None in parts.values():  # no such bias
+                continue
+            parts, (_, *rest) = {part: shape[0] for part, shape in parts.items()}, next(iter(parts.values()))
+            shape = [cfg.vocab_size if ours in ('wte', 'head') else sum(parts.values()), *rest]
+            for n in range(cfg.n_layer if '.N.' in theirs else 1):
+                name = f'{theirs}.{kind}'.replace('.N.', f'.{n}.')
+                flipped = len(shape) == 2 and re.fullmatch(family.flipped, name) is not None
+                yield name, {part.replace('.N.', f'.{n}.'): rows for part, rows in parts.items()}, shape[::-1] if flipped else shape, flipped

@@ -1,0 +1,40 @@
+"""
+A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export --as=custom` puts this file and model.py
+beside the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
+"""
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .model import ModelConfig, make_model, rotary_table
+
+
+class MinnowConfig(PretrainedConfig):
+    model_type = 'minnow'
+
+    def __init__(self, minnow=None, **more):
+        self.minnow = minnow or {}  # the ModelConfig
+        self.num_hidden_layers = self.minnow.get('n_layer', 0)  # what generate() asks for
+        super().__init__(**more)
+
+
+class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = MinnowConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = make_model(ModelConfig(**config.minnow))
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Weights are loaded; the table of angles is in no file."""
+        if getattr(module, 'rotary', None) is not None:
+            cfg = module.cfg
+            module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta))
+
+    def forward(self, input_ids, labels=None, **unused):
+        """input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next ones, those below zero left out."""
+        loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
+        return CausalLMOutput(loss=loss, logits=self.model(input_ids[:, -self.model.cfg.block_size:]))
+
+    def prepare_inputs_for_generation(self, input_ids, **unused):
+        return {'input_ids': input_ids}  # no cache: every token reads the whole text again

@@ -1,0 +1,138 @@
+"""
+hub.py export: transformers computes what we compute, from a folder as it expects one; what has no class there is refused, or goes as our own.
+"""
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import one_line, run
+from safetensors.torch import load_file
+from test_hub import theirs, tokens
+from test_surgery import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import hub
+from configurator import UserError
+from model import ModelConfig, make_model
+from origin import load_model
+from sample import generate
+from tokenizer import ByteTokenizer
+
+LLAMA = dict(mlp='swiglu', qk_norm=False)
+GPT2 = dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
+
+
+def written(out_dir, model, tokenizer):
+    """out_dir of a run with this model and tokenizer."""
+    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': tokenizer.describe()}
+    checkpoint.save(str(out_dir), 0, model.state_dict(), {}, state)
+    return str(out_dir)
+
+
+def exported(tmp_path, model, **settings):
+    """Folder of an exported model; its tokenizer has bytes."""
+    hub.export(hub.ExportSettings(written(tmp_path / 'run', model, ByteTokenizer()), f'{tmp_path}/hf', **settings))
+    return f'{tmp_path}/hf'
+
+
+def network(**settings):
+    return random_model(**dict(vocab_size=257, n_head=4) | settings)
+
+
+def ids():
+    return torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind, settings', [
+    ('llama', LLAMA), ('llama', LLAMA | dict(n_kv_head=2, bias=True, tie=False, rope_theta=5e5, norm_eps=1e-3)), ('llama', LLAMA | dict(head_dim=16, d_ff=48)),
+    ('llama', LLAMA | dict(rank_qk=8, rank_vo=4, rank_mlp=8, rank_embed=8, rank_head=8)), ('llama', LLAMA | dict(depth_scale='attn', embed_norm=True)),
+    ('gpt2', GPT2), ('gpt2', GPT2 | dict(bias=False, tie=False)), ('gpt2', GPT2 | dict(depth_scale='norm', rank_mlp=8)),
+    ('gpt_bigcode', GPT2 | dict(n_kv_head=1))], ids=str)
+def test_transformers_has_our_logits(kind, settings, tmp_path):
+    model = network(**settings)
+    folder = exported(tmp_path, model)
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    assert other.config.model_type == kind and other.config.eos_token_id == 256
+    assert (other(ids()).logits - model(ids())).abs().max() < 1e-5 * model(ids()).abs().max()
+    assert torch.allclose(load_model(f'hf:{folder}')[0](ids()), model(ids()), atol=1e-4)  # and we have them again
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind, settings', [('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)), ('gpt2', dict(scale_attn_by_inverse_layer_idx=True)),
+                                            ('gpt_bigcode', {}), ('llama', dict(num_key_value_heads=2)), ('llama', dict(tie_word_embeddings=True, head_dim=20)),
+                                            ('mistral', dict(num_key_value_heads=2, sliding_window=None))], ids=str)
+def test_round_trip(kind, settings, tmp_path):
+    """transformers → minnow → transformers: the logits, the ids, and 50 tokens of greedy text with our cache."""
+    model = theirs(kind, vocab_size=257, **({'n_positions': 64} if 'gpt' in kind else {'max_position_embeddings': 64}), **settings)
+    model.save_pretrained(tmp_path / 'first')
+    ours = load_model(f'hf:{tmp_path}/first')[0]
+    again = AutoModelForCausalLM.from_pretrained(exported(tmp_path, ours))
+    assert (again(tokens()).logits - model(tokens()).logits).abs().max() < 1e-5
+    text = tokens(rows=2, length=6)
+    greedy = again.generate(text, max_new_tokens=50, min_new_tokens=50, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(torch.stack(list(generate(ours, text.tolist(), 50, temperature=0)), dim=1), greedy[:, 6:])
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    text = 'Once upon a time\n\tthere wás a 🙂'
+    theirs_ = AutoTokenizer.from_pretrained(exported(tmp_path, network(**LLAMA)))
+    assert theirs_(text).input_ids == ByteTokenizer().encode(text) and theirs_.decode(ByteTokenizer().encode(text)) == text
+    assert (theirs_.eos_token, theirs_.eos_token_id, theirs_.model_max_length) == ('<|endoftext|>', 256, 32)
+
+
+def test_half_precision_is_half_the_size(tmp_path):
+    folder = exported(tmp_path, network(**LLAMA), dtype='bfloat16')
+    assert {t.dtype for t in load_file(f'{folder}/model.safetensors').values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(), 'qk_norm=True, mlp=relu2'), (LLAMA | dict(softcap=15.0), 'softcap=15.0'), (LLAMA | dict(value_residual=True), 'value_residual=True'),
+    (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'), (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
+    (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'), (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
+def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tmp_path):
+    with pytest.raises(UserError, match=words + '.*: --as=custom takes any network'):
+        exported(tmp_path, network(**settings))
+    assert not (tmp_path / 'hf').exists() and not (tmp_path / 'hf.tmp').exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
+                                      GPT2 | dict(embed_norm=True, tie=False)], ids=str)
+def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path):
+    model = network(**settings)
+    folder = exported(tmp_path, model, as_='custom')
+    other = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(other(ids()).logits, model(ids())) and torch.equal(load_model(f'hf:{folder}')[0](ids()), model(ids()))
+    assert torch.isclose(other(ids(), labels=ids()).loss, model(ids()[:, :-1], ids()[:, 1:]))
+    text = other.generate(ids()[:, :6], max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(text[:, 6:32], torch.stack(list(generate(model, ids()[:, :6].tolist(), 26, temperature=0)), dim=1)) and text.size(1) == 36
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(n_layer=10 ** 9), 'asks for 1000000000 layers'), (dict(block_size=10 ** 9), 'block_size=1000000000: its rotary table'),
+    (dict(n_embd='64'), 'n_embd'), (dict(nothing=1), 'nothing'), (dict(vocab_size=2 ** 40), 'wte.weight')], ids=str)
+def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
+    folder = exported(tmp_path, network(), as_='custom')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    (tmp_path / 'hf/config.json').write_text(json.dumps(config | {'minnow': config['minnow'] | fields}))
+    with pytest.raises(UserError, match=words):
+        hub.load(f'hf:{folder}')
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+    out_dir = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
+    chain = written(tmp_path / 'chain', make_model(ModelConfig(arch='markov', vocab_size=257)), ByteTokenizer())
+    (tmp_path / 'there').mkdir()
+    for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'), ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),
+                        ([f'--out_dir={chain}', f'--to={tmp_path}/new'], 'a Markov chain'),
+                        ([f'--out_dir={tmp_path}/no', f'--to={tmp_path}/new'], 'no such directory'),
+                        ([f'--out_dir={out_dir}', '--to=/proc/new'], 'to=/proc/new')]:
+        assert words in one_line(run('hub.py', 'export', *args))
+    assert not (tmp_path / 'new').exists()
+    done = run('hub.py', 'export', f'--out_dir={out_dir}', f'--to={tmp_path}/new')
+    assert done.returncode == 0 and 'of the family llama' in done.stdout
+    assert json.loads((tmp_path / 'new/config.json').read_text())['architectures'] == ['LlamaForCausalLM']
