@@ -8,6 +8,7 @@ Every network of minnow, in plain PyTorch. This file imports none of the others:
 Names are the field's: n_head, n_kv_head, n_embd, block_size. Shapes in comments: B batch, T time, C n_embd, H heads,
 D head_dim, V vocabulary, R rank.
 """
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -329,6 +330,16 @@ BLOCK = 2 ** 20  # of these, how many are worked on at a time: 4 MiB in float32
 GPU_CHUNK = 2 ** 28
 
 
+@dataclass
+class Teacher:
+    """What another network has to say about a batch, for distillation (Hinton et al. 2015, arXiv 1503.02531): its logits are made where they are needed."""
+    h: torch.Tensor  # (N, C'), and
+    weight: torch.Tensor  # (V padded, C'), of which the logits are the product, as head_input() returns them
+    softcap: float
+    temperature: float  # of both distributions
+    mix: float  # the loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both gradients
@@ -338,7 +349,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     torch's cross_entropy on all of them. On a GPU torch.compile fuses the passes instead.
     """
     @staticmethod
-    def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad):
+    def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad, teacher=None):
         # h (N, C) and weight (V padded, C) in the dtype to multiply in, targets (N,)
         dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
         w, total = weight.to(dtype), h.new_zeros((), dtype=torch.float32)
@@ -350,8 +361,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, len(h), rows):
             x = h[i:i + rows].to(dtype)
             logits = x @ w.T  # (rows, V padded), and then the gradient with respect to them
-            for z, y in zip(logits.split(block), targets[i:i + rows].split(block)):
-                total += loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad)
+            taught = itertools.repeat(None) if teacher is None else (teacher.h[i:i + rows].to(dtype) @ teacher.weight.to(dtype).T).split(block)
+            for z, y, t in zip(logits.split(block), targets[i:i + rows].split(block), taught):
+                total += loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad, teacher, t)
             if with_grad:
                 grad_h[i:i + rows] = logits @ w
                 grad_w += logits.T @ x
@@ -361,13 +373,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None, None, None
+        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None, None, None, None
 
 
-def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad):
+def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):
     """
     Sum of the cross-entropies of logits (rows, V padded), those of the padding left out; with_grad: the logits give their place to the
-    gradient of that sum. The arithmetic is in float32, in as few passes as it takes.
+    gradient of that sum. The arithmetic is in float32, in as few passes as it takes. taught (rows, V padded): the teacher's logits.
     """
     real = (targets >= 0).unsqueeze(1)
     y = targets.clamp(min=0).unsqueeze(1)
@@ -379,16 +391,25 @@ def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad):
     nll = log_sum - z.gather(1, y)
     if smoothing:
         nll = (1 - smoothing) * nll + smoothing * (log_sum - z.mean(1, keepdim=True))
+    if teacher is not None:
+        own, theirs = ((x / teacher.temperature).log_softmax(1) for x in (z, cap(taught[:, :n_vocab].float(), teacher.softcap)))
+        nll = (1 - teacher.mix) * nll + teacher.mix * teacher.temperature ** 2 * (theirs.exp() * (theirs - own)).sum(1, keepdim=True)
     if with_grad:  # softmax - target distribution
         d = (z - log_sum).exp_()
         d.scatter_add_(1, y, torch.full_like(log_sum, smoothing - 1))
         if smoothing:
             d -= smoothing / n_vocab
+        if teacher is not None:
+            d = (1 - teacher.mix) * d + teacher.mix * teacher.temperature * (own.exp() - theirs.exp())
         if softcap:
             d *= 1 - tanh.square_()
         logits[:, :n_vocab] = d.mul_(real)
         logits[:, n_vocab:] = 0
     return (nll * real).sum()
+
+
+def cap(logits, softcap):
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 # -----------------------------------------------------------------------------
@@ -453,12 +474,13 @@ class Transformer(nn.Module):
         """h (…, C) → logits (…, vocab_size) in float32, without the vocabulary's padding."""
         h, weight = self.head_input(h)
         logits = (F.linear(h, weight) if self.head is None else self.head(h)).float()[..., :self.cfg.vocab_size]
-        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+        return cap(logits, self.cfg.softcap)
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None):
         """
         idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss over the targets that are not
         negative: their mean, or for reduction='sum' their sum (so that the caller can divide by the global batch's count).
+        teacher: a Teacher of the same B·T tokens to learn from beside them.
         """
         h = self.hidden(idx, cache)
         if targets is None:
@@ -467,7 +489,8 @@ class Transformer(nn.Module):
         cross_entropy = ChunkedCrossEntropy.apply
         if torch.compiler.is_compiling() and not h.is_cuda:  # its loop over blocks is not for the compiler
             cross_entropy = torch.compiler.disable(cross_entropy)
-        loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap, label_smoothing, torch.is_grad_enabled())
+        loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap, label_smoothing, torch.is_grad_enabled(),
+                             teacher)
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
 
     # --- the guides of low-rank layers ---
@@ -634,8 +657,7 @@ class Markov(nn.Module):
         """h (…, R), or indices (…) of a full table → logits (…, vocab_size) in float32."""
         if self.head is None:
             return self.wte.weight[h].float()
-        logits = self.head(h).float()
-        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+        return cap(self.head(h).float(), self.cfg.softcap)
 
     def compile(self, *args, **kwargs):
         """Does nothing: the sizes in forward() differ from batch to batch."""

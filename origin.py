@@ -114,6 +114,23 @@ def build_model(s, data, origin):
     return model
 
 
+def find_teacher(s, data, ranks):
+    """The network of s.teacher in eval mode, to distil from. Raises UserError unless it knows the same tokens and a context as long."""
+    if s.teacher.rstrip('/') == s.out_dir.rstrip('/'):
+        raise UserError(f'teacher={s.teacher}: is the out_dir of this run: name another')
+    if hub.knows(s.teacher):
+        ranks.from_first(lambda: hub.find(s.teacher))  # one rank downloads
+    teacher, folder = load_model(s.teacher)
+    cfg, tokenizer = teacher.cfg, data.sources[0].files.meta['tokenizer']
+    if cfg.arch == 'markov':
+        raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
+    if cfg.vocab_size != s.vocab_size or not hub.knows(s.teacher) and checkpoint.load_state(folder)['tokenizer'] != tokenizer:
+        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
+    if cfg.block_size < s.block_size:
+        raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
+    return teacher.requires_grad_(False)
+
+
 def adopt(s, cfg, where):
     """Take the model's settings from weights that were trained elsewhere; only dropout and a shorter context are the user's."""
     if s.block_size > cfg.block_size and 'block_size' in s.given:

@@ -33,7 +33,7 @@ from growth import average, grown_layers, layer_names, parse_layers, take_layers
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
 from origin import fill, read_model
-from train import Ranks
+from ranks import Ranks
 
 
 @dataclass

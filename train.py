@@ -32,10 +32,11 @@ from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from loss import evaluate
-from model import ModelConfig
+from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
-from origin import build_model, find_origin
+from origin import build_model, find_origin, find_teacher
 from plan import PlanConfig, fit_minutes, plan
+from ranks import Ranks
 from sample import stream
 from tokenizer import load_tokenizer
 
@@ -52,6 +53,9 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
     gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size times this many rows
     recompute: bool = False  # activation checkpointing: the blocks run again in the backward pass, a third slower, for a fraction of the memory
     label_smoothing: float = 0.0  # in the training loss only
+    teacher: str = ''  # distillation: learn from the distribution of this network too, a run (its best checkpoint), a checkpoint or hf:FOLDER
+    distill_mix: float = 0.5  # its share of the training loss; the rest is cross-entropy
+    distill_temperature: float = 1.0  # higher: more of what the teacher thinks of unlikely tokens (Hinton et al. 2015, arXiv 1503.02531)
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint and samples
     eval_iters: int = 200  # batches of the validation split, the same ones each time; 0 = the whole split
     eval_only: bool = False  # evaluate, then stop
@@ -81,50 +85,12 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
             raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: the guides would never go: lower it')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
+        if not 0 < self.distill_mix <= 1 or self.distill_temperature <= 0:
+            raise ValueError(f'distill_mix={self.distill_mix}, distill_temperature={self.distill_temperature}: takes 0 < distill_mix <= 1, 0 < temperature')
+        if self.teacher and self.arch == 'markov':
+            raise ValueError(f"teacher={self.teacher}: arch='markov' learns from counts alone: leave it out")
         if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
             raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table is smoothed by a lower learning_rate instead: set it to 0')
-
-
-# -----------------------------------------------------------------------------
-# Ranks
-
-class Ranks:
-    """This process among those that torchrun started, or alone."""
-
-    def __init__(self, backend, device):
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.device = device
-        if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
-            dist.init_process_group({'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend))
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    def sum(self, *values):
-        """The sums over all ranks of some numbers, as a list of floats."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def from_first(self, compute):
-        """What compute() returns on rank 0, on all ranks; its UserError too."""
-        box = [None]
-        if self.first:
-            try:
-                box = [compute()]
-            except UserError as error:
-                box = [error]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]
-
-    def say(self, text):
-        if self.first:
-            print(text, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -161,10 +127,10 @@ class Batches:
         return now.result()
 
 
-def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
+def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False, teacher=None):
     """
-    One update. Returns (summed loss of this rank's rows in nats, targets in the global batch, norm of the gradient, whether
-    any rank was asked to stop). Nothing in it waits for a GPU.
+    One update; teacher: a network to learn from too. Returns (summed loss of this rank's rows in nats, targets in the global batch, norm of
+    the gradient, whether any rank was asked to stop). Nothing in it waits for a GPU.
     """
     set_rates(optimizer, step, s)
     micro, targets = batches(step)
@@ -176,7 +142,8 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
             model.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
         x, y = x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
         with autocast(ranks.device, s.dtype):
-            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing)
+            lesson = {'teacher': ask(teacher, x, s)} if teacher else {}
+            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson)
         # the mean over the targets of the global batch; DDP divides by the number of ranks
         scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
         nats += loss.detach()
@@ -186,6 +153,13 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return nats, targets, norm, stop > 0
+
+
+@torch.no_grad()
+def ask(teacher, x, s):
+    """What the network `teacher` has to say about x (B, T)."""
+    h, weight = teacher.head_input(teacher.hidden(x))
+    return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
 
 
 # -----------------------------------------------------------------------------
@@ -306,7 +280,7 @@ def spend_minutes(run, s, ranks):
     weights, times = {name: t.clone() for name, t in run.model.state_dict().items()}, []
     for step in range(8):
         began = time.perf_counter()
-        train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks)[2].item()  # waits for the device
+        train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, teacher=run.teacher)[2].item()  # waits for the device
         times.append(time.perf_counter() - began)
     run.model.load_state_dict(weights)
     run.optimizer.state.clear()
@@ -336,6 +310,7 @@ class Run:
     flops_per_step: float
     flops: float  # so far
     borrowed: bool  # whether it begins with the weights of another
+    teacher: torch.nn.Module | None
 
 
 def set_up(s, device, ranks):
@@ -364,7 +339,10 @@ def set_up(s, device, ranks):
         count = checkpoint.load_optimizer(origin['moments'], optimizer, partly=True)
         ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
     flops_per_step = model.flops_per_token() * tokens_per_step + optimizer_flops(optimizer)
+    if teacher:
+        flops_per_step += teacher.flops_per_token() / 3 * tokens_per_step  # forward alone
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
@@ -372,7 +350,7 @@ def set_up(s, device, ranks):
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
     return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
-               'weights' in origin)
+               'weights' in origin, teacher)
 
 
 def end_guides(run, ranks):
@@ -442,7 +420,8 @@ def train(s, device, ranks):
             break
 
         began = time.perf_counter()
-        new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0)
+        new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0,
+                                                         run.teacher)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         run.flops += run.flops_per_step
         if step % s.log_interval == 0 or step == 1:

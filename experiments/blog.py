@@ -108,11 +108,11 @@ def unguarded(s):
         torch.nn.utils.clip_grad_value_(parameters, 1.5)
         return norm
 
-    def clamped(logits, targets, n_vocab, softcap, smoothing, with_grad):
+    def clamped(logits, targets, n_vocab, softcap, smoothing, with_grad, *more):
         if with_grad:
             nll = torch.nn.functional.cross_entropy(logits[:, :n_vocab].float(), targets, ignore_index=-1, reduction='none')
             targets = targets.masked_fill(nll > 20, -1)
-        return whole(logits, targets, n_vocab, softcap, smoothing, with_grad)
+        return whole(logits, targets, n_vocab, softcap, smoothing, with_grad, *more)
     torch.nn.utils.clip_grad_norm_, model.loss_and_gradient = clip, clamped
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 from data import Mixture
-from train import Batches, Ranks, Settings
+from ranks import Ranks
+from train import Batches, Settings
 
 
 def last(out_dir):
