@@ -215,17 +215,23 @@ def pack_moments(moments):
     return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
 
 
-def load_optimizer(folder, optimizer, partly=False):
-    """
-    Take over the moments of every tensor, by its name; rates, betas and decay stay those that the optimizer was made with. partly: those that
-    are there and fit. Returns how many tensors have theirs. Raises UserError for moments of other tensors.
-    """
-    moments, own = read_moments(folder), optimizer.state_dict()
+def moments_of(optimizer):
+    """The same of an optimizer."""
+    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])}
+
+
+def give_moments(optimizer, moments):
+    """Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay as they are. Returns how many did."""
     params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
-    if partly:
-        moments = {name: moments[name] for name, p in params if name in moments and all(t.shape in (p.shape, ()) for t in moments[name].values())}
-    elif sorted(moments) != sorted(name for name, _ in params):
+    fit = {n: moments[name] for n, (name, p) in enumerate(params)
+           if moments.get(name) and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
+    optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
+    return len(fit)
+
+
+def load_optimizer(folder, optimizer):
+    """The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other tensors."""
+    moments = read_moments(folder)
+    if moments.keys() != moments_of(optimizer).keys():
         raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
-    own['state'] = {n: moments[name] for n, (name, _) in enumerate(params) if moments.get(name)}
-    optimizer.load_state_dict(own)
-    return len(own['state'])
+    give_moments(optimizer, moments)

@@ -11,11 +11,30 @@ moments can follow.
 import dataclasses
 import math
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from configurator import UserError, check
 from model import LowRank, make_model
+
+
+@dataclass
+class GrowConfig:
+    grow_every: int = 0  # steps after which the network gets more blocks and goes on, again and again; 0 = never
+    grow_to: int = 0  # until it has so many; n_layer is what it begins with
+    grow_by: int = 2  # so many at a time, as Inheritune does (Sanyal et al. 2024, arXiv 2404.08634)
+    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # where they are from, as in surgery.py grow
+    grow_from: str = ''  # or: from this network, a run, a checkpoint or hf:FOLDER, of which the blocks that follow are inherited
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if min(self.grow_every, self.grow_to) < 0 or self.grow_by < 1:
+            raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}, grow_by={self.grow_by}: takes steps and blocks from 0, grow_by from 1')
+        if bool(self.grow_every) != bool(self.grow_to):
+            raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}: give both or none')
+
 
 # -----------------------------------------------------------------------------
 # Depth
@@ -81,6 +100,20 @@ def take_layers(cfg, weights, layers, silent=()):
         if cfg.value_residual and layer == 0 and n > 0:
             out[f'blocks.{n}.attn.v_mix'] = torch.zeros(())  # it had only its own values
     return new, out
+
+
+def grow(cfg, weights, n_layer, how, other=None):
+    """
+    (ModelConfig, weights, {name: old name} of the tensors that there were) of a network with n_layer blocks: `how` as grown_layers() has it, or
+    with other = (ModelConfig, weights) the blocks that follow in that network.
+    """
+    if other is not None:
+        new, out = take_layers(*other, range(n_layer))
+        return dataclasses.replace(new, block_size=cfg.block_size, dropout=cfg.dropout), out | weights, {name: name for name in weights}
+    layers, silent = grown_layers(cfg.n_layer, n_layer, how)
+    new = tuple(f'blocks.{n}.' for n in silent)
+    names = {name: old for name, old in layer_names(weights, layers).items() if not name.startswith(new)}
+    return *take_layers(cfg, weights, layers, silent), names
 
 
 # -----------------------------------------------------------------------------

@@ -106,6 +106,8 @@ def build_model(s, data, origin):
     cfg = model_config(s)
     if 'state' in origin:
         cfg.rank_guide = origin['state']['model'].get('rank_guide', 0)  # gone, if the run is past them
+        cfg.n_layer = origin['state']['model']['n_layer']  # grown, perhaps
+        cfg.ranks = origin['state']['model'].get('ranks', {})
     model = make_model(cfg, init=not origin)
     if 'state' in origin:
         checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
@@ -129,6 +131,20 @@ def find_teacher(s, data, ranks):
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)
+
+
+def find_reference(s, cfg):
+    """(ModelConfig, weights) of s.grow_from, whose blocks this network is to get. Raises UserError where they would not fit."""
+    other, weights, _ = read_model(s.grow_from)
+    if other.n_layer < s.grow_to:
+        raise UserError(f'grow_from={s.grow_from}: has {other.n_layer} blocks, fewer than grow_to={s.grow_to}: lower it')
+    if cfg.sizes() != other.sizes():
+        raise UserError(f'grow_from={s.grow_from}: its matrices are {other.sizes()}, of this network {cfg.sizes()}: its blocks do not fit')
+    free = ('n_layer', 'block_size', 'dropout', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init')
+    for f in dataclasses.fields(ModelConfig):
+        if f.name not in free and getattr(cfg, f.name) != getattr(other, f.name):
+            raise UserError(f'grow_from={s.grow_from}: has {f.name}={getattr(other, f.name)}, this network {getattr(cfg, f.name)}: its blocks do not fit')
+    return other, weights
 
 
 def adopt(s, cfg, where):

@@ -29,7 +29,7 @@ import hub
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture, Source
-from growth import average, grown_layers, layer_names, parse_layers, take_layers, widen
+from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
 from origin import fill, read_model
@@ -311,11 +311,9 @@ def run_grow(s):
     old = read(s, s.from_)
     if s.n_layer <= old.model.cfg.n_layer:
         raise UserError(f'n_layer={s.n_layer}: the network has {old.model.cfg.n_layer} blocks already: give more, or use surgery.py inherit')
-    weights, (layers, silent) = old.model.state_dict(), grown_layers(old.model.cfg.n_layer, s.n_layer, s.how)
+    layers, silent = grown_layers(old.model.cfg.n_layer, s.n_layer, s.how)
     print('blocks ' + ', '.join(f'{layer}{" silent" if n in silent else ""}' for n, layer in enumerate(layers)))
-    new = tuple(f'blocks.{n}.' for n in silent)
-    names = {name: origin for name, origin in layer_names(weights, layers).items() if not name.startswith(new)}
-    write(s, 'grow', old, *take_layers(old.model.cfg, weights, layers, silent), names)
+    write(s, 'grow', old, *grow(old.model.cfg, old.model.state_dict(), s.n_layer, s.how))
 
 
 def run_widen(s):

@@ -31,10 +31,11 @@ import checkpoint
 from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
+from growth import GrowConfig, grow
 from loss import evaluate
-from model import ModelConfig, Teacher
+from model import ModelConfig, Teacher, make_model
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
-from origin import build_model, find_origin, find_teacher
+from origin import build_model, find_origin, find_reference, find_teacher
 from plan import PlanConfig, fit_minutes, plan
 from ranks import Ranks
 from sample import stream
@@ -42,7 +43,7 @@ from tokenizer import load_tokenizer
 
 
 @dataclass
-class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
+class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig):
     out_dir: str = 'out'  # where checkpoints, log and settings go
     init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
@@ -87,6 +88,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig):
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
         if not 0 < self.distill_mix <= 1 or self.distill_temperature <= 0:
             raise ValueError(f'distill_mix={self.distill_mix}, distill_temperature={self.distill_temperature}: takes 0 < distill_mix <= 1, 0 < temperature')
+        if self.grow_every and (self.rank_guide or self.arch == 'markov'):
+            raise ValueError(f'grow_every={self.grow_every}: goes with neither rank_guide nor arch=markov: leave it out')
         if self.teacher and self.arch == 'markov':
             raise ValueError(f"teacher={self.teacher}: arch='markov' learns from counts alone: leave it out")
         if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
@@ -311,6 +314,7 @@ class Run:
     flops: float  # so far
     borrowed: bool  # whether it begins with the weights of another
     teacher: torch.nn.Module | None
+    reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
 
 
 def set_up(s, device, ranks):
@@ -328,6 +332,8 @@ def set_up(s, device, ranks):
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data)
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data) for source in data.sources]
     model = build_model(s, data, origin).to(device)
+    if s.grow_every and s.grow_to <= s.n_layer:
+        raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     model.recompute = s.recompute
     optimizer = make_optimizer(model, s, torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
@@ -336,13 +342,11 @@ def set_up(s, device, ranks):
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
     elif 'moments' in origin:
-        count = checkpoint.load_optimizer(origin['moments'], optimizer, partly=True)
+        count = checkpoint.give_moments(optimizer, checkpoint.read_moments(origin['moments']))
         ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
-    flops_per_step = model.flops_per_token() * tokens_per_step + optimizer_flops(optimizer)
-    if teacher:
-        flops_per_step += teacher.flops_per_token() / 3 * tokens_per_step  # forward alone
+    flops_per_step = step_flops(model, optimizer, teacher, tokens_per_step)
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
@@ -350,7 +354,29 @@ def set_up(s, device, ranks):
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
     return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
-               'weights' in origin, teacher)
+               'weights' in origin, teacher, find_reference(s, model.cfg) if s.grow_from else None)
+
+
+def step_flops(model, optimizer, teacher, tokens):
+    asked = teacher.flops_per_token() / 3 if teacher else 0  # forward alone
+    return (model.flops_per_token() + asked) * tokens + optimizer_flops(optimizer)
+
+
+def grow_run(run, s, ranks):
+    """More blocks, and the run goes on with them: the same tokens, the same schedule, the moments of what there was."""
+    n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
+    cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
+    moments, device = checkpoint.moments_of(run.optimizer), run.model.wte.weight.device
+    run.model = make_model(cfg, init=False)
+    run.model.load_state_dict(weights)
+    run.model.to(device).recompute = s.recompute
+    run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
+    checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
+    if s.compile:
+        run.model.compile(dynamic=False)
+    run.runner = wrap(run.model, ranks)
+    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+    ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
 
 
 def end_guides(run, ranks):
@@ -364,7 +390,7 @@ def end_guides(run, ranks):
         group['params'], group['param_names'] = map(list, zip(*kept)) if kept else ([], [])
     run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
     run.runner = wrap(run.model, ranks)
-    run.flops_per_step = run.model.flops_per_token() * run.tokens_per_step + optimizer_flops(run.optimizer)
+    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
 
 
 def wrap(model, ranks):
@@ -419,6 +445,8 @@ def train(s, device, ranks):
             save_once()
             break
 
+        if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
+            grow_run(run, s, ranks)
         began = time.perf_counter()
         new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0,
                                                          run.teacher)

@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
-from test_surgery import ids, random_model
+from conftest import one_line, read_log, train
+from test_surgery import ids, operate, random_model
 
+import checkpoint
 from configurator import UserError
 from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
 from origin import fill
@@ -174,3 +176,55 @@ def test_scaling_by_depth_is_in_the_queries_or_in_the_norms():
             for name in names:
                 block.get_parameter(name).data /= by(n)
         torch.testing.assert_close(scaled(ids()), plain(ids()), rtol=1e-5, atol=1e-5)
+
+
+# --- growth in the middle of a run ---
+
+GROWN = ['--n_layer=1', '--grow_every=4', '--grow_to=4', '--grow_by=2', '--max_iters=12', '--eval_interval=4', '--keep_checkpoints=9']
+
+
+def layers_of(out_dir):
+    return [checkpoint.load_state(folder)['model']['n_layer'] for folder in reversed(checkpoint.checkpoints(str(out_dir)))]
+
+
+@pytest.mark.parametrize('how', ['stack', 'zero'])
+def test_a_run_grows_and_can_be_interrupted_anywhere(how, dataset, tmp_path):
+    done = train(tmp_path / 'whole', *GROWN, f'--grow_how={how}', dataset=dataset)
+    assert 'grown to 3 layers' in done.stdout and 'grown to 4 layers' in done.stdout and layers_of(tmp_path / 'whole') == [1, 3, 4]  # saved, then grown
+    for steps in (4, 6, 12):
+        train(tmp_path / 'parts', *GROWN, f'--grow_how={how}', f'--max_iters={steps}', '--lr_decay_iters=12', '--warmup_iters=0', dataset=dataset)
+    train(tmp_path / 'again', *GROWN, f'--grow_how={how}', '--lr_decay_iters=12', '--warmup_iters=0', dataset=dataset)
+    whole, parts = ({r['step']: r for r in read_log(tmp_path / name)} for name in ('again', 'parts'))
+    assert all(whole[step] == parts[step] for step in (1, 5, 7, 9, 12))
+    flops = [whole[step]['flops'] - whole[step - 1]['flops'] for step in (3, 7, 11)]
+    assert flops[0] < flops[1] < flops[2] and flops[2] - flops[1] == pytest.approx((flops[1] - flops[0]) / 2)  # two blocks, then one
+
+
+def test_silent_growth_in_a_run_leaves_its_loss_where_it_was(dataset, tmp_path):
+    args = ['--n_layer=2', '--max_iters=5', '--eval_interval=5', '--warmup_iters=0', '--decay_lr=False']
+    train(tmp_path / 'plain', *args, dataset=dataset)
+    train(tmp_path / 'grown', *args, '--grow_every=4', '--grow_to=4', '--grow_how=zero', dataset=dataset)
+    plain, grown = ([r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('plain', 'grown'))
+    assert plain[:4] == grown[:4] and plain[4] == pytest.approx(grown[4], abs=1e-6)
+
+
+def test_further_blocks_can_be_inherited(dataset, tmp_path):
+    """The recipe of Inheritune: the first blocks of a reference, and after a while the next ones."""
+    train(tmp_path / 'reference', '--n_layer=4', '--max_iters=20', '--eval_interval=20', dataset=dataset)
+    operate('inherit', tmp_path / 'reference', tmp_path / 'first', '--layers=0-1')
+    args = [f'--init_from={tmp_path}/first', '--grow_every=1', '--grow_to=4', f'--grow_from={tmp_path}/reference', '--learning_rate=0', '--max_iters=2']
+    done = train(tmp_path / 'run', *args, dataset=dataset)
+    assert 'grown to 4 layers' in done.stdout
+    new, old = (checkpoint.read_weights(checkpoint.find(str(tmp_path / name))) for name in ('run', 'reference'))
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+    train(tmp_path / 'other', '--n_layer=4', '--mlp=swiglu', dataset=dataset)
+    for more, words in [([f'--grow_from={tmp_path}/other'], 'its blocks do not fit'), (['--grow_to=5'], 'has 4 blocks, fewer than grow_to=5'),
+                        (['--grow_to=2'], 'begins with 2'), (['--grow_every=0'], 'give both or none'), (['--grow_by=0'], 'grow_by from 1')]:
+        assert words in one_line(train(tmp_path / 'no', *args, *more, dataset=dataset, check=False))
+
+
+def test_two_ranks_grow_alike(dataset, tmp_path):
+    for nproc in (1, 2):
+        train(tmp_path / str(nproc), *GROWN, dataset=dataset, nproc=nproc)
+    for a, b in zip(*(read_log(tmp_path / str(nproc)) for nproc in (1, 2))):
+        assert a == pytest.approx(b, rel=1e-4)
