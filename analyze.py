@@ -4,6 +4,7 @@ What is inside a checkpoint, in figures and pictures.
     python analyze.py weights --out_dir=out/run                              # the ranks of every matrix, and their spectra
     python analyze.py weights --out_dir=out/run --along                      # the same for every checkpoint that is kept
     python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER        # of what training has changed
+    python analyze.py attention --out_dir=out/run                            # what attention does: ranks, columns, lazy layers (attention.py)
 """
 import functools
 import re
@@ -13,6 +14,7 @@ from statistics import median
 import torch
 import torch.nn as nn
 
+import attention
 import checkpoint
 from configurator import UserError, configure_command, run_main
 from model import LowRank
@@ -289,7 +291,7 @@ def weights(s):
 
 
 def main():
-    command, s = configure_command({'weights': (weights, WeightsSettings)})
+    command, s = configure_command({'weights': (weights, WeightsSettings), 'attention': (attention.run, attention.AttentionSettings)})
     command(s)
 
 

@@ -19,10 +19,10 @@ import torch
 import checkpoint
 import ngrams
 from configurator import UserError, configure_command, run_main
-from data import Source, TokenFiles, find_folder
+from data import TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
-from origin import load_model
+from origin import load_model, validation_sources
 from picture import figure, save
 from sweep import expand, read_sweep, run_missing
 
@@ -39,21 +39,15 @@ class LossSettings(DeviceConfig):
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
     device = pick_device(s.device)
-    (model, _), state, dtype = load_model(folder), checkpoint.load_state(folder), pick_dtype(s.dtype, device)
+    (model, _), dtype = load_model(folder), pick_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
-    out, settings = {}, state['settings']
-    dataset = dataset or settings.get('dataset')  # surgery.py knows none of the weights of others
-    if not dataset:
-        raise UserError(f'dataset: {folder} does not say what it was trained on: give --dataset=NAME')
-    for name in dataset if isinstance(dataset, dict) else [dataset]:
-        source = Source(name, 'val', model.cfg.block_size, settings.get('packing', 'stream'))
-        if source.files.meta['tokenizer'] != state['tokenizer']:
-            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {folder}: prepare it with the same --tokenizer')
+    out = {}
+    for source in validation_sources(folder, model.cfg, dataset):
         with torch.no_grad():
             pairs = [(loss.item(), count) for loss, count in batch_losses(model, source, np.arange(source.rows), 1, device, dtype)]
-        out[name] = source, *np.array(pairs).T
+        out[source.name] = source, *np.array(pairs).T
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import hub
 from configurator import UserError, check, from_dict
+from data import Source
 from model import ModelConfig, make_model
 
 # what a resumed run may not change: the network, and which rows step n sees
@@ -42,6 +43,25 @@ def fill(cfg, weights, where):
     model = make_model(cfg, init=False)
     checkpoint.load_weights(model, weights, where)
     return model.eval()
+
+
+def validation_sources(where, cfg, dataset='', block_size=0):
+    """
+    The validation split of every corpus that the network of `where` was trained on, or of `dataset`, as data.Sources with rows of block_size, or
+    as long as the network reads. Raises UserError where there is none, or of another tokenizer; of weights of others only the number of tokens is compared.
+    """
+    state = {} if hub.knows(where) else checkpoint.load_state(checkpoint.find(where, 'best'))
+    settings = state.get('settings', {})
+    dataset = dataset or settings.get('dataset')  # surgery.py knows none of the weights of others
+    if not dataset:
+        raise UserError(f'dataset: {where} does not say what it was trained on: give --dataset=NAME')
+    sources = []
+    for name in dataset if isinstance(dataset, dict) else [dataset]:
+        source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'))
+        if state and source.files.meta['tokenizer'] != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
+            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with the same --tokenizer')
+        sources.append(source)
+    return sources
 
 
 def find_origin(s, ranks):
