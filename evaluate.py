@@ -1,14 +1,17 @@
 """
 How good a model is.
 
-    python evaluate.py loss --out_dir=out/tinystories_cpu     # nats per token and bits per byte of a checkpoint, on the whole validation split
-    python evaluate.py ladder --dataset=tinystories           # from uniform guesses over counts to a transformer, on the same tokens
+    python evaluate.py loss --out_dir=out/tinystories_cpu              # nats per token and bits per byte of a checkpoint, on the whole validation split
+    python evaluate.py text --out_dir=out/tinystories_cpu FILE.txt     # the same and the perplexity of any text
+    python evaluate.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl                   # zero- and few-shot tasks from files (tasks.py)
+    python evaluate.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy          # those of lm-evaluation-harness
+    python evaluate.py ladder --dataset=tinystories                    # from uniform guesses over counts to a transformer, on the same tokens
 
 `python evaluate.py loss --help` prints the settings of one of them.
 """
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see train.py
@@ -17,13 +20,16 @@ import numpy as np
 import torch
 
 import checkpoint
+import harness
 import ngrams
+import sample
+import tasks
 from configurator import UserError, configure_command, run_main
 from data import TokenFiles, find_folder
 from device import DeviceConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
-from picture import figure, save
+from picture import figure, save, write_csv
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -75,6 +81,110 @@ def show_loss(s):
         bits = losses(mean, 1, source.files.bytes / source.files.tokens).get('val_bpb')
         print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
               f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
+
+
+# -----------------------------------------------------------------------------
+# Texts and tasks
+
+@dataclass
+class ModelSettings(DeviceConfig):
+    out_dir: str = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
+    which: Literal['best', 'last'] = 'best'  # checkpoint of a run
+
+    def load(self):
+        """(model on its device, tokenizer, device, dtype)."""
+        device = pick_device(self.device)
+        model, tokenizer = sample.load(self.out_dir, self.which)
+        if model.cfg.arch == 'markov':
+            raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
+        return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)
+
+
+@dataclass
+class TextSettings(ModelSettings):
+    files: list[str] = field(default_factory=list)  # texts, UTF-8
+    stride: int = 0  # tokens that are predicted from one window; 0 = half of what the network reads: every token has the other half before it
+
+    positional = 'files'
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.files:
+            raise ValueError('files: none is given: python evaluate.py text --out_dir=DIR FILE.txt')
+        if self.stride < 0:
+            raise ValueError(f'stride={self.stride}: must not be negative')
+
+
+@dataclass
+class TaskSettings(ModelSettings):
+    files: list[str] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
+    shots: int = 0  # solved examples before each item, from the same file
+    delimiter: str = ' '  # between a query and its choices; a task of Mosaic's shape takes the words that go there: $'\nAnswer: '
+    limit: int = 0  # of each task the first so many items; 0 = all
+    seed: int = 1337  # of the examples
+    csv: str = ''  # file for what became of every item
+
+    positional = 'files'
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.files:
+            raise ValueError('files: none is given: python evaluate.py tasks --out_dir=DIR FILE.jsonl')
+        if self.shots < 0 or self.limit < 0:
+            raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
+
+
+@dataclass
+class HarnessSettings(ModelSettings):
+    tasks: str = ''  # names of lm-eval's tasks, with commas
+    shots: int | None = None  # None = as each task has it
+    limit: int = 0  # of each task the first so many items; 0 = all
+    include: str = ''  # folder of tasks of your own, YAML
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.tasks:
+            raise ValueError('tasks: none is given: --tasks=lambada_openai,arc_easy; lm-eval ls tasks shows them')
+
+
+def show_texts(s):
+    """python evaluate.py text"""
+    texts = {path: sample.read_prompt(f'FILE:{path}') for path in s.files}
+    model, tokenizer, device, dtype = s.load()
+    T = model.cfg.block_size
+    stride = s.stride or max(1, T // 2)
+    if stride > T:
+        raise UserError(f'stride={stride}: the network reads {T} tokens: lower it')
+    for path, text in texts.items():
+        nats, tokens, size = tasks.score_text(model, tokenizer, text, stride, device, dtype)
+        if not tokens:
+            raise UserError(f'{path}: is empty')
+        print(f'{path}: {tokens:,} tokens, {size:,} bytes: {nats / tokens:.4f} nats a token, perplexity {math.exp(min(700, nats / tokens)):.2f}, '
+              f'{nats / math.log(2) / size:.4f} bits per byte')
+
+
+def show_tasks(s):
+    """python evaluate.py tasks"""
+    loaded = {path: tasks.with_shots(tasks.read_items(path, s.delimiter, s.limit), s.shots, s.seed) for path in s.files}
+    model, tokenizer, device, dtype = s.load()
+    rows, width = [], max(len(os.path.basename(path)) for path in s.files)
+    print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')
+    for path, items in loaded.items():
+        measures, records = tasks.figures(items, tasks.score_items(model, tokenizer, items, device, dtype, what=os.path.basename(path)))
+        shown = '  '.join(f'{name} {value:.4f} ± {error:.4f}' for name, (value, error) in measures.items())
+        print(f'{os.path.basename(path):{width}}  {len(items):6,} items  {shown}', flush=True)
+        rows += [{'task': path} | dict.fromkeys(('acc', 'acc_norm', 'chosen', 'gold', 'nats'), '') | record for record in records]
+    if s.csv:
+        write_csv(rows, s.csv)
+        print(f'written: {s.csv}')
+
+
+def show_harness(s):
+    """python evaluate.py harness"""
+    model, tokenizer, device, dtype = s.load()
+    results = harness.evaluate(model, tokenizer, s.tasks.split(','), s.shots, s.limit, device, dtype, s.include)
+    from lm_eval.utils import make_table
+    print(make_table(results))
 
 
 # -----------------------------------------------------------------------------
@@ -210,7 +320,8 @@ def ladder(s):
 # -----------------------------------------------------------------------------
 
 def main():
-    function, s = configure_command({'loss': (show_loss, LossSettings), 'ladder': (ladder, LadderSettings)})
+    function, s = configure_command({'loss': (show_loss, LossSettings), 'text': (show_texts, TextSettings), 'tasks': (show_tasks, TaskSettings),
+                                     'harness': (show_harness, HarnessSettings), 'ladder': (ladder, LadderSettings)})
     function(s)
 
 

@@ -1,0 +1,56 @@
+"""
+A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: pip install lm-eval.
+
+    python evaluate.py harness --out_dir=out/run --tasks=lambada_openai,arc_easy
+"""
+from configurator import UserError
+from sample import stream
+from tasks import encode_pair, score, windows
+
+
+def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
+    """
+    lm_eval's results, a dict, of the tasks of these names; shots: None = as each task has it; include: a folder of tasks of one's own. Raises UserError
+    where lm-eval is not installed or has no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError('harness: lm-evaluation-harness is not installed: pip install lm-eval') from None
+
+    class Minnow(TemplateLM):
+        """What lm_eval asks of a model."""
+        eot_token_id = tokenizer.eot or 0
+        tokenizer_name = tokenizer.kind
+
+        def tok_encode(self, string, **unused):
+            return tokenizer.encode(string)
+
+        def _loglikelihood_tokens(self, requests, **unused):
+            return score(model, [(context, continuation) for _, context, continuation in requests], device, dtype)
+
+        def loglikelihood(self, requests, **unused):
+            return score(model, [encode_pair(tokenizer, *request.args) for request in requests], device, dtype)
+
+        def loglikelihood_rolling(self, requests, **unused):
+            T = model.cfg.block_size
+            return [sum(nats for nats, _ in score(model, windows(tokenizer.encode_long(request.args[0]), self.eot_token_id, T, T), device, dtype))
+                    for request in requests]
+
+        def generate_until(self, requests, **unused):
+            return [self.generate(*request.args) for request in requests]
+
+        def generate(self, context, options):
+            most, stop = options.get('max_gen_toks', 256), options.get('until', [])
+            ids = tokenizer.encode(context)[-max(1, model.cfg.block_size - most):]
+            temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
+            return ''.join(piece for _, piece in stream(model, tokenizer, [ids], [stop] if isinstance(stop, str) else stop, max_new_tokens=most,
+                                                        temperature=temperature))
+
+    manager = TaskManager(include_path=include or None)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise UserError(f'tasks: {unknown[0]!r}: lm-eval has no such task: lm-eval ls tasks shows them')
+    return lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None, task_manager=manager, bootstrap_iters=1000)
