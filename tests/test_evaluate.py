@@ -148,8 +148,8 @@ def test_every_rung_has_the_same_targets(dataset, tmp_path):
 
 
 @pytest.mark.parametrize('args, expected', [
-    ([], 'no command given: takes loss or ladder'),
-    (['tasks'], 'tasks: takes loss or ladder'),
+    ([], 'no command given: takes loss or text or tasks'),
+    (['task'], 'task: takes loss or text or tasks'),
     (['loss', '--out_dir=nowhere'], 'nowhere: no such directory'),
     (['loss', '--out=x'], '--out: no such setting'),
     (['ladder', '--dataset=nope'], 'dataset=nope: no such data set'),
