@@ -7,9 +7,11 @@ from conftest import one_line, read_log, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
-from configurator import UserError
+from configurator import UserError, read_config
 from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
-from origin import fill
+from model import make_model
+from origin import fill, model_config
+from train import Settings
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
          dict(value_residual=True, embed_norm=True, tie=False, softcap=15.0),
@@ -89,6 +91,16 @@ def test_moments_follow_their_tensors():
     assert names['blocks.0.attn.q.weight'] == 'blocks.2.attn.q.weight' and names['blocks.1.mlp.down.weight'] == 'blocks.0.mlp.down.weight'
     assert names['wte.weight'] == 'wte.weight' and not any('blocks.2' in name for name in names)
     assert 'blocks.0.attn.v_mix' not in layer_names(network(value_residual=True).state_dict(), [2, 0])
+
+
+@pytest.mark.parametrize('config, layers, count', [('gpt2_medium', 14, 228_750_336), ('gpt2_medium', 12, 203_580_416), ('gpt2_large', 32, 694_928_640),
+                                                   ('gpt2_large', 16, 380_314_880), ('gpt2_xl', 24, 819_483_200)])
+def test_inherited_networks_have_the_published_number_of_parameters(config, layers, count):
+    """originals: 12·d² + 2·d a layer, and the table of tokens, the positions and the final norm once."""
+    cfg = model_config(Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': 50304}))
+    with torch.device('meta'):
+        cfg, weights = take_layers(cfg, make_model(cfg).state_dict(), range(layers))
+    assert sum(t.numel() for t in weights.values()) == count
 
 
 # --- width ---

@@ -57,6 +57,8 @@ VARIANTS = [
     ('gpt2', 50304, 124_373_760), ('gpt2_medium', 50304, 354_599_936), ('gpt2_large', 50304, 773_582_080), ('gpt2_xl', 50304, 1_556_840_000),
     ('llama_15m', 32000, 15_191_712), ('llama_42m', 32000, 41_689_600), ('llama_110m', 32000, 109_529_856),
     ('lowrank28m_dense', 49954, 66_683_136), ('lowrank28m', 49954, 96_604_288),
+    ('inheritune_medium', 50304, 253_920_256), ('inheritune_large', 50304, 419_641_600), ('inheritune_xl', 50304, 819_483_200),
+    ('inheritune_openllama', 32000, 1_815_638_400),
 ])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     s = Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})

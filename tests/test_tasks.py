@@ -193,5 +193,6 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
     task = write(tmp_path / 'task.jsonl', LAMBADA)
     for command, args, words in [('tasks', [], 'files: none is given'), ('tasks', [f'{tmp_path}/no.jsonl'], 'No such file'),
                                  ('tasks', [task, '--shots=9'], 'shots=9'), ('text', [], 'files: none is given'),
-                                 ('text', [f'{tmp_path}/no.txt'], 'No such file'), ('text', [task, '--stride=97'], 'stride=97'), ('harness', [], 'tasks: none is given')]:
+                                 ('text', [f'{tmp_path}/no.txt'], 'No such file'), ('text', [task, '--stride=97'], 'stride=97'),
+                                 ('harness', [], 'tasks: none is given')]:
         assert words in one_line(run('evaluate.py', command, f'--out_dir=hf:{folder}', *args))

@@ -1,0 +1,17 @@
+# Inheritune (Sanyal et al. 2024, arXiv 2404.08634), GPT-2 large: the first 18 of 36 layers, 419,641,600 parameters with 50,304 tokens, on the
+# schedule of the whole network (F.2). The authors left positions and the final norm behind: --fresh=wpe,norm_f
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large.py --depth_scale=attn      # theirs scale attention by depth
+#   python surgery.py inherit --from=out/gpt2_large --out_dir=out/gpt2_large_first18 --layers=0-17
+#   torchrun --standalone --nproc_per_node=8 train.py config/inheritune_large.py
+from config.gpt2_large import *  # noqa: F403
+
+out_dir = 'out/inheritune_large'
+init_from = 'out/gpt2_large_first18'
+n_layer = 18
+depth_scale = 'attn'
+
+batch_size = 8
+gradient_accumulation_steps = 128 // 8  # 131,072 tokens a step
+max_iters = 100000
+learning_rate, min_lr, warmup_iters = 2e-4, 1e-5, 2000
+beta1, beta2, weight_decay, grad_clip = 0.9, 0.95, 0.1, 1.0

@@ -1,0 +1,17 @@
+# Inheritune (Sanyal et al. 2024, arXiv 2404.08634), GPT-2 xl: the first 24 of 48 layers, 819,483,200 parameters with 50,304 tokens, on the
+# schedule of the whole network (F.2). The authors left positions and the final norm behind: --fresh=wpe,norm_f
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_xl.py --depth_scale=attn      # theirs scale attention by depth
+#   python surgery.py inherit --from=out/gpt2_xl --out_dir=out/gpt2_xl_first24 --layers=0-23
+#   torchrun --standalone --nproc_per_node=8 train.py config/inheritune_xl.py
+from config.gpt2_xl import *  # noqa: F403
+
+out_dir = 'out/inheritune_xl'
+init_from = 'out/gpt2_xl_first24'
+n_layer = 24
+depth_scale = 'attn'
+
+batch_size = 8
+gradient_accumulation_steps = 128 // 8  # 131,072 tokens a step
+max_iters = 100000
+learning_rate, min_lr, warmup_iters = 1.5e-4, 1e-5, 2000
+beta1, beta2, weight_decay, grad_clip = 0.9, 0.95, 0.1, 1.0
