@@ -93,7 +93,8 @@ class AverageSettings(Settings):
 
 @dataclass
 class FactorizeSettings(Settings):
-    # with a dataset, errors are weighed by the inputs of each matrix on these data; none = plain SVD
+    dataset: str | dict = 'auto'  # data whose inputs weigh the errors, and to measure the losses on; auto = those it was trained on, if they are
+    # there; none = plain SVD
     rank_qk: int = 0  # ranks of the queries' and keys' matrices; 0 = they stay dense
     rank_vo: int = 0  # of the values' and attention's output
     rank_mlp: int = 0  # of the MLP
