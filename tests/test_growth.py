@@ -218,6 +218,8 @@ def test_silent_growth_in_a_run_leaves_its_loss_where_it_was(dataset, tmp_path):
     train(tmp_path / 'grown', *args, '--grow_every=4', '--grow_to=4', '--grow_how=zero', dataset=dataset)
     plain, grown = ([r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('plain', 'grown'))
     assert plain[:4] == grown[:4] and plain[4] == pytest.approx(grown[4], abs=1e-6)
+    moments = checkpoint.read_moments(checkpoint.find(str(tmp_path / 'grown')))
+    assert [moments[f'blocks.{n}.attn.q.weight']['step'].item() for n in range(4)] == [5, 1, 5, 1]  # blocks 0 and 2 were there before
 
 
 def test_further_blocks_can_be_inherited(dataset, tmp_path):

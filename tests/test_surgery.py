@@ -240,7 +240,7 @@ def test_a_grown_network_can_go_on_in_the_schedule(dataset, tmp_path):
     uninterrupted = {r['step']: r for r in read_log(whole) if 'train_loss' in r and r['step'] > 10}
     assert runs['schedule'] == uninterrupted == runs['checkpoint']
     assert runs['grown'][11]['train_loss'] == pytest.approx(uninterrupted[11]['train_loss'], abs=1e-6)
-    assert runs['grown'][11]['flops'] > uninterrupted[11]['flops']
+    assert 1.01 < runs['grown'][11]['flops'] / uninterrupted[11]['flops'] < 1.1  # those of ten steps of the smaller network, and one of its own
     assert min(runs['optimizer']) == 1 == min(runs['weights']) and runs['optimizer'][2]['train_loss'] != runs['weights'][2]['train_loss']
     for args, words in [([f'--init_from={whole}', '--init_keep=schedule'], 'are at step 20 of their schedule: raise it'),
                         ([f'--init_from={half}', '--init_keep=schedule', '--optimizer=muon'], 'the moments in .* are those of adamw')]:
