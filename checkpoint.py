@@ -232,6 +232,5 @@ def give_moments(optimizer, moments):
 def load_optimizer(folder, optimizer):
     """The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other tensors."""
     moments = read_moments(folder)
-    if moments.keys() != moments_of(optimizer).keys():
+    if moments.keys() != moments_of(optimizer).keys() or give_moments(optimizer, moments) < sum(map(bool, moments.values())):
         raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
-    give_moments(optimizer, moments)

@@ -5,7 +5,7 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
 """
 from configurator import UserError
 from sample import stream
-from tasks import encode_pair, score, windows
+from tasks import score, windows
 
 
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
@@ -30,9 +30,6 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
 
         def _loglikelihood_tokens(self, requests, **unused):
             return score(model, [(context, continuation) for _, context, continuation in requests], device, dtype)
-
-        def loglikelihood(self, requests, **unused):
-            return score(model, [encode_pair(tokenizer, *request.args) for request in requests], device, dtype)
 
         def loglikelihood_rolling(self, requests, **unused):
             T = model.cfg.block_size

@@ -250,10 +250,13 @@ def attend(q, k, v, mask, is_causal, dropout):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=groups > 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    T = q.size(2)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (B, H, T, T)
-    return F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype), dropout) @ v
+    return F.dropout(attention_matrix(q, k), dropout) @ v
+
+
+def attention_matrix(q, k):
+    """softmax(q·kᵀ / sqrt(D)), causal: q and k (B, H, T, D), of as many heads → (B, H, T, T)."""
+    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
+    return ((q * q.size(-1) ** -0.5) @ k.mT).masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype)
 
 
 class Attention(nn.Module):

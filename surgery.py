@@ -41,7 +41,6 @@ class Settings:
     from_: str = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
     out_dir: str = ''  # where the new one goes: a new directory
     dataset: str | dict = 'auto'  # data to measure the losses on; auto = those it was trained on, if they are there; none = no losses
-    seed: int = 1337  # of what is drawn anew
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -55,6 +54,7 @@ class InheritSettings(Settings):
     layers: str = ''  # blocks to take, as 0-11, 0,2,4, first:6, last:6, middle:6; any order, any number of times
     fresh: str = ''  # what is drawn anew in place of inherited: parts of the tensors' names, with commas: wpe,norm_f is what the original of
     # Inheritune forgot; attn, mlp and norm are possible too
+    seed: int = 1337  # of what is drawn anew
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -79,6 +79,7 @@ class WidenSettings(Settings):
     n_embd: int = 0  # new sizes; 0 = as it is
     n_head: int = 0  # heads stay as wide as they are
     d_ff: int = 0
+    seed: int = 1337  # of the weights that read what is new
 
     def check(self):
         """Raise ValueError for values that cannot work."""

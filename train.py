@@ -9,7 +9,6 @@ Ctrl-C and SIGTERM save at the end of the step, then stop.
 """
 import dataclasses
 import gc
-import json
 import math
 import os
 import signal
@@ -38,6 +37,7 @@ from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, opt
 from origin import build_model, find_origin, find_reference, find_teacher
 from plan import PlanConfig, fit_minutes, plan
 from ranks import Ranks
+from runlog import Log
 from sample import stream
 from tokenizer import load_tokenizer
 
@@ -167,41 +167,6 @@ def ask(teacher, x, s):
 
 # -----------------------------------------------------------------------------
 # What is written down
-
-class Log:
-    """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
-
-    def __init__(self, s, step, ranks):
-        self.on, self.wandb, self.seconds, self.evaluated = ranks.first, None, 0.0, -1  # `evaluated`: step of the last evaluation
-        if not self.on:
-            return
-        self.path = os.path.join(s.out_dir, 'log.jsonl')
-        records = []
-        if step and os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as f:
-                records = [json.loads(line) for line in f if line.endswith('\n')]
-        records = [r for r in records if r['step'] <= step]  # what came after the checkpoint happens again
-        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(r) + '\n' for r in records)
-        os.replace(self.path + '.tmp', self.path)
-        self.seconds = records[-1]['seconds'] if records else 0.0  # of the processes before this one
-        self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
-        if s.wandb_log:
-            import wandb
-            name = s.wandb_run_name or os.path.basename(s.out_dir)
-            try:
-                self.wandb = wandb.init(project=s.wandb_project, name=name, config=dataclasses.asdict(s), dir=s.out_dir)
-            except wandb.Error as error:
-                raise UserError(f'wandb_log=True: {error}: run wandb login, or set WANDB_MODE=offline') from None
-
-    def write(self, step, **record):
-        if self.on:
-            record = {'step': step, **record, 'seconds': round(self.seconds + process_age(), 3)}
-            with open(self.path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
-            if self.wandb:
-                self.wandb.log(record, step=step)
-
 
 class StopSignal:
     """Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once."""

@@ -7,11 +7,8 @@ from config.gpt2_medium import *  # noqa: F403
 
 out_dir = 'out/inheritune_medium'
 init_from = 'out/gpt2_medium_first16'
-n_layer = 16
-depth_scale = 'attn'
+n_layer, depth_scale = 16, 'attn'
 
 batch_size = 8
 gradient_accumulation_steps = 384 // 8  # 393,216 tokens a step
 max_iters = 100000
-learning_rate, min_lr, warmup_iters = 3e-4, 1e-5, 2000
-beta1, beta2, weight_decay, grad_clip = 0.9, 0.95, 0.1, 1.0

@@ -7,11 +7,8 @@ from config.gpt2_xl import *  # noqa: F403
 
 out_dir = 'out/inheritune_xl'
 init_from = 'out/gpt2_xl_first24'
-n_layer = 24
-depth_scale = 'attn'
+n_layer, depth_scale = 24, 'attn'
 
 batch_size = 8
 gradient_accumulation_steps = 128 // 8  # 131,072 tokens a step
 max_iters = 100000
-learning_rate, min_lr, warmup_iters = 1.5e-4, 1e-5, 2000
-beta1, beta2, weight_decay, grad_clip = 0.9, 0.95, 0.1, 1.0

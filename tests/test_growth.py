@@ -40,13 +40,11 @@ def test_silent_blocks_keep_the_function(settings):
     torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('settings', KINDS, ids=str)
+@pytest.mark.parametrize('settings', [k for k in KINDS if 'depth_scale' not in k], ids=str)  # whose place in the stack is part of what it computes
 def test_the_blocks_taken_are_the_old_ones(settings):
     old, layers = network(**settings), [2, 0, 2]
     cfg, weights = take_layers(old.cfg, old.state_dict(), layers)
     new, x = fill(cfg, weights, 'test'), torch.randn(1, 8, 32)
-    if settings.get('depth_scale') == 'norm':  # whose place in the stack is part of what it computes
-        return
     for block, layer in zip(new.blocks, layers):
         rotary, v0 = (None if old.rotary is None else old.rotary[:, :8]), torch.randn(1, 8, old.cfg.kv_heads, old.cfg.d_head)
         alone = block is new.blocks[0] or layer == 0  # such a block knows no values but its own
