@@ -107,3 +107,16 @@ def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
 def test_weights_of_another_network_are_refused_by_the_tensors_name(weights, words):
     with pytest.raises(UserError, match=words):
         checkpoint.load_weights(torch.nn.Linear(3, 2, bias=False), weights, 'there')
+
+
+def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
+    def adam(**shapes):
+        return torch.optim.AdamW([(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()])
+    moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n), 'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
+    checkpoint.save(str(tmp_path), 1, {}, checkpoint.pack_moments(moments), {})
+    optimizer = adam(b=(2, 3), a=(2, 3))
+    checkpoint.load_optimizer(f'{tmp_path}/step_00000001', optimizer)
+    assert [optimizer.state[p]['exp_avg'][0, 0] for p in optimizer.param_groups[0]['params']] == [2, 1]
+    for other in (adam(a=(2, 3)), adam(a=(2, 3), c=(2, 3)), adam(a=(2, 3), b=(3, 2))):
+        with pytest.raises(UserError, match='the moments of other tensors'):
+            checkpoint.load_optimizer(f'{tmp_path}/step_00000001', other)
