@@ -193,8 +193,8 @@ def windows(sources, s):
     return out
 
 
-def run(s):
-    """python analyze.py attention"""
+def look(s):
+    """(the figures of every head, of every layer, a title) of the network in s.out_dir."""
     model, folder = load_model(s.out_dir)
     if model.cfg.arch == 'markov':
         raise UserError(f'out_dir={s.out_dir}: a Markov chain has no attention')
@@ -208,8 +208,14 @@ def run(s):
             yield tuple(torch.from_numpy(a) for a in validation_batch(source, numbers, 0))
     records = measure(model, (x for x, _ in read('attention')), s.tau)
     gradients = gradient_norms(model, read('gradients'))
-    layers, null = by_layer(records, gradients, s.batch_averaged), nulls(s.length, s.tau)
     title = f'{folder}: {s.sequences} sequences of {s.length} tokens, {s.tau:.0%}' + ', of their mean' * s.batch_averaged
+    return records, by_layer(records, gradients, s.batch_averaged), title
+
+
+def run(s):
+    """python analyze.py attention"""
+    records, layers, title = look(s)
+    null = nulls(s.length, s.tau)
     print(f'{title}\n\n{table(layers, null, s.lazy)}')
     if s.csv:
         write_csv([r | {key: layers[r['layer']][key] for key in ('grad_q', 'grad_k')} for r in records], s.csv)

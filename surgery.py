@@ -28,11 +28,11 @@ import checkpoint
 import hub
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
-from data import Mixture, Source
+from data import Mixture
 from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
-from origin import fill, read_model
+from origin import fill, read_model, validation_sources
 from ranks import Ranks
 
 
@@ -225,25 +225,22 @@ def read(s, where):
         raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     known = hub.knows(where)
     state, moments = ({}, {}) if known else (checkpoint.load_state(folder), checkpoint.read_moments(folder))
-    data = open_data(s, cfg, state.get('settings', {}))
+    data = open_data(s, where, cfg, state.get('settings', {}))
     files = data[0].sources[0].files if data else None
-    if state and files and files.meta['tokenizer'] != state['tokenizer'] or files and files.vocab_size > cfg.vocab_size:
-        raise UserError(f'dataset={files.folder}: its tokenizer is not that of {where}: prepare the data with that one, or give --dataset=none')
     # weights of others go with the tokenizer of the data where there are any
     tokenizer = (state['tokenizer'], folder) if state else (files.meta['tokenizer'], files.folder) if files else hub.tokenizer(where)[::-1]
     return Old(fill(cfg, weights, where), state.get('settings', {}), moments, state, data, tokenizer)
 
 
-def open_data(s, cfg, settings):
-    """(training Mixture, validation Sources) of s.dataset; None if there is none."""
+def open_data(s, where, cfg, settings):
+    """(training Mixture, validation Sources) of s.dataset; None if there is none. Raises UserError for one of another tokenizer than that of `where`."""
     name = settings.get('dataset', 'none') if s.dataset == 'auto' else s.dataset
     if name == 'none':
         print('no data; --dataset=NAME would measure losses')
         return None
-    packing = settings.get('packing', 'stream')
     try:
-        data = Mixture(name, 'train', cfg.block_size, 0, packing, settings.get('mix_by', 'tokens'))
-        return data, [Source(source.name, 'val', cfg.block_size, packing) for source in data.sources]
+        val = validation_sources(where, cfg, name)
+        return Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens')), val
     except UserError as error:
         if s.dataset != 'auto':
             raise
