@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 
 from configurator import UserError, configure, run_main
 from picture import draw, write_csv
-from sweep import BESIDE, cost, expand, list_runs, read_log, read_settings, read_sweep, run_missing, state
+from sweep import BESIDE, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
 from sweep import Settings as Training
 
 
@@ -81,7 +81,7 @@ def read_run(out_dir):
         settings, log = read_settings(out_dir), read_log(out_dir)
         if settings is None:
             raise ValueError('no settings.json')
-        parameters, blocks, *_ = cost(settings)
+        parameters, blocks = sizes(settings)
     except (OSError, ValueError) as error:
         raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
     return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks,

@@ -31,10 +31,10 @@ import hub
 from configurator import UserError, check, configure, find_field, from_dict, options, read_config
 from data import Mixture
 from model import ModelConfig, make_model
-from optim import make_optimizer, optimizer_flops
+from optim import make_optimizer
 from origin import adopt, model_config
 from prepare import cores
-from train import Settings
+from train import Settings, step_flops
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
 BESIDE = {'out_dir', 'device', 'compile', 'backend', 'recompute', 'verify_data', 'log_interval', 'always_save_checkpoint', 'checkpoint_interval',
@@ -157,9 +157,9 @@ def make_run(sweep, name, fixed, swept, seed, flops=None):
     given = shared | fixed | swept | {'seed': seed, 'out_dir': os.path.join(sweep.out, folder)}
     try:
         s = settle(files, given)
-        parameters, _, per_step, guides = cost(s)
+        per_step, beyond = cost(s)
         if flops:
-            given['max_iters'] = max(1, round((flops - guides) / per_step))
+            given['max_iters'] = max(1, round((flops - beyond) / per_step))
             if s.lr_decay_iters:
                 given['lr_decay_iters'] = max(1, round(s.lr_decay_iters * given['max_iters'] / s.max_iters))
         for key, value in (('sample_tokens', 0), ('keep_checkpoints', 1)):  # nobody looks at the samples, and a hundred runs fill a disk
@@ -168,7 +168,7 @@ def make_run(sweep, name, fixed, swept, seed, flops=None):
         s = settle(files, given)
     except UserError as error:
         raise UserError(f'arms: {folder}: {error}') from None
-    return Run(name, swept, s, arguments(files, given), parameters, guides + per_step * s.max_iters)
+    return Run(name, swept, s, arguments(files, given), sizes(s)[0], beyond + per_step * s.max_iters)
 
 
 def arguments(files, given):
@@ -202,18 +202,35 @@ def vocabulary(dataset):
     return Mixture(json.loads(dataset), 'train', 1, 0).vocab_size
 
 
+def blank(s, **changes):
+    """The network of a run, without its numbers."""
+    with torch.device('meta'):
+        return make_model(dataclasses.replace(model_config(s), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+
+
+def sizes(s):
+    """(parameters, those of the blocks) of the network that a run ends with."""
+    model = blank(s)
+    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.'))
+
+
 def cost(s):
     """
-    (parameters, those of the blocks, floating-point operations of a step, the optimizer's included, and what the guides of low-rank layers
-    take while they last) of a run, without making its network.
+    (floating-point operations of a step, the optimizer's and a teacher's included, at the end of a run; what the steps before take beyond
+    that, guides of low-rank layers more, networks that still grow less) without making its network.
     """
-    def per_step(model):
-        return model.flops_per_token() * s.batch_size * s.gradient_accumulation_steps * s.block_size + optimizer_flops(make_optimizer(model, s))
+    tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
     with torch.device('meta'):
-        model = make_model(dataclasses.replace(model_config(s), rank_guide=0), init=False)
-        guided = make_model(model_config(s), init=False) if s.rank_guide else model
-    guides = s.rank_guide * (per_step(guided) - per_step(model))
-    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.')), per_step(model), guides
+        teacher = make_model(network(s.teacher), init=False) if s.teacher else None
+
+    def per_step(**changes):
+        model = blank(s, **changes)
+        return step_flops(model, make_optimizer(model, s), teacher, tokens)
+    end = per_step()
+    beyond = s.rank_guide * (per_step(rank_guide=s.rank_guide) - end) if s.rank_guide else 0
+    for n_layer in range(s.n_layer, s.grow_to, s.grow_by) if s.grow_every else ():
+        beyond += s.grow_every * (per_step(n_layer=n_layer) - end)
+    return end, beyond
 
 
 def slug(value):

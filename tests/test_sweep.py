@@ -14,7 +14,7 @@ from conftest import ROOT, one_line, run, write_dataset
 
 import sweep
 from configurator import UserError
-from sweep import Sweep, expand, locked, places, read_log, read_sweep, run_missing, start, state
+from sweep import Sweep, expand, locked, places, read_log, read_sweep, run_missing, sizes, start, state
 
 BASE = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4, 'device': 'cpu', 'dtype': 'float32', 'max_iters': 10, 'learning_rate': 1e-2,
         'log_interval': 1, 'eval_interval': 5, 'eval_iters': 4}
@@ -103,6 +103,18 @@ def test_the_runs_are_done_as_planned_and_their_flops_are_those_counted(make):
     assert out_dirs == [r.out_dir for r in runs] and all(state(r.out_dir, r.settings) == 'done' for r in runs)
     for r in runs:
         assert read_log(r.out_dir)[-1]['flops'] == pytest.approx(r.flops) and read_log(r.out_dir)[-1]['step'] == r.settings.max_iters
+
+
+def test_flops_of_a_teacher_and_of_a_network_that_grows_are_counted(make):
+    whole, = expand(make({'whole': {}}))
+    run_missing(make({'whole': {}}))
+    made = make({'dense': {}, 'taught': {'teacher': whole.out_dir}, 'grown': {'n_layer': 1, 'grow_every': 3, 'grow_to': 3, 'grow_by': 1}}, budget='flops')
+    runs = expand(made)
+    run_missing(made)
+    for r in runs:
+        assert read_log(r.out_dir)[-1]['flops'] == pytest.approx(r.flops)
+    assert runs[1].settings.max_iters == 8 and abs(runs[2].flops - runs[0].flops) < runs[0].flops / 10  # of the teacher a third for each step
+    assert sizes(runs[2].settings)[1] == 1.5 * sizes(runs[0].settings)[1]  # as large as it ends
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
