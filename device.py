@@ -42,14 +42,19 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower there."""
-    if name != 'auto':
-        return name
-    if device.type == 'cuda':
+    """
+    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower there, and who asks for the
+    latter is told so.
+    """
+    if device.type == 'cuda' and name == 'auto':
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if device.type == 'cpu' and matmul_flops(device, torch.bfloat16) > 1.5 * matmul_flops(device, torch.float32):
-        return 'bfloat16'
-    return 'float32'
+    if device.type == 'cpu' and name in ('auto', 'bfloat16'):
+        gain = matmul_flops(device, torch.bfloat16) / matmul_flops(device, torch.float32)
+        if name == 'auto':
+            return 'bfloat16' if gain > 1.5 else 'float32'
+        if gain < 0.5:
+            print(f'dtype=bfloat16: {1 / gain:.0f} times slower than float32 on this CPU, which has no instructions for it: leave it out', flush=True)
+    return 'float32' if name == 'auto' else name
 
 
 def pick_compile(setting, device, flops=0.0):

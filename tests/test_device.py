@@ -13,6 +13,14 @@ def test_bfloat16_is_taken_on_a_cpu_only_where_a_matmul_is_faster(monkeypatch):
         assert device.pick_dtype('auto', cpu) == choice and device.pick_dtype('float32', cpu) == 'float32'
 
 
+def test_who_asks_for_bfloat16_where_it_is_slow_is_told(monkeypatch, capsys):
+    for speed, said in ((0.01, 'dtype=bfloat16: 100 times slower than float32 on this CPU'), (0.8, '')):
+        monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
+        assert device.pick_dtype('bfloat16', torch.device('cpu')) == 'bfloat16'
+        out = capsys.readouterr().out
+        assert out.startswith(said) and bool(out) == bool(said)
+
+
 def test_the_matmul_is_really_timed():
     assert 1e8 < device.matmul_flops(torch.device('cpu'), torch.float32) < 1e14
 
