@@ -17,9 +17,13 @@ IMPORTED = time.perf_counter()
 
 
 @dataclass
-class DeviceConfig:
+class NumericConfig:
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32. auto = bfloat16 where it is faster
+
+
+@dataclass
+class DeviceConfig(NumericConfig):
     compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = where it pays: training on CUDA, or on a CPU for minutes; samples of 4,000 tokens
 
 

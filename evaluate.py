@@ -26,7 +26,7 @@ import sample
 import tasks
 from configurator import UserError, configure_command, run_main
 from data import TokenFiles, find_folder
-from device import DeviceConfig, pick_compile, pick_device, pick_dtype
+from device import DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
@@ -87,7 +87,7 @@ def show_loss(s):
 # Texts and tasks
 
 @dataclass
-class ModelSettings(DeviceConfig):
+class ModelSettings(NumericConfig):  # no compile: rows of every length would be compiled anew
     out_dir: str = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
     which: Literal['best', 'last'] = 'best'  # checkpoint of a run
 

@@ -247,6 +247,8 @@ def load(where, which='best'):
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
+    if hub.knows(where):
+        tokenizer.begin = tokenizer.bos()
     return fill(cfg, weights, folder), tokenizer
 
 
@@ -263,7 +265,7 @@ def read_prompt(start):
 
 def encode_prompt(text, tokenizer, cfg):
     """Token ids of a prompt; an empty one is the end of the document before. Raises UserError for one that does not fit."""
-    ids = tokenizer.encode(text) or [tokenizer.eot or 0]
+    ids = [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.eot or 0]
     if len(ids) > cfg.block_size:
         raise UserError(f'start: the prompt has {len(ids)} tokens, the context of this model {cfg.block_size}: shorten it')
     return ids

@@ -39,6 +39,7 @@ class Tokenizer:
     What all kinds share. cut: one of the rules above, None = never part a text; files: {name: bytes} to keep with the data;
     unk: the token for what the tokenizer cannot write, -1 = it can write anything.
     """
+    begin = ()  # ids before a prompt: none, but for weights of others that were trained with a beginning-of-text token (sample.load)
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
         self.kind, self.vocab_size, self.eot, self.cut, self.unk = kind, vocab_size, eot, cut, unk
@@ -73,6 +74,10 @@ class Tokenizer:
         ids = [self.encode_long(text) + [self.eot] for text in texts]
         lengths = np.array([len(document) for document in ids], np.int64)
         return np.fromiter(itertools.chain.from_iterable(ids), np.int64, lengths.sum()), lengths
+
+    def bos(self):
+        """(id,) of the token that the tokenizer's own library puts before a text, () if there is none. prepare.py puts none."""
+        return ()
 
     def check_ids(self, ids):
         """Raise UserError for an id outside the vocabulary, where libraries wrap around or crash."""
@@ -293,6 +298,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.check_ids(ids)
         return self.sp.decode([int(i) for i in ids])
 
+    def bos(self):
+        return (self.sp.bos_id(),) if self.sp.bos_id() >= 0 else ()
+
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library: a tokenizer.json, or a BERT vocabulary (vocab.txt)."""
@@ -326,6 +334,10 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids):
         self.check_ids(ids)
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def bos(self):
+        around = self.tokenizer.encode('').ids  # one token at the end is T5's </s>, two are BERT's [CLS] and [SEP]
+        return tuple(around) if len(around) == 1 and around != [self.eot] else ()
 
 
 def wordpiece(tokenizers, data, where):

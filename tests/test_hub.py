@@ -28,6 +28,7 @@ from transformers import (
 
 import checkpoint
 import hub
+import sample
 from configurator import UserError
 from model import Transformer
 from sample import generate
@@ -300,6 +301,20 @@ def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)
     assert load_tokenizer(*reversed(hub.tokenizer(f'hf:{tmp_path}'))).encode('a cat') == wanted.encode('a cat')
+
+
+@pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', []), ('$A <|endoftext|>', [])], ids=['llama', 'gpt2', 'bert', 't5'])
+def test_a_prompt_begins_as_their_own_tokenizer_begins_it(around, begin, tmp_path):
+    import tokenizers
+    folder = saved(tmp_path, 'llama')
+    write_tokenizer(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    special = [(token, theirs.token_to_id(token)) for token in around.split() if token != '$A']
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around, special_tokens=special)
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+    model, tokenizer = sample.load(f'hf:{folder}')
+    assert sample.encode_prompt('ab', tokenizer, model.cfg) == begin + tokenizer.encode('ab')
+    assert tokenizer.encode_documents(['ab'])[0].tolist() == [*tokenizer.encode('ab'), tokenizer.eot]  # data stay as they were
 
 
 def test_nothing_is_written_into_the_folder(tmp_path):
