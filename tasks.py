@@ -108,14 +108,17 @@ def encode_pair(tokenizer, context, continuation):
     return (start, whole[len(start):]) if start else ([tokenizer.eot or 0], whole)
 
 
+BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}  # of a batch: on a CPU what its caches hold of the activations, a tenth faster than 8192
+
+
 @torch.no_grad()
-def score(model, pairs, device, dtype, batch_tokens=8192, what='scored'):
+def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
     """
     [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a context, ids of what follows), in
     their order. The longest go first, those of about one length together; only what is asked for passes through the head. Raises UserError for a
     continuation that is longer than the context of the network.
     """
-    T, rows = model.cfg.block_size, []
+    T, rows, batch_tokens = model.cfg.block_size, [], batch_tokens or BATCH_TOKENS.get(device.type, 8192)
     for n, (context, continuation) in enumerate(pairs):
         if len(continuation) > T:
             raise UserError(f'a continuation of {len(continuation)} tokens is longer than the {T} that the network reads')
@@ -148,7 +151,7 @@ def score_batch(model, batch, width, device, dtype):
     return [(part.double().sum().item(), bool(greedy.all())) for part, greedy in zip(nats.split(lengths), (logits.argmax(-1) == targets).split(lengths))]
 
 
-def score_items(model, tokenizer, items, device, dtype, batch_tokens=8192, what='scored'):
+def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
     """[[(log-likelihood, greedy) of every choice] of every Item]."""
     pairs = [encode_pair(tokenizer, item.context, choice) for item in items for choice in item.choices]
     found = iter(score(model, pairs, device, dtype, batch_tokens, what))
