@@ -29,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Settings(train.Settings):
-    out_dir: str = 'out/experiments/inheritune'
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # of the whole network and of what is made of it
     rates: list[float] = field(default_factory=lambda: [0.02, 0.04, 0.08])  # Muon's, tried on the first seed
     jobs: int = 1  # runs at a time
@@ -154,7 +153,7 @@ def draw(arms, layers, path):
 
 
 def main():
-    s = configure(Settings, [str(ROOT / 'config' / 'inheritune_cpu.py'), *sys.argv[1:]])
+    s = configure(Settings, [str(ROOT / 'config' / 'inheritune_cpu.py'), '--out_dir=out/inheritune', *sys.argv[1:]])
     arms = run_arms(s, lambda seed: WHOLE, s.rates)
     folders = {seed: run['out_dir'] for seed, run in arms['whole'].runs.items()}
     for folder in folders.values():
