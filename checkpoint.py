@@ -88,7 +88,7 @@ def prepare_out_dir(out_dir, step, settings):
 
 
 def set_aside(out_dir, step, settings):
-    if step:
+    if step and checkpoints(out_dir):  # none: it goes on with the schedule of another run
         for newer in checkpoints(out_dir):
             if int(os.path.basename(newer)[len('step_'):]) > step:
                 shutil.rmtree(newer + '.damaged', ignore_errors=True)
@@ -171,6 +171,8 @@ def find(where, which='last'):
         candidates = checkpoints(where)
         if which == 'best' and best(where)[0] in candidates:
             candidates.sort(key=lambda folder: folder != best(where)[0])
+    if where.startswith('hf:'):
+        raise UserError(f'{where}: takes a training run or a checkpoint of ours here')
     if not candidates:
         raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where) else f'{where}: no such directory; give the out_dir of a training run')
     for folder in candidates:
@@ -223,7 +225,7 @@ def moments_of(optimizer):
 def give_moments(optimizer, moments):
     """Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay as they are. Returns how many did."""
     params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
-    fit = {n: moments[name] for n, (name, p) in enumerate(params)
+    fit = {n: {what: t.clone() for what, t in moments[name].items()} for n, (name, p) in enumerate(params)  # copied blocks move apart
            if moments.get(name) and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
     optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
     return len(fit)

@@ -95,14 +95,14 @@ def configure_command(commands, argv=None):
     raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
 
 
-def check(settings):
-    """Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors."""
+def check(settings, where=''):
+    """Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors, after `where` the settings are from."""
     for part in type(settings).__mro__:
         if 'check' in vars(part):
             try:
                 part.check(settings)
             except ValueError as error:  # model.py knows none of our files, so it raises plain ValueErrors
-                raise UserError(error) from None
+                raise UserError(f'{where}: {error}' if where else error) from None
 
 
 def read_config(cls, path):
@@ -127,7 +127,7 @@ def read_config(cls, path):
 def from_dict(cls, values, where):
     """An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are."""
     settings = cls(**{key: convert(value, find_field(cls, key, f'{where}: {key}'), f'{where}: {key}') for key, value in values.items()})
-    check(settings)
+    check(settings, where)
     return settings
 
 

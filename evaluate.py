@@ -145,11 +145,16 @@ class HarnessSettings(ModelSettings):
         """Raise ValueError for values that cannot work."""
         if not self.tasks:
             raise ValueError('tasks: none is given: --tasks=lambada_openai,arc_easy; lm-eval ls tasks shows them')
+        if (self.shots or 0) < 0 or self.limit < 0:
+            raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
 
 
 def show_texts(s):
     """python evaluate.py text"""
-    texts = {path: sample.read_prompt(f'FILE:{path}') for path in s.files}
+    texts = {path: sample.read_text(path) for path in s.files}
+    for path, text in texts.items():
+        if not text:
+            raise UserError(f'{path}: is empty')
     model, tokenizer, device, dtype = s.load()
     T = model.cfg.block_size
     stride = s.stride or max(1, T // 2)
@@ -157,20 +162,20 @@ def show_texts(s):
         raise UserError(f'stride={stride}: the network reads {T} tokens: lower it')
     for path, text in texts.items():
         nats, tokens, size = tasks.score_text(model, tokenizer, text, stride, device, dtype)
-        if not tokens:
-            raise UserError(f'{path}: is empty')
         print(f'{path}: {tokens:,} tokens, {size:,} bytes: {nats / tokens:.4f} nats a token, perplexity {math.exp(min(700, nats / tokens)):.2f}, '
               f'{nats / math.log(2) / size:.4f} bits per byte')
 
 
 def show_tasks(s):
     """python evaluate.py tasks"""
-    loaded = {path: tasks.with_shots(tasks.read_items(path, s.delimiter, s.limit), s.shots, s.seed) for path in s.files}
+    if s.csv in s.files:
+        raise UserError(f'csv={s.csv}: is a task: give another file')
+    loaded = {path: tasks.with_shots(tasks.read_items(path, s.delimiter), s.shots, s.seed)[:s.limit or None] for path in s.files}
     model, tokenizer, device, dtype = s.load()
     rows, width = [], max(len(os.path.basename(path)) for path in s.files)
     print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')
     for path, items in loaded.items():
-        measures, records = tasks.figures(items, tasks.score_items(model, tokenizer, items, device, dtype, what=os.path.basename(path)))
+        measures, records = tasks.figures(items, tasks.score_items(model, tokenizer, items, device, dtype, what=path))
         shown = '  '.join(f'{name} {value:.4f} ± {error:.4f}' for name, (value, error) in measures.items())
         print(f'{os.path.basename(path):{width}}  {len(items):6,} items  {shown}', flush=True)
         rows += [{'task': path} | dict.fromkeys(('acc', 'acc_norm', 'chosen', 'gold', 'nats'), '') | record for record in records]

@@ -128,6 +128,8 @@ def minnow_config(config):
     if not isinstance(fields, dict):
         config.refuse('minnow', fields, 'takes the settings of a network')
     cfg = from_dict(ModelConfig, fields, f'{config.path}: minnow')
+    if any(type(value) is int and value >= 2 ** 31 for value in fields.values()):
+        config.refuse('minnow', fields, 'takes sizes below 2**31')
     check_rotary(config, 'block_size', cfg.block_size, cfg.d_head)
     return cfg
 
@@ -181,7 +183,8 @@ class Family:
     wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, beside those of PLAIN
 
 
-PLAIN = {'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False, 'rank_act': 'none', 'depth_scale': 'none'}
+PLAIN = {'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False, 'depth_scale': 'none',
+         'rank_qk': 0, 'rank_vo': 0, 'rank_mlp': 0, 'ranks': {}, 'rank_act': 'none', 'rank_act_qk': None}
 
 
 def gpt2_wants(cfg):
@@ -223,7 +226,7 @@ def name_rows(family, cfg):
     for theirs, ours in (family.names | ({} if cfg.tie else {HEAD: 'head'})).items():
         for kind in ('weight', 'bias'):
             parts = {f'{part}.{kind}': shapes.get(f'{part}.{kind}'.replace('.N.', '.0.')) for part in ours.split()}
-            if None in parts.values():  # no such bias
+            if kind == 'bias' and None in parts.values():  # no such bias
                 continue
             parts, (_, *rest) = {part: shape[0] for part, shape in parts.items()}, next(iter(parts.values()))
             shape = [cfg.vocab_size if ours in ('wte', 'head') else sum(parts.values()), *rest]

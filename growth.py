@@ -30,10 +30,13 @@ class GrowConfig:
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        if min(self.grow_every, self.grow_to) < 0 or self.grow_by < 1:
-            raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}, grow_by={self.grow_by}: takes steps and blocks from 0, grow_by from 1')
+        for name, least in (('grow_every', 0), ('grow_to', 0), ('grow_by', 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)}: takes {least} or more')
         if bool(self.grow_every) != bool(self.grow_to):
             raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}: give both or none')
+        if self.grow_from and not self.grow_every:
+            raise ValueError(f'grow_from={self.grow_from}: is where blocks come from with grow_every and grow_to: give these too')
 
 
 # -----------------------------------------------------------------------------
@@ -50,24 +53,28 @@ def parse_layers(text, n_layer):
         begin, dash, end = part.partition('-')
         if where in ('first', 'last', 'middle') and count.isdecimal():
             start = {'first': 0, 'last': n_layer - int(count), 'middle': (n_layer - int(count)) // 2}[where]
-            layers += range(start, start + int(count))
+            stop = start + int(count)
         elif begin.isdecimal() and (end.isdecimal() if dash else not end):
-            layers += range(int(begin), int(end if dash else begin) + 1)
+            start, stop = int(begin), int(end if dash else begin) + 1
         else:
             raise UserError(f'layers={text}: {part!r}: takes blocks as 0-11, 0,2,4, first:6, last:6 or middle:6')
-    if not layers or min(layers) < 0 or max(layers) >= n_layer:
-        raise UserError(f'layers={text}: the network has the blocks 0 to {n_layer - 1}')
+        if start >= stop:
+            raise UserError(f'layers={text}: {part!r}: has no block in it: the first number is the lower one')
+        if start < 0 or stop > n_layer:
+            raise UserError(f'layers={text}: the network has the blocks 0 to {n_layer - 1}')
+        layers += range(start, stop)
     return layers
 
 
-def grown_layers(n_layer, target, how):
+def grown_layers(cfg, target, how):
     """
-    (blocks to take, those of them that are to be silent) to grow from n_layer to `target` blocks. stack: all of them again and again
+    (blocks to take, those of them that are to be silent) to grow the network of a ModelConfig to `target` blocks. stack: all of them again and again
     (Gong et al. 2019; G_stack, Du et al. 2024, arXiv 2405.15319); interleave: each some times in a row; zero: the same, and all but the
-    first of a row silent (LLaMA Pro, Wu et al. 2024, arXiv 2401.02415).
+    first of a row silent (LLaMA Pro, Wu et al. 2024, arXiv 2401.02415), or on top where a block's number matters to it (depth_scale).
     """
-    if how == 'stack':
-        return [n % n_layer for n in range(target)], set()
+    n_layer = cfg.n_layer
+    if how == 'stack' or how == 'zero' and cfg.depth_scale != 'none':
+        return [n % n_layer for n in range(target)], set(range(n_layer, target)) if how == 'zero' else set()
     layers = [n * n_layer // target for n in range(target)]
     return layers, {n for n in range(1, target) if layers[n] == layers[n - 1]} if how == 'zero' else set()
 
@@ -110,7 +117,7 @@ def grow(cfg, weights, n_layer, how, other=None):
     if other is not None:
         new, out = take_layers(*other, range(n_layer))
         return dataclasses.replace(new, block_size=cfg.block_size, dropout=cfg.dropout), out | weights, {name: name for name in weights}
-    layers, silent = grown_layers(cfg.n_layer, n_layer, how)
+    layers, silent = grown_layers(cfg, n_layer, how)
     new = tuple(f'blocks.{n}.' for n in silent)
     names = {name: old for name, old in layer_names(weights, layers).items() if not name.startswith(new)}
     return *take_layers(cfg, weights, layers, silent), names

@@ -5,7 +5,7 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
 """
 from configurator import UserError
 from sample import stream
-from tasks import score, windows
+from tasks import score, score_text
 
 
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
@@ -32,9 +32,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             return score(model, [(context, continuation) for _, context, continuation in requests], device, dtype)
 
         def loglikelihood_rolling(self, requests, **unused):
-            T = model.cfg.block_size
-            return [sum(nats for nats, _ in score(model, windows(tokenizer.encode_long(request.args[0]), self.eot_token_id, T, T), device, dtype))
-                    for request in requests]
+            return [-score_text(model, tokenizer, request.args[0], model.cfg.block_size, device, dtype)[0] for request in requests]
 
         def generate_until(self, requests, **unused):
             return [self.generate(*request.args) for request in requests]
@@ -50,4 +48,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise UserError(f'tasks: {unknown[0]!r}: lm-eval has no such task: lm-eval ls tasks shows them')
-    return lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None, task_manager=manager, bootstrap_iters=1000)
+    try:
+        return lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None, task_manager=manager, bootstrap_iters=1000)
+    except OSError as error:
+        raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.splitlines()[0]) from None

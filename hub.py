@@ -14,6 +14,7 @@ import dataclasses
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,12 +189,15 @@ def stock(cfg, weights, where):
     kind = min(in_the_way, key=lambda kind: len(in_the_way[kind]))
     if in_the_way[kind]:
         raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}): --as=custom takes any network')
-    family, tensors = FAMILIES[kind], {}
+    family, tensors, used = FAMILIES[kind], {}, set()
     cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)
-    for theirs, ours, shape, flipped in name_rows(family, cfg):
-        t = torch.cat([weights[name] if name in weights else torch.zeros(rows) for name, rows in ours.items()])  # a bias that we do not have
-        t = t.t() if flipped else t[:shape[0]]  # without the vocabulary's padding
-        tensors[theirs if theirs.startswith(HEAD) else family.prefix + theirs] = t
+    for theirs, ours, _, flipped in name_rows(family, cfg):
+        t = torch.cat([torch.zeros(rows) if name.endswith('bias') and name not in weights else weights[name] for name, rows in ours.items()])
+        if ours.keys() & {'wte.weight', 'head.weight'}:
+            t = t[:cfg.vocab_size]  # without its padding
+        tensors[theirs if theirs.startswith(HEAD) else family.prefix + theirs] = t.t() if flipped else t
+        used |= ours.keys()
+    assert weights.keys() <= used, weights.keys() - used
     return {'architectures': [family.architecture], 'model_type': kind, 'tie_word_embeddings': cfg.tie, **family.write(cfg)}, tensors
 
 
@@ -222,23 +226,24 @@ def export(s):
     files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
              'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
                                        'clean_up_tokenization_spaces': False}}
-    temporary = s.to.rstrip('/') + '.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)
+    parent = os.path.dirname(os.path.abspath(s.to))
     try:
-        os.makedirs(temporary)
-        save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(temporary, 'model.safetensors'),
-                  {'format': 'pt'})
-        for name, value in files.items():
-            checkpoint.write_json(os.path.join(temporary, name), value)
-        tokenizer.save(temporary)  # the sentencepiece model too, which llama.cpp's converter prefers
-        with open(os.path.join(temporary, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-            f.write(text)
-        for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
-            shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), temporary)
-        os.rename(temporary, s.to)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f'to={s.to}: {error.strerror}: give another folder, or make room') from None
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            folder = os.path.join(temporary, 'folder')
+            os.mkdir(folder)
+            save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
+                      {'format': 'pt'})
+            for name, value in files.items():
+                checkpoint.write_json(os.path.join(folder, name), value)
+            tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
+            with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+                f.write(text)
+            for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
+                shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
+            os.rename(folder, s.to)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'to={s.to}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
     return fields['model_type']
 
 

@@ -31,10 +31,20 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
             cfg = module.cfg
             module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta))
 
-    def forward(self, input_ids, labels=None, **unused):
-        """input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next ones, those below zero left out."""
-        loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
-        return CausalLMOutput(loss=loss, logits=self.model(input_ids[:, -self.model.cfg.block_size:]))
+    def get_input_embeddings(self):
+        return self.model.wte
 
-    def prepare_inputs_for_generation(self, input_ids, **unused):
-        return {'input_ids': input_ids}  # no cache: every token reads the whole text again
+    def forward(self, input_ids, attention_mask=None, labels=None, **unused):
+        """
+        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next ones, those below zero left out. Padding may
+        stand at the end of a row. Raises ValueError for more tokens than block_size, and for padding before text, which would be read.
+        """
+        if attention_mask is not None and (attention_mask[:, :-1] < attention_mask[:, 1:]).any():
+            raise ValueError("attention_mask: this network reads padding before text: pad on the right, or give texts of one length at a time")
+        loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
+        return CausalLMOutput(loss=loss, logits=self.model(input_ids))
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
+        """No cache: every token reads the text again, what fits of it."""
+        size = self.model.cfg.block_size
+        return {'input_ids': input_ids[:, -size:], 'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}

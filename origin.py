@@ -4,6 +4,7 @@ Where a run starts from: random weights, its own newest checkpoint, or weights t
 `s` is train.py's Settings, `ranks` its Ranks.
 """
 import dataclasses
+import itertools
 import json
 import os
 
@@ -76,8 +77,9 @@ def find_origin(s, ranks):
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
-        if state['settings']['init_from'] not in ('auto', 'scratch'):
-            adopt(s, from_dict(ModelConfig, state['model'], folder), s.out_dir)
+        if state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
+            began = {f.name: state['settings'][f.name] for f in dataclasses.fields(ModelConfig) if f.name in state['settings']}
+            adopt(s, from_dict(ModelConfig, began, folder), s.out_dir)
         return {'folder': folder, 'state': state}
     if s.init_from in ('auto', 'scratch'):
         return {}
@@ -104,7 +106,11 @@ def kept(s, folder):
         raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of {state["settings"]["optimizer"]}: set optimizer to that')
     if s.init_keep == 'optimizer':
         return {'moments': folder}
-    step = state.get('of_step', state['step'])
+    step, stored = state.get('of_step', state['step']), state['settings']
+    rows, before = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
+    if rows != before and 'surgery' not in state:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: init_keep=schedule goes on in the data of {s.init_from}, which had {before} '
+                        'rows a step: give as many')
     if step >= s.max_iters:
         raise UserError(f'max_iters={s.max_iters}: the weights in {s.init_from} are at step {step} of their schedule: raise it')
     return {'moments': folder, 'step': step, 'flops': state['flops']}
@@ -146,8 +152,10 @@ def find_teacher(s, data, ranks):
     cfg, tokenizer = teacher.cfg, data.sources[0].files.meta['tokenizer']
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
-    if cfg.vocab_size != s.vocab_size or not hub.knows(s.teacher) and checkpoint.load_state(folder)['tokenizer'] != tokenizer:
+    if cfg.vocab_size != s.vocab_size:
         raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
+    if not hub.knows(s.teacher) and checkpoint.load_state(folder)['tokenizer'] != tokenizer:
+        raise UserError(f'teacher={s.teacher}: its tokenizer is not that of the data: prepare the data with its tokenizer')
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)
@@ -160,6 +168,10 @@ def find_reference(s, cfg):
         raise UserError(f'grow_from={s.grow_from}: has {other.n_layer} blocks, fewer than grow_to={s.grow_to}: lower it')
     if cfg.sizes() != other.sizes():
         raise UserError(f'grow_from={s.grow_from}: its matrices are {other.sizes()}, of this network {cfg.sizes()}: its blocks do not fit')
+    for n, name in itertools.product(range(cfg.n_layer), cfg.sizes()):
+        if cfg.rank(n, name) != other.rank(n, name):
+            raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, in this network {cfg.rank(n, name)}: '
+                            'its blocks do not fit')
     free = ('n_layer', 'block_size', 'dropout', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init')
     for f in dataclasses.fields(ModelConfig):
         if f.name not in free and getattr(cfg, f.name) != getattr(other, f.name):

@@ -252,15 +252,20 @@ def load(where, which='best'):
     return fill(cfg, weights, folder), tokenizer
 
 
+def read_text(path):
+    """The text of a file in UTF-8, its line ends as they are. Raises UserError where there is none."""
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            return f.read()
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not a text in UTF-8 (byte {error.start}): convert it') from None
+
+
 def read_prompt(start):
     """The text of a prompt; FILE:path reads it."""
-    if not start.startswith('FILE:'):
-        return start
-    try:
-        with open(start[5:], encoding='utf-8') as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'start={start}: {error}') from None
+    return read_text(start[5:]) if start.startswith('FILE:') else start
 
 
 def encode_prompt(text, tokenizer, cfg):

@@ -70,8 +70,8 @@ class GrowSettings(Settings):
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        if self.n_layer < 1:
-            raise ValueError(f'n_layer={self.n_layer}: takes the number of blocks to grow to')
+        if not 1 <= self.n_layer <= 10000:
+            raise ValueError(f'n_layer={self.n_layer}: takes the number of blocks to grow to, at most 10,000')
 
 
 @dataclass
@@ -105,10 +105,13 @@ class FactorizeSettings(Settings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         uniform = [name for name in ('rank_qk', 'rank_vo', 'rank_mlp') if getattr(self, name)]
+        for name in uniform:
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if bool(uniform) == bool(self.energy):
             raise ValueError(f'energy={self.energy:g}, {uniform[0] if uniform else "rank_qk, rank_vo, rank_mlp"}: give either energy or ranks')
-        if not 0 <= self.energy < 1 or min(self.rank_qk, self.rank_vo, self.rank_mlp) < 0:
-            raise ValueError(f'energy={self.energy:g}: takes 0 < energy < 1, and ranks from 0')
+        if not 0 <= self.energy < 1:
+            raise ValueError(f'energy={self.energy:g}: takes 0 < energy < 1')
 
 
 # -----------------------------------------------------------------------------
@@ -129,8 +132,8 @@ def input_moments(model, data):
 
     def watch(name):
         def hook(layer, args):
-            x = args[0][real].float()  # (B, T, n_in) → (N, n_in)
-            sums[name] = sums.get(name, 0) + (x.T @ x).double()
+            x = args[0][real].double()  # (B, T, n_in) → (N, n_in); float32 would round by more than decompose's ridge
+            sums[name] = sums.get(name, 0) + x.T @ x
         return hook
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     model.eval()
@@ -310,7 +313,7 @@ def run_grow(s):
     old = read(s, s.from_)
     if s.n_layer <= old.model.cfg.n_layer:
         raise UserError(f'n_layer={s.n_layer}: the network has {old.model.cfg.n_layer} blocks already: give more, or use surgery.py inherit')
-    layers, silent = grown_layers(old.model.cfg.n_layer, s.n_layer, s.how)
+    layers, silent = grown_layers(old.model.cfg, s.n_layer, s.how)
     print('blocks ' + ', '.join(f'{layer}{" silent" if n in silent else ""}' for n, layer in enumerate(layers)))
     write(s, 'grow', old, *grow(old.model.cfg, old.model.state_dict(), s.n_layer, s.how))
 
@@ -329,7 +332,7 @@ def run_average(s):
     if len(folders) < 2:
         raise UserError(f"from={', '.join(s.from_)}: {len(folders)} found: give two or more, --from=DIR for each or a pattern as --from='out/run/step_*'")
     old = read(s, folders[-1])
-    found = [read_model(folder)[:2] for folder in folders]
+    found = [read_model(folder)[:2] for folder in folders[:-1]] + [(old.model.cfg, old.model.state_dict())]
     print(f'the mean of {", ".join(folders)}; beside it, the last of these:')
     write(s, 'average', old, *average(*zip(*found), folders))
 

@@ -13,7 +13,8 @@ of a long context is cut. test_tasks.py holds item by item against it.
 import json
 import math
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -30,21 +31,17 @@ class Item:
     context: str
     choices: list[str]
     gold: int
+    where: str = ''  # file:line
 
 
-def read_items(path, delimiter=' ', limit=0):
-    """
-    The Items of a JSONL file, the first `limit` of them if that is not 0; `delimiter` parts a query from its choices. Raises UserError, with the
-    line, for whatever is none.
-    """
+def read_items(path, delimiter=' '):
+    """The Items of a JSONL file; `delimiter` parts a query from its choices. Raises UserError, with the line, for whatever is none."""
     items = []
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
             for number, line in enumerate(f, 1):
                 if line.strip():
                     items.append(to_item(line, delimiter, f'{path}:{number}'))
-                if len(items) == limit > 0:
-                    break
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: {getattr(error, "strerror", error)}') from None
     if not items:
@@ -73,11 +70,11 @@ def to_item(line, delimiter, where):
     else:
         raise UserError(f'{where}: takes an object with query, choices and gold, with sentence_good and sentence_bad, or with context and continuation')
     for text in (context, *choices):
-        if not isinstance(text, str):
+        if not isinstance(text, str) or re.search('[\ud800-\udfff]', text):  # halves of a character
             raise UserError(f'{where}: {text!r}: takes text')
     if not all(choices):
         raise UserError(f'{where}: a choice or continuation is empty')
-    return Item(context + delimiter, choices, gold)
+    return Item(context + delimiter, choices, gold, where)
 
 
 def with_shots(items, shots, seed=0):
@@ -90,7 +87,8 @@ def with_shots(items, shots, seed=0):
     for n, item in enumerate(items):
         others = random.Random(f'{seed} {n}').sample(range(len(items) - 1), shots)
         shown = [items[other + (other >= n)] for other in others]
-        out.append(Item(''.join(f'{other.context}{other.choices[other.gold]}\n\n' for other in shown) + item.context, item.choices, item.gold))
+        examples = ''.join(f'{other.context}{other.choices[other.gold]}\n\n' for other in shown)
+        out.append(replace(item, context=examples + item.context))
     return out
 
 
@@ -116,7 +114,7 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
     """
     [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a context, ids of what follows), in
     their order. The longest go first, those of about one length together; only what is asked for passes through the head. Raises UserError for a
-    continuation that is longer than the context of the network.
+    continuation that is longer than the context of the network, and for a network whose answer is not finite.
     """
     T, rows, batch_tokens = model.cfg.block_size, [], batch_tokens or BATCH_TOKENS.get(device.type, 8192)
     for n, (context, continuation) in enumerate(pairs):
@@ -132,6 +130,8 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
             batch, rows = rows[:count], rows[count:]
             for (n, *_), result in zip(batch, score_batch(model, batch, width, device, dtype)):
                 out[n] = result
+                if not math.isfinite(result[0]):
+                    raise UserError(f'{what}: the log-likelihood of item {n} is {result[0]}: the weights are damaged, or try --dtype=float32')
             bar.update(len(batch))
     return out
 
@@ -147,13 +147,20 @@ def score_batch(model, batch, width, device, dtype):
     with autocast(device, dtype):
         logits = model.logits(model.hidden(x.to(device))[asked.to(device)])  # (all asked, V)
     nats = -torch.nn.functional.cross_entropy(logits, targets, reduction='none')
-    lengths = [length for *_, length in batch]
-    return [(part.double().sum().item(), bool(greedy.all())) for part, greedy in zip(nats.split(lengths), (logits.argmax(-1) == targets).split(lengths))]
+    greedy, lengths = logits.argmax(-1) == targets, [length for *_, length in batch]
+    return [(part.double().sum().item(), bool(hits.all())) for part, hits in zip(nats.split(lengths), greedy.split(lengths))]
 
 
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
-    """[[(log-likelihood, greedy) of every choice] of every Item]."""
-    pairs = [encode_pair(tokenizer, item.context, choice) for item in items for choice in item.choices]
+    """[[(log-likelihood, greedy) of every choice] of every Item]. Raises UserError, with the line, for a choice that is no tokens or too many."""
+    pairs = []
+    for item in items:
+        for choice in item.choices:
+            pairs.append(encode_pair(tokenizer, item.context, choice))
+            if not pairs[-1][1]:
+                raise UserError(f'{item.where}: {choice!r} begins inside a token and has none of its own after this context: give another delimiter')
+            if len(pairs[-1][1]) > model.cfg.block_size:
+                raise UserError(f'{item.where}: a continuation of {len(pairs[-1][1])} tokens: the network reads {model.cfg.block_size}')
     found = iter(score(model, pairs, device, dtype, batch_tokens, what))
     return [[next(found) for _ in item.choices] for item in items]
 

@@ -86,8 +86,11 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: the guides would never go: lower it')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
-        if not 0 < self.distill_mix <= 1 or self.distill_temperature <= 0:
-            raise ValueError(f'distill_mix={self.distill_mix}, distill_temperature={self.distill_temperature}: takes 0 < distill_mix <= 1, 0 < temperature')
+        if not 0 < self.distill_mix <= 1 or not 0 < self.distill_temperature <= 1000:
+            raise ValueError(f'distill_mix={self.distill_mix}, distill_temperature={self.distill_temperature}: takes 0 < distill_mix <= 1, '
+                             '0 < distill_temperature <= 1000')
+        if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
+            raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.grow_every and (self.rank_guide or self.arch == 'markov'):
             raise ValueError(f'grow_every={self.grow_every}: goes with neither rank_guide nor arch=markov: leave it out')
         if self.teacher and self.arch == 'markov':
@@ -213,7 +216,7 @@ def show_samples(model, s, data, ranks):
 def describe(s, run, ranks):
     """What is about to be trained, in a few lines."""
     rows = s.batch_size * s.gradient_accumulation_steps
-    network = 'a Markov chain' if s.arch == 'markov' else f'{s.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    network = 'a Markov chain' if s.arch == 'markov' else f'{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
     ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
@@ -446,7 +449,7 @@ def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
     lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
-    bpb = run.data.bits_per_byte(loss)
+    bpb = None if run.teacher or s.label_smoothing else run.data.bits_per_byte(loss)  # then the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')

@@ -51,7 +51,7 @@ def main():
     s = configure(Settings)
     if len(s.files) != 1:
         raise UserError('files: takes one task: python experiments/lambada_speed.py lambada_openai.jsonl --tokenizer=FILE.model')
-    items, tokenizer, device = tasks.read_items(s.files[0], limit=s.limit), new_tokenizer(s.tokenizer), pick_device(s.device)
+    items, tokenizer, device = tasks.read_items(s.files[0])[:s.limit or None], new_tokenizer(s.tokenizer), pick_device(s.device)
     sizes = configure(train.Settings, [str(Path(__file__).parent.parent / 'config' / 'llama_15m.py'), f'--vocab_size={tokenizer.vocab_size}'])
     torch.manual_seed(1)
     model, dtype = make_model(model_config(sizes)).to(device).eval(), pick_dtype(s.dtype, device)

@@ -3,6 +3,7 @@ hub.py export: transformers computes what we compute, from a folder as it expect
 """
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -92,11 +93,21 @@ def test_half_precision_is_half_the_size(tmp_path):
 @pytest.mark.parametrize('settings, words', [
     (dict(), 'qk_norm=True, mlp=relu2'), (LLAMA | dict(softcap=15.0), 'softcap=15.0'), (LLAMA | dict(value_residual=True), 'value_residual=True'),
     (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'), (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
+    (LLAMA | dict(rank_qk=4, rank_act_qk='silu'), 'rank_qk=4, rank_act_qk=silu'),
     (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'), (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
 def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tmp_path):
     with pytest.raises(UserError, match=words + '.*: --as=custom takes any network'):
         exported(tmp_path, network(**settings))
-    assert not (tmp_path / 'hf').exists() and not (tmp_path / 'hf.tmp').exists()
+    assert os.listdir(tmp_path) == ['run']
+
+
+def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing_and_touches_nothing(tmp_path):
+    run_folder = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
+    (tmp_path / 'hf.tmp').mkdir()
+    limit = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2); ' \
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    assert f'to={tmp_path}/hf' in one_line(run('-c', limit, 'hub.py', 'export', f'--out_dir={run_folder}', f'--to={tmp_path}/hf'))
+    assert sorted(os.listdir(tmp_path)) == ['hf.tmp', 'run']
 
 
 @torch.no_grad()
@@ -114,7 +125,7 @@ def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path)
 
 @pytest.mark.parametrize('fields, words', [
     (dict(n_layer=10 ** 9), 'asks for 1000000000 layers'), (dict(block_size=10 ** 9), 'block_size=1000000000: its rotary table'),
-    (dict(n_embd='64'), 'n_embd'), (dict(nothing=1), 'nothing'), (dict(vocab_size=2 ** 40), 'wte.weight')], ids=str)
+    (dict(n_embd='64'), 'n_embd'), (dict(nothing=1), 'nothing'), (dict(vocab_size=2 ** 40), 'takes sizes below')], ids=str)
 def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
     folder = exported(tmp_path, network(), as_='custom')
     config = json.loads((tmp_path / 'hf/config.json').read_text())

@@ -9,7 +9,7 @@ from test_surgery import ids, operate, random_model
 import checkpoint
 from configurator import UserError, read_config
 from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
-from model import make_model
+from model import ModelConfig, make_model
 from origin import fill, model_config
 from train import Settings
 
@@ -32,10 +32,10 @@ def logits(cfg, weights):
 
 # --- depth ---
 
-@pytest.mark.parametrize('settings', [k for k in KINDS if 'depth_scale' not in k] + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True)], ids=str)
+@pytest.mark.parametrize('settings', KINDS + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True), dict(depth_scale='attn')], ids=str)
 def test_silent_blocks_keep_the_function(settings):
     old = network(**settings)
-    cfg, weights = take_layers(old.cfg, old.state_dict(), *grown_layers(3, 7, 'zero'))
+    cfg, weights = take_layers(old.cfg, old.state_dict(), *grown_layers(old.cfg, 7, 'zero'))
     assert cfg.n_layer == 7
     torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=0, atol=1e-6)
 
@@ -64,11 +64,13 @@ def test_with_value_residual_the_first_block_has_its_own_values_wherever_it_goes
 
 
 def test_where_grown_layers_are_from():
-    assert grown_layers(3, 7, 'stack') == ([0, 1, 2, 0, 1, 2, 0], set())
-    assert grown_layers(3, 6, 'interleave') == ([0, 0, 1, 1, 2, 2], set())
-    assert grown_layers(4, 6, 'zero') == ([0, 0, 1, 2, 2, 3], {1, 4})
+    three, four = (ModelConfig(n_layer=n) for n in (3, 4))
+    assert grown_layers(three, 7, 'stack') == ([0, 1, 2, 0, 1, 2, 0], set())
+    assert grown_layers(three, 6, 'interleave') == ([0, 0, 1, 1, 2, 2], set())
+    assert grown_layers(four, 6, 'zero') == ([0, 0, 1, 2, 2, 3], {1, 4})
+    assert grown_layers(ModelConfig(n_layer=3, depth_scale='norm'), 5, 'zero') == ([0, 1, 2, 0, 1], {3, 4})  # the old ones keep their numbers
     for target in range(4, 17):
-        layers, silent = grown_layers(4, target, 'zero')
+        layers, silent = grown_layers(four, target, 'zero')
         assert len(silent) == target - 4 and [layer for n, layer in enumerate(layers) if n not in silent] == [0, 1, 2, 3]
 
 
@@ -78,7 +80,8 @@ def test_layers_are_named_in_a_few_ways(text, layers):
     assert parse_layers(text, 8) == layers
 
 
-@pytest.mark.parametrize('text', ['8', '0-8', 'last:9', 'middle:10', '-1', 'a', '1-', 'first:', '3-1', '', '0,,1', '1:2', '²'])
+@pytest.mark.parametrize('text', ['8', '0-8', 'last:9', 'middle:10', '-1', 'a', '1-', 'first:', '3-1', '0,3-1', 'first:0', '0-99999999999', '', '0,,1', '1:2',
+                                  '²'])
 def test_layers_that_are_not_there_are_refused(text):
     with pytest.raises(UserError, match='^layers='):
         parse_layers(text, 8)
@@ -210,6 +213,15 @@ def test_a_run_grows_and_can_be_interrupted_anywhere(how, dataset, tmp_path):
     assert flops[0] < flops[1] < flops[2] and flops[2] - flops[1] == pytest.approx((flops[1] - flops[0]) / 2)  # two blocks, then one
 
 
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_copied_blocks_get_moments_of_their_own(optimizer, dataset, tmp_path):
+    train(tmp_path, '--n_layer=2', '--max_iters=6', '--grow_every=4', '--grow_to=4', f'--optimizer={optimizer}', dataset=dataset)
+    moments = checkpoint.read_moments(checkpoint.find(str(tmp_path)))
+    assert all(found['step'].item() == 6 for found in moments.values() if 'exp_avg' in found)
+    tensors = [t for found in moments.values() for t in found.values()]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
 def test_silent_growth_in_a_run_leaves_its_loss_where_it_was(dataset, tmp_path):
     args = ['--n_layer=2', '--max_iters=5', '--eval_interval=5', '--warmup_iters=0', '--decay_lr=False']
     train(tmp_path / 'plain', *args, dataset=dataset)
@@ -229,10 +241,15 @@ def test_further_blocks_can_be_inherited(dataset, tmp_path):
     assert 'grown to 4 layers' in done.stdout
     new, old = (checkpoint.read_weights(checkpoint.find(str(tmp_path / name))) for name in ('run', 'reference'))
     assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+    assert 'at step 2' in train(tmp_path / 'run', *args, '--max_iters=3', dataset=dataset).stdout and layers_of(tmp_path / 'run')[-1] == 4  # goes on, grown
     train(tmp_path / 'other', '--n_layer=4', '--mlp=swiglu', dataset=dataset)
     for more, words in [([f'--grow_from={tmp_path}/other'], 'its blocks do not fit'), (['--grow_to=5'], 'has 4 blocks, fewer than grow_to=5'),
-                        (['--grow_to=2'], 'begins with 2'), (['--grow_every=0'], 'give both or none'), (['--grow_by=0'], 'grow_by from 1')]:
+                        (['--grow_to=2'], 'begins with 2'), (['--grow_every=0'], 'give both or none'), (['--grow_by=0'], 'grow_by=0: takes 1'),
+                        (['--grow_every=0', '--grow_to=0'], 'give these too')]:
         assert words in one_line(train(tmp_path / 'no', *args, *more, dataset=dataset, check=False))
+    operate('factorize', tmp_path / 'reference', tmp_path / 'low', '--rank_qk=4')
+    done = train(tmp_path / 'no', *args, f'--grow_from={tmp_path}/low', dataset=dataset, check=False)
+    assert 'blocks.0.attn.q has rank 4, in this network 0' in one_line(done)
 
 
 def test_two_ranks_grow_alike(dataset, tmp_path):

@@ -1,4 +1,5 @@
 """Tasks: item by item the numbers of lm-evaluation-harness, in any batches; text in windows; one line for a file that is no task."""
+import copy
 import csv
 import json
 import math
@@ -196,8 +197,9 @@ def test_tasks_and_texts_from_the_command_line(folder, tmp_path):
     ('{"query": "a", "choices": ["b"], "gold": 0}', 'choices: takes a list of two'), ('{"query": "a", "choices": ["b", "c"], "gold": 2}', 'gold=2: takes'),
     ('{"query": "a", "choices": ["b", "c"], "gold": true}', 'gold=True'), ('{"query": "a", "choices": ["b", 3], "gold": 0}', '3: takes text'),
     ('{"context": "a", "continuation": ""}', 'is empty'), ('{"context": "a"}', 'takes an object with query'), ('[1]', 'takes an object'),
+    ('{"context": "a", "continuation": "\\ud800"}', 'takes text'),
     ('{"context": ', 'not readable as JSON'), ('', 'no items in it'), ('[' * 100_000, 'not readable as JSON'),
-    ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"context": "a", "continuation": "b"}', 'make two')], ids=range(11))
+    ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"context": "a", "continuation": "b"}', 'make two')], ids=range(12))
 def test_a_broken_line_is_named(line, words, tmp_path):
     (tmp_path / 'task.jsonl').write_text('\n' + line + '\n')
     with pytest.raises(UserError, match=words) as caught:
@@ -206,10 +208,48 @@ def test_a_broken_line_is_named(line, words, tmp_path):
     assert words in ('no items in it', 'make two') or 'jsonl:2:' in str(caught.value)
 
 
+class Pairs(ByteTokenizer):
+    """Bytes, but for 'on', which is one token."""
+
+    def encode(self, text):
+        return [128 if b == 0 else b for b in text.replace('on', '\0').encode()]
+
+
+def test_a_choice_without_a_token_of_its_own_is_named(model, tmp_path):
+    path = write(tmp_path / 'task.jsonl', [{'query': 'o', 'choices': ['k', 'n'], 'gold': 1}])
+    with pytest.raises(UserError, match=f"{path}:1: 'n' begins inside a token"):
+        score_items(model[0], Pairs(), read_items(path, delimiter=''), CPU, 'float32')
+    with pytest.raises(UserError, match=f'{path}:1: a continuation of 100 tokens: the network reads 96'):
+        score_items(model[0], Pairs(), read_items(write(tmp_path / 'task.jsonl', [{'context': 'o', 'continuation': 'x' * 99}])), CPU, 'float32')
+
+
+def test_damaged_weights_score_nothing(model):
+    broken = copy.deepcopy(model[0])
+    broken.norm_f.weight.data[0] = math.nan
+    with pytest.raises(UserError, match='is nan: the weights are damaged'):
+        score(broken, [([1], [2])], CPU, 'float32')
+
+
+def test_examples_come_from_the_whole_file_whatever_the_limit(folder, tmp_path):
+    task, tables = write(tmp_path / 'task.jsonl', CHOICES), []
+    for limit in (0, 1):
+        run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', task, '--shots=2', f'--limit={limit}', f'--csv={tmp_path}/{limit}.csv', '--dtype=float32')
+        tables.append(list(csv.DictReader(open(tmp_path / f'{limit}.csv'))))
+    assert len(tables[1]) == 1 < len(tables[0]) and tables[0][0]['nats'][:6] == tables[1][0]['nats'][:6]
+
+
+def test_line_ends_and_a_byte_order_mark_are_read_as_they_are(folder, tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one\r\ntwo\r\n')
+    assert ' 10 bytes' in run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt').stdout
+    (tmp_path / 'task.jsonl').write_bytes(b'\xef\xbb\xbf' + json.dumps(LAMBADA[0]).encode() + b'\r\n')
+    assert len(read_items(f'{tmp_path}/task.jsonl')) == 1
+
+
 def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
     task = write(tmp_path / 'task.jsonl', LAMBADA)
     for command, args, words in [('tasks', [], 'files: none is given'), ('tasks', [f'{tmp_path}/no.jsonl'], 'No such file'),
                                  ('tasks', [task, '--shots=9'], 'shots=9'), ('text', [], 'files: none is given'),
                                  ('text', [f'{tmp_path}/no.txt'], 'No such file'), ('text', [task, '--stride=97'], 'stride=97'),
-                                 ('harness', [], 'tasks: none is given')]:
+                                 ('text', ['/dev/null'], '/dev/null: is empty'), ('tasks', [task, f'--csv={task}'], 'is a task'),
+                                 ('harness', [], 'tasks: none is given'), ('harness', ['--tasks=a', '--shots=-1'], 'shots=-1')]:
         assert words in one_line(run('evaluate.py', command, f'--out_dir=hf:{folder}', *args))
