@@ -86,7 +86,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'), (['--block_size=64'], dataset, 'knows 32 positions'),
                               (['--distill_mix=0'], dataset, 'takes 0 < distill_mix <= 1'),
                               (['--arch=markov'], dataset, "arch='markov' learns from counts alone"),
-                              (['--distill_temperature=0'], dataset, '0 < temperature')]:
+                              (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
         assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data, check=False))
     assert 'no such directory' in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/nowhere', dataset=dataset, check=False))
     assert not (tmp_path / 'no').exists()
