@@ -295,6 +295,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, num_proc):
     assert contents(tmp_path / 'out') == expected and os.listdir(tmp_path) == ['out']
 
 
+# the same with a rest after each record of the progress, so that a signal meets it at work however busy the machine is
+UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = prepare.write_json; prepare.write_json = lambda *a: (write(*a), time.sleep(0.05)); "
+                          'prepare.run_main')
+
+
 def tasks_done(folder):
     try:
         return json.loads((folder / 'out.part' / 'progress.json').read_text())['tasks']
@@ -311,7 +316,7 @@ def alive(pid):
 
 def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
     args, expected = corpus
-    command = [sys.executable, '-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
+    command = [sys.executable, '-c', UNHURRIED, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and tasks_done(tmp_path) < 5:
@@ -328,7 +333,7 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
 @pytest.mark.skipif(sys.platform != 'linux', reason='finds the workers in /proc')
 def test_a_killed_worker_is_one_line_and_loses_nothing(corpus, tmp_path):
     args, expected = corpus
-    command = [sys.executable, '-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
+    command = [sys.executable, '-c', UNHURRIED, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
     with subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and tasks_done(tmp_path) < 5:
             time.sleep(0.002)
