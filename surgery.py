@@ -242,13 +242,13 @@ def open_data(s, where, cfg, settings):
         print('no data; --dataset=NAME would measure losses')
         return None
     try:
-        val = validation_sources(where, cfg, name)
-        return Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens')), val
+        data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'))
     except UserError as error:
         if s.dataset != 'auto':
             raise
         print(f'no losses: {error}')
         return None
+    return data, validation_sources(where, cfg, name)
 
 
 def validation(cfg, val):

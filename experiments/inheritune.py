@@ -4,7 +4,7 @@ layers of a trained network, its first or its middle ones, go on as a network of
 for twice the steps, taught by the whole network, and grown from a quarter. Each arm has the best of three rates.
 
     python prepare.py FOLDER_OF_NOVELS --out=data/novels --tokenizer=bpe:4096
-    python experiments/inheritune.py --jobs=2 --rates=[0.04]   # an hour and a half on two cores with AVX2 alone; then table, picture, attention
+    python experiments/inheritune.py --jobs=2 --rates=[0.04]   # two hours on two cores with AVX2 alone; then table, picture, attention
     python experiments/inheritune.py --jobs=2                  # with two more rates of each arm
 
 All settings are those of train.py, config/inheritune_cpu.py the defaults. Runs that are in out_dir are not made again.

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import one_line, read_log, run, train
+from conftest import one_line, read_log, run, train, write_dataset
 from test_hub import saved
 
 import checkpoint
@@ -243,6 +243,7 @@ def test_a_grown_network_can_go_on_in_the_schedule(dataset, tmp_path):
     assert 1.01 < runs['grown'][11]['flops'] / uninterrupted[11]['flops'] < 1.1  # those of ten steps of the smaller network, and one of its own
     assert min(runs['optimizer']) == 1 == min(runs['weights']) and runs['optimizer'][2]['train_loss'] != runs['weights'][2]['train_loss']
     for args, words in [([f'--init_from={whole}', '--init_keep=schedule'], 'are at step 20 of their schedule: raise it'),
+                        ([f'--init_from={whole}/step_00000010', '--init_keep=schedule', '--batch_size=3'], 'rows a step: give as many'),
                         ([f'--init_from={half}', '--init_keep=schedule', '--optimizer=muon'], 'the moments in .* are those of adamw')]:
         assert re.search(words, one_line(train(tmp_path / 'no', '--max_iters=20', *args, dataset=dataset, check=False)))
     operate('widen', whole, tmp_path / 'wide', '--d_ff=256')
@@ -255,7 +256,9 @@ def test_a_grown_network_can_go_on_in_the_schedule(dataset, tmp_path):
 
 
 def test_surgery_that_cannot_be_done_writes_nothing(dense, tmp_path):
+    write_dataset(tmp_path / 'other', vocab_size=70)
     for command, args, words in [('inherit', ['--layers=0-2'], 'the network has the blocks 0 to 1'), ('inherit', [], 'layers: is not given'),
+                                 ('inherit', ['--layers=0', f'--dataset={tmp_path}/other'], 'other: was prepared with another tokenizer'),
                                  ('grow', ['--n_layer=2'], 'has 2 blocks already'), ('grow', [], 'n_layer=0: takes'), ('widen', [], 'what is to be wider'),
                                  ('widen', ['--n_embd=32'], 'n_embd=32: the network has 64'), ('average', [], '1 found: give two or more'),
                                  ('average', [f'--from={tmp_path}/nowhere'], 'nowhere: no such directory')]:
