@@ -76,7 +76,7 @@ def watching(see):
     def attend(q, k, v, mask, is_causal, dropout):
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        A = networks.attention_matrix(q, k)
+        A = networks.attention_matrix(q, k, mask, is_causal)
         see(A)
         return A @ v
     networks.attend = attend

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import UserError, from_dict
-from model import ModelConfig, make_model
+from model import ModelConfig, RelativeBias, make_model
 
 # -----------------------------------------------------------------------------
 # config.json
@@ -130,8 +130,25 @@ def minnow_config(config):
     cfg = from_dict(ModelConfig, fields, f'{config.path}: minnow')
     if any(type(value) is int and value >= 2 ** 31 for value in fields.values()):
         config.refuse('minnow', fields, 'takes sizes below 2**31')
-    check_rotary(config, 'block_size', cfg.block_size, cfg.d_head)
+    for name in ('block_size', 'source_size'):
+        check_rotary(config, name, getattr(cfg, name), cfg.d_head)
     return cfg
+
+
+T5_MLP = {'relu': 'relu', 'gated-gelu': 'geglu', 'gated-silu': 'swiglu'}  # feed_forward_proj: ours
+
+
+def t5_config(config):
+    for name, ours in (('relative_attention_num_buckets', RelativeBias.BUCKETS), ('relative_attention_max_distance', RelativeBias.FURTHEST)):
+        config.one_of(name, ours)
+    layers, context = config.size('num_layers'), config.size('n_positions', 512)
+    # T5's head is its embedding; that of T5 1.1 and Flan-T5 is a matrix of its own, and its logits are not scaled. transformers 5 says so by another name
+    tie = config.get('scale_decoder_outputs', config.one_of('tie_word_embeddings', True, False))
+    return ModelConfig(
+        vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_decoder_layers', layers), n_encoder_layer=layers,
+        n_head=config.size('num_heads'), n_embd=config.size('d_model'), head_dim=config.size('d_kv'), d_ff=config.size('d_ff'), position='relative',
+        norm='rmsnorm', norm_eps=config.number('layer_norm_epsilon', 1e-6), mlp=T5_MLP[config.one_of('feed_forward_proj', *T5_MLP)], qk_norm=False,
+        zero_init=False, t5_scale=True, tie=bool(tie))
 
 
 def gpt2_fields(cfg):
@@ -149,6 +166,13 @@ def llama_fields(cfg):
             'num_key_value_heads': cfg.kv_heads, 'head_dim': cfg.d_head, 'hidden_size': cfg.n_embd, 'intermediate_size': cfg.mlp_width,
             'hidden_act': 'silu', 'rms_norm_eps': cfg.norm_eps, 'rope_theta': cfg.rope_theta, 'attention_bias': cfg.bias, 'mlp_bias': cfg.bias,
             'attention_dropout': cfg.dropout}
+
+
+def t5_fields(cfg):
+    return {'n_positions': cfg.block_size, 'num_layers': cfg.n_encoder_layer, 'num_decoder_layers': cfg.n_layer, 'num_heads': cfg.n_head,
+            'd_model': cfg.n_embd, 'd_kv': cfg.d_head, 'd_ff': cfg.mlp_width, 'feed_forward_proj': {ours: theirs for theirs, ours in T5_MLP.items()}[cfg.mlp],
+            'relative_attention_num_buckets': RelativeBias.BUCKETS, 'relative_attention_max_distance': RelativeBias.FURTHEST,
+            'layer_norm_epsilon': cfg.norm_eps, 'dropout_rate': cfg.dropout, 'is_encoder_decoder': True}
 
 
 # -----------------------------------------------------------------------------
@@ -169,21 +193,40 @@ LLAMA = {
 HEAD = 'lm_head'  # ours is head; it has no prefix
 
 
+def t5_names(cfg):
+    names = {'shared': 'wte', 'encoder.final_layer_norm': 'norm_encoder', 'decoder.final_layer_norm': 'norm_f'}
+    for stack, ours, rel in (('encoder', 'encoder', 'rel_encoder'), ('decoder', 'blocks', 'rel')):
+        names[f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias'] = rel
+        parts = [('SelfAttention', 'attn', 'norm_1')] + [('EncDecAttention', 'cross', 'norm_x')] * (stack == 'decoder') + [('DenseReluDense', 'mlp', 'norm_2')]
+        for n, (part, attention, norm) in enumerate(parts):
+            layer = f'{stack}.block.N.layer.{n}'
+            names[f'{layer}.layer_norm'] = f'{ours}.N.{norm}'
+            if attention != 'mlp':
+                names |= {f'{layer}.{part}.{name}': f'{ours}.N.{attention}.{name}' for name in 'qkvo'}
+            elif cfg.mlp == 'relu':
+                names |= {f'{layer}.{part}.wi': f'{ours}.N.mlp.up', f'{layer}.{part}.wo': f'{ours}.N.mlp.down'}
+            else:
+                names |= {f'{layer}.{part}.{theirs}': f'{ours}.N.mlp.{name}' for theirs, name in (('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down'))}
+    return names
+
+
 @dataclass
 class Family:
     """What is to be known of one model_type."""
     architecture: str  # the class of transformers
     read: Callable  # Config → ModelConfig
     write: Callable | None  # ModelConfig → fields of config.json; None: not written, another family is the same
-    names: dict  # {their module: our modules}, without the prefix
+    names: Callable  # ModelConfig → {their module: our modules}, without the prefix, the embedding first; {}: they are ours
     prefix: str  # that all names but the head's may have
     biases: bool = False  # whether all layers have them, always
     flipped: str = '$^'  # pattern of their matrices that are kept as (in, out): GPT-2's Conv1D
     buffers: str = '$^'  # pattern of what old files carry along
+    copies: str = '$^'  # pattern of names that the embedding has beside its own
     wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, beside those of PLAIN
 
 
-PLAIN = {'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False, 'depth_scale': 'none',
+PLAIN = {'n_encoder_layer': 0, 't5_scale': False, 'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False,
+         'depth_scale': 'none',
          'rank_qk': 0, 'rank_vo': 0, 'rank_mlp': 0, 'ranks': {}, 'rank_act': 'none', 'rank_act_qk': None}
 
 
@@ -191,16 +234,23 @@ def gpt2_wants(cfg):
     return {'position': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'n_kv_head': cfg.n_head, 'head_dim': cfg.n_embd // cfg.n_head}
 
 
+def t5_wants(cfg):
+    return {'position': 'relative', 'norm': 'rmsnorm', 'mlp': cfg.mlp if cfg.mlp in T5_MLP.values() else 'relu', 'n_kv_head': cfg.n_head, 'bias': False,
+            'n_encoder_layer': max(1, cfg.n_encoder_layer), 't5_scale': True}
+
+
 MASKS, ROTARY = r'h\.\d+\.attn\.(bias|masked_bias)', r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
 FAMILIES = {
-    'gpt2': Family('GPT2LMHeadModel', gpt2_config, gpt2_fields, GPT2, 'transformer.', biases=True, flipped=r'h\.\d+\.(attn|mlp)\..*', buffers=MASKS,
+    'gpt2': Family('GPT2LMHeadModel', gpt2_config, gpt2_fields, lambda cfg: GPT2, 'transformer.', biases=True, flipped=r'h\.\d+\.(attn|mlp)\..*', buffers=MASKS,
                    wants=gpt2_wants),
-    'gpt_bigcode': Family('GPTBigCodeForCausalLM', bigcode_config, bigcode_fields, GPT2, 'transformer.', biases=True, buffers=MASKS,
+    'gpt_bigcode': Family('GPTBigCodeForCausalLM', bigcode_config, bigcode_fields, lambda cfg: GPT2, 'transformer.', biases=True, buffers=MASKS,
                           wants=lambda cfg: gpt2_wants(cfg) | {'n_kv_head': 1}),
-    'llama': Family('LlamaForCausalLM', llama_config, llama_fields, LLAMA, 'model.', buffers=ROTARY,
+    'llama': Family('LlamaForCausalLM', llama_config, llama_fields, lambda cfg: LLAMA, 'model.', buffers=ROTARY,
                     wants=lambda cfg: {'position': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu'}),
-    'minnow': Family('MinnowForCausalLM', minnow_config, None, {}, 'model.'),
-    'mistral': Family('MistralForCausalLM', mistral_config, None, LLAMA, 'model.', buffers=ROTARY),
+    'minnow': Family('MinnowForCausalLM', minnow_config, None, lambda cfg: {}, 'model.'),
+    't5': Family('T5ForConditionalGeneration', t5_config, t5_fields, t5_names, '', copies=r'(encoder|decoder)\.embed_tokens\.weight',
+                 buffers=r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight', wants=t5_wants),  # never used
+    'mistral': Family('MistralForCausalLM', mistral_config, None, lambda cfg: LLAMA, 'model.', buffers=ROTARY),
 }
 
 
@@ -216,21 +266,24 @@ def name_rows(family, cfg):
     Yields (their name, {our name: rows of ours}, shape of theirs, whether theirs is flipped) for every tensor of a network with these
     settings. Ours are one below the other in theirs, whose vocabulary is not padded.
     """
-    if not family.names:  # ours
+    names = family.names(cfg)
+    if not names:  # ours
         with torch.device('meta'):
             tensors = make_model(cfg).state_dict().items()
         yield from ((name, {name: len(t) if t.ndim else 1}, list(t.shape), False) for name, t in tensors)
         return
     with torch.device('meta'):
-        shapes = {name: list(t.shape) for name, t in make_model(dataclasses.replace(cfg, n_layer=1)).state_dict().items()}
-    for theirs, ours in (family.names | ({} if cfg.tie else {HEAD: 'head'})).items():
+        shapes = {name: list(t.shape) for name, t in make_model(dataclasses.replace(
+            cfg, n_layer=1, n_encoder_layer=min(1, cfg.n_encoder_layer))).state_dict().items()}
+    for theirs, ours in (names | ({} if cfg.tie else {HEAD: 'head'})).items():
         for kind in ('weight', 'bias'):
             parts = {f'{part}.{kind}': shapes.get(f'{part}.{kind}'.replace('.N.', '.0.')) for part in ours.split()}
             if kind == 'bias' and None in parts.values():  # no such bias
                 continue
             parts, (_, *rest) = {part: shape[0] for part, shape in parts.items()}, next(iter(parts.values()))
             shape = [cfg.vocab_size if ours in ('wte', 'head') else sum(parts.values()), *rest]
-            for n in range(cfg.n_layer if '.N.' in theirs else 1):
+            count = cfg.n_encoder_layer if ours.startswith('encoder.') else cfg.n_layer
+            for n in range(count if '.N.' in theirs else 1):
                 name = f'{theirs}.{kind}'.replace('.N.', f'.{n}.')
                 flipped = len(shape) == 2 and re.fullmatch(family.flipped, name) is not None
                 yield name, {part.replace('.N.', f'.{n}.'): rows for part, rows in parts.items()}, shape[::-1] if flipped else shape, flipped

@@ -212,10 +212,10 @@ def fold(model):
         weights['wte.weight'][cfg.vocab_size:] = 0
         weights = {name: t for name, t in weights.items() if not name.startswith('norm_e.')}
         plain |= {'embed_norm': False, 'tie': False}
-    by = {'attn': (r'attn\.q\.(up\.)?(weight|bias)', 1.0), 'norm': (r'norm_[12]\.(weight|bias)', 0.5)}.get(cfg.depth_scale)
+    by = {'attn': (r'(?:attn|cross)\.q\.(?:up\.)?(?:weight|bias)', 1.0), 'norm': (r'norm_[12x]\.(?:weight|bias)', 0.5)}.get(cfg.depth_scale)
     if by and not (cfg.depth_scale == 'attn' and cfg.qk_norm):
         for name in weights:
-            found = re.fullmatch(r'blocks\.(\d+)\.' + by[0], name)
+            found = re.fullmatch(r'(?:blocks|encoder)\.(\d+)\.' + by[0], name)
             if found:
                 weights[name] = weights[name] / (int(found[1]) + 1) ** by[1]
         plain['depth_scale'] = 'none'

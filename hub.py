@@ -1,5 +1,5 @@
 """
-Hugging Face folders, in and out: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA) and Mistral.
+Hugging Face folders, in and out: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA), Mistral, T5 and Flan-T5.
 
     cfg, weights = load('hf:FOLDER')      # config.json and model.safetensors, whole or in shards
     cfg, weights = load('gpt2-medium')    # fetched once into data/downloads/hf
@@ -122,11 +122,14 @@ def load(where):
         raise UserError(f'{config.path}: {error}') from None
 
     slices = read_headers(folder, family.prefix)
-    embedding, head = next(iter(family.names), 'wte') + '.weight', HEAD + '.weight'
-    if cfg.tie and head in slices:
-        slices.setdefault(embedding, slices[head])  # one matrix, of whose two names the writer may have kept either
-    if cfg.n_layer > len(slices):
-        raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_layer} layers')
+    embedding, head = next(iter(family.names(cfg)), 'wte') + '.weight', HEAD + '.weight'
+    copies = [name for name in slices if re.fullmatch(family.copies, name) or cfg.tie and name == head]
+    if copies:
+        slices.setdefault(embedding, slices[copies[0]])  # one matrix, of whose names the writer may have kept any
+    if cfg.t5_scale and not cfg.tie and embedding in slices:
+        slices.setdefault(head, slices[embedding])  # a head without T5's scale; transformers 5 keeps it once if it is the embedding
+    if cfg.n_layer + cfg.n_encoder_layer > len(slices):
+        raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_layer + cfg.n_encoder_layer} layers')
     unused, plan = {name for name in slices if not re.fullmatch(family.buffers, name)}, []
     for theirs, ours, wanted, flipped in name_rows(family, cfg):
         found = slices[theirs].get_shape() if theirs in slices else 'not in the file'
@@ -136,10 +139,10 @@ def load(where):
             raise UserError(f'{folder}: {theirs}: {slices[theirs].get_dtype()}, takes float32, float16 or bfloat16')
         unused.discard(theirs)
         plan.append((theirs, ours, flipped))
-    if cfg.tie and head in unused:
-        if not torch.equal(slices[head][:], slices[embedding][:]):
-            config.refuse('tie_word_embeddings', True, f'but {head} and {embedding} are not equal in the file')
-        unused.discard(head)
+    for name in copies:
+        if slices[name].get_shape() != slices[embedding].get_shape() or not torch.equal(slices[name][:], slices[embedding][:]):
+            config.refuse('tie_word_embeddings', True, f'but {name} and {embedding} are not equal in the file')
+        unused.discard(name)
     if unused:
         raise UserError(f'{folder}: {min(unused)}: the network that config.json describes has no such tensor here')
 
@@ -159,12 +162,21 @@ def load(where):
 def tokenizer(where):
     """(folder, description) of the tokenizer beside the weights, as load_tokenizer(description, folder) takes them. Raises UserError if there is none."""
     folder = find(where)
-    for name in ('tokenizer.json', 'tokenizer.model'):
+    for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return folder, new_tokenizer(path).describe()
-    raise UserError(f'{folder}: neither tokenizer.json nor tokenizer.model in it: let transformers write one into a copy of it: python -c "from transformers '
-                    f"import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")
+    raise UserError(f'{folder}: no tokenizer.json, tokenizer.model or spiece.model in it: let transformers write one into a copy of it: python -c '
+                    f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")
+
+
+def decoder_start(where):
+    """The token that a decoder with an encoder begins with."""
+    config = Config(find(where))
+    token = config.get('decoder_start_token_id', 0)
+    if type(token) is not int or not 0 <= token < config.size('vocab_size'):
+        config.refuse('decoder_start_token_id', token, 'takes a token of the vocabulary')
+    return token
 
 
 # -----------------------------------------------------------------------------
@@ -186,7 +198,7 @@ class ExportSettings:
 def stock(cfg, weights, where):
     """(fields of config.json, {name: tensor}) of the family that a network fits, after folding. Raises UserError with what stands in the way."""
     in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
-    kind = min(in_the_way, key=lambda kind: len(in_the_way[kind]))
+    kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
     if in_the_way[kind]:
         raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}): --as=custom takes any network')
     family, tensors, used = FAMILIES[kind], {}, set()
@@ -215,6 +227,8 @@ def export(s):
     folder = checkpoint.find(s.out_dir, 'best')
     state = checkpoint.load_state(folder)
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    if cfg.n_encoder_layer and s.as_ == 'custom':
+        raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: leave it out')
     if cfg.arch == 'markov' or cfg.rank_guide:
         raise UserError(f'{folder}: a Markov chain, or a guided start that has not ended, is not exported')
     model = make_model(cfg, init=False)
@@ -222,6 +236,7 @@ def export(s):
     tokenizer = load_tokenizer(state['tokenizer'], folder)
     fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
     ends = {'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
+    ends |= {'decoder_start_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot} if cfg.n_encoder_layer else {}
     text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
     files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
              'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
@@ -249,8 +264,8 @@ def export(s):
 
 def run_export(s):
     kind = export(s)
-    trust = ', trust_remote_code=True' if kind == 'minnow' else ''
-    print(f'written: {s.to}, of the family {kind}; transformers.AutoModelForCausalLM.from_pretrained({s.to!r}{trust}), or --init_from=hf:{s.to} here')
+    trust, auto = ', trust_remote_code=True' if kind == 'minnow' else '', 'AutoModelForSeq2SeqLM' if kind == 't5' else 'AutoModelForCausalLM'
+    print(f'written: {s.to}, of the family {kind}; transformers.{auto}.from_pretrained({s.to!r}{trust}), or --init_from=hf:{s.to} here')
 
 
 def main():

@@ -4,14 +4,16 @@ Every network of minnow, in plain PyTorch. This file imports none of the others:
     model = make_model(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
     loss = model(idx, targets)   # idx, targets: (B, T) int64; a target of -1 is ignored
     logits = model(idx)          # (B, T, vocab_size)
+    loss = model(idx, targets, source=source)   # with an encoder: source (B, S) int64, -1 where a row is padded
 
-Names are the field's: n_head, n_kv_head, n_embd, block_size. Shapes in comments: B batch, T time, C n_embd, H heads,
-D head_dim, V vocabulary, R rank.
+Names are the field's: n_head, n_kv_head, n_embd, block_size. Shapes in comments: B batch, T time, S length of the source, C n_embd,
+H heads, D head_dim, V vocabulary, R rank.
 """
 import itertools
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,16 +30,22 @@ class ModelConfig:
     vocab_size: int = 0  # number of tokens; 0 = as the data set says
     block_size: int = 1024  # context length in tokens
     n_layer: int = 12
+    n_encoder_layer: int = 0  # above 0: an encoder-decoder. So many blocks read a source, in both directions; the n_layer blocks of the decoder
+    # attend to what they make of it (T5, Raffel et al. 2020, arXiv 1910.10683)
+    source_size: int = 0  # the encoder's context in tokens; 0 = block_size
     n_head: int = 12  # query heads
     n_kv_head: int = 0  # heads of keys and values: 0 = n_head (MHA), fewer = GQA, 1 = MQA (Ainslie et al. 2023, arXiv 2305.13245)
     n_embd: int = 768  # width
     head_dim: int = 0  # width of a head; 0 = n_embd / n_head
     d_ff: int = 0  # width of the MLP; 0 = 4 n_embd, or for a gated MLP 8/3 n_embd rounded up to 32 (the same parameters)
-    position: Literal['rope', 'learned', 'none'] = 'rope'  # rotary (Su et al. 2021, arXiv 2104.09864), or a table added to the embedding
+    position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # rotary (Su et al. 2021, arXiv 2104.09864), a table added to the embedding,
+    # or T5's: a number for every head and distance, learned, added to the logits of self-attention
+    cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions between target and source. none: none, as in T5Gemma; same: both count
+    # from 0, as ROT5 did; offset: the target goes on counting where its source ends
     rope_theta: float = 10000.0  # base of the rotary frequencies
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # before attention, MLP and head (Zhang & Sennrich 2019, arXiv 1910.07467)
     norm_eps: float = 1e-5
-    mlp: Literal['gelu', 'silu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # relu2: So et al. 2021, arXiv 2109.08668; *glu: Shazeer 2020, arXiv 2002.05202
+    mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # relu2: So et al. 2021, arXiv 2109.08668; *glu: Shazeer 2020, arXiv 2002.05202
     mlp_norm: bool = False  # a norm on the MLP's hidden layer too
     qk_norm: bool = True  # RMS-normalise each query and key head: no logit growth, higher rates (Henry et al. 2020, arXiv 2010.04245)
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
@@ -47,6 +55,8 @@ class ModelConfig:
     # Inheritune, arXiv 2404.08634, trained with it); norm: its norms' outputs over sqrt(n) (Sun et al. 2025, arXiv 2502.05795)
     value_residual: bool = False  # values are a learned mix of the layer's own and the first layer's (Zhou et al. 2024, arXiv 2410.17897)
     tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
+    t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1), a tied head's logits are over sqrt(n_embd), those of attention
+    # are not over sqrt(head_dim) (its queries start that much smaller), output matrices at 1/sqrt(inputs) whatever the depth
     bias: bool = False  # biases in the linear layers and in LayerNorm
     dropout: float = 0.0  # 0 is good for pretraining; 0.1 and more when data repeat many times
     init_std: float = 0.0  # standard deviation of the weights' init; 0 = 1/sqrt(inputs). GPT-2: 0.02
@@ -73,7 +83,8 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
-        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed', 'rank_head', 'rank_blocks', 'rank_guide'):
+        for name in ('vocab_size', 'n_encoder_layer', 'source_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed', 'rank_head',
+                     'rank_blocks', 'rank_guide'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.dropout < 1:
@@ -86,6 +97,10 @@ class ModelConfig:
             raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.d_head % 2:
             raise ValueError(f"head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head even or set position='learned'")
+        if self.source_size and not self.n_encoder_layer:
+            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
+        if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
+            raise ValueError(f"cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: set n_encoder_layer, and position='rope'")
         self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but tie=True makes them one matrix: set tie=False')
@@ -150,6 +165,10 @@ class ModelConfig:
         return self.d_ff or (gated if self.mlp in ('swiglu', 'geglu') else 4 * self.n_embd)
 
     @property
+    def source_context(self):
+        return (self.source_size or self.block_size) if self.n_encoder_layer else 0
+
+    @property
     def padded_vocab(self):
         """Rows of the embedding and the head: a multiple of 64, which tensor cores want (nanoGPT: +25% speed for 50257 → 50304)."""
         return -(-self.vocab_size // 64) * 64
@@ -162,7 +181,7 @@ RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.
 # -----------------------------------------------------------------------------
 # Parts
 
-ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu2': lambda x: F.relu(x).square()}
+ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu': F.relu, 'relu2': lambda x: F.relu(x).square()}
 ACTIVATIONS |= {'swiglu': F.silu, 'geglu': ACTIVATIONS['gelu']}  # tanh-GELU as in GPT-2, T5 v1.1 and Gemma
 
 
@@ -233,10 +252,50 @@ def rotary_table(length, d_head, theta):
 
 
 def rotate(x, table):
-    """Turn the pairs (i, i + D/2) of x (B, T, H, D) by their position's angles, table (2, T, D/2): Llama's layout."""
-    cos, sin = table[:, None, :, None, :]  # (1, T, 1, D/2)
+    """Turn the pairs (i, i + D/2) of x (B, T, H, D) by their position's angles, table (2, T, D/2) or (2, B, T, D/2): Llama's layout."""
+    cos, sin = table.unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class RelativeBias(nn.Embedding):
+    """
+    T5's positions (arXiv 1910.10683, 2.1): a learned number for each head and bucket of distances, to be added to the logits of attention.
+    Half of the buckets hold one distance each, the other half ever longer ranges, the last one all from 128 on.
+    """
+    BUCKETS, FURTHEST = 32, 128
+
+    def __init__(self, n_head, is_causal):
+        super().__init__(self.BUCKETS, n_head)
+        self.is_causal = is_causal
+
+    def forward(self, at, of):
+        """Positions at (T,) of queries, of (S,) of keys → (1, H, T, S); -inf for what is in the future of a causal stack."""
+        distance = of - at[:, None]  # (T, S)
+        half = self.BUCKETS // 2
+        if self.is_causal:
+            ahead, past, buckets = 0, (-distance).clamp(min=0), self.BUCKETS
+        else:
+            ahead, past, buckets = half * (distance > 0), distance.abs(), half
+        exact = buckets // 2
+        far = exact + (torch.log(past.clamp(min=1) / exact) / math.log(self.FURTHEST / exact) * (buckets - exact)).long()
+        bias = super().forward(ahead + torch.where(past < exact, past, far.clamp(max=buckets - 1))).permute(2, 0, 1)  # (H, T, S)
+        return (bias.masked_fill(distance > 0, -torch.inf) if self.is_causal else bias)[None]
+
+
+class Places(NamedTuple):
+    """Where the tokens are that one kind of attention looks from and at, the same in all blocks of a stack."""
+    q: torch.Tensor | None  # angles of the queries' positions, (2, T, D/2) or (2, B, T, D/2), and
+    k: torch.Tensor | None  # of the keys'; None: not rotary
+    mask: torch.Tensor | None  # what to add to the logits, or bool: True where to look; broadcasts to (B, H, T, S)
+    is_causal: bool  # whether, where there is no mask, every token sees those before it alone
+
+
+class Memory(NamedTuple):
+    """What an encoder made of its source."""
+    h: torch.Tensor  # (B, S, C)
+    mask: torch.Tensor  # (B, 1, 1, S) bool: False where a row is padded
+    length: torch.Tensor  # (B,) of its tokens
 
 
 def attend(q, k, v, mask, is_causal, dropout):
@@ -246,52 +305,71 @@ def attend(q, k, v, mask, is_causal, dropout):
     (T = 64: 0.7 against 2.7 ms, T = 256: 18 against 34 ms, T = 1024: 3 times longer).
     """
     groups = q.size(1) // k.size(1)
-    if not (q.device.type == 'cpu' and q.dtype == torch.bfloat16 and is_causal and k.size(2) <= 256):
+    mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
+    if not (q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) > 1 and k.size(2) <= 256):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=groups > 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.dropout(attention_matrix(q, k), dropout) @ v
+    return F.dropout(attention_matrix(q, k, mask, is_causal), dropout) @ v
 
 
-def attention_matrix(q, k):
-    """softmax(q·kᵀ / sqrt(D)), causal: q and k (B, H, T, D), of as many heads → (B, H, T, T)."""
-    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-    return ((q * q.size(-1) ** -0.5) @ k.mT).masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype)
+def attention_matrix(q, k, mask, is_causal):
+    """softmax(q·kᵀ / sqrt(D)) of q (B, H, T, D) and k (B, H, S, D), with a mask as in Places, or causal → (B, H, T, S)."""
+    logits = (q * q.size(-1) ** -0.5) @ k.mT
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1, dtype=q.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with n_head query heads over kv_heads key and value heads."""
+    """n_head query heads of x over kv_heads heads of keys and values: those of x itself, or of what an encoder made of a source (is_cross)."""
 
-    def __init__(self, cfg, layer):
+    def __init__(self, cfg, layer, is_cross=False):
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.layer, self.is_cross = cfg, layer, is_cross
         self.q, self.k, self.v, self.o = (linear(cfg, layer, f'attn.{name}') for name in 'qkvo')
-        self.v_mix = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and layer else None  # share of the first layer's values
+        self.v_mix = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and layer and not is_cross else None  # share of the first layer's values
 
-    def forward(self, x, rotary, v0=None, cache=None):
-        """x (B, T, C) → (B, T, C), and the first layer's values v0 (B, T, kv_heads, D) for the layers after it."""
-        B, T, _ = x.shape
-        D = self.cfg.d_head
-        q = self.q(x).view(B, T, -1, D)  # (B, T, H, D)
-        k = self.k(x).view(B, T, -1, D)  # (B, T, kv_heads, D)
-        v = self.v(x).view(B, T, -1, D)
+    def forward(self, x, at, v0=None, cache=None, memory=None):
+        """x (B, T, C), at: Places, memory (B, S, C) → (B, T, C), and the first layer's values v0 (B, T, kv_heads, D) for the layers after it."""
+        if self.is_cross:
+            q = self.turn(self.heads(self.q, x), at.q)
+            k, v = self.look_up(memory, at) if cache is None else cache.once(self.layer, lambda: self.look_up(memory, at))
+        else:
+            q, k, v, v0 = self.of_itself(x, at, v0)
+            if cache is not None:
+                k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
+        if self.cfg.depth_scale == 'attn':
+            q = q / (self.layer + 1)
+        if self.cfg.t5_scale:
+            q = q * self.cfg.d_head ** 0.5
+        y = attend(q, k, v, at.mask, at.is_causal and at.mask is None and x.size(1) > 1, self.cfg.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(2)), v0
+
+    def of_itself(self, x, at, v0):
+        """q (B, H, T, D), k, v (B, kv_heads, T, D) of x, and v0."""
+        q, k, v = (self.heads(layer, x) for layer in (self.q, self.k, self.v))
         if self.v_mix is not None:
             v = v + self.v_mix * (v0 - v)
         elif self.cfg.value_residual:
             v0 = v
-        qk = torch.cat([q, k], dim=2)  # (B, T, H + kv_heads, D): what both need is done once
+        qk = self.turn(torch.cat([q, k], dim=2), at.q)  # (B, H + kv_heads, T, D): what both need is done once
+        return *qk.split([q.size(2), k.size(2)], dim=1), v.transpose(1, 2), v0
+
+    def look_up(self, memory, at):
+        """k and v (B, kv_heads, S, D) of memory (B, S, C)."""
+        return self.turn(self.heads(self.k, memory), at.k), self.heads(self.v, memory).transpose(1, 2)
+
+    def heads(self, layer, x):
+        return layer(x).unflatten(-1, (-1, self.cfg.d_head))  # (B, T, H, D)
+
+    def turn(self, heads, angles):
+        """Queries or keys (B, T, H, D), normalised and turned by their positions → (B, H, T, D)."""
         if self.cfg.qk_norm:
-            qk = F.rms_norm(qk, (D,))
-        if rotary is not None:
-            qk = rotate(qk, rotary)
-        q, k = qk.transpose(1, 2).split([q.size(2), k.size(2)], dim=1)  # (B, H, T, D)
-        if self.cfg.depth_scale == 'attn':
-            q = q / (self.layer + 1)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # the past and these: (B, kv_heads, S, D)
-        y = attend(q, k, v, cache.mask if cache is not None else None, T == k.size(2) and T > 1, self.cfg.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1)), v0
+            heads = F.rms_norm(heads, (self.cfg.d_head,))
+        return (heads if angles is None else rotate(heads, angles)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -309,16 +387,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg, layer):
+    def __init__(self, cfg, layer, has_cross=False):
         super().__init__()
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
+        self.norm_x, self.cross = (norm(cfg.n_embd, cfg), Attention(cfg, layer, is_cross=True)) if has_cross else (None, None)
         self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
         self.scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0  # of what the norms put out
 
-    def forward(self, x, rotary, v0=None, cache=None):
-        y, v0 = self.attn(self.normed(self.norm_1, x), rotary, v0, cache)
+    def forward(self, x, at, v0=None, cache=None, memory=None, across=None):
+        """x (B, T, C) with its Places; in a decoder with an encoder memory (B, S, C) too, and the Places between them → (B, T, C), v0."""
+        y, v0 = self.attn(self.normed(self.norm_1, x), at, v0, cache)
         x = x + self.drop(y)
+        if self.cross is not None:
+            x = x + self.drop(self.cross(self.normed(self.norm_x, x), across, None, cache, memory)[0])
         return x + self.drop(self.mlp(self.normed(self.norm_2, x))), v0
 
     def normed(self, norm, x):
@@ -420,9 +502,9 @@ def cap(logits, softcap):
 
 class Transformer(nn.Module):
     """
-    A decoder: idx (B, T) → logits (B, T, vocab_size), or with targets the cross-entropy in nats.
+    A decoder, perhaps with an encoder: idx (B, T), source (B, S) → logits (B, T, vocab_size), or with targets the cross-entropy in nats.
 
-    Raises ValueError for a configuration that cannot work and for more tokens than block_size.
+    Raises ValueError for a configuration that cannot work and for more tokens than block_size, or source_size.
     """
 
     def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
@@ -433,42 +515,85 @@ class Transformer(nn.Module):
         self.cfg, self.recompute = cfg, False  # recompute: keep only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv 1604.06174)
         self.wte = nn.Embedding(cfg.padded_vocab, cfg.rank_embed or cfg.n_embd)
         self.wte_up = nn.Linear(cfg.rank_embed, cfg.n_embd, bias=False) if cfg.rank_embed else None
-        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == 'learned' else None
+        self.wpe = nn.Embedding(max(cfg.block_size, cfg.source_context), cfg.n_embd) if cfg.position == 'learned' else None
         self.norm_e = norm(cfg.n_embd, cfg) if cfg.embed_norm else nn.Identity()
         self.drop = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        has_encoder, is_relative = cfg.n_encoder_layer > 0, cfg.position == 'relative'
+        self.encoder = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_encoder_layer)) if has_encoder else None
+        self.rel_encoder = RelativeBias(cfg.n_head, is_causal=False) if has_encoder and is_relative else None
+        self.norm_encoder = norm(cfg.n_embd, cfg) if has_encoder else None
+        self.blocks = nn.ModuleList(Block(cfg, layer, has_encoder) for layer in range(cfg.n_layer))
+        self.rel = RelativeBias(cfg.n_head, is_causal=True) if is_relative else None
         self.norm_f = norm(cfg.n_embd, cfg)
         self.head_down = nn.Linear(cfg.n_embd, cfg.rank_head, bias=False) if cfg.rank_head and not cfg.tie else None
         self.head = None if cfg.tie else nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
-        rotary = rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta) if cfg.position == 'rope' else None
+        length = cfg.block_size + cfg.source_context if cfg.cross_rope == 'offset' else max(cfg.block_size, cfg.source_context)
+        rotary = rotary_table(length, cfg.d_head, cfg.rope_theta) if cfg.position == 'rope' else None
         self.register_buffer('rotary', rotary, persistent=False)
         if init and not self.wte.weight.is_meta:
             self.init_weights()
 
     # --- forward ---
 
-    def hidden(self, idx, cache=None):
-        """The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py)."""
+    def hidden(self, idx, cache=None, memory=None):
+        """
+        The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py), memory is what
+        encode() made of the source.
+        """
         if idx.size(1) > self.cfg.block_size:
             raise ValueError(f'{idx.size(1)} tokens are longer than block_size={self.cfg.block_size}')
-        positions = cache.positions if cache is not None else slice(idx.size(1))
+        T, S = idx.size(1), 0 if memory is None else memory.h.size(1)
+        positions = cache.positions if cache is not None else slice(T)
+        numbers = cache.positions if cache is not None else torch.arange(T, device=idx.device)
+        at = Places(*[self.angles(positions)] * 2, None if cache is None else cache.mask, is_causal=True)
+        if self.rel is not None:
+            at = at._replace(mask=self.rel(numbers, numbers if cache is None else cache.slots[:cache.used]))
+        across = Places(None, None, memory.mask, is_causal=False) if S else None
+        if self.cfg.cross_rope != 'none':
+            begin = memory.length[:, None] if self.cfg.cross_rope == 'offset' else 0
+            across = across._replace(q=self.angles(begin + numbers), k=self.angles(slice(S)))
+        x = self.run(self.blocks, self.embed(idx, positions), at, cache, memory.h if S else None, across)
+        return self.norm_f(x)
+
+    def encode(self, source):
+        """The Memory of source (B, S) int64, -1 where a row is padded at its end; every row has a token at least."""
+        if source.size(1) > self.cfg.source_context:
+            raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
+        real, positions = source >= 0, slice(source.size(1))
+        mask = real[:, None, None]
+        at = Places(*[self.angles(positions)] * 2, mask, is_causal=False)
+        if self.rel_encoder is not None:
+            numbers = torch.arange(source.size(1), device=source.device)
+            at = at._replace(mask=self.rel_encoder(numbers, numbers).masked_fill(~mask, -torch.inf))
+        x = self.run(self.encoder, self.embed(source.clamp(min=0), positions), at)
+        return Memory(self.norm_encoder(x), mask, real.sum(1))
+
+    def angles(self, positions):
+        return self.rotary[:, positions] if self.rotary is not None else None
+
+    def embed(self, idx, positions):
+        """Tokens (B, T) at positions, a slice or (T,) → (B, T, C)."""
         x = self.wte(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
         if self.wte_up is not None:
             x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe.weight[positions]
-        x = self.drop(self.norm_e(x))
-        rotary = self.rotary[:, positions] if self.rotary is not None else None
+        return self.drop(self.norm_e(x))
+
+    def run(self, blocks, x, at, cache=None, memory=None, across=None):
+        """x (B, T, C) through all blocks of a stack."""
         v0 = None
-        for block in self.blocks:
+        for block in blocks:
             if self.recompute and self.training:
-                x, v0 = checkpoint(block, x, rotary, v0, use_reentrant=False)
+                x, v0 = checkpoint(block, x, at, v0, None, memory, across, use_reentrant=False)
             else:
-                x, v0 = block(x, rotary, v0, cache)
-        return self.norm_f(x)
+                x, v0 = block(x, at, v0, cache, memory, across)
+        return x
 
     def head_input(self, h):
         """h (…, C) and the matrix (V padded, …) whose product are the logits: a low-rank head's inner factor is applied here."""
+        if self.cfg.tie and self.cfg.t5_scale:
+            h = h * self.cfg.n_embd ** -0.5
         if self.cfg.tie:
             return (h @ self.wte_up.weight if self.wte_up is not None else h), self.wte.weight
         return (self.head_down(h) if self.head_down is not None else h), self.head.weight
@@ -479,13 +604,15 @@ class Transformer(nn.Module):
         logits = (F.linear(h, weight) if self.head is None else self.head(h)).float()[..., :self.cfg.vocab_size]
         return cap(logits, self.cfg.softcap)
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None):
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None, source=None):
         """
         idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss over the targets that are not
         negative: their mean, or for reduction='sum' their sum (so that the caller can divide by the global batch's count).
-        teacher: a Teacher of the same B·T tokens to learn from beside them.
+        teacher: a Teacher of the same B·T tokens to learn from beside them. source (B, S) int64, as encode() takes it: what the encoder reads.
         """
-        h = self.hidden(idx, cache)
+        if (source is None) != (self.encoder is None):
+            raise ValueError('an encoder-decoder takes a source, a decoder none')
+        h = self.hidden(idx, cache, None if source is None else self.encode(source))
         if targets is None:
             return self.logits(h)
         h, weight = self.head_input(h)
@@ -523,15 +650,27 @@ class Transformer(nn.Module):
         q, k, v, MLP up and gate    normal, init_std or 1/sqrt(inputs)
         o, MLP down                 zero, or the same over sqrt(2 n_layer), as in GPT-2
         low-rank factors            of the matrix they stand for: rank_init
-        norms one, biases zero, the vocabulary's padding zero
+        rel                         normal, init_std or 1/sqrt(n_embd)
+        norms one, biases zero, the vocabulary's padding zero. t5_scale: see there
         """
         cfg = self.cfg
-        for block in self.blocks:
-            for layer in (block.attn.q, block.attn.k, block.attn.v, block.attn.o, block.mlp.up, block.mlp.gate, block.mlp.down):
-                if layer is not None:
-                    is_output = layer in (block.attn.o, block.mlp.down)
-                    init_linear(layer, cfg, 1 / math.sqrt(2 * cfg.n_layer) if is_output else 1.0, zero=is_output and cfg.zero_init)
-        embed_std = cfg.init_std or (min(0.02, 4 / cfg.n_embd) if cfg.tie else 1.0 if cfg.embed_norm else 0.02)  # norms take the scale out
+        for block in [*(self.encoder or ()), *self.blocks]:
+            depth = cfg.n_layer if block in set(self.blocks) else cfg.n_encoder_layer
+            depth_scale = 1.0 if cfg.t5_scale else 1 / math.sqrt(2 * depth)
+            for attention in filter(None, (block.attn, block.cross)):
+                init_linear(attention.q, cfg, cfg.d_head ** -0.5 if cfg.t5_scale else 1.0)
+                init_linear(attention.k, cfg)
+                init_linear(attention.v, cfg)
+                init_linear(attention.o, cfg, depth_scale, zero=cfg.zero_init)
+            for layer in filter(None, (block.mlp.up, block.mlp.gate)):
+                init_linear(layer, cfg)
+            init_linear(block.mlp.down, cfg, depth_scale, zero=cfg.zero_init)
+        for bias in filter(None, (self.rel, self.rel_encoder)):
+            nn.init.normal_(bias.weight, std=cfg.init_std or cfg.n_embd ** -0.5)
+        embed_std = min(0.02, 4 / cfg.n_embd) if cfg.tie else 0.02
+        if cfg.t5_scale or cfg.embed_norm and not cfg.tie:  # what follows takes the scale out
+            embed_std = 1.0
+        embed_std = cfg.init_std or embed_std
         nn.init.normal_(self.wte.weight, std=embed_std)
         self.wte.weight[cfg.vocab_size:] = 0
         if self.wpe is not None:
@@ -559,16 +698,27 @@ class Transformer(nn.Module):
         """
         Floating-point operations of training on one token: forward and backward of every matmul that runs (2 + 4 per
         weight, head and factors included, look-ups not) and of attention at full length, 12 T H D a layer (PaLM,
-        arXiv 2204.02311, appendix B: causal kernels do about half of that).
+        arXiv 2204.02311, appendix B: causal kernels do about half of that). With an encoder: on one token of the target and its share,
+        source_size / block_size tokens, of the source, by which encoder, keys and values of cross-attention are multiplied.
         """
-        cfg = self.cfg
-        matmuls = sum(p.numel() for name, p in self.named_parameters() if p.ndim >= 2 and name not in ('wte.weight', 'wpe.weight'))
+        cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
+        target, source = 0, 0  # weights that are multiplied by a token of either
+        for name, p in self.named_parameters():
+            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel')):
+                continue
+            if re.match(r'encoder\.|blocks\.\d+\.cross\.[kv]\.', name):
+                source += p.numel()
+            else:
+                target += p.numel()
         if cfg.tie:
-            matmuls += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
-        return 6 * matmuls + 12 * cfg.n_layer * cfg.block_size * cfg.n_head * cfg.d_head
+            target += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
+        if self.wte_up is not None and S:
+            source += self.wte_up.weight.numel()
+        pairs = cfg.n_layer * T * (T + S) + cfg.n_encoder_layer * S * S  # of a query and a key, in a row
+        return 6 * target + 6 * source * S // T + 12 * pairs // T * cfg.n_head * cfg.d_head
 
 
-def init_linear(layer, cfg, scale, zero):
+def init_linear(layer, cfg, scale=1.0, zero=False):
     """Init a dense or low-rank layer whose product has deviation scale * (init_std or 1/sqrt(inputs)); zero: whose output is zero."""
     low_rank = isinstance(layer, LowRank)
     n_in, last = (layer.down.in_features, layer.up) if low_rank else (layer.in_features, layer)
@@ -652,7 +802,7 @@ class Markov(nn.Module):
         if init and not self.wte.weight.is_meta:
             self.init_weights()
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, memory=None):
         """What logits() wants of each token: (B, T, R), or for a full table idx itself. The past is of no use, so the cache stays empty."""
         return idx if self.head is None else self.drop(self.wte(idx))
 

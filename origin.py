@@ -24,13 +24,20 @@ def model_config(s):
     return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
-def read_model(where, which='best'):
-    """(ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
+def read_model(where, which='best', encoder=False):
+    """
+    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows. encoder: whether
+    the caller can do with an encoder-decoder; else UserError.
+    """
     if hub.knows(where):
-        return *hub.load(where), hub.find(where)
-    folder = checkpoint.find(where, which)
-    cfg = from_dict(ModelConfig, checkpoint.load_state(folder)['model'], os.path.join(folder, 'state.json'))
-    return cfg, checkpoint.read_weights(folder), folder
+        cfg, weights, folder = *hub.load(where), hub.find(where)
+    else:
+        folder = checkpoint.find(where, which)
+        cfg = from_dict(ModelConfig, checkpoint.load_state(folder)['model'], os.path.join(folder, 'state.json'))
+        weights = checkpoint.read_weights(folder)
+    if cfg.n_encoder_layer and not encoder:
+        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), this takes a decoder alone: sample.py runs it')
+    return cfg, weights, folder
 
 
 def load_model(where, which='best'):

@@ -4,6 +4,7 @@ Text from a checkpoint.
     python sample.py --out_dir=out/lowrank --start="Once upon a time" --num_samples=3
     python sample.py --out_dir=out/lowrank --start=FILE:prompt.txt --temperature=0      # greedy
     python sample.py --out_dir=out/lowrank --interactive
+    python sample.py --init_from=hf:FOLDER --start="translate English to German: The house is wonderful." --num_beams=4     # T5: an encoder reads it
 
 generate() and its KV cache live here; other scripts import them. The fastest path:
 
@@ -47,6 +48,8 @@ class Settings(DeviceConfig):
     top_k: int = 200  # only the k likeliest tokens; 0 = all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv 1904.09751)
     min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
+    num_beams: int = 0  # above 0: one text, the likeliest that a beam search with so many hypotheses finds
+    length_penalty: float = 1.0  # of the beam search: above 0 favours longer texts, below shorter ones
     repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019, arXiv 1909.05858)
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several times
     seed: int = 1337
@@ -63,6 +66,8 @@ class Settings(DeviceConfig):
                                 ('repetition_penalty', 1e-9, math.inf), ('seed', 0, 2 ** 63 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number between {low:.0f} and {high}')
+        if self.num_beams < 0:
+            raise ValueError(f'num_beams={self.num_beams}: must not be negative')
         if '' in self.stop:
             raise ValueError('stop: an empty text would end every sample at once')
 
@@ -80,6 +85,7 @@ class KVCache:
 
     def __init__(self, model, size, compile=False):
         self.buffers, self.size, self.length, self.compile = [None] * model.cfg.n_layer, size, 0, compile
+        self.source = [None] * model.cfg.n_layer  # keys and values of an encoder's memory, (B, kv_heads, S, D) each
         self.slots = torch.arange(size, device=next(model.parameters()).device)
 
     def extend(self, T):
@@ -104,10 +110,21 @@ class KVCache:
             buffer[:, :, self.positions] = new
         return [buffer[:, :, :self.used] for buffer in self.buffers[layer]]
 
+    def once(self, layer, look_up):
+        """The keys and values that a layer looks up in its source: made by the first step, there for all others."""
+        if self.source[layer] is None:
+            self.source[layer] = list(look_up())
+        return self.source[layer]
+
+    def select(self, rows):
+        """Go on with these rows (B,) of the batch, of which one may come several times."""
+        for tensors in (*filter(None, self.buffers), *filter(None, self.source)):
+            tensors[:] = [t[rows] for t in tensors]
+
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-             generator=None, eot=None, vocab_size=None, use_cache=True, compile=False):
+             generator=None, eot=None, vocab_size=None, use_cache=True, compile=False, sources=None):
     """
     Yield one (B,) int64 tensor of next tokens at a time, max_new_tokens of them; -1 where a row ended with `eot` before.
 
@@ -117,8 +134,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     When the context is full it slides on: the newer half of it is encoded afresh at positions 0…, so every token is
     computed as in training, with learned positions too, and cached = uncached token for token.
     compile: decode by one compiled graph a token (prompts are read eagerly, in one pass); of use with the cache only.
+    sources: what the encoder reads, where there is one, a list of token ids for each prompt.
     """
     T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
+    memory = None if sources is None else model.encode(pad(sources, device))
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long, device=device)
@@ -133,7 +152,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             start = end - max(1, T // 2)
             if use_cache:
                 cache.length = 0
-        logits = next_logits(model, tokens[:, start:end], cache)[:, :V]  # (B, V)
+        logits = next_logits(model, tokens[:, start:end], cache, memory)[:, :V]  # (B, V)
         drawn = draw(logits, tokens[:, :end], temperature, top_k, top_p, min_p, repetition_penalty, generator)
         prompting, done = end < lengths, end >= lengths + max_new_tokens
         tokens[:, end] = torch.where(prompting, tokens[:, end], drawn)
@@ -144,17 +163,22 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             return
 
 
-def next_logits(model, window, cache):
+def pad(rows, device):
+    """Lists of token ids → (B, S) int64, -1 at the ends of the shorter ones."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True, padding_value=-1)
+
+
+def next_logits(model, window, cache, memory=None):
     """Logits (B, vocab_size) of what follows `window` (B, T); computed are those of its tokens that the cache has not."""
     new = window if cache is None else window[:, cache.length:]
     if cache is None or not cache.extend(new.size(1)):
-        return step(model, new, cache)
+        return step(model, new, cache, memory)
     # contiguous: its strides are then always the same, or it would be compiled again
-    return compiled_step(new.device.type)(model, new.clone(memory_format=torch.contiguous_format), cache)
+    return compiled_step(new.device.type)(model, new.clone(memory_format=torch.contiguous_format), cache, memory)
 
 
-def step(model, idx, cache):
-    return model.logits(model.hidden(idx, cache)[:, -1])
+def step(model, idx, cache, memory=None):
+    return model.logits(model.hidden(idx, cache, memory)[:, -1])
 
 
 @functools.cache
@@ -183,6 +207,39 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
     # the token with the largest p / Exp(1) is a draw from p; random numbers from the CPU: the same text on every device
     noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
     return (logits.softmax(-1) / noise).argmax(-1)
+
+
+@torch.no_grad()
+def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, eot=None, vocab_size=None, source=None):
+    """
+    The likeliest continuation that num_beams hypotheses at a time find, list of token ids, up to and with `eot`: its log-probability over
+    its length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6) is the highest. It ends when the best
+    open hypothesis, at the length it has, is no better than the worst of num_beams finished ones, as transformers' (early_stopping=False) does.
+    prompt, source: lists of token ids, the second for the encoder. Raises ValueError for more tokens than block_size.
+    """
+    V, device = vocab_size or model.cfg.vocab_size, next(model.parameters()).device
+    size = len(prompt) + max_new_tokens
+    if size - 1 > model.cfg.block_size:
+        raise ValueError(f'{len(prompt)} tokens and max_new_tokens={max_new_tokens} are more than block_size={model.cfg.block_size}')
+    memory = None if source is None else model.encode(pad([source] * num_beams, device))
+    cache, finished = KVCache(model, size), []  # finished: (score, tokens)
+    tokens = torch.tensor([prompt] * num_beams, device=device)
+    scores = torch.tensor([0.0] + [-1e9] * (num_beams - 1), device=device)  # the hypotheses are equal at first: only one of them counts
+    for length in range(1, max_new_tokens + 1):
+        total = next_logits(model, tokens, cache, memory)[:, :V].log_softmax(-1) + scores[:, None]  # (beams, V)
+        best, where = total.flatten().topk(min(2 * num_beams, total.numel()))  # at most one in a beam ends: enough go on
+        rows, drawn = where // V, where % V
+        ends = drawn == (-1 if eot is None else eot)
+        for n in ends[:num_beams].nonzero().flatten().tolist():
+            finished.append((best[n].item() / length ** length_penalty, tokens[rows[n], len(prompt):].tolist() + [eot]))
+        finished = sorted(finished, reverse=True)[:num_beams]
+        rows, drawn, scores = rows[~ends][:num_beams], drawn[~ends][:num_beams], best[~ends][:num_beams]
+        tokens = torch.cat([tokens[rows], drawn[:, None]], dim=1)
+        cache.select(rows)
+        if len(finished) == num_beams and scores[0].item() / length ** length_penalty <= finished[-1][0]:
+            return finished[0][1]
+    finished += [(score / max_new_tokens ** length_penalty, row[len(prompt):].tolist()) for score, row in zip(scores.tolist(), tokens)]
+    return max(finished)[1]
 
 
 def stream(model, tokenizer, prompts, stop=(), **options):
@@ -240,15 +297,15 @@ class Row:
 # -----------------------------------------------------------------------------
 # Loading
 
-def load(where, which='best'):
-    """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows."""
-    cfg, weights, folder = read_model(where, which)
+def load(where, which='best', encoder=False):
+    """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; encoder as read_model()."""
+    cfg, weights, folder = read_model(where, which, encoder)
     description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     if hub.knows(where):
-        tokenizer.begin = tokenizer.bos()
+        tokenizer.begin = (hub.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
     return fill(cfg, weights, folder), tokenizer
 
 
@@ -269,11 +326,16 @@ def read_prompt(start):
 
 
 def encode_prompt(text, tokenizer, cfg):
-    """Token ids of a prompt; an empty one is the end of the document before. Raises UserError for one that does not fit."""
-    ids = [*tokenizer.begin, *tokenizer.encode(text)] or [tokenizer.eot or 0]
-    if len(ids) > cfg.block_size:
-        raise UserError(f'start: the prompt has {len(ids)} tokens, the context of this model {cfg.block_size}: shorten it')
-    return ids
+    """
+    (ids that the decoder goes on from, ids for the encoder or None) of a prompt; an empty one is the end of the document before. An encoder reads
+    the prompt and the end of text, as in training. Raises UserError for one that does not fit.
+    """
+    ids = [*(() if cfg.n_encoder_layer else tokenizer.begin), *tokenizer.encode(text)]
+    prompt, source = (list(tokenizer.begin) or [tokenizer.eot or 0], [*ids, tokenizer.eot or 0]) if cfg.n_encoder_layer else (ids or [tokenizer.eot or 0], None)
+    for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
+        if len(tokens) > most:
+            raise UserError(f'start: {name} has {len(tokens)} tokens, the context of this model {most}: shorten it')
+    return prompt, source
 
 
 # -----------------------------------------------------------------------------
@@ -326,13 +388,20 @@ def pack(model, dtype='bfloat16', int8=False):
 # -----------------------------------------------------------------------------
 # On the terminal
 
-def print_samples(model, tokenizer, prompt, s, generator, compile):
-    """Draw s.num_samples continuations of `prompt` as one batch: the first appears as it is written, the others after it."""
-    ids = encode_prompt(prompt, tokenizer, model.cfg)
-    texts = [prompt] * s.num_samples
-    print(prompt, end='', flush=True)
+def print_samples(model, tokenizer, text, s, generator, compile):
+    """Draw s.num_samples continuations of `text` as one batch: the first appears as it is written, the others after it."""
+    prompt, source = encode_prompt(text, tokenizer, model.cfg)
+    texts = ['' if source else text] * s.num_samples
+    print(texts[0], end='', flush=True)
+    if s.num_beams:
+        if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
+            raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search has no room beyond the context of {model.cfg.block_size}: lower it')
+        ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.eot, tokenizer.vocab_size, source)
+        print(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids) + '\n---------------', flush=True)
+        return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
-    for row, piece in stream(model, tokenizer, [ids] * s.num_samples, s.stop, generator=generator, compile=compile, **options):
+    for row, piece in stream(model, tokenizer, [prompt] * s.num_samples, s.stop, generator=generator, compile=compile,
+                             sources=[source] * s.num_samples if source else None, **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -344,7 +413,7 @@ def print_samples(model, tokenizer, prompt, s, generator, compile):
 def main():
     s = configure(Settings)
     device = pick_device(s.device)
-    model, tokenizer = load(s.out_dir if s.init_from == 'resume' else s.init_from, s.which)
+    model, tokenizer = load(s.out_dir if s.init_from == 'resume' else s.init_from, s.which, encoder=True)
     pack(model.to(device), pick_dtype(s.dtype, device), s.int8)
     compile = s.use_cache and (s.max_new_tokens >= COMPILE_FROM if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)

@@ -91,6 +91,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
                              '0 < distill_temperature <= 1000')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
+        if self.n_encoder_layer:
+            raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: train.py gives an encoder nothing to read yet: leave it out')
         if self.grow_every and (self.rank_guide or self.arch == 'markov'):
             raise ValueError(f'grow_every={self.grow_every}: goes with neither rank_guide nor arch=markov: leave it out')
         if self.teacher and self.arch == 'markov':

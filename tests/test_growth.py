@@ -9,7 +9,7 @@ from test_surgery import ids, operate, random_model
 import checkpoint
 from configurator import UserError, read_config
 from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
-from model import ModelConfig, make_model
+from model import ModelConfig, Places, make_model
 from origin import fill, model_config
 from train import Settings
 
@@ -30,6 +30,11 @@ def logits(cfg, weights):
     return fill(cfg, weights, 'test')(ids())
 
 
+def causal(model, length):
+    angles = None if model.rotary is None else model.rotary[:, :length]
+    return Places(angles, angles, None, is_causal=True)
+
+
 # --- depth ---
 
 @pytest.mark.parametrize('settings', KINDS + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True), dict(depth_scale='attn')], ids=str)
@@ -46,11 +51,11 @@ def test_the_blocks_taken_are_the_old_ones(settings):
     cfg, weights = take_layers(old.cfg, old.state_dict(), layers)
     new, x = fill(cfg, weights, 'test'), torch.randn(1, 8, 32)
     for block, layer in zip(new.blocks, layers):
-        rotary, v0 = (None if old.rotary is None else old.rotary[:, :8]), torch.randn(1, 8, old.cfg.kv_heads, old.cfg.d_head)
+        at, v0 = causal(old, 8), torch.randn(1, 8, old.cfg.kv_heads, old.cfg.d_head)
         alone = block is new.blocks[0] or layer == 0  # such a block knows no values but its own
         if old.cfg.value_residual and alone:
             continue
-        torch.testing.assert_close(block(x, rotary, v0)[0], old.blocks[layer](x, rotary, v0)[0])
+        torch.testing.assert_close(block(x, at, v0)[0], old.blocks[layer](x, at, v0)[0])
     for name in ('wte.weight', 'norm_f.weight'):
         assert torch.equal(new.state_dict()[name], old.state_dict()[name])
 
@@ -60,7 +65,7 @@ def test_with_value_residual_the_first_block_has_its_own_values_wherever_it_goes
     cfg, weights = take_layers(old.cfg, old.state_dict(), [1, 0])
     new, x = fill(cfg, weights, 'test'), torch.randn(1, 8, 32)
     assert new.blocks[0].attn.v_mix is None and new.blocks[1].attn.v_mix == 0
-    torch.testing.assert_close(new.blocks[1](x, old.rotary[:, :8], torch.randn(1, 8, 4, 8))[0], old.blocks[0](x, old.rotary[:, :8])[0])
+    torch.testing.assert_close(new.blocks[1](x, causal(old, 8), torch.randn(1, 8, 4, 8))[0], old.blocks[0](x, causal(old, 8))[0])
 
 
 def test_where_grown_layers_are_from():

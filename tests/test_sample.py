@@ -168,7 +168,7 @@ class Scripted(torch.nn.Module):
         self.cfg, self.weight = ModelConfig(vocab_size=257, block_size=1000, n_layer=1), torch.nn.Parameter(torch.zeros(1))
         self.ids, self.at = text.encode() + b' ' * 99, 0
 
-    def hidden(self, idx, cache):
+    def hidden(self, idx, cache, memory):
         return torch.zeros(idx.size(0), 1, 1)
 
     def logits(self, h):

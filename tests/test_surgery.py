@@ -140,7 +140,7 @@ def test_from_a_run_to_a_run(dense, dataset, tmp_path):
 
 def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
     folder = saved(tmp_path / 'gpt2')
-    with pytest.raises(UserError, match='neither tokenizer.json nor tokenizer.model'):
+    with pytest.raises(UserError, match='no tokenizer.json, tokenizer.model or spiece.model'):
         run_factorize(FactorizeSettings(f'hf:{folder}', f'{tmp_path}/low', rank_mlp=40))
     from tokenizers import Tokenizer, models
     Tokenizer(models.WordLevel({'</s>': 0} | {f't{n}': n for n in range(1, 100)}, unk_token='</s>')).save(f'{folder}/tokenizer.json')

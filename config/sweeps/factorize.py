@@ -10,5 +10,5 @@ import config.fast
 base = {key: value for key, value in vars(config.fast).items() if key[0] != '_'} | {
     'dataset': 'stories', 'block_size': 256, 'batch_size': 8, 'max_iters': 100, 'eval_interval': 100, 'eval_iters': 0, 'sample_tokens': 0}
 seeds = [2]  # other rows than the first 600 steps saw
-arms = {name: [{'init_from': f'out/{name}', 'muon_lr': [rate], 'embed_lr': 10 * rate, 'head_lr': rate / 3, 'scalar_lr': rate / 2} for rate in (1e-3, 3e-3, 1e-2)]
-        for name in ('dense', 'cut48', 'cut24', 'cutqk')}
+_rates = [{'muon_lr': [rate], 'embed_lr': 10 * rate, 'head_lr': rate / 3, 'scalar_lr': rate / 2} for rate in (1e-3, 3e-3, 1e-2)]
+arms = {name: [{'init_from': f'out/{name}', **rates} for rates in _rates] for name in ('dense', 'cut48', 'cut24', 'cutqk')}
