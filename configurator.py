@@ -168,7 +168,7 @@ def convert(value, field, where):
             return float(value)
         elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
             return int(value)
-        elif kind in (int, bool, str, dict) and type(value) is kind:
+        elif kind in (int, bool, str, dict, list) and type(value) is kind:
             return value
         elif typing.get_origin(kind) is list:
             items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
@@ -190,7 +190,7 @@ def describe(annotation):
         elif typing.get_origin(kind) is list:
             names.append(f'a list of {typing.get_args(kind)[0].__name__}')
         else:
-            names.append({type(None): 'None', bool: 'True or False'}.get(kind, kind.__name__))
+            names.append({type(None): 'None', bool: 'True or False', list: 'a list'}.get(kind, kind.__name__))
     return ' | '.join(names)
 
 

@@ -7,7 +7,7 @@ so that resuming needs one integer, any number of ranks and micro-batches sees t
 never disturbs training. Nothing is held in memory but open files: 1e11 windows cost as much as ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
-    x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target
+    x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target; for an encoder, a source too
 """
 import hashlib
 import json
@@ -21,12 +21,13 @@ from typing import Literal
 import numpy as np
 
 from configurator import UserError
+from objectives import Objective, ObjectiveConfig
 
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ObjectiveConfig):
     dataset: str | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
@@ -210,29 +211,44 @@ def read_pickle(path):
 # Rows
 
 class Source:
-    """One corpus as numbered rows of block_size + 1 tokens: row(i) for i in range(len), the whole split once."""
+    """
+    One corpus as numbered rows of tokens: row(i) for i in range(len), the whole split once. Their length, block_size + 1 tokens, and what
+    they ask of the network is the objective's: causal, or what objective(meta.json) makes.
+    """
 
-    def __init__(self, name, split, block_size, packing, verify=False):
-        self.name, self.packing, self.block_size = name, packing, block_size
+    def __init__(self, name, split, block_size, packing, verify=False, objective=None):
+        self.name = name
         self.files = TokenFiles(find_folder(name), split, verify)
+        self.objective = objective(self.files.meta) if objective else Objective('causal', block_size)
+        self.packing = packing = 'document' if self.objective.is_pairs else packing
         if packing != 'stream' and not self.files.documents:
             raise UserError(f"packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): use packing=stream")
-        self.rows = self.files.documents if packing == 'document' else -(-(self.files.tokens - 1) // block_size)
+        overlap = self.objective.length - self.objective.stride
+        self.rows = self.files.documents if packing == 'document' else -(-(self.files.tokens - overlap) // self.objective.stride)
 
     def row(self, number, noise=0):
-        """Up to block_size + 1 tokens, int64. `noise` picks the crop of a document that is too long."""
-        T = self.block_size
+        """Up to objective.length tokens, int64. `noise` picks the crop of a document that is too long."""
+        length, stride = self.objective.length, self.objective.stride
         if self.packing == 'document':
             start, end = self.files.document(number)
-            room = end - start - (T + 1)
+            room = 0 if self.objective.is_pairs else end - start - length
             if room > 0:
                 start += splitmix(noise) % (room + 1)
-            return self.files.read(start, min(T + 1, end - start))
-        start = number * T
+                end = start + length
+            return self.files.read(start, end - start)
+        start = number * stride
         if self.packing == 'aligned':
             document = self.files.next_document(start)
-            start = document if document is not None and document < min(start + T, self.files.tokens - 1) else start
-        return self.files.read(start, T + 1)
+            start = document if document is not None and document < min(start + stride, self.files.tokens - 1) else start
+        return self.files.read(start, length)
+
+    def example(self, number, noise):
+        """(what is read, what is written) of a row, int64 each. `noise` decides the crop and what is masked."""
+        return self.objective.example(self.row(number, noise), splitmix(noise, 1))
+
+    def bytes_per_token(self):
+        """Bytes of text a target stands for; 0 where that is not known, or only a part of the text is a target."""
+        return self.files.bytes / self.files.tokens if self.objective.kind == 'causal' else 0
 
     def tokens_per_row(self):
         """Mean number of targets in a row."""
@@ -241,16 +257,7 @@ class Source:
         lengths = np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))])
         if not (lengths > 1).any():
             raise UserError(f'packing=document: no document of {self.name} has more than one token: use packing=stream')
-        return float(np.minimum(lengths - 1, self.block_size).mean())
-
-
-def fill(rows, block_size, height=0):
-    """Rows of up to block_size + 1 tokens → x, y (B, T) int64: y is x one token on; padding, also to `height` rows, is 0 in x, -1 in y."""
-    x = np.zeros((max(len(rows), height), block_size), np.int64)
-    y = np.full(x.shape, -1, np.int64)
-    for i, row in enumerate(rows):
-        x[i, :len(row) - 1], y[i, :len(row) - 1] = row[:-1], row[1:]
-    return x, y
+        return float(np.minimum(lengths - 1, self.objective.stride).mean())
 
 
 class Mixture:
@@ -261,13 +268,14 @@ class Mixture:
     each source has its share of n, give or take one for every other source.
     """
 
-    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False):
+    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False, objective=None):
         weights = dataset if isinstance(dataset, dict) else {dataset: 1}
         for name, w in weights.items() or [('', 0)]:
             if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)) or not 1e-6 <= w <= 1e6:
                 raise UserError(f'dataset={dataset}: a mixture takes names, and for each a number between 1e-6 and 1e6')
-        self.block_size, self.seed = block_size, seed
-        self.sources = [Source(name, split, block_size, packing, verify) for name in weights]
+        self.seed = seed
+        self.sources = [Source(name, split, block_size, packing, verify, objective) for name in weights]
+        packing = self.sources[0].packing
         same_tokenizer(self.sources)
         shares = [Fraction(str(w)) for w in weights.values()]
         if mix_by == 'documents' and packing != 'document':
@@ -295,7 +303,7 @@ class Mixture:
         raise AssertionError('the last source takes all that is left')
 
     def rows(self, samples):
-        """x, y (len(samples), block_size) int64 for global sample numbers: a pure function of them and the seed."""
+        """x, y (len(samples), block_size) int64, and for an encoder source (…, source_size), of global sample numbers: a function of them and the seed."""
         places = [self.locate(int(i)) for i in samples]
         out = [None] * len(places)
         for k, source in enumerate(self.sources):
@@ -304,16 +312,16 @@ class Mixture:
                 slots = [(n, j % source.rows) for n, j in mine if j // source.rows == epoch]
                 numbers = permute(np.array([j for _, j in slots]), source.rows, splitmix(self.seed, k, epoch))
                 for (n, _), number in zip(slots, numbers):
-                    out[n] = source.row(int(number), noise=splitmix(self.seed, k, epoch, int(number)))
-        return fill(out, self.block_size)
+                    out[n] = source.example(int(number), noise=splitmix(self.seed, k, epoch, int(number)))
+        return self.sources[0].objective.batch(out)
 
     def epochs(self, samples):
         """How often the first `samples` samples go through each source: {name: epochs}."""
         return {s.name: samples * share / sum(self.shares) / s.rows for s, share in zip(self.sources, self.shares)}
 
     def bits_per_byte(self, nats_per_token):
-        """The loss in bits per byte of text, over the whole of the sources; None where they do not know their bytes."""
-        rates = [s.files.bytes / s.files.tokens for s in self.sources]
+        """The loss in bits per byte of text, over the whole of the sources; None where they do not know their bytes, or tokens are read and not written."""
+        rates = [s.bytes_per_token() for s in self.sources]
         bytes_per_token = sum(rate * share for rate, share in zip(rates, self.shares)) / sum(self.shares)
         return nats_per_token / log(2) / bytes_per_token if all(rates) else None
 
@@ -341,5 +349,5 @@ def validation_rows(source, count):
 
 
 def validation_batch(source, numbers, height):
-    """x, y (height, T) for row numbers of a Source; a document that is too long is cropped the same way each time."""
-    return fill([source.row(int(i), noise=int(i)) for i in numbers], source.block_size, height)
+    """As Mixture.rows() for row numbers of a Source, `height` rows; what is cropped or masked is the same each time."""
+    return source.objective.batch([source.example(int(i), noise=int(i)) for i in numbers], height)

@@ -22,7 +22,7 @@ def evaluate(model, sources, s, ranks):
         for loss, count in batch_losses(model, source, numbers, 4 * s.batch_size, ranks.device, s.dtype):  # without gradients, four times the rows fit
             nats, targets = nats + loss, targets + count
         nats, targets = ranks.sum(nats.item(), targets)
-        text_bytes = targets * source.files.bytes / source.files.tokens
+        text_bytes = targets * source.bytes_per_token()
         all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
         if len(sources) > 1:
             out |= losses(nats, targets, text_bytes, '/' + source.name)
@@ -33,10 +33,15 @@ def evaluate(model, sources, s, ranks):
 def batch_losses(model, source, numbers, height, device, dtype):
     """Yield (summed loss in nats, which stays on the device; how many targets) of `height` rows of a data.Source at a time."""
     for i in range(0, len(numbers), height):
-        x, y = (torch.from_numpy(a) for a in validation_batch(source, numbers[i:i + height], height))
+        x, y, *read = (torch.from_numpy(a).to(device) for a in validation_batch(source, numbers[i:i + height], height))
         with autocast(device, dtype):
-            loss = model(x.to(device), y.to(device), reduction='sum')
+            loss = model(x, y, reduction='sum', **reading(read))
         yield loss, int((y >= 0).sum())
+
+
+def reading(source):
+    """The argument of a model's forward pass that says what its encoder reads: [source] → {'source': source}, [] → {}."""
+    return dict(zip(('source',), source))
 
 
 def losses(nats, targets, text_bytes, suffix=''):

@@ -15,9 +15,11 @@ import hub
 from configurator import UserError, check, from_dict
 from data import Source
 from model import ModelConfig, make_model
+from objectives import stored_objective
 
 # what a resumed run may not change: the network, and which rows step n sees
-IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout'] + ['dataset', 'mix_by', 'packing', 'seed', 'optimizer']
+IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout']
+IDENTITY += ['dataset', 'mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
 
 
 def model_config(s):
@@ -40,9 +42,9 @@ def read_model(where, which='best', encoder=False):
     return cfg, weights, folder
 
 
-def load_model(where, which='best'):
+def load_model(where, which='best', encoder=False):
     """(the model in eval mode, its folder) of what read_model() knows."""
-    cfg, weights, folder = read_model(where, which)
+    cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
 
 
@@ -65,7 +67,8 @@ def validation_sources(where, cfg, dataset='', block_size=0):
         raise UserError(f'dataset: {where} does not say what it was trained on: give --dataset=NAME')
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:
-        source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'))
+        source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'),
+                        objective=lambda meta: stored_objective({} if block_size else settings, block_size or cfg.block_size, meta))
         if state and source.files.meta['tokenizer'] != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
             raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with the same --tokenizer')
         sources.append(source)

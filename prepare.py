@@ -4,6 +4,7 @@ Any text → token files.
     python prepare.py                                             # the Python standard library of this machine: no download
     python prepare.py shakespeare --tokenizer=char --out=data/shakespeare_char
     python prepare.py tinystories --tokenizer=gpt2
+    python prepare.py talks.jsonl --source=abstract --target=summary --out=data/talks                 # pairs: the one is read, the other written
     python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
 
 A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
@@ -44,8 +45,8 @@ from tqdm import tqdm
 import synthetic
 from configurator import UserError, configure, run_main
 from download import CORPORA
-from sources import TASK_SIZE, Reader, divide, documents, find_files
-from tokenizer import ANYWHERE, load_tokenizer, needs_text, new_tokenizer
+from sources import PAIR, TASK_SIZE, Reader, divide, documents, find_files
+from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
@@ -61,6 +62,9 @@ class Settings:
     tokenizer: str = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
     # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing
     text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined with a newline: prompt,response
+    source: str = ''  # for pairs: the field of what is read, and
+    target: str = ''  # of what is to be written; a document is then the source, end of text, the target, end of text (objective=seq2seq)
+    reserve: int = 0  # further tokens that no text has, for objective=ul2: 100 do for rows of 512 tokens
     val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for shakespeare
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;
     # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
@@ -71,6 +75,12 @@ class Settings:
         """Raise ValueError for values that cannot work."""
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
+        if bool(self.source) != bool(self.target):
+            raise ValueError(f'source={self.source}, target={self.target}: a pair has both: give both fields, or none')
+        if self.source and self.split == 'tail':
+            raise ValueError('split=tail: cuts documents in two, which pairs do not bear: use split=document')
+        if not 0 <= self.reserve <= 10000:
+            raise ValueError(f'reserve={self.reserve}: takes 0 to 10000')
         if self.num_proc < 0:
             raise ValueError(f'num_proc={self.num_proc}: takes a number of processes, or 0 for one on every core')
 
@@ -96,7 +106,9 @@ def tokenize(task):
             texts[split].append((where, part))
     out, unknown, longest = {}, 0, []
     for split, found in texts.items():
-        ids, lengths = tokenizer.encode_documents([text for _, text in found])
+        parts = [text.split(PAIR) for _, text in found]
+        ids, lengths = tokenizer.encode_documents([part for pair in parts for part in pair])
+        lengths = np.add.reduceat(lengths, np.cumsum([0] + [len(pair) for pair in parts[:-1]])) if found and s.source else lengths
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
             raise UserError(f'{found[0][0]}: the tokenizer gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged')
         starts = np.cumsum(lengths) - lengths if task.starts else lengths[:0]
@@ -104,7 +116,7 @@ def tokenize(task):
             ids, lengths = ids[:-1], lengths - 1
         unknown += int(np.count_nonzero(ids == tokenizer.unk))
         longest += [(int(lengths[i]), found[i][0]) for i in np.argsort(-lengths, kind='stable')[:5]]
-        out[split] = ids.astype(dtype_of(tokenizer)), starts, sum(len(text.encode()) for _, text in found)
+        out[split] = ids.astype(dtype_of(tokenizer)), starts, sum(len(pair[-1].encode()) for pair in parts)
     return out, empty, unknown, heapq.nlargest(5, longest)
 
 
@@ -241,6 +253,7 @@ def describe(s, files):
     stats = [(path, os.stat(path)) for path in [path for path, _ in files] + ([s.tokenizer] if os.path.isfile(s.tokenizer) else [])]
     inputs = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     return {'sources': s.sources, 'tokenizer': s.tokenizer, 'text_key': s.text_key, 'val_fraction': s.val_fraction, 'split': s.split, 'errors': s.errors,
+            **{name: getattr(s, name) for name in ('source', 'target', 'reserve') if getattr(s, name)},  # as folders from before these have none
             'inputs': sha256(inputs.encode()).hexdigest()}
 
 
@@ -249,11 +262,11 @@ def finished(out, source):
     try:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
-        changed = next((key for key in source if meta['source'][key] != source[key]), None)
+        changed = next((key for key in source | meta['source'] if meta['source'].get(key) != source.get(key)), None)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out') from None
     if changed:
-        what = 'from other input files' if changed == 'inputs' else f'with {changed}={meta["source"][changed]}'
+        what = 'from other input files' if changed == 'inputs' else f'with {changed}={meta["source"].get(changed)}'
         raise UserError(f'out={out}: exists, and was prepared {what}: delete it, or choose another --out')
     return meta
 
@@ -282,9 +295,15 @@ def begin(s, files, source, part):
         print(f'{part}: left by a run with other settings or inputs; starting over')
     for name in left:
         os.unlink(os.path.join(part, name))
+    plain = next((path for path, kind in files if kind not in ('lines', 'parquet')), None)
+    if s.source and plain:
+        raise UserError(f'{plain}: has no fields {s.source} and {s.target}: pairs are read from .jsonl and .parquet')
     tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
     split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
     tokenizer = tokenizer or new_tokenizer(s.tokenizer, sample(s, files))
+    if s.source and tokenizer.eot is None:
+        raise UserError(f'tokenizer={s.tokenizer}: has no end of text, which parts the source of a pair from its target: use another')
+    tokenizer = Reserved(tokenizer, s.reserve) if s.reserve else tokenizer
     return {'source': source, 'split': split, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0, 'shards': {'train': [], 'val': []},
             'empty': 0, 'unknown': 0, 'used': '', 'longest': [], 'length': 0}
 
@@ -302,9 +321,9 @@ def sample(s, files):
     reader, chars, kept, stride = Reader(files, s), set(), [], 1
     for number, task in enumerate(progress_bar('first pass', reader, reader.tasks(ANYWHERE))):
         if s.tokenizer == 'char':
-            chars.update(*(text for _, text in documents(task, s)))
+            chars.update(*(text.replace(PAIR, '') for _, text in documents(task, s)))
         elif number % stride == 0:
-            kept.append([text for _, text in documents(task, s)])
+            kept.append([text.replace(PAIR, '\n') for _, text in documents(task, s)])
             if sum(len(text) for texts in kept for text in texts) > SAMPLE_SIZE:  # too much: keep every other task, and go on like that
                 kept, stride = kept[::2], 2 * stride
     texts = sorted(chars) or [text for texts in kept for text in texts]
@@ -384,7 +403,7 @@ def run(s, files, source, out, part):
             raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
                             f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' else ''))
     meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
-            'split': s.split, 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
+            'split': s.split, **({'pairs': True} if s.source else {}), 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
     write_json(os.path.join(part, 'meta.json'), meta)
     for path in [os.path.join(part, name) for name in tokenizer.files] + [part]:
         sync_path(path)

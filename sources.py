@@ -5,7 +5,7 @@ Sources of text → documents: what prepare.py reads.
     for task in Reader(files, settings).tasks(cut):      # about 1 MB of text at a time
         for where, text in documents(task, settings):    # 'notes/a.txt:1', 'Once …'
 
-Of the settings of prepare.py it uses text_key, errors, split and val_fraction. Memory stays the same however much text there is, but for
+Of the settings of prepare.py it uses text_key, source, target, errors, split and val_fraction. Memory stays the same however much text there is, but for
 the longest line or row, and a longest document that the tokenizer lets nobody part.
 """
 import bz2
@@ -28,6 +28,7 @@ from tokenizer import ANYWHERE
 
 TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 HASHED = 2 ** 16  # characters of a document that decide its split
+PAIR = '\x1e<|target|>\x1e'  # between the source and the target of a pair, until they are tokens
 
 
 # -----------------------------------------------------------------------------
@@ -225,12 +226,12 @@ class Reader:
             import pyarrow.parquet
         except ImportError:
             raise UserError(f'{path}: reading .parquet takes pyarrow: pip install pyarrow') from None
-        keys, number, start = self.s.text_key.split(','), 0, self.position
+        keys, number, start = ','.join(fields_of(self.s)).split(','), 0, self.position
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for key in keys:
                     if key not in file.schema_arrow.names:
-                        raise UserError(f'{path}: no column {key}; it has {", ".join(file.schema_arrow.names)}: set --text_key')
+                        raise UserError(f'{path}: no column {key}; it has {", ".join(file.schema_arrow.names)}: set --{names_of(self.s)}')
                 for batch in file.iter_batches(256, columns=keys):
                     self.position = start + os.path.getsize(path) * (number + len(batch)) // file.metadata.num_rows
                     for row in batch.to_pylist():
@@ -276,26 +277,42 @@ def documents(task, s):
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{where}: broken JSON ({error}): mend or remove the line') from None
             if not isinstance(row, dict):
-                raise UserError(f'{where}: takes an object with the field {s.text_key}, got a {type(row).__name__}')
+                raise UserError(f'{where}: takes an object with the field {" and ".join(fields_of(s))}, got a {type(row).__name__}')
             found.append((where, text_of(row, s, where)))
     return found
 
 
+def fields_of(s):
+    """Which fields a row's texts are, several of one with commas between them."""
+    return (s.source, s.target) if s.source else (s.text_key,)
+
+
+def names_of(s):
+    """The settings that name them."""
+    return 'source and --target' if s.source else 'text_key'
+
+
 def text_of(row, s, where):
-    """The text of a row: its fields of text_key joined with a newline, but for empty ones."""
+    """The text of a row: its fields of text_key joined with a newline, but for empty ones; of a pair the source, PAIR and the target, '' if one is blank."""
     texts = []
-    for key in s.text_key.split(','):
-        if key not in row:
-            raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --text_key')
-        if not isinstance(row[key], str | None):
-            raise UserError(f'{where}: field {key} holds a {type(row[key]).__name__}, not text: set --text_key')
-        texts += [row[key]] if row[key] else []
-    text = '\n'.join(texts)
+    for keys in fields_of(s):
+        found = []
+        for key in keys.split(','):
+            if key not in row:
+                raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --{names_of(s)}')
+            value = row[key]
+            if s.source and isinstance(value, list):  # several summaries of one text: the first is learned
+                value = value[0] if value else None
+            if not isinstance(value, str | None):
+                raise UserError(f'{where}: field {key} holds a {type(value).__name__}, not text: set --{names_of(s)}')
+            found += [value.replace(PAIR, ' ')] if value else []
+        texts.append('\n'.join(found))
+    text = PAIR.join(texts) if all(map(str.strip, texts)) or len(texts) == 1 else ''
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can write half a surrogate pair, which is no character
         if s.errors == 'strict':
-            raise UserError(f'{where}: field {s.text_key} holds half a surrogate pair: mend it, or use --errors=replace') from None
+            raise UserError(f'{where}: field {" or ".join(fields_of(s))} holds half a surrogate pair: mend it, or use --errors=replace') from None
         text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text
 

@@ -8,7 +8,7 @@ Text ↔ token ids: bytes, characters, tiktoken, sentencepiece, tokenizer.json a
     description = tokenizer.save(folder)     # for meta.json and checkpoints; the tokenizer's files go into the folder
     load_tokenizer(description, folder)      # the same tokenizer again, hashes checked
 
-What a library does well is left to it; this file makes the six kinds answer alike.
+What a library does well is left to it; this file makes the six kinds answer alike. Reserved() gives any of them tokens that no text has.
 """
 import hashlib
 import io
@@ -340,6 +340,22 @@ class JsonTokenizer(Tokenizer):
         return tuple(around) if len(around) == 1 and around != [self.eot] else ()
 
 
+class Reserved(Tokenizer):
+    """A tokenizer with `count` tokens more, its last ones, that no text is encoded to: for what objectives.py masks. They are written <0>, <1>, …"""
+
+    def __init__(self, inner, count):
+        super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.cut, inner.files, inner.unk, **inner.more, reserved=count)
+        self.inner, self.encode, self.encode_documents, self.bos = inner, inner.encode, inner.encode_documents, inner.bos
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        first, text = self.inner.vocab_size, ''
+        for is_reserved, some in itertools.groupby(map(int, ids), lambda i: i >= first):
+            some = list(some)
+            text += ''.join(f'<{i - first}>' for i in some) if is_reserved else self.inner.decode(some)
+        return text
+
+
 def wordpiece(tokenizers, data, where):
     """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
     vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
@@ -448,6 +464,8 @@ def load_tokenizer(description, folder):
         tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name))
     else:
         raise UserError(f'{folder}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
+    if description.get('reserved'):
+        tokenizer = Reserved(tokenizer, description['reserved'])
     if description.get('sha256', tokenizer.describe()['sha256']) != tokenizer.describe()['sha256']:
         raise UserError(f'{folder}: the {kind} tokenizer found here is not the one described there: prepare the data again')
     return tokenizer

@@ -4,7 +4,7 @@ Any of our tokenizers as a tokenizer.json, which the tokenizers library and all 
     text = to_json(tokenizer)      # str, the content of the file
 """
 from configurator import UserError
-from tokenizer import EOT
+from tokenizer import EOT, Reserved
 
 # byte → the printable character that stands for it in a byte-level vocabulary, as GPT-2 began it
 PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
@@ -19,6 +19,12 @@ def to_json(tokenizer):
         import tokenizers
     except ImportError:
         raise UserError('writing tokenizer.json takes the tokenizers library: pip install tokenizers') from None
+    if isinstance(tokenizer, Reserved):
+        theirs = tokenizers.Tokenizer.from_str(to_json(tokenizer.inner))
+        theirs.add_special_tokens([f'<{n}>' for n in range(tokenizer.more['reserved'])])
+        if theirs.token_to_id('<0>') != tokenizer.inner.vocab_size or theirs.get_vocab_size() != tokenizer.vocab_size:
+            raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: its reserved ones have no place in a tokenizer.json')
+        return theirs.to_str(pretty=True)
     if tokenizer.kind in ('tokenizers', 'wordpiece'):
         theirs = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
         if tokenizer.kind == 'wordpiece':

@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -31,14 +32,15 @@ from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig, grow
-from loss import evaluate
+from loss import evaluate, reading
 from model import ModelConfig, Teacher, make_model
+from objectives import make_objective
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin, find_reference, find_teacher
 from plan import PlanConfig, fit_minutes, plan
 from ranks import Ranks
 from runlog import Log
-from sample import stream
+from sample import encode_prompt, stream
 from tokenizer import load_tokenizer
 
 
@@ -91,8 +93,13 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
                              '0 < distill_temperature <= 1000')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
-        if self.n_encoder_layer:
-            raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: train.py gives an encoder nothing to read yet: leave it out')
+        if self.n_encoder_layer and self.objective == 'causal':
+            raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
+        if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned):
+            raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: teacher, grow_every and the dial (depth, params, tokens, minutes) are for decoders: '
+                             'leave them out')
+        if self.arch == 'markov' and self.objective != 'causal':
+            raise ValueError(f"objective={self.objective}: arch='markov' knows no source: leave it out")
         if self.grow_every and (self.rank_guide or self.arch == 'markov'):
             raise ValueError(f'grow_every={self.grow_every}: goes with neither rank_guide nor arch=markov: leave it out')
         if self.teacher and self.arch == 'markov':
@@ -113,7 +120,7 @@ def micro_batches(s, step, rank, world):
 
 
 class Batches:
-    """The micro-batches of a step, [(first sample number, x, y), …], the next step's read by a thread while this one is computed."""
+    """The micro-batches of a step, [(first sample number, x, y[, source]), …], the next step's read by a thread while this one is computed."""
 
     def __init__(self, data, s, ranks):
         self.data, self.s, self.ranks = data, s, ranks
@@ -122,11 +129,11 @@ class Batches:
     def read(self, step):
         out = []
         for samples in micro_batches(self.s, step, self.ranks.rank, self.ranks.world):
-            x, y = (torch.from_numpy(a) for a in self.data.rows(samples))
+            arrays = [torch.from_numpy(a) for a in self.data.rows(samples)]
             if self.ranks.device.type == 'cuda':
-                x, y = x.pin_memory(), y.pin_memory()  # then the copy to the GPU waits for nothing
-            out.append((samples[0], x, y))
-        return out, sum(int((y >= 0).sum()) for _, _, y in out)
+                arrays = [a.pin_memory() for a in arrays]  # then the copy to the GPU waits for nothing
+            out.append((samples[0], *arrays))
+        return out, sum(int((y >= 0).sum()) for _, _, y, *_ in out)
 
     def __call__(self, step):
         """(the micro-batches of this rank, how many targets are in them)."""
@@ -144,14 +151,14 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False, te
     micro, targets = batches(step)
     targets, stop = ranks.sum(targets, stop)
     nats = zero(ranks.device)
-    for n, (first, x, y) in enumerate(micro):
+    for n, (first, *arrays) in enumerate(micro):
         torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
         if ranks.world > 1:
             model.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
-        x, y = x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
+        x, y, *source = (a.to(ranks.device, non_blocking=True) for a in arrays)
         with autocast(ranks.device, s.dtype):
             lesson = {'teacher': ask(teacher, x, s)} if teacher else {}
-            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson)
+            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **reading(source))
         # the mean over the targets of the global batch; DDP divides by the number of ranks
         scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
         nats += loss.detach()
@@ -205,11 +212,11 @@ def show_samples(model, s, data, ranks):
     model.eval()
     try:
         tokenizer = load_tokenizer(source.meta['tokenizer'], source.folder)
-        prompt = tokenizer.encode(s.sample_prompt) or [0]
+        prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype):
-            text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt[-s.block_size:]], max_new_tokens=s.sample_tokens, temperature=0.8,
-                                                       top_k=200, generator=torch.Generator().manual_seed(s.seed)))
-        print('    | ' + (s.sample_prompt + text).strip().replace('\n', '\n    | '), flush=True)
+            text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
+                                                       generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None))
+        print('    | ' + (s.sample_prompt + (' → ' if source else '') + text).strip().replace('\n', '\n    | '), flush=True)
     except UserError as error:
         print(f'no sample: {error}', flush=True)
     model.train()
@@ -218,7 +225,8 @@ def show_samples(model, s, data, ranks):
 def describe(s, run, ranks):
     """What is about to be trained, in a few lines."""
     rows = s.batch_size * s.gradient_accumulation_steps
-    network = 'a Markov chain' if s.arch == 'markov' else f'{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    encoder = f'{s.n_encoder_layer} encoder layers, ' if s.n_encoder_layer else ''
+    network = 'a Markov chain' if s.arch == 'markov' else f'{encoder}{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
     ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
@@ -299,8 +307,9 @@ def set_up(s, device, ranks):
     if rows % ranks.world:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
                         f'make it a multiple of {ranks.world}')
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data)
-    val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data) for source in data.sources]
+    objective = partial(make_objective, s)
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
+    val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
     model = build_model(s, data, origin).to(device)
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')

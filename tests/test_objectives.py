@@ -1,0 +1,310 @@
+"""
+What is masked and what is asked for: the published counts, nothing lost between source and target, each denoiser as often as its weight, the same for every
+number of ranks and after a resume; decoders learn targets alone.
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line, read_log, run, sha256, train, write_dataset
+
+import objectives
+from configurator import UserError
+from data import Mixture, Source, validation_batch
+from model import ModelConfig, Transformer
+from objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
+from prepare import Settings as Prepare
+from prepare import prepare
+from tokenizer import ByteTokenizer, Reserved, load_tokenizer
+from tokenizer_json import to_json
+
+EOT, RESERVED = 1, (100, 149)
+META = {'vocab_size': 150, 'eot': EOT, 'tokenizer': {'reserved': 50}}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def text(length, seed=0):
+    return rng(seed).integers(2, 100, length)
+
+
+# --- masking ---
+
+def test_counts_are_t5s():
+    assert counts(512, Denoiser(3, 0.15, 1)) == (77, 26)  # 0.150 of the row
+    assert counts(512, Denoiser(32, 0.5, 1)) == (256, 8) and counts(512, Denoiser(64, 0.5, 1)) == (256, 4)
+    for length in range(2, 70):
+        for d in (*DENOISERS['ul2'], Denoiser(1, 0.9, 1)):
+            if d.span:
+                number, spans = counts(length, d)
+                mask = masked(length, d, rng(length))
+                assert mask.sum() == number and (np.diff(mask.astype(int), prepend=0) == 1).sum() == spans >= 1
+                assert not mask[0] and mask[-1]
+
+
+def test_every_way_to_part_is_alike_likely():
+    """5 in 3 pieces: 6 ways, each a sixth of the time, 3,000 draws."""
+    ways = [tuple(part(5, 3, r)) for r in [rng()] for _ in range(3000)]
+    assert len(set(ways)) == 6 and all(sum(way) == 5 and min(way) > 0 for way in ways)
+    assert max(ways.count(way) for way in set(ways)) < 580 and min(ways.count(way) for way in set(ways)) > 420
+
+
+@pytest.mark.parametrize('d', [*DENOISERS['ul2'], *DENOISERS['ul2r'], Denoiser(0, 0.5, 1)], ids=str)
+@pytest.mark.parametrize('length', [2, 3, 17, 120])
+def test_source_and_target_are_the_text(d, length):
+    tokens = text(length)
+    for seed in range(20):
+        source, target = denoise(tokens, d, rng(seed), RESERVED, EOT)
+        assert source[-1] == target[-1] == EOT
+        if d.mode:
+            assert source[0] == 100 + 'RSX'.index(d.mode)
+        source, target = source[bool(d.mode):-1], target[:-1]
+        if not d.span:
+            assert np.array_equal(np.append(source, target), tokens) and len(source) and len(target)
+            continue
+        spans, whole = {}, []
+        for token in target:  # <99> a b <98> c → {149: [a, b], 148: [c]}
+            spans.setdefault(token, []) if token >= 100 else spans[list(spans)[-1]].append(token)
+        assert list(spans) == [149 - n for n in range(len(spans))] and all(spans.values())
+        for token in source:
+            whole += spans.pop(token) if token >= 100 else [token]
+        assert whole == list(tokens) and not spans
+
+
+def test_the_end_of_a_row_is_written_at_its_mean_length():
+    for rate in (0.25, 0.5):
+        lengths = [len(denoise(text(100), Denoiser(0, rate, 1), rng(seed), RESERVED, EOT)[1]) - 1 for seed in range(2000)]
+        assert abs(np.mean(lengths) - 100 * rate) < 1.5 and min(lengths) == 1
+
+
+def test_each_denoiser_comes_by_its_weight_and_alone():
+    objective = Objective('ul2', 100, 110, [[3, 0.15, 3, 'R'], [0, 0.25, 1, 'S']], META)
+    modes = [objective.example(text(objective.length), noise)[0][0] - 100 for noise in range(2000)]
+    assert set(modes) == {0, 1} and abs(modes.count(0) / 2000 - 0.75) < 0.03
+
+
+# --- rows ---
+
+@pytest.mark.parametrize('source_size', [0, 40, 200])
+@pytest.mark.parametrize('kind, denoisers', [('ul2', 't5'), ('ul2', 'ul2r'), ('ul2', [[8, 0.5, 1]]), ('prefix', 't5')])
+def test_rows_are_as_long_as_fits_and_no_token_is_cut(kind, denoisers, source_size):
+    objective = Objective(kind, 60, source_size, denoisers, META)
+    examples, longest = [objective.example(text(objective.length, noise), noise) for noise in range(300)], 0
+    for source, target in examples:
+        assert target[-1] == EOT
+        if source_size:
+            assert len(source) <= source_size and len(target) <= 60
+        else:
+            assert len(source) + len(target) <= 61
+        longest = max(longest, len(source) / source_size if source_size else 0, len(target) / 60, (len(source) + len(target)) / 61 * (not source_size))
+    assert longest > 0.9
+    arrays = objective.batch(examples, 302)
+    assert all(len(a) == 302 for a in arrays) and (arrays[1] >= 0).sum() == sum(len(target) for _, target in examples)
+
+
+def test_a_decoder_reads_the_source_and_learns_the_target():
+    objective = Objective('ul2', 30, 0, 't5', META)
+    source, target = objective.example(text(objective.length), 3)
+    x, y = (a[0] for a in objective.batch([(source, target)]))
+    row = np.append(source, target)
+    assert np.array_equal(x[:len(row) - 1], row[:-1]) and np.array_equal(y[y >= 0], target)
+    assert y[len(source) - 1] == target[0] and (y[:len(source) - 1] == -1).all()  # the last token read is followed by the first one written
+
+
+def test_an_encoder_reads_the_source_and_the_decoder_begins_with_the_end_of_text():
+    objective = Objective('ul2', 20, 30, 't5', META)
+    source, target = objective.example(text(objective.length), 3)
+    x, y, read = (a[0] for a in objective.batch([(source, target)]))
+    assert np.array_equal(read[read >= 0], source) and x[0] == EOT and np.array_equal(x[1:len(target)], target[:-1])
+    assert np.array_equal(y[:len(target)], target) and (y[len(target):] == -1).all()
+
+
+def test_causal_rows_are_what_they_were(dataset):
+    data, again = Mixture(dataset, 'train', 16, 1), Mixture(dataset, 'train', 16, 1, objective=lambda meta: Objective('causal', 16))
+    assert all(np.array_equal(a, b) for a, b in zip(data.rows(range(20)), again.rows(range(20))))
+
+
+@pytest.fixture
+def reserved(tmp_path):
+    """A data set with 50 reserved tokens."""
+    write_dataset(tmp_path / 'reserved', vocab_size=64)
+    path = tmp_path / 'reserved' / 'meta.json'
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {'vocab_size': 114, 'tokenizer': meta['tokenizer'] | {'reserved': 50}}))
+    return str(tmp_path / 'reserved')
+
+
+def denoising(reserved, seed=1, **settings):
+    s = type('S', (), dict(objective='ul2', denoisers='ul2r', block_size=32, source_size=40, n_encoder_layer=1) | settings)
+    return Mixture(reserved, 'train', 32, seed, objective=lambda meta: make_objective(s, meta))
+
+
+def test_every_epoch_masks_anew_and_validation_never(reserved):
+    data = denoising(reserved)
+    rows = data.sources[0].rows
+    assert all(np.array_equal(a, b) for a, b in zip(data.rows(range(7)), denoising(reserved).rows(range(7))))
+    first, second = ({tuple(row) for row in data.rows(range(n, n + rows))[2].tolist()} for n in (0, rows))
+    assert len(first & second) < rows / 10
+    val = Source(reserved, 'val', 32, 'stream', objective=lambda meta: Objective('ul2', 32, 40, 'ul2r', meta))
+    assert all(np.array_equal(a, b) for a, b in zip(*(validation_batch(val, range(5), 6) for _ in range(2))))
+
+
+def test_all_of_the_text_is_seen_once_an_epoch(reserved):
+    data = denoising(reserved, denoisers=[[0, 0.5, 1]])
+    rows = data.sources[0].rows
+    x, y, source = data.rows(range(rows))
+    read = sum(int((s >= 0).sum()) - 1 for s in source) + sum(int((t >= 0).sum()) - 1 for t in y)  # without the two ends of text
+    assert read == data.sources[0].files.tokens
+
+
+# --- pairs ---
+
+def pairs(tmp_path, rows, name='pairs', **settings):
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    options = dict(sources=[str(path)], source='question', target='answer', out=f'{tmp_path}/{name}', tokenizer='byte', val_fraction=0.2, num_proc=1)
+    prepare(Prepare(**options | settings))
+    return f'{tmp_path}/{name}'
+
+
+ROWS = [{'question': f'what is {n}?', 'answer': f'{n * n}', 'more': 'and so on'} for n in range(100)]
+
+
+def test_pairs_are_source_and_target(tmp_path):
+    folder, seen = pairs(tmp_path, ROWS), set()
+    for split in ('train', 'val'):
+        for size in (0, 20):
+            source = Source(folder, split, 40, 'stream', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
+            for n in range(source.rows):
+                read, written = source.example(n, 0)
+                read, written = (bytes(int(t) for t in ids[:-1]).decode() for ids in (read, written) if ids[-1] == 256)
+                seen.add((split, read, written))
+    assert {pair[1:] for pair in seen} == {(row['question'], row['answer']) for row in ROWS} and len(seen) == 100
+    meta = json.load(open(f'{folder}/meta.json'))
+    assert meta['pairs'] and sum(split['bytes'] for split in meta['splits'].values()) == sum(len(row['answer']) for row in ROWS)
+
+
+def test_a_source_that_is_too_long_is_cut_and_its_end_kept(tmp_path):
+    folder = pairs(tmp_path, [{'question': 'x' * 50, 'answer': 'y' * 50}] * 1 + ROWS, val_fraction=0.01)
+    for size, (read, written) in ((20, (20, 40)), (0, (2, 39))):
+        source = Source(folder, 'train', 40, 'stream', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
+        lengths = {tuple(map(len, source.example(n, 0))) for n in range(source.rows)}
+        assert (read, written) in lengths
+        arrays = source.objective.batch([source.example(n, 0) for n in range(source.rows)])
+        assert arrays[0].shape == (source.rows, 40)
+
+
+def test_a_list_of_targets_gives_its_first_and_blank_ones_are_left_out(tmp_path):
+    folder = pairs(tmp_path, [{'question': 'q', 'answer': ['first', 'second']}, {'question': 'q', 'answer': ' '}, {'question': 'q', 'answer': []}] + ROWS[:9])
+    assert sum(split['documents'] for split in json.load(open(f'{folder}/meta.json'))['splits'].values()) == 10
+    assert b'first' in b''.join(bytes(ids[::2]) for ids in (open(f'{folder}/{split}_00000.bin', 'rb').read() for split in ('train', 'val')))
+
+
+def test_pairs_are_the_same_by_parts_and_processes(tmp_path):
+    folders = [pairs(tmp_path, ROWS * 3000, name, num_proc=n) for name, n in (('one', 1), ('two', 2))]
+    assert sha256(f'{folders[0]}/train_00000.bin') == sha256(f'{folders[1]}/train_00000.bin')
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(source='', target='answer'), 'source='), (dict(target='reply'), 'no field reply; it has question, answer, more: set --source and --target'),
+    (dict(split='tail'), 'split=tail'), (dict(sources=['README.md']), 'README.md'), (dict(reserve=-1), 'reserve=-1')], ids=str)
+def test_pairs_that_cannot_be_are_refused(settings, words, tmp_path):
+    (tmp_path / 'p.jsonl').write_text(json.dumps(ROWS[0]))
+    options = dict(source='question', target='answer', out=f'{tmp_path}/out', tokenizer='byte') | settings
+    sources = options.pop('sources', [f'{tmp_path}/p.jsonl'])
+    assert words in one_line(run('prepare.py', *sources, *(f'--{name}={value}' for name, value in options.items())))
+    assert not (tmp_path / 'out').exists()
+
+
+# --- reserved tokens ---
+
+def test_reserved_tokens_are_no_text(tmp_path):
+    tokenizer = Reserved(ByteTokenizer(), 5)
+    assert tokenizer.vocab_size == 262 and tokenizer.encode('<0>') == list(b'<0>')
+    assert tokenizer.decode([104, 105, 257, 261, 33]) == 'hi<0><4>!'
+    again = load_tokenizer(tokenizer.save(tmp_path), tmp_path)
+    assert again.describe() == tokenizer.describe() != ByteTokenizer().describe()
+    import tokenizers
+    theirs = tokenizers.Tokenizer.from_str(to_json(tokenizer))
+    assert theirs.get_vocab_size() == 262 and theirs.token_to_id('<4>') == 261 and theirs.encode('hi').ids == [104, 105]
+
+
+# --- training ---
+
+UL2 = ['--objective=ul2', '--n_encoder_layer=2', '--source_size=40', '--position=rope', '--cross_rope=offset']
+SETUPS = {'encoder': UL2, 'decoder': ['--objective=ul2', '--denoisers=[[3,0.15,1,"R"],[0,0.25,1]]'], 'prefix': ['--objective=prefix'],
+          't5': [*UL2[:3], '--position=relative', '--t5_scale=True', '--denoisers=t5']}
+
+
+@pytest.mark.parametrize('kind', SETUPS)
+def test_what_is_masked_can_be_learned(kind, reserved, tmp_path):
+    train(tmp_path / 'out', *SETUPS[kind], '--max_iters=60', '--eval_interval=60', dataset=reserved)
+    first, last = (record['val_loss'] for record in read_log(tmp_path / 'out') if 'val_loss' in record)
+    assert first > 4 and last < first - 0.9
+    assert not any('val_bpb' in record for record in read_log(tmp_path / 'out'))  # a part of the text has no bits per byte
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(reserved, tmp_path):
+    train(tmp_path / 'a', *UL2, dataset=reserved)
+    train(tmp_path / 'b', *UL2, '--max_iters=5', '--lr_decay_iters=10', '--warmup_iters=0', dataset=reserved)
+    train(tmp_path / 'b', *UL2, '--lr_decay_iters=10', '--warmup_iters=0', dataset=reserved)
+    train(tmp_path / 'c', *UL2, '--lr_decay_iters=10', '--warmup_iters=0', dataset=reserved)
+    assert sha256(tmp_path / 'b/step_00000010/model.safetensors') == sha256(tmp_path / 'c/step_00000010/model.safetensors')
+
+
+def test_two_processes_are_one(reserved, tmp_path):
+    one = train(tmp_path / 'one', *UL2, '--max_iters=3', dataset=reserved)
+    two = train(tmp_path / 'two', *UL2, '--max_iters=3', '--batch_size=2', '--gradient_accumulation_steps=2', dataset=reserved, nproc=2)
+    a, b = (torch.tensor([record['train_loss'] for record in read_log(tmp_path / name) if 'train_loss' in record]) for name in ('one', 'two'))
+    assert len(a) == 3 and torch.allclose(a, b, atol=1e-5), (one.stdout, two.stdout)
+
+
+def test_evaluate_has_the_loss_of_the_run(reserved, tmp_path):
+    train(tmp_path / 'out', *SETUPS['decoder'], dataset=reserved)
+    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/out', '--device=cpu', '--dtype=float32')
+    assert f'{read_log(tmp_path / "out")[-1]["val_loss"]:.4f}' in done.stdout, done.stdout + done.stderr
+
+
+def test_a_pair_is_learned_and_sampled(tmp_path):
+    """A copy of the answer's only digit, from the source alone: after training sample.py writes it."""
+    folder = pairs(tmp_path, [{'question': f'{n % 4}' * (3 + n % 5), 'answer': f'{n % 4}'} for n in range(200)])
+    train(tmp_path / 'out', '--objective=seq2seq', '--n_encoder_layer=2', '--block_size=8', '--source_size=12', '--max_iters=150', '--eval_interval=150',
+          '--batch_size=16', dataset=folder)
+    for digit in '0123':
+        done = run('sample.py', f'--out_dir={tmp_path}/out', f'--start={digit * 4}', '--temperature=0', '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
+        assert done.stdout.split('\n')[0] == digit, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--n_encoder_layer=2'], "objective='causal'"), (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'has no pairs'),
+    (['--objective=ul2', '--denoisers=t6'], 'denoisers=t6'), (['--objective=ul2', '--denoisers=[[3,2,1]]'], 'denoisers: [3, 2, 1]'),
+    (['--objective=prefix', '--block_size=1'], 'no row is short enough'), (['--objective=prefix', '--arch=markov'], 'objective=prefix'),
+    (['--objective=prefix', '--n_encoder_layer=1', '--teacher=x'], 'n_encoder_layer=1')], ids=str)
+def test_objectives_that_cannot_work_are_refused(args, words, dataset, tmp_path):
+    done = train(tmp_path / 'out', *args, dataset=dataset, check=False)
+    assert words in one_line(done) and not (tmp_path / 'out').exists()
+
+
+def test_denoisers_are_checked():
+    assert parse([(3, 0.15, 1), [0, 0.25, 1, 'S']]) == [Denoiser(3, 0.15, 1), Denoiser(0, 0.25, 1, 'S')]
+    for wrong in ([], [3], [[3, 0.15]], [[0.5, 0.15, 1]], [[3, 0.15, 0]], [[3, 0.15, 1, 'Q']], [[3, '0.15', 1]], [[3, 0.15, 1, ['R']]]):
+        with pytest.raises(ValueError, match='denoisers'):
+            parse(wrong)
+    with pytest.raises(UserError, match='--reserve=10'):
+        Objective('ul2', 60, 0, 'ul2r', META | {'vocab_size': 100, 'tokenizer': {}})
+
+
+def test_masked_padding_weighs_nothing():
+    torch.manual_seed(0)
+    cfg = ModelConfig(vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
+    model = Transformer(cfg)
+    torch.nn.init.normal_(model.head.weight)
+    objective = Objective('ul2', 20, 30, 't5', META)
+    examples = [objective.example(text(objective.length, n), n) for n in range(3)]
+    sums = [model(*map(torch.from_numpy, objective.batch([e], 2)[:2]), source=torch.from_numpy(objective.batch([e], 2)[2]), reduction='sum') for e in examples]
+    x, y, source = map(torch.from_numpy, objective.batch(examples))
+    assert torch.allclose(model(x, y, source=source, reduction='sum'), sum(sums), rtol=1e-5)
+    assert objectives.MODES == ('R', 'S', 'X')  # which reserved token is which is a part of the format
