@@ -95,7 +95,7 @@ def find_origin(s, ranks):
         return {}
     if hub.knows(s.init_from):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
-    cfg, weights, folder = read_model(s.init_from)
+    cfg, weights, folder = read_model(s.init_from, encoder=True)
     tokenizer = None if hub.knows(s.init_from) else checkpoint.load_state(folder)['tokenizer']  # None: only the number of tokens is compared
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')

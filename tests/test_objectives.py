@@ -268,6 +268,19 @@ def test_evaluate_has_the_loss_of_the_run(reserved, tmp_path):
     assert f'{read_log(tmp_path / "out")[-1]["val_loss"]:.4f}' in done.stdout, done.stdout + done.stderr
 
 
+def test_what_was_pretrained_goes_on_with_pairs(tmp_path):
+    """UL2 first, then pairs with the same reserved tokens, each with its own context for the targets; the first loss is not a random network's."""
+    (tmp_path / 'text.jsonl').write_text(''.join(json.dumps({'text': f'{n % 4}' * 30 + f' {n}'}) + '\n' for n in range(300)))
+    prepare(Prepare([f'{tmp_path}/text.jsonl'], f'{tmp_path}/text', 'byte', reserve=20, val_fraction=0.1, num_proc=1))
+    folder = pairs(tmp_path, [{'question': f'{n % 4}' * (15 + n % 7), 'answer': f'{n % 4}' * 8} for n in range(300)], reserve=20)
+    for kind, sizes in (('encoder', UL2[1:]), ('decoder', ['--block_size=64'])):
+        options = ['--eval_interval=100', *sizes]
+        train(tmp_path / kind, *options, '--objective=ul2', '--denoisers=t5', '--max_iters=100', dataset=tmp_path / 'text')
+        train(f'{tmp_path}/{kind}_pairs', *options, '--objective=seq2seq', f'--init_from={tmp_path}/{kind}', '--max_iters=100', dataset=folder)
+        first, last = (record['val_loss'] for record in read_log(f'{tmp_path}/{kind}_pairs') if 'val_loss' in record)
+        assert last < first < 4, kind
+
+
 def test_a_pair_is_learned_and_sampled(tmp_path):
     """A copy of the answer's only digit, from the source alone: after training sample.py writes it."""
     folder = pairs(tmp_path, [{'question': f'{n % 4}' * (3 + n % 5), 'answer': f'{n % 4}'} for n in range(200)])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import one_line, run
+from conftest import one_line, run, write_dataset
 from test_export import exported
 from test_hub import edit, refusal, rewrite
 from test_model import tiny
@@ -287,9 +287,10 @@ def test_sample_writes_what_transformers_writes(tmp_path):
     (['hub.py', 'export', '--out_dir={}/../run', '--to={}x', '--as=custom'], 'is an encoder-decoder'),
     (['evaluate.py', 'text', '--out_dir=hf:{}', 'README.md'], 'is an encoder-decoder'),
     (['surgery.py', 'inherit', '--from=hf:{}', '--layers=0', '--out_dir={}/x'], 'is an encoder-decoder'),
-    (['train.py', '--init_from=hf:{}'], 'is an encoder-decoder')], ids=str)
+    (['train.py', '--init_from=hf:{}', '--dataset={}/../pairs'], 'objective=causal')], ids=str)
 def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
     folder = exported(tmp_path, tiny(**OURS))
+    write_dataset(tmp_path / 'pairs', vocab_size=257)
     assert words in one_line(run(*(arg.format(folder) for arg in args)))
 
 
