@@ -5,6 +5,7 @@ How good a model is.
     python evaluate.py text --out_dir=out/tinystories_cpu FILE.txt     # the same and the perplexity of any text
     python evaluate.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl                   # zero- and few-shot tasks from files (tasks.py)
     python evaluate.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy          # those of lm-evaluation-harness
+    python evaluate.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target     # ROUGE of what it writes (summaries.py)
     python evaluate.py ladder --dataset=tinystories                    # from uniform guesses over counts to a transformer, on the same tokens
 
 `python evaluate.py loss --help` prints the settings of one of them.
@@ -23,6 +24,7 @@ import checkpoint
 import harness
 import ngrams
 import sample
+import summaries
 import tasks
 from configurator import UserError, configure_command, run_main
 from data import TokenFiles, find_folder
@@ -45,7 +47,7 @@ class LossSettings(DeviceConfig):
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
     device = pick_device(s.device)
-    (model, _), dtype = load_model(folder), pick_dtype(s.dtype, device)
+    (model, _), dtype = load_model(folder, encoder=True), pick_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
@@ -78,7 +80,7 @@ def show_loss(s):
     folder = checkpoint.find(s.out_dir, s.which)
     for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
         mean, error = loss_and_error(nats, targets)
-        bits = losses(mean, 1, source.files.bytes / source.files.tokens).get('val_bpb')
+        bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
         print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
               f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
 
@@ -91,10 +93,10 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
     out_dir: str = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
     which: Literal['best', 'last'] = 'best'  # checkpoint of a run
 
-    def load(self):
-        """(model on its device, tokenizer, device, dtype)."""
+    def load(self, encoder=False):
+        """(model on its device, tokenizer, device, dtype); encoder as origin.read_model() has it."""
         device = pick_device(self.device)
-        model, tokenizer = sample.load(self.out_dir, self.which)
+        model, tokenizer = sample.load(self.out_dir, self.which, encoder)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
         return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)
@@ -147,6 +149,54 @@ class HarnessSettings(ModelSettings):
             raise ValueError('tasks: none is given: --tasks=lambada_openai,arc_easy; lm-eval ls tasks shows them')
         if (self.shots or 0) < 0 or self.limit < 0:
             raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
+
+
+@dataclass
+class SummarySettings(ModelSettings):
+    files: list[str] = field(default_factory=list)  # pairs, JSONL
+    source: str = 'source'  # the field with what is read
+    target: str = 'target'  # the one with what people wrote, a text or a list of them
+    max_new_tokens: int = 100  # of each text
+    num_beams: int = 0  # hypotheses of a beam search; 0 = greedy, in batches
+    batch_size: int = 16
+    stripped: bool = False  # rougeL as ROT5 reports it too, without stop-words
+    show: int = 3  # texts printed beside their reference
+    limit: int = 0  # of each file the first so many pairs; 0 = all
+    csv: str = ''  # file for all texts and their scores
+
+    positional = 'files'
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if not self.files:
+            raise ValueError('files: none is given: python evaluate.py summaries --out_dir=DIR FILE.jsonl')
+        for name, least in (('max_new_tokens', 1), ('batch_size', 1), ('num_beams', 0), ('show', 0), ('limit', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)}: takes {least} or more')
+
+
+def show_summaries(s):
+    """python evaluate.py summaries"""
+    if s.csv in s.files:
+        raise UserError(f'csv={s.csv}: is a file of pairs: give another')
+    loaded = {path: summaries.read_pairs(path, s.source, s.target)[:s.limit or None] for path in s.files}
+    model, tokenizer, device, dtype = s.load(encoder=True)
+    if s.max_new_tokens >= model.cfg.block_size:
+        raise UserError(f'max_new_tokens={s.max_new_tokens}: the network writes up to {model.cfg.block_size - 1}: lower it')
+    rows = []
+    for path, pairs in loaded.items():
+        texts = summaries.write(model, tokenizer, [pair.source for pair in pairs], s.max_new_tokens, s.num_beams, s.batch_size, device, dtype, path)
+        scores = summaries.rouge(texts, [pair.references for pair in pairs], s.stripped)
+        for pair, text in [*zip(pairs, texts)][:s.show]:
+            print(f'source     {" ".join(pair.source.split())[:300]}\nreference  {pair.references[0]}\nwritten    {text}\n')
+        shown = {name: tasks.mean_and_error([100 * score[name] for score in scores]) for name in scores[0]}
+        print(f'{os.path.basename(path)}  {len(pairs):,} texts  ' + '  '.join(f'{name} {mean:.2f} ± {error:.2f}' for name, (mean, error) in shown.items()),
+              flush=True)
+        rows += [{'file': path, 'item': n, 'written': text, 'reference': pair.references[0], 'source': pair.source} | score
+                 for n, (pair, text, score) in enumerate(zip(pairs, texts, scores))]
+    if s.csv:
+        write_csv(rows, s.csv)
+        print(f'written: {s.csv}')
 
 
 def show_texts(s):
@@ -326,7 +376,8 @@ def ladder(s):
 
 def main():
     function, s = configure_command({'loss': (show_loss, LossSettings), 'text': (show_texts, TextSettings), 'tasks': (show_tasks, TaskSettings),
-                                     'harness': (show_harness, HarnessSettings), 'ladder': (ladder, LadderSettings)})
+                                     'harness': (show_harness, HarnessSettings), 'summaries': (show_summaries, SummarySettings),
+                                     'ladder': (ladder, LadderSettings)})
     function(s)
 
 

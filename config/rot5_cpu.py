@@ -1,0 +1,16 @@
+# An encoder-decoder for a laptop, pretrained by UL2R's denoisers, then to be fine-tuned on pairs
+#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --val_fraction=0.05 --out=data/denoise
+#   python train.py config/rot5_cpu.py
+#   python prepare.py talks.jsonl --source=source --target=target --tokenizer=data/denoise/tokenizer.model --reserve=100 --out=data/pairs
+#   python train.py --init_from=out/rot5_cpu --out_dir=out/pairs --dataset=data/pairs --objective=seq2seq
+from config.fast import *  # noqa: F403
+
+out_dir = 'out/rot5_cpu'
+dataset, objective = 'denoise', 'ul2'
+
+n_encoder_layer, n_layer = 4, 4
+n_head, n_kv_head, n_embd = 6, 2, 192
+source_size, block_size, batch_size = 256, 128, 16
+max_iters = 600
+eval_interval, eval_iters = 200, 20
+sample_tokens = 0  # it would have to fill in what is masked

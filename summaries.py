@@ -1,0 +1,119 @@
+"""
+Texts that a network writes from a source, held against those that people wrote: ROUGE (Lin 2004, aclanthology.org/W04-1013), by Google's rouge-score.
+
+    rougeL       F1 of the longest common subsequence of words, a text as one sequence
+    rougeLsum    the same sentence by sentence, of which newlines part a text (the one that T5's tables have)
+    stripped     rougeL as ROT5 reports it: lower case, letters alone, without stop-words; words by their stems, where ROT5 has lemmas of nltk's
+
+Of several references the best one counts, as SciTLDR's authors do.
+"""
+import json
+import re
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from configurator import UserError
+from device import autocast
+from sample import beam_search, generate
+
+# English function words: what carries no topic
+STOP_WORDS = set('''a about above after again against all am an and any are aren as at be because been before being below between both but by can could couldn d
+did didn do does doesn doing don down during each few for from further had hadn has hasn have haven having he her here hers herself him himself his how i if
+in into is isn it its itself just ll m ma me might mightn more most must mustn my myself need needn no nor not now o of off on once only or other our ours
+ourselves out over own re s same shan she should shouldn so some such t than that the their theirs them themselves then there these they this those through
+to too under until up ve very was wasn we were weren what when where which while who whom why will with won would wouldn y you your yours yourself
+yourselves'''.split())
+
+
+@dataclass
+class Pair:
+    """One line of a file of pairs."""
+    source: str
+    references: list[str]
+
+
+def read_pairs(path, source, target):
+    """The Pairs of a JSONL file with these two fields; the target is a text or a list of them. Raises UserError, with the line, for whatever is none."""
+    pairs = []
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    pairs.append(to_pair(line, source, target, f'{path}:{number}'))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: {getattr(error, "strerror", error)}') from None
+    if not pairs:
+        raise UserError(f'{path}: no pairs in it')
+    return pairs
+
+
+def to_pair(line, source, target, where):
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}: not JSON: {error}') from None
+    for name, key in (('source', source), ('target', target)):
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(f'{where}: no field {key}' + (f'; it has {", ".join(row)}' if isinstance(row, dict) else '') + f': set --{name}')
+    references = row[target] if isinstance(row[target], list) else [row[target]]
+    if not isinstance(row[source], str) or not references or not all(isinstance(text, str) for text in references):
+        raise UserError(f'{where}: {source} takes a text, {target} a text or a list of them')
+    return Pair(row[source], references)
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+def encode(model, tokenizer, text, max_new_tokens):
+    """(what the decoder goes on from, what the encoder reads or None) of a source; its end is cut where it is longer than the network reads."""
+    ids, end = tokenizer.encode(text), tokenizer.eot or 0
+    if model.cfg.n_encoder_layer:
+        return list(tokenizer.begin) or [end], [*ids[:model.cfg.source_context - 1], end]
+    return [*ids[:max(1, model.cfg.block_size - max_new_tokens)], end], None
+
+
+def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
+    """[text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come first, so that rows of a batch are alike."""
+    rows = [(n, *encode(model, tokenizer, source, max_new_tokens)) for n, source in enumerate(sources)]
+    rows.sort(key=lambda row: -len(row[2] or row[1]))
+    out, size = [''] * len(rows), 1 if num_beams else batch_size
+    with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):
+        for i in range(0, len(rows), size):
+            batch = rows[i:i + size]
+            if num_beams:
+                (_, prompt, source), = batch
+                written = [beam_search(model, prompt, max_new_tokens, num_beams, 1.0, tokenizer.eot, tokenizer.vocab_size, source)]
+            else:
+                drawn = generate(model, [prompt for _, prompt, _ in batch], max_new_tokens, temperature=0, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size,
+                                 sources=[source for *_, source in batch] if model.cfg.n_encoder_layer else None)
+                written = zip(*(tokens.tolist() for tokens in drawn))
+            for (n, *_), ids in zip(batch, written):
+                out[n] = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot]).strip()
+            bar.update(len(batch))
+    return out
+
+
+# -----------------------------------------------------------------------------
+# Scoring
+
+def strip(text):
+    """The words of a text that carry its topic, in lower case."""
+    return ' '.join(word for word in re.findall(r'[a-z]+', text.lower()) if word not in STOP_WORDS)
+
+
+def rouge(written, references, stripped=False):
+    """[{'rougeL', 'rougeLsum'[, 'stripped']}] of every text, F1 from 0 to 1, against the best of its references. Raises UserError without rouge-score."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError('summaries: takes rouge-score: pip install rouge-score') from None
+    plain, stems = RougeScorer(['rougeL', 'rougeLsum']), RougeScorer(['rougeL'], use_stemmer=True)
+    out = []
+    for text, some in zip(written, references):
+        scores = [plain.score(reference, text) for reference in some]
+        found = {name: max(score[name].fmeasure for score in scores) for name in ('rougeL', 'rougeLsum')}
+        if stripped:
+            found['stripped'] = max(stems.score(strip(reference), strip(text))['rougeL'].fmeasure for reference in some)
+        out.append(found)
+    return out

@@ -1,0 +1,75 @@
+"""
+ROUGE of what a network writes: the scores are rouge-score's, of several references the best; what is written does not depend on the batch.
+"""
+import csv
+import json
+
+import pytest
+import torch
+from conftest import one_line, run
+from test_export import written
+from test_model import tiny
+
+import sample
+import summaries
+from configurator import UserError
+from summaries import read_pairs, rouge, strip, write
+from tokenizer import ByteTokenizer
+
+
+def test_scores_by_hand():
+    """4 words of a reference of 6, of 5 written, are one subsequence: F1 = 2 · 4/5 · 4/6 / (4/5 + 4/6)."""
+    score, = rouge(['the cat sat on mats'], [['the cat lay on the mats']], stripped=True)
+    assert score['rougeL'] == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6)) == score['rougeLsum']
+    assert score['stripped'] == pytest.approx(2 / 3)  # cat sat mat, cat lay mat
+    assert rouge(['a b'], [['x y', 'a b', 'a c']])[0]['rougeL'] == 1  # the best of three
+
+
+def test_sentences_may_change_places_for_rougelsum():
+    score, = rouge(['second thing.\nfirst thing.'], [['first thing.\nsecond thing.']])
+    assert score['rougeLsum'] == 1 and score['rougeL'] == pytest.approx(0.5)
+
+
+def test_what_rot5_strips():
+    assert strip("The dogs weren't 42, were they? They RAN!") == 'dogs ran'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [dict(n_encoder_layer=2, cross_rope='offset'), dict()], ids=str)
+def test_a_batch_writes_what_its_rows_write(settings):
+    model, tokenizer = tiny(vocab_size=257, block_size=48, zero_init=False, **settings).eval(), ByteTokenizer()
+    sources = ['one', 'a longer source than that', 'x' * 100, '']
+    together = write(model, tokenizer, sources, 12, 0, 3, torch.device('cpu'), 'float32')
+    alone = [write(model, tokenizer, [source], 12, 0, 3, torch.device('cpu'), 'float32')[0] for source in sources]
+    assert together == alone and len(set(alone)) > 1
+    assert len(write(model, tokenizer, sources[:2], 12, 2, 3, torch.device('cpu'), 'float32')) == 2
+
+
+def test_the_command_prints_means_and_writes_a_table(tmp_path):
+    folder = written(tmp_path / 'run', tiny(vocab_size=257, block_size=48, n_encoder_layer=2, source_size=64, zero_init=False), ByteTokenizer())
+    path = tmp_path / 'pairs.jsonl'
+    path.write_text(''.join(json.dumps({'text': f'text {n}', 'short': ['a', f'b {n}']}) + '\n' for n in range(5)))
+    done = run('evaluate.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=10', f'--csv={tmp_path}/t.csv',
+               '--stripped=True', '--device=cpu', '--dtype=float32')
+    assert done.returncode == 0 and 'pairs.jsonl  5 texts  rougeL ' in done.stdout and 'reference  a' in done.stdout, done.stdout + done.stderr
+    rows = list(csv.DictReader(open(tmp_path / 't.csv', encoding='utf-8')))
+    assert len(rows) == 5 and rows[3]['source'] == 'text 3'
+    model, tokenizer = sample.load(folder, encoder=True)
+    assert rows[3]['written'] == write(model, tokenizer, ['text 3'], 10, 0, 1, torch.device('cpu'), 'float32')[0]
+
+
+@pytest.mark.parametrize('line, words', [('{"source": 3, "target": "x"}', 'takes a text'), ('{"source": "x", "target": []}', 'or a list of them'),
+                                         ('{"source": "x"}', 'no field target; it has source: set --target'), ('[1]', 'no field source'), ('{', 'not JSON')])
+def test_a_line_that_is_no_pair_is_named(line, words, tmp_path):
+    (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}\n' + line + '\n')
+    with pytest.raises(UserError, match=r'p\.jsonl:2: ') as caught:
+        read_pairs(str(tmp_path / 'p.jsonl'), 'source', 'target')
+    assert words in str(caught.value)
+
+
+def test_more_than_the_network_writes_is_refused(tmp_path):
+    folder = written(tmp_path / 'run', tiny(vocab_size=257, n_encoder_layer=2), ByteTokenizer())
+    (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}')
+    assert 'max_new_tokens=100' in one_line(run('evaluate.py', 'summaries', f'--out_dir={folder}', tmp_path / 'p.jsonl'))
+    assert 'no-such.jsonl' in one_line(run('evaluate.py', 'summaries', f'--out_dir={folder}', 'no-such.jsonl'))
+    assert summaries.STOP_WORDS >= {'the', 'not'}
