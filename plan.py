@@ -6,6 +6,7 @@ steps of a config file where tokens or minutes are asked for.
     python train.py --minutes=5            # the best model that this machine can train in five minutes
     python train.py --depth=6              # 20 tokens a parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
+    python train.py --plan --hours=3       # what the published laws would choose (chinchilla.py), and that network; nothing is trained
 """
 import math
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from chinchilla import optima, table
 from configurator import UserError, check, read_config
 from device import peak_flops
 from model import ModelConfig, make_model
@@ -30,9 +32,21 @@ class PlanConfig:
     tokens: float = 0.0  # about so many tokens to train on, by default 20 a parameter
     minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts
 
+    plan: bool = False  # print what tokens, flops or hours want by several laws, and the network with 20 tokens a parameter, then stop
+    flops: float = 0.0  # with plan: of the whole run
+    hours: float = 0.0  # with plan: of this machine
+
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('depth', 'params', 'tokens', 'minutes'):
+        if self.plan and [self.tokens > 0, self.flops > 0, self.hours > 0].count(True) != 1:
+            raise ValueError(f'tokens={self.tokens:g}, flops={self.flops:g}, hours={self.hours:g}: plan takes one of them')
+        if self.plan and (self.depth or self.params or self.minutes):
+            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: follow from what plan is given: leave them out')
+        if (self.flops or self.hours) and not self.plan:
+            raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: belong to --plan; to train for a time, give minutes')
+        if self.flops > 1e30 or self.hours > 1e7:
+            raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: takes at most 1e30, 1e7')
+        for name in ('depth', 'params', 'tokens', 'minutes', 'flops', 'hours'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if self.depth and self.params:
@@ -131,6 +145,26 @@ def plan(s, vocab_size, data_tokens, device, world):
     derive(intervals(s.max_iters))
     check(s)
     return derived
+
+
+def show_plan(s, vocab_size, device):
+    """Print what the laws of chinchilla.py want for s.tokens, s.flops or s.hours, and the network that plan() makes of the last of them."""
+    peak = peak_flops(device, s.dtype)
+    if s.hours and not peak:
+        raise UserError(f'hours={s.hours:g}: the ceiling of this device is not known: give flops')
+    flops = s.flops or s.hours * 3600 * REACHED * (peak or 0)
+    if s.hours:
+        print(f'{s.hours:g} hours at {REACHED:.0%} of {peak / 1e12:.2f} TFLOP/s are {flops:.3e} FLOPs')
+    found = optima(s.tokens, flops)
+    print(table(found))
+    (s.params, s.tokens, _), s.flops, s.hours, s.plan = found['20 tokens a parameter'], 0.0, 0.0, False
+    given = s.params
+    derived = plan(s, vocab_size, s.tokens, device, 1)
+    params, _, per_token = size(s, vocab_size)
+    stacks = f', an encoder of {s.n_encoder_layer}, {s.source_size or s.block_size} tokens read for {s.block_size} written' * bool(s.n_encoder_layer)
+    print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, {s.n_layer} layers of {s.n_embd}{stacks}\n'
+          f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'
+          + ' '.join(f'--{name}={value}' for name, value in derived.items()))
 
 
 def intervals(count):

@@ -37,7 +37,7 @@ from model import ModelConfig, Teacher, make_model
 from objectives import make_objective
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin, find_reference, find_teacher
-from plan import PlanConfig, fit_minutes, plan
+from plan import PlanConfig, fit_minutes, plan, show_plan
 from ranks import Ranks
 from runlog import Log
 from sample import encode_prompt, stream
@@ -95,7 +95,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.n_encoder_layer and self.objective == 'causal':
             raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
-        if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned):
+        if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned and 'plan' not in self.given):
             raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: teacher, grow_every and the dial (depth, params, tokens, minutes) are for decoders: '
                              'leave them out')
         if self.arch == 'markov' and self.objective != 'causal':
@@ -473,6 +473,9 @@ def main():
     device = pick_device(s.device)
     if s.wandb_log and find_spec('wandb') is None:
         raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
+    if s.plan:
+        s.dtype = pick_dtype(s.dtype, device)
+        return show_plan(s, s.vocab_size or Mixture(s.dataset, 'train', s.block_size, s.seed).vocab_size, device)
     ranks = Ranks(s.backend, device)
     try:
         signal_number = train(s, device, ranks)
