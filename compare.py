@@ -241,7 +241,8 @@ def listed(seeds):
 
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
-    return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size
+    reads = (s.source_size or s.block_size) * (s.n_encoder_layer > 0), str(s.denoisers) * (s.objective == 'ul2')
+    return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size, s.objective, *reads
 
 
 # -----------------------------------------------------------------------------

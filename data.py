@@ -22,6 +22,7 @@ import numpy as np
 
 from configurator import UserError
 from objectives import Objective, ObjectiveConfig
+from tokenizer import advice
 
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
 
@@ -219,7 +220,10 @@ class Source:
     def __init__(self, name, split, block_size, packing, verify=False, objective=None):
         self.name = name
         self.files = TokenFiles(find_folder(name), split, verify)
-        self.objective = objective(self.files.meta) if objective else Objective('causal', block_size)
+        try:
+            self.objective = objective(self.files.meta) if objective else Objective('causal', block_size)
+        except UserError as error:
+            raise UserError(f'dataset={name}: {error}') from None
         self.packing = packing = 'document' if self.objective.is_pairs else packing
         if packing != 'stream' and not self.files.documents:
             raise UserError(f"packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): use packing=stream")
@@ -248,7 +252,7 @@ class Source:
 
     def bytes_per_token(self):
         """Bytes of text a target stands for; 0 where that is not known, or only a part of the text is a target."""
-        return self.files.bytes / self.files.tokens if self.objective.kind == 'causal' else 0
+        return self.files.bytes / self.files.tokens if self.objective.kind == 'causal' and not self.files.meta.get('pairs') else 0
 
     def tokens_per_row(self):
         """Mean number of targets in a row."""
@@ -334,8 +338,9 @@ def same_tokenizer(sources):
     first = sources[0]
     for source in sources[1:]:
         if source.files.meta['tokenizer'] != first.files.meta['tokenizer']:
-            raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers '
-                            f'({first.files.meta["tokenizer"]["kind"]}, {source.files.meta["tokenizer"]["kind"]}): prepare them with the same --tokenizer')
+            ours, theirs = first.files.meta['tokenizer'], source.files.meta['tokenizer']
+            raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers ({ours["kind"]}, {theirs["kind"]}): '
+                            f'prepare {source.name} with {advice(ours, theirs)}')
 
 
 # -----------------------------------------------------------------------------

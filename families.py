@@ -141,14 +141,17 @@ T5_MLP = {'relu': 'relu', 'gated-gelu': 'geglu', 'gated-silu': 'swiglu'}  # feed
 def t5_config(config):
     for name, ours in (('relative_attention_num_buckets', RelativeBias.BUCKETS), ('relative_attention_max_distance', RelativeBias.FURTHEST)):
         config.one_of(name, ours)
+    config.one_of('is_encoder_decoder', True)
     layers, context = config.size('num_layers'), config.size('n_positions', 512)
+    if context > 2 ** 20:
+        config.refuse('n_positions', context, 'takes up to 1048576: lower it to the context that you use')
     # T5's head is its embedding; that of T5 1.1 and Flan-T5 is a matrix of its own, and its logits are not scaled. transformers 5 says so by another name
-    tie = config.get('scale_decoder_outputs', config.one_of('tie_word_embeddings', True, False))
+    tie = config.one_of('scale_decoder_outputs', config.one_of('tie_word_embeddings', True, False), True, False)
     return ModelConfig(
         vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_decoder_layers', layers), n_encoder_layer=layers,
         n_head=config.size('num_heads'), n_embd=config.size('d_model'), head_dim=config.size('d_kv'), d_ff=config.size('d_ff'), position='relative',
         norm='rmsnorm', norm_eps=config.number('layer_norm_epsilon', 1e-6), mlp=T5_MLP[config.one_of('feed_forward_proj', *T5_MLP)], qk_norm=False,
-        zero_init=False, t5_scale=True, tie=bool(tie))
+        zero_init=False, t5_scale=True, tie=tie)
 
 
 def gpt2_fields(cfg):

@@ -148,6 +148,8 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
     for name in ('mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'):
         if getattr(cfg, name):
             raise UserError(f'{name}={getattr(cfg, name)}: a network with it cannot be widened and keep its function')
+    if cfg.t5_scale and cfg.tie:
+        raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: a network with both cannot be widened and keep its function')
     n_embd, n_head, d_ff = n_embd or cfg.n_embd, n_head or cfg.n_head, d_ff or cfg.mlp_width
     for name, value, old in (('n_embd', n_embd, cfg.n_embd), ('n_head', n_head, cfg.n_head), ('d_ff', d_ff, cfg.mlp_width)):
         if value < old:
@@ -207,7 +209,7 @@ def fold(model):
     plain |= {'rank_embed': 0, 'rank_head': 0}
     if cfg.embed_norm and cfg.position != 'learned':
         if cfg.tie:
-            weights['head.weight'] = weights['wte.weight']
+            weights['head.weight'] = weights['wte.weight'] * (cfg.n_embd ** -0.5 if cfg.t5_scale else 1)
         weights['wte.weight'] = model.norm_e(weights['wte.weight'])
         weights['wte.weight'][cfg.vocab_size:] = 0
         weights = {name: t for name, t in weights.items() if not name.startswith('norm_e.')}

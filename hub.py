@@ -5,7 +5,7 @@ Hugging Face folders, in and out: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlam
     cfg, weights = load('gpt2-medium')    # fetched once into data/downloads/hf
 
     python hub.py export --out_dir=out/run --to=FOLDER                  # for transformers, vLLM, lm-eval, llama.cpp's converter
-    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any network, with its code beside it
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any decoder, with its code beside it
 
 A folder is somebody else's file: every size that config.json names is compared with the headers of the weights before
 anything is allocated, every tensor must be known and is used, pickles and code are never touched.
@@ -126,8 +126,8 @@ def load(where):
     copies = [name for name in slices if re.fullmatch(family.copies, name) or cfg.tie and name == head]
     if copies:
         slices.setdefault(embedding, slices[copies[0]])  # one matrix, of whose names the writer may have kept any
-    if cfg.t5_scale and not cfg.tie and embedding in slices:
-        slices.setdefault(head, slices[embedding])  # a head without T5's scale; transformers 5 keeps it once if it is the embedding
+    if config.get('scale_decoder_outputs', None) is False and embedding in slices:
+        slices.setdefault(head, slices[embedding])  # a head without T5's scale; transformers 5 makes it of the embedding, and keeps it once
     if cfg.n_layer + cfg.n_encoder_layer > len(slices):
         raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_layer + cfg.n_encoder_layer} layers')
     unused, plan = {name for name in slices if not re.fullmatch(family.buffers, name)}, []
@@ -186,7 +186,7 @@ def decoder_start(where):
 class ExportSettings:
     out_dir: str = 'out'  # a run (its best checkpoint) or a checkpoint
     to: str = ''  # the folder to write: a new one
-    as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any network, as our own class, which comes along
+    as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any decoder, as our own class, which comes along
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
 
     def check(self):
@@ -200,7 +200,8 @@ def stock(cfg, weights, where):
     in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
     kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
     if in_the_way[kind]:
-        raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}): --as=custom takes any network')
+        raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind})'
+                        + ': --as=custom takes any decoder' * (not cfg.n_encoder_layer))
     family, tensors, used = FAMILIES[kind], {}, set()
     cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)
     for theirs, ours, _, flipped in name_rows(family, cfg):
@@ -228,7 +229,7 @@ def export(s):
     state = checkpoint.load_state(folder)
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
     if cfg.n_encoder_layer and s.as_ == 'custom':
-        raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: leave it out')
+        raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: it goes as T5 or not at all')
     if cfg.arch == 'markov' or cfg.rank_guide:
         raise UserError(f'{folder}: a Markov chain, or a guided start that has not ended, is not exported')
     model = make_model(cfg, init=False)

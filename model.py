@@ -65,7 +65,8 @@ class ModelConfig:
     rank_mlp: int = 0  # all matrices of the MLP
     rank_embed: int = 0  # embedding
     rank_head: int = 0  # output head
-    ranks: dict = field(default_factory=dict)  # of single matrices, over these: {'attn.k': 16, 'blocks.3.mlp.down': 0}
+    ranks: dict = field(default_factory=dict)  # of single matrices, over these: {'attn.k': 16, 'blocks.3.mlp.down': 0}. attn is cross-attention too, and
+    # the encoder's block 3 is as the decoder's
     first_block_dense: bool = False  # the first block stays as it is (Pufferfish, Wang et al. 2021, arXiv 2103.03936)
     rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # between the factors (silu: CoLA, Liu et al. 2025, arXiv 2502.10940;
     # rmsnorm: DeepSeek-V2's latents, arXiv 2405.04434)
@@ -97,8 +98,6 @@ class ModelConfig:
             raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.d_head % 2:
             raise ValueError(f"head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head even or set position='learned'")
-        if self.source_size and not self.n_encoder_layer:
-            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
         if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
             raise ValueError(f"cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: set n_encoder_layer, and position='rope'")
         self.check_ranks()

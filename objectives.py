@@ -24,7 +24,7 @@ MODES = ('R', 'S', 'X')  # regular, sequential, extreme: the first reserved toke
 @dataclass(frozen=True)
 class Denoiser:
     span: float  # mean length of what is masked in one piece, in tokens; 0: the end of the row, of a random length
-    rate: float  # share of the row that is masked; with span 0 its mean
+    rate: float  # share of the row that is masked; with span 0 its mean, up to 0.5
     weight: float  # how often
     mode: str = ''  # one of MODES, whose token begins the source; '' = none
 
@@ -42,7 +42,7 @@ DENOISERS = {
 @dataclass
 class ObjectiveConfig:
     objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # what is trained: the next token; the end of a row after its beginning; what was
-    # masked, of which prepare.py --reserve=100 makes the tokens; or the targets of prepare.py --source=… --target=…
+    # masked, of which prepare.py --reserve=100 makes the tokens; or the targets of prepare.py --source=… --target=…, of which a source is cut to what fits
     denoisers: str | list = 'ul2r'  # of objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as in objectives.py
 
     def check(self):
@@ -60,9 +60,10 @@ def parse(denoisers):
     for entry in denoisers:
         sound = isinstance(entry, (list, tuple)) and len(entry) in (3, 4) and all(type(n) in (int, float) for n in entry[:3])
         sound = sound and (entry[0] == 0 or 1 <= entry[0] < 1e6) and 0 < entry[1] < 1 and 0 < entry[2] < 1e6
+        sound = sound and (entry[0] or entry[1] <= 0.5)
         if not sound or list(entry[3:]) not in ([], *([mode] for mode in MODES)):
-            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: span 0 or at least 1, 0 < rate < 1, weight above 0, '
-                             f'mode one of {", ".join(MODES)}')
+            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: span 0 or at least 1, 0 < rate < 1 (with span 0 up to 0.5), '
+                             f'weight above 0, mode one of {", ".join(MODES)}')
         out.append(Denoiser(*entry))
     if not out:
         raise ValueError('denoisers=[]: give one at least')
@@ -128,7 +129,9 @@ class Objective:
             raise UserError('objective=causal: gives an encoder nothing to read: set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
         if kind in ('causal', 'seq2seq'):
             if self.is_pairs and not meta.get('pairs'):
-                raise UserError('objective=seq2seq: the data set has no pairs: prepare it with --source=FIELD --target=FIELD')
+                raise UserError('objective=seq2seq: there are no pairs in it: prepare it with --source=FIELD --target=FIELD')
+            if self.is_pairs and not source_size and block_size < 3:
+                raise UserError(f'block_size={block_size}: has no room for a source and a target: raise it')
             self.eot = meta.get('eot')
             return
         self.denoisers, self.eot = [Denoiser(0, 0.5, 1)] if kind == 'prefix' else parse(denoisers), meta.get('eot')
@@ -142,7 +145,7 @@ class Objective:
         self.length = self.stride = fitting[-1]
         needed = len(MODES) * any(d.mode for d in self.denoisers) + max([counts(self.length, d)[1] for d in self.denoisers if d.span], default=0)
         if needed > count:
-            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, the data set has {count}: prepare it with '
+            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, it has {count}: prepare it with '
                             f'--reserve={needed}')
         weights = np.array([d.weight for d in self.denoisers], float)
         self.until = np.cumsum(weights) / weights.sum()
@@ -187,6 +190,15 @@ class Objective:
             x[n, 0], x[n, 1:len(target)], y[n, :len(target)] = self.eot, target[:-1], target
             sources[n, :len(source)] = source
         return x, y, sources
+
+
+def around(kind, denoisers, meta):
+    """(ids before, ids after) a text that a network trained so is to read before it writes; of meta.json vocab_size, eot and tokenizer are looked at."""
+    if kind == 'causal':
+        return (), ()
+    is_marked = kind == 'ul2' and any(d.mode == 'S' for d in parse(denoisers))
+    first = meta['vocab_size'] - meta['tokenizer'].get('reserved', 0)
+    return (first + MODES.index('S'),) * is_marked, (meta['eot'],)
 
 
 def make_objective(s, meta):

@@ -16,6 +16,7 @@ from configurator import UserError, check, from_dict
 from data import Source
 from model import ModelConfig, make_model
 from objectives import stored_objective
+from tokenizer import advice
 
 # what a resumed run may not change: the network, and which rows step n sees
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout']
@@ -69,8 +70,10 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     for name in dataset if isinstance(dataset, dict) else [dataset]:
         source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'),
                         objective=lambda meta: stored_objective({} if block_size else settings, block_size or cfg.block_size, meta))
-        if state and source.files.meta['tokenizer'] != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
-            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with the same --tokenizer')
+        found = source.files.meta['tokenizer']
+        if state and found != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
+            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with '
+                            f'{advice(state.get("tokenizer", {}), found)}')
         sources.append(source)
     return sources
 
@@ -84,6 +87,9 @@ def find_origin(s, ranks):
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
+        for name in ('objective', 'denoisers', 'packing') if s.eval_only else ():  # what the losses of the run are of
+            if name not in s.given and name in state['settings']:
+                setattr(s, name, state['settings'][name])
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
@@ -101,7 +107,7 @@ def find_origin(s, ranks):
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
     if cfg.position == 'learned':
-        weights['wpe.weight'] = weights['wpe.weight'][:s.block_size]
+        weights['wpe.weight'] = weights['wpe.weight'][:max(s.block_size, s.source_size if cfg.n_encoder_layer else 0)]
     return {'weights': weights, 'tokenizer': tokenizer} | kept(s, folder)
 
 
@@ -130,7 +136,7 @@ def build_model(s, data, origin):
     """The model on the CPU, from `origin`. Raises UserError where its vocabulary or its run is not that of the data."""
     tokenizer = data.sources[0].files.meta['tokenizer']
     if origin.get('tokenizer') not in (None, tokenizer):
-        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with that one')
+        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with {advice(origin["tokenizer"], tokenizer)}')
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
         raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
@@ -190,11 +196,16 @@ def find_reference(s, cfg):
 
 
 def adopt(s, cfg, where):
-    """Take the model's settings from weights that were trained elsewhere; only dropout and a shorter context are the user's."""
+    """Take the model's settings from weights that were trained elsewhere; only dropout, a shorter context and that of an encoder are the user's."""
     if s.block_size > cfg.block_size and 'block_size' in s.given:
         raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
     for name, value in dataclasses.asdict(cfg).items():
         if name == 'dropout' or (name == 'block_size' and name in s.given):
+            continue
+        if name == 'source_size' and cfg.n_encoder_layer:  # it was written for one length, but distances are no parameters
+            if name in s.given and cfg.position == 'learned' and s.source_size > cfg.source_context:
+                raise UserError(f'source_size={s.source_size}: the weights in {where} know {cfg.source_context} positions: lower it')
+            s.source_size = s.source_size if name in s.given and s.source_size else cfg.source_context
             continue
         if name in s.given and getattr(s, name) != value:
             raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: leave it out')
@@ -203,16 +214,18 @@ def adopt(s, cfg, where):
 
 def check_same_run(s, data, state):
     """Raise UserError unless the stored run is this one: same network, same data in the same order."""
-    stored, advice = state['settings'], 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+    stored, unset = state['settings'], type(s)()
+    to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
     for name in IDENTITY:
-        # as text: the order of a mixture counts; a setting that the stored run did not know is at its default
-        if json.dumps(getattr(s, name)) != json.dumps(stored.get(name, getattr(s, name))):
-            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={stored[name]}: {advice}')
+        # as text: the order of a mixture counts; a setting that the stored run did not know was at its default
+        before = stored.get(name, getattr(unset, name))
+        if json.dumps(getattr(s, name)) != json.dumps(before) and (name != 'denoisers' or s.objective == 'ul2'):
+            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={before}: {to_do}')
     rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
     if rows != old:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {advice}')
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {to_do}')
     if s.init_from not in ('auto', 'resume', stored['init_from']):
-        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {advice}')
+        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {to_do}')
     if data.fingerprint() != state['data']:
-        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {advice}')
+        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {to_do}')
     s.init_from = stored['init_from']  # what it began with, whatever the resuming command says

@@ -401,7 +401,7 @@ def run(s, files, source, out, part):
             if not totals[other]['tokens']:
                 raise UserError(f'{" ".join(s.sources)}: no text in it, {progress["empty"]} empty documents')
             raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
-                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' else ''))
+                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.source else ''))
     meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
             'split': s.split, **({'pairs': True} if s.source else {}), 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
     write_json(os.path.join(part, 'meta.json'), meta)
@@ -433,7 +433,8 @@ def summary(out, meta, figures):
         print(f'    {name:5} {split["documents"]:>12,} documents {split["tokens"]:>15,} tokens '
               f'{split["bytes"]:>16,} bytes of text {len(split["shards"]):>4} shard(s)')
     size, tokens = (sum(split[key] for split in splits.values()) for key in ('bytes', 'tokens'))
-    print(f'    {size / tokens:.3f} bytes a token; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
+    rate = f'{tokens / sum(split["documents"] for split in splits.values()):,.0f} tokens a pair' if meta.get('pairs') else f'{size / tokens:.3f} bytes a token'
+    print(f'    {rate}; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
     if 'entropy' in meta:
         print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
     if figures:
@@ -447,7 +448,7 @@ def summary(out, meta, figures):
     with open(os.path.join(out, 'train_00000.bin'), 'rb') as f:
         ids = np.frombuffer(f.read(60 * dtype.itemsize), dtype)
     print(f'    train begins: {load_tokenizer(description, out).decode(ids)!r}')
-    print(f'next: python train.py --dataset={out.removeprefix("data/")}')
+    print(f'next: python train.py --dataset={out.removeprefix("data/")}' + ' --objective=seq2seq' * meta.get('pairs', False))
 
 
 def main():

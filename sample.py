@@ -30,6 +30,7 @@ import checkpoint
 import hub
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from objectives import around
 from origin import fill, read_model
 from tokenizer import load_tokenizer
 
@@ -62,7 +63,9 @@ class Settings(DeviceConfig):
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name, low, high in (('temperature', 0, math.inf), ('top_k', 0, math.inf), ('top_p', 1e-9, 1), ('min_p', 0, 1),
+        if self.num_beams and (self.stop or self.repetition_penalty != 1):
+            raise ValueError(f'num_beams={self.num_beams}: a beam search knows neither stop nor repetition_penalty: leave them out')
+        for name, low, high in (('length_penalty', -10, 10), ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('top_p', 1e-9, 1), ('min_p', 0, 1),
                                 ('repetition_penalty', 1e-9, math.inf), ('seed', 0, 2 ** 63 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number between {low:.0f} and {high}')
@@ -302,6 +305,10 @@ def load(where, which='best', encoder=False):
     cfg, weights, folder = read_model(where, which, encoder)
     description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
+    if not hub.knows(where):
+        settings = checkpoint.load_state(folder)['settings']
+        meta = {'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'tokenizer': description}
+        tokenizer.around = around(settings.get('objective', 'causal'), settings.get('denoisers'), meta)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     if hub.knows(where):
@@ -327,11 +334,14 @@ def read_prompt(start):
 
 def encode_prompt(text, tokenizer, cfg):
     """
-    (ids that the decoder goes on from, ids for the encoder or None) of a prompt; an empty one is the end of the document before. An encoder reads
-    the prompt and the end of text, as in training. Raises UserError for one that does not fit.
+    (ids that the decoder goes on from, ids for the encoder or None) of a prompt; an empty one is the end of the document before. What is read is
+    marked as in training, by the end of text after it at least. Raises UserError for one that does not fit.
     """
-    ids = [*(() if cfg.n_encoder_layer else tokenizer.begin), *tokenizer.encode(text)]
-    prompt, source = (list(tokenizer.begin) or [tokenizer.eot or 0], [*ids, tokenizer.eot or 0]) if cfg.n_encoder_layer else (ids or [tokenizer.eot or 0], None)
+    (before, after), end = tokenizer.around, tokenizer.eot or 0
+    if cfg.n_encoder_layer:
+        prompt, source = list(tokenizer.begin) or [end], [*before, *tokenizer.encode(text), *(after or [end])]
+    else:
+        prompt, source = [*tokenizer.begin, *before, *tokenizer.encode(text), *after] or [end], None
     for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
         if len(tokens) > most:
             raise UserError(f'start: {name} has {len(tokens)} tokens, the context of this model {most}: shorten it')
@@ -391,7 +401,7 @@ def pack(model, dtype='bfloat16', int8=False):
 def print_samples(model, tokenizer, text, s, generator, compile):
     """Draw s.num_samples continuations of `text` as one batch: the first appears as it is written, the others after it."""
     prompt, source = encode_prompt(text, tokenizer, model.cfg)
-    texts = ['' if source else text] * s.num_samples
+    texts = ['' if source or tokenizer.around[1] else text] * s.num_samples
     print(texts[0], end='', flush=True)
     if s.num_beams:
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:

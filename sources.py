@@ -301,8 +301,8 @@ def text_of(row, s, where):
             if key not in row:
                 raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --{names_of(s)}')
             value = row[key]
-            if s.source and isinstance(value, list):  # several summaries of one text: the first is learned
-                value = value[0] if value else None
+            if s.source and keys == s.target and isinstance(value, list):  # several summaries of one text: the first is learned
+                value = next((text for text in value if not isinstance(text, str) or text.strip()), None)
             if not isinstance(value, str | None):
                 raise UserError(f'{where}: field {key} holds a {type(value).__name__}, not text: set --{names_of(s)}')
             found += [value.replace(PAIR, ' ')] if value else []
@@ -324,7 +324,8 @@ def not_utf8(path, offset):
 def divide(text, s):
     """A document → [(split, its text)]."""
     if s.split == 'document':
+        text, whole = text.partition(PAIR)[0], text  # pairs of one source are on one side
         number = int.from_bytes(blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big')
-        return [('val' if number < s.val_fraction * 2 ** 64 else 'train', text)]
+        return [('val' if number < s.val_fraction * 2 ** 64 else 'train', whole)]
     n = int(len(text) * (1 - s.val_fraction))  # as nanoGPT cuts Shakespeare
     return [(split, part) for split, part in (('train', text[:n]), ('val', text[n:])) if part]

@@ -32,6 +32,7 @@ from data import Mixture
 from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
+from objectives import stored_objective
 from origin import fill, read_model, validation_sources
 from ranks import Ranks
 
@@ -242,7 +243,8 @@ def open_data(s, where, cfg, settings):
         print('no data; --dataset=NAME would measure losses')
         return None
     try:
-        data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'))
+        data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'),
+                       objective=lambda meta: stored_objective(settings, cfg.block_size, meta))
     except UserError as error:
         if s.dataset != 'auto':
             raise

@@ -39,6 +39,7 @@ class Tokenizer:
     What all kinds share. cut: one of the rules above, None = never part a text; files: {name: bytes} to keep with the data;
     unk: the token for what the tokenizer cannot write, -1 = it can write anything.
     """
+    around = (), ()  # ids before and after a text that is read before another is written (objectives.around)
     begin = ()  # ids before a prompt: none, but for weights of others that were trained with a beginning-of-text token (sample.load)
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
@@ -84,6 +85,13 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the {self.kind} tokenizer: the ids are of another one')
+
+
+def advice(wanted, found):
+    """How to prepare data with the tokenizer `wanted`, where that of `found` is another; both are descriptions."""
+    same = [{key: value for key, value in d.items() if key not in ('reserved', 'vocab_size', 'sha256')} for d in (wanted, found)]
+    reserved = f'--reserve={wanted.get("reserved", 0)}'
+    return reserved if same[0] == same[1] else 'the same --tokenizer' + f' and {reserved}' * bool(wanted.get('reserved'))
 
 
 def fingerprint(description):

@@ -34,7 +34,7 @@ from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_me
 from growth import GrowConfig, grow
 from loss import evaluate, reading
 from model import ModelConfig, Teacher, make_model
-from objectives import make_objective
+from objectives import around, make_objective
 from optim import OptimConfig, clip_gradient, learning_rate, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin, find_reference, find_teacher
 from plan import PlanConfig, fit_minutes, plan, show_plan
@@ -93,6 +93,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
                              '0 < distill_temperature <= 1000')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
+        if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):
+            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
         if self.n_encoder_layer and self.objective == 'causal':
             raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
         if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned and 'plan' not in self.given):
@@ -212,11 +214,12 @@ def show_samples(model, s, data, ranks):
     model.eval()
     try:
         tokenizer = load_tokenizer(source.meta['tokenizer'], source.folder)
+        tokenizer.around = around(s.objective, s.denoisers, source.meta)
         prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype):
             text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
                                                        generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None))
-        print('    | ' + (s.sample_prompt + (' → ' if source else '') + text).strip().replace('\n', '\n    | '), flush=True)
+        print('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '), flush=True)
     except UserError as error:
         print(f'no sample: {error}', flush=True)
     model.train()

@@ -197,6 +197,20 @@ def test_a_source_that_is_too_long_is_cut_and_its_end_kept(tmp_path):
         assert arrays[0].shape == (source.rows, 40)
 
 
+def test_pairs_of_one_source_are_on_one_side_of_the_split(tmp_path):
+    folder = pairs(tmp_path, [{'question': f'what is {n % 10}?', 'answer': f'{n}'} for n in range(200)], val_fraction=0.4)
+    sides = []
+    for split in ('train', 'val'):
+        source = Source(folder, split, 40, 'stream', objective=lambda meta: Objective('seq2seq', 40, 20, meta=meta))
+        sides.append({tuple(source.example(n, 0)[0]) for n in range(source.rows)})
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10
+
+
+def test_what_differs_in_the_tokenizer_is_said(reserved, dataset, tmp_path):
+    assert 'with --reserve=50' in one_line(train(tmp_path / 'out', dataset=f'{{"{reserved}": 1, "{dataset}": 1}}', check=False))
+    assert f'dataset={dataset}: objective=seq2seq' in one_line(train(tmp_path / 'out', '--objective=seq2seq', dataset=dataset, check=False))
+
+
 def test_a_list_of_targets_gives_its_first_and_blank_ones_are_left_out(tmp_path):
     folder = pairs(tmp_path, [{'question': 'q', 'answer': ['first', 'second']}, {'question': 'q', 'answer': ' '}, {'question': 'q', 'answer': []}] + ROWS[:9])
     assert sum(split['documents'] for split in json.load(open(f'{folder}/meta.json'))['splits'].values()) == 10
@@ -291,8 +305,51 @@ def test_a_pair_is_learned_and_sampled(tmp_path):
         assert done.stdout.split('\n')[0] == digit, done.stdout + done.stderr
 
 
+def test_a_decoder_is_asked_as_it_was_trained(tmp_path):
+    """The end of text parts what was read from what is written: sample.py puts it there, and shows what is written alone."""
+    folder = pairs(tmp_path, [{'question': f'{n % 4}' * (3 + n % 5), 'answer': f'{n % 4}'} for n in range(200)])
+    train(tmp_path / 'out', '--objective=seq2seq', '--block_size=16', '--max_iters=150', '--eval_interval=150', '--batch_size=16', '--sample_tokens=5',
+          '--sample_prompt=333', dataset=folder)
+    for digit in '0123':
+        done = run('sample.py', f'--out_dir={tmp_path}/out', f'--start={digit * 4}', '--temperature=0', '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
+        assert done.stdout.split('\n')[0] == digit, done.stdout + done.stderr
+    meta = META | {'tokenizer': {'reserved': 50}}
+    assert objectives.around('causal', 'ul2', meta) == ((), ()) and objectives.around('seq2seq', 'ul2', meta) == ((), (EOT,))
+    assert objectives.around('ul2', 'ul2', meta) == ((101,), (EOT,)) and objectives.around('ul2', 't5', meta) == ((), (EOT,))
+
+
+def test_contexts_may_change_for_pairs(reserved, tmp_path):
+    """Learned positions are cut, others may be longer too."""
+    for name, options, wanted in (('learned', ['--position=learned', '--n_encoder_layer=1'], (16, 30)), ('rope', UL2[1:], (32, 50))):
+        train(tmp_path / name, '--objective=ul2', '--denoisers=t5', '--max_iters=1', *options, '--source_size=40', dataset=reserved)
+        train(f'{tmp_path}/{name}2', '--objective=prefix', f'--init_from={tmp_path}/{name}', '--max_iters=1', f'--block_size={wanted[0]}',
+              f'--source_size={wanted[1]}', dataset=reserved)
+        state = json.load(open(f'{tmp_path}/{name}2/step_00000001/state.json'))
+        assert (state['model']['block_size'], state['model']['source_size']) == wanted
+    done = train(f'{tmp_path}/x', '--objective=prefix', f'--init_from={tmp_path}/learned', '--source_size=50', dataset=reserved, check=False)
+    assert 'know 40 positions' in one_line(done)
+
+
+def test_a_run_goes_on_with_its_own_objective(dataset, reserved, tmp_path):
+    """One from before there were objectives is causal; what eval_only measures is what the run was trained for."""
+    train(tmp_path / 'old', dataset=dataset)
+    state = tmp_path / 'old/step_00000010/state.json'
+    stored = json.loads(state.read_text())
+    del stored['settings']['objective'], stored['settings']['denoisers']
+    state.write_text(json.dumps(stored))
+    manifest = tmp_path / 'old/step_00000010/manifest.json'
+    known = json.loads(manifest.read_text())
+    manifest.write_text(manifest.read_text().replace(known['files']['state.json']['sha256'], sha256(state)).replace(
+        f'{known["files"]["state.json"]["size"]}', f'{state.stat().st_size}') if 'files' in known else manifest.read_text())
+    done = train(tmp_path / 'old', '--objective=prefix', '--max_iters=12', dataset=dataset, check=False)
+    assert done.returncode == 2
+    train(tmp_path / 'ul2', *SETUPS['decoder'], dataset=reserved)
+    done = train(tmp_path / 'ul2', '--eval_only=True', dataset=reserved)
+    assert f'{read_log(tmp_path / "ul2")[-1]["val_loss"]:.4f}' in done.stdout
+
+
 @pytest.mark.parametrize('args, words', [
-    (['--n_encoder_layer=2'], "objective='causal'"), (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'has no pairs'),
+    (['--n_encoder_layer=2'], "objective='causal'"), (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'there are no pairs in it'),
     (['--objective=ul2', '--denoisers=t6'], 'denoisers=t6'), (['--objective=ul2', '--denoisers=[[3,2,1]]'], 'denoisers: [3, 2, 1]'),
     (['--objective=prefix', '--block_size=1'], 'no row is short enough'), (['--objective=prefix', '--arch=markov'], 'objective=prefix'),
     (['--objective=prefix', '--n_encoder_layer=1', '--teacher=x'], 'n_encoder_layer=1')], ids=str)
@@ -303,7 +360,7 @@ def test_objectives_that_cannot_work_are_refused(args, words, dataset, tmp_path)
 
 def test_denoisers_are_checked():
     assert parse([(3, 0.15, 1), [0, 0.25, 1, 'S']]) == [Denoiser(3, 0.15, 1), Denoiser(0, 0.25, 1, 'S')]
-    for wrong in ([], [3], [[3, 0.15]], [[0.5, 0.15, 1]], [[3, 0.15, 0]], [[3, 0.15, 1, 'Q']], [[3, '0.15', 1]], [[3, 0.15, 1, ['R']]]):
+    for wrong in ([], [3], [[3, 0.15]], [[0.5, 0.15, 1]], [[3, 0.15, 0]], [[3, 0.15, 1, 'Q']], [[3, '0.15', 1]], [[3, 0.15, 1, ['R']]], [[0, 0.7, 1]]):
         with pytest.raises(ValueError, match='denoisers'):
             parse(wrong)
     with pytest.raises(UserError, match='--reserve=10'):
