@@ -96,7 +96,7 @@ def test_half_precision_is_half_the_size(tmp_path):
     (LLAMA | dict(rank_qk=4, rank_act_qk='silu'), 'rank_qk=4, rank_act_qk=silu'),
     (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'), (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
 def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tmp_path):
-    with pytest.raises(UserError, match=words + '.*: --as=custom takes any network'):
+    with pytest.raises(UserError, match=words + '.*: --as=custom takes any decoder'):
         exported(tmp_path, network(**settings))
     assert os.listdir(tmp_path) == ['run']
 
