@@ -179,6 +179,7 @@ def show_summaries(s):
     """python evaluate.py summaries"""
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a file of pairs: give another')
+    score = summaries.scorer(s.stripped)  # found missing before anything is written
     loaded = {path: summaries.read_pairs(path, s.source, s.target)[:s.limit or None] for path in s.files}
     model, tokenizer, device, dtype = s.load(encoder=True)
     if s.max_new_tokens >= model.cfg.block_size:
@@ -186,14 +187,14 @@ def show_summaries(s):
     rows = []
     for path, pairs in loaded.items():
         texts = summaries.write(model, tokenizer, [pair.source for pair in pairs], s.max_new_tokens, s.num_beams, s.batch_size, device, dtype, path)
-        scores = summaries.rouge(texts, [pair.references for pair in pairs], s.stripped)
+        scores = [score(text, pair.references) for text, pair in zip(texts, pairs)]
         for pair, text in [*zip(pairs, texts)][:s.show]:
             print(f'source     {" ".join(pair.source.split())[:300]}\nreference  {pair.references[0]}\nwritten    {text}\n')
-        shown = {name: tasks.mean_and_error([100 * score[name] for score in scores]) for name in scores[0]}
+        shown = {name: tasks.mean_and_error([100 * found[name] for found in scores]) for name in scores[0]}
         print(f'{os.path.basename(path)}  {len(pairs):,} texts  ' + '  '.join(f'{name} {mean:.2f} ± {error:.2f}' for name, (mean, error) in shown.items()),
               flush=True)
-        rows += [{'file': path, 'item': n, 'written': text, 'reference': pair.references[0], 'source': pair.source} | score
-                 for n, (pair, text, score) in enumerate(zip(pairs, texts, scores))]
+        rows += [{'file': path, 'item': n, 'written': text, 'reference': pair.references[0], 'source': pair.source} | found
+                 for n, (pair, text, found) in enumerate(zip(pairs, texts, scores))]
     if s.csv:
         write_csv(rows, s.csv)
         print(f'written: {s.csv}')

@@ -542,7 +542,7 @@ class Transformer(nn.Module):
         if idx.size(1) > self.cfg.block_size:
             raise ValueError(f'{idx.size(1)} tokens are longer than block_size={self.cfg.block_size}')
         T, S = idx.size(1), 0 if memory is None else memory.h.size(1)
-        positions = cache.positions if cache is not None else slice(T)
+        positions = cache.positions if cache is not None else slice(T)  # a slice, for what it takes of a table has a cheap gradient
         numbers = cache.positions if cache is not None else torch.arange(T, device=idx.device)
         at = Places(*[self.angles(positions)] * 2, None if cache is None else cache.mask, is_causal=True)
         if self.rel is not None:
@@ -653,8 +653,7 @@ class Transformer(nn.Module):
         norms one, biases zero, the vocabulary's padding zero. t5_scale: see there
         """
         cfg = self.cfg
-        for block in [*(self.encoder or ()), *self.blocks]:
-            depth = cfg.n_layer if block in set(self.blocks) else cfg.n_encoder_layer
+        for block, depth in [(block, len(stack)) for stack in (self.encoder or (), self.blocks) for block in stack]:
             depth_scale = 1.0 if cfg.t5_scale else 1 / math.sqrt(2 * depth)
             for attention in filter(None, (block.attn, block.cross)):
                 init_linear(attention.q, cfg, cfg.d_head ** -0.5 if cfg.t5_scale else 1.0)
@@ -703,7 +702,7 @@ class Transformer(nn.Module):
         cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
         target, source = 0, 0  # weights that are multiplied by a token of either
         for name, p in self.named_parameters():
-            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel')):
+            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel.', 'rel_encoder.')):
                 continue
             if re.match(r'encoder\.|blocks\.\d+\.cross\.[kv]\.', name):
                 source += p.numel()

@@ -9,9 +9,7 @@ What a row of tokens asks of a network: a source to be read and a target to be w
 An encoder-decoder reads with its encoder; a decoder alone reads the source before the target, and its loss is of the target only. What
 is masked is a function of the number `noise`, and that of (seed, sample): every epoch masks anew, validation always the same.
 """
-import dataclasses
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -203,10 +201,9 @@ def around(kind, denoisers, meta):
 
 def make_objective(s, meta):
     """The Objective of train.py's settings for a data set with this meta.json. Raises UserError where they do not fit."""
-    return Objective(s.objective, s.block_size, (s.source_size or s.block_size) if s.n_encoder_layer else 0, s.denoisers, meta)
+    return Objective(s.objective, s.block_size, s.source_context, s.denoisers, meta)
 
 
-def stored_objective(settings, block_size, meta):
-    """The same of the settings that a run stored; one from before there were objectives is causal."""
-    defaults = {f.name: f.default for f in dataclasses.fields(ObjectiveConfig)} | {'n_encoder_layer': 0, 'source_size': 0}
-    return make_objective(SimpleNamespace(**defaults | settings | {'block_size': block_size}), meta)
+def stored_objective(settings, cfg, meta):
+    """The same of a network's ModelConfig and the settings that its run stored; one from before there were objectives is causal."""
+    return Objective(settings.get('objective', 'causal'), cfg.block_size, cfg.source_context, settings.get('denoisers', 'ul2r'), meta)

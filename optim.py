@@ -191,9 +191,10 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or rank_mlp')
     factors = {p for pair in pairs for p in pair} if cfg.factor_decay != 'factor' else set()
     for name, p in model.named_parameters():
-        matrix = p.ndim >= 2 and not name.startswith(('wte.', 'wpe.', 'rel', 'head.'))
+        bias = name.startswith(('rel.', 'rel_encoder.'))  # T5's positions
+        matrix = p.ndim >= 2 and not bias and not name.startswith(('wte.', 'wpe.', 'head.'))
         rate = cfg.muon_lr if muon and matrix else cfg.head_lr if name == head else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) \
-            else cfg.scalar_lr if p.ndim < 2 or name.startswith('rel') else None
+            else cfg.scalar_lr if p.ndim < 2 or bias else None
         rate = cfg.learning_rate if rate is None else rate
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
         decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) and p not in factors else 0.0

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+from functools import partial
 
 import torch
 
@@ -69,7 +70,7 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:
         source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'),
-                        objective=lambda meta: stored_objective({} if block_size else settings, block_size or cfg.block_size, meta))
+                        objective=None if block_size else partial(stored_objective, settings, cfg))
         found = source.files.meta['tokenizer']
         if state and found != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
             raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with '

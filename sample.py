@@ -332,16 +332,20 @@ def read_prompt(start):
     return read_text(start[5:]) if start.startswith('FILE:') else start
 
 
-def encode_prompt(text, tokenizer, cfg):
+def encode_prompt(text, tokenizer, cfg, room=None):
     """
     (ids that the decoder goes on from, ids for the encoder or None) of a prompt; an empty one is the end of the document before. What is read is
-    marked as in training, by the end of text after it at least. Raises UserError for one that does not fit.
+    marked as in training, by the end of text after it at least. room: cut the text so that no more than so many tokens are read. Raises UserError
+    for one that does not fit.
     """
     (before, after), end = tokenizer.around, tokenizer.eot or 0
     if cfg.n_encoder_layer:
-        prompt, source = list(tokenizer.begin) or [end], [*before, *tokenizer.encode(text), *(after or [end])]
+        after = after or (end,)
     else:
-        prompt, source = [*tokenizer.begin, *before, *tokenizer.encode(text), *after] or [end], None
+        before = *tokenizer.begin, *before
+    ids = tokenizer.encode(text)
+    ids = [*before, *(ids if room is None else ids[:max(0, room - len(before) - len(after))]), *after] or [end]
+    prompt, source = (list(tokenizer.begin) or [end], ids) if cfg.n_encoder_layer else (ids, None)
     for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
         if len(tokens) > most:
             raise UserError(f'start: {name} has {len(tokens)} tokens, the context of this model {most}: shorten it')

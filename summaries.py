@@ -7,7 +7,6 @@ Texts that a network writes from a source, held against those that people wrote:
 
 Of several references the best one counts, as SciTLDR's authors do.
 """
-import json
 import re
 from dataclasses import dataclass
 
@@ -15,7 +14,8 @@ from tqdm import tqdm
 
 from configurator import UserError
 from device import autocast
-from sample import beam_search, generate
+from sample import beam_search, encode_prompt, generate
+from tasks import read_lines
 
 # English function words: what carries no topic
 STOP_WORDS = set('''a about above after again against all am an and any are aren as at be because been before being below between both but by can could couldn d
@@ -35,24 +35,10 @@ class Pair:
 
 def read_pairs(path, source, target):
     """The Pairs of a JSONL file with these two fields; the target is a text or a list of them. Raises UserError, with the line, for whatever is none."""
-    pairs = []
-    try:
-        with open(path, encoding='utf-8-sig') as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    pairs.append(to_pair(line, source, target, f'{path}:{number}'))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: {getattr(error, "strerror", error)}') from None
-    if not pairs:
-        raise UserError(f'{path}: no pairs in it')
-    return pairs
+    return read_lines(path, lambda row, where: to_pair(row, source, target, where))
 
 
-def to_pair(line, source, target, where):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not JSON: {error}') from None
+def to_pair(row, source, target, where):
     for name, key in (('source', source), ('target', target)):
         if not isinstance(row, dict) or key not in row:
             raise UserError(f'{where}: no field {key}' + (f'; it has {", ".join(row)}' if isinstance(row, dict) else '') + f': set --{name}')
@@ -65,17 +51,10 @@ def to_pair(line, source, target, where):
 # -----------------------------------------------------------------------------
 # Writing
 
-def encode(model, tokenizer, text, max_new_tokens):
-    """(what the decoder goes on from, what the encoder reads or None) of a source; its end is cut where it is longer than the network reads."""
-    ids, end = tokenizer.encode(text), tokenizer.eot or 0
-    if model.cfg.n_encoder_layer:
-        return list(tokenizer.begin) or [end], [*ids[:model.cfg.source_context - 1], end]
-    return [*ids[:max(1, model.cfg.block_size - max_new_tokens)], end], None
-
-
 def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
     """[text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come first, so that rows of a batch are alike."""
-    rows = [(n, *encode(model, tokenizer, source, max_new_tokens)) for n, source in enumerate(sources)]
+    room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
+    rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room)) for n, source in enumerate(sources)]
     rows.sort(key=lambda row: -len(row[2] or row[1]))
     out, size = [''] * len(rows), 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):
@@ -102,18 +81,21 @@ def strip(text):
     return ' '.join(word for word in re.findall(r'[a-z]+', text.lower()) if word not in STOP_WORDS)
 
 
-def rouge(written, references, stripped=False):
-    """[{'rougeL', 'rougeLsum'[, 'stripped']}] of every text, F1 from 0 to 1, against the best of its references. Raises UserError without rouge-score."""
+def scorer(stripped=False):
+    """
+    A function of a text and its references → {'rougeL', 'rougeLsum'[, 'stripped']}, F1 from 0 to 1, against the best of them. Raises UserError without
+    rouge-score.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError('summaries: takes rouge-score: pip install rouge-score') from None
     plain, stems = RougeScorer(['rougeL', 'rougeLsum']), RougeScorer(['rougeL'], use_stemmer=True)
-    out = []
-    for text, some in zip(written, references):
-        scores = [plain.score(reference, text) for reference in some]
+
+    def score(text, references):
+        scores = [plain.score(reference, text) for reference in references]
         found = {name: max(score[name].fmeasure for score in scores) for name in ('rougeL', 'rougeLsum')}
         if stripped:
-            found['stripped'] = max(stems.score(strip(reference), strip(text))['rougeL'].fmeasure for reference in some)
-        out.append(found)
-    return out
+            found['stripped'] = max(stems.score(strip(reference), strip(text))['rougeL'].fmeasure for reference in references)
+        return found
+    return score

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Literal
@@ -244,7 +245,7 @@ def open_data(s, where, cfg, settings):
         return None
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'),
-                       objective=lambda meta: stored_objective(settings, cfg.block_size, meta))
+                       objective=partial(stored_objective, settings, cfg))
     except UserError as error:
         if s.dataset != 'auto':
             raise

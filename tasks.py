@@ -34,28 +34,37 @@ class Item:
     where: str = ''  # file:line
 
 
-def read_items(path, delimiter=' '):
-    """The Items of a JSONL file; `delimiter` parts a query from its choices. Raises UserError, with the line, for whatever is none."""
-    items = []
+def read_lines(path, convert):
+    """[convert(JSON value, 'path:number')] of the lines of a JSONL file. Raises UserError, with the line, for what is no JSON, and for an empty file."""
+    out = []
     try:
         with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    items.append(to_item(line, delimiter, f'{path}:{number}'))
+                    out.append(convert(parse(line, f'{path}:{number}'), f'{path}:{number}'))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: {getattr(error, "strerror", error)}') from None
-    if not items:
+    if not out:
         raise UserError(f'{path}: no items in it')
+    return out
+
+
+def parse(line, where):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}: not readable as JSON: {error}') from None
+
+
+def read_items(path, delimiter=' '):
+    """The Items of a JSONL file; `delimiter` parts a query from its choices. Raises UserError, with the line, for whatever is none."""
+    items = read_lines(path, lambda fields, where: to_item(fields, delimiter, where))
     if len({len(item.choices) == 1 for item in items}) > 1:
         raise UserError(f'{path}: holds items with choices and items without: make two files of it')
     return items
 
 
-def to_item(line, delimiter, where):
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not readable as JSON: {error}') from None
+def to_item(fields, delimiter, where):
     keys = fields.keys() if isinstance(fields, dict) else set()
     if {'query', 'choices', 'gold'} <= keys:
         context, choices, gold = fields['query'], fields['choices'], fields['gold']

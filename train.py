@@ -210,11 +210,11 @@ def show_samples(model, s, data, ranks):
     """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice."""
     if not (s.sample_tokens and ranks.first):
         return
-    source = data.sources[0].files
+    files = data.sources[0].files
     model.eval()
     try:
-        tokenizer = load_tokenizer(source.meta['tokenizer'], source.folder)
-        tokenizer.around = around(s.objective, s.denoisers, source.meta)
+        tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
+        tokenizer.around = around(s.objective, s.denoisers, files.meta)
         prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype):
             text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,

@@ -130,6 +130,7 @@ def test_a_run_in_the_middle_of_its_schedule_or_diverged_counts_in_no_mean(arms,
 def test_losses_on_other_tokens_are_called_incomparable(arms, tmp_path):
     assert 'careful' not in table(arms)
     assert 'careful' in table(arms + [Arm('c', {1: read_run(write_run(tmp_path / 'c', eval_iters=7))})])
+    assert 'careful' in table(arms + [Arm('d', {1: read_run(write_run(tmp_path / 'd', objective='prefix'))})])
 
 
 def test_arms_of_unlike_dtypes_are_not_one_and_that_is_said(arms, tmp_path):

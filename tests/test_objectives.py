@@ -16,8 +16,10 @@ from model import ModelConfig, Transformer
 from objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
 from prepare import Settings as Prepare
 from prepare import prepare
+from sample import encode_prompt
 from tokenizer import ByteTokenizer, Reserved, load_tokenizer
 from tokenizer_json import to_json
+from train import Settings
 
 EOT, RESERVED = 1, (100, 149)
 META = {'vocab_size': 150, 'eot': EOT, 'tokenizer': {'reserved': 50}}
@@ -138,7 +140,7 @@ def reserved(tmp_path):
 
 
 def denoising(reserved, seed=1, **settings):
-    s = type('S', (), dict(objective='ul2', denoisers='ul2r', block_size=32, source_size=40, n_encoder_layer=1) | settings)
+    s = Settings(**dict(objective='ul2', block_size=32, source_size=40, n_encoder_layer=1) | settings)
     return Mixture(reserved, 'train', 32, seed, objective=lambda meta: make_objective(s, meta))
 
 
@@ -295,27 +297,28 @@ def test_what_was_pretrained_goes_on_with_pairs(tmp_path):
         assert last < first < 4, kind
 
 
-def test_a_pair_is_learned_and_sampled(tmp_path):
-    """A copy of the answer's only digit, from the source alone: after training sample.py writes it."""
+@pytest.mark.parametrize('sizes', [['--n_encoder_layer=2', '--block_size=8', '--source_size=12'], ['--block_size=16']], ids=['encoder', 'decoder'])
+def test_a_pair_is_learned_and_sampled(sizes, tmp_path):
+    """The answer is the question's only digit. sample.py marks where the question ends, as in training, and shows what is written alone."""
     folder = pairs(tmp_path, [{'question': f'{n % 4}' * (3 + n % 5), 'answer': f'{n % 4}'} for n in range(200)])
-    train(tmp_path / 'out', '--objective=seq2seq', '--n_encoder_layer=2', '--block_size=8', '--source_size=12', '--max_iters=150', '--eval_interval=150',
-          '--batch_size=16', dataset=folder)
-    for digit in '0123':
-        done = run('sample.py', f'--out_dir={tmp_path}/out', f'--start={digit * 4}', '--temperature=0', '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
-        assert done.stdout.split('\n')[0] == digit, done.stdout + done.stderr
-
-
-def test_a_decoder_is_asked_as_it_was_trained(tmp_path):
-    """The end of text parts what was read from what is written: sample.py puts it there, and shows what is written alone."""
-    folder = pairs(tmp_path, [{'question': f'{n % 4}' * (3 + n % 5), 'answer': f'{n % 4}'} for n in range(200)])
-    train(tmp_path / 'out', '--objective=seq2seq', '--block_size=16', '--max_iters=150', '--eval_interval=150', '--batch_size=16', '--sample_tokens=5',
+    train(tmp_path / 'out', '--objective=seq2seq', *sizes, '--max_iters=150', '--eval_interval=150', '--batch_size=16', '--sample_tokens=5',
           '--sample_prompt=333', dataset=folder)
     for digit in '0123':
         done = run('sample.py', f'--out_dir={tmp_path}/out', f'--start={digit * 4}', '--temperature=0', '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
         assert done.stdout.split('\n')[0] == digit, done.stdout + done.stderr
-    meta = META | {'tokenizer': {'reserved': 50}}
-    assert objectives.around('causal', 'ul2', meta) == ((), ()) and objectives.around('seq2seq', 'ul2', meta) == ((), (EOT,))
-    assert objectives.around('ul2', 'ul2', meta) == ((101,), (EOT,)) and objectives.around('ul2', 't5', meta) == ((), (EOT,))
+
+
+def test_what_is_read_is_marked_as_in_training():
+    assert objectives.around('causal', 'ul2', META) == ((), ()) and objectives.around('seq2seq', 'ul2', META) == ((), (EOT,))
+    assert objectives.around('ul2', 'ul2', META) == ((101,), (EOT,)) and objectives.around('ul2', 't5', META) == ((), (EOT,))
+    tokenizer = Reserved(ByteTokenizer(), 5)
+    tokenizer.around = (258,), (256,)
+    for cfg, wanted in ((ModelConfig(block_size=9), ([258, 97, 98, 256], None)), (ModelConfig(block_size=9, n_encoder_layer=1), ([256], [258, 97, 98, 256]))):
+        assert encode_prompt('ab', tokenizer, cfg) == wanted
+        cut = encode_prompt('abcdefghijkl', tokenizer, cfg, room=5)
+        assert (cut[1] or cut[0]) == [258, 97, 98, 99, 256]
+        with pytest.raises(UserError, match='12 tokens|14 tokens'):
+            encode_prompt('abcdefghijkl', tokenizer, cfg)
 
 
 def test_contexts_may_change_for_pairs(reserved, tmp_path):
@@ -333,16 +336,15 @@ def test_contexts_may_change_for_pairs(reserved, tmp_path):
 def test_a_run_goes_on_with_its_own_objective(dataset, reserved, tmp_path):
     """One from before there were objectives is causal; what eval_only measures is what the run was trained for."""
     train(tmp_path / 'old', dataset=dataset)
-    state = tmp_path / 'old/step_00000010/state.json'
-    stored = json.loads(state.read_text())
-    del stored['settings']['objective'], stored['settings']['denoisers']
-    state.write_text(json.dumps(stored))
-    manifest = tmp_path / 'old/step_00000010/manifest.json'
-    known = json.loads(manifest.read_text())
-    manifest.write_text(manifest.read_text().replace(known['files']['state.json']['sha256'], sha256(state)).replace(
-        f'{known["files"]["state.json"]["size"]}', f'{state.stat().st_size}') if 'files' in known else manifest.read_text())
+    folder = tmp_path / 'old/step_00000010'
+    state, manifest = (json.loads((folder / name).read_text()) for name in ('state.json', 'manifest.json'))
+    del state['settings']['objective'], state['settings']['denoisers']
+    (folder / 'state.json').write_text(json.dumps(state))
+    manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size, 'sha256': sha256(folder / 'state.json')}
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
     done = train(tmp_path / 'old', '--objective=prefix', '--max_iters=12', dataset=dataset, check=False)
-    assert done.returncode == 2
+    assert 'belongs to a run with objective=causal' in one_line(done)
+    assert 'resuming' in train(tmp_path / 'old', '--max_iters=12', '--denoisers=t5', dataset=dataset).stdout  # which a causal run does not look at
     train(tmp_path / 'ul2', *SETUPS['decoder'], dataset=reserved)
     done = train(tmp_path / 'ul2', '--eval_only=True', dataset=reserved)
     assert f'{read_log(tmp_path / "ul2")[-1]["val_loss"]:.4f}' in done.stdout

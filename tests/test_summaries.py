@@ -13,20 +13,20 @@ from test_model import tiny
 import sample
 import summaries
 from configurator import UserError
-from summaries import read_pairs, rouge, strip, write
+from summaries import read_pairs, scorer, strip, write
 from tokenizer import ByteTokenizer
 
 
 def test_scores_by_hand():
     """4 words of a reference of 6, of 5 written, are one subsequence: F1 = 2 · 4/5 · 4/6 / (4/5 + 4/6)."""
-    score, = rouge(['the cat sat on mats'], [['the cat lay on the mats']], stripped=True)
+    score = scorer(stripped=True)('the cat sat on mats', ['the cat lay on the mats'])
     assert score['rougeL'] == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6)) == score['rougeLsum']
     assert score['stripped'] == pytest.approx(2 / 3)  # cat sat mat, cat lay mat
-    assert rouge(['a b'], [['x y', 'a b', 'a c']])[0]['rougeL'] == 1  # the best of three
+    assert scorer()('a b', ['x y', 'a b', 'a c'])['rougeL'] == 1  # the best of three
 
 
 def test_sentences_may_change_places_for_rougelsum():
-    score, = rouge(['second thing.\nfirst thing.'], [['first thing.\nsecond thing.']])
+    score = scorer()('second thing.\nfirst thing.', ['first thing.\nsecond thing.'])
     assert score['rougeLsum'] == 1 and score['rougeL'] == pytest.approx(0.5)
 
 
@@ -59,7 +59,7 @@ def test_the_command_prints_means_and_writes_a_table(tmp_path):
 
 
 @pytest.mark.parametrize('line, words', [('{"source": 3, "target": "x"}', 'takes a text'), ('{"source": "x", "target": []}', 'or a list of them'),
-                                         ('{"source": "x"}', 'no field target; it has source: set --target'), ('[1]', 'no field source'), ('{', 'not JSON')])
+                                         ('{"source": "x"}', 'no field target; it has source: set --target'), ('[1]', 'no field source'), ('{', 'JSON')])
 def test_a_line_that_is_no_pair_is_named(line, words, tmp_path):
     (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}\n' + line + '\n')
     with pytest.raises(UserError, match=r'p\.jsonl:2: ') as caught:

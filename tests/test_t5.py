@@ -285,12 +285,13 @@ def test_sample_writes_what_transformers_writes(tmp_path):
     (['sample.py', '--init_from=hf:{}', '--start=' + 'x' * 40], 'what the encoder reads has 41 tokens'),
     (['sample.py', '--init_from=hf:{}', '--num_beams=2'], 'max_new_tokens=300'),
     (['hub.py', 'export', '--out_dir={}/../run', '--to={}x', '--as=custom'], 'is an encoder-decoder'),
-    (['evaluate.py', 'text', '--out_dir=hf:{}', 'README.md'], 'is an encoder-decoder'),
+    (['evaluate.py', 'text', '--out_dir=hf:{}', '{}/../text.txt'], 'is an encoder-decoder'),
     (['surgery.py', 'inherit', '--from=hf:{}', '--layers=0', '--out_dir={}/x'], 'is an encoder-decoder'),
     (['train.py', '--init_from=hf:{}', '--dataset={}/../pairs'], 'objective=causal')], ids=str)
 def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
     folder = exported(tmp_path, tiny(**OURS))
     write_dataset(tmp_path / 'pairs', vocab_size=257)
+    (tmp_path / 'text.txt').write_text('some text')
     assert words in one_line(run(*(arg.format(folder) for arg in args)))
 
 
