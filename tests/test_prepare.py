@@ -295,10 +295,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, num_proc):
     assert contents(tmp_path / 'out') == expected and os.listdir(tmp_path) == ['out']
 
 
-# the same with a rest after each record of the progress, half a second from the fifth task on, which the tests wait for: a signal meets it at work
-# however busy the machine is
-UNHURRIED = SMALL.replace('prepare.run_main', 'import time; write = prepare.write_json; prepare.write_json = '
-                          "lambda path, value: (write(path, value), time.sleep(0.5 if value.get('tasks', 0) >= 5 else 0.05)); prepare.run_main")
+# the same with a rest after each record of the progress, so that a signal meets it at work however busy the machine is
+UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = prepare.write_json; prepare.write_json = lambda *a: (write(*a), time.sleep(0.05)); "
+                          'prepare.run_main')
 
 
 def tasks_done(folder):
@@ -319,7 +318,8 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
     args, expected = corpus
     command = [sys.executable, '-c', UNHURRIED, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs, perhaps these tests, ignore it
     while process.poll() is None and tasks_done(tmp_path) < 5:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
