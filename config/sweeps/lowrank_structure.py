@@ -10,6 +10,6 @@ arms = {
     'low_rank': _wide | _rates,
     'identity': _wide | _rates | {'rank_identity': True},
     'blocks': _wide | _rates | {'rank_blocks': 16},
-    'guide': _wide | _rates | {'rank_guide': 100},
+    'guide': _wide | _rates | {'rank_guide': 50, 'budget': 'tokens', 'max_iters': 193},  # the steps of low_rank; what the guides cost comes on top
     'spectron': _wide | {'optimizer': 'spectron', 'muon_lr': [0.05, 0.1, 0.2]},
 }
