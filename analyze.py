@@ -5,6 +5,7 @@ What is inside a checkpoint, in figures and pictures.
     python analyze.py weights --out_dir=out/run --along                      # the same for every checkpoint that is kept
     python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER        # of what training has changed
     python analyze.py attention --out_dir=out/run                            # what attention does: ranks, columns, lazy layers (attention.py)
+    python analyze.py experts --out_dir=out/run                              # how a mixture's tokens were shared out (experts.py)
 """
 import functools
 import re
@@ -16,8 +17,9 @@ import torch.nn as nn
 
 import attention
 import checkpoint
+import experts
 from configurator import UserError, configure_command, run_main
-from model import LowRank
+from model import Experts, LowRank
 from origin import load_model
 from picture import figure, save, write_csv
 
@@ -50,7 +52,8 @@ def is_linear(layer):
 @torch.no_grad()
 def matrices(model):
     """
-    {name: factors} of every weight matrix: blocks.N.attn.q …, and of every head blocks.N.attn.qk.H and ov.H, then wte, wpe and head.
+    {name: factors} of every weight matrix: blocks.N.attn.q …, of every head blocks.N.attn.qk.H and ov.H, of every expert
+    blocks.N.mlp.experts.up.E …, then wte, wpe and head.
     A low-rank layer with an activation has no product: its factors are there as NAME.up and NAME.down. Of a Markov chain: its table.
     """
     out, cfg = {}, model.cfg
@@ -64,6 +67,8 @@ def matrices(model):
             elif not is_linear(layer):
                 out |= {f'blocks.{n}.{name}.up': [layer.up.weight], f'blocks.{n}.{name}.down': [layer.down.weight]}
         out |= {f'blocks.{n}.attn.{name}': factors for name, factors in heads(block.attn).items()}
+        out |= {f'blocks.{n}.{name}.{e}': [weight] for name, layer in block.named_modules() if isinstance(layer, Experts)
+                for e, weight in enumerate(layer.weight)}
     out['wte'] = [model.wte.weight[:cfg.vocab_size]] + ([model.wte_up.weight.T] if model.wte_up is not None else [])
     if model.wpe is not None:
         out['wpe'] = [model.wpe.weight]
@@ -291,7 +296,8 @@ def weights(s):
 
 
 def main():
-    command, s = configure_command({'weights': (weights, WeightsSettings), 'attention': (attention.run, attention.AttentionSettings)})
+    command, s = configure_command({'weights': (weights, WeightsSettings), 'attention': (attention.run, attention.AttentionSettings),
+                                    'experts': (experts.run, experts.ExpertsSettings)})
     command(s)
 
 

@@ -228,8 +228,8 @@ class Family:
     wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, beside those of PLAIN
 
 
-PLAIN = {'n_encoder_layer': 0, 't5_scale': False, 'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False, 'embed_norm': False,
-         'depth_scale': 'none',
+PLAIN = {'n_encoder_layer': 0, 'n_expert': 0, 't5_scale': False, 'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False,
+         'embed_norm': False, 'depth_scale': 'none',
          'rank_qk': 0, 'rank_vo': 0, 'rank_mlp': 0, 'ranks': {}, 'rank_act': 'none', 'rank_act_qk': None}
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from configurator import UserError, check
-from model import LowRank, make_model
+from model import ONLY_IN_TRAINING, LowRank, make_model
 
 
 @dataclass
@@ -99,10 +99,9 @@ def take_layers(cfg, weights, layers, silent=()):
                   if cfg.rank(layer, name) != new.rank(n, name)}
     out = {name: weights[old].clone() for name, old in layer_names(weights, layers).items()}
     for n in silent:
-        for part in (f'blocks.{n}.attn.o.', f'blocks.{n}.mlp.down.'):
-            for name in out:
-                if name.startswith(part) and name != part + 'down.weight':  # of two factors the outer one is enough
-                    out[name].zero_()
+        for name in out:  # of two factors the outer one is enough
+            if re.match(rf'blocks\.{n}\.(attn\.o|mlp\.((experts|shared)\.)?down)\.(?!down\.)', name):
+                out[name].zero_()
     for n, layer in enumerate(layers):
         if cfg.value_residual and layer == 0 and n > 0:
             out[f'blocks.{n}.attn.v_mix'] = torch.zeros(())  # it had only its own values
@@ -145,7 +144,7 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
     over more entries, for which its weight and norm_eps make up; LayerNorm's mean is zero once the stream's is (center). Random numbers
     are torch's. Raises UserError for what cannot be widened exactly.
     """
-    for name in ('mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'):
+    for name in ('n_expert', 'mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'):
         if getattr(cfg, name):
             raise UserError(f'{name}={getattr(cfg, name)}: a network with it cannot be widened and keep its function')
     if cfg.t5_scale and cfg.tie:
@@ -182,6 +181,40 @@ def center(cfg, weights):
     dims = {name: stream_dim(name, cfg) for name in weights}
     out |= {name: t - t.mean(dims[name], keepdim=True) for name, t in weights.items() if dims[name] is not None}
     return dataclasses.replace(cfg, tie=False), out
+
+
+# -----------------------------------------------------------------------------
+# Experts
+
+@torch.no_grad()
+def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expert_bias=0.0):
+    """
+    (ModelConfig, weights) of a mixture of experts with the function of a dense network (Komatsuzaki et al. 2022, arXiv 2212.05055): every expert
+    is a copy of its MLP, so that it does not matter which is picked. They grow apart by the tokens that they get, for which no noise is
+    needed. A single one is multiplied by its probability, 1/n_expert at first, for which its output matrix makes up (He et al. 2024,
+    arXiv 2410.07524); two and more have shares that add up to 1. With a shared expert that one is the MLP, and the output matrices of the
+    others are zero. Routers are as good as zero, just not equal. Random numbers are torch's. Raises UserError for what is a mixture already.
+    """
+    if cfg.n_expert:
+        raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: give a dense one')
+    new = dataclasses.replace(cfg, n_expert=n_expert, n_expert_active=n_expert_active, expert_shared=expert_shared, expert_bias=expert_bias)
+    check(new)
+    out = {}
+    for name, t in weights.items():
+        block, mlp, rest = name.partition('.mlp.')
+        if not mlp:
+            out[name] = t
+            continue
+        if expert_shared:
+            out[f'{block}.mlp.shared.{rest}'] = t
+        if rest.startswith('down.'):
+            t = t * (0 if expert_shared else n_expert if n_expert_active == 1 else 1)
+        is_norm = rest.startswith('norm.')  # one for all experts
+        out[f'{block}.mlp.experts.{rest}'] = t.clone() if is_norm else t.repeat(n_expert, *[1] * t.ndim)
+        out.setdefault(f'{block}.mlp.router', 1e-6 * torch.randn(n_expert, cfg.n_embd))
+        if expert_bias:
+            out.setdefault(f'{block}.mlp.bias', torch.zeros(n_expert))
+    return new, out
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +266,7 @@ def average(cfgs, weights, names):
     checkpoints of a run: LAWA, Kaddour 2022, arXiv 2209.14981). `names`: where they are from. Raises UserError unless all are one architecture.
     """
     for cfg, name in zip(cfgs, names):
-        other = next((f.name for f in dataclasses.fields(cfg) if f.name != 'dropout' and getattr(cfg, f.name) != getattr(cfgs[0], f.name)), None)
+        other = next((f.name for f in dataclasses.fields(cfg) if f.name not in ONLY_IN_TRAINING and getattr(cfg, f.name) != getattr(cfgs[0], f.name)), None)
         if other:
             raise UserError(f'from={name}: has {other}={getattr(cfg, other)}, but {names[0]} has {getattr(cfgs[0], other)}: only equal networks have a mean')
     return cfgs[0], {name: torch.stack([w[name].float() for w in weights]).mean(0).to(t.dtype) for name, t in weights[0].items()}

@@ -48,6 +48,13 @@ class ModelConfig:
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # relu2: So et al. 2021, arXiv 2109.08668; *glu: Shazeer 2020, arXiv 2002.05202
     mlp_norm: bool = False  # a norm on the MLP's hidden layer too
     qk_norm: bool = True  # RMS-normalise each query and key head: no logit growth, higher rates (Henry et al. 2020, arXiv 2010.04245)
+    n_expert: int = 0  # above 0: so many MLPs in every block, of which a router picks some for each token; 0 = one, for all
+    n_expert_active: int = 1  # how many it picks (1: Switch, Fedus et al. 2021, arXiv 2101.03961; 2: Mixtral)
+    expert_shared: bool = False  # and an MLP for all tokens beside them (DeepSeekMoE, arXiv 2401.06066)
+    expert_aux: float = 0.01  # weight of the loss that asks for equal loads, in every layer, 1 times it when they are (Switch)
+    expert_z: float = 0.001  # weight of the loss that keeps the router's logits small, mean(logsumexp²) (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)
+    expert_bias: float = 0.0  # balance without a loss: in every step what an expert is picked by rises by so much if it had too few tokens, and falls
+    # if too many (Wang et al. 2024, arXiv 2408.15664: 0.001). Then set expert_aux to 0
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
     embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate (modded-nanogpt, record 8)
@@ -85,7 +92,7 @@ class ModelConfig:
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
         for name in ('vocab_size', 'n_encoder_layer', 'source_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed', 'rank_head',
-                     'rank_blocks', 'rank_guide'):
+                     'rank_blocks', 'rank_guide', 'expert_aux', 'expert_z', 'expert_bias'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.dropout < 1:
@@ -101,6 +108,7 @@ class ModelConfig:
         if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
             raise ValueError(f"cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: set n_encoder_layer, and position='rope'")
         self.check_ranks()
+        self.check_experts()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but tie=True makes them one matrix: set tie=False')
 
@@ -128,6 +136,17 @@ class ModelConfig:
             if any(n % self.rank_blocks for n in sizes[name]):
                 raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide both sides of {name}, {sizes[name][0]} x {sizes[name][1]}')
 
+    def check_experts(self):
+        if not self.n_expert and (self.n_expert_active != 1 or self.expert_shared or self.expert_bias):
+            raise ValueError(f'n_expert_active={self.n_expert_active}, expert_shared={self.expert_shared}, expert_bias={self.expert_bias}: '
+                             'belong to a mixture of experts: set n_expert')
+        if self.n_expert == 1 or self.n_expert < 0:
+            raise ValueError(f'n_expert={self.n_expert}: takes 0 for one MLP, or 2 and more')
+        if not 1 <= self.n_expert_active <= max(1, self.n_expert):
+            raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
+        if self.n_expert and (self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name)):
+            raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, and ranks of the MLP, out')
+
     def sizes(self):
         """{matrix of a block: (inputs, outputs)}."""
         q, kv, gated = self.n_head * self.d_head, self.kv_heads * self.d_head, self.mlp in ('swiglu', 'geglu')
@@ -147,6 +166,8 @@ class ModelConfig:
             raise ValueError(f"rank_head={self.rank_head}: arch='markov' has one rank, rank_embed: leave rank_head out")
         if self.rank_guide:
             raise ValueError(f"rank_guide={self.rank_guide}: arch='markov' has no layers to guide: leave it out")
+        if self.n_expert:
+            raise ValueError(f"n_expert={self.n_expert}: arch='markov' has no MLPs: leave it out")
         if self.softcap and not self.rank_embed:
             raise ValueError(f"softcap={self.softcap}: arch='markov' takes it with rank_embed only: a full table may learn any logits")
 
@@ -172,6 +193,8 @@ class ModelConfig:
         """Rows of the embedding and the head: a multiple of 64, which tensor cores want (nanoGPT: +25% speed for 50257 → 50304)."""
         return -(-self.vocab_size // 64) * 64
 
+
+ONLY_IN_TRAINING = ('dropout', 'expert_aux', 'expert_z')  # settings that a network's function does not depend on
 
 RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.o': 'rank_vo',
            'mlp.up': 'rank_mlp', 'mlp.gate': 'rank_mlp', 'mlp.down': 'rank_mlp'}  # which setting each matrix follows
@@ -235,6 +258,11 @@ def linear(cfg, layer, name):
     return LowRank(n_in, n_out, rank, act, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
+def dtype_to_multiply(x, otherwise):
+    """autocast's dtype where it is on, for products that it does not know."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else otherwise
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):  # torch's kernel wants weight and input in one dtype; the sum of squares is in float32 all the same
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
@@ -288,6 +316,7 @@ class Places(NamedTuple):
     k: torch.Tensor | None  # of the keys'; None: not rotary
     mask: torch.Tensor | None  # what to add to the logits, or bool: True where to look; broadcasts to (B, H, T, S)
     is_causal: bool  # whether, where there is no mask, every token sees those before it alone
+    real: torch.Tensor | None = None  # (B, T) bool, of the queries: False for padding; None: none is. For what experts count
 
 
 class Memory(NamedTuple):
@@ -372,7 +401,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg, layer):
+    def __init__(self, cfg, layer, linear=linear):
         super().__init__()
         self.up = linear(cfg, layer, 'mlp.up')
         self.gate = linear(cfg, layer, 'mlp.gate') if 'mlp.gate' in cfg.sizes() else None
@@ -380,9 +409,86 @@ class MLP(nn.Module):
         self.down = linear(cfg, layer, 'mlp.down')
         self.act = ACTIVATIONS[cfg.mlp]
 
-    def forward(self, x):
-        h = self.act(self.gate(x)) * self.up(x) if self.gate is not None else self.act(self.up(x))
-        return self.down(self.norm(h))
+    def forward(self, x, *counts):  # counts: of Experts
+        h = self.act(self.gate(x, *counts)) * self.up(x, *counts) if self.gate is not None else self.act(self.up(x, *counts))
+        return self.down(self.norm(h), *counts)
+
+
+def one_by_one(x, weight, counts):
+    """x (N, n_in), of which each of weight (E, n_out, n_in) is to multiply the next counts (E,) rows → (N, n_out)."""
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind())])  # unbind: one gradient for all
+
+
+class Experts(nn.Module):
+    """The linear layers `name` of n_expert MLPs in one tensor: x (N, n_in), sorted by expert, and how many rows each has, (E,) → (N, n_out)."""
+
+    def __init__(self, cfg, layer, name):
+        super().__init__()
+        self.in_features, n_out = cfg.sizes()[name]
+        self.weight = nn.Parameter(torch.empty(cfg.n_expert, n_out, self.in_features))
+        self.bias = nn.Parameter(torch.empty(cfg.n_expert, n_out)) if cfg.bias else None
+
+    def forward(self, x, counts):
+        dtype = dtype_to_multiply(x, self.weight.dtype)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):  # what grouped_mm takes everywhere: rows of whole 16 bytes
+            y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+        else:
+            loop = torch.compiler.disable(one_by_one) if torch.compiler.is_compiling() else one_by_one
+            y = loop(x, weight, counts)
+        return y if self.bias is None else y + self.bias.type_as(y).repeat_interleave(counts, 0, output_size=len(y))
+
+
+class Routing(NamedTuple):
+    """What the router of a mixture did with a batch."""
+    loss: torch.Tensor  # () float32: to be added to the mean loss
+    load: torch.Tensor  # (E,) int64: how many tokens each expert was given, padding left out
+
+
+class MoE(nn.Module):
+    """
+    A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): n_expert MLPs, of which every token is given to the n_expert_active that a
+    router likes best, and multiplied by how much. Tokens are sorted by expert and none is dropped, however many want the same one.
+    """
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.cfg = cfg
+        self.router = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd))
+        self.experts = MLP(cfg, layer, Experts)
+        self.shared = MLP(cfg, layer) if cfg.expert_shared else None
+        self.register_buffer('bias', torch.zeros(cfg.n_expert) if cfg.expert_bias else None)  # of which experts are picked, not of what they are worth
+        self.register_buffer('load', torch.zeros(cfg.n_expert, dtype=torch.long), persistent=False)  # since take_loads()
+
+    def forward(self, x, real=None):
+        """x (B, T, C), real (B, T): False for padding → (B, T, C), and in training the Routing."""
+        h, k = x.flatten(0, 1), self.cfg.n_expert_active  # (N, C)
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a router's small differences are rounded away (Switch, 2.4)
+            share, chosen, routing = self.route(h.float(), real)
+        order = chosen.flatten().argsort(stable=True)  # (N k,)
+        counts = torch.zeros_like(self.load).scatter_add(0, chosen.flatten(), torch.ones_like(order))
+        y = self.experts(h.repeat_interleave(k, 0)[order], counts)[order.argsort()]  # (N k, C), in the order of the tokens again
+        y = (y.unflatten(0, (-1, k)) * share[..., None].type_as(y)).sum(1).view_as(x)
+        return (y if self.shared is None else y + self.shared(x)), routing
+
+    def route(self, h, real):
+        """h (N, C) float32 → how much of which experts each token gets, both (N, k), and in training the Routing."""
+        E, k = self.cfg.n_expert, self.cfg.n_expert_active
+        logits = h @ self.router.float().T  # (N, E)
+        p = logits.softmax(-1)
+        chosen = (p if self.bias is None else p + self.bias).topk(k).indices
+        share = p.gather(1, chosen)
+        if k > 1:  # of a single one that would leave 1, whatever the router says, and it would learn nothing from the loss
+            share = share / share.sum(1, keepdim=True)
+        if not self.training:
+            return share, chosen, None
+        given = F.one_hot(chosen, E).sum(1)  # (N, E)
+        weight = torch.ones_like(h[:, 0]) if real is None else real.flatten().float()  # (N,)
+        load = weight @ given.float()
+        weight = weight / weight.sum().clamp(min=1)
+        balance = E * (weight @ given.float() / k) @ (weight @ p)  # of shares of the tokens and mean probabilities: 1 when both are even
+        size = weight @ logits.logsumexp(1).square()
+        return share, chosen, Routing(self.cfg.expert_aux * balance + self.cfg.expert_z * size, load.long())
 
 
 class Block(nn.Module):
@@ -390,17 +496,22 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
         self.norm_x, self.cross = (norm(cfg.n_embd, cfg), Attention(cfg, layer, is_cross=True)) if has_cross else (None, None)
-        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), MLP(cfg, layer)
+        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), (MoE if cfg.n_expert else MLP)(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
         self.scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0  # of what the norms put out
 
     def forward(self, x, at, v0=None, cache=None, memory=None, across=None):
-        """x (B, T, C) with its Places; in a decoder with an encoder memory (B, S, C) too, and the Places between them → (B, T, C), v0."""
+        """
+        x (B, T, C) with its Places; in a decoder with an encoder memory (B, S, C) too, and the Places between them → (B, T, C), v0, and of a
+        mixture of experts, in training, its Routing.
+        """
         y, v0 = self.attn(self.normed(self.norm_1, x), at, v0, cache)
         x = x + self.drop(y)
         if self.cross is not None:
             x = x + self.drop(self.cross(self.normed(self.norm_x, x), across, None, cache, memory)[0])
-        return x + self.drop(self.mlp(self.normed(self.norm_2, x))), v0
+        h = self.normed(self.norm_2, x)
+        y, routing = self.mlp(h, at.real) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return x + self.drop(y), v0, routing
 
     def normed(self, norm, x):
         return norm(x) if self.scale == 1 else norm(x) * self.scale
@@ -435,7 +546,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad, teacher=None):
         # h (N, C) and weight (V padded, C) in the dtype to multiply in, targets (N,)
-        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        dtype = dtype_to_multiply(h, h.dtype)
         w, total = weight.to(dtype), h.new_zeros((), dtype=torch.float32)
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros_like(weight) if with_grad else None
@@ -534,37 +645,37 @@ class Transformer(nn.Module):
 
     # --- forward ---
 
-    def hidden(self, idx, cache=None, memory=None):
+    def hidden(self, idx, cache=None, memory=None, real=None, routings=None):
         """
         The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py), memory is what
-        encode() made of the source.
+        encode() made of the source, real (B, T) is False for padding; the layers' Routings, in training, are added to the list routings.
         """
         if idx.size(1) > self.cfg.block_size:
             raise ValueError(f'{idx.size(1)} tokens are longer than block_size={self.cfg.block_size}')
         T, S = idx.size(1), 0 if memory is None else memory.h.size(1)
         positions = cache.positions if cache is not None else slice(T)  # a slice, for what it takes of a table has a cheap gradient
         numbers = cache.positions if cache is not None else torch.arange(T, device=idx.device)
-        at = Places(*[self.angles(positions)] * 2, None if cache is None else cache.mask, is_causal=True)
+        at = Places(*[self.angles(positions)] * 2, None if cache is None else cache.mask, is_causal=True, real=real)
         if self.rel is not None:
             at = at._replace(mask=self.rel(numbers, numbers if cache is None else cache.slots[:cache.used]))
         across = Places(None, None, memory.mask, is_causal=False) if S else None
         if self.cfg.cross_rope != 'none':
             begin = memory.length[:, None] if self.cfg.cross_rope == 'offset' else 0
             across = across._replace(q=self.angles(begin + numbers), k=self.angles(slice(S)))
-        x = self.run(self.blocks, self.embed(idx, positions), at, cache, memory.h if S else None, across)
+        x = self.run(self.blocks, self.embed(idx, positions), at, cache, memory.h if S else None, across, routings)
         return self.norm_f(x)
 
-    def encode(self, source):
+    def encode(self, source, routings=None):
         """The Memory of source (B, S) int64, -1 where a row is padded at its end; every row has a token at least."""
         if source.size(1) > self.cfg.source_context:
             raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
         real, positions = source >= 0, slice(source.size(1))
         mask = real[:, None, None]
-        at = Places(*[self.angles(positions)] * 2, mask, is_causal=False)
+        at = Places(*[self.angles(positions)] * 2, mask, is_causal=False, real=real)
         if self.rel_encoder is not None:
             numbers = torch.arange(source.size(1), device=source.device)
             at = at._replace(mask=self.rel_encoder(numbers, numbers).masked_fill(~mask, -torch.inf))
-        x = self.run(self.encoder, self.embed(source.clamp(min=0), positions), at)
+        x = self.run(self.encoder, self.embed(source.clamp(min=0), positions), at, routings=routings)
         return Memory(self.norm_encoder(x), mask, real.sum(1))
 
     def angles(self, positions):
@@ -579,14 +690,16 @@ class Transformer(nn.Module):
             x = x + self.wpe.weight[positions]
         return self.drop(self.norm_e(x))
 
-    def run(self, blocks, x, at, cache=None, memory=None, across=None):
+    def run(self, blocks, x, at, cache=None, memory=None, across=None, routings=None):
         """x (B, T, C) through all blocks of a stack."""
         v0 = None
         for block in blocks:
             if self.recompute and self.training:
-                x, v0 = checkpoint(block, x, at, v0, None, memory, across, use_reentrant=False)
+                x, v0, routing = checkpoint(block, x, at, v0, None, memory, across, use_reentrant=False)
             else:
-                x, v0 = block(x, at, v0, cache, memory, across)
+                x, v0, routing = block(x, at, v0, cache, memory, across)
+            if routing is not None and routings is not None:
+                routings.append(routing)
         return x
 
     def head_input(self, h):
@@ -611,7 +724,9 @@ class Transformer(nn.Module):
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('an encoder-decoder takes a source, a decoder none')
-        h = self.hidden(idx, cache, None if source is None else self.encode(source))
+        routings = []
+        real = (targets >= 0).flip(1).cumsum(1).flip(1) > 0 if self.cfg.n_expert and targets is not None else None  # what no target comes after is padding
+        h = self.hidden(idx, cache, None if source is None else self.encode(source, routings), real, routings)
         if targets is None:
             return self.logits(h)
         h, weight = self.head_input(h)
@@ -620,7 +735,33 @@ class Transformer(nn.Module):
             cross_entropy = torch.compiler.disable(cross_entropy)
         loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap, label_smoothing, torch.is_grad_enabled(),
                              teacher)
+        if routings:
+            loss = loss + self.account(routings) * (targets >= 0).sum()
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
+
+    # --- mixtures of experts ---
+
+    def mixtures(self):
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def account(self, routings):
+        """Count the loads of a training batch; returns what the routers are to learn beside the language, in a scalar that is 0 and has its gradient."""
+        for mixture, routing in zip(self.mixtures(), routings):
+            mixture.load += routing.load
+        extra = sum(routing.loss for routing in routings)
+        return extra - extra.detach()  # so that the loss stays nats
+
+    def take_loads(self):
+        """How many tokens every expert was given in training since the last call: (layers, E) int64, the encoder's first."""
+        loads = torch.stack([mixture.load for mixture in self.mixtures()])
+        for mixture in self.mixtures():
+            mixture.load.zero_()
+        return loads
+
+    def balance(self, loads):
+        """A step of expert_bias towards equal loads (layers, E), those of one step of all ranks."""
+        for mixture, load in zip(self.mixtures(), loads.float()):
+            mixture.bias += self.cfg.expert_bias * torch.sign(load.mean() - load)
 
     # --- the guides of low-rank layers ---
 
@@ -650,6 +791,7 @@ class Transformer(nn.Module):
         o, MLP down                 zero, or the same over sqrt(2 n_layer), as in GPT-2
         low-rank factors            of the matrix they stand for: rank_init
         rel                         normal, init_std or 1/sqrt(n_embd)
+        router                      normal, 0.02: small logits, so that every expert is tried
         norms one, biases zero, the vocabulary's padding zero. t5_scale: see there
         """
         cfg = self.cfg
@@ -660,9 +802,12 @@ class Transformer(nn.Module):
                 init_linear(attention.k, cfg)
                 init_linear(attention.v, cfg)
                 init_linear(attention.o, cfg, depth_scale, zero=cfg.zero_init)
-            for layer in filter(None, (block.mlp.up, block.mlp.gate)):
-                init_linear(layer, cfg)
-            init_linear(block.mlp.down, cfg, depth_scale, zero=cfg.zero_init)
+            for mlp in [module for module in block.modules() if isinstance(module, MLP)]:
+                for layer in filter(None, (mlp.up, mlp.gate)):
+                    init_linear(layer, cfg)
+                init_linear(mlp.down, cfg, depth_scale, zero=cfg.zero_init)
+        for mixture in self.mixtures():
+            nn.init.normal_(mixture.router, std=0.02)
         for bias in filter(None, (self.rel, self.rel_encoder)):
             nn.init.normal_(bias.weight, std=cfg.init_std or cfg.n_embd ** -0.5)
         embed_std = min(0.02, 4 / cfg.n_embd) if cfg.tie else 0.02
@@ -686,11 +831,17 @@ class Transformer(nn.Module):
         """The weights (down, up) of every low-rank layer of the blocks."""
         return [(layer.down.weight, layer.up.weight) for layer in self.low_rank_layers()]
 
-    def num_params(self):
-        """Number of parameters, tied ones once, the vocabulary's padding not counted."""
+    def num_params(self, active=False):
+        """Number of parameters, tied ones once, the vocabulary's padding not counted; active: of the experts those that one token meets."""
         padding = self.cfg.padded_vocab - self.cfg.vocab_size
         padded = [self.wte.weight] + ([] if self.head is None else [self.head.weight])
-        return sum(p.numel() for p in self.parameters()) - sum(padding * w.size(1) for w in padded)
+        idle = sum(self.idle(name, p) for name, p in self.named_parameters()) if active else 0
+        return sum(p.numel() for p in self.parameters()) - sum(padding * w.size(1) for w in padded) - idle
+
+    def idle(self, name, p):
+        """How many numbers of a tensor a token does not meet: those of the experts that it is not given to."""
+        is_expert = re.search(r'\.mlp\.experts\.(up|gate|down)\.', name)
+        return p.numel() * (self.cfg.n_expert - self.cfg.n_expert_active) // self.cfg.n_expert if is_expert else 0
 
     def flops_per_token(self):
         """
@@ -702,12 +853,12 @@ class Transformer(nn.Module):
         cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
         target, source = 0, 0  # weights that are multiplied by a token of either
         for name, p in self.named_parameters():
-            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel.', 'rel_encoder.')):
+            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel.', 'rel_encoder.')) or name.endswith('.bias'):
                 continue
             if re.match(r'encoder\.|blocks\.\d+\.cross\.[kv]\.', name):
-                source += p.numel()
+                source += p.numel() - self.idle(name, p)
             else:
-                target += p.numel()
+                target += p.numel() - self.idle(name, p)
         if cfg.tie:
             target += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
         if self.wte_up is not None and S:

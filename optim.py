@@ -191,13 +191,13 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or rank_mlp')
     factors = {p for pair in pairs for p in pair} if cfg.factor_decay != 'factor' else set()
     for name, p in model.named_parameters():
-        bias = name.startswith(('rel.', 'rel_encoder.'))  # T5's positions
-        matrix = p.ndim >= 2 and not bias and not name.startswith(('wte.', 'wpe.', 'head.'))
+        bias = name.startswith(('rel.', 'rel_encoder.')) or name.endswith('.bias')  # T5's positions; those of experts have two dimensions
+        matrix = p.ndim >= 2 and not bias and not name.startswith(('wte.', 'wpe.', 'head.')) and not name.endswith(('.router', '.bias'))
         rate = cfg.muon_lr if muon and matrix else cfg.head_lr if name == head else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) \
             else cfg.scalar_lr if p.ndim < 2 or bias else None
         rate = cfg.learning_rate if rate is None else rate
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
-        decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2) and p not in factors else 0.0
+        decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2 and not name.endswith('.bias')) and p not in factors else 0.0
         if p.requires_grad:
             groups.setdefault((muon and matrix, rate, decay), []).append((name, p))
     groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}

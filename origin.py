@@ -15,12 +15,12 @@ import checkpoint
 import hub
 from configurator import UserError, check, from_dict
 from data import Source
-from model import ModelConfig, make_model
+from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_objective
 from tokenizer import advice
 
 # what a resumed run may not change: the network, and which rows step n sees
-IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name != 'dropout']
+IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
 IDENTITY += ['dataset', 'mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
 
 
@@ -197,11 +197,12 @@ def find_reference(s, cfg):
 
 
 def adopt(s, cfg, where):
-    """Take the model's settings from weights that were trained elsewhere; only dropout, a shorter context and that of an encoder are the user's."""
+    """Take the model's settings from weights that were trained elsewhere; only a shorter context, that of an encoder and what matters in training
+    alone are the user's."""
     if s.block_size > cfg.block_size and 'block_size' in s.given:
         raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
     for name, value in dataclasses.asdict(cfg).items():
-        if name == 'dropout' or (name == 'block_size' and name in s.given):
+        if name in ONLY_IN_TRAINING or (name == 'block_size' and name in s.given):
             continue
         if name == 'source_size' and cfg.n_encoder_layer:  # it was written for one length, but distances are no parameters
             if name in s.given and cfg.position == 'learned' and s.source_size > cfg.source_context:

@@ -30,6 +30,7 @@ import checkpoint
 import hub
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from model import Experts
 from objectives import around
 from origin import fill, read_model
 from tokenizer import load_tokenizer
@@ -396,6 +397,8 @@ def pack(model, dtype='bfloat16', int8=False):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose
                 setattr(module, name, Packed(child.weight, child.bias, getattr(torch, dtype), int8))
+        if isinstance(module, Experts):  # they have no int8
+            module.weight.data = module.weight.to(getattr(torch, dtype))
     return model
 
 

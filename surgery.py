@@ -7,6 +7,7 @@ A new network out of a trained one.
     python surgery.py average --from='out/run/step_*' --out_dir=out/mean                        # the mean of several
     python surgery.py factorize --from=out/dense --out_dir=out/low --rank_qk=48 --rank_vo=64    # low rank: the same in all layers
     python surgery.py factorize --from=hf:FOLDER --out_dir=out/low --energy=0.95                # or each matrix its own
+    python surgery.py upcycle --from=out/dense --out_dir=out/moe --n_expert=8                   # a mixture of experts, the same function
     python train.py --init_from=out/small --out_dir=out/small_tuned                             # and on with it
 
 What it writes is a checkpoint at step 0, with settings and a log as a run has them. Its loss and its size are printed beside the old ones.
@@ -30,7 +31,7 @@ import hub
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture
-from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
+from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_objective
@@ -114,6 +115,15 @@ class FactorizeSettings(Settings):
             raise ValueError(f'energy={self.energy:g}, {uniform[0] if uniform else "rank_qk, rank_vo, rank_mlp"}: give either energy or ranks')
         if not 0 <= self.energy < 1:
             raise ValueError(f'energy={self.energy:g}: takes 0 < energy < 1')
+
+
+@dataclass
+class UpcycleSettings(Settings):
+    n_expert: int = 8  # each a copy of the MLP that there is
+    n_expert_active: int = 1  # of them for a token
+    expert_shared: bool = False  # the MLP stays, for all tokens, and the copies beside it are silent at first
+    expert_bias: float = 0.0  # as in training: balance without a loss
+    seed: int = 1337  # of the routers
 
 
 # -----------------------------------------------------------------------------
@@ -219,11 +229,14 @@ class Old:
     tokenizer: tuple  # (description, folder of its files)
 
 
-def read(s, where):
-    """The Old network of `where`. Raises UserError for what has no layers, is in the middle of a guided start, or is not of the data's tokenizer."""
+def read(s, where, encoder=False):
+    """
+    The Old network of `where`, with encoder=True an encoder-decoder too. Raises UserError for what has no layers, is in the middle of a guided
+    start, or is not of the data's tokenizer.
+    """
     if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
         raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
-    cfg, weights, folder = read_model(where)
+    cfg, weights, folder = read_model(where, encoder)
     if cfg.arch == 'markov':
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
     if cfg.rank_guide:
@@ -334,8 +347,8 @@ def run_average(s):
     folders = [folder for where in s.from_ for folder in (sorted(glob.glob(where)) if glob.has_magic(where) else [where])]
     if len(folders) < 2:
         raise UserError(f"from={', '.join(s.from_)}: {len(folders)} found: give two or more, --from=DIR for each or a pattern as --from='out/run/step_*'")
-    old = read(s, folders[-1])
-    found = [read_model(folder)[:2] for folder in folders[:-1]] + [(old.model.cfg, old.model.state_dict())]
+    old = read(s, folders[-1], encoder=True)
+    found = [read_model(folder, encoder=True)[:2] for folder in folders[:-1]] + [(old.model.cfg, old.model.state_dict())]
     print(f'the mean of {", ".join(folders)}; beside it, the last of these:')
     write(s, 'average', old, *average(*zip(*found), folders))
 
@@ -359,9 +372,16 @@ def run_factorize(s):
     write(s, 'factorize', old, cfg, weights)
 
 
+def run_upcycle(s):
+    old = read(s, s.from_, encoder=True)
+    torch.manual_seed(s.seed)
+    write(s, 'upcycle', old, *upcycle(old.model.cfg, old.model.state_dict(), s.n_expert, s.n_expert_active, s.expert_shared, s.expert_bias))
+
+
 def main():
     command, s = configure_command({'inherit': (run_inherit, InheritSettings), 'grow': (run_grow, GrowSettings), 'widen': (run_widen, WidenSettings),
-                                    'average': (run_average, AverageSettings), 'factorize': (run_factorize, FactorizeSettings)})
+                                    'average': (run_average, AverageSettings), 'factorize': (run_factorize, FactorizeSettings),
+                                    'upcycle': (run_upcycle, UpcycleSettings)})
     command(s)
 
 

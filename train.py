@@ -230,8 +230,10 @@ def describe(s, run, ranks):
     rows = s.batch_size * s.gradient_accumulation_steps
     encoder = f'{s.n_encoder_layer} encoder layers, ' if s.n_encoder_layer else ''
     network = 'a Markov chain' if s.arch == 'markov' else f'{encoder}{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    experts = f'{s.n_expert} experts, {run.model.num_params(active=True):,} parameters a token' if s.n_expert else ''
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
-    ranks.say(f'model: {run.model.num_params():,} parameters ({network}{"; " + low_rank if low_rank else ""}), {s.vocab_size:,} tokens, context {s.block_size}')
+    ranks.say(f'model: {run.model.num_params():,} parameters ({"; ".join(filter(None, (network, experts, low_rank)))}), '
+              f'{s.vocab_size:,} tokens, context {s.block_size}')
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
@@ -268,6 +270,8 @@ def spend_minutes(run, s, ranks):
         times.append(time.perf_counter() - began)
     run.model.load_state_dict(weights)
     run.optimizer.state.clear()
+    if s.n_expert:
+        run.model.take_loads()
 
     def fit():
         fit_minutes(s, run.planned, sorted(times[3:])[2], process_age())
@@ -339,6 +343,14 @@ def set_up(s, device, ranks):
                'weights' in origin, teacher, find_reference(s, model.cfg) if s.grow_from else None)
 
 
+def expert_loads(run, ranks):
+    """How many tokens of all ranks every expert was given in the last step, (layers, E) int64; with expert_bias they are drawn towards equal loads."""
+    loads = ranks.add_up(run.model.take_loads())
+    if run.model.cfg.expert_bias:
+        run.model.balance(loads)
+    return loads
+
+
 def step_flops(model, optimizer, teacher, tokens):
     asked = teacher.flops_per_token() / 3 if teacher else 0  # forward alone
     return (model.flops_per_token() + asked) * tokens + optimizer_flops(optimizer)
@@ -395,7 +407,7 @@ def train(s, device, ranks):
     evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
     stop, stopping, saved = StopSignal(), False, step or None
-    nats, targets, norm, seconds, steps = zero(device), 0.0, torch.zeros(()), 0.0, 0  # since the last progress line
+    nats, targets, norm, loads, seconds, steps = zero(device), 0.0, torch.zeros(()), 0, 0.0, 0  # since the last progress line
 
     def save_once():
         nonlocal saved
@@ -433,12 +445,13 @@ def train(s, device, ranks):
         new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0,
                                                          run.teacher)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
+        loads = loads + expert_loads(run, ranks) if s.n_expert else None
         run.flops += run.flops_per_step
         if step % s.log_interval == 0 or step == 1:
             total, = ranks.sum(nats.item())  # waits for the device
             seconds += time.perf_counter() - began
-            report(s, run, step, total / max(targets, 1), norm.item(), steps / seconds, peak, log, ranks)
-            nats, targets, seconds, steps = zero(device), 0.0, 0.0, 0
+            report(s, run, step, total / max(targets, 1), norm.item(), loads, steps / seconds, peak, log, ranks)
+            nats, targets, loads, seconds, steps = zero(device), 0.0, 0, 0.0, 0
         else:
             seconds += time.perf_counter() - began
     ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
@@ -457,18 +470,21 @@ def show_losses(step, result, ranks):
     ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
 
 
-def report(s, run, step, loss, norm, steps_per_second, peak, log, ranks):
-    """The progress line and its record in the log."""
+def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
+    """The progress line and its record in the log; loads (layers, E): tokens of each expert, None if there are none."""
     check_finite(loss, s, step)
     lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = None if run.teacher or s.label_smoothing else run.data.bits_per_byte(loss)  # then the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
+    shares = None if loads is None else loads / loads.sum(1, keepdim=True)  # of a layer's tokens
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
-              + (f' | MFU {mfu:.0%}' if mfu else '') + f' | {int(left // 60)}m{int(left % 60):02d}s left')
+              + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
+              + f' | {int(left // 60)}m{int(left % 60):02d}s left')
     log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr,
-              tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}))
+              tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}),
+              **({} if loads is None else {'expert_load': [[round(share, 4) for share in layer] for layer in shares.tolist()]}))
 
 
 def main():

@@ -81,7 +81,8 @@ def main():
         steps()
         return timed
 
-    arms = {'ours, rotary, 4 heads with keys': ours(), "ours, T5's positions": ours(position='relative', cross_rope='none', n_kv_head=0),
+    arms = {'ours, rotary, 4 heads with keys': ours(), 'the same, 8 experts': ours(n_expert=8),
+            "ours, T5's positions": ours(position='relative', cross_rope='none', n_kv_head=0),
             'transformers': peer()}
     for name, (model, *_) in arms.items():
         print(f'{name}: {sum(p.numel() for p in model.parameters()):,} parameters')

@@ -17,6 +17,7 @@ KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned
          dict(value_residual=True, embed_norm=True, tie=False, softcap=15.0),
          dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu+rmsnorm', first_block_dense=True),
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True), dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
+EXPERTS = dict(n_expert=4, expert_shared=True, expert_bias=0.1)
 
 
 RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
@@ -37,7 +38,7 @@ def causal(model, length):
 
 # --- depth ---
 
-@pytest.mark.parametrize('settings', KINDS + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True), dict(depth_scale='attn')], ids=str)
+@pytest.mark.parametrize('settings', KINDS + [dict(rank_vo=8, rank_identity=True, rank_blocks=2, bias=True), dict(depth_scale='attn'), EXPERTS], ids=str)
 def test_silent_blocks_keep_the_function(settings):
     old = network(**settings)
     cfg, weights = take_layers(old.cfg, old.state_dict(), *grown_layers(old.cfg, 7, 'zero'))

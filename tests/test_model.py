@@ -48,6 +48,7 @@ VARIANTS = [
     dict(rank_embed=8, rank_head=8, rank_init='normal'),
     dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm', rank_act_qk='none', first_block_dense=True),
     dict(rank_vo=8, rank_mlp=8, rank_guide=10),
+    dict(n_expert=4, n_expert_active=2, expert_shared=True, mlp='swiglu'),
 ]
 
 

@@ -1,0 +1,22 @@
+# ROT5's ladder, step by step: T5 → rotary positions → fewer heads with keys → experts → their losses, the three kinds of rotary positions between
+# target and source, and a decoder that reads the source as a prefix. Every arm's rate on one seed, and all arms for the FLOPs of the first
+#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --val_fraction=0.05 --out=data/denoise
+#   python compare.py --sweep=config/sweeps/rot5.py --jobs=2
+base = 'config/rot5_study.py'
+budget = 'flops'
+
+_rates = {'learning_rate': [2e-3, 4e-3, 8e-3], 'head_lr': [4e-3]}  # and once with a higher one of the tied embedding, which is N(0, 1)
+_rope = {'position': 'rope', 'cross_rope': 'same'}
+_gqa = _rope | {'n_kv_head': 1}  # a third as in ROT5 does not divide four heads
+_moe = _gqa | {'n_expert': 8, 'expert_aux': 0.0, 'expert_z': 0.0}
+arms = {
+    't5': {},
+    'rope': _rope,
+    'gqa': _gqa,
+    'moe': _moe,
+    'moe_losses': _moe | {'expert_aux': 0.01, 'expert_z': 0.001},
+    'rope_none': _rope | {'cross_rope': 'none'},
+    'rope_offset': _rope | {'cross_rope': 'offset'},
+    'decoder': {'n_encoder_layer': 0, 'source_size': 0, 'n_layer': 6, 'block_size': 384, 'position': 'rope'},
+}
+arms = {name: [arm | _rates, arm | {'learning_rate': [4e-3], 'head_lr': [4e-2]}] for name, arm in arms.items()}
