@@ -85,6 +85,21 @@ def test_plain_attention_of_short_rows_in_bfloat16_is_torchs(T, kv_heads):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attention_with_a_learned_mask_is_torchs(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype, requires_grad=True) for n in (20, 300, 300))
+    bias = torch.randn(1, 4, 20, 300, requires_grad=True)
+    mask = bias.masked_fill(torch.arange(300) > 250, -torch.inf)
+    ours, theirs = attend(q, k, v, mask, False, 0.0), F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), attn_mask=mask)
+    error = 1e-5 if dtype == torch.float32 else 0.02
+    assert (ours.float() - theirs).norm() < error * theirs.norm()
+    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), (q, k, v, bias), retain_graph=True) for y in (ours, theirs))):
+        assert (a - b).norm() < error * b.norm()
+    with torch.no_grad():  # then the fused kernel takes it
+        torch.testing.assert_close(attend(q, k, v, mask, False, 0.0), ours, rtol=0, atol=error)
+
+
 # --- the recipe's parts ---
 
 def test_a_value_mix_of_zero_is_no_value_residual():
