@@ -32,6 +32,7 @@ from device import DeviceConfig, NumericConfig, pick_compile, pick_device, pick_
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
+from sources import check_template
 from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
@@ -155,6 +156,7 @@ class HarnessSettings(ModelSettings):
 class SummarySettings(ModelSettings):
     files: list[str] = field(default_factory=list)  # pairs, JSONL
     source: str = 'source'  # the field with what is read
+    prompt_template: str = ''  # in place of it, as in prepare.py
     target: str = 'target'  # the one with what people wrote, a text or a list of them
     max_new_tokens: int = 100  # of each text
     num_beams: int = 0  # hypotheses of a beam search; 0 = greedy, in batches
@@ -170,6 +172,7 @@ class SummarySettings(ModelSettings):
         """Raise ValueError for values that cannot work."""
         if not self.files:
             raise ValueError('files: none is given: python evaluate.py summaries --out_dir=DIR FILE.jsonl')
+        check_template(self.prompt_template)
         for name, least in (('max_new_tokens', 1), ('batch_size', 1), ('num_beams', 0), ('show', 0), ('limit', 0)):
             if getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)}: takes {least} or more')
@@ -180,7 +183,7 @@ def show_summaries(s):
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a file of pairs: give another')
     score = summaries.scorer(s.stripped)  # found missing before anything is written
-    loaded = {path: summaries.read_pairs(path, s.source, s.target)[:s.limit or None] for path in s.files}
+    loaded = {path: summaries.read_pairs(path, s.source, s.target, s.prompt_template)[:s.limit or None] for path in s.files}
     model, tokenizer, device, dtype = s.load(encoder=True)
     if s.max_new_tokens >= model.cfg.block_size:
         raise UserError(f'max_new_tokens={s.max_new_tokens}: the network writes up to {model.cfg.block_size - 1}: lower it')

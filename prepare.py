@@ -5,6 +5,8 @@ Any text → token files.
     python prepare.py shakespeare --tokenizer=char --out=data/shakespeare_char
     python prepare.py tinystories --tokenizer=gpt2
     python prepare.py talks.jsonl --source=abstract --target=summary --out=data/talks                 # pairs: the one is read, the other written
+    python prepare.py asked.jsonl --prompt_template='Q: {question}\nA: ' --target=answer --out=data/asked
+    python prepare.py stdlib_docstrings                                                               # a function's code → what it says it does
     python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
 
 A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
@@ -45,7 +47,7 @@ from tqdm import tqdm
 import synthetic
 from configurator import UserError, configure, run_main
 from download import CORPORA
-from sources import PAIR, TASK_SIZE, Reader, divide, documents, find_files
+from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files
 from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here
@@ -57,13 +59,15 @@ SAVE_EVERY = 10  # seconds between records of the progress
 class Settings:
     positional = 'sources'
     sources: list[str] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
-    # stdlib, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
+    # stdlib, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
     out: str = ''  # the folder to make; '' = data/NAME for a single named corpus
     tokenizer: str = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
     # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing
     text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined with a newline: prompt,response
     source: str = ''  # for pairs: the field of what is read, and
     target: str = ''  # of what is to be written; a document is then the source, end of text, the target, end of text (objective=seq2seq)
+    prompt_template: str = ''  # in place of source: what is read, with fields in braces, '### Instruction:\n{instruction}\n\n{input}\n\n### Response:\n';
+    # a paragraph whose fields are empty is left out
     reserve: int = 0  # further tokens that no text has, for objective=ul2: 100 do for rows of 512 tokens
     val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for shakespeare
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;
@@ -75,14 +79,25 @@ class Settings:
         """Raise ValueError for values that cannot work."""
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
-        if bool(self.source) != bool(self.target):
-            raise ValueError(f'source={self.source}, target={self.target}: a pair has both: give both fields, or none')
-        if self.source and self.split == 'tail':
+        if self.source and self.prompt_template:
+            raise ValueError(f'source={self.source}: the fields that are read are in prompt_template: leave one of them out')
+        if bool(self.source or self.prompt_template) != bool(self.target):
+            raise ValueError(f'source={self.source or self.prompt_template}, target={self.target}: a pair has both: give both fields, or none')
+        check_template(self.prompt_template)
+        if 'stdlib_docstrings' in self.sources and (len(self.sources) > 1 or self.target):
+            raise ValueError('sources: stdlib_docstrings has pairs already: prepare it alone, without source and target')
+        if self.pairs and self.split == 'tail':
             raise ValueError('split=tail: cuts documents in two, which pairs do not bear: use split=document')
         if not 0 <= self.reserve <= 10000:
             raise ValueError(f'reserve={self.reserve}: takes 0 to 10000')
         if self.num_proc < 0:
             raise ValueError(f'num_proc={self.num_proc}: takes a number of processes, or 0 for one on every core')
+
+
+    @property
+    def pairs(self):
+        """Whether documents are pairs of a source and a target."""
+        return bool(self.target) or 'stdlib_docstrings' in self.sources
 
 
 # -----------------------------------------------------------------------------
@@ -108,7 +123,7 @@ def tokenize(task):
     for split, found in texts.items():
         parts = [text.split(PAIR) for _, text in found]
         ids, lengths = tokenizer.encode_documents([part for pair in parts for part in pair])
-        lengths = np.add.reduceat(lengths, np.cumsum([0] + [len(pair) for pair in parts[:-1]])) if found and s.source else lengths
+        lengths = np.add.reduceat(lengths, np.cumsum([0] + [len(pair) for pair in parts[:-1]])) if found and s.pairs else lengths
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
             raise UserError(f'{found[0][0]}: the tokenizer gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged')
         starts = np.cumsum(lengths) - lengths if task.starts else lengths[:0]
@@ -229,12 +244,12 @@ def prepare(s):
     Prepare the sources of the settings `s`, going on where an interrupted run stopped. Raises UserError.
     Returns (folder, meta.json, figures for the summary or None if the folder held just that already).
     """
-    named = s.sources[0] if len(s.sources) == 1 and s.sources[0] in ('stdlib', *CORPORA, *synthetic.NAMES) else None
+    named = s.sources[0] if len(s.sources) == 1 and s.sources[0] in (*HERE, *CORPORA) else None
     out = s.out.rstrip('/') or (os.path.join('data', named.removeprefix('synthetic:')) if named else '')
     if not out:
         find_files([source for source in s.sources if source not in CORPORA])  # a misspelt name is the likelier mistake
         raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
-    s = replace(s, val_fraction=s.val_fraction or ({'stdlib': 0.05, 'shakespeare': 0.1} | dict.fromkeys(synthetic.NAMES, 0.05)).get(named, 0.01))
+    s = replace(s, val_fraction=s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01))
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
         files = find_files(s.sources)
@@ -253,7 +268,8 @@ def describe(s, files):
     stats = [(path, os.stat(path)) for path in [path for path, _ in files] + ([s.tokenizer] if os.path.isfile(s.tokenizer) else [])]
     inputs = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     return {'sources': s.sources, 'tokenizer': s.tokenizer, 'text_key': s.text_key, 'val_fraction': s.val_fraction, 'split': s.split, 'errors': s.errors,
-            **{name: getattr(s, name) for name in ('source', 'target', 'reserve') if getattr(s, name)},  # as folders from before these have none
+            # as folders from before these have none
+            **{name: getattr(s, name) for name in ('source', 'target', 'prompt_template', 'reserve') if getattr(s, name)},
             'inputs': sha256(inputs.encode()).hexdigest()}
 
 
@@ -295,13 +311,13 @@ def begin(s, files, source, part):
         print(f'{part}: left by a run with other settings or inputs; starting over')
     for name in left:
         os.unlink(os.path.join(part, name))
-    plain = next((path for path, kind in files if kind not in ('lines', 'parquet')), None)
-    if s.source and plain:
-        raise UserError(f'{plain}: has no fields {s.source} and {s.target}: pairs are read from .jsonl and .parquet')
+    plain, fields = next((path for path, kind in files if kind in ('text', 'topics')), None), ','.join(fields_of(s))
+    if s.pairs and plain and set(fields.split(',')) - set(SECTIONS):
+        raise UserError(f'{plain}: has no fields {fields}: pairs are read from .jsonl and .parquet, or from .txt with the sections {", ".join(SECTIONS)}')
     tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
     split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
     tokenizer = tokenizer or new_tokenizer(s.tokenizer, sample(s, files))
-    if s.source and tokenizer.eot is None:
+    if s.pairs and tokenizer.eot is None:
         raise UserError(f'tokenizer={s.tokenizer}: has no end of text, which parts the source of a pair from its target: use another')
     tokenizer = Reserved(tokenizer, s.reserve) if s.reserve else tokenizer
     return {'source': source, 'split': split, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0, 'shards': {'train': [], 'val': []},
@@ -311,7 +327,7 @@ def begin(s, files, source, part):
 def few_documents(s, files):
     """Are these .txt files with fewer than 200 documents together?"""
     reader = Reader(files, s)
-    if len(files) >= 200 or any(kind != 'text' for _, kind in files):
+    if s.pairs or len(files) >= 200 or any(kind != 'text' for _, kind in files):
         return False
     return sum(islice((1 for path, _ in files for _, starts, _ in reader.parts(path, ANYWHERE) if starts), 200)) < 200
 
@@ -401,9 +417,9 @@ def run(s, files, source, out, part):
             if not totals[other]['tokens']:
                 raise UserError(f'{" ".join(s.sources)}: no text in it, {progress["empty"]} empty documents')
             raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
-                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.source else ''))
+                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.pairs else ''))
     meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
-            'split': s.split, **({'pairs': True} if s.source else {}), 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
+            'split': s.split, **({'pairs': True} if s.pairs else {}), 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
     write_json(os.path.join(part, 'meta.json'), meta)
     for path in [os.path.join(part, name) for name in tokenizer.files] + [part]:
         sync_path(path)

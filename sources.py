@@ -5,9 +5,10 @@ Sources of text → documents: what prepare.py reads.
     for task in Reader(files, settings).tasks(cut):      # about 1 MB of text at a time
         for where, text in documents(task, settings):    # 'notes/a.txt:1', 'Once …'
 
-Of the settings of prepare.py it uses text_key, source, target, errors, split and val_fraction. Memory stays the same however much text there is, but for
-the longest line or row, and a longest document that the tokenizer lets nobody part.
+Of the settings of prepare.py it uses text_key, source, target, prompt_template, errors, split and val_fraction. Memory stays the same however much
+text there is, but for the longest line or row, and a longest document that the tokenizer lets nobody part.
 """
+import ast
 import bz2
 import codecs
 import difflib
@@ -15,8 +16,12 @@ import glob
 import json
 import os
 import re
+import string
 import sys
 import sysconfig
+import textwrap
+import tokenize
+import warnings
 import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,6 +34,8 @@ from tokenizer import ANYWHERE
 TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 HASHED = 2 ** 16  # characters of a document that decide its split
 PAIR = '\x1e<|target|>\x1e'  # between the source and the target of a pair, until they are tokens
+SECTIONS = ('Features', 'Words', 'Random sentence', 'Summary', 'Story')  # of a document of TinyStories-Instruct, in any order: fields for pairs
+HERE = ('stdlib', 'stdlib_docstrings', *synthetic.NAMES)  # named corpora that are not downloaded
 
 
 # -----------------------------------------------------------------------------
@@ -40,6 +47,8 @@ def find_files(sources):
     for source in sources:
         if source == 'stdlib':
             found += stdlib_files()
+        elif source == 'stdlib_docstrings':
+            found += [(path, 'docstrings') for path, kind in stdlib_files() if kind == 'text']
         elif source in synthetic.NAMES:
             found.append((synthetic.write_text(source), 'text'))
         elif source in CORPORA:
@@ -51,7 +60,7 @@ def find_files(sources):
         else:
             paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names] or glob.glob(source, recursive=True)
             if not paths and not os.path.isdir(source):
-                names = ['stdlib', *CORPORA, *synthetic.NAMES]
+                names = [*HERE, *CORPORA]
                 near = difflib.get_close_matches(source, names, 1)
                 raise UserError(f'{source}: no such file or folder; ' + (f'did you mean {near[0]}?' if near else f'the named corpora are {", ".join(names)}'))
             known = [(path, kind_of(path)) for path in sorted(paths) if os.path.isfile(path) and kind_of(path)]
@@ -102,7 +111,8 @@ class Reader:
     def tasks(self, cut):
         """Yield the tasks. cut: where the tokenizer lets long texts be parted, see tokenizer.py."""
         self.position, batch, size = 0, [], 0
-        read = {'text': self.text, 'lines': self.lines, 'parquet': self.parquet, 'topics': self.topics}
+        read = {'text': self.text, 'lines': self.lines, 'parquet': self.parquet, 'topics': self.topics,
+                'docstrings': self.docstrings}
         for path, kind in self.files:
             for task in read[kind](path, cut):
                 whole = not (task.side or task.lines)
@@ -172,8 +182,10 @@ class Reader:
     def text(self, path, cut):
         """The documents of a .txt, a task each."""
         number, lengths = 0, None
-        for text, starts, ends in self.parts(path, cut):
+        for text, starts, ends in self.parts(path, None if self.s.pairs else cut):
             number += starts
+            if self.s.pairs:
+                text = text_of(sections(text), self.s, f'{path}:{number}')
             if starts and ends:
                 yield Task([(f'{path}:{number}', text)])
                 continue
@@ -203,6 +215,22 @@ class Reader:
         self.position += os.path.getsize(path)
         for name in sorted(topics):
             yield Task([(f'{path}:{name}', topics[name])])
+
+    def docstrings(self, path, cut):
+        """The functions of a Python file that say what they do, each a pair: its code without the docstring, and the first line of that."""
+        self.position += os.path.getsize(path)
+        try:
+            with tokenize.open(path) as f, warnings.catch_warnings(action='ignore'):
+                code = f.read()
+                tree = ast.parse(code)
+        except (SyntaxError, ValueError):  # a template, or another version's
+            return
+        lines = code.splitlines()
+        for node in ast.walk(tree):
+            said = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+            if said and len(node.body) > 1 and node.lineno < node.body[0].lineno and node.body[0].end_lineno < node.body[1].lineno:
+                source = lines[node.lineno - 1:node.body[0].lineno - 1] + lines[node.body[0].end_lineno:node.end_lineno]
+                yield Task([(f'{path}:{node.lineno}', textwrap.dedent('\n'.join(source)) + PAIR + said.partition('\n')[0])])
 
     def lines(self, path, cut):
         """The lines of a .jsonl, about a task's worth at a time."""
@@ -282,31 +310,64 @@ def documents(task, s):
     return found
 
 
+def sections(text):
+    """{name: text} of the SECTIONS of a document, which begin a line with their name and a colon; '' of one that is not there."""
+    before, *found = re.split(rf'^({"|".join(SECTIONS)}):', text, flags=re.MULTILINE)
+    return dict.fromkeys(SECTIONS, '') | {name: part.strip() for name, part in zip(found[::2], found[1::2])}
+
+
+def template_fields(template):
+    """The fields of a prompt template, NAME of {NAME}; {{ stands for {. Raises ValueError for what is no such template."""
+    parts = list(string.Formatter().parse(template))
+    if any(spec or conversion for _, _, spec, conversion in parts) or not all(name is None or re.fullmatch(r'\w[\w ]*', name) for _, name, _, _ in parts):
+        raise ValueError('has braces that are no {FIELD}')
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def check_template(template):
+    """Raise ValueError, in one line, for what cannot be the setting prompt_template."""
+    try:
+        if template and not template_fields(template):
+            raise ValueError('has no {FIELD} in it')
+    except ValueError as error:
+        raise ValueError(f'prompt_template={template!r}: {error}: takes text with fields in braces, {{{{ for a brace') from None
+
+
+def fill(template, row):
+    """A template with the fields of a row; \\n is a new line. A paragraph of it whose fields are all empty is left out."""
+    paragraphs = []
+    for paragraph in template.replace('\\n', '\n').split('\n\n'):
+        names = template_fields(paragraph)
+        if not names or any(row[name].strip() for name in names):
+            paragraphs.append(''.join(text + (row[name] if name else '') for text, name, *_ in string.Formatter().parse(paragraph)))
+    return '\n\n'.join(paragraphs)
+
+
 def fields_of(s):
     """Which fields a row's texts are, several of one with commas between them."""
-    return (s.source, s.target) if s.source else (s.text_key,)
+    return (','.join(template_fields(s.prompt_template)) if s.prompt_template else s.source, s.target) if s.pairs else (s.text_key,)
 
 
 def names_of(s):
     """The settings that name them."""
-    return 'source and --target' if s.source else 'text_key'
+    return 'prompt_template and --target' if s.prompt_template else 'source and --target' if s.pairs else 'text_key'
 
 
 def text_of(row, s, where):
     """The text of a row: its fields of text_key joined with a newline, but for empty ones; of a pair the source, PAIR and the target, '' if one is blank."""
     texts = []
     for keys in fields_of(s):
-        found = []
+        found, is_source = {}, s.pairs and not texts
         for key in keys.split(','):
             if key not in row:
                 raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --{names_of(s)}')
             value = row[key]
-            if s.source and keys == s.target and isinstance(value, list):  # several summaries of one text: the first is learned
+            if s.pairs and not is_source and isinstance(value, list):  # several summaries of one text: the first is learned
                 value = next((text for text in value if not isinstance(text, str) or text.strip()), None)
             if not isinstance(value, str | None):
                 raise UserError(f'{where}: field {key} holds a {type(value).__name__}, not text: set --{names_of(s)}')
-            found += [value.replace(PAIR, ' ')] if value else []
-        texts.append('\n'.join(found))
+            found[key] = value.replace(PAIR, ' ') if value else ''
+        texts.append(fill(s.prompt_template, found) if is_source and s.prompt_template else '\n'.join(filter(None, found.values())))
     text = PAIR.join(texts) if all(map(str.strip, texts)) or len(texts) == 1 else ''
     try:
         text.encode()

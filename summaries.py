@@ -15,6 +15,7 @@ from tqdm import tqdm
 from configurator import UserError
 from device import autocast
 from sample import beam_search, encode_prompt, generate
+from sources import fill, template_fields
 from tasks import read_lines
 
 # English function words: what carries no topic
@@ -33,19 +34,23 @@ class Pair:
     references: list[str]
 
 
-def read_pairs(path, source, target):
-    """The Pairs of a JSONL file with these two fields; the target is a text or a list of them. Raises UserError, with the line, for whatever is none."""
-    return read_lines(path, lambda row, where: to_pair(row, source, target, where))
+def read_pairs(path, source, target, template=''):
+    """
+    The Pairs of a JSONL file with these two fields, or with a prompt template in place of the source, as prepare.py takes it; the target is a text or
+    a list of them. Raises UserError, with the line, for whatever is none.
+    """
+    return read_lines(path, lambda row, where: to_pair(row, source, target, template, where))
 
 
-def to_pair(row, source, target, where):
-    for name, key in (('source', source), ('target', target)):
+def to_pair(row, source, target, template, where):
+    read = [('prompt_template', key) for key in template_fields(template)] if template else [('source', source)]
+    for name, key in (*read, ('target', target)):
         if not isinstance(row, dict) or key not in row:
             raise UserError(f'{where}: no field {key}' + (f'; it has {", ".join(row)}' if isinstance(row, dict) else '') + f': set --{name}')
     references = row[target] if isinstance(row[target], list) else [row[target]]
-    if not isinstance(row[source], str) or not references or not all(isinstance(text, str) for text in references):
-        raise UserError(f'{where}: {source} takes a text, {target} a text or a list of them')
-    return Pair(row[source], references)
+    if not all(isinstance(row[key], str) for _, key in read) or not references or not all(isinstance(text, str) for text in references):
+        raise UserError(f'{where}: {" and ".join(key for _, key in read)} takes a text, {target} a text or a list of them')
+    return Pair(fill(template, row) if template else row[source], references)
 
 
 # -----------------------------------------------------------------------------
