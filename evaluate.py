@@ -5,7 +5,8 @@ How good a model is.
     python evaluate.py text --out_dir=out/tinystories_cpu FILE.txt     # the same and the perplexity of any text
     python evaluate.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl                   # zero- and few-shot tasks from files (tasks.py)
     python evaluate.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy          # those of lm-evaluation-harness
-    python evaluate.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target     # ROUGE of what it writes (summaries.py)
+    python evaluate.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target     # ROUGE of what it writes (summaries.py);
+                                                                       # without a file, for its own validation pairs
     python evaluate.py ladder --dataset=tinystories                    # from uniform guesses over counts to a transformer, on the same tokens
 
 `python evaluate.py loss --help` prints the settings of one of them.
@@ -154,7 +155,7 @@ class HarnessSettings(ModelSettings):
 
 @dataclass
 class SummarySettings(ModelSettings):
-    files: list[str] = field(default_factory=list)  # pairs, JSONL
+    files: list[str] = field(default_factory=list)  # pairs, JSONL; none = the validation pairs that the run was trained beside
     source: str = 'source'  # the field with what is read
     prompt_template: str = ''  # in place of it, as in prepare.py
     target: str = 'target'  # the one with what people wrote, a text or a list of them
@@ -170,8 +171,6 @@ class SummarySettings(ModelSettings):
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        if not self.files:
-            raise ValueError('files: none is given: python evaluate.py summaries --out_dir=DIR FILE.jsonl')
         check_template(self.prompt_template)
         for name, least in (('max_new_tokens', 1), ('batch_size', 1), ('num_beams', 0), ('show', 0), ('limit', 0)):
             if getattr(self, name) < least:
@@ -183,12 +182,15 @@ def show_summaries(s):
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a file of pairs: give another')
     score = summaries.scorer(s.stripped)  # found missing before anything is written
-    loaded = {path: summaries.read_pairs(path, s.source, s.target, s.prompt_template)[:s.limit or None] for path in s.files}
+    loaded = {path: summaries.read_pairs(path, s.source, s.target, s.prompt_template) for path in s.files}
     model, tokenizer, device, dtype = s.load(encoder=True)
+    if not loaded:
+        loaded = {source.files.folder: summaries.stored_pairs(source.files, tokenizer) for source in validation_sources(s.out_dir, model.cfg)}
     if s.max_new_tokens >= model.cfg.block_size:
         raise UserError(f'max_new_tokens={s.max_new_tokens}: the network writes up to {model.cfg.block_size - 1}: lower it')
     rows = []
     for path, pairs in loaded.items():
+        pairs = pairs[:s.limit or None]
         texts = summaries.write(model, tokenizer, [pair.source for pair in pairs], s.max_new_tokens, s.num_beams, s.batch_size, device, dtype, path)
         scores = [score(text, pair.references) for text, pair in zip(texts, pairs)]
         for pair, text in [*zip(pairs, texts)][:s.show]:

@@ -53,6 +53,19 @@ def to_pair(row, source, target, template, where):
     return Pair(fill(template, row) if template else row[source], references)
 
 
+def stored_pairs(files, tokenizer):
+    """The Pairs of a split that prepare.py made (data.TokenFiles), read back from their tokens. Raises UserError if they are none."""
+    if not files.meta.get('pairs'):
+        raise UserError(f'files: none is given, and {files.folder} has no pairs: python evaluate.py summaries --out_dir=DIR FILE.jsonl')
+    pairs = []
+    for number in range(files.documents):
+        begin, end = files.document(number)
+        ids = files.read(begin, end - begin).tolist()
+        cut = ids.index(tokenizer.eot)
+        pairs.append(Pair(tokenizer.decode(ids[:cut]), [tokenizer.decode(ids[cut + 1:-1])]))
+    return pairs
+
+
 # -----------------------------------------------------------------------------
 # Writing
 

@@ -1,10 +1,11 @@
 """Where pairs come from: prompt templates, the sections of TinyStories-Instruct, the docstrings of the standard library."""
 import ast
+import csv
 import json
 
 import numpy as np
 import pytest
-from conftest import one_line, run
+from conftest import one_line, run, train
 
 import prepare
 from configurator import UserError
@@ -83,6 +84,16 @@ def test_pairs_of_sections(tmp_path):
     assert len(found) == 32 and found['A cat.\n\nIt sat.'] == 'A cat sat.' and found['A tale of 7.'] == '7 is it.'
     refused = run('prepare.py', tmp_path / 'tales.txt', '--source=Tale', '--target=Summary', f'--out={tmp_path}/other')
     assert 'has no fields Tale,Summary' in one_line(refused)
+
+
+def test_a_network_is_held_against_its_own_validation_pairs(tmp_path):
+    (tmp_path / 'tales.txt').write_text('<|endoftext|>\n'.join(f'Summary: {n} is it.\nStory: A tale of {n}.\n' for n in range(30)))
+    found = prepared(tmp_path, tmp_path / 'tales.txt', '--source=Story', '--target=Summary')
+    train(tmp_path / 'run', '--objective=seq2seq', '--n_encoder_layer=1', '--block_size=16', '--source_size=24', '--max_iters=2', dataset=tmp_path / 'data')
+    done = run('evaluate.py', 'summaries', f'--out_dir={tmp_path}/run', '--max_new_tokens=8', f'--csv={tmp_path}/t.csv', '--device=cpu')
+    rows = list(csv.DictReader(open(tmp_path / 't.csv', encoding='utf-8')))
+    assert done.returncode == 0 and f'{len(rows)} texts' in done.stdout and 1 < len(rows) < 30
+    assert all(found[row['source']] == row['reference'] for row in rows)
 
 
 # --- docstrings ---
