@@ -1,13 +1,22 @@
 """
-What a run writes down as it goes: log.jsonl, and Weights & Biases if asked.
+What a run says and writes down as it goes: lines on the terminal, samples, log.jsonl, and Weights & Biases if asked.
 """
 import dataclasses
 import json
+import math
 import os
 
-from configurator import UserError
-from device import process_age
+import torch
 
+from configurator import UserError
+from device import autocast, process_age
+from objectives import around
+from optim import learning_rate
+from sample import encode_prompt, stream
+from tokenizer import load_tokenizer
+
+# -----------------------------------------------------------------------------
+# The log
 
 class Log:
     """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
@@ -42,3 +51,72 @@ class Log:
                 f.write(json.dumps(record) + '\n')
             if self.wandb:
                 self.wandb.log(record, step=step)
+
+
+# -----------------------------------------------------------------------------
+# On the terminal
+
+def describe(s, run, ranks):
+    """What is about to be trained, in a few lines."""
+    rows = s.batch_size * s.gradient_accumulation_steps
+    encoder = f'{s.n_encoder_layer} encoder layers, ' if s.n_encoder_layer else ''
+    network = 'a Markov chain' if s.arch == 'markov' else f'{encoder}{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
+    experts = f'{s.n_expert} experts, {run.model.num_params(active=True):,} parameters a token' if s.n_expert else ''
+    low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
+    ranks.say(f'model: {run.model.num_params():,} parameters ({"; ".join(filter(None, (network, experts, low_rank)))}), '
+              f'{s.vocab_size:,} tokens, context {s.block_size}')
+    epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
+    ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
+    compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
+    ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: {threads}')
+    if run.planned:
+        ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))
+    if run.step:
+        ranks.say(f'{"going on with " + s.init_from if run.borrowed else "resuming " + s.out_dir} at step {run.step}')
+
+
+def show_losses(step, result, ranks):
+    ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
+
+
+def show_samples(model, s, data, ranks):
+    """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice."""
+    if not (s.sample_tokens and ranks.first):
+        return
+    files = data.sources[0].files
+    model.eval()
+    try:
+        tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
+        tokenizer.around = around(s.objective, s.denoisers, files.meta)
+        prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
+        with autocast(ranks.device, s.dtype):
+            text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
+                                                       generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None))
+        print('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '), flush=True)
+    except UserError as error:
+        print(f'no sample: {error}', flush=True)
+    model.train()
+
+
+def check_finite(value, s, step):
+    if not math.isfinite(value):
+        name = 'muon_lr' if s.optimizer != 'adamw' else 'learning_rate'
+        raise UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
+                        f'the newest checkpoint in {s.out_dir} is from before')
+
+
+def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
+    """The progress line and its record in the log; loads (layers, E): tokens of each expert, None if there are none."""
+    check_finite(loss, s, step)
+    lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
+    rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
+    mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
+    bpb = None if run.teacher or s.label_smoothing else run.data.bits_per_byte(loss)  # then the loss is of more than the text
+    bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
+    shares = None if loads is None else loads / loads.sum(1, keepdim=True)  # of a layer's tokens
+    ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
+              + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
+              + f' | {int(left // 60)}m{int(left % 60):02d}s left')
+    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr,
+              tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}),
+              **({} if loads is None else {'expert_load': [[round(share, 4) for share in layer] for layer in shares.tolist()]}))
