@@ -26,10 +26,11 @@ def in_use(shares):
 
 
 def read_shares(out_dir):
-    """(steps [n], shares (n, layers, E) of the tokens of the steps before each) out of a run's log. Raises UserError where there are none."""
+    """(steps [n], shares (n, layers, E) of the tokens since the record before each) out of a run's log. Raises UserError where there are none."""
     records = [r for r in read_log(out_dir) if 'expert_load' in r]
     if not records:
         raise UserError(f'out_dir={out_dir}: no expert_load in its log.jsonl: give a run that was trained with n_expert')
+    records = [r for r in records if len(r['expert_load']) == len(records[-1]['expert_load'])]  # since the network last grew
     return [r['step'] for r in records], torch.tensor([r['expert_load'] for r in records], dtype=torch.float64)
 
 
@@ -47,7 +48,7 @@ def draw(steps, shares, title):
     from matplotlib.ticker import MaxNLocator
     left, right = page.subplots(1, 2)
     image = left.imshow(shares[-1], aspect='auto', cmap='viridis', vmin=0)
-    left.set(xlabel='expert', ylabel='layer', title=f'shares of the tokens before step {steps[-1]:,}')
+    left.set(xlabel='expert', ylabel='layer', title=f'shares of the tokens up to step {steps[-1]:,}')
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     page.colorbar(image, ax=left)
     for n, numbers in enumerate(in_use(shares).T):
@@ -62,7 +63,8 @@ def draw(steps, shares, title):
 def run(s):
     """python analyze.py experts"""
     steps, shares = read_shares(s.out_dir)
-    print(f'{s.out_dir}: {shares.size(2)} experts, tokens of the steps before {steps[-1]:,}; an encoder\'s layers come first\n\n{table(shares[-1])}')
+    began = f'steps {steps[-2] + 1:,} to' if len(steps) > 1 else 'the steps up to'
+    print(f'{s.out_dir}: {shares.size(2)} experts, tokens of {began} {steps[-1]:,}; an encoder\'s layers come first\n\n{table(shares[-1])}')
     if s.csv:
         write_csv([{'step': step, 'layer': n, 'expert': e, 'share': share} for step, layers in zip(steps, shares.tolist())
                    for n, layer in enumerate(layers) for e, share in enumerate(layer)], s.csv)

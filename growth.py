@@ -115,7 +115,8 @@ def grow(cfg, weights, n_layer, how, other=None):
     """
     if other is not None:
         new, out = take_layers(*other, range(n_layer))
-        return dataclasses.replace(new, block_size=cfg.block_size, dropout=cfg.dropout), out | weights, {name: name for name in weights}
+        kept = {name: getattr(cfg, name) for name in ('block_size', *ONLY_IN_TRAINING)}
+        return dataclasses.replace(new, **kept), out | weights, {name: name for name in weights}
     layers, silent = grown_layers(cfg, n_layer, how)
     new = tuple(f'blocks.{n}.' for n in silent)
     names = {name: old for name, old in layer_names(weights, layers).items() if not name.startswith(new)}

@@ -54,7 +54,7 @@ class ModelConfig:
     expert_aux: float = 0.01  # weight of the loss that asks for equal loads, in every layer, 1 times it when they are (Switch)
     expert_z: float = 0.001  # weight of the loss that keeps the router's logits small, mean(logsumexp²) (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)
     expert_bias: float = 0.0  # balance without a loss: in every step what an expert is picked by rises by so much if it had too few tokens, and falls
-    # if too many (Wang et al. 2024, arXiv 2408.15664: 0.001). Then set expert_aux to 0
+    # if too many (Wang et al. 2024, arXiv 2408.15664: 0.001). Then set expert_aux to 0. To be chosen when a network begins
     softcap: float = 0.0  # bound the logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # attention's and MLP's output matrices start at zero: every block starts as the identity
     embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate (modded-nanogpt, record 8)
@@ -137,12 +137,9 @@ class ModelConfig:
                 raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide both sides of {name}, {sizes[name][0]} x {sizes[name][1]}')
 
     def check_experts(self):
-        if not self.n_expert and (self.n_expert_active != 1 or self.expert_shared or self.expert_bias):
-            raise ValueError(f'n_expert_active={self.n_expert_active}, expert_shared={self.expert_shared}, expert_bias={self.expert_bias}: '
-                             'belong to a mixture of experts: set n_expert')
         if self.n_expert == 1 or self.n_expert < 0:
             raise ValueError(f'n_expert={self.n_expert}: takes 0 for one MLP, or 2 and more')
-        if not 1 <= self.n_expert_active <= max(1, self.n_expert):
+        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
         if self.n_expert and (self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name)):
             raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, and ranks of the MLP, out')
@@ -330,8 +327,8 @@ def attend(q, k, v, mask, is_causal, dropout):
     """
     softmax(q·kᵀ / sqrt(D))·v of q (B, H, T, D) and k, v (B, kv_heads, S, D): torch's fused kernels, but for short rows in bfloat16 on
     a CPU. There the fused kernel multiplies at float32's speed, and a training step of plain attention takes half its time
-    (T = 64: 0.7 against 2.7 ms, T = 256: 18 against 34 ms, 128 of 512: 9 against 17; T = 1024: 3 times longer). And but for a learned mask, for which it has no
-    backward pass: what torch does there takes twice as long, at every length.
+    (T = 64: 0.7 against 2.7 ms, T = 256: 18 against 34 ms, 128 of 512: 9 against 17; T = 1024: 3 times longer). A learned mask is the
+    other exception: that kernel has no backward pass for it, and what torch does in its place takes twice as long, at every length.
     """
     groups = q.size(1) // k.size(1)
     mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
@@ -411,7 +408,8 @@ class MLP(nn.Module):
         self.down = linear(cfg, layer, 'mlp.down')
         self.act = ACTIVATIONS[cfg.mlp]
 
-    def forward(self, x, *counts):  # counts: of Experts
+    def forward(self, x, *counts):
+        """x (…, C) → (…, C); of Experts x (N, C) and counts (E,), as they take them."""
         h = self.act(self.gate(x, *counts)) * self.up(x, *counts) if self.gate is not None else self.act(self.up(x, *counts))
         return self.down(self.norm(h), *counts)
 
@@ -465,7 +463,7 @@ class MoE(nn.Module):
     def forward(self, x, real=None):
         """x (B, T, C), real (B, T): False for padding → (B, T, C), and in training the Routing."""
         h, k = x.flatten(0, 1), self.cfg.n_expert_active  # (N, C)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a router's small differences are rounded away (Switch, 2.4)
+        with torch.autocast(x.device.type, enabled=False):  # a softmax of bfloat16 logits rounds away what tells experts apart (Switch, 2.4)
             share, chosen, routing = self.route(h.float(), real)
         order = chosen.flatten().argsort(stable=True)  # (N k,)
         counts = torch.zeros_like(self.load).scatter_add(0, chosen.flatten(), torch.ones_like(order))
@@ -488,7 +486,7 @@ class MoE(nn.Module):
         weight = torch.ones_like(h[:, 0]) if real is None else real.flatten().float()  # (N,)
         load = weight @ given.float()
         weight = weight / weight.sum().clamp(min=1)
-        balance = E * (weight @ given.float() / k) @ (weight @ p)  # of shares of the tokens and mean probabilities: 1 when both are even
+        balance = E * (weight @ given.float() / k) @ (weight @ p)  # of shares of the tokens and mean probabilities: 1 when they are even
         size = weight @ logits.logsumexp(1).square()
         return share, chosen, Routing(self.cfg.expert_aux * balance + self.cfg.expert_z * size, load.long())
 
@@ -761,8 +759,8 @@ class Transformer(nn.Module):
         return loads
 
     def balance(self, loads):
-        """A step of expert_bias towards equal loads (layers, E), those of one step of all ranks."""
-        for mixture, load in zip(self.mixtures(), loads.float()):
+        """A step of expert_bias, if there is one, towards equal loads (layers, E), those of one step of all ranks."""
+        for mixture, load in zip(self.mixtures(), loads.float() if self.cfg.expert_bias else ()):
             mixture.bias += self.cfg.expert_bias * torch.sign(load.mean() - load)
 
     # --- the guides of low-rank layers ---

@@ -26,7 +26,9 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Weights are loaded; the table of angles is in no file."""
+        """Weights are loaded; the table of angles and the loads of experts are in no file."""
+        if getattr(module, 'load', None) is not None:
+            module.load.zero_()
         if getattr(module, 'rotary', None) is not None:
             cfg = module.cfg
             module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta))

@@ -177,7 +177,7 @@ def orthogonalize(g, dtype, steps=5):
 
 def make_optimizer(model, cfg, dtype=torch.float32):
     """
-    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions, as in nanoGPT; for optimizer='muon'
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions and is no bias, as in nanoGPT; for optimizer='muon'
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
     Raises UserError for a pattern of lr_scale that no name matches, and for spectron without low-rank matrices.
     """
@@ -191,8 +191,8 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or rank_mlp')
     factors = {p for pair in pairs for p in pair} if cfg.factor_decay != 'factor' else set()
     for name, p in model.named_parameters():
-        bias = name.startswith(('rel.', 'rel_encoder.')) or name.endswith('.bias')  # T5's positions; those of experts have two dimensions
-        matrix = p.ndim >= 2 and not bias and not name.startswith(('wte.', 'wpe.', 'head.')) and not name.endswith(('.router', '.bias'))
+        bias = name.startswith(('rel.', 'rel_encoder.')) or name.endswith('.bias')  # some have two dimensions: T5's positions, those of experts
+        matrix = p.ndim >= 2 and not bias and not name.startswith(('wte.', 'wpe.', 'head.')) and not name.endswith('.router')
         rate = cfg.muon_lr if muon and matrix else cfg.head_lr if name == head else cfg.embed_lr if name.startswith(('wte.', 'wpe.')) \
             else cfg.scalar_lr if p.ndim < 2 or bias else None
         rate = cfg.learning_rate if rate is None else rate

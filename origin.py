@@ -189,7 +189,7 @@ def find_reference(s, cfg):
         if cfg.rank(n, name) != other.rank(n, name):
             raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, in this network {cfg.rank(n, name)}: '
                             'its blocks do not fit')
-    free = ('n_layer', 'block_size', 'dropout', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init')
+    free = (*ONLY_IN_TRAINING, 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init')
     for f in dataclasses.fields(ModelConfig):
         if f.name not in free and getattr(cfg, f.name) != getattr(other, f.name):
             raise UserError(f'grow_from={s.grow_from}: has {f.name}={getattr(other, f.name)}, this network {getattr(cfg, f.name)}: its blocks do not fit')
@@ -203,6 +203,8 @@ def adopt(s, cfg, where):
         raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
     for name, value in dataclasses.asdict(cfg).items():
         if name in ONLY_IN_TRAINING or (name == 'block_size' and name in s.given):
+            continue
+        if name == 'expert_bias' and name in s.given and value and s.expert_bias:  # there is one: how fast it moves is the user's
             continue
         if name == 'source_size' and cfg.n_encoder_layer:  # it was written for one length, but distances are no parameters
             if name in s.given and cfg.position == 'learned' and s.source_size > cfg.source_context:

@@ -113,7 +113,7 @@ def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = None if run.teacher or s.label_smoothing else run.data.bits_per_byte(loss)  # then the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
-    shares = None if loads is None else loads / loads.sum(1, keepdim=True)  # of a layer's tokens
+    shares = None if loads is None else loads / loads.sum(1, keepdim=True).clamp(min=1)  # of a layer's tokens
     ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
               + f' | {int(left // 60)}m{int(left % 60):02d}s left')

@@ -389,7 +389,7 @@ class Packed(nn.Module):
 def pack(model, dtype='bfloat16', int8=False):
     """
     Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32', 'bfloat16', 'float16'),
-    or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32.
+    or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32, experts are in dtype always.
     """
     if model.cfg.tie and model.cfg.arch == 'decoder':
         model.head = Packed(model.wte.weight, None, getattr(torch, dtype), int8)
@@ -397,7 +397,7 @@ def pack(model, dtype='bfloat16', int8=False):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose
                 setattr(module, name, Packed(child.weight, child.bias, getattr(torch, dtype), int8))
-        if isinstance(module, Experts):  # they have no int8
+        if isinstance(module, Experts):
             module.weight.data = module.weight.to(getattr(torch, dtype))
     return model
 

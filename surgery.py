@@ -125,6 +125,11 @@ class UpcycleSettings(Settings):
     expert_bias: float = 0.0  # as in training: balance without a loss
     seed: int = 1337  # of the routers
 
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.n_expert < 2:
+            raise ValueError(f'n_expert={self.n_expert}: takes 2 or more')
+
 
 # -----------------------------------------------------------------------------
 # Factorize
@@ -133,8 +138,8 @@ SAMPLE = 2 ** 16  # tokens to measure inputs and losses on
 
 
 def dense_layers(model):
-    """{name: layer} of the dense matrices of the blocks."""
-    return {f'blocks.{name}': layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear)}
+    """{name: layer} of the dense matrices of the blocks; in a mixture of experts those of attention."""
+    return {f'blocks.{name}': layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear) and '.mlp.shared.' not in name}
 
 
 @torch.no_grad()

@@ -93,6 +93,9 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
+        idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
+        if idle and not self.n_expert and self.init_from in ('auto', 'scratch'):
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')
         if self.n_encoder_layer and self.objective == 'causal':
             raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
         if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned and 'plan' not in self.given):
@@ -306,8 +309,7 @@ def set_up(s, device, ranks):
 def expert_loads(run, ranks):
     """How many tokens of all ranks every expert was given in the last step, (layers, E) int64; with expert_bias they are drawn towards equal loads."""
     loads = ranks.add_up(run.model.take_loads())
-    if run.model.cfg.expert_bias:
-        run.model.balance(loads)
+    run.model.balance(loads)
     return loads
 
 
@@ -401,6 +403,7 @@ def train(s, device, ranks):
 
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
             grow_run(run, s, ranks)
+            loads = 0  # of other layers
         began = time.perf_counter()
         new_nats, new_targets, norm, stopping = train_step(run.runner, run.optimizer, run.scaler, run.batches, s, step, ranks, stop.number > 0,
                                                          run.teacher)

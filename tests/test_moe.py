@@ -216,9 +216,12 @@ def test_a_bias_balances_what_a_loss_does_not():
 
 # --- beside the rest ---
 
-def test_flops_and_active_parameters_count_the_experts_that_work():
-    dense, one, two = (tiny(**kind) for kind in (dict(), dict(n_expert=8), dict(n_expert=8, n_expert_active=2)))
-    mlp, router = 2 * 2 * 32 * 128, 2 * 8 * 32  # of both layers
+@pytest.mark.parametrize('settings, layers, matrices', [(dict(), 2, 2 * 128), (dict(mlp='swiglu'), 2, 3 * 96), (dict(n_encoder_layer=3), 5, 2 * 128)], ids=str)
+def test_flops_and_active_parameters_count_the_experts_that_work(settings, layers, matrices):
+    dense, one, two = (tiny(**settings, **kind) for kind in (dict(), dict(n_expert=8), dict(n_expert=8, n_expert_active=2)))
+    mlp, router = layers * matrices * 32, layers * 8 * 32  # of all layers; an encoder reads as many tokens here as a decoder
+    biased = tiny(n_expert=8, bias=True)  # added, not multiplied
+    assert biased.flops_per_token() == tiny(n_expert=8).flops_per_token() and biased.num_params(active=True) < biased.num_params()
     assert one.num_params() - dense.num_params() == 7 * mlp + router == two.num_params() - dense.num_params()
     assert one.num_params(active=True) - dense.num_params() == router and two.num_params(active=True) - dense.num_params() == mlp + router
     assert one.flops_per_token() - dense.flops_per_token() == 6 * router and two.flops_per_token() - one.flops_per_token() == 6 * mlp
@@ -237,6 +240,9 @@ def test_muon_takes_the_experts_and_not_the_router():
     groups = {name: group for group in optimizer.param_groups for name in group['param_names']}
     assert groups['blocks.0.mlp.experts.up.weight']['muon'] and not groups['blocks.0.mlp.router']['muon']
     assert not groups['blocks.0.mlp.experts.up.bias']['muon'] and not groups['blocks.0.mlp.experts.up.bias']['weight_decay']
+    adamw = {name: group for group in make_optimizer(model, OptimConfig(weight_decay=0.1, scalar_lr=0.5)).param_groups for name in group['param_names']}
+    assert not adamw['blocks.0.mlp.experts.up.bias']['weight_decay'] and adamw['blocks.0.mlp.experts.up.bias']['peak'] == 0.5
+    assert adamw['blocks.0.mlp.experts.up.weight']['weight_decay'] and adamw['blocks.0.mlp.router']['peak'] != 0.5
 
 
 @pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', int8=True), 0.05)], ids=str)
@@ -264,7 +270,7 @@ def test_an_upcycled_network_has_the_same_function(settings, options):
 @pytest.mark.parametrize('settings, words', [
     (dict(n_expert=1), 'n_expert=1: takes 0'), (dict(n_expert=-1), 'n_expert=-1'),
     (dict(n_expert=4, n_expert_active=5), 'n_expert_active=5: takes 1 to n_expert=4'),
-    (dict(n_expert=4, n_expert_active=0), 'n_expert_active=0'), (dict(n_expert_active=2), 'set n_expert'), (dict(expert_shared=True), 'set n_expert'),
+    (dict(n_expert=4, n_expert_active=0), 'n_expert_active=0'),
     (dict(n_expert=4, rank_mlp=8), 'experts are dense'), (dict(n_expert=4, ranks={'blocks.1.mlp.up': 8}), 'experts are dense'),
     (dict(n_expert=4, expert_aux=-1.0), 'expert_aux=-1.0'), (dict(arch='markov', n_expert=4), 'n_expert=4')])
 def test_impossible_mixtures_are_refused_by_name(settings, words):
@@ -313,6 +319,28 @@ def test_upcycling_a_run_and_going_on(dataset, tmp_path):
     again = run('surgery.py', 'upcycle', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/again')
     assert 'is a mixture of experts already' in one_line(again)
     assert 'no expert_load' in one_line(run('analyze.py', 'experts', f'--out_dir={tmp_path}/dense'))
+
+
+def test_growing_in_the_middle_of_a_log_interval(dataset, tmp_path):
+    train(tmp_path / 'run', '--n_expert=4', '--grow_every=3', '--grow_to=4', '--grow_by=1', '--log_interval=4', '--max_iters=12', dataset=dataset)
+    loads = [r['expert_load'] for r in read_log(tmp_path / 'run') if 'expert_load' in r]
+    assert [len(step) for step in loads] == [2, 3, 4, 4] and all(sum(layer) == pytest.approx(1, abs=1e-3) for step in loads for layer in step)
+    drawn = run('analyze.py', 'experts', f'--out_dir={tmp_path}/run', '--picture=')
+    assert drawn.returncode == 0 and 'tokens of steps 9 to 12' in drawn.stdout and len(drawn.stdout.splitlines()) == 3 + 4, drawn.stdout + drawn.stderr
+
+
+def test_a_mixtures_settings_may_be_said_again_and_its_attention_factored(dataset, tmp_path):
+    own = ['--n_expert=4', '--n_expert_active=2', '--expert_shared=True', '--expert_bias=0.01']
+    train(tmp_path / 'moe', *own, dataset=dataset)
+    train(tmp_path / 'on', f'--init_from={tmp_path}/moe', *own[1:3], '--expert_bias=0.001', '--max_iters=1', dataset=dataset)
+    refused = train(tmp_path / 'no', '--expert_aux=0.5', dataset=dataset, check=False)
+    assert 'expert_aux=0.5: belongs to a mixture of experts' in one_line(refused) and not (tmp_path / 'no').exists()
+    operate('factorize', tmp_path / 'moe', tmp_path / 'cut', '--energy=0.5')
+    assert 'n_expert=4: a network with it cannot be widened' in one_line(run('surgery.py', 'widen', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/w',
+                                                                        '--n_embd=64'))
+    assert 'n_expert=4' in one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/moe', f'--to={tmp_path}/hf'))
+    assert 'n_expert=0' in one_line(run('surgery.py', 'upcycle', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/u', '--n_expert=0'))
+    assert not any((tmp_path / name).exists() for name in ('w', 'hf', 'u'))
 
 
 def test_experts_in_use():
