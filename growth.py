@@ -212,9 +212,9 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
             t = t * (0 if expert_shared else n_expert if n_expert_active == 1 else 1)
         is_norm = rest.startswith('norm.')  # one for all experts
         out[f'{block}.mlp.experts.{rest}'] = t.clone() if is_norm else t.repeat(n_expert, *[1] * t.ndim)
-        out.setdefault(f'{block}.mlp.router', 1e-6 * torch.randn(n_expert, cfg.n_embd))
-        if expert_bias:
-            out.setdefault(f'{block}.mlp.bias', torch.zeros(n_expert))
+        if rest == 'up.weight':  # once a block
+            out[f'{block}.mlp.router'] = 1e-6 * torch.randn(n_expert, cfg.n_embd)
+            out |= {f'{block}.mlp.expert_bias': torch.zeros(n_expert)} if expert_bias else {}
     return new, out
 
 

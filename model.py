@@ -457,7 +457,7 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd))
         self.experts = MLP(cfg, layer, Experts)
         self.shared = MLP(cfg, layer) if cfg.expert_shared else None
-        self.register_buffer('bias', torch.zeros(cfg.n_expert) if cfg.expert_bias else None)  # of which experts are picked, not of what they are worth
+        self.register_buffer('expert_bias', torch.zeros(cfg.n_expert) if cfg.expert_bias else None)  # of which experts are picked, not of what they are worth
         self.register_buffer('load', torch.zeros(cfg.n_expert, dtype=torch.long), persistent=False)  # since take_loads()
 
     def forward(self, x, real=None):
@@ -476,7 +476,7 @@ class MoE(nn.Module):
         E, k = self.cfg.n_expert, self.cfg.n_expert_active
         logits = h @ self.router.float().T  # (N, E)
         p = logits.softmax(-1)
-        chosen = (p if self.bias is None else p + self.bias).topk(k).indices
+        chosen = (p if self.expert_bias is None else p + self.expert_bias).topk(k).indices
         share = p.gather(1, chosen)
         if k > 1:  # of a single one that would leave 1, whatever the router says, and it would learn nothing from the loss
             share = share / share.sum(1, keepdim=True)
@@ -761,7 +761,7 @@ class Transformer(nn.Module):
     def balance(self, loads):
         """A step of expert_bias, if there is one, towards equal loads (layers, E), those of one step of all ranks."""
         for mixture, load in zip(self.mixtures(), loads.float() if self.cfg.expert_bias else ()):
-            mixture.bias += self.cfg.expert_bias * torch.sign(load.mean() - load)
+            mixture.expert_bias += self.cfg.expert_bias * torch.sign(load.mean() - load)
 
     # --- the guides of low-rank layers ---
 

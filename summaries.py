@@ -44,6 +44,8 @@ def read_pairs(path, source, target, template=''):
 
 def to_pair(row, source, target, template, where):
     read = [('prompt_template', key) for key in template_fields(template)] if template else [('source', source)]
+    if template and isinstance(row, dict):
+        row = row | {key: '' for _, key in read if key in row and row[key] is None}  # as in prepare.py
     for name, key in (*read, ('target', target)):
         if not isinstance(row, dict) or key not in row:
             raise UserError(f'{where}: no field {key}' + (f'; it has {", ".join(row)}' if isinstance(row, dict) else '') + f': set --{name}')

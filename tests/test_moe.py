@@ -36,8 +36,8 @@ def mixture(scale=1.0, **settings):
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3)
     layer.router.data *= scale
-    if layer.bias is not None:
-        layer.bias.normal_(std=0.05)
+    if layer.expert_bias is not None:
+        layer.expert_bias.normal_(std=0.05)
     return layer
 
 
@@ -47,7 +47,7 @@ def token_by_token(layer, x):
     for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
         h = x[b, t]
         p = (layer.router @ h).softmax(0)
-        chosen = (p if layer.bias is None else p + layer.bias).argsort(descending=True)[:cfg.n_expert_active]
+        chosen = (p if layer.expert_bias is None else p + layer.expert_bias).argsort(descending=True)[:cfg.n_expert_active]
         for e in chosen:
             def linear(name, h):
                 part = getattr(layer.experts, name)
@@ -292,20 +292,22 @@ def test_a_run_logs_its_loads_resumes_exactly_and_draws_them(dataset, tmp_path):
         train(tmp_path / 'parts', *MIXTURE, f'--max_iters={iters}', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
     train(tmp_path / 'once', *MIXTURE, '--max_iters=10', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
     parts, once = (checkpoint.read_weights(checkpoint.find(str(tmp_path / out), 'last')) for out in ('parts', 'once'))
-    assert all(torch.equal(parts[name], once[name]) for name in once) and parts['blocks.0.mlp.bias'].any()
+    assert all(torch.equal(parts[name], once[name]) for name in once) and parts['blocks.0.mlp.expert_bias'].any()
     assert read_log(tmp_path / 'parts')[-1] == read_log(tmp_path / 'once')[-1]
     drawn = run('analyze.py', 'experts', f'--out_dir={tmp_path}/whole', f'--csv={tmp_path}/loads.csv', f'--picture={tmp_path}/loads.png')
     assert drawn.returncode == 0 and '4 experts' in drawn.stdout, drawn.stderr
     assert len((tmp_path / 'loads.csv').read_text().splitlines()) == 1 + 10 * 2 * 4 and (tmp_path / 'loads.png').stat().st_size > 5000
 
 
-def test_two_ranks_balance_by_the_loads_of_both(dataset, tmp_path):
-    """The bias moves by the loads of all ranks, as those of two micro-batches do; so do the shares in the log."""
-    args = ['--n_expert=4', '--expert_bias=0.01', '--expert_aux=0', '--expert_z=0', '--max_iters=5', '--batch_size=2', '--gradient_accumulation_steps=2']
+def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
+    """Losses, gradients, loads and biases: what the routers learn beside the language too."""
+    args = ['--n_expert=4', '--expert_bias=0.01', '--expert_aux=5', '--expert_z=1', '--max_iters=5', '--batch_size=2', '--gradient_accumulation_steps=2']
     for nproc in (1, 2):
         train(tmp_path / str(nproc), *args, dataset=dataset, nproc=nproc)
-    one, two = ([r['expert_load'] for r in read_log(tmp_path / nproc) if 'expert_load' in r] for nproc in '12')
-    assert one == two and len(one) == 5
+    one, two = ([r for r in read_log(tmp_path / nproc) if 'train_loss' in r] for nproc in '12')
+    assert one == two and len(one) == 5 and all(r['expert_load'] for r in one)
+    one, two = (checkpoint.read_weights(checkpoint.find(str(tmp_path / nproc))) for nproc in '12')
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_upcycling_a_run_and_going_on(dataset, tmp_path):

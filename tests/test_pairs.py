@@ -49,6 +49,8 @@ def test_pairs_by_a_template(tmp_path):
     assert found == {fill(ALPACA, row): row['output'] for row in rows}
     assert [(p.source, p.references) for p in read_pairs(str(tmp_path / 'asked.jsonl'), '', 'output', ALPACA)] == [(a, [b]) for a, b in
                                                                                                        ((fill(ALPACA, r), r['output']) for r in rows)]
+    (tmp_path / 'null.jsonl').write_text('{"instruction": "Go.", "input": null, "output": "Gone."}\n')
+    assert read_pairs(str(tmp_path / 'null.jsonl'), '', 'output', ALPACA)[0].source == '### Instruction:\nGo.\n\n### Response:\n'
     with pytest.raises(UserError, match='no field question; it has instruction, input, output: set --prompt_template'):
         read_pairs(str(tmp_path / 'asked.jsonl'), '', 'output', '{question}')
 
