@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 
 from configurator import UserError, configure, run_main
 from picture import draw, write_csv
-from sweep import BESIDE, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
+from sweep import BESIDE, Sweep, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
 from sweep import Settings as Training
 
 
@@ -154,11 +154,14 @@ def mean_and_error(values):
 
 
 def paired(arm, reference):
-    """(mean difference, half width of its 95% interval or None, pairs) of the losses of two arms over the seeds that both have; None if none."""
+    """paired_values() of the losses of two arms; None if they have no seed in common."""
     a, b = arm.last('val_loss'), reference.last('val_loss')
+    return paired_values(a, b) if a.keys() & b.keys() else None
+
+
+def paired_values(a, b):
+    """(mean difference a - b, half width of its 95% interval or None, pairs) of two {seed: value}, over the seeds that both have."""
     differences = [a[seed] - b[seed] for seed in a if seed in b]
-    if not differences:
-        return None
     mean, error = mean_and_error(differences)
     return mean, error and error * t_quantile(len(differences) - 1), len(differences)
 
@@ -320,6 +323,30 @@ def sweep_points(runs):
         if read_settings(run.out_dir):
             point.runs[run.seed] = read_run(run.out_dir)
     return arms
+
+
+def tuned(base, arms_of, grid, seeds, out, jobs):
+    """
+    {name: Arm} of arms_of(seed), {name: settings}, run where they are not in the folder `out` yet: with each settings of `grid` on the first seed, with
+    the best of these on the others. For arms that differ with the seed, as those that start from another run of it do.
+    """
+    found = {}
+    for some in filter(None, (seeds[:1], seeds[1:])):
+        arms = {}
+        for seed in some:
+            for name, arm in arms_of(seed).items():
+                for point in [found[name].swept] if found else grid:
+                    arms.setdefault(name, []).append(arm | {key: [value] for key, value in point.items()} | {'seeds': [seed]})
+        sweep = Sweep(base, arms, out=out)
+        run_missing(sweep, jobs)
+        points = sweep_points(expand(sweep))
+        for name in arms if not found and len(grid) > 1 else ():
+            print(sweep_report(name, points[name]))
+        chosen = {name: best(points[name]) for name in arms}
+        for name in found:
+            found[name].runs |= chosen[name].runs
+        found = found or chosen
+    return found
 
 
 # -----------------------------------------------------------------------------

@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from attention import AttentionSettings, look
-from compare import best, mean_and_error, paired, plus_minus, sweep_points, sweep_report
+from compare import mean_and_error, paired, plus_minus, tuned
 from configurator import configure, run_main
 from picture import draw_arm, figure, label_ends, save
 from surgery import InheritSettings, run_inherit
-from sweep import Sweep, expand, run_missing
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,28 +59,6 @@ def inherit(s, whole):
     for part in ('first', 'middle'):
         if not os.path.isdir(f'{whole}_{part}'):
             run_inherit(InheritSettings(from_=whole, out_dir=f'{whole}_{part}', layers=f'{part}:{s.n_layer // 2}'))
-
-
-def run_arms(s, arms_of, rates):
-    """{name: Arm} of arms_of(seed), {name: settings}: all `rates` on the first seed, the best one on the others."""
-    own = {f.name for f in fields(Settings)} - {f.name for f in fields(train.Settings)} | {'out_dir', 'seed', 'muon_lr'}
-    base, found = {name: getattr(s, name) for name in s.given if name not in own}, {}
-    for seeds in filter(None, (s.seeds[:1], s.seeds[1:])):
-        arms = {}
-        for seed in seeds:  # a grid for each seed, as their networks to start from differ
-            for name, arm in arms_of(seed).items():
-                tried = [found[name].swept['muon_lr']] if found else rates
-                arms.setdefault(name, []).append(arm | {'muon_lr': tried, 'seeds': [seed]})
-        sweep = Sweep(base, arms, out=s.out_dir)
-        run_missing(sweep, s.jobs)
-        points = sweep_points(expand(sweep))
-        for name in arms if not found else ():
-            print(sweep_report(name, points[name]))
-        chosen = {name: best(points[name]) for name in arms}
-        for name in found:
-            found[name].runs |= chosen[name].runs
-        found = found or chosen
-    return found
 
 
 # -----------------------------------------------------------------------------
@@ -156,12 +133,17 @@ def draw(arms, layers, path):
 
 def main():
     s = configure(Settings, [str(ROOT / 'config' / 'inheritune_cpu.py'), '--out_dir=out/inheritune', *sys.argv[1:]])
-    arms = run_arms(s, lambda seed: WHOLE, s.rates)
-    folders = {seed: run['out_dir'] for seed, run in arms['whole'].runs.items()}
+    own = {f.name for f in fields(Settings)} - {f.name for f in fields(train.Settings)} | {'out_dir', 'seed', 'muon_lr'}
+    base = {name: getattr(s, name) for name in s.given if name not in own}
+
+    def run(arms_of, rates):
+        return tuned(base, arms_of, [{'muon_lr': rate} for rate in rates], s.seeds, s.out_dir, s.jobs)
+    arms = run(lambda seed: WHOLE, s.rates)
+    folders = {seed: whole['out_dir'] for seed, whole in arms['whole'].runs.items()}
     for folder in folders.values():
         inherit(s, folder)
-    arms |= run_arms(s, lambda seed: half_arms(s, folders[seed]), s.rates)
-    arms |= run_arms(s, lambda seed: SCALED, [arms['whole'].swept['muon_lr']])
+    arms |= run(lambda seed: half_arms(s, folders[seed]), s.rates)
+    arms |= run(lambda seed: SCALED, [arms['whole'].swept['muon_lr']])
     layers = attention(s, arms)
     text = report(s, arms, layers)
     Path(s.out_dir, 'table.md').write_text(text + '\n', encoding='utf-8')

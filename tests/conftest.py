@@ -76,6 +76,20 @@ def train(out_dir, *args, dataset, nproc=1, check=True, **options):
     return done
 
 
+def runs_here(patch):
+    """What does in this process what sweep.run_missing(sweep, jobs) does in others: starting each takes seconds."""
+    import train as training
+    from sweep import expand, state
+
+    def run_missing(sweep, jobs):
+        for run in expand(sweep):
+            if state(run.out_dir, run.settings) != 'done':
+                patch.setattr(sys, 'argv', ['train.py', *run.args])
+                with pytest.raises(SystemExit):
+                    training.main()
+    return run_missing
+
+
 def read_log(out_dir):
     """The records of log.jsonl, without what differs from run to run: seconds, speeds, memory."""
     noise = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}

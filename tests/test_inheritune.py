@@ -4,12 +4,12 @@ experiments/inheritune.py: every arm is what its name says, each seed starts fro
 import sys
 
 import pytest
-from conftest import read_log, write_dataset
+from conftest import read_log, runs_here, write_dataset
 
-import train as training
+import compare
 from experiments import inheritune
 from origin import read_model
-from sweep import expand, read_settings, state
+from sweep import read_settings
 
 SIZES = dict(n_layer=4, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=4, eval_interval=2, eval_iters=2, dtype='float32')
 
@@ -19,15 +19,8 @@ def study(tmp_path_factory):
     """The folder of the whole experiment with tiny networks and two seeds, its runs in this process."""
     folder, dataset = (tmp_path_factory.mktemp('inheritune') / name for name in ('out', 'data'))
     write_dataset(dataset, documents=1000)
-
-    def in_process(sweep, jobs):
-        for run in expand(sweep):
-            if state(run.out_dir, run.settings) != 'done':
-                patch.setattr(sys, 'argv', ['train.py', *run.args])
-                with pytest.raises(SystemExit):
-                    training.main()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inheritune, 'run_missing', in_process)
+        patch.setattr(compare, 'run_missing', runs_here(patch))
         patch.setattr(sys, 'argv', ['inheritune.py', f'--out_dir={folder}', f'--dataset={dataset}', '--seeds=[1, 2]', '--rates=[0.02, 0.04]',
                                     *(f'--{key}={value}' for key, value in SIZES.items())])
         inheritune.main()
