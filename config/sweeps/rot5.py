@@ -5,7 +5,7 @@
 base = 'config/rot5_study.py'
 budget = 'flops'
 
-_rates = {'learning_rate': [2e-3, 4e-3, 8e-3], 'head_lr': [4e-3]}  # and once with a higher one of the tied embedding, which is N(0, 1)
+_rates = {'learning_rate': [1e-3, 2e-3, 4e-3], 'head_lr': [0.12]}  # head_lr: of the tied embedding, which is N(0, 1) and takes a high one; higher once
 _rope = {'position': 'rope', 'cross_rope': 'same'}
 _gqa = _rope | {'n_kv_head': 1}  # a third as in ROT5 does not divide four heads
 _moe = _gqa | {'n_expert': 8, 'expert_aux': 0.0, 'expert_z': 0.0}
@@ -17,6 +17,6 @@ arms = {
     'moe_losses': _moe | {'expert_aux': 0.01, 'expert_z': 0.001},
     'rope_none': _rope | {'cross_rope': 'none'},
     'rope_offset': _rope | {'cross_rope': 'offset'},
-    'decoder': {'n_encoder_layer': 0, 'source_size': 0, 'n_layer': 6, 'block_size': 384, 'position': 'rope'},
+    'decoder': {'n_encoder_layer': 0, 'source_size': 0, 'n_layer': 6, 'block_size': 256, 'position': 'rope'},  # 256: rows of 190 tokens, as the others'
 }
-arms = {name: [arm | _rates, arm | {'learning_rate': [4e-3], 'head_lr': [4e-2]}] for name, arm in arms.items()}
+arms = {name: [arm | _rates, arm | {'learning_rate': [2e-3], 'head_lr': [0.36]}] for name, arm in arms.items()}
