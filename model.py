@@ -282,6 +282,11 @@ def rotate(x, table):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
+class PositionTable(nn.Embedding):
+    def forward(self, positions):  # a slice, or (T,); a slice of a table has a cheap gradient
+        return self.weight[positions]
+
+
 class RelativeBias(nn.Embedding):
     """
     T5's positions (arXiv 1910.10683, 2.1): a learned number for each head and bucket of distances, to be added to the logits of attention.
@@ -414,8 +419,16 @@ class MLP(nn.Module):
         return self.down(self.norm(h), *counts)
 
 
-def one_by_one(x, weight, counts):
+def grouped_linear(x, weight, counts):
     """x (N, n_in), of which each of weight (E, n_out, n_in) is to multiply the next counts (E,) rows → (N, n_out)."""
+    dtype = dtype_to_multiply(x, weight.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):  # what grouped_mm takes everywhere: rows of whole 16 bytes
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+    return (torch.compiler.disable(one_by_one) if torch.compiler.is_compiling() else one_by_one)(x, weight, counts)
+
+
+def one_by_one(x, weight, counts):
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind())])  # unbind: one gradient for all
 
 
@@ -429,13 +442,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(cfg.n_expert, n_out)) if cfg.bias else None
 
     def forward(self, x, counts):
-        dtype = dtype_to_multiply(x, self.weight.dtype)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):  # what grouped_mm takes everywhere: rows of whole 16 bytes
-            y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
-        else:
-            loop = torch.compiler.disable(one_by_one) if torch.compiler.is_compiling() else one_by_one
-            y = loop(x, weight, counts)
+        y = grouped_linear(x, self.weight, counts)
         return y if self.bias is None else y + self.bias.type_as(y).repeat_interleave(counts, 0, output_size=len(y))
 
 
@@ -549,7 +556,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = dtype_to_multiply(h, h.dtype)
         w, total = weight.to(dtype), h.new_zeros((), dtype=torch.float32)
         grad_h = torch.empty_like(h) if with_grad else None
-        grad_w = torch.zeros_like(weight) if with_grad else None
+        grad_w = torch.zeros_like(weight) if with_grad and weight.requires_grad else None  # not of one that stays as it is
         on_cpu = h.device.type == 'cpu'
         rows = max(1, (CHUNK if on_cpu else GPU_CHUNK) // len(w))
         block = max(1, BLOCK // len(w)) if on_cpu else rows
@@ -561,14 +568,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 total += loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad, teacher, t)
             if with_grad:
                 grad_h[i:i + rows] = logits @ w
-                grad_w += logits.T @ x
+                if grad_w is not None:
+                    grad_w += logits.T @ x
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None, None, None, None
+        return grad_h.mul_(grad), None if grad_w is None else grad_w.mul_(grad), None, None, None, None, None, None
 
 
 def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):
@@ -625,7 +633,8 @@ class Transformer(nn.Module):
         self.cfg, self.recompute = cfg, False  # recompute: keep only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv 1604.06174)
         self.wte = nn.Embedding(cfg.padded_vocab, cfg.rank_embed or cfg.n_embd)
         self.wte_up = nn.Linear(cfg.rank_embed, cfg.n_embd, bias=False) if cfg.rank_embed else None
-        self.wpe = nn.Embedding(max(cfg.block_size, cfg.source_context), cfg.n_embd) if cfg.position == 'learned' else None
+        self.wte_encoder = None  # the encoder's, of the same weight: lora.py's, which gives either adapters of its own
+        self.wpe = PositionTable(max(cfg.block_size, cfg.source_context), cfg.n_embd) if cfg.position == 'learned' else None
         self.norm_e = norm(cfg.n_embd, cfg) if cfg.embed_norm else nn.Identity()
         self.drop = nn.Dropout(cfg.dropout)
         has_encoder, is_relative = cfg.n_encoder_layer > 0, cfg.position == 'relative'
@@ -675,19 +684,19 @@ class Transformer(nn.Module):
         if self.rel_encoder is not None:
             numbers = torch.arange(source.size(1), device=source.device)
             at = at._replace(mask=self.rel_encoder(numbers, numbers).masked_fill(~mask, -torch.inf))
-        x = self.run(self.encoder, self.embed(source.clamp(min=0), positions), at, routings=routings)
+        x = self.run(self.encoder, self.embed(source.clamp(min=0), positions, self.wte_encoder), at, routings=routings)
         return Memory(self.norm_encoder(x), mask, real.sum(1))
 
     def angles(self, positions):
         return self.rotary[:, positions] if self.rotary is not None else None
 
-    def embed(self, idx, positions):
+    def embed(self, idx, positions, table=None):
         """Tokens (B, T) at positions, a slice or (T,) → (B, T, C)."""
-        x = self.wte(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
+        x = (table or self.wte)(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
         if self.wte_up is not None:
             x = self.wte_up(x)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[positions]
+            x = x + self.wpe(positions)
         return self.drop(self.norm_e(x))
 
     def run(self, blocks, x, at, cache=None, memory=None, across=None, routings=None):
@@ -702,19 +711,22 @@ class Transformer(nn.Module):
                 routings.append(routing)
         return x
 
-    def head_input(self, h):
-        """h (…, C) and the matrix (V padded, …) whose product are the logits: a low-rank head's inner factor is applied here."""
+    def before_head(self, h):
+        """h (…, C) → what the head, or the embedding in its place, is multiplied by: a low-rank head's inner factor is applied here."""
         if self.cfg.tie and self.cfg.t5_scale:
             h = h * self.cfg.n_embd ** -0.5
         if self.cfg.tie:
-            return (h @ self.wte_up.weight if self.wte_up is not None else h), self.wte.weight
-        return (self.head_down(h) if self.head_down is not None else h), self.head.weight
+            return h @ self.wte_up.weight if self.wte_up is not None else h
+        return self.head_down(h) if self.head_down is not None else h
+
+    def head_input(self, h):
+        """h (…, C) and the matrix (V padded, …) whose product are the logits."""
+        return self.before_head(h), (self.wte if self.cfg.tie else self.head).weight
 
     def logits(self, h):
         """h (…, C) → logits (…, vocab_size) in float32, without the vocabulary's padding."""
-        h, weight = self.head_input(h)
-        logits = (F.linear(h, weight) if self.head is None else self.head(h)).float()[..., :self.cfg.vocab_size]
-        return cap(logits, self.cfg.softcap)
+        logits = F.linear(*self.head_input(h)) if self.head is None else self.head(self.before_head(h))
+        return cap(logits.float()[..., :self.cfg.vocab_size], self.cfg.softcap)
 
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None, source=None):
         """
@@ -846,25 +858,31 @@ class Transformer(nn.Module):
     def flops_per_token(self):
         """
         Floating-point operations of training on one token: forward and backward of every matmul that runs (2 + 4 per
-        weight, head and factors included, look-ups not) and of attention at full length, 12 T H D a layer (PaLM,
+        weight, head and factors included, look-ups not; 2 + 2 for one that stays as it is) and of attention at full length, 12 T H D a layer (PaLM,
         arXiv 2204.02311, appendix B: causal kernels do about half of that). With an encoder: on one token of the target and its share,
-        source_size / block_size tokens, of the source, by which encoder, keys and values of cross-attention are multiplied.
+        source_size / block_size tokens, of the source, by which encoder, keys and values of cross-attention are multiplied. Where
+        nothing is trained at all, the operations of the forward pass.
         """
         cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
-        target, source = 0, 0  # weights that are multiplied by a token of either
+        is_trained = any(p.requires_grad for p in self.parameters())
+
+        def passes(p):
+            return 3 if p.requires_grad else 2 if is_trained else 1  # forward, gradient of the input, gradient of the weight
+        target, source = 0, 0  # weights that are multiplied by a token of either, as often as they are
         for name, p in self.named_parameters():
-            if p.ndim < 2 or name.startswith(('wte.', 'wpe.', 'rel.', 'rel_encoder.')) or name.endswith('.bias'):
+            if p.ndim < 2 or name.startswith(('wte.', 'wte_encoder.', 'wpe.', 'rel.', 'rel_encoder.')) or name.endswith('.bias'):
                 continue
+            multiplied = (p.numel() - self.idle(name, p)) * passes(p)
             if re.match(r'encoder\.|blocks\.\d+\.cross\.[kv]\.', name):
-                source += p.numel() - self.idle(name, p)
+                source += multiplied
             else:
-                target += p.numel() - self.idle(name, p)
+                target += multiplied
         if cfg.tie:
-            target += self.wte.weight.numel() + (self.wte_up.weight.numel() if self.wte_up is not None else 0)
+            target += sum(p.numel() * passes(p) for p in (self.wte.weight, *(self.wte_up.parameters() if self.wte_up is not None else ())))
         if self.wte_up is not None and S:
-            source += self.wte_up.weight.numel()
+            source += self.wte_up.weight.numel() * passes(self.wte_up.weight)
         pairs = cfg.n_layer * T * (T + S) + cfg.n_encoder_layer * S * S  # of a query and a key, in a row
-        return 6 * target + 6 * source * S // T + 12 * pairs // T * cfg.n_head * cfg.d_head
+        return 2 * target + 2 * source * S // T + (12 if is_trained else 4) * pairs // T * cfg.n_head * cfg.d_head
 
 
 def init_linear(layer, cfg, scale=1.0, zero=False):

@@ -7,12 +7,15 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from functools import partial
 
 import torch
 
 import checkpoint
 import hub
+import lora
+import peft_files
 from configurator import UserError, check, from_dict
 from data import Source
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
@@ -22,6 +25,7 @@ from tokenizer import advice
 # what a resumed run may not change: the network, and which rows step n sees
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
 IDENTITY += ['dataset', 'mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
+IDENTITY += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]
 
 
 def model_config(s):
@@ -30,24 +34,96 @@ def model_config(s):
 
 def read_model(where, which='best', encoder=False):
     """
-    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows. encoder: whether
-    the caller can do with an encoder-decoder; else UserError.
+    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; an adapter is merged into
+    its base. encoder: whether the caller can do with an encoder-decoder; else UserError, as for an adapter that cannot be merged.
     """
     if hub.knows(where):
         cfg, weights, folder = *hub.load(where), hub.find(where)
     else:
         folder = checkpoint.find(where, which)
-        cfg = from_dict(ModelConfig, checkpoint.load_state(folder)['model'], os.path.join(folder, 'state.json'))
-        weights = checkpoint.read_weights(folder)
+        state = checkpoint.load_state(folder)
+        cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+        if 'base' in state:
+            model = read_adapted(state, folder)
+            if lora.obstacle(model):
+                raise UserError(f'{where}: {lora.obstacle(model)}')
+            lora.merge(model)
+            cfg, weights = model.cfg, lora.base_state(model)
+        else:
+            weights = checkpoint.read_weights(folder)
     if cfg.n_encoder_layer and not encoder:
         raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), this takes a decoder alone: sample.py runs it')
     return cfg, weights, folder
 
 
 def load_model(where, which='best', encoder=False):
-    """(the model in eval mode, its folder) of what read_model() knows."""
+    """(the model in eval mode, its folder) of what read_model() knows, and of adapters that cannot be merged: they speak beside their base."""
+    if not hub.knows(where):
+        folder = checkpoint.find(where, which)
+        state = checkpoint.load_state(folder)
+        if 'base' in state and lora.obstacle(model := read_adapted(state, folder)):
+            return model, folder
     cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
+
+
+def read_base(base, cfg, adapter):
+    """The weights that an adapter in the folder `adapter` was trained beside, as its state.json names them; cfg: its network."""
+    _, weights, _ = read_model(base['from'], encoder=True)
+    lora.check_base(weights, base['weights'], base['from'], adapter)
+    return shorten(weights, cfg)
+
+
+def shorten(weights, cfg):
+    """Weights with no more learned positions than a network of this ModelConfig has."""
+    if cfg.position == 'learned':
+        weights['wpe.weight'] = weights['wpe.weight'][:max(cfg.block_size, cfg.source_context)]
+    return weights
+
+
+def read_adapted(state, folder):
+    """The network of a checkpoint that holds an adapter, beside its base, in eval mode."""
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    model = fill(cfg, read_base(state['base'], cfg, folder), state['base']['from'])
+    lora.begin(model, lora_config(state, folder), is_new=False)
+    lora.load_state(model, checkpoint.read_weights(folder), folder)
+    return model.eval()
+
+
+def add_adapters(model, given, base):
+    """
+    Let adapters speak beside the network of `base`: given, a list of DIR or name=DIR, runs of ours or folders of PEFT's. Returns their names. Raises
+    UserError for one that is for another network.
+    """
+    weights, named = model.state_dict(), {}
+    for entry in given:
+        name, _, where = entry.rpartition('=')
+        name = name or os.path.basename(os.path.normpath(where))
+        if not re.fullmatch(r'\w[\w-]*', name) or name in named:
+            raise UserError(f'adapter={entry}: {name!r} is no name, or there twice: give one of letters and digits, name=DIR')
+        named[name] = where
+    loaded = {name: read_saved(where, model.cfg, weights, base) for name, where in named.items()}
+    for name, saved in loaded.items():
+        lora.add(model, saved, named[name], name)
+    return list(named)
+
+
+def read_saved(where, cfg, weights, base):
+    """The lora.Saved of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these weights."""
+    if os.path.isfile(os.path.join(where, 'adapter_config.json')):
+        return peft_files.read(where, cfg)
+    folder = checkpoint.find(where, 'best')
+    state = checkpoint.load_state(folder)
+    if 'base' not in state:
+        raise UserError(f'adapter={where}: holds a whole network, no adapter: give it as --out_dir or --init_from')
+    lora.check_base(weights, state['base']['weights'], base, where)
+    return lora.saved(cfg, lora_config(state, folder), checkpoint.read_weights(folder))
+
+
+def lora_config(state, folder):
+    """The LoraConfig of a checkpoint's state."""
+    names = {f.name for f in dataclasses.fields(lora.LoraConfig)}
+    return from_dict(lora.LoraConfig, {k: v for k, v in state['settings'].items() if k in names}, folder)
 
 
 def fill(cfg, weights, where):
@@ -97,7 +173,8 @@ def find_origin(s, ranks):
         if state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
             began = {f.name: state['settings'][f.name] for f in dataclasses.fields(ModelConfig) if f.name in state['settings']}
             adopt(s, from_dict(ModelConfig, began, folder), s.out_dir)
-        return {'folder': folder, 'state': state}
+        base = {'base': state['base'], 'weights': read_base(state['base'], from_dict(ModelConfig, state['model'], folder), folder)} if 'base' in state else {}
+        return {'folder': folder, 'state': state} | base
     if s.init_from in ('auto', 'scratch'):
         return {}
     if hub.knows(s.init_from):
@@ -107,9 +184,8 @@ def find_origin(s, ranks):
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
-    if cfg.position == 'learned':
-        weights['wpe.weight'] = weights['wpe.weight'][:max(s.block_size, s.source_size if cfg.n_encoder_layer else 0)]
-    return {'weights': weights, 'tokenizer': tokenizer} | kept(s, folder)
+    base = {'base': {'from': s.init_from, 'weights': lora.fingerprint(weights)}} if s.lora_rank else {}
+    return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer} | base | kept(s, folder)
 
 
 def kept(s, folder):
@@ -152,10 +228,13 @@ def build_model(s, data, origin):
         cfg.n_layer = origin['state']['model']['n_layer']  # grown, perhaps
         cfg.ranks = origin['state']['model'].get('ranks', {})
     model = make_model(cfg, init=not origin)
-    if 'state' in origin:
-        checkpoint.load_weights(model, checkpoint.read_weights(origin['folder']), origin['folder'])
-    elif 'weights' in origin:
+    if 'weights' in origin:
         checkpoint.load_weights(model, origin['weights'], s.init_from)
+    if s.lora_rank:
+        lora.begin(model, s, is_new='state' not in origin)
+    if 'state' in origin:
+        load = lora.load_state if s.lora_rank else checkpoint.load_weights
+        load(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     return model
 
 

@@ -65,6 +65,8 @@ def describe(s, run, ranks):
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
     ranks.say(f'model: {run.model.num_params():,} parameters ({"; ".join(filter(None, (network, experts, low_rank)))}), '
               f'{s.vocab_size:,} tokens, context {s.block_size}')
+    if s.lora_rank:
+        ranks.say(memory(run.model))
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
@@ -73,6 +75,18 @@ def describe(s, run, ranks):
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))
     if run.step:
         ranks.say(f'{"going on with " + s.init_from if run.borrowed else "resuming " + s.out_dir} at step {run.step}')
+
+
+def memory(model):
+    """What training adapters takes beside what training all weights would, in a line: gradients in float32, two moments of AdamW."""
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, base = model.num_params(), sum(p.numel() for name, p in model.named_parameters() if '.lora.' not in name)
+
+    def three(*sizes):
+        return ', '.join(f'{size / 1e6:,.1f} MB of {what}' for size, what in zip(sizes, ('weights', 'gradients', 'moments')))
+    return (f'lora: {trained:,} of {total:,} parameters are trained ({trained / total:.4%}): {three(held, 4 * trained, 8 * trained)}; '
+            f'all weights would be {three(4 * base, 4 * base, 8 * base)}')
 
 
 def show_losses(step, result, ranks):

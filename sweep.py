@@ -28,6 +28,7 @@ import torch
 
 import checkpoint
 import hub
+import lora
 from configurator import UserError, check, configure, find_field, from_dict, options, read_config
 from data import Mixture
 from model import ModelConfig, make_model
@@ -205,7 +206,10 @@ def vocabulary(dataset):
 def blank(s, **changes):
     """The network of a run, without its numbers."""
     with torch.device('meta'):
-        return make_model(dataclasses.replace(model_config(s), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+        model = make_model(dataclasses.replace(model_config(s), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+        if s.lora_rank:
+            lora.begin(model, s, is_new=False)
+        return model
 
 
 def sizes(s):
@@ -221,7 +225,7 @@ def cost(s):
     """
     tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
     with torch.device('meta'):
-        teacher = make_model(network(s.teacher), init=False) if s.teacher else None
+        teacher = make_model(network(s.teacher), init=False).requires_grad_(False) if s.teacher else None
 
     def per_step(**changes):
         model = blank(s, **changes)

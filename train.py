@@ -28,10 +28,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import lora
 from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig, grow
+from lora import LoraConfig
 from loss import evaluate, reading
 from model import ModelConfig, Teacher, make_model
 from objectives import make_objective
@@ -43,7 +45,7 @@ from runlog import Log, check_finite, describe, report, show_losses, show_sample
 
 
 @dataclass
-class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig):
+class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig, LoraConfig):
     out_dir: str = 'out'  # where checkpoints, log and settings go
     init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
@@ -93,6 +95,10 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
+        if self.lora_rank and self.init_from in ('auto', 'scratch'):
+            raise ValueError(f'lora_rank={self.lora_rank}: adapters are trained beside weights that are there: give --init_from=DIR')
+        if self.lora_rank and (self.grow_every or self.init_keep != 'weights' or self.rank_guide or self.arch == 'markov' or self.optimizer == 'spectron'):
+            raise ValueError(f'lora_rank={self.lora_rank}: goes with none of grow_every, init_keep, rank_guide, arch=markov, optimizer=spectron: leave it out')
         idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
         if idle and not self.n_expert and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')
@@ -202,8 +208,10 @@ def save(s, step, run, ranks):
         source = run.data.sources[0].files
         state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
                  'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
+        state |= run.base
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
-        checkpoint.save(s.out_dir, step, run.model.state_dict(), run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
+        weights = lora.state(run.model) if s.lora_rank else run.model.state_dict()
+        checkpoint.save(s.out_dir, step, weights, run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
     ranks.from_first(write)
 
 
@@ -263,6 +271,7 @@ class Run:
     borrowed: bool  # whether it begins with the weights of another
     teacher: torch.nn.Module | None
     reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
+    base: dict  # {'base': what an adapter is trained beside}, for its checkpoints
 
 
 def set_up(s, device, ranks):
@@ -284,7 +293,7 @@ def set_up(s, device, ranks):
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     model.recompute = s.recompute
-    optimizer = make_optimizer(model, s, torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
+    optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
     if state:
         checkpoint.load_optimizer(origin['folder'], optimizer)
@@ -303,7 +312,8 @@ def set_up(s, device, ranks):
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
     return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
-               'weights' in origin, teacher, find_reference(s, model.cfg) if s.grow_from else None)
+               'weights' in origin and not state, teacher, find_reference(s, model.cfg) if s.grow_from else None,
+               {'base': origin['base']} if s.lora_rank else {})
 
 
 def expert_loads(run, ranks):
@@ -314,8 +324,7 @@ def expert_loads(run, ranks):
 
 
 def step_flops(model, optimizer, teacher, tokens):
-    asked = teacher.flops_per_token() / 3 if teacher else 0  # forward alone
-    return (model.flops_per_token() + asked) * tokens + optimizer_flops(optimizer)
+    return (model.flops_per_token() + (teacher.flops_per_token() if teacher else 0)) * tokens + optimizer_flops(optimizer)
 
 
 def grow_run(run, s, ranks):

@@ -1,0 +1,554 @@
+"""
+Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a network stay as they are, and beside some of them a product of two thin
+matrices is learned, W·x + scale·B·(A·x).
+
+    python train.py config/lora.py --init_from=out/base --lora_rank=16       # out_dir holds the adapter alone
+    python sample.py --out_dir=out/lora                                      # the base is found again
+    python sample.py --out_dir=out/base --adapter=out/lora --adapter=law=FOLDER   # several beside one base, PEFT's too
+    python surgery.py merge --from=out/lora --out_dir=out/merged             # one network again
+    python hub.py export --out_dir=out/lora --to=FOLDER                      # for PEFT
+
+An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its name.
+"""
+import math
+import re
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+from families import GPT2, LLAMA, t5_names
+from model import Experts, ModelConfig, grouped_linear, make_model
+
+# -----------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class LoraConfig:
+    lora_rank: int = 0  # of adapters to be trained beside the weights of init_from, which stay as they are; 0 = train the weights
+    lora_alpha: float = 16.0  # what an adapter says counts alpha / rank times
+    lora_rs: bool = False  # alpha / sqrt(rank) times instead: high ranks then learn as fast as low ones (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
+    lora_targets: str = 'attn,mlp'  # what they are beside: attn, mlp, embed, head, or matrices by name, ours (q, attn.o, up, wte, …) or those of Hugging
+    # Face's families (c_attn, q_proj, wi, …); c_attn is one adapter for q, k and v, as theirs is
+    lora_layers: str = ''  # in these blocks alone: 8:12, or 0,5; '' = in all
+    lora_ranks: dict = field(default_factory=dict)  # other ranks, by a pattern of names: {'mlp': 4, 'blocks.0.': 0}; 0 = no adapter there
+    lora_alphas: dict = field(default_factory=dict)  # other alphas, likewise
+    lora_dropout: float = 0.0  # of what an adapter reads
+    lora_dora: bool = False  # length and direction of every row of a matrix are learned apart (DoRA, Liu et al. 2024, arXiv 2402.09353); slower
+    lora_pissa: bool = False  # begin with the largest singular values of the weights instead of zero (PiSSA, Meng et al. 2024, arXiv 2404.02948)
+    lora_plus: float = 1.0  # how many times the rate of A that of B is (LoRA+, Hayou et al. 2024, arXiv 2402.12354: about 16), in embeddings too
+    lora_bias: Literal['none', 'lora_only', 'all'] = 'none'  # whose biases are trained too
+    lora_whole: str = ''  # what else is trained, whole: a pattern of names, as norm
+    lora_tokens: list[int] = field(default_factory=list)  # and these rows of the embedding (and of a tied head): for new special tokens
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        idle = sorted(name for name in getattr(self, 'given', ()) if name.startswith('lora_') and name != 'lora_rank')
+        if idle and not self.lora_rank:
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to adapters: set lora_rank too')
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1 or not 0 < self.lora_plus < math.inf or not math.isfinite(self.lora_alpha):
+            raise ValueError(f'lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, lora_plus={self.lora_plus}: '
+                             'takes a rank of at least 0, a finite alpha, 0 <= dropout < 1 and a rate above 0')
+        for name in ('lora_ranks', 'lora_alphas'):
+            for pattern, value in getattr(self, name).items():
+                kinds = int if name == 'lora_ranks' else (int, float)
+                if not isinstance(pattern, str) or isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
+                    raise ValueError(f'{name}={getattr(self, name)}: takes patterns of names, and for each a number of at least 0')
+        for name, pattern in [('lora_whole', self.lora_whole), *(('lora_ranks', p) for p in self.lora_ranks), *(('lora_alphas', p) for p in self.lora_alphas)]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f'{name}: {pattern!r} is no pattern: {error}') from None
+        if self.lora_layers and not re.fullmatch(r'\d*:\d*|\d+(,\d+)*', self.lora_layers):
+            raise ValueError(f'lora_layers={self.lora_layers}: takes a range as 8:12, or blocks as 0,5')
+
+
+# -----------------------------------------------------------------------------
+# One adapter
+
+class Adapter(nn.Module):
+    """
+    What is learned beside one weight W (n_out, n_in): scale·B·A of A (R, n_in) and B (n_out, R), and with is_dora the length of every row. For a
+    table of embeddings W is its transpose; the experts of a mixture have one adapter each, A (E, R, n_in) and B (E, n_out, R). rows: of a table, or of a
+    head, those that are tokens and not padding. B begins at zero, in a table A (as PEFT has it): nothing changes before the first step.
+    """
+
+    def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, is_pissa=False, rows=None):
+        super().__init__()
+        self.is_table, self.scale, self.dropout, self.rows = isinstance(layer, nn.Embedding), scale, dropout, rows
+        *stack, n_out, n_in = self.of(layer).shape
+        n_out, n_in = (n_out, rows or n_in) if self.is_table else (rows or n_out, n_in)
+        self.A, self.B = nn.Parameter(torch.zeros(*stack, rank, n_in)), nn.Parameter(torch.zeros(*stack, n_out, rank))
+        if self.is_table:
+            nn.init.normal_(self.B)
+        else:
+            nn.init.uniform_(self.A, -n_in ** -0.5, n_in ** -0.5)
+        self.length = nn.Parameter(self.of(layer).detach().float().norm(dim=-1)) if is_dora else None  # (n_out,)
+        for name, t in (('A0', self.A), ('B0', self.B)):  # where PiSSA begins: so much is taken out of the weight
+            self.register_buffer(name, torch.zeros_like(t) if is_pissa and not self.is_table else None)
+
+    def of(self, layer):
+        """The weight of its layer, as (…, n_out, n_in)."""
+        weight = layer.weight.T if self.is_table else layer.weight
+        return weight if self.rows is None else weight[:, :self.rows] if self.is_table else weight[:self.rows]
+
+    def delta(self):
+        """What it adds to the weight, (…, n_out, n_in)."""
+        return self.scale * self.B @ self.A
+
+    @torch.no_grad()
+    def begin_with(self, A, B, layer):
+        """PiSSA: the adapter is these from the first step on, and the weight what they leave of it."""
+        if self.A0 is not None:
+            for t, value in ((self.A0, A), (self.B0, B)):
+                t.copy_(value)
+            self.of(layer).sub_(self.scale * B @ A)  # a view: the layer's own weight
+
+    def stretch(self, layer):
+        """How many times longer the rows become, (n_out,): DoRA's length over that of W + delta, which its gradient takes as given (its section 4.3)."""
+        with torch.no_grad():
+            norm = (self.of(layer).float() + self.delta()).norm(dim=-1)
+        return self.length / norm
+
+    def forward(self, layer, y, x, *counts):
+        """What to add to y, which the layer made of x; counts as Experts take them."""
+        if self.is_table:
+            z = self.A.T[x] if isinstance(x, slice) else F.embedding(x, self.A.T)  # (…, R)
+        else:
+            z = multiply(F.dropout(x, self.dropout, self.training), self.A, *counts)
+        added = self.fit(multiply(self.scale * z, self.B, *counts), y.size(-1))
+        if self.length is None:
+            return added
+        bias = 0 if getattr(layer, 'bias', None) is None else layer.bias
+        return self.fit(self.stretch(layer), y.size(-1)).type_as(y) * (y - bias + added) + bias - y
+
+    def fit(self, t, n_out):
+        """t (…, n_out) of tokens, as wide as a padded head is."""
+        return t if t.size(-1) == n_out else F.pad(t, (0, n_out - t.size(-1)))
+
+    def change(self, layer):
+        """What a merged weight has more than that of the layer, in its shape and float32."""
+        change = self.delta()
+        if self.length is not None:
+            change = self.stretch(layer)[:, None] * (self.of(layer).float() + change) - self.of(layer).float()
+        change = change.T if self.is_table else change
+        return F.pad(change, (0, 0, 0, layer.weight.size(-2) - change.size(-2)))
+
+
+def multiply(x, weight, *counts):
+    return grouped_linear(x, weight, *counts) if counts else F.linear(x, weight)
+
+
+# -----------------------------------------------------------------------------
+# Which weights
+
+OF_TOKENS = ('wte', 'wte_encoder', 'head')  # layers whose weight has a row for each token, and padding
+GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'), 'head': ('head',)}
+MATRIX = re.compile(r'((?:encoder|blocks)\.(\d+)\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')  # the last: a factor
+
+
+class Place(NamedTuple):
+    """Layers that share one A, and what their adapter is like."""
+    names: tuple
+    rank: int
+    scale: float
+
+
+def layers_of(model):
+    """{name: (what comes before its label, label, number of its block)} of the layers that can have an adapter; a label is attn.q, or wte."""
+    found = {}
+    for name, module in model.named_modules():
+        if match := MATRIX.fullmatch(name):
+            if isinstance(module, (nn.Linear, Experts)):
+                found[name] = match[1], f'{match[3]}.{match[4]}', int(match[2])
+        elif name in (*OF_TOKENS, 'wpe'):
+            found[name] = '', name.removesuffix('_encoder'), None
+    return found
+
+
+def labels_of(target):
+    """What a target names, a tuple of labels each; several in one are one matrix to Hugging Face."""
+    if target in GROUPS:
+        return [(label,) for label in GROUPS[target]]
+    found = [(target,)]
+    for names in (GPT2, LLAMA, *(t5_names(ModelConfig(mlp=mlp)) for mlp in ('relu', 'geglu'))):
+        for theirs, ours in (names | {'lm_head': 'head', 'embed_tokens': 'wte'}).items():
+            if theirs.split('.')[-1] == target:
+                found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name) for name in ours.split()))
+    return found
+
+
+def chosen(model, s):
+    """{layer: layers that it shares an A with} for those that a LoraConfig names. Raises UserError for a target that none has."""
+    layers, found = layers_of(model), {}
+    blocks = range(10 ** 6)
+    if ':' in s.lora_layers:
+        first, last = s.lora_layers.split(':')
+        blocks = blocks[int(first or 0):int(last) if last else None]
+    elif s.lora_layers:
+        blocks = {int(n) for n in s.lora_layers.split(',')}
+    for target in s.lora_targets.split(','):
+        matched = False
+        for labels in labels_of(target.strip()):
+            for name, (before, label, block) in layers.items():
+                if (label in labels or label.split('.')[-1] in labels) and (block is None or block in blocks):
+                    found[name] = before + ' '.join(labels) if len(labels) > 1 and name == before + label else name  # else a factor, or experts
+                    matched = True
+        if not matched:
+            raise UserError(f'lora_targets: {target!r} matches nothing{" in lora_layers=" + s.lora_layers if s.lora_layers else ""}: takes '
+                            f'{", ".join(GROUPS)}, or matrices of this network by name: {", ".join(dict.fromkeys(label for _, label, _ in layers.values()))}')
+    return {name: found[name] for name in layers if name in found}
+
+
+def places(model, s):
+    """The Places of adapters that a LoraConfig asks for. Raises UserError for what a network has not, and for a rank beyond a matrix."""
+    together, found = {}, []
+    for name, key in chosen(model, s).items():
+        together.setdefault(key, []).append(name)
+    for names in together.values():
+        rank, alpha = (next((value for pattern, value in over.items() if re.search(pattern, names[0])), plain)
+                       for over, plain in ((s.lora_ranks, s.lora_rank), (s.lora_alphas, s.lora_alpha)))
+        n_in, n_out = (sum(model.get_submodule(name).weight.size(side) for name in names) for side in (-1, -2))
+        if rank > min(n_in // len(names), n_out):
+            raise UserError(f'lora_rank={rank}: is more than {names[0]} has, {n_in // len(names)} x {n_out}: lower it, or give others by lora_ranks')
+        if rank:
+            found.append(Place(tuple(names), rank, alpha / (math.sqrt(rank) if s.lora_rs else rank)))
+    if not found:
+        raise UserError(f'lora_ranks={s.lora_ranks}: leaves no adapter: give one a rank above 0')
+    return found
+
+
+# -----------------------------------------------------------------------------
+# A network and its adapters
+
+class Tokens(nn.Module):
+    """Rows of an embedding that are trained whole, in place of those of its table: index (N,), values (N, C)."""
+
+    def __init__(self, table, index):
+        super().__init__()
+        self.register_buffer('index', torch.tensor(index, device=table.weight.device), persistent=False)
+        self.register_buffer('row', torch.full((len(table.weight),), -1, device=table.weight.device), persistent=False)  # of values, -1 for other tokens
+        self.row[self.index] = torch.arange(len(index), device=self.row.device)
+        self.values = nn.Parameter(table.weight[self.index].detach().float())
+
+    def hook(self, layer, args, y):
+        row = self.row[args[0]]
+        return torch.where(row[..., None] >= 0, F.embedding(row.clamp(min=0), self.values).type_as(y), y)
+
+    def put(self, weight):
+        """A table's weight with these rows in it."""
+        return weight.index_copy(0, self.index, self.values.type_as(weight))
+
+
+class Active:
+    """Which adapters of a network speak: shares {name: how much}; or, for a batch of which each row has its own, rows {layer: (A, B)} of select()."""
+
+    def __init__(self):
+        self.shares, self.rows = {}, {}
+
+    def hook(self, layer, args, y):
+        if self.rows:
+            return y + row_change(*self.rows[layer], *args)
+        out = y
+        for name, share in self.shares.items():
+            if name in layer.lora:
+                change = layer.lora[name](layer, y, *args)
+                out = out + (change if share == 1 else share * change)
+        return out
+
+
+def attach(model, found, name='default', dropout=0.0, is_dora=False, is_pissa=False, tokens=()):
+    """Hang adapters on the layers of these Places, under a name, and train `tokens` of the embedding whole. Every adapter that is there speaks, once."""
+    if not hasattr(model, 'lora'):
+        model.lora, model.head_input = Active(), partial(head_input, model)
+    for names, rank, scale in found:
+        first = None
+        for layer_name in names:
+            layer = model.get_submodule(layer_name)
+            if is_dora and isinstance(layer, Experts):
+                raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: leave them out of lora_targets')
+            rows = model.cfg.vocab_size if layer_name in OF_TOKENS else None
+            adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).to(layer.weight.device).train(model.training)
+            first = first or adapter
+            adapter.A = first.A
+            if not hasattr(layer, 'lora'):
+                layer.lora = nn.ModuleDict()
+                layer.register_forward_hook(model.lora.hook)
+            layer.lora[name] = adapter
+    model.lora.shares[name] = 1.0
+    if tokens:
+        model.wte.tokens = Tokens(model.wte, tokens)
+        for table in filter(None, (model.wte, model.wte_encoder)):
+            table.register_forward_hook(model.wte.tokens.hook)
+
+
+def share_table(model):
+    """Let an encoder look up in a module of its own, of the same weight: either stack can then have an adapter."""
+    if model.encoder is not None and model.wte_encoder is None:
+        model.wte_encoder = nn.Embedding(1, 1)
+        model.wte_encoder.weight = model.wte.weight
+
+
+def begin(model, s, is_new=True):
+    """Hang the adapters of a LoraConfig on a network and freeze the rest. is_new=False: they will be loaded. Raises UserError for what it has not."""
+    share_table(model)
+    wrong = [n for n in s.lora_tokens if not 0 <= n < model.cfg.vocab_size]
+    if wrong:
+        raise UserError(f'lora_tokens: {wrong[0]}: takes tokens from 0 to {model.cfg.vocab_size - 1}')
+    found = places(model, s)
+    attach(model, found, 'default', s.lora_dropout, s.lora_dora, s.lora_pissa, s.lora_tokens)
+    if s.lora_pissa and is_new:
+        begin_pissa(model, found)
+    freeze(model, s)
+
+
+def adapted(model):
+    """[(name, layer)] of the layers that have adapters."""
+    return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, 'lora') and layer is not model]
+
+
+def head_input(model, h):
+    """Transformer.head_input() with what adapters and trained rows say there. What an adapter adds is more columns: h·Wᵀ + z·Bᵀ = [h z]·[W B]ᵀ."""
+    h, weight = type(model).head_input(model, h)
+    if model.cfg.tie:
+        return h, model.wte.tokens.put(weight) if hasattr(model.wte, 'tokens') else weight
+    columns, longer, heard = [], 1.0, [h]
+    for name, share in model.lora.shares.items():
+        if name in getattr(model.head, 'lora', ()):
+            adapter = model.head.lora[name]
+            B = adapter.B
+            if adapter.length is not None:
+                stretch = adapter.stretch(model.head)[:, None]
+                B, longer = stretch * B, longer + share * F.pad(stretch - 1, (0, 0, 0, len(weight) - len(stretch)))
+            heard.append(share * adapter.scale * F.linear(F.dropout(h, adapter.dropout, adapter.training), adapter.A))
+            columns.append(F.pad(B, (0, 0, 0, len(weight) - len(B))))
+    return (torch.cat(heard, dim=-1), torch.cat([longer * weight, *columns], dim=1)) if columns else (h, weight)
+
+
+@torch.no_grad()
+def begin_pissa(model, found, name='default'):
+    """Let new adapters begin with the largest singular values of their weights, which keep the rest (PiSSA)."""
+    for names, rank, scale in found:
+        layers = [model.get_submodule(layer_name) for layer_name in names]
+        if isinstance(layers[0], nn.Embedding):
+            continue
+        U, S, Vh = torch.linalg.svd(torch.cat([layer.weight.float() for layer in layers], dim=-2), full_matrices=False)
+        root = (S[..., :rank] / scale).sqrt()
+        parts = (U[..., :rank] * root[..., None, :]).split([layer.weight.size(-2) for layer in layers], dim=-2)
+        for layer, B in zip(layers, parts):
+            adapter = layer.lora[name]
+            adapter.A.copy_(root[..., None] * Vh[..., :rank, :])
+            adapter.B.copy_(B[:adapter.rows] if adapter.rows else B)
+            adapter.begin_with(adapter.A, adapter.B, layer)
+
+
+def freeze(model, s, name='default'):
+    """Let nothing be trained but the adapters of this name and what a LoraConfig names beside them. Raises UserError if that matches nothing."""
+    with_adapter, whole = {layer for layer, _ in adapted(model)}, 0
+    for tensor, p in model.named_parameters():
+        layer, _, kind = tensor.rpartition('.')
+        is_bias = kind == 'bias' and (s.lora_bias == 'all' or s.lora_bias == 'lora_only' and layer in with_adapter)
+        is_whole = bool(s.lora_whole and '.lora.' not in tensor and re.search(s.lora_whole, tensor))
+        whole += is_whole
+        p.requires_grad_(f'.lora.{name}.' in tensor or layer == 'wte.tokens' or is_bias or is_whole)
+    if s.lora_whole and not whole:
+        raise UserError(f'lora_whole: {s.lora_whole!r} matches no tensor: takes a pattern of names, as norm')
+
+
+def faster(s):
+    """The settings of a run as its optimizer is to have them: B learns lora_plus times as fast."""
+    return replace(s, lr_scale=s.lr_scale | {r'\.lora\.\w+\.B$': s.lora_plus}) if s.lora_rank and s.lora_plus != 1 else s
+
+
+def state(model, name='default'):
+    """{name: tensor} of what the adapter of this name is: all that is trained, and where PiSSA began."""
+    kept = {tensor: t for tensor, t in (*model.named_parameters(), *model.named_buffers()) if f'.lora.{name}.' in tensor}
+    kept |= {tensor: p for tensor, p in model.named_parameters() if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
+    return {tensor.replace(f'.lora.{name}.', '.lora.'): t for tensor, t in kept.items()}
+
+
+@torch.no_grad()
+def load_state(model, tensors, where, name='default'):
+    """Copy what state() returned: every tensor, no other. Raises UserError that names the first one that has no place."""
+    whole = {tensor: p for tensor, p in model.named_parameters() if tensor in tensors and '.lora.' not in tensor}
+    own = state(model, name) | whole
+    for tensor in sorted(own.keys() | tensors.keys()):
+        found, wanted = (list(some[tensor].shape) if tensor in some else 'no such tensor' for some in (tensors, own))
+        if found != wanted:
+            raise UserError(f'{where}: {tensor}: found {found}, the adapter of this network has {wanted}: it belongs to another base')
+        own[tensor].copy_(tensors[tensor])
+    for _, layer in adapted(model):
+        if name in layer.lora and layer.lora[name].A0 is not None:
+            layer.lora[name].begin_with(layer.lora[name].A0, layer.lora[name].B0, layer)
+
+
+@dataclass
+class Saved:
+    """An adapter as it was saved: its Places, the tensors that load_state() takes, and how it is to be attached."""
+    places: list
+    tensors: dict
+    dropout: float = 0.0
+    is_dora: bool = False
+    tokens: list = field(default_factory=list)
+    beside: dict = field(default_factory=dict)  # tensors of its base that came along
+
+
+def saved(cfg, s, tensors):
+    """The Saved of a run of ours with the LoraConfig s; PiSSA's as a plain one of twice the rank, beside the weights as they were."""
+    model = blank(cfg)
+    found, tensors = places(model, s), dict(tensors)
+    if s.lora_pissa:
+        for n, (names, rank, scale) in enumerate(found):
+            firsts = [name for name in names if f'{name}.lora.A0' in tensors]
+            for name in names:
+                for factor, side in (('A', -2), ('B', -1)):
+                    begun = tensors.pop(f'{name}.lora.{factor}0', None)
+                    if begun is not None and f'{name}.lora.{factor}' in tensors:
+                        tensors[f'{name}.lora.{factor}'] = torch.cat([tensors[f'{name}.lora.{factor}'], begun if side == -2 else -begun], dim=side)
+            if firsts:
+                found[n] = Place(names, 2 * rank, scale)
+    return Saved(found, tensors, s.lora_dropout, s.lora_dora, s.lora_tokens)
+
+
+def blank(cfg):
+    """A network without its numbers, as adapters are hung on it."""
+    with torch.device('meta'):
+        model = make_model(cfg, init=False)
+        share_table(model)
+    return model
+
+
+def sizes(cfg):
+    """{layer: (n_out, n_in) of what can have an adapter}, a table's as Adapter has it."""
+    model, found = blank(cfg), {}
+    for name in layers_of(model):
+        layer = model.get_submodule(name)
+        n_out, n_in = layer.weight.shape[-2:]
+        n_out, n_in = (cfg.vocab_size if name in OF_TOKENS else n_out), n_in
+        found[name] = (n_in, n_out) if isinstance(layer, nn.Embedding) else (n_out, n_in)
+    return found
+
+
+def add(model, saved, where, name):
+    """Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one for another."""
+    if hasattr(model, 'lora') and (saved.tokens or any('.lora.' not in tensor for tensor in saved.tensors)):
+        raise UserError(f'{where}: weights were trained whole beside it: it can be used alone only')
+    for tensor, t in saved.beside.items():
+        found = model.get_parameter(tensor)[:len(t)]
+        if found.shape != t.shape or not torch.allclose(found.float(), t, rtol=1e-2, atol=1e-4):  # in half precision, perhaps
+            raise UserError(f'{where}: {tensor}: the one that came along is not that of this network: it is an adapter for another base')
+    model.requires_grad_(False)
+    share_table(model)
+    attach(model, saved.places, name, saved.dropout, saved.is_dora, tokens=saved.tokens)
+    load_state(model, saved.tensors, where, name)
+
+
+def fingerprint(weights):
+    """{name: checksum} of the weights of a base, to know it again by."""
+    return {name: zlib.crc32(t.contiguous().view(torch.uint8).numpy()) for name, t in weights.items()}
+
+
+def check_base(weights, known, where, adapter):
+    """Raise UserError unless these weights, from `where`, are those that an adapter was trained beside."""
+    found = fingerprint(weights)
+    for name in sorted(known.keys() | found.keys()):
+        if found.get(name) != known.get(name):
+            raise UserError(f'{adapter}: is an adapter for another base than what is in {where} now: {name} differs: restore that, or train it again')
+
+
+# -----------------------------------------------------------------------------
+# Merged: one network again
+
+def obstacle(model):
+    """Why the adapters of a network cannot become part of its weights, '' if they can."""
+    if model.wte_encoder is not None and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder)):
+        return 'encoder and decoder have adapters of their own beside one embedding'
+    if model.cfg.tie and hasattr(model.wte, 'lora'):
+        return 'the embedding is the head too, which has no adapter: --untie=True makes them two'
+    return ''
+
+
+@torch.no_grad()
+def merge(model):
+    """
+    Add what the adapters say to the weights, in float32, and silence them. Returns {layer: its weight before}, for unmerge(). Raises UserError where
+    one weight cannot say it.
+    """
+    if obstacle(model):
+        raise UserError(f'adapters cannot be merged: {obstacle(model)}')
+    before = {}
+    for name, layer in adapted(model):
+        before[name] = layer.weight.clone()
+        changes = [share * layer.lora[n].change(layer) for n, share in model.lora.shares.items() if n in layer.lora]
+        layer.weight.copy_(layer.weight.float() + sum(changes))
+    if hasattr(model.wte, 'tokens'):
+        before.setdefault('wte', model.wte.weight.clone())
+        model.wte.weight.copy_(model.wte.tokens.put(model.wte.weight))
+    model.lora.silent, model.lora.shares = model.lora.shares, {}
+    return before
+
+
+@torch.no_grad()
+def unmerge(model, before):
+    """Take back what merge() did."""
+    for name, weight in before.items():
+        model.get_submodule(name).weight.copy_(weight)
+    model.lora.shares = model.lora.silent
+
+
+@torch.no_grad()
+def untie(model):
+    """Give the head a matrix of its own, the embedding as it is; the function of the network stays."""
+    cfg, wte = model.cfg, model.wte
+    if not cfg.tie:
+        return
+    scale = cfg.n_embd ** -0.5 if cfg.t5_scale else 1.0
+    cfg.tie, cfg.rank_head = False, cfg.rank_embed
+    model.head = nn.Linear(wte.weight.size(1), len(wte.weight), bias=False, device=wte.weight.device)
+    model.head.weight.copy_((wte.tokens.put(wte.weight) if hasattr(wte, 'tokens') else wte.weight) * scale)
+    if cfg.rank_embed:
+        model.head_down = nn.Linear(cfg.n_embd, cfg.rank_embed, bias=False, device=wte.weight.device)
+        model.head_down.weight.copy_(model.wte_up.weight.T)
+
+
+def base_state(model):
+    """{name: tensor} of a network without its adapters."""
+    return {name: t for name, t in model.state_dict().items() if '.lora.' not in name and not name.startswith(('wte_encoder.', 'wte.tokens.'))}
+
+
+# -----------------------------------------------------------------------------
+# A row of a batch, an adapter
+
+@torch.no_grad()
+def select(model, names):
+    """Let row n of every batch have the adapter names[n], or none if that is ''; select(model, []) lets all of them speak in all rows again."""
+    model.lora.rows = {}
+    for layer_name, layer in adapted(model) if names else ():
+        of_rows = [layer.lora[name] if name in layer.lora else None for name in names]
+        for adapter in filter(None, of_rows):
+            if adapter.length is not None or isinstance(layer, Experts):
+                raise UserError(f'{layer_name}: adapters of DoRA, or of experts, serve whole batches alone')
+        rank = max((adapter.A.size(0) for adapter in filter(None, of_rows)), default=1)
+        some = next(iter(layer.lora.values()))
+        n_out = some.of(layer).size(0) if some.is_table else layer.weight.size(0)
+        A, B = some.A.new_zeros(len(names), rank, some.A.size(1)), some.B.new_zeros(len(names), n_out, rank)
+        for n, adapter in enumerate(of_rows):
+            if adapter is not None:
+                A[n, :len(adapter.A)], B[n, :len(adapter.B), :len(adapter.A)] = adapter.A, adapter.scale * adapter.B
+        model.lora.rows[layer] = A, B
+
+
+def row_change(A, B, x):
+    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in), tokens (B, T), or positions."""
+    if isinstance(x, slice) or x.ndim == 1:
+        z = A[:, :, x].mT  # (B, T, R)
+    elif x.is_floating_point():
+        z = x @ A.mT
+    else:
+        z = A.gather(2, x[:, None].expand(-1, A.size(1), -1)).mT
+    return z @ B.mT

@@ -1,0 +1,267 @@
+"""
+Adapters as PEFT keeps them, in and out: a folder with adapter_config.json and adapter_model.safetensors.
+
+    write('FOLDER', model, family='gpt2')         # the adapters of a network (lora.py)
+    saved = read('FOLDER', cfg)                   # what lora.add() wants of such a folder, for a network of this ModelConfig
+
+PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an adapter that says nothing. Here every
+tensor must have its place, and every place its tensor.
+"""
+import math
+import os
+import re
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import lora
+from configurator import UserError
+from families import FAMILIES, HEAD, read_json
+
+ROOT = 'base_model.model.'
+EXACT = {  # fields that change what an adapter does, and the only value that we follow
+    'lora_bias': False, 'use_qalora': False, 'use_bdlora': None, 'layer_replication': None, 'alora_invocation_tokens': None, 'target_parameters': None,
+    'megatron_config': None, 'kasa_config': None, 'velora_config': None, 'monteclora_config': None, 'arrow_config': None,
+}
+PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take something out of the weights
+
+
+def modules(family, cfg):
+    """{their module: [ours, …]} of all matrices, tables and norms of a network; several of ours are one of theirs, one below the other."""
+    family, found = FAMILIES[family], {}
+    for theirs, ours in (family.names(cfg) | {HEAD: 'head'}).items():
+        theirs = theirs if theirs == HEAD else family.prefix + theirs
+        if theirs == 'shared':  # an adapter there says nothing in transformers 5: the stacks' own names for it are looked at
+            found |= {'encoder.embed_tokens': ['wte_encoder'], 'decoder.embed_tokens': ['wte']}
+            continue
+        count = cfg.n_encoder_layer if ours.startswith('encoder.') else cfg.n_layer
+        for n in range(count) if '.N.' in theirs else (0,):
+            found[theirs.replace('.N.', f'.{n}.')] = ours.replace('.N.', f'.{n}.').split()
+    return found
+
+
+def is_target(module, wanted):
+    """Whether PEFT's target_modules, a list of endings or a pattern, mean this module."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == ending or module.endswith('.' + ending) for ending in wanted)
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+def factors(layer, name):
+    """(A, B, length or None) of a layer's adapter, as float32; of PiSSA's beside the weight as it was: of twice the rank."""
+    adapter = layer.lora[name]
+    A, B = adapter.A.detach().float(), adapter.B.detach().float()
+    if adapter.A0 is not None and adapter.A0.any():
+        A, B = torch.cat([A, adapter.A0]), torch.cat([B, -adapter.B0], dim=1)
+    return A, B, None if adapter.length is None else adapter.length.detach().float()
+
+
+def fuse(layers, name):
+    """(A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an adapter."""
+    with_adapter = [layer for layer in layers if name in getattr(layer, 'lora', ())]
+    scale = with_adapter[0].lora[name].scale
+    parts = {layer: factors(layer, name) for layer in with_adapter}
+    shared = len({id(layer.lora[name].A) for layer in with_adapter}) == 1
+    As = [A for A, *_ in parts.values()][:1 if shared else None]
+    rows, begin = [], 0
+    for layer in layers:
+        B = torch.zeros(layer.weight.size(-2), sum(map(len, As)))
+        if layer in parts:
+            rank = len(parts[layer][0])
+            B[:, begin:begin + rank] = parts[layer][1] * (layer.lora[name].scale / scale)
+            begin += 0 if shared else rank
+        rows.append(B)
+    lengths = None
+    if any(length is not None for *_, length in parts.values()):
+        lengths = torch.cat([parts[layer][2] if layer in parts else layer.weight.detach().float().norm(dim=1) for layer in layers])
+    return torch.cat(As), torch.cat(rows), lengths, scale
+
+
+def write(folder, model, family, s, base='', name='default'):
+    """
+    Write the adapter of a network as PEFT reads it beside that network of transformers' `family`; s: its LoraConfig. A new folder, whole or not at all.
+    Raises UserError for what has no place in PEFT.
+    """
+    tensors, scales, ranks, known = {}, {}, {}, modules(family, model.cfg)
+    named = dict(model.named_modules())
+    places = {ours: theirs for theirs, parts in known.items() for ours in parts}
+    for layer_name, layer in lora.adapted(model):
+        if name in layer.lora and layer_name not in places:
+            raise UserError(f'{layer_name}: has an adapter, and no place in a network of the family {family}: leave it out of lora_targets')
+    for theirs, ours in known.items():
+        layers = [named[part] for part in ours if part in named]
+        if not any(name in getattr(layer, 'lora', ()) for layer in layers):
+            continue
+        A, B, length, scales[theirs] = fuse(layers, name) if len(layers) > 1 else (*factors(layers[0], name), layers[0].lora[name].scale)
+        is_table, ranks[theirs] = layers[0].lora[name].is_table, len(A)
+        tensors |= {f'{theirs}.lora_embedding_A': A, f'{theirs}.lora_embedding_B': B} if is_table else {
+            f'{theirs}.lora_A.weight': A, f'{theirs}.lora_B.weight': B}
+        if length is not None:
+            tensors[f'{theirs}.lora_magnitude_vector'] = length
+    whole = write_whole(model, places, tensors)
+    r, scale = next(iter(ranks.values())), next(iter(scales.values()))
+    power = 0.5 if s.lora_rs else 1.0
+    endings = sorted({module.rsplit('.', 1)[-1] for module in ranks})
+    config = {
+        'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if model.cfg.n_encoder_layer else 'CAUSAL_LM', 'base_model_name_or_path': base,
+        'inference_mode': True, 'r': r, 'lora_alpha': scale * r ** power, 'lora_dropout': s.lora_dropout, 'use_rslora': s.lora_rs, 'use_dora': s.lora_dora,
+        'bias': s.lora_bias, 'fan_in_fan_out': family == 'gpt2', 'init_lora_weights': True, 'modules_to_save': whole or None,
+        'rank_pattern': {module: rank for module, rank in ranks.items() if rank != r},
+        'alpha_pattern': {module: scales[module] * rank ** power for module, rank in ranks.items()
+                          if scales[module] * rank ** power != scale * r ** power},
+        'target_modules': endings if {m for m in known if is_target(m, endings)} == ranks.keys() else sorted(ranks),
+        'trainable_token_indices': model.wte.tokens.index.tolist() if hasattr(model.wte, 'tokens') else None,
+    }
+    publish(folder, {ROOT + module: t.contiguous() for module, t in tensors.items()}, config)
+
+
+def write_whole(model, places, tensors):
+    """Add what is trained whole to the tensors; returns the endings of the modules that PEFT is to keep whole."""
+    whole = set()
+    for name, p in model.named_parameters():
+        layer, _, kind = name.rpartition('.')
+        if not p.requires_grad or '.lora.' in name:
+            continue
+        if layer == 'wte.tokens':
+            tensors[f'{places["wte"]}.token_adapter.trainable_tokens_delta'] = p.detach().float()
+        elif layer not in places or hasattr(model.get_submodule(layer), 'lora'):
+            raise UserError(f'{name}: is trained whole, which PEFT has no place for here: leave it out of lora_whole and lora_bias')
+        else:
+            tensors[f'{places[layer]}.{kind}'] = p.detach().float()
+            whole.add(places[layer].rsplit('.', 1)[-1])
+    return sorted(whole)
+
+
+def publish(folder, tensors, config):
+    """Write a new folder, whole or not at all."""
+    if os.path.exists(folder):
+        raise UserError(f'to={folder}: is there already: give a new folder')
+    temporary = folder.rstrip('/') + '.tmp'
+    try:
+        os.makedirs(temporary)
+        save_file(tensors, os.path.join(temporary, 'adapter_model.safetensors'), {'format': 'pt'})
+        checkpoint.write_json(os.path.join(temporary, 'adapter_config.json'), dict(sorted(config.items())))
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'to={folder}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
+
+
+# -----------------------------------------------------------------------------
+# In
+
+def read(folder, cfg):
+    """The lora.Saved of a folder, for a network of this ModelConfig. Raises UserError, in one line, for whatever is not exactly an adapter for it."""
+    path, weights = (os.path.join(folder, name) for name in ('adapter_config.json', 'adapter_model.safetensors'))
+    config = read_json(path)
+    if config.get('peft_type') != 'LORA':
+        raise UserError(f'{path}: peft_type={config.get("peft_type")!r}: takes LORA')
+    for field, plain in EXACT.items():
+        if config.get(field, plain) not in (plain, None):
+            raise UserError(f'{path}: {field}={config[field]!r}: takes {plain}: ours have no such thing')
+    if config.get('init_lora_weights', True) not in PLAIN_STARTS:
+        raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: this takes a part out of the base; let PEFT convert it to a plain adapter '
+                        '(save_pretrained with path_initial_model_for_weight_conversion)')
+    try:
+        tensors = {name.removeprefix(ROOT): t.float() for name, t in load_file(weights).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{weights}: not readable as safetensors: {error}') from None
+    return Reading(path, config, tensors, cfg).saved()
+
+
+class Reading:
+    """One folder as it is read."""
+
+    def __init__(self, path, config, tensors, cfg):
+        self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
+        self.left = set(tensors)
+        stems = {re.sub(r'\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*', '', name) for name in tensors}
+        fits = {kind: len(stems - modules(kind, cfg).keys()) for kind, family in FAMILIES.items() if family.names(cfg)}
+        kind = min(fits, key=fits.get)
+        if fits[kind] or not stems:
+            stray = min(stems - modules(kind, cfg).keys(), default='no tensor')
+            raise UserError(f'{path}: {stray}: no family that we know ({", ".join(fits)}) has this: it is an adapter for another network')
+        self.modules = modules(kind, cfg)
+
+    def refuse(self, what):
+        raise UserError(f'{self.path}: {what}')
+
+    def take(self, name, *shape):
+        """A tensor of the file, of this shape; None for a size: any."""
+        if name not in self.tensors:
+            self.refuse(f'{name}: not in the file, which says that there is an adapter')
+        found = list(self.tensors[name].shape)
+        if len(found) != len(shape) or any(size not in (None, n) for n, size in zip(found, shape)):
+            self.refuse(f'{name}: {found}, this network takes {["any" if size is None else size for size in shape]}: it is an adapter for another base')
+        self.left.discard(name)
+        return self.tensors[name]
+
+    def number(self, field, pattern, module, default):
+        """lora_alpha or r of a module."""
+        over = next((value for key, value in (self.config.get(pattern) or {}).items() if re.match(rf'(.*\.)?({key})$', module)), None)
+        value = over if over is not None else self.config.get(field, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            self.refuse(f'{field}={value!r}: takes a number')
+        return value
+
+    def saved(self):
+        sizes = lora.sizes(self.cfg)  # {our layer: (n_out, n_in)}
+        out = lora.Saved([], {}, float(self.config.get('lora_dropout') or 0), bool(self.config.get('use_dora')), [])
+        targets, blocks = self.config.get('target_modules') or [], self.config.get('layers_to_transform')
+        blocks = [blocks] if isinstance(blocks, int) else blocks
+        for module, ours in self.modules.items():
+            if not all(name in sizes for name in ours):
+                continue
+            number = re.search(r'\.(\d+)\.', module)
+            meant = is_target(module, targets) and not is_target(module, self.config.get('exclude_modules') or []) and (
+                blocks is None or number and int(number[1]) in blocks)
+            has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
+            if has or meant and not isinstance(targets, str):
+                self.adapter(module, ours, sizes, out)
+        self.whole(out)
+        if self.left:
+            self.refuse(f'{min(self.left)}: this network has no place for it')
+        return out
+
+    def adapter(self, module, ours, sizes, out):
+        n_in, n_out = sizes[ours[0]][1], sum(sizes[name][0] for name in ours)
+        is_table = ours[0] in ('wte', 'wte_encoder', 'wpe')
+        keys = ('lora_embedding_A', 'lora_embedding_B') if is_table else ('lora_A.weight', 'lora_B.weight')
+        A = self.take(f'{module}.{keys[0]}', None, n_in)
+        B = self.take(f'{module}.{keys[1]}', n_out, len(A))
+        if len(A) != self.number('r', 'rank_pattern', module, 8):
+            self.refuse(f'{module}: has rank {len(A)}, the file says {self.number("r", "rank_pattern", module, 8)}')
+        length = self.take(f'{module}.lora_magnitude_vector', n_out) if out.is_dora else None
+        alpha = self.number('lora_alpha', 'alpha_pattern', module, 8)
+        out.places.append(lora.Place(tuple(ours), len(A), alpha / (math.sqrt(len(A)) if self.config.get('use_rslora') else len(A))))
+        out.tensors[f'{ours[0]}.lora.A'] = A
+        rows = [sizes[name][0] for name in ours]
+        for name, part in zip(ours, B.split(rows)):
+            out.tensors[f'{name}.lora.B'] = part
+        for name, part in zip(ours, length.split(rows) if length is not None else ()):
+            out.tensors[f'{name}.lora.length'] = part
+
+    def whole(self, out):
+        """What was trained beside adapters: rows of the embedding, norms and biases."""
+        tokens = self.config.get('trainable_token_indices')
+        if tokens:
+            out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
+            module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
+            out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta', len(out.tokens), self.cfg.n_embd)
+        for name in sorted(self.left):
+            module, _, kind = name.rpartition('.')
+            if name.endswith('.base_layer.weight'):  # of an embedding that is adapted, and of its head, PEFT keeps the base too
+                out.beside[self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte') + '.weight'] = self.take(name, None, None)
+                continue
+            ours = self.modules.get(module, ())
+            if kind == 'bias' or kind == 'weight' and self.tensors[name].ndim == 1:
+                t = self.take(name, None)
+                out.tensors |= {f'{part}.{kind}': rows for part, rows in zip(ours, t.split(self.rows(ours, len(t))))}
+
+    def rows(self, ours, length):
+        sizes = lora.sizes(self.cfg)
+        return [sizes[name][0] for name in ours] if len(ours) > 1 else [length]
