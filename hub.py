@@ -6,6 +6,7 @@ Hugging Face folders, in and out: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlam
 
     python hub.py export --out_dir=out/run --to=FOLDER                  # for transformers, vLLM, lm-eval, llama.cpp's converter
     python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any decoder, with its code beside it
+    python hub.py export --out_dir=out/lora --to=FOLDER                 # an adapter, for PEFT
 
 A folder is somebody else's file: every size that config.json names is compared with the headers of the weights before
 anything is allocated, every tensor must be known and is used, pickles and code are never touched.
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import checkpoint
+import lora
+import peft_files
 from configurator import UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, obstacles, read_json
@@ -228,6 +231,12 @@ def export(s):
     folder = checkpoint.find(s.out_dir, 'best')
     state = checkpoint.load_state(folder)
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    if 'base' in state:
+        if s.as_ == 'custom' or s.dtype != 'float32':
+            raise UserError(f'as={s.as_}, dtype={s.dtype}: {folder} holds an adapter, which goes to PEFT in float32: leave them out, or surgery.py merge first')
+        base = state['base']['from']
+        peft_files.write(s.to, cfg, lora.described(state['lora'], checkpoint.read_weights(folder)), peft_files.family_of(cfg, base), base.removeprefix('hf:'))
+        return 'peft'
     if cfg.n_encoder_layer and s.as_ == 'custom':
         raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: it goes as T5 or not at all')
     if cfg.arch == 'markov' or cfg.rank_guide:
@@ -265,6 +274,8 @@ def export(s):
 
 def run_export(s):
     kind = export(s)
+    if kind == 'peft':
+        return print(f"written: {s.to}; peft.PeftModel.from_pretrained(base, {s.to!r}), or --adapter={s.to} here")
     trust, auto = ', trust_remote_code=True' if kind == 'minnow' else '', 'AutoModelForSeq2SeqLM' if kind == 't5' else 'AutoModelForCausalLM'
     print(f'written: {s.to}, of the family {kind}; transformers.{auto}.from_pretrained({s.to!r}{trust}), or --init_from=hf:{s.to} here')
 

@@ -88,7 +88,7 @@ class Adapter(nn.Module):
             nn.init.normal_(self.B)
         else:
             nn.init.uniform_(self.A, -n_in ** -0.5, n_in ** -0.5)
-        self.length = nn.Parameter(self.of(layer).detach().float().norm(dim=-1)) if is_dora else None  # (n_out,)
+        self.length = nn.Parameter(torch.empty(n_out) if layer.weight.is_meta else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
         for name, t in (('A0', self.A), ('B0', self.B)):  # where PiSSA begins: so much is taken out of the weight
             self.register_buffer(name, torch.zeros_like(t) if is_pissa and not self.is_table else None)
 
@@ -231,10 +231,11 @@ class Tokens(nn.Module):
 
     def __init__(self, table, index):
         super().__init__()
-        self.register_buffer('index', torch.tensor(index, device=table.weight.device), persistent=False)
-        self.register_buffer('row', torch.full((len(table.weight),), -1, device=table.weight.device), persistent=False)  # of values, -1 for other tokens
-        self.row[self.index] = torch.arange(len(index), device=self.row.device)
-        self.values = nn.Parameter(table.weight[self.index].detach().float())
+        weight = torch.zeros(table.weight.shape) if table.weight.is_meta else table.weight.detach()
+        self.register_buffer('index', torch.tensor(index, device=weight.device), persistent=False)
+        self.register_buffer('row', torch.full((len(weight),), -1, device=weight.device), persistent=False)  # of values, -1 for other tokens
+        self.row[self.index] = torch.arange(len(index), device=weight.device)
+        self.values = nn.Parameter(weight[self.index].float())
 
     def hook(self, layer, args, y):
         row = self.row[args[0]]
@@ -246,10 +247,13 @@ class Tokens(nn.Module):
 
 
 class Active:
-    """Which adapters of a network speak: shares {name: how much}; or, for a batch of which each row has its own, rows {layer: (A, B)} of select()."""
+    """
+    The adapters of a network, {name: Saved without its tensors}, and which of them speak: shares {name: how much}; or, for a batch of which each row has
+    its own, rows {layer: (A, B)} of select().
+    """
 
     def __init__(self):
-        self.shares, self.rows = {}, {}
+        self.known, self.shares, self.rows = {}, {}, {}
 
     def hook(self, layer, args, y):
         if self.rows:
@@ -262,25 +266,66 @@ class Active:
         return out
 
 
-def attach(model, found, name='default', dropout=0.0, is_dora=False, is_pissa=False, tokens=()):
-    """Hang adapters on the layers of these Places, under a name, and train `tokens` of the embedding whole. Every adapter that is there speaks, once."""
+@dataclass
+class Saved:
+    """An adapter as it is saved: how it is to be attached, and the tensors that load_state() takes."""
+    places: list
+    dropout: float = 0.0
+    is_dora: bool = False
+    is_pissa: bool = False
+    tokens: list = field(default_factory=list)  # of the embedding, trained whole
+    tensors: dict = field(default_factory=dict)
+    beside: dict = field(default_factory=dict)  # tensors of its base that came along
+
+    def description(self):
+        """All but the tensors, as json can write it."""
+        return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora, 'is_pissa': self.is_pissa, 'tokens': self.tokens}
+
+
+def described(description, tensors):
+    """The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank then, beside the weights as they were."""
+    out = Saved(**description | {'places': [Place(tuple(names), rank, scale) for names, rank, scale in description['places']]}, tensors=dict(tensors))
+    for n, (names, rank, scale) in enumerate(out.places if out.is_pissa else ()):
+        for name in names:
+            begun = {factor: out.tensors.pop(f'{name}.lora.{factor}0', None) for factor in 'AB'}
+            if begun['B'] is not None:
+                out.places[n] = Place(names, 2 * rank, scale)
+                out.tensors[f'{name}.lora.B'] = torch.cat([out.tensors[f'{name}.lora.B'], -begun['B']], dim=-1)
+            if f'{name}.lora.A' in out.tensors and begun['A'] is not None:
+                out.tensors[f'{name}.lora.A'] = torch.cat([out.tensors[f'{name}.lora.A'], begun['A']], dim=-2)
+    out.is_pissa = False
+    return out
+
+
+def take(model, name='default'):
+    """The Saved that an adapter of a network is now."""
+    return described(model.lora.known[name].description(), state(model, name))
+
+
+def attach(model, saved, name='default'):
+    """
+    Hang the adapters of a Saved on the layers of its Places, under a name, with trained rows of the embedding if it has any; not yet its tensors.
+    Every adapter that is there speaks, once.
+    """
     if not hasattr(model, 'lora'):
         model.lora, model.head_input = Active(), partial(head_input, model)
-    for names, rank, scale in found:
+    dropout, is_dora, is_pissa, tokens = saved.dropout, saved.is_dora, saved.is_pissa, saved.tokens
+    for names, rank, scale in saved.places:
         first = None
         for layer_name in names:
             layer = model.get_submodule(layer_name)
             if is_dora and isinstance(layer, Experts):
                 raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: leave them out of lora_targets')
             rows = model.cfg.vocab_size if layer_name in OF_TOKENS else None
-            adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).to(layer.weight.device).train(model.training)
+            adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).train(model.training)
+            adapter = adapter if layer.weight.is_meta else adapter.to(layer.weight.device)
             first = first or adapter
             adapter.A = first.A
             if not hasattr(layer, 'lora'):
                 layer.lora = nn.ModuleDict()
                 layer.register_forward_hook(model.lora.hook)
             layer.lora[name] = adapter
-    model.lora.shares[name] = 1.0
+    model.lora.shares[name], model.lora.known[name] = 1.0, saved
     if tokens:
         model.wte.tokens = Tokens(model.wte, tokens)
         for table in filter(None, (model.wte, model.wte_encoder)):
@@ -300,16 +345,22 @@ def begin(model, s, is_new=True):
     wrong = [n for n in s.lora_tokens if not 0 <= n < model.cfg.vocab_size]
     if wrong:
         raise UserError(f'lora_tokens: {wrong[0]}: takes tokens from 0 to {model.cfg.vocab_size - 1}')
-    found = places(model, s)
-    attach(model, found, 'default', s.lora_dropout, s.lora_dora, s.lora_pissa, s.lora_tokens)
+    attach(model, saved := Saved(places(model, s), s.lora_dropout, s.lora_dora, s.lora_pissa, s.lora_tokens))
     if s.lora_pissa and is_new:
-        begin_pissa(model, found)
+        begin_pissa(model, saved.places)
     freeze(model, s)
+
+
+def move(model, layer, other):
+    """Hang what hangs on a layer on another that takes its place; after merge() that is nothing any more."""
+    if hasattr(layer, 'lora') and model.lora.shares:
+        other.lora = layer.lora
+        other.register_forward_hook(model.lora.hook)
 
 
 def adapted(model):
     """[(name, layer)] of the layers that have adapters."""
-    return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, 'lora') and layer is not model]
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(getattr(layer, 'lora', None), nn.ModuleDict)]
 
 
 def head_input(model, h):
@@ -387,32 +438,28 @@ def load_state(model, tensors, where, name='default'):
             layer.lora[name].begin_with(layer.lora[name].A0, layer.lora[name].B0, layer)
 
 
-@dataclass
-class Saved:
-    """An adapter as it was saved: its Places, the tensors that load_state() takes, and how it is to be attached."""
-    places: list
-    tensors: dict
-    dropout: float = 0.0
-    is_dora: bool = False
-    tokens: list = field(default_factory=list)
-    beside: dict = field(default_factory=dict)  # tensors of its base that came along
-
-
-def saved(cfg, s, tensors):
-    """The Saved of a run of ours with the LoraConfig s; PiSSA's as a plain one of twice the rank, beside the weights as they were."""
-    model = blank(cfg)
-    found, tensors = places(model, s), dict(tensors)
-    if s.lora_pissa:
-        for n, (names, rank, scale) in enumerate(found):
-            firsts = [name for name in names if f'{name}.lora.A0' in tensors]
-            for name in names:
-                for factor, side in (('A', -2), ('B', -1)):
-                    begun = tensors.pop(f'{name}.lora.{factor}0', None)
-                    if begun is not None and f'{name}.lora.{factor}' in tensors:
-                        tensors[f'{name}.lora.{factor}'] = torch.cat([tensors[f'{name}.lora.{factor}'], begun if side == -2 else -begun], dim=side)
-            if firsts:
-                found[n] = Place(names, 2 * rank, scale)
-    return Saved(found, tensors, s.lora_dropout, s.lora_dora, s.lora_tokens)
+def combine(adapters, shares):
+    """One Saved that says what several say, each so many times: their factors side by side, exact, its rank the sum of theirs. Raises UserError."""
+    for each in adapters:
+        if each.is_dora or each.tokens or any('.lora.' not in tensor for tensor in each.tensors):
+            raise UserError('adapter: those of DoRA, and weights trained whole beside one, do not add up: merge one, then train the next beside that')
+    groups = {}  # {layer: layers that share its A}, alone where adapters differ
+    for names in (place.names for each in adapters for place in each.places):
+        for name in names:
+            groups[name] = names if groups.get(name, names) == names else (name,)
+    groups = {name: names if all(groups[other] == names for other in names) else (name,) for name, names in groups.items()}
+    out = Saved([])
+    for names in dict.fromkeys(groups.values()):
+        As, Bs = [], {name: [] for name in names}
+        for each, share in zip(adapters, shares):
+            place = next((place for place in each.places if names[0] in place.names), None)
+            if place is not None:
+                As.append(each.tensors[f'{place.names[0]}.lora.A'])
+                for name in names:
+                    Bs[name].append(share * place.scale * each.tensors[f'{name}.lora.B'])
+        out.places.append(Place(names, sum(A.size(-2) for A in As), 1.0))
+        out.tensors |= {f'{names[0]}.lora.A': torch.cat(As, dim=-2)} | {f'{name}.lora.B': torch.cat(B, dim=-1) for name, B in Bs.items()}
+    return out
 
 
 def blank(cfg):
@@ -444,7 +491,7 @@ def add(model, saved, where, name):
             raise UserError(f'{where}: {tensor}: the one that came along is not that of this network: it is an adapter for another base')
     model.requires_grad_(False)
     share_table(model)
-    attach(model, saved.places, name, saved.dropout, saved.is_dora, tokens=saved.tokens)
+    attach(model, saved, name)
     load_state(model, saved.tensors, where, name)
 
 

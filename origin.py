@@ -32,10 +32,11 @@ def model_config(s):
     return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
-def read_model(where, which='best', encoder=False):
+def read_model(where, which='best', encoder=False, untie=False):
     """
     (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; an adapter is merged into
-    its base. encoder: whether the caller can do with an encoder-decoder; else UserError, as for an adapter that cannot be merged.
+    its base, which untie=True gives a head of its own. encoder: whether the caller can do with an encoder-decoder; else UserError, as for an adapter that
+    cannot be merged.
     """
     if hub.knows(where):
         cfg, weights, folder = *hub.load(where), hub.find(where)
@@ -45,6 +46,8 @@ def read_model(where, which='best', encoder=False):
         cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
         if 'base' in state:
             model = read_adapted(state, folder)
+            if untie:
+                lora.untie(model)
             if lora.obstacle(model):
                 raise UserError(f'{where}: {lora.obstacle(model)}')
             lora.merge(model)
@@ -85,9 +88,8 @@ def read_adapted(state, folder):
     """The network of a checkpoint that holds an adapter, beside its base, in eval mode."""
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
     model = fill(cfg, read_base(state['base'], cfg, folder), state['base']['from'])
-    lora.begin(model, lora_config(state, folder), is_new=False)
-    lora.load_state(model, checkpoint.read_weights(folder), folder)
-    return model.eval()
+    lora.add(model, lora.described(state['lora'], checkpoint.read_weights(folder)), folder, 'default')
+    return model
 
 
 def add_adapters(model, given, base):
@@ -99,8 +101,8 @@ def add_adapters(model, given, base):
     for entry in given:
         name, _, where = entry.rpartition('=')
         name = name or os.path.basename(os.path.normpath(where))
-        if not re.fullmatch(r'\w[\w-]*', name) or name in named:
-            raise UserError(f'adapter={entry}: {name!r} is no name, or there twice: give one of letters and digits, name=DIR')
+        if not re.fullmatch(r'\w[\w-]*', name) or name in named or hasattr(torch.nn.ModuleDict, name):
+            raise UserError(f'adapter={entry}: {name!r} is no name for one, or there twice: give another of letters and digits, name=DIR')
         named[name] = where
     loaded = {name: read_saved(where, model.cfg, weights, base) for name, where in named.items()}
     for name, saved in loaded.items():
@@ -117,13 +119,7 @@ def read_saved(where, cfg, weights, base):
     if 'base' not in state:
         raise UserError(f'adapter={where}: holds a whole network, no adapter: give it as --out_dir or --init_from')
     lora.check_base(weights, state['base']['weights'], base, where)
-    return lora.saved(cfg, lora_config(state, folder), checkpoint.read_weights(folder))
-
-
-def lora_config(state, folder):
-    """The LoraConfig of a checkpoint's state."""
-    names = {f.name for f in dataclasses.fields(lora.LoraConfig)}
-    return from_dict(lora.LoraConfig, {k: v for k, v in state['settings'].items() if k in names}, folder)
+    return lora.described(state['lora'], checkpoint.read_weights(folder))
 
 
 def fill(cfg, weights, where):

@@ -1,8 +1,8 @@
 """
 Adapters as PEFT keeps them, in and out: a folder with adapter_config.json and adapter_model.safetensors.
 
-    write('FOLDER', model, family='gpt2')         # the adapters of a network (lora.py)
-    saved = read('FOLDER', cfg)                   # what lora.add() wants of such a folder, for a network of this ModelConfig
+    write('FOLDER', cfg, saved, family='gpt2')    # a lora.Saved, for a network of this ModelConfig
+    saved = read('FOLDER', cfg)                   # and out of such a folder, for lora.add()
 
 PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an adapter that says nothing. Here every
 tensor must have its place, and every place its tensor.
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import lora
 from configurator import UserError
-from families import FAMILIES, HEAD, read_json
+from families import FAMILIES, HEAD, obstacles, read_json
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
@@ -52,89 +52,103 @@ def is_target(module, wanted):
 # -----------------------------------------------------------------------------
 # Out
 
-def factors(layer, name):
-    """(A, B, length or None) of a layer's adapter, as float32; of PiSSA's beside the weight as it was: of twice the rank."""
-    adapter = layer.lora[name]
-    A, B = adapter.A.detach().float(), adapter.B.detach().float()
-    if adapter.A0 is not None and adapter.A0.any():
-        A, B = torch.cat([A, adapter.A0]), torch.cat([B, -adapter.B0], dim=1)
-    return A, B, None if adapter.length is None else adapter.length.detach().float()
-
-
 def fuse(layers, name):
-    """(A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an adapter."""
-    with_adapter = [layer for layer in layers if name in getattr(layer, 'lora', ())]
-    scale = with_adapter[0].lora[name].scale
-    parts = {layer: factors(layer, name) for layer in with_adapter}
-    shared = len({id(layer.lora[name].A) for layer in with_adapter}) == 1
-    As = [A for A, *_ in parts.values()][:1 if shared else None]
-    rows, begin = [], 0
+    """(A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an adapter, in float32."""
+    with_adapter = {layer: layer.lora[name] for layer in layers if name in getattr(layer, 'lora', ())}
+    adapters = list(with_adapter.values())
+    is_one, scale = len({id(adapter.A) for adapter in adapters}) == 1, adapters[0].scale
+    As = [adapter.A for adapter in adapters][:1 if is_one else None]
+    rows, lengths, begin = [], [], 0
     for layer in layers:
-        B = torch.zeros(layer.weight.size(-2), sum(map(len, As)))
-        if layer in parts:
-            rank = len(parts[layer][0])
-            B[:, begin:begin + rank] = parts[layer][1] * (layer.lora[name].scale / scale)
-            begin += 0 if shared else rank
-        rows.append(B)
-    lengths = None
-    if any(length is not None for *_, length in parts.values()):
-        lengths = torch.cat([parts[layer][2] if layer in parts else layer.weight.detach().float().norm(dim=1) for layer in layers])
-    return torch.cat(As), torch.cat(rows), lengths, scale
+        adapter = with_adapter.get(layer)
+        if adapter is None:
+            rows.append(torch.zeros(layer.weight.size(-2), sum(map(len, As))))
+        elif is_one:
+            rows.append(adapter.B)
+        else:  # a block of columns for each
+            rows.append(torch.nn.functional.pad(adapter.B * (adapter.scale / scale), (begin, sum(map(len, As)) - begin - len(adapter.A))))
+            begin += len(adapter.A)
+        if adapters[0].length is not None:
+            if adapter is None:
+                raise UserError('lora_dora=True: q, k and v are one matrix there: give adapters to all of them, or to none')
+            lengths.append(adapter.length)
+    return torch.cat(As), torch.cat(rows), torch.cat(lengths) if lengths else None, scale
 
 
-def write(folder, model, family, s, base='', name='default'):
+@torch.no_grad()
+def write(folder, cfg, saved, family, base=''):
     """
-    Write the adapter of a network as PEFT reads it beside that network of transformers' `family`; s: its LoraConfig. A new folder, whole or not at all.
-    Raises UserError for what has no place in PEFT.
+    Write a lora.Saved, for a network of this ModelConfig, as PEFT reads it beside that network of transformers' `family`: a new folder, whole or not at
+    all. Raises UserError for what has no place in PEFT.
     """
-    tensors, scales, ranks, known = {}, {}, {}, modules(family, model.cfg)
-    named = dict(model.named_modules())
+    model, name = lora.blank(cfg), 'default'
+    for tensor, t in saved.tensors.items():  # trained whole
+        layer, _, kind = tensor.rpartition('.')
+        if '.lora.' not in tensor and layer != 'wte.tokens':
+            setattr(model.get_submodule(layer), kind, torch.nn.Parameter(t.clone()))
+    lora.attach(model, saved)
+    for p in model.parameters():
+        p.requires_grad_(not p.is_meta)
+    lora.load_state(model, saved.tensors, folder)
+    tensors, scales, ranks, known, named = {}, {}, {}, modules(family, cfg), dict(model.named_modules())
     places = {ours: theirs for theirs, parts in known.items() for ours in parts}
-    for layer_name, layer in lora.adapted(model):
-        if name in layer.lora and layer_name not in places:
+    for layer_name in (layer_name for layer_name, layer in lora.adapted(model) if name in layer.lora):
+        if layer_name not in places:
             raise UserError(f'{layer_name}: has an adapter, and no place in a network of the family {family}: leave it out of lora_targets')
     for theirs, ours in known.items():
         layers = [named[part] for part in ours if part in named]
         if not any(name in getattr(layer, 'lora', ()) for layer in layers):
             continue
-        A, B, length, scales[theirs] = fuse(layers, name) if len(layers) > 1 else (*factors(layers[0], name), layers[0].lora[name].scale)
-        is_table, ranks[theirs] = layers[0].lora[name].is_table, len(A)
-        tensors |= {f'{theirs}.lora_embedding_A': A, f'{theirs}.lora_embedding_B': B} if is_table else {
-            f'{theirs}.lora_A.weight': A, f'{theirs}.lora_B.weight': B}
-        if length is not None:
-            tensors[f'{theirs}.lora_magnitude_vector'] = length
-    whole = write_whole(model, places, tensors)
-    r, scale = next(iter(ranks.values())), next(iter(scales.values()))
-    power = 0.5 if s.lora_rs else 1.0
+        A, B, length, scales[theirs] = fuse(layers, name)
+        ranks[theirs] = len(A)
+        keys = ('lora_embedding_A', 'lora_embedding_B') if isinstance(layers[0], torch.nn.Embedding) else ('lora_A.weight', 'lora_B.weight')
+        tensors |= {f'{theirs}.{keys[0]}': A, f'{theirs}.{keys[1]}': B} | ({} if length is None else {f'{theirs}.lora_magnitude_vector': length})
+    whole = write_whole(model, known, ranks, tensors)
+    r, alpha = next(iter(ranks.values())), {module: scales[module] * rank for module, rank in ranks.items()}
     endings = sorted({module.rsplit('.', 1)[-1] for module in ranks})
     config = {
-        'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if model.cfg.n_encoder_layer else 'CAUSAL_LM', 'base_model_name_or_path': base,
-        'inference_mode': True, 'r': r, 'lora_alpha': scale * r ** power, 'lora_dropout': s.lora_dropout, 'use_rslora': s.lora_rs, 'use_dora': s.lora_dora,
-        'bias': s.lora_bias, 'fan_in_fan_out': family == 'gpt2', 'init_lora_weights': True, 'modules_to_save': whole or None,
+        'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if cfg.n_encoder_layer else 'CAUSAL_LM', 'base_model_name_or_path': base,
+        'inference_mode': True, 'r': r, 'lora_alpha': alpha[next(iter(ranks))], 'lora_dropout': saved.dropout, 'use_rslora': False,  # alpha says it
+        'use_dora': saved.is_dora, 'bias': 'all' if any(tensor.endswith('.bias') for tensor in tensors) else 'none', 'fan_in_fan_out': family == 'gpt2',
+        'init_lora_weights': True, 'modules_to_save': whole or None,
         'rank_pattern': {module: rank for module, rank in ranks.items() if rank != r},
-        'alpha_pattern': {module: scales[module] * rank ** power for module, rank in ranks.items()
-                          if scales[module] * rank ** power != scale * r ** power},
-        'target_modules': endings if {m for m in known if is_target(m, endings)} == ranks.keys() else sorted(ranks),
-        'trainable_token_indices': model.wte.tokens.index.tolist() if hasattr(model.wte, 'tokens') else None,
+        'alpha_pattern': {module: a for module, a in alpha.items() if a != alpha[next(iter(ranks))]},
+        'target_modules': endings if {module for module in known if is_target(module, endings)} == ranks.keys() else sorted(ranks),
+        'trainable_token_indices': {places['wte'].rsplit('.', 1)[-1]: saved.tokens} if saved.tokens else None,
     }
-    publish(folder, {ROOT + module: t.contiguous() for module, t in tensors.items()}, config)
+    if saved.tokens:
+        tensors[f'{places["wte"]}.token_adapter.trainable_tokens_delta'] = model.wte.tokens.values
+    publish(folder, {ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}, config)
 
 
-def write_whole(model, places, tensors):
+def write_whole(model, known, ranks, tensors):
     """Add what is trained whole to the tensors; returns the endings of the modules that PEFT is to keep whole."""
-    whole = set()
-    for name, p in model.named_parameters():
-        layer, _, kind = name.rpartition('.')
-        if not p.requires_grad or '.lora.' in name:
-            continue
-        if layer == 'wte.tokens':
-            tensors[f'{places["wte"]}.token_adapter.trainable_tokens_delta'] = p.detach().float()
-        elif layer not in places or hasattr(model.get_submodule(layer), 'lora'):
-            raise UserError(f'{name}: is trained whole, which PEFT has no place for here: leave it out of lora_whole and lora_bias')
-        else:
-            tensors[f'{places[layer]}.{kind}'] = p.detach().float()
-            whole.add(places[layer].rsplit('.', 1)[-1])
+    trained, whole = {name: p for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
+    for theirs, ours in known.items():
+        for kind in ('weight', 'bias'):
+            parts = [trained.pop(f'{part}.{kind}', None) for part in ours]
+            if all(part is None for part in parts):
+                continue
+            if any(part is None for part in parts) or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1):
+                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here: leave it out of lora_whole and lora_bias')
+            tensors[f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'] = torch.cat(parts)
+            whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
+    if trained:
+        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT: leave it out of lora_whole and lora_bias')
     return sorted(whole)
+
+
+def family_of(cfg, base):
+    """The family by whose names a network of this ModelConfig goes. Raises UserError if there is none."""
+    config = os.path.join(base.removeprefix('hf:'), 'config.json')
+    if os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES:
+        return kind
+    in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
+    kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
+    if in_the_way[kind]:
+        raise UserError(f'{", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}), so PEFT has no place for the adapter: '
+                        'surgery.py merge, then hub.py export --as=custom')
+    return kind
 
 
 def publish(folder, tensors, config):
@@ -179,7 +193,7 @@ class Reading:
     def __init__(self, path, config, tensors, cfg):
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
         self.left = set(tensors)
-        stems = {re.sub(r'\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*', '', name) for name in tensors}
+        stems = {re.sub(r'\.(lora_|token_adapter\.|base_layer\.|original_module\.|modules_to_save\.|weight$|bias$).*', '', name) for name in tensors}
         fits = {kind: len(stems - modules(kind, cfg).keys()) for kind, family in FAMILIES.items() if family.names(cfg)}
         kind = min(fits, key=fits.get)
         if fits[kind] or not stems:
@@ -210,7 +224,7 @@ class Reading:
 
     def saved(self):
         sizes = lora.sizes(self.cfg)  # {our layer: (n_out, n_in)}
-        out = lora.Saved([], {}, float(self.config.get('lora_dropout') or 0), bool(self.config.get('use_dora')), [])
+        out = lora.Saved([], float(self.config.get('lora_dropout') or 0), bool(self.config.get('use_dora')))
         targets, blocks = self.config.get('target_modules') or [], self.config.get('layers_to_transform')
         blocks = [blocks] if isinstance(blocks, int) else blocks
         for module, ours in self.modules.items():
@@ -254,6 +268,10 @@ class Reading:
             out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta', len(out.tokens), self.cfg.n_embd)
         for name in sorted(self.left):
             module, _, kind = name.rpartition('.')
+            if re.search(r'\.(original_module|modules_to_save)\.', name):  # with bias=all PEFT writes some of them twice
+                self.left.discard(name)
+                continue
+            module = module if kind == 'weight' else module.removesuffix('.base_layer')
             if name.endswith('.base_layer.weight'):  # of an embedding that is adapted, and of its head, PEFT keeps the base too
                 out.beside[self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte') + '.weight'] = self.take(name, None, None)
                 continue

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 
 import checkpoint
 import hub
+import lora
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
 from model import Experts
 from objectives import around
-from origin import fill, read_model
+from origin import add_adapters, load_model
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -43,6 +44,8 @@ class Settings(DeviceConfig):
     out_dir: str = 'out'  # a training run, or one of its checkpoints
     init_from: str = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
+    adapter: list[str] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
+    # name=DIR each, write num_samples each, together in one batch
     start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
@@ -64,6 +67,8 @@ class Settings(DeviceConfig):
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if self.num_beams and len(self.adapter) > 1:
+            raise ValueError(f'num_beams={self.num_beams}: searches with one adapter: give one')
         if self.num_beams and (self.stop or self.repetition_penalty != 1):
             raise ValueError(f'num_beams={self.num_beams}: a beam search knows neither stop nor repetition_penalty: leave them out')
         for name, low, high in (('length_penalty', -10, 10), ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('top_p', 1e-9, 1), ('min_p', 0, 1),
@@ -303,7 +308,8 @@ class Row:
 
 def load(where, which='best', encoder=False):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; encoder as read_model()."""
-    cfg, weights, folder = read_model(where, which, encoder)
+    model, folder = load_model(where, which, encoder)
+    cfg = model.cfg
     description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
     if not hub.knows(where):
@@ -314,7 +320,7 @@ def load(where, which='best', encoder=False):
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     if hub.knows(where):
         tokenizer.begin = (hub.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
-    return fill(cfg, weights, folder), tokenizer
+    return model, tokenizer
 
 
 def read_text(path):
@@ -396,7 +402,9 @@ def pack(model, dtype='bfloat16', int8=False):
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose
-                setattr(module, name, Packed(child.weight, child.bias, getattr(torch, dtype), int8))
+                packed = Packed(child.weight, child.bias, getattr(torch, dtype), int8)
+                lora.move(model, child, packed)
+                setattr(module, name, packed)
         if isinstance(module, Experts):
             module.weight.data = module.weight.to(getattr(torch, dtype))
     return model
@@ -405,10 +413,13 @@ def pack(model, dtype='bfloat16', int8=False):
 # -----------------------------------------------------------------------------
 # On the terminal
 
-def print_samples(model, tokenizer, text, s, generator, compile):
-    """Draw s.num_samples continuations of `text` as one batch: the first appears as it is written, the others after it."""
+def print_samples(model, tokenizer, text, s, generator, compile, names=('',)):
+    """
+    Draw s.num_samples continuations of `text`, of several adapters (names) so many each, as one batch: the first appears as it is written, the others
+    after it.
+    """
     prompt, source = encode_prompt(text, tokenizer, model.cfg)
-    texts = ['' if source or tokenizer.around[1] else text] * s.num_samples
+    texts = [f'{name}: ' * bool(name) + ('' if source or tokenizer.around[1] else text) for name in names for _ in range(s.num_samples)]
     print(texts[0], end='', flush=True)
     if s.num_beams:
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
@@ -417,8 +428,8 @@ def print_samples(model, tokenizer, text, s, generator, compile):
         print(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids) + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
-    for row, piece in stream(model, tokenizer, [prompt] * s.num_samples, s.stop, generator=generator, compile=compile,
-                             sources=[source] * s.num_samples if source else None, **options):
+    for row, piece in stream(model, tokenizer, [prompt] * len(texts), s.stop, generator=generator, compile=compile,
+                             sources=[source] * len(texts) if source else None, **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -430,13 +441,21 @@ def print_samples(model, tokenizer, text, s, generator, compile):
 def main():
     s = configure(Settings)
     device = pick_device(s.device)
-    model, tokenizer = load(s.out_dir if s.init_from == 'resume' else s.init_from, s.which, encoder=True)
+    where = s.out_dir if s.init_from == 'resume' else s.init_from
+    model, tokenizer = load(where, s.which, encoder=True)
+    names = add_adapters(model, s.adapter, where)
+    if len(names) == 1 and not lora.obstacle(model):
+        lora.merge(model)
     pack(model.to(device), pick_dtype(s.dtype, device), s.int8)
-    compile = s.use_cache and (s.max_new_tokens >= COMPILE_FROM if s.compile == 'auto' else s.compile) and pick_compile(True, device)
+    names = names if len(names) > 1 else ['']
+    if names != ['']:
+        lora.select(model, [name for name in names for _ in range(s.num_samples)])
+    is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
+    compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)
     if not s.interactive:
         try:
-            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile)
+            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile, names)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -445,7 +464,7 @@ def main():
     print('a prompt a line; Ctrl-D ends', flush=True)
     for line in sys.stdin:
         try:
-            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile)
+            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, names)
         except UserError as error:  # a prompt that does not fit: say so, ask for the next one
             print(error, flush=True)
 

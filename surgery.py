@@ -8,6 +8,8 @@ A new network out of a trained one.
     python surgery.py factorize --from=out/dense --out_dir=out/low --rank_qk=48 --rank_vo=64    # low rank: the same in all layers
     python surgery.py factorize --from=hf:FOLDER --out_dir=out/low --energy=0.95                # or each matrix its own
     python surgery.py upcycle --from=out/dense --out_dir=out/moe --n_expert=8                   # a mixture of experts, the same function
+    python surgery.py merge --from=out/lora --out_dir=out/merged                                # an adapter and its base, one network
+    python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both        # several adapters, one
     python train.py --init_from=out/small --out_dir=out/small_tuned                             # and on with it
 
 What it writes is a checkpoint at step 0, with settings and a log as a run has them. Its loss and its size are printed beside the old ones.
@@ -28,6 +30,7 @@ import torch.nn as nn
 
 import checkpoint
 import hub
+import lora
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture
@@ -35,7 +38,7 @@ from growth import average, grow, grown_layers, layer_names, parse_layers, take_
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_objective
-from origin import fill, read_model, validation_sources
+from origin import add_adapters, fill, read_model, read_saved, validation_sources
 from ranks import Ranks
 
 
@@ -129,6 +132,27 @@ class UpcycleSettings(Settings):
         """Raise ValueError for values that cannot work."""
         if self.n_expert < 2:
             raise ValueError(f'n_expert={self.n_expert}: takes 2 or more')
+
+
+@dataclass
+class MergeSettings(Settings):
+    adapter: list[str] = field(default_factory=list)  # what to add to --from, runs of train.py --lora_rank or folders of PEFT's; none = --from is such a run
+    shares: list[float] = field(default_factory=list)  # how many times each is to count; none = once
+    untie: bool = False  # give the head a matrix of its own, where the embedding that is adapted is the head too
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.shares and len(self.shares) != len(self.adapter):
+            raise ValueError(f'shares={self.shares}: takes one for each adapter, {len(self.adapter)}')
+
+
+@dataclass
+class CombineSettings(MergeSettings):
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        super().check()
+        if len(self.adapter) < 2 or self.untie:
+            raise ValueError(f'adapter: {len(self.adapter)} given: takes two or more, --adapter=DIR for each, and no untie')
 
 
 # -----------------------------------------------------------------------------
@@ -234,14 +258,14 @@ class Old:
     tokenizer: tuple  # (description, folder of its files)
 
 
-def read(s, where, encoder=False):
+def read(s, where, encoder=False, untie=False):
     """
-    The Old network of `where`, with encoder=True an encoder-decoder too. Raises UserError for what has no layers, is in the middle of a guided
-    start, or is not of the data's tokenizer.
+    The Old network of `where`, with encoder=True an encoder-decoder too; untie as origin.read_model() has it. Raises UserError for what has no layers,
+    is in the middle of a guided start, or is not of the data's tokenizer.
     """
     if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
         raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
-    cfg, weights, folder = read_model(where, encoder)
+    cfg, weights, folder = read_model(where, encoder=encoder, untie=untie)
     if cfg.arch == 'markov':
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
     if cfg.rank_guide:
@@ -294,7 +318,8 @@ def write(s, command, old, cfg, weights, names=None):
         print(f'{what:24}{size(old.model):14,} → {size(new):14,}  {size(new) / size(old.model) - 1:+.1%}')
     for name in after:
         print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
-    settings = old.settings | dataclasses.asdict(cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
+    plain = dataclasses.asdict(lora.LoraConfig())  # whatever there was is merged
+    settings = old.settings | plain | dataclasses.asdict(cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data:  # so that compare.py knows what the loss is of
         settings |= validation(cfg, old.data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
     checkpoint.prepare_out_dir(s.out_dir, 0, settings)
@@ -383,10 +408,38 @@ def run_upcycle(s):
     write(s, 'upcycle', old, *upcycle(old.model.cfg, old.model.state_dict(), s.n_expert, s.n_expert_active, s.expert_shared, s.expert_bias))
 
 
+def run_merge(s):
+    old = read(s, s.from_, encoder=True, untie=s.untie)
+    if not s.adapter and 'base' not in old.state:
+        raise UserError(f'from={s.from_}: holds a whole network: give what to add to it, --adapter=DIR')
+    model = fill(dataclasses.replace(old.model.cfg), old.model.state_dict(), s.from_)
+    if s.adapter:
+        names = add_adapters(model, s.adapter, s.from_)
+        model.lora.shares = dict(zip(names, s.shares or [1.0] * len(names)))
+        if s.untie:
+            lora.untie(model)
+        lora.merge(model)
+    write(s, 'merge', old, model.cfg, lora.base_state(model))
+
+
+def run_combine(s):
+    old = read(s, s.from_, encoder=True)
+    model = old.model
+    found = [read_saved(where.rpartition('=')[2], model.cfg, model.state_dict(), s.from_) for where in s.adapter]
+    both = lora.combine(found, s.shares or [1.0] * len(found))
+    checkpoint.prepare_out_dir(s.out_dir, 0, {})
+    description, folder = old.tokenizer
+    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': description, 'torch': torch.__version__, 'surgery': 'combine',
+             'base': {'from': s.from_, 'weights': lora.fingerprint(model.state_dict())}, 'lora': both.description()}
+    checkpoint.save(s.out_dir, 0, both.tensors, {}, state, [os.path.join(folder, name) for name in description.get('files', ())])
+    print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
+
+
 def main():
     command, s = configure_command({'inherit': (run_inherit, InheritSettings), 'grow': (run_grow, GrowSettings), 'widen': (run_widen, WidenSettings),
                                     'average': (run_average, AverageSettings), 'factorize': (run_factorize, FactorizeSettings),
-                                    'upcycle': (run_upcycle, UpcycleSettings)})
+                                    'upcycle': (run_upcycle, UpcycleSettings), 'merge': (run_merge, MergeSettings),
+                                    'combine': (run_combine, CombineSettings)})
     command(s)
 
 

@@ -208,7 +208,8 @@ def save(s, step, run, ranks):
         source = run.data.sources[0].files
         state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
                  'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
-        state |= run.base
+        if s.lora_rank:
+            state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         weights = lora.state(run.model) if s.lora_rank else run.model.state_dict()
         checkpoint.save(s.out_dir, step, weights, run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
@@ -271,7 +272,7 @@ class Run:
     borrowed: bool  # whether it begins with the weights of another
     teacher: torch.nn.Module | None
     reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
-    base: dict  # {'base': what an adapter is trained beside}, for its checkpoints
+    base: dict | None  # what an adapter is trained beside: where it is, and its fingerprint
 
 
 def set_up(s, device, ranks):
@@ -313,7 +314,7 @@ def set_up(s, device, ranks):
     flops = begun.get('flops', step * flops_per_step)
     return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, teacher, find_reference(s, model.cfg) if s.grow_from else None,
-               {'base': origin['base']} if s.lora_rank else {})
+               origin.get('base'))
 
 
 def expert_loads(run, ranks):

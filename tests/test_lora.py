@@ -1,21 +1,16 @@
 """
 Adapters: they change nothing at first, what they say is what PEFT's say, merged they are the same function, and a run that trains them holds them alone.
 """
-import json
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-import hub
 import lora
-import peft_files
 from configurator import UserError, configure
 from lora import LoraConfig
 from model import ModelConfig, make_model
-from origin import add_adapters, fill, load_model, read_model
 from sample import generate
 
 VOCAB = 96

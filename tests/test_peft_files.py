@@ -2,20 +2,26 @@
 PEFT's folders: what PEFT trains speaks here with the same logits, what is trained here speaks in PEFT, and a folder that is not exactly an adapter for
 the network is one clear line. The networks are tiny and random.
 """
-import json
 import warnings
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, GPTBigCodeForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hub
 import lora
 import peft_files
-from configurator import UserError
 from lora import LoraConfig
 from origin import add_adapters, fill
 
@@ -79,6 +85,7 @@ TABLE = {'gpt2': ['wte', 'wpe'], 'gpt_bigcode': ['wte', 'wpe'], 'llama': ['embed
 VARIANTS = {
     'plain': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True},
     'patterns': {'rank_pattern': {'c_fc': 2, 'q_proj': 2, 'decoder.*.q': 2}, 'alpha_pattern': {r'.*0\..*': 3}}, 'tables': {},
+    'biases': {'bias': 'lora_only'}, 'all biases': {'bias': 'all'},
     'tokens': {'trainable_token_indices': [5, 9]},
 }
 
@@ -94,7 +101,7 @@ def adapted_by_peft(folders, kind, variant):
         options = {'trainable_token_indices': {'shared': [5, 9]}}
     model = peft.get_peft_model(theirs(folders[kind], kind), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type=task,
                                                                               fan_in_fan_out=kind == 'gpt2', **options)).eval()
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     return model
@@ -118,13 +125,14 @@ SETTINGS = {
     'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True}, 'tokens': {'lora_tokens': [5, 9]}, 'pissa': {'lora_pissa': True},
     'patterns': {'lora_ranks': {'mlp': 2, r'blocks.1.attn': 3}, 'lora_alphas': {r'\.0\.': 3}}, 'tables': {'lora_targets': 'attn,mlp,embed'},
     'some': {'lora_targets': 'q,v', 'lora_layers': '1:'}, 'fused': {'lora_targets': 'c_attn,c_proj'}, 'norms': {'lora_whole': 'norm'},
+    'biases': {'lora_bias': 'lora_only'}, 'all biases': {'lora_bias': 'all'},
 }
 
 
 @pytest.mark.parametrize('variant', SETTINGS)
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
-    if kind in ('llama', 't5') and variant == 'fused' or kind == 't5' and variant == 'tokens':
+    if kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant) or kind == 't5' and variant == 'tokens':
         pytest.skip('they have no such thing')
     mine, s = ours(folders[kind]), LoraConfig(**{'lora_rank': 4, 'lora_alpha': 6.0} | SETTINGS[variant])
     other = theirs(folders[kind], kind)
@@ -134,7 +142,7 @@ def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     for p in mine.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
-    peft_files.write(str(tmp_path / 'adapter'), mine, kind, s)
+    peft_files.write(str(tmp_path / 'adapter'), mine.cfg, lora.take(mine), kind)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*(issing|nexpected|ismatch).*')  # PEFT only warns of it
         model = peft.PeftModel.from_pretrained(other, tmp_path / 'adapter').eval()
