@@ -172,6 +172,8 @@ def convert(value, field, where):
             return value
         elif typing.get_origin(kind) is list:
             items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
+            if inner is float and all(type(item) in (int, float) for item in items):
+                return [float(item) for item in items]
             if all(isinstance(item, inner) for item in items):
                 return list(items)
     raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')

@@ -591,11 +591,12 @@ def select(model, names):
 
 
 def row_change(A, B, x):
-    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in), tokens (B, T), or positions."""
+    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or (B, n_in), tokens (B, T), or positions."""
     if isinstance(x, slice) or x.ndim == 1:
         z = A[:, :, x].mT  # (B, T, R)
     elif x.is_floating_point():
-        z = x @ A.mT
+        z = x.view(len(x), -1, x.size(-1)) @ A.mT
     else:
         z = A.gather(2, x[:, None].expand(-1, A.size(1), -1)).mT
-    return z @ B.mT
+    y = z @ B.mT  # (B, T, n_out)
+    return y[:, 0] if not isinstance(x, slice) and x.is_floating_point() and x.ndim == 2 else y

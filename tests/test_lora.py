@@ -2,16 +2,24 @@
 Adapters: they change nothing at first, what they say is what PEFT's say, merged they are the same function, and a run that trains them holds them alone.
 """
 
+import os
+import re
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, one_line, read_log, run, train, write_dataset
+from safetensors.torch import load_file
 
+import checkpoint
 import lora
 from configurator import UserError, configure
 from lora import LoraConfig
 from model import ModelConfig, make_model
+from origin import load_model, read_model
 from sample import generate
+from train import Settings
 
 VOCAB = 96
 
@@ -144,7 +152,7 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
 
 
 def test_starcoder_as_the_blog_adapts_it():
-    s = configure(pytest.importorskip('train').Settings, [f'{ROOT}/config/lora_starcoder.py'])
+    s = configure(Settings, [f'{ROOT}/config/lora_starcoder.py'])
     model = lora.blank(ModelConfig(**{name: getattr(s, name) for name in ModelConfig.__dataclass_fields__}))
     base = model.num_params()
     with torch.device('meta'):
@@ -185,3 +193,169 @@ def test_merging_what_cannot_be_merged_is_refused():
     model = adapted(network(n_encoder_layer=1, position='relative'), lora_targets='embed')
     with pytest.raises(UserError, match='encoder and decoder have adapters of their own'):
         lora.merge(model)
+
+
+# --- several ---
+
+def three(model, **settings):
+    """Saved adapters of three kinds, for the same network."""
+    kinds = {'a': {}, 'b': {'lora_targets': 'c_attn', 'lora_rank': 2}, 'c': {'lora_targets': 'embed,head,down', 'lora_rank': 3, 'lora_alpha': 5.0}}
+    return {name: lora.take(adapted(network(**model), **(kind | settings))) for name, kind in kinds.items()}
+
+
+LEARNED = {'position': 'learned', 'tie': False}
+
+
+def test_every_row_of_a_batch_has_its_own():
+    saved, model = three(LEARNED), network(**LEARNED)
+    for name, each in saved.items():
+        lora.add(model, each, name, name)
+    names = ['b', '', 'c', 'a', 'b']
+    lora.select(model, names)
+    x = ids(len(names))
+    with torch.no_grad():
+        together = model(x)
+        for n, name in enumerate(names):
+            alone = network(**LEARNED)
+            if name:
+                lora.add(alone, saved[name], name, name)
+            assert torch.allclose(together[n], alone(x[n:n + 1])[0], atol=1e-5)
+    texts = torch.stack(list(generate(model, x[:, :5].tolist(), 12, temperature=0)))  # with a cache
+    uncached = torch.stack(list(generate(model, x[:, :5].tolist(), 12, temperature=0, use_cache=False)))
+    assert torch.equal(texts, uncached)
+    lora.select(model, [])
+    assert not torch.allclose(model(x)[1], together[1], atol=1e-3)  # all of them speak again
+
+
+def test_adapters_are_switched_silenced_weighed_and_added_up():
+    saved, model = three(LEARNED), network(**LEARNED)
+    base = logits(model)
+    for name, each in saved.items():
+        lora.add(model, each, name, name)
+    model.lora.shares = {}
+    assert torch.equal(logits(model), base)
+    model.lora.shares = {'a': 0.5, 'c': -2.0}
+    weighed = logits(model)
+    one = network(**LEARNED)
+    lora.add(one, lora.combine([saved['a'], saved['c']], [0.5, -2.0]), 'both', 'both')
+    assert torch.allclose(logits(one), weighed, atol=2e-5) and not torch.allclose(weighed, base, atol=0.1)
+    two = network(**LEARNED)
+    both = lora.combine([saved['a'], saved['b']], [1.0, 1.0])  # of which one shares an A where the other does not
+    lora.add(two, both, 'both', 'both')
+    model.lora.shares = {'a': 1.0, 'b': 1.0}
+    assert torch.allclose(logits(two), logits(model), atol=2e-5)
+    with pytest.raises(UserError, match='DoRA'):
+        lora.combine([lora.take(adapted(network(), lora_dora=True)), saved['a']], [1, 1])
+
+
+# --- runs ---
+
+LORA = ['--lora_rank=4', '--lora_targets=attn,mlp,embed', '--learning_rate=3e-3', '--lora_dropout=0.1']
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    """A data set of bytes, so that sample.py can write."""
+    folder = tmp_path_factory.mktemp('data') / 'counting'
+    write_dataset(folder, vocab_size=257)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory, dataset):
+    """out_dir of a short run, to hang adapters on."""
+    out = tmp_path_factory.mktemp('lora') / 'base'
+    train(out, dataset=dataset)
+    return str(out)
+
+
+def weights(out_dir):
+    return load_file(os.path.join(checkpoint.find(str(out_dir)), 'model.safetensors'))
+
+
+@pytest.mark.parametrize('more', [[], ['--lora_pissa=True'], ['--lora_dora=True', '--lora_whole=norm', '--lora_tokens=[3]'],
+                                  ['--lora_targets=c_attn', '--lora_plus=8']])
+def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base, dataset, more):
+    once = train(tmp_path / 'once', f'--init_from={base}', *LORA, *more, dataset=dataset)
+    train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, '--max_iters=4', '--lr_decay_iters=10', dataset=dataset)
+    train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, dataset=dataset)
+    a, b = weights(tmp_path / 'once'), weights(tmp_path / 'twice')
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert read_log(tmp_path / 'once')[-1]['val_loss'] < read_log(tmp_path / 'once')[0]['val_loss'] - 0.01
+    assert 'parameters are trained' in once.stdout
+
+
+def test_checkpoints_and_the_optimizer_hold_the_adapter_alone(tmp_path, base, dataset):
+    train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
+    folder = checkpoint.find(str(tmp_path / 'run'))
+    held, moments = weights(tmp_path / 'run'), checkpoint.read_moments(folder)
+    assert all('.lora.' in name for name in held) and {name.replace('.lora.default.', '.lora.') for name in moments} == held.keys()
+    assert os.path.getsize(f'{folder}/model.safetensors') < os.path.getsize(f'{checkpoint.find(base)}/model.safetensors')
+
+
+def test_two_ranks_train_what_one_does(tmp_path, base, dataset):
+    for nproc in (1, 2):
+        train(tmp_path / str(nproc), f'--init_from={base}', '--lora_rank=4', '--lora_targets=c_attn,mlp', '--learning_rate=3e-2', dataset=dataset, nproc=nproc)
+    one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
+
+
+def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset):
+    train(tmp_path / 'run', f'--init_from={base}', '--lora_rank=4', '--learning_rate=3e-2', dataset=dataset)
+    said = read_log(tmp_path / 'run')[-1]['val_loss']
+    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
+    assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
+    done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/merged')
+    assert done.returncode == 0, done.stderr
+    (_, merged, _), (_, before, _) = read_model(str(tmp_path / 'merged')), read_model(base)
+    assert merged.keys() == before.keys() and not torch.equal(merged['blocks.0.attn.q.weight'], before['blocks.0.attn.q.weight'])
+    texts = {run('sample.py', *args, '--dtype=float32', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--start=ab').stdout for args in (
+        [f'--out_dir={tmp_path}/run'], [f'--out_dir={tmp_path}/merged'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'])}
+    assert len(texts) == 1
+    done = run('sample.py', f'--out_dir={base}', f'--adapter={tmp_path}/run', f'--adapter=again={tmp_path}/run', '--dtype=float32', '--temperature=0',
+               '--num_samples=1', '--max_new_tokens=20', '--start=ab')
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split('\n---------------\n')[:2]
+    assert first.removeprefix('run: ') == second.removeprefix('again: ') == texts.pop().split('\n---------------\n')[0]
+
+
+def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, dataset):
+    shutil.copytree(base, tmp_path / 'base')
+    train(tmp_path / 'run', f'--init_from={tmp_path}/base', *LORA, dataset=dataset)
+    shutil.rmtree(tmp_path / 'base')
+    train(tmp_path / 'base', '--seed=2', dataset=dataset)
+    for args in (['evaluate.py', 'loss', f'--out_dir={tmp_path}/run'], ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
+        assert 'is an adapter for another base' in (line := one_line(run(*args))) and 'blocks.0.attn.k.weight differs' in line
+    shutil.rmtree(tmp_path / 'base')
+    assert f'{tmp_path}/base: no such directory' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--lora_rank=4'], 'lora_rank=4: adapters are trained beside weights that are there: give --init_from=DIR'),
+    (['--init_from=BASE', '--lora_targets=attn'], 'lora_targets=attn: belongs to adapters: set lora_rank too'),
+    (['--init_from=BASE', '--lora_rank=4', '--lora_targets=atn'], "lora_targets: 'atn' matches nothing"),
+    (['--init_from=BASE', '--lora_rank=64'], 'lora_rank=64: is more than'),
+    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: goes with none of'),
+])
+def test_bad_runs_are_one_line_and_leave_nothing(tmp_path, base, dataset, args, words):
+    done = train(tmp_path / 'run', *(arg.replace('BASE', base) for arg in args), dataset=dataset, check=False)
+    assert words in one_line(done)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_path, base, dataset):
+    train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
+    for args, words in (
+            (['merge', f'--from={tmp_path}/run'], '--untie=True makes them two'), (['merge', f'--from={base}'], 'holds a whole network'),
+            (['merge', f'--from={base}', f'--adapter={base}'], 'holds a whole network, no adapter'),
+            (['merge', f'--from={base}', f'--adapter=keys={tmp_path}/run'], "'keys' is no name"),
+            (['combine', f'--from={base}', f'--adapter={tmp_path}/run'], '1 given: takes two or more'),
+            (['merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[1, 2]'], 'takes one for each adapter, 1')):
+        assert words in one_line(run('surgery.py', *args, f'--out_dir={tmp_path}/out'))
+        assert not (tmp_path / 'out').exists()
+    done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/out', '--untie=True')
+    assert done.returncode == 0 and read_model(str(tmp_path / 'out'))[0].tie is False
+    done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run', f'--adapter=b={tmp_path}/run', f'--out_dir={tmp_path}/both')
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model(str(tmp_path / 'both'))
+    assert model.blocks[0].attn.q.lora['default'].A.size(0) == 8
