@@ -313,14 +313,27 @@ def load(where, which='best', encoder=False):
     description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
     if not hub.knows(where):
-        settings = checkpoint.load_state(folder)['settings']
-        meta = {'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'tokenizer': description}
-        tokenizer.around = around(settings.get('objective', 'causal'), settings.get('denoisers'), meta)
+        tokenizer.around = stored_around(folder, tokenizer)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     if hub.knows(where):
         tokenizer.begin = (hub.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
     return model, tokenizer
+
+
+def stored_around(folder, tokenizer):
+    """What the network, or the adapter, of a checkpoint is used to have around a prompt: objectives.around()."""
+    state = checkpoint.load_state(folder)
+    meta = {'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'tokenizer': state['tokenizer']}
+    return around(state['settings'].get('objective', 'causal'), state['settings'].get('denoisers'), meta)
+
+
+def add_voices(model, tokenizer, given, where):
+    """Let adapters speak beside the network of `where`, origin.add_adapters(). Returns [(name, what each is used to have around a prompt)]."""
+    names = add_adapters(model, given, where)
+    folders = [entry.rpartition('=')[2] for entry in given]
+    return [(name, tokenizer.around if os.path.isfile(os.path.join(folder, 'adapter_config.json')) else stored_around(
+        checkpoint.find(folder, 'best'), tokenizer)) for name, folder in zip(names, folders)]
 
 
 def read_text(path):
@@ -413,13 +426,16 @@ def pack(model, dtype='bfloat16', int8=False):
 # -----------------------------------------------------------------------------
 # On the terminal
 
-def print_samples(model, tokenizer, text, s, generator, compile, names=('',)):
+def print_samples(model, tokenizer, text, s, generator, compile, voices):
     """
-    Draw s.num_samples continuations of `text`, of several adapters (names) so many each, as one batch: the first appears as it is written, the others
-    after it.
+    Draw s.num_samples continuations of `text`, of several adapters (add_voices()) so many each, as one batch: the first appears as it is written, the
+    others after it.
     """
-    prompt, source = encode_prompt(text, tokenizer, model.cfg)
-    texts = [f'{name}: ' * bool(name) + ('' if source or tokenizer.around[1] else text) for name in names for _ in range(s.num_samples)]
+    texts, prompts, sources = [], [], []
+    for name, tokenizer.around in voices:
+        prompt, source = encode_prompt(text, tokenizer, model.cfg)
+        prompts, sources = prompts + [prompt] * s.num_samples, sources + [source] * s.num_samples
+        texts += [f'{name}: ' * (len(voices) > 1) + ('' if source or tokenizer.around[1] else text)] * s.num_samples
     print(texts[0], end='', flush=True)
     if s.num_beams:
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
@@ -428,8 +444,7 @@ def print_samples(model, tokenizer, text, s, generator, compile, names=('',)):
         print(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids) + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
-    for row, piece in stream(model, tokenizer, [prompt] * len(texts), s.stop, generator=generator, compile=compile,
-                             sources=[source] * len(texts) if source else None, **options):
+    for row, piece in stream(model, tokenizer, prompts, s.stop, generator=generator, compile=compile, sources=sources if source else None, **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -443,19 +458,18 @@ def main():
     device = pick_device(s.device)
     where = s.out_dir if s.init_from == 'resume' else s.init_from
     model, tokenizer = load(where, s.which, encoder=True)
-    names = add_adapters(model, s.adapter, where)
-    if len(names) == 1 and not lora.obstacle(model):
+    voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around)]
+    if len(s.adapter) == 1 and not lora.obstacle(model):
         lora.merge(model)
     pack(model.to(device), pick_dtype(s.dtype, device), s.int8)
-    names = names if len(names) > 1 else ['']
-    if names != ['']:
-        lora.select(model, [name for name in names for _ in range(s.num_samples)])
+    if len(voices) > 1:
+        lora.select(model, [name for name, _ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
     compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)
     if not s.interactive:
         try:
-            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile, names)
+            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile, voices)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -464,7 +478,7 @@ def main():
     print('a prompt a line; Ctrl-D ends', flush=True)
     for line in sys.stdin:
         try:
-            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, names)
+            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, voices)
         except UserError as error:  # a prompt that does not fit: say so, ask for the next one
             print(error, flush=True)
 
