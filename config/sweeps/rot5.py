@@ -19,4 +19,6 @@ arms = {
     'rope_offset': _rope | {'cross_rope': 'offset'},
     'decoder': {'n_encoder_layer': 0, 'source_size': 0, 'n_layer': 6, 'block_size': 256, 'position': 'rope'},  # 256: rows of 190 tokens, as the others'
 }
-arms = {name: [arm | _rates, arm | {'learning_rate': [2e-3], 'head_lr': [0.36]}] for name, arm in arms.items()}
+_high = ('t5', 'rope', 'gqa', 'moe')  # arms with 4e-3 too, by far the worst in all four
+arms = {name: [arm | (_rates if name in _high else _rates | {'learning_rate': [1e-3, 2e-3]}), arm | {'learning_rate': [2e-3], 'head_lr': [0.36]}]
+        for name, arm in arms.items()}
