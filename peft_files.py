@@ -25,6 +25,10 @@ EXACT = {  # fields that change what an adapter does, and the only value that we
     'lora_bias': False, 'use_qalora': False, 'use_bdlora': None, 'layer_replication': None, 'alora_invocation_tokens': None, 'target_parameters': None,
     'megatron_config': None, 'kasa_config': None, 'velora_config': None, 'monteclora_config': None, 'arrow_config': None,
 }
+KINDS = {  # of the fields that are read; null is none
+    'r': int, 'lora_alpha': (int, float), 'lora_dropout': (int, float), 'use_dora': bool, 'use_rslora': bool, 'target_modules': (list, str),
+    'exclude_modules': (list, str), 'layers_to_transform': (int, list), 'rank_pattern': dict, 'alpha_pattern': dict, 'trainable_token_indices': (list, dict),
+}
 PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take something out of the weights
 
 
@@ -177,6 +181,16 @@ def read(folder, cfg):
     for field, plain in EXACT.items():
         if config.get(field, plain) not in (plain, None):
             raise UserError(f'{path}: {field}={config[field]!r}: takes {plain}: ours have no such thing')
+    for field, kind in KINDS.items():
+        value = config.get(field)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
+    patterns = [config.get(field) for field in ('target_modules', 'exclude_modules') if isinstance(config.get(field), str)]
+    for pattern in (*patterns, *(config.get('rank_pattern') or ()), *(config.get('alpha_pattern') or ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f'{path}: {pattern!r} is no pattern: {error}') from None
     if config.get('init_lora_weights', True) not in PLAIN_STARTS:
         raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: this takes a part out of the base; let PEFT convert it to a plain adapter '
                         '(save_pretrained with path_initial_model_for_weight_conversion)')
@@ -218,7 +232,7 @@ class Reading:
         """lora_alpha or r of a module."""
         over = next((value for key, value in (self.config.get(pattern) or {}).items() if re.match(rf'(.*\.)?({key})$', module)), None)
         value = over if over is not None else self.config.get(field, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not math.isfinite(value):  # one of a pattern, perhaps
             self.refuse(f'{field}={value!r}: takes a number')
         return value
 
@@ -264,6 +278,8 @@ class Reading:
         tokens = self.config.get('trainable_token_indices')
         if tokens:
             out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
+            if not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens):
+                self.refuse(f'trainable_token_indices={tokens}: takes tokens from 0 to {self.cfg.vocab_size - 1}')
             module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
             out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta', len(out.tokens), self.cfg.n_embd)
         for name in sorted(self.left):
@@ -276,7 +292,7 @@ class Reading:
                 out.beside[self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte') + '.weight'] = self.take(name, None, None)
                 continue
             ours = self.modules.get(module, ())
-            if kind == 'bias' or kind == 'weight' and self.tensors[name].ndim == 1:
+            if ours and (kind == 'bias' or kind == 'weight' and self.tensors[name].ndim == 1):
                 t = self.take(name, None)
                 out.tensors |= {f'{part}.{kind}': rows for part, rows in zip(ours, t.split(self.rows(ours, len(t))))}
 

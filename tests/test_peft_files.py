@@ -2,12 +2,14 @@
 PEFT's folders: what PEFT trains speaks here with the same logits, what is trained here speaks in PEFT, and a folder that is not exactly an adapter for
 the network is one clear line. The networks are tiny and random.
 """
+import json
 import warnings
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +24,7 @@ from transformers import (
 import hub
 import lora
 import peft_files
+from configurator import UserError
 from lora import LoraConfig
 from origin import add_adapters, fill
 
@@ -151,3 +154,76 @@ def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     again = ours(folders[kind])
     add_adapters(again, [str(tmp_path / 'adapter')], str(folders[kind]))
     assert_equal(same(again, model, kind)[1], found, base)
+
+
+# --- folders that are not exactly an adapter for the network ---
+
+@pytest.fixture(scope='module')
+def good(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('good') / 'adapter'
+    adapted_by_peft(folders, 'gpt2', 'plain').save_pretrained(folder)
+    return folder
+
+
+A, B = (f'base_model.model.transformer.h.0.attn.c_attn.lora_{factor}.weight' for factor in 'AB')
+
+
+def drop(name):
+    return lambda tensors, config: tensors.pop(name)
+
+
+def put(name, *shape):
+    return lambda tensors, config: tensors.update({name: torch.zeros(*shape)})
+
+
+def say(**fields):
+    return lambda tensors, config: config.update(fields)
+
+
+@pytest.mark.parametrize('change, words', [
+    (drop(A), 'transformer.h.0.attn.c_attn.lora_A.weight: not in the file'), (drop(B), 'transformer.h.0.attn.c_attn.lora_B.weight: not in the file'),
+    (put(A, 4, 64), 'lora_A.weight: [4, 64], this network takes'), (put(B, 144, 8), 'lora_B.weight: [144, 8], this network takes'),
+    (put(A.replace('h.0', 'h.7'), 4, 48), 'transformer.h.7.attn.c_attn: no family that we know'),
+    (put(A.replace('lora_A', 'lora_E'), 4), 'lora_E.weight: this network has no place for it'), (say(peft_type='IA3'), "peft_type='IA3': takes LORA"),
+    (say(r=8), 'has rank 4, the file says 8'), (say(init_lora_weights='pissa'), "init_lora_weights='pissa': this takes a part out of the base"),
+    (say(lora_alpha='x'), "lora_alpha='x': is not as PEFT writes it"),
+    (say(rank_pattern={'(': 2}), "'(' is no pattern"), (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
+    (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'), (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
+    (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: not in the file'),
+    (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
+])
+def test_folders_that_are_no_adapter_for_the_network_are_one_line(folders, good, tmp_path, change, words):
+    tensors, config = load_file(good / 'adapter_model.safetensors'), json.loads((good / 'adapter_config.json').read_text())
+    change(tensors, config)
+    save_file(tensors, tmp_path / 'adapter_model.safetensors')
+    (tmp_path / 'adapter_config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError) as refused:
+        add_adapters(ours(folders['gpt2']), [f'x={tmp_path}'], str(folders['gpt2']))
+    assert words in str(refused.value) and str(tmp_path) in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
+    model = ours(folders['gpt2'])
+    for name, text, words in (('adapter_config.json', '{', 'not readable as JSON'), ('adapter_model.safetensors', 'x', 'not readable as safetensors')):
+        for each in ('adapter_config.json', 'adapter_model.safetensors'):
+            (tmp_path / each).write_bytes((good / each).read_bytes())
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=words):
+            add_adapters(model, [f'x={tmp_path}'], '')
+    with pytest.raises(UserError, match='no such directory'):
+        add_adapters(model, [f'x={tmp_path}/none'], '')
+    with pytest.raises(UserError, match='this network takes'):
+        adapter = adapted_by_peft(folders, 'llama', 'plain')
+        adapter.save_pretrained(tmp_path / 'llama')
+        add_adapters(model, [f'x={tmp_path}/llama'], '')
+
+
+def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
+    mine = ours(folders['gpt2'])
+    lora.begin(mine, LoraConfig(lora_rank=2, lora_whole='mlp.up.weight'))
+    with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
+        peft_files.write(str(tmp_path / 'out'), mine.cfg, lora.take(mine), 'gpt2')
+    mine.cfg.softcap = 3.0
+    with pytest.raises(UserError, match='softcap=3.0: no class of transformers has this'):
+        peft_files.family_of(mine.cfg, 'out/run')
+    assert not any(tmp_path.iterdir())
