@@ -188,7 +188,8 @@ def say(**fields):
     (say(r=8), 'has rank 4, the file says 8'), (say(init_lora_weights='pissa'), "init_lora_weights='pissa': this takes a part out of the base"),
     (say(lora_alpha='x'), "lora_alpha='x': is not as PEFT writes it"),
     (say(rank_pattern={'(': 2}), "'(' is no pattern"), (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
-    (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'), (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
+    (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'),
+    (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
     (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: not in the file'),
     (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
 ])
