@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import adapters
 import checkpoint
-import lora
 import peft_files
 from configurator import UserError, configure_command, from_dict, run_main
 from download import download
@@ -235,7 +235,8 @@ def export(s):
         if s.as_ == 'custom' or s.dtype != 'float32':
             raise UserError(f'as={s.as_}, dtype={s.dtype}: {folder} holds an adapter, which goes to PEFT in float32: leave them out, or surgery.py merge first')
         base = state['base']['from']
-        peft_files.write(s.to, cfg, lora.described(state['lora'], checkpoint.read_weights(folder)), peft_files.family_of(cfg, base), base.removeprefix('hf:'))
+        saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
+        peft_files.write(s.to, cfg, saved, peft_files.family_of(cfg, base), base.removeprefix('hf:'))
         return 'peft'
     if cfg.n_encoder_layer and s.as_ == 'custom':
         raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: it goes as T5 or not at all')

@@ -2,17 +2,12 @@
 Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a network stay as they are, and beside some of them a product of two thin
 matrices is learned, W·x + scale·B·(A·x).
 
-    python train.py config/lora.py --init_from=out/base --lora_rank=16       # out_dir holds the adapter alone
-    python sample.py --out_dir=out/lora                                      # the base is found again
-    python sample.py --out_dir=out/base --adapter=out/lora --adapter=law=FOLDER   # several beside one base, PEFT's too
-    python surgery.py merge --from=out/lora --out_dir=out/merged             # one network again
-    python hub.py export --out_dir=out/lora --to=FOLDER                      # for PEFT
+    python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2      # out_dir holds the adapter alone
 
-An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its name.
+An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its name. What becomes of trained ones is in adapters.py.
 """
 import math
 import re
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -23,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from families import GPT2, LLAMA, t5_names
-from model import Experts, ModelConfig, grouped_linear, make_model
+from model import Experts, ModelConfig, grouped_linear
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -246,6 +241,17 @@ class Tokens(nn.Module):
         return weight.index_copy(0, self.index, self.values.type_as(weight))
 
 
+def row_change(A, B, x):
+    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or (B, n_in), tokens (B, T), or positions."""
+    if isinstance(x, slice) or x.ndim == 1:
+        z = A[:, :, x].mT  # (B, T, R)
+    elif x.is_floating_point():
+        z = x @ A.mT if x.ndim == 3 else torch.einsum('bi,bri->br', x, A)[:, None]
+    else:
+        z = A.gather(2, x[:, None].expand(-1, A.size(1), -1)).mT
+    return (z @ B.mT).view(*x.shape[:-1], -1) if not isinstance(x, slice) and x.is_floating_point() else z @ B.mT
+
+
 class Active:
     """
     The adapters of a network, {name: Saved without its tensors}, and which of them speak: shares {name: how much}; or, for a batch of which each row has
@@ -280,26 +286,6 @@ class Saved:
     def description(self):
         """All but the tensors, as json can write it."""
         return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora, 'is_pissa': self.is_pissa, 'tokens': self.tokens}
-
-
-def described(description, tensors):
-    """The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank then, beside the weights as they were."""
-    out = Saved(**description | {'places': [Place(tuple(names), rank, scale) for names, rank, scale in description['places']]}, tensors=dict(tensors))
-    for n, (names, rank, scale) in enumerate(out.places if out.is_pissa else ()):
-        for name in names:
-            begun = {factor: out.tensors.pop(f'{name}.lora.{factor}0', None) for factor in 'AB'}
-            if begun['B'] is not None:
-                out.places[n] = Place(names, 2 * rank, scale)
-                out.tensors[f'{name}.lora.B'] = torch.cat([out.tensors[f'{name}.lora.B'], -begun['B']], dim=-1)
-            if f'{name}.lora.A' in out.tensors and begun['A'] is not None:
-                out.tensors[f'{name}.lora.A'] = torch.cat([out.tensors[f'{name}.lora.A'], begun['A']], dim=-2)
-    out.is_pissa = False
-    return out
-
-
-def take(model, name='default'):
-    """The Saved that an adapter of a network is now."""
-    return described(model.lora.known[name].description(), state(model, name))
 
 
 def attach(model, saved, name='default'):
@@ -354,6 +340,8 @@ def begin(model, s, is_new=True):
 def move(model, layer, other):
     """Hang what hangs on a layer on another that takes its place; after merge() that is nothing any more."""
     if hasattr(layer, 'lora') and model.lora.shares:
+        if other.weight.dtype == torch.int8 and any(adapter.length is not None for adapter in layer.lora.values()):
+            raise UserError('int8=True: DoRA measures the rows of the weights, which int8 has not: leave it out')
         other.lora = layer.lora
         other.register_forward_hook(model.lora.hook)
 
@@ -414,189 +402,3 @@ def freeze(model, s, name='default'):
 def faster(s):
     """The settings of a run as its optimizer is to have them: B learns lora_plus times as fast."""
     return replace(s, lr_scale=s.lr_scale | {r'\.lora\.\w+\.B$': s.lora_plus}) if s.lora_rank and s.lora_plus != 1 else s
-
-
-def state(model, name='default'):
-    """{name: tensor} of what the adapter of this name is: all that is trained, and where PiSSA began."""
-    kept = {tensor: t for tensor, t in (*model.named_parameters(), *model.named_buffers()) if f'.lora.{name}.' in tensor}
-    kept |= {tensor: p for tensor, p in model.named_parameters() if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
-    return {tensor.replace(f'.lora.{name}.', '.lora.'): t for tensor, t in kept.items()}
-
-
-@torch.no_grad()
-def load_state(model, tensors, where, name='default'):
-    """Copy what state() returned: every tensor, no other. Raises UserError that names the first one that has no place."""
-    whole = {tensor: p for tensor, p in model.named_parameters() if tensor in tensors and '.lora.' not in tensor}
-    own = state(model, name) | whole
-    for tensor in sorted(own.keys() | tensors.keys()):
-        found, wanted = (list(some[tensor].shape) if tensor in some else 'no such tensor' for some in (tensors, own))
-        if found != wanted:
-            raise UserError(f'{where}: {tensor}: found {found}, the adapter of this network has {wanted}: it belongs to another base')
-        own[tensor].copy_(tensors[tensor])
-    for _, layer in adapted(model):
-        if name in layer.lora and layer.lora[name].A0 is not None:
-            layer.lora[name].begin_with(layer.lora[name].A0, layer.lora[name].B0, layer)
-
-
-def combine(adapters, shares):
-    """One Saved that says what several say, each so many times: their factors side by side, exact, its rank the sum of theirs. Raises UserError."""
-    for each in adapters:
-        if each.is_dora or each.tokens or any('.lora.' not in tensor for tensor in each.tensors):
-            raise UserError('adapter: those of DoRA, and weights trained whole beside one, do not add up: merge one, then train the next beside that')
-    groups = {}  # {layer: layers that share its A}, alone where adapters differ
-    for names in (place.names for each in adapters for place in each.places):
-        for name in names:
-            groups[name] = names if groups.get(name, names) == names else (name,)
-    groups = {name: names if all(groups[other] == names for other in names) else (name,) for name, names in groups.items()}
-    out = Saved([])
-    for names in dict.fromkeys(groups.values()):
-        As, Bs = [], {name: [] for name in names}
-        for each, share in zip(adapters, shares):
-            place = next((place for place in each.places if names[0] in place.names), None)
-            if place is not None:
-                As.append(each.tensors[f'{place.names[0]}.lora.A'])
-                for name in names:
-                    Bs[name].append(share * place.scale * each.tensors[f'{name}.lora.B'])
-        out.places.append(Place(names, sum(A.size(-2) for A in As), 1.0))
-        out.tensors |= {f'{names[0]}.lora.A': torch.cat(As, dim=-2)} | {f'{name}.lora.B': torch.cat(B, dim=-1) for name, B in Bs.items()}
-    return out
-
-
-def blank(cfg):
-    """A network without its numbers, as adapters are hung on it."""
-    with torch.device('meta'):
-        model = make_model(cfg, init=False)
-        share_table(model)
-    return model
-
-
-def sizes(cfg):
-    """{layer: (n_out, n_in) of what can have an adapter}, a table's as Adapter has it."""
-    model, found = blank(cfg), {}
-    for name in layers_of(model):
-        layer = model.get_submodule(name)
-        n_out, n_in = layer.weight.shape[-2:]
-        n_out, n_in = (cfg.vocab_size if name in OF_TOKENS else n_out), n_in
-        found[name] = (n_in, n_out) if isinstance(layer, nn.Embedding) else (n_out, n_in)
-    return found
-
-
-def add(model, saved, where, name):
-    """Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one for another."""
-    if hasattr(model, 'lora') and (saved.tokens or any('.lora.' not in tensor for tensor in saved.tensors)):
-        raise UserError(f'{where}: weights were trained whole beside it: it can be used alone only')
-    for tensor, t in saved.beside.items():
-        found = model.get_parameter(tensor)[:len(t)]
-        if found.shape != t.shape or not torch.allclose(found.float(), t, rtol=1e-2, atol=1e-4):  # in half precision, perhaps
-            raise UserError(f'{where}: {tensor}: the one that came along is not that of this network: it is an adapter for another base')
-    model.requires_grad_(False)
-    share_table(model)
-    attach(model, saved, name)
-    load_state(model, saved.tensors, where, name)
-
-
-def fingerprint(weights):
-    """{name: checksum} of the weights of a base, to know it again by."""
-    return {name: zlib.crc32(t.contiguous().view(torch.uint8).numpy()) for name, t in weights.items()}
-
-
-def check_base(weights, known, where, adapter):
-    """Raise UserError unless these weights, from `where`, are those that an adapter was trained beside."""
-    found = fingerprint(weights)
-    for name in sorted(known.keys() | found.keys()):
-        if found.get(name) != known.get(name):
-            raise UserError(f'{adapter}: is an adapter for another base than what is in {where} now: {name} differs: restore that, or train it again')
-
-
-# -----------------------------------------------------------------------------
-# Merged: one network again
-
-def obstacle(model):
-    """Why the adapters of a network cannot become part of its weights, '' if they can."""
-    if model.wte_encoder is not None and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder)):
-        return 'encoder and decoder have adapters of their own beside one embedding'
-    if model.cfg.tie and hasattr(model.wte, 'lora'):
-        return 'the embedding is the head too, which has no adapter: --untie=True makes them two'
-    return ''
-
-
-@torch.no_grad()
-def merge(model):
-    """
-    Add what the adapters say to the weights, in float32, and silence them. Returns {layer: its weight before}, for unmerge(). Raises UserError where
-    one weight cannot say it.
-    """
-    if obstacle(model):
-        raise UserError(f'adapters cannot be merged: {obstacle(model)}')
-    before = {}
-    for name, layer in adapted(model):
-        before[name] = layer.weight.clone()
-        changes = [share * layer.lora[n].change(layer) for n, share in model.lora.shares.items() if n in layer.lora]
-        layer.weight.copy_(layer.weight.float() + sum(changes))
-    if hasattr(model.wte, 'tokens'):
-        before.setdefault('wte', model.wte.weight.clone())
-        model.wte.weight.copy_(model.wte.tokens.put(model.wte.weight))
-    model.lora.silent, model.lora.shares = model.lora.shares, {}
-    return before
-
-
-@torch.no_grad()
-def unmerge(model, before):
-    """Take back what merge() did."""
-    for name, weight in before.items():
-        model.get_submodule(name).weight.copy_(weight)
-    model.lora.shares = model.lora.silent
-
-
-@torch.no_grad()
-def untie(model):
-    """Give the head a matrix of its own, the embedding as it is; the function of the network stays."""
-    cfg, wte = model.cfg, model.wte
-    if not cfg.tie:
-        return
-    scale = cfg.n_embd ** -0.5 if cfg.t5_scale else 1.0
-    cfg.tie, cfg.rank_head = False, cfg.rank_embed
-    model.head = nn.Linear(wte.weight.size(1), len(wte.weight), bias=False, device=wte.weight.device)
-    model.head.weight.copy_((wte.tokens.put(wte.weight) if hasattr(wte, 'tokens') else wte.weight) * scale)
-    if cfg.rank_embed:
-        model.head_down = nn.Linear(cfg.n_embd, cfg.rank_embed, bias=False, device=wte.weight.device)
-        model.head_down.weight.copy_(model.wte_up.weight.T)
-
-
-def base_state(model):
-    """{name: tensor} of a network without its adapters."""
-    return {name: t for name, t in model.state_dict().items() if '.lora.' not in name and not name.startswith(('wte_encoder.', 'wte.tokens.'))}
-
-
-# -----------------------------------------------------------------------------
-# A row of a batch, an adapter
-
-@torch.no_grad()
-def select(model, names):
-    """Let row n of every batch have the adapter names[n], or none if that is ''; select(model, []) lets all of them speak in all rows again."""
-    model.lora.rows = {}
-    for layer_name, layer in adapted(model) if names else ():
-        of_rows = [layer.lora[name] if name in layer.lora else None for name in names]
-        for adapter in filter(None, of_rows):
-            if adapter.length is not None or isinstance(layer, Experts):
-                raise UserError(f'{layer_name}: adapters of DoRA, or of experts, serve whole batches alone')
-        rank = max((adapter.A.size(0) for adapter in filter(None, of_rows)), default=1)
-        some = next(iter(layer.lora.values()))
-        n_out = some.of(layer).size(0) if some.is_table else layer.weight.size(0)
-        A, B = some.A.new_zeros(len(names), rank, some.A.size(1)), some.B.new_zeros(len(names), n_out, rank)
-        for n, adapter in enumerate(of_rows):
-            if adapter is not None:
-                A[n, :len(adapter.A)], B[n, :len(adapter.B), :len(adapter.A)] = adapter.A, adapter.scale * adapter.B
-        model.lora.rows[layer] = A, B
-
-
-def row_change(A, B, x):
-    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or (B, n_in), tokens (B, T), or positions."""
-    if isinstance(x, slice) or x.ndim == 1:
-        z = A[:, :, x].mT  # (B, T, R)
-    elif x.is_floating_point():
-        z = x.view(len(x), -1, x.size(-1)) @ A.mT
-    else:
-        z = A.gather(2, x[:, None].expand(-1, A.size(1), -1)).mT
-    y = z @ B.mT  # (B, T, n_out)
-    return y[:, 0] if not isinstance(x, slice) and x.is_floating_point() and x.ndim == 2 else y

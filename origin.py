@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+import adapters
 import checkpoint
 import hub
 import lora
@@ -47,11 +48,11 @@ def read_model(where, which='best', encoder=False, untie=False):
         if 'base' in state:
             model = read_adapted(state, folder)
             if untie:
-                lora.untie(model)
-            if lora.obstacle(model):
-                raise UserError(f'{where}: {lora.obstacle(model)}')
-            lora.merge(model)
-            cfg, weights = model.cfg, lora.base_state(model)
+                adapters.untie(model)
+            if adapters.obstacle(model):
+                raise UserError(f'{where}: {adapters.obstacle(model)}')
+            adapters.merge(model)
+            cfg, weights = model.cfg, adapters.base_state(model)
         else:
             weights = checkpoint.read_weights(folder)
     if cfg.n_encoder_layer and not encoder:
@@ -64,7 +65,7 @@ def load_model(where, which='best', encoder=False):
     if not hub.knows(where):
         folder = checkpoint.find(where, which)
         state = checkpoint.load_state(folder)
-        if 'base' in state and lora.obstacle(model := read_adapted(state, folder)):
+        if 'base' in state and adapters.obstacle(model := read_adapted(state, folder)):
             return model, folder
     cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
@@ -73,7 +74,7 @@ def load_model(where, which='best', encoder=False):
 def read_base(base, cfg, adapter):
     """The weights that an adapter in the folder `adapter` was trained beside, as its state.json names them; cfg: its network."""
     _, weights, _ = read_model(base['from'], encoder=True)
-    lora.check_base(weights, base['weights'], base['from'], adapter)
+    adapters.check_base(weights, base['weights'], base['from'], adapter)
     return shorten(weights, cfg)
 
 
@@ -88,7 +89,7 @@ def read_adapted(state, folder):
     """The network of a checkpoint that holds an adapter, beside its base, in eval mode."""
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
     model = fill(cfg, read_base(state['base'], cfg, folder), state['base']['from'])
-    lora.add(model, lora.described(state['lora'], checkpoint.read_weights(folder)), folder, 'default')
+    adapters.add(model, adapters.described(state['lora'], checkpoint.read_weights(folder)), folder, 'default')
     return model
 
 
@@ -106,7 +107,7 @@ def add_adapters(model, given, base):
         named[name] = where
     loaded = {name: read_saved(where, model.cfg, weights, base) for name, where in named.items()}
     for name, saved in loaded.items():
-        lora.add(model, saved, named[name], name)
+        adapters.add(model, saved, named[name], name)
     return list(named)
 
 
@@ -118,8 +119,8 @@ def read_saved(where, cfg, weights, base):
     state = checkpoint.load_state(folder)
     if 'base' not in state:
         raise UserError(f'adapter={where}: holds a whole network, no adapter: give it as --out_dir or --init_from')
-    lora.check_base(weights, state['base']['weights'], base, where)
-    return lora.described(state['lora'], checkpoint.read_weights(folder))
+    adapters.check_base(weights, state['base']['weights'], base, where)
+    return adapters.described(state['lora'], checkpoint.read_weights(folder))
 
 
 def fill(cfg, weights, where):
@@ -180,7 +181,7 @@ def find_origin(s, ranks):
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
-    base = {'base': {'from': s.init_from, 'weights': lora.fingerprint(weights)}} if s.lora_rank else {}
+    base = {'base': {'from': s.init_from, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer} | base | kept(s, folder)
 
 

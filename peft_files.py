@@ -2,7 +2,7 @@
 Adapters as PEFT keeps them, in and out: a folder with adapter_config.json and adapter_model.safetensors.
 
     write('FOLDER', cfg, saved, family='gpt2')    # a lora.Saved, for a network of this ModelConfig
-    saved = read('FOLDER', cfg)                   # and out of such a folder, for lora.add()
+    saved = read('FOLDER', cfg)                   # and out of such a folder, for adapters.add()
 
 PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an adapter that says nothing. Here every
 tensor must have its place, and every place its tensor.
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import adapters
 import checkpoint
 import lora
 from configurator import UserError
@@ -59,9 +60,9 @@ def is_target(module, wanted):
 def fuse(layers, name):
     """(A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an adapter, in float32."""
     with_adapter = {layer: layer.lora[name] for layer in layers if name in getattr(layer, 'lora', ())}
-    adapters = list(with_adapter.values())
-    is_one, scale = len({id(adapter.A) for adapter in adapters}) == 1, adapters[0].scale
-    As = [adapter.A for adapter in adapters][:1 if is_one else None]
+    some = list(with_adapter.values())
+    is_one, scale = len({id(adapter.A) for adapter in some}) == 1, some[0].scale
+    As = [adapter.A for adapter in some][:1 if is_one else None]
     rows, lengths, begin = [], [], 0
     for layer in layers:
         adapter = with_adapter.get(layer)
@@ -72,7 +73,7 @@ def fuse(layers, name):
         else:  # a block of columns for each
             rows.append(torch.nn.functional.pad(adapter.B * (adapter.scale / scale), (begin, sum(map(len, As)) - begin - len(adapter.A))))
             begin += len(adapter.A)
-        if adapters[0].length is not None:
+        if some[0].length is not None:
             if adapter is None:
                 raise UserError('lora_dora=True: q, k and v are one matrix there: give adapters to all of them, or to none')
             lengths.append(adapter.length)
@@ -85,7 +86,7 @@ def write(folder, cfg, saved, family, base=''):
     Write a lora.Saved, for a network of this ModelConfig, as PEFT reads it beside that network of transformers' `family`: a new folder, whole or not at
     all. Raises UserError for what has no place in PEFT.
     """
-    model, name = lora.blank(cfg), 'default'
+    model, name = adapters.blank(cfg), 'default'
     for tensor, t in saved.tensors.items():  # trained whole
         layer, _, kind = tensor.rpartition('.')
         if '.lora.' not in tensor and layer != 'wte.tokens':
@@ -93,7 +94,7 @@ def write(folder, cfg, saved, family, base=''):
     lora.attach(model, saved)
     for p in model.parameters():
         p.requires_grad_(not p.is_meta)
-    lora.load_state(model, saved.tensors, folder)
+    adapters.load_state(model, saved.tensors, folder)
     tensors, scales, ranks, known, named = {}, {}, {}, modules(family, cfg), dict(model.named_modules())
     places = {ours: theirs for theirs, parts in known.items() for ours in parts}
     for layer_name in (layer_name for layer_name, layer in lora.adapted(model) if name in layer.lora):
@@ -237,7 +238,7 @@ class Reading:
         return value
 
     def saved(self):
-        sizes = lora.sizes(self.cfg)  # {our layer: (n_out, n_in)}
+        sizes = adapters.sizes(self.cfg)  # {our layer: (n_out, n_in)}
         out = lora.Saved([], float(self.config.get('lora_dropout') or 0), bool(self.config.get('use_dora')))
         targets, blocks = self.config.get('target_modules') or [], self.config.get('layers_to_transform')
         blocks = [blocks] if isinstance(blocks, int) else blocks
@@ -297,5 +298,5 @@ class Reading:
                 out.tensors |= {f'{part}.{kind}': rows for part, rows in zip(ours, t.split(self.rows(ours, len(t))))}
 
     def rows(self, ours, length):
-        sizes = lora.sizes(self.cfg)
+        sizes = adapters.sizes(self.cfg)
         return [sizes[name][0] for name in ours] if len(ours) > 1 else [length]

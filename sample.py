@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import adapters
 import checkpoint
 import hub
 import lora
@@ -459,11 +460,11 @@ def main():
     where = s.out_dir if s.init_from == 'resume' else s.init_from
     model, tokenizer = load(where, s.which, encoder=True)
     voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around)]
-    if len(s.adapter) == 1 and not lora.obstacle(model):
-        lora.merge(model)
+    if len(s.adapter) == 1 and not adapters.obstacle(model):
+        adapters.merge(model)
     pack(model.to(device), pick_dtype(s.dtype, device), s.int8)
     if len(voices) > 1:
-        lora.select(model, [name for name, _ in voices for _ in range(s.num_samples)])
+        adapters.select(model, [name for name, _ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
     compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)

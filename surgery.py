@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
+import adapters
 import checkpoint
 import hub
 import lora
@@ -417,20 +418,20 @@ def run_merge(s):
         names = add_adapters(model, s.adapter, s.from_)
         model.lora.shares = dict(zip(names, s.shares or [1.0] * len(names)))
         if s.untie:
-            lora.untie(model)
-        lora.merge(model)
-    write(s, 'merge', old, model.cfg, lora.base_state(model))
+            adapters.untie(model)
+        adapters.merge(model)
+    write(s, 'merge', old, model.cfg, adapters.base_state(model))
 
 
 def run_combine(s):
     old = read(s, s.from_, encoder=True)
     model = old.model
     found = [read_saved(where.rpartition('=')[2], model.cfg, model.state_dict(), s.from_) for where in s.adapter]
-    both = lora.combine(found, s.shares or [1.0] * len(found))
+    both = adapters.combine(found, s.shares or [1.0] * len(found))
     checkpoint.prepare_out_dir(s.out_dir, 0, {})
     description, folder = old.tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': description, 'torch': torch.__version__, 'surgery': 'combine',
-             'base': {'from': s.from_, 'weights': lora.fingerprint(model.state_dict())}, 'lora': both.description()}
+             'base': {'from': s.from_, 'weights': adapters.fingerprint(model.state_dict())}, 'lora': both.description()}
     checkpoint.save(s.out_dir, 0, both.tensors, {}, state, [os.path.join(folder, name) for name in description.get('files', ())])
     print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
 

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import adapters
 import checkpoint
 import lora
 from configurator import UserError, configure, run_main
@@ -211,7 +212,7 @@ def save(s, step, run, ranks):
         if s.lora_rank:
             state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
-        weights = lora.state(run.model) if s.lora_rank else run.model.state_dict()
+        weights = adapters.state(run.model) if s.lora_rank else run.model.state_dict()
         checkpoint.save(s.out_dir, step, weights, run.optimizer.state_dict(), state, tokenizer_files, s.keep_checkpoints)
     ranks.from_first(write)
 
@@ -320,7 +321,8 @@ def set_up(s, device, ranks):
 def expert_loads(run, ranks):
     """How many tokens of all ranks every expert was given in the last step, (layers, E) int64; with expert_bias they are drawn towards equal loads."""
     loads = ranks.add_up(run.model.take_loads())
-    run.model.balance(loads)
+    if run.base is None:  # beside adapters the rest stays as it is
+        run.model.balance(loads)
     return loads
 
 

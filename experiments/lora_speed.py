@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import adapters
 import lora
 import train
 from configurator import UserError, configure, run_main
@@ -108,7 +109,7 @@ def write_arms(s):
 
     def timed(chosen):
         def arm():
-            lora.select(model, chosen)
+            adapters.select(model, chosen)
             model.lora.shares = {}
             prompts = torch.randint(VOCAB, (s.adapters, 16)).tolist()
             began = time.perf_counter()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
+import adapters
 import checkpoint
 import lora
 from configurator import UserError, configure
@@ -86,12 +87,12 @@ def test_merged_they_are_the_same_function_and_unmerged_the_base_is_bitwise_what
     model = adapted(network(**model_settings), **settings)
     spoken, weights = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
     assert (spoken - logits(network(**model_settings))).abs().max() > 0.05
-    before = lora.merge(model)
+    before = adapters.merge(model)
     assert (logits(model) - spoken).abs().max() < 2e-5 * spoken.abs().max()
     alone = make_model(model.cfg)  # and without any adapter
-    alone.load_state_dict(lora.base_state(model))
+    alone.load_state_dict(adapters.base_state(model))
     assert (logits(alone.eval()) - spoken).abs().max() < 2e-5 * spoken.abs().max()
-    lora.unmerge(model, before)
+    adapters.unmerge(model, before)
     assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items()) and torch.equal(logits(model), spoken)
 
 
@@ -153,7 +154,7 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
 
 def test_starcoder_as_the_blog_adapts_it():
     s = configure(Settings, [f'{ROOT}/config/lora_starcoder.py'])
-    model = lora.blank(ModelConfig(**{name: getattr(s, name) for name in ModelConfig.__dataclass_fields__}))
+    model = adapters.blank(ModelConfig(**{name: getattr(s, name) for name in ModelConfig.__dataclass_fields__}))
     base = model.num_params()
     with torch.device('meta'):
         lora.begin(model, s, is_new=False)
@@ -185,14 +186,14 @@ def test_merging_what_cannot_be_merged_is_refused():
     model = adapted(network(), lora_targets='embed')
     spoken = logits(model)
     with pytest.raises(UserError, match='the embedding is the head too, which has no adapter: --untie=True'):
-        lora.merge(model)
-    lora.untie(model)
+        adapters.merge(model)
+    adapters.untie(model)
     assert torch.equal(logits(model), spoken)
-    lora.merge(model)
+    adapters.merge(model)
     assert torch.allclose(logits(model), spoken, atol=1e-5)
     model = adapted(network(n_encoder_layer=1, position='relative'), lora_targets='embed')
     with pytest.raises(UserError, match='encoder and decoder have adapters of their own'):
-        lora.merge(model)
+        adapters.merge(model)
 
 
 # --- several ---
@@ -200,7 +201,7 @@ def test_merging_what_cannot_be_merged_is_refused():
 def three(model, **settings):
     """Saved adapters of three kinds, for the same network."""
     kinds = {'a': {}, 'b': {'lora_targets': 'c_attn', 'lora_rank': 2}, 'c': {'lora_targets': 'embed,head,down', 'lora_rank': 3, 'lora_alpha': 5.0}}
-    return {name: lora.take(adapted(network(**model), **(kind | settings))) for name, kind in kinds.items()}
+    return {name: adapters.take(adapted(network(**model), **(kind | settings))) for name, kind in kinds.items()}
 
 
 LEARNED = {'position': 'learned', 'tie': False}
@@ -209,21 +210,21 @@ LEARNED = {'position': 'learned', 'tie': False}
 def test_every_row_of_a_batch_has_its_own():
     saved, model = three(LEARNED), network(**LEARNED)
     for name, each in saved.items():
-        lora.add(model, each, name, name)
+        adapters.add(model, each, name, name)
     names = ['b', '', 'c', 'a', 'b']
-    lora.select(model, names)
+    adapters.select(model, names)
     x = ids(len(names))
     with torch.no_grad():
         together = model(x)
         for n, name in enumerate(names):
             alone = network(**LEARNED)
             if name:
-                lora.add(alone, saved[name], name, name)
+                adapters.add(alone, saved[name], name, name)
             assert torch.allclose(together[n], alone(x[n:n + 1])[0], atol=1e-5)
     texts = torch.stack(list(generate(model, x[:, :5].tolist(), 12, temperature=0)))  # with a cache
     uncached = torch.stack(list(generate(model, x[:, :5].tolist(), 12, temperature=0, use_cache=False)))
     assert torch.equal(texts, uncached)
-    lora.select(model, [])
+    adapters.select(model, [])
     assert not torch.allclose(model(x)[1], together[1], atol=1e-3)  # all of them speak again
 
 
@@ -231,21 +232,21 @@ def test_adapters_are_switched_silenced_weighed_and_added_up():
     saved, model = three(LEARNED), network(**LEARNED)
     base = logits(model)
     for name, each in saved.items():
-        lora.add(model, each, name, name)
+        adapters.add(model, each, name, name)
     model.lora.shares = {}
     assert torch.equal(logits(model), base)
     model.lora.shares = {'a': 0.5, 'c': -2.0}
     weighed = logits(model)
     one = network(**LEARNED)
-    lora.add(one, lora.combine([saved['a'], saved['c']], [0.5, -2.0]), 'both', 'both')
+    adapters.add(one, adapters.combine([saved['a'], saved['c']], [0.5, -2.0]), 'both', 'both')
     assert torch.allclose(logits(one), weighed, atol=2e-5) and not torch.allclose(weighed, base, atol=0.1)
     two = network(**LEARNED)
-    both = lora.combine([saved['a'], saved['b']], [1.0, 1.0])  # of which one shares an A where the other does not
-    lora.add(two, both, 'both', 'both')
+    both = adapters.combine([saved['a'], saved['b']], [1.0, 1.0])  # of which one shares an A where the other does not
+    adapters.add(two, both, 'both', 'both')
     model.lora.shares = {'a': 1.0, 'b': 1.0}
     assert torch.allclose(logits(two), logits(model), atol=2e-5)
     with pytest.raises(UserError, match='DoRA'):
-        lora.combine([lora.take(adapted(network(), lora_dora=True)), saved['a']], [1, 1])
+        adapters.combine([adapters.take(adapted(network(), lora_dora=True)), saved['a']], [1, 1])
 
 
 # --- runs ---
@@ -265,7 +266,7 @@ def dataset(tmp_path_factory):
 def base(tmp_path_factory, dataset):
     """out_dir of a short run, to hang adapters on."""
     out = tmp_path_factory.mktemp('lora') / 'base'
-    train(out, dataset=dataset)
+    train(out, '--value_residual=True', dataset=dataset)
     return str(out)
 
 

@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import adapters
 import hub
 import lora
 import peft_files
@@ -145,7 +146,7 @@ def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     for p in mine.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
-    peft_files.write(str(tmp_path / 'adapter'), mine.cfg, lora.take(mine), kind)
+    peft_files.write(str(tmp_path / 'adapter'), mine.cfg, adapters.take(mine), kind)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*(issing|nexpected|ismatch).*')  # PEFT only warns of it
         model = peft.PeftModel.from_pretrained(other, tmp_path / 'adapter').eval()
@@ -223,7 +224,7 @@ def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_
     mine = ours(folders['gpt2'])
     lora.begin(mine, LoraConfig(lora_rank=2, lora_whole='mlp.up.weight'))
     with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
-        peft_files.write(str(tmp_path / 'out'), mine.cfg, lora.take(mine), 'gpt2')
+        peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0
     with pytest.raises(UserError, match='softcap=3.0: no class of transformers has this'):
         peft_files.family_of(mine.cfg, 'out/run')
