@@ -230,7 +230,7 @@ def build_model(s, data, origin):
     if s.lora_rank:
         lora.begin(model, s, is_new='state' not in origin)
     if 'state' in origin:
-        load = lora.load_state if s.lora_rank else checkpoint.load_weights
+        load = adapters.load_state if s.lora_rank else checkpoint.load_weights
         load(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     return model
 
