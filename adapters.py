@@ -81,8 +81,9 @@ def sizes(cfg):
 
 def add(model, saved, where, name):
     """Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one for another."""
-    if hasattr(model, 'lora') and (saved.tokens or any('.lora.' not in tensor for tensor in saved.tensors)):
-        raise UserError(f'{where}: weights were trained whole beside it: it can be used alone only')
+    others = list(model.lora.known.values()) if hasattr(model, 'lora') else []
+    if others and any('.lora.' not in tensor for each in (saved, *others) for tensor in each.tensors):
+        raise UserError(f'{where}: weights were trained whole beside it, or beside the one before: such an adapter can be used alone only')
     for tensor, t in saved.beside.items():
         found = model.get_parameter(tensor)[:len(t)]
         if found.shape != t.shape or not torch.allclose(found.float(), t, rtol=1e-2, atol=1e-4):  # in half precision, perhaps
@@ -136,9 +137,9 @@ def combine(adapters, shares):
 def obstacle(model):
     """Why the adapters of a network cannot become part of its weights, '' if they can."""
     if model.wte_encoder is not None and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder)):
-        return 'encoder and decoder have adapters of their own beside one embedding'
+        return 'encoder and decoder have adapters of their own beside one embedding: leave it out of lora_targets'
     if model.cfg.tie and hasattr(model.wte, 'lora'):
-        return 'the embedding is the head too, which has no adapter: --untie=True makes them two'
+        return 'the embedding is the head too, which has no adapter: surgery.py merge --untie=True makes them two'
     return ''
 
 

@@ -20,7 +20,7 @@ import checkpoint
 import experts
 from configurator import UserError, configure_command, run_main
 from model import Experts, LowRank
-from origin import load_model
+from origin import fill, read_model
 from picture import figure, save, write_csv
 
 
@@ -265,8 +265,14 @@ def check_same_matrices(model, base, s):
 LARGEST_TABLE = 8192  # of a Markov chain, full: 0.5 GB in float64, and minutes
 
 
+def merged_model(where):
+    """(the network of `where`, its folder), an adapter in its weights."""
+    cfg, tensors, folder = read_model(where)
+    return fill(cfg, tensors, folder), folder
+
+
 def weights(s):
-    base = load_model(s.against)[0] if s.against else None
+    base = merged_model(s.against)[0] if s.against else None
     folders = [s.out_dir]
     if s.along:
         folders = checkpoint.checkpoints(s.out_dir)[::-1]
@@ -274,7 +280,7 @@ def weights(s):
             raise UserError(f'out_dir={s.out_dir}: no checkpoints in it to go along: give the out_dir of a training run, or leave --along out')
     records = []
     for where in folders:
-        model, folder = load_model(where)
+        model, folder = merged_model(where)
         if model.cfg.arch == 'markov' and not model.cfg.rank_embed and model.cfg.vocab_size > LARGEST_TABLE:
             raise UserError(f'out_dir={where}: a table of {model.cfg.vocab_size:,} tokens squared is too large to decompose, {LARGEST_TABLE:,} is the most')
         if base:

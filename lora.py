@@ -46,9 +46,11 @@ class LoraConfig:
         idle = sorted(name for name in getattr(self, 'given', ()) if name.startswith('lora_') and name != 'lora_rank')
         if idle and not self.lora_rank:
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to adapters: set lora_rank too')
-        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1 or not 0 < self.lora_plus < math.inf or not math.isfinite(self.lora_alpha):
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1 or not 0 < self.lora_plus < math.inf or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f'lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, lora_plus={self.lora_plus}: '
-                             'takes a rank of at least 0, a finite alpha, 0 <= dropout < 1 and a rate above 0')
+                             'takes a rank of at least 0, an alpha above 0, 0 <= dropout < 1 and a rate above 0')
+        if len(set(self.lora_tokens)) < len(self.lora_tokens):
+            raise ValueError(f'lora_tokens={self.lora_tokens}: takes each once')
         for name in ('lora_ranks', 'lora_alphas'):
             for pattern, value in getattr(self, name).items():
                 kinds = int if name == 'lora_ranks' else (int, float)
@@ -106,9 +108,9 @@ class Adapter(nn.Module):
 
     def stretch(self, layer):
         """How many times longer the rows become, (n_out,): DoRA's length over that of W + delta, which its gradient takes as given (its section 4.3)."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             norm = (self.of(layer).float() + self.delta()).norm(dim=-1)
-        return self.length / norm
+        return torch.where(norm > 0, self.length / norm.clamp(min=1e-30), 1.0)  # a row of zeros has no length yet
 
     def forward(self, layer, y, x, *counts):
         """What to add to y, which the layer made of x; counts as Experts take them."""
@@ -205,8 +207,12 @@ def places(model, s):
     together, found = {}, []
     for name, key in chosen(model, s).items():
         together.setdefault(key, []).append(name)
+    for setting in ('lora_ranks', 'lora_alphas'):
+        for pattern in getattr(s, setting):
+            if not any(re.search(pattern, name) for names in together.values() for name in names):
+                raise UserError(f'{setting}: {pattern!r} matches no matrix with an adapter; their names are like {next(iter(together.values()))[0]}')
     for names in together.values():
-        rank, alpha = (next((value for pattern, value in over.items() if re.search(pattern, names[0])), plain)
+        rank, alpha = (next((value for pattern, value in over.items() if any(re.search(pattern, name) for name in names)), plain)
                        for over, plain in ((s.lora_ranks, s.lora_rank), (s.lora_alphas, s.lora_alpha)))
         n_in, n_out = (sum(model.get_submodule(name).weight.size(side) for name in names) for side in (-1, -2))
         if rank > min(n_in // len(names), n_out):
@@ -381,22 +387,26 @@ def begin_pissa(model, found, name='default'):
         parts = (U[..., :rank] * root[..., None, :]).split([layer.weight.size(-2) for layer in layers], dim=-2)
         for layer, B in zip(layers, parts):
             adapter = layer.lora[name]
-            adapter.A.copy_(root[..., None] * Vh[..., :rank, :])
+            adapter.A.copy_(torch.where(root[..., None] > 0, root[..., None] * Vh[..., :rank, :], adapter.A))  # of zeros: as every adapter begins
             adapter.B.copy_(B[:adapter.rows] if adapter.rows else B)
             adapter.begin_with(adapter.A, adapter.B, layer)
 
 
 def freeze(model, s, name='default'):
     """Let nothing be trained but the adapters of this name and what a LoraConfig names beside them. Raises UserError if that matches nothing."""
-    with_adapter, whole = {layer for layer, _ in adapted(model)}, 0
+    with_adapter, whole, biases = {layer for layer, _ in adapted(model)}, 0, 0
     for tensor, p in model.named_parameters():
         layer, _, kind = tensor.rpartition('.')
         is_bias = kind == 'bias' and (s.lora_bias == 'all' or s.lora_bias == 'lora_only' and layer in with_adapter)
         is_whole = bool(s.lora_whole and '.lora.' not in tensor and re.search(s.lora_whole, tensor))
-        whole += is_whole
+        if is_whole and kind == 'weight' and layer in with_adapter:
+            raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: leave it out of one of them')
+        whole, biases = whole + is_whole, biases + is_bias
         p.requires_grad_(f'.lora.{name}.' in tensor or layer == 'wte.tokens' or is_bias or is_whole)
     if s.lora_whole and not whole:
         raise UserError(f'lora_whole: {s.lora_whole!r} matches no tensor: takes a pattern of names, as norm')
+    if s.lora_bias != 'none' and not biases:
+        raise UserError(f'lora_bias={s.lora_bias}: there are no such biases in this network: leave it out')
 
 
 def faster(s):

@@ -55,9 +55,13 @@ def read_model(where, which='best', encoder=False, untie=False):
             cfg, weights = model.cfg, adapters.base_state(model)
         else:
             weights = checkpoint.read_weights(folder)
+    check_kind(where, cfg, encoder)
+    return cfg, weights, folder
+
+
+def check_kind(where, cfg, encoder):
     if cfg.n_encoder_layer and not encoder:
         raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), this takes a decoder alone: sample.py runs it')
-    return cfg, weights, folder
 
 
 def load_model(where, which='best', encoder=False):
@@ -66,6 +70,7 @@ def load_model(where, which='best', encoder=False):
         folder = checkpoint.find(where, which)
         state = checkpoint.load_state(folder)
         if 'base' in state and adapters.obstacle(model := read_adapted(state, folder)):
+            check_kind(where, model.cfg, encoder)
             return model, folder
     cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
@@ -73,8 +78,11 @@ def load_model(where, which='best', encoder=False):
 
 def read_base(base, cfg, adapter):
     """The weights that an adapter in the folder `adapter` was trained beside, as its state.json names them; cfg: its network."""
-    _, weights, _ = read_model(base['from'], encoder=True)
-    adapters.check_base(weights, base['weights'], base['from'], adapter)
+    where = base['from']
+    if not hub.knows(where) and not os.path.isdir(where):  # that checkpoint is gone: the run's best one may be the same
+        where = os.path.dirname(where)
+    _, weights, _ = read_model(where, encoder=True)
+    adapters.check_base(weights, base['weights'], where, adapter)
     return shorten(weights, cfg)
 
 
@@ -95,25 +103,34 @@ def read_adapted(state, folder):
 
 def add_adapters(model, given, base):
     """
-    Let adapters speak beside the network of `base`: given, a list of DIR or name=DIR, runs of ours or folders of PEFT's. Returns their names. Raises
+    Let adapters speak beside the network of `base`: given, a list of DIR or name=DIR, runs of ours or folders of PEFT's. Returns {name: DIR}. Raises
     UserError for one that is for another network.
     """
     weights, named = model.state_dict(), {}
+    if given and hasattr(model, 'lora'):
+        raise UserError(f'{base}: is an adapter itself that is not merged: {adapters.obstacle(model)}')
     for entry in given:
-        name, _, where = entry.rpartition('=')
-        name = name or os.path.basename(os.path.normpath(where))
-        if not re.fullmatch(r'\w[\w-]*', name) or name in named or hasattr(torch.nn.ModuleDict, name):
+        name, where = split_name(entry)
+        if name in named or hasattr(torch.nn.ModuleDict(), name):
             raise UserError(f'adapter={entry}: {name!r} is no name for one, or there twice: give another of letters and digits, name=DIR')
         named[name] = where
     loaded = {name: read_saved(where, model.cfg, weights, base) for name, where in named.items()}
     for name, saved in loaded.items():
         adapters.add(model, saved, named[name], name)
-    return list(named)
+    return named
+
+
+def split_name(entry):
+    """(name, DIR) of name=DIR, or of DIR alone, which may have = in it too."""
+    name, equals, where = entry.partition('=')
+    if equals and re.fullmatch(r'\w[\w-]*', name) and not os.path.isdir(entry):
+        return name, where
+    return re.sub(r'\W', '_', os.path.basename(os.path.normpath(entry))), entry
 
 
 def read_saved(where, cfg, weights, base):
     """The lora.Saved of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these weights."""
-    if os.path.isfile(os.path.join(where, 'adapter_config.json')):
+    if peft_files.is_one(where):
         return peft_files.read(where, cfg)
     folder = checkpoint.find(where, 'best')
     state = checkpoint.load_state(folder)
@@ -164,6 +181,9 @@ def find_origin(s, ranks):
         for name in ('objective', 'denoisers', 'packing') if s.eval_only else ():  # what the losses of the run are of
             if name not in s.given and name in state['settings']:
                 setattr(s, name, state['settings'][name])
+        for f in dataclasses.fields(lora.LoraConfig) if 'base' in state else ():
+            if f.name not in s.given:
+                setattr(s, f.name, state['settings'][f.name])
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
@@ -173,6 +193,8 @@ def find_origin(s, ranks):
         base = {'base': state['base'], 'weights': read_base(state['base'], from_dict(ModelConfig, state['model'], folder), folder)} if 'base' in state else {}
         return {'folder': folder, 'state': state} | base
     if s.init_from in ('auto', 'scratch'):
+        if s.lora_rank:
+            raise UserError(f'lora_rank={s.lora_rank}: adapters are trained beside weights that are there: give --init_from=DIR')
         return {}
     if hub.knows(s.init_from):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
@@ -181,7 +203,7 @@ def find_origin(s, ranks):
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
-    base = {'base': {'from': s.init_from, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
+    base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer} | base | kept(s, folder)
 
 

@@ -28,7 +28,8 @@ EXACT = {  # fields that change what an adapter does, and the only value that we
 }
 KINDS = {  # of the fields that are read; null is none
     'r': int, 'lora_alpha': (int, float), 'lora_dropout': (int, float), 'use_dora': bool, 'use_rslora': bool, 'target_modules': (list, str),
-    'exclude_modules': (list, str), 'layers_to_transform': (int, list), 'rank_pattern': dict, 'alpha_pattern': dict, 'trainable_token_indices': (list, dict),
+    'exclude_modules': (list, str), 'modules_to_save': list, 'layers_to_transform': (int, list), 'rank_pattern': dict, 'alpha_pattern': dict,
+    'trainable_token_indices': (list, dict),
 }
 PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take something out of the weights
 
@@ -146,7 +147,7 @@ def write_whole(model, known, ranks, tensors):
 def family_of(cfg, base):
     """The family by whose names a network of this ModelConfig goes. Raises UserError if there is none."""
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
-    if os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES:
+    if os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES and FAMILIES[kind].names(cfg):
         return kind
     in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
     kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
@@ -173,6 +174,11 @@ def publish(folder, tensors, config):
 # -----------------------------------------------------------------------------
 # In
 
+def is_one(folder):
+    """Whether a folder is PEFT's."""
+    return os.path.isfile(os.path.join(folder, 'adapter_config.json'))
+
+
 def read(folder, cfg):
     """The lora.Saved of a folder, for a network of this ModelConfig. Raises UserError, in one line, for whatever is not exactly an adapter for it."""
     path, weights = (os.path.join(folder, name) for name in ('adapter_config.json', 'adapter_model.safetensors'))
@@ -186,6 +192,10 @@ def read(folder, cfg):
         value = config.get(field)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
+        if isinstance(value, list) and not all(type(item) is (int if field in ('layers_to_transform', 'trainable_token_indices') else str) for item in value):
+            raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
+    if not 0 <= (config.get('lora_dropout') or 0) < 1:
+        raise UserError(f'{path}: lora_dropout={config["lora_dropout"]}: takes 0 <= lora_dropout < 1')
     patterns = [config.get(field) for field in ('target_modules', 'exclude_modules') if isinstance(config.get(field), str)]
     for pattern in (*patterns, *(config.get('rank_pattern') or ()), *(config.get('alpha_pattern') or ())):
         try:
@@ -224,6 +234,8 @@ class Reading:
         if name not in self.tensors:
             self.refuse(f'{name}: not in the file, which says that there is an adapter')
         found = list(self.tensors[name].shape)
+        if not self.tensors[name].isfinite().all():
+            self.refuse(f'{name}: holds what is no number')
         if len(found) != len(shape) or any(size not in (None, n) for n, size in zip(found, shape)):
             self.refuse(f'{name}: {found}, this network takes {["any" if size is None else size for size in shape]}: it is an adapter for another base')
         self.left.discard(name)
@@ -249,7 +261,7 @@ class Reading:
             meant = is_target(module, targets) and not is_target(module, self.config.get('exclude_modules') or []) and (
                 blocks is None or number and int(number[1]) in blocks)
             has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
-            if has or meant and not isinstance(targets, str):
+            if has and (meant or targets == 'all-linear') or meant and not isinstance(targets, str):
                 self.adapter(module, ours, sizes, out)
         self.whole(out)
         if self.left:
@@ -279,13 +291,17 @@ class Reading:
         tokens = self.config.get('trainable_token_indices')
         if tokens:
             out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
-            if not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens):
+            if not isinstance(out.tokens, list) or not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens):
                 self.refuse(f'trainable_token_indices={tokens}: takes tokens from 0 to {self.cfg.vocab_size - 1}')
             module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
             out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta', len(out.tokens), self.cfg.n_embd)
+        for ending in self.config.get('modules_to_save') or ():
+            if not any(is_target(name.rpartition('.')[0], [ending]) for name in self.tensors):
+                self.refuse(f'modules_to_save={ending}: not in the file')
         for name in sorted(self.left):
             module, _, kind = name.rpartition('.')
-            if re.search(r'\.(original_module|modules_to_save)\.', name):  # with bias=all PEFT writes some of them twice
+            plain = re.sub(r'\.(original_module|modules_to_save)\.', '.', name)
+            if plain != name and plain in self.tensors:  # with bias=all PEFT writes some of them twice
                 self.left.discard(name)
                 continue
             module = module if kind == 'weight' else module.removesuffix('.base_layer')
@@ -294,7 +310,7 @@ class Reading:
                 continue
             ours = self.modules.get(module, ())
             if ours and (kind == 'bias' or kind == 'weight' and self.tensors[name].ndim == 1):
-                t = self.take(name, None)
+                t = self.take(name, sum(self.rows(ours, 0)) or None)
                 out.tensors |= {f'{part}.{kind}': rows for part, rows in zip(ours, t.split(self.rows(ours, len(t))))}
 
     def rows(self, ours, length):

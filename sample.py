@@ -30,6 +30,7 @@ import adapters
 import checkpoint
 import hub
 import lora
+import peft_files
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
 from model import Experts
@@ -331,10 +332,8 @@ def stored_around(folder, tokenizer):
 
 def add_voices(model, tokenizer, given, where):
     """Let adapters speak beside the network of `where`, origin.add_adapters(). Returns [(name, what each is used to have around a prompt)]."""
-    names = add_adapters(model, given, where)
-    folders = [entry.rpartition('=')[2] for entry in given]
-    return [(name, tokenizer.around if os.path.isfile(os.path.join(folder, 'adapter_config.json')) else stored_around(
-        checkpoint.find(folder, 'best'), tokenizer)) for name, folder in zip(names, folders)]
+    return [(name, tokenizer.around if peft_files.is_one(folder) else stored_around(
+        checkpoint.find(folder, 'best'), tokenizer)) for name, folder in add_adapters(model, given, where).items()]
 
 
 def read_text(path):
@@ -412,7 +411,8 @@ def pack(model, dtype='bfloat16', int8=False):
     or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32, experts are in dtype always.
     """
     if model.cfg.tie and model.cfg.arch == 'decoder':
-        model.head = Packed(model.wte.weight, None, getattr(torch, dtype), int8)
+        weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight  # rows that lora.py has trained
+        model.head = Packed(weight, None, getattr(torch, dtype), int8)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose

@@ -32,6 +32,7 @@ import adapters
 import checkpoint
 import hub
 import lora
+import peft_files
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture
@@ -39,7 +40,7 @@ from growth import average, grow, grown_layers, layer_names, parse_layers, take_
 from loss import evaluate
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_objective
-from origin import add_adapters, fill, read_model, read_saved, validation_sources
+from origin import add_adapters, fill, read_model, read_saved, split_name, validation_sources
 from ranks import Ranks
 
 
@@ -426,12 +427,17 @@ def run_merge(s):
 def run_combine(s):
     old = read(s, s.from_, encoder=True)
     model = old.model
-    found = [read_saved(where.rpartition('=')[2], model.cfg, model.state_dict(), s.from_) for where in s.adapter]
-    both = adapters.combine(found, s.shares or [1.0] * len(found))
-    checkpoint.prepare_out_dir(s.out_dir, 0, {})
+    folders = [split_name(entry)[1] for entry in s.adapter]
+    base = {'from': s.from_, 'weights': adapters.fingerprint(model.state_dict())}
+    both = adapters.combine([read_saved(folder, model.cfg, model.state_dict(), s.from_) for folder in folders], s.shares or [1.0] * len(folders))
+    adapters.add(model, both, ', '.join(folders), 'default')  # whether it fits
+    runs = [checkpoint.load_state(checkpoint.find(folder, 'best'))['settings'] for folder in folders if not peft_files.is_one(folder)]
+    settings = {name: value for name, value in (runs or [{}])[0].items() if name in ('dataset', 'objective', 'denoisers', 'packing')
+                and all(run.get(name) == value for run in runs)}
+    checkpoint.prepare_out_dir(s.out_dir, 0, settings)
     description, folder = old.tokenizer
-    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': description, 'torch': torch.__version__, 'surgery': 'combine',
-             'base': {'from': s.from_, 'weights': adapters.fingerprint(model.state_dict())}, 'lora': both.description()}
+    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
+             'surgery': 'combine', 'base': base, 'lora': both.description()}
     checkpoint.save(s.out_dir, 0, both.tensors, {}, state, [os.path.join(folder, name) for name in description.get('files', ())])
     print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
 

@@ -96,10 +96,12 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
-        if self.lora_rank and self.init_from in ('auto', 'scratch'):
-            raise ValueError(f'lora_rank={self.lora_rank}: adapters are trained beside weights that are there: give --init_from=DIR')
-        if self.lora_rank and (self.grow_every or self.init_keep != 'weights' or self.rank_guide or self.arch == 'markov' or self.optimizer == 'spectron'):
-            raise ValueError(f'lora_rank={self.lora_rank}: goes with none of grow_every, init_keep, rank_guide, arch=markov, optimizer=spectron: leave it out')
+        beside = {'grow_every': 0, 'init_keep': 'weights', 'rank_guide': 0, 'arch': 'decoder', 'factor_decay': 'factor'}
+        for name, plain in beside.items() if self.lora_rank else ():
+            if getattr(self, name) != plain:
+                raise ValueError(f'lora_rank={self.lora_rank}: adapters go with {name}={plain} alone, not {getattr(self, name)}: leave it out')
+        if self.lora_rank and self.optimizer == 'spectron':
+            raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the network, which stay as they are: use adamw or muon')
         idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
         if idle and not self.n_expert and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')

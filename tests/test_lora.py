@@ -18,8 +18,9 @@ import lora
 from configurator import UserError, configure
 from lora import LoraConfig
 from model import ModelConfig, make_model
+from optim import make_optimizer
 from origin import load_model, read_model
-from sample import generate
+from sample import generate, pack
 from train import Settings
 
 VOCAB = 96
@@ -119,6 +120,46 @@ def test_what_is_added_is_the_product_times_alpha_over_rank():
         assert torch.allclose(layer(x), F.linear(x, layer.weight) + scale * x @ adapter.A.T @ adapter.B.T, atol=1e-6)
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_packed_for_sampling_they_say_the_same(kind):
+    model_settings, settings = KINDS[kind]
+    if 'n_encoder_layer' not in model_settings:
+        model = adapted(network(**model_settings), **settings)
+        spoken = logits(model)
+        assert torch.allclose(logits(pack(model, 'float32')), spoken, atol=1e-5)
+    model = adapted(network(), lora_targets='attn,embed', lora_tokens=[3, 5])
+    spoken = logits(model)
+    assert torch.allclose(logits(pack(model, 'float32')), spoken, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_in_bfloat16_merged_is_unmerged_but_for_its_rounding(kind):
+    model_settings, settings = KINDS[kind]
+    model = adapted(network(**model_settings), **settings)
+    exact = logits(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        spoken, before = logits(model), adapters.merge(model)
+        merged = logits(model)
+    assert before and (spoken - exact).abs().max() < 0.1 * exact.abs().max() and (merged - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_rows_of_zeros_are_no_trouble():
+    for settings in ({'lora_dora': True}, {'lora_pissa': True}):
+        model = network()
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.mlp.down.weight)
+        adapted(model, is_moved=False, **settings)
+        for _ in range(2):
+            loss = model(ids(), ids(seed=3))
+            loss.backward()
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.data -= 0.1 * p.grad
+                    p.grad = None
+        adapter = model.blocks[0].mlp.down.lora['default']
+        assert loss.isfinite() and adapter.B.abs().max() > 0
+
+
 def test_dropout_is_of_what_adapters_read_and_in_training_alone():
     model = adapted(network(), lora_dropout=0.5)
     assert torch.equal(logits(model), logits(model))
@@ -152,6 +193,20 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * (32 + 96)
 
 
+def test_which_biases_are_trained():
+    model = adapted(network(bias=True), lora_targets='q', lora_bias='lora_only')
+    assert {name for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name} == {f'blocks.{n}.attn.q.bias' for n in (0, 1)}
+    model = adapted(network(bias=True), lora_targets='q', lora_bias='all')
+    assert sum(p.requires_grad for name, p in model.named_parameters() if name.endswith('.bias')) == 2 * 6
+
+
+def test_the_second_factor_learns_faster():
+    s = Settings(lora_rank=4, lora_plus=8.0, learning_rate=1e-3, lora_targets='attn,embed')
+    optimizer = make_optimizer(adapted(network(), lora_targets='attn,embed', lora_plus=8.0), lora.faster(s))
+    rates = {name: group['lr'] for group in optimizer.param_groups for name in group['param_names']}
+    assert len(rates) == 18 and all(rate == pytest.approx(8e-3 if name.endswith('.B') else 1e-3) for name, rate in rates.items())
+
+
 def test_starcoder_as_the_blog_adapts_it():
     s = configure(Settings, [f'{ROOT}/config/lora_starcoder.py'])
     model = adapters.blank(ModelConfig(**{name: getattr(s, name) for name in ModelConfig.__dataclass_fields__}))
@@ -166,6 +221,8 @@ def test_starcoder_as_the_blog_adapts_it():
     ({'lora_targets': 'attn,c_fcc'}, "lora_targets: 'c_fcc' matches nothing: takes attn, mlp, embed, head, or matrices of this network by name: wte, attn.q"),
     ({'lora_targets': 'head'}, "'head' matches nothing"), ({'lora_targets': 'q', 'lora_layers': '2:'}, "'q' matches nothing in lora_layers=2:"),
     ({'lora_rank': 33}, 'lora_rank=33: is more than blocks.0.attn.q has, 32 x 32'), ({'lora_ranks': {'': 0}}, 'leaves no adapter'),
+    ({'lora_ranks': {'c_attn': 2}}, "lora_ranks: 'c_attn' matches no matrix"), ({'lora_alphas': {'head': 2}}, "lora_alphas: 'head' matches no matrix"),
+    ({'lora_bias': 'all'}, 'lora_bias=all: there are no such biases'), ({'lora_whole': 'attn.q'}, 'matches blocks.0.attn.q.weight, which has an adapter'),
     ({'lora_whole': 'nrom'}, "lora_whole: 'nrom' matches no tensor"), ({'lora_tokens': [96]}, 'lora_tokens: 96: takes tokens from 0 to 95'),
 ])
 def test_what_a_network_has_not_is_named(settings, words):
@@ -175,7 +232,8 @@ def test_what_a_network_has_not_is_named(settings, words):
 
 @pytest.mark.parametrize('settings, words', [
     ({'lora_rank': -1}, 'lora_rank=-1'), ({'lora_dropout': 1.0}, 'lora_dropout=1.0'), ({'lora_ranks': {'[': 1}}, "'\\[' is no pattern"),
-    ({'lora_ranks': {'q': -1}}, 'lora_ranks='), ({'lora_layers': 'a:b'}, 'lora_layers=a:b'), ({'lora_plus': 0.0}, 'lora_plus=0'),
+    ({'lora_ranks': {'q': -1}}, 'lora_ranks='), ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_tokens': [3, 3]}, 'takes each once'),
+    ({'lora_layers': 'a:b'}, 'lora_layers=a:b'), ({'lora_plus': 0.0}, 'lora_plus=0'),
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -185,7 +243,7 @@ def test_settings_that_cannot_work_are_named(settings, words):
 def test_merging_what_cannot_be_merged_is_refused():
     model = adapted(network(), lora_targets='embed')
     spoken = logits(model)
-    with pytest.raises(UserError, match='the embedding is the head too, which has no adapter: --untie=True'):
+    with pytest.raises(UserError, match='the embedding is the head too, which has no adapter: surgery.py merge --untie=True'):
         adapters.merge(model)
     adapters.untie(model)
     assert torch.equal(logits(model), spoken)
@@ -245,8 +303,34 @@ def test_adapters_are_switched_silenced_weighed_and_added_up():
     adapters.add(two, both, 'both', 'both')
     model.lora.shares = {'a': 1.0, 'b': 1.0}
     assert torch.allclose(logits(two), logits(model), atol=2e-5)
+    before = adapters.merge(model)
+    assert torch.allclose(logits(model), logits(two), atol=2e-5)
+    adapters.unmerge(model, before)
+    model.lora.shares = {'a': 0.5, 'c': -2.0}
+    adapters.merge(model)
+    assert torch.allclose(logits(model), weighed, atol=2e-5)
     with pytest.raises(UserError, match='DoRA'):
         adapters.combine([adapters.take(adapted(network(), lora_dora=True)), saved['a']], [1, 1])
+
+
+def test_one_with_weights_trained_whole_is_used_alone():
+    plain, whole = (adapters.take(adapted(network(), **settings)) for settings in ({}, {'lora_whole': 'norm'}))
+    for first, second in ((plain, whole), (whole, plain)):
+        model = network()
+        adapters.add(model, first, 'first', 'first')
+        with pytest.raises(UserError, match='second: weights were trained whole'):
+            adapters.add(model, second, 'second', 'second')
+
+
+def test_a_base_is_known_by_every_tensor():
+    weights = network(value_residual=True).state_dict()  # some have no dimensions
+    known = adapters.fingerprint(weights)
+    adapters.check_base(weights, known, 'base', 'adapter')
+    for name in weights:
+        with pytest.raises(UserError, match=f'{name} differs'):
+            adapters.check_base(weights | {name: weights[name] + 1}, known, 'base', 'adapter')
+    with pytest.raises(UserError, match='differs'):
+        adapters.check_base({name: t for name, t in weights.items() if name != 'norm_f.weight'}, known, 'base', 'adapter')
 
 
 # --- runs ---
@@ -268,6 +352,10 @@ def base(tmp_path_factory, dataset):
     out = tmp_path_factory.mktemp('lora') / 'base'
     train(out, '--value_residual=True', dataset=dataset)
     return str(out)
+
+
+def lora_delta(model):
+    return model.blocks[0].attn.q.lora['default'].delta()
 
 
 def weights(out_dir):
@@ -331,12 +419,21 @@ def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, da
     assert f'{tmp_path}/base: no such directory' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
 
 
+def test_a_run_goes_on_as_it_began(tmp_path, base, dataset):
+    train(tmp_path / 'run', f'--init_from={base}', *LORA, '--max_iters=4', dataset=dataset)
+    for change in ('--lora_alpha=3', '--lora_targets=attn', '--lora_rank=2'):
+        assert change[2:].split('=')[0] in one_line(train(tmp_path / 'run', f'--init_from={base}', *LORA, change, dataset=dataset, check=False))
+    assert train(tmp_path / 'run', '--init_from=resume', dataset=dataset).returncode == 0  # without a word of adapters
+    assert read_log(tmp_path / 'run')[-1]['step'] == 10
+    assert 'step 10: val_loss' in train(tmp_path / 'run', '--eval_only', dataset=dataset).stdout
+
+
 @pytest.mark.parametrize('args, words', [
     (['--lora_rank=4'], 'lora_rank=4: adapters are trained beside weights that are there: give --init_from=DIR'),
     (['--init_from=BASE', '--lora_targets=attn'], 'lora_targets=attn: belongs to adapters: set lora_rank too'),
     (['--init_from=BASE', '--lora_rank=4', '--lora_targets=atn'], "lora_targets: 'atn' matches nothing"),
     (['--init_from=BASE', '--lora_rank=64'], 'lora_rank=64: is more than'),
-    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: goes with none of'),
+    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: adapters go with grow_every=0 alone, not 2'),
 ])
 def test_bad_runs_are_one_line_and_leave_nothing(tmp_path, base, dataset, args, words):
     done = train(tmp_path / 'run', *(arg.replace('BASE', base) for arg in args), dataset=dataset, check=False)
@@ -356,7 +453,15 @@ def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_pa
         assert not (tmp_path / 'out').exists()
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/out', '--untie=True')
     assert done.returncode == 0 and read_model(str(tmp_path / 'out'))[0].tie is False
-    done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run', f'--adapter=b={tmp_path}/run', f'--out_dir={tmp_path}/both')
+    run('surgery.py', 'merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[0.5]', f'--out_dir={tmp_path}/half', '--untie=True')
+    weights_of = [read_model(str(where))[1]['blocks.0.attn.q.weight'] for where in (base, tmp_path / 'half', tmp_path / 'out')]
+    assert torch.allclose(weights_of[1] - weights_of[0], (weights_of[2] - weights_of[0]) / 2, atol=1e-6) and not torch.equal(*weights_of[:2])
+    done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run', f'--adapter=b={tmp_path}/run', '--shares=[2, 0.5]',
+               f'--out_dir={tmp_path}/both')
     assert done.returncode == 0, done.stderr
+    loss = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/both')  # it knows its data
+    assert loss.returncode == 0, loss.stderr
+    merged = lora_delta(load_model(str(tmp_path / 'both'))[0])
+    assert torch.allclose(merged, 2.5 * lora_delta(load_model(str(tmp_path / 'run'))[0]), atol=1e-6)
     model, _ = load_model(str(tmp_path / 'both'))
     assert model.blocks[0].attn.q.lora['default'].A.size(0) == 8

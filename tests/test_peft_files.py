@@ -190,7 +190,13 @@ def say(**fields):
     (say(lora_alpha='x'), "lora_alpha='x': is not as PEFT writes it"),
     (say(rank_pattern={'(': 2}), "'(' is no pattern"), (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
     (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'),
-    (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
+    (say(use_dora=True), 'lora_magnitude_vector: not in the file'), (say(trainable_token_indices={'wte': 5}), "{'wte': 5}: takes tokens"),
+    (say(target_modules=[5]), 'target_modules=[5]'), (say(lora_dropout=5.0), 'lora_dropout=5.0'),
+    (say(modules_to_save=['ln_f']), 'modules_to_save=ln_f: not in'),
+    (put('base_model.model.transformer.ln_f.modules_to_save.weight', 48), 'modules_to_save.weight: this network has no place for it'),
+    (put('base_model.model.transformer.h.0.attn.c_attn.base_layer.bias', 10), 'c_attn.base_layer.bias: [10], this network takes [144]'),
+    (say(layers_to_transform=[0]), 'h.1.attn.c_attn.lora_A.weight: this network has no place for it'),
+    (lambda tensors, config: tensors[A].fill_(float('nan')), 'lora_A.weight: holds what is no number'),
     (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: not in the file'),
     (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
 ])
@@ -222,7 +228,7 @@ def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
 
 def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
     mine = ours(folders['gpt2'])
-    lora.begin(mine, LoraConfig(lora_rank=2, lora_whole='mlp.up.weight'))
+    lora.begin(mine, LoraConfig(lora_rank=2, lora_targets='attn', lora_whole='mlp.up.weight'))
     with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
         peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0
