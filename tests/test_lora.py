@@ -161,11 +161,12 @@ def test_rows_of_zeros_are_no_trouble():
 
 
 def test_dropout_is_of_what_adapters_read_and_in_training_alone():
-    model = adapted(network(), lora_dropout=0.5)
-    assert torch.equal(logits(model), logits(model))
+    settings = {'lora_targets': 'attn,head', 'lora_dropout': 0.5}
+    model = adapted(network(tie=False), **settings)
+    assert torch.equal(logits(model), logits(model)) and torch.equal(model(ids(), ids()), model(ids(), ids()))
     model.train()
     assert not torch.equal(logits(model), logits(model))
-    assert torch.equal(logits(adapted(network(), lora_dropout=0.5)), logits(adapted(network())))
+    assert torch.equal(logits(adapted(network(tie=False), **settings)), logits(adapted(network(tie=False), lora_targets='attn,head')))
 
 
 def test_cached_generation_is_uncached_with_adapters():
@@ -406,6 +407,18 @@ def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split('\n---------------\n')[:2]
     assert first.removeprefix('run: ') == second.removeprefix('again: ') == texts.pop().split('\n---------------\n')[0]
+
+
+def test_a_base_with_more_positions_and_a_router_that_stays(tmp_path, dataset):
+    train(tmp_path / 'base', '--position=learned', '--n_expert=2', '--expert_bias=0.1', dataset=dataset)
+    train(tmp_path / 'run', f'--init_from={tmp_path}/base', '--lora_rank=2', '--block_size=16', dataset=dataset)
+    model, _ = load_model(str(tmp_path / 'run'))
+    (cfg, before, _), after = read_model(str(tmp_path / 'base')), model.state_dict()
+    assert (cfg.block_size, model.cfg.block_size, len(after['wpe.weight'])) == (32, 16, 16)
+    assert before['blocks.0.mlp.expert_bias'].any() and torch.equal(after['blocks.0.mlp.expert_bias'], before['blocks.0.mlp.expert_bias'])
+    said = read_log(tmp_path / 'run')[-1]['val_loss']
+    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
+    assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
 
 
 def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, dataset):
