@@ -1,5 +1,5 @@
 # make demo   a small dense and a low-rank decoder on the Python standard library, samples, out/demo.png; 6 minutes on 2 CPU cores
-# make test   the whole test suite; 7 to 17 minutes on 2 CPU cores
+# make test   the whole test suite; 6 to 8 minutes on 2 CPU cores
 # Both need only Python 3.11 or later and make; the first run makes .venv and installs requirements.txt into it.
 
 PYTHON ?= python3

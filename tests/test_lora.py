@@ -410,7 +410,7 @@ def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset
 
 
 def test_a_base_with_more_positions_and_a_router_that_stays(tmp_path, dataset):
-    train(tmp_path / 'base', '--position=learned', '--n_expert=2', '--expert_bias=0.1', dataset=dataset)
+    train(tmp_path / 'base', '--position=learned', '--n_expert=3', '--expert_bias=0.1', '--max_iters=7', dataset=dataset)
     train(tmp_path / 'run', f'--init_from={tmp_path}/base', '--lora_rank=2', '--block_size=16', dataset=dataset)
     model, _ = load_model(str(tmp_path / 'run'))
     (cfg, before, _), after = read_model(str(tmp_path / 'base')), model.state_dict()

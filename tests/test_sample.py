@@ -244,5 +244,6 @@ def test_bad_input_is_one_line(trained, args, words):
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):
     weights, state = checkpoint.read_weights(folder := checkpoint.find(str(trained))), checkpoint.load_state(folder)
     state['model']['vocab_size'] = 128
+    weights = {name: t[:128] if len(t) == 320 else t for name, t in weights.items()}  # of the padded vocabulary
     folder = checkpoint.save(str(tmp_path), 1, weights, {}, state)
     assert '257 tokens, the network 128' in one_line(run('sample.py', f'--out_dir={folder}'))
