@@ -81,6 +81,8 @@ def read_base(base, cfg, adapter):
     where = base['from']
     if not hub.knows(where) and not os.path.isdir(where):  # that checkpoint is gone: the run's best one may be the same
         where = os.path.dirname(where)
+        if not os.path.isdir(where):
+            raise UserError(f'{adapter}: is an adapter beside {base["from"]}, which is not there: put it back')
     _, weights, _ = read_model(where, encoder=True)
     adapters.check_base(weights, base['weights'], where, adapter)
     return shorten(weights, cfg)

@@ -429,7 +429,7 @@ def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, da
     for args in (['evaluate.py', 'loss', f'--out_dir={tmp_path}/run'], ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
         assert 'is an adapter for another base' in (line := one_line(run(*args))) and 'blocks.0.attn.k.weight differs' in line
     shutil.rmtree(tmp_path / 'base')
-    assert f'{tmp_path}/base: no such directory' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
+    assert f'is an adapter beside {tmp_path}/base/step_00000010, which is not there' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, base, dataset):
