@@ -69,9 +69,13 @@ def load_model(where, which='best', encoder=False):
     if not hub.knows(where):
         folder = checkpoint.find(where, which)
         state = checkpoint.load_state(folder)
-        if 'base' in state and adapters.obstacle(model := read_adapted(state, folder)):
+        if 'base' in state:
+            model = read_adapted(state, folder)
             check_kind(where, model.cfg, encoder)
-            return model, folder
+            if adapters.obstacle(model):
+                return model, folder
+            adapters.merge(model)
+            return fill(model.cfg, adapters.base_state(model), folder), folder
     cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
 
