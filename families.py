@@ -264,6 +264,13 @@ def obstacles(family, cfg):
     return [f'{name}={found[name]}' for name, wanted in (PLAIN | family.wants(cfg)).items() if found[name] != wanted]
 
 
+def nearest(cfg):
+    """(the family that is written and fits a network best, the obstacles that are left)."""
+    in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
+    kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
+    return kind, in_the_way[kind]
+
+
 def name_rows(family, cfg):
     """
     Yields (their name, {our name: rows of ours}, shape of theirs, whether theirs is flipped) for every tensor of a network with these

@@ -29,7 +29,7 @@ import checkpoint
 import peft_files
 from configurator import UserError, configure_command, from_dict, run_main
 from download import download
-from families import FAMILIES, HEAD, Config, name_rows, obstacles, read_json
+from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from growth import fold
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
@@ -200,10 +200,9 @@ class ExportSettings:
 
 def stock(cfg, weights, where):
     """(fields of config.json, {name: tensor}) of the family that a network fits, after folding. Raises UserError with what stands in the way."""
-    in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
-    kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
-    if in_the_way[kind]:
-        raise UserError(f'{where}: {", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind})'
+    kind, in_the_way = nearest(cfg)
+    if in_the_way:
+        raise UserError(f'{where}: {", ".join(in_the_way)}: no class of transformers has this (the nearest is {kind})'
                         + ': --as=custom takes any decoder' * (not cfg.n_encoder_layer))
     family, tensors, used = FAMILIES[kind], {}, set()
     cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)

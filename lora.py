@@ -260,7 +260,7 @@ def row_change(A, B, x):
 
 class Active:
     """
-    The adapters of a network, {name: Saved without its tensors}, and which of them speak: shares {name: how much}; or, for a batch of which each row has
+    The adapters of a network, known {name: Saved}, and which of them speak: shares {name: how much}; or, for a batch of which each row has
     its own, rows {layer: (A, B)} of select().
     """
 

@@ -19,7 +19,7 @@ import adapters
 import checkpoint
 import lora
 from configurator import UserError
-from families import FAMILIES, HEAD, obstacles, read_json
+from families import FAMILIES, HEAD, nearest, read_json
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
@@ -149,10 +149,9 @@ def family_of(cfg, base):
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
     if os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES and FAMILIES[kind].names(cfg):
         return kind
-    in_the_way = {kind: obstacles(family, cfg) for kind, family in FAMILIES.items() if family.write}
-    kind = min(in_the_way, key=lambda kind: ((kind == 't5') != (cfg.n_encoder_layer > 0), len(in_the_way[kind])))
-    if in_the_way[kind]:
-        raise UserError(f'{", ".join(in_the_way[kind])}: no class of transformers has this (the nearest is {kind}), so PEFT has no place for the adapter: '
+    kind, in_the_way = nearest(cfg)
+    if in_the_way:
+        raise UserError(f'{", ".join(in_the_way)}: no class of transformers has this (the nearest is {kind}), so PEFT has no place for the adapter: '
                         'surgery.py merge, then hub.py export --as=custom')
     return kind
 

@@ -34,7 +34,6 @@ from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, Source, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_compile, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig, grow
-from lora import LoraConfig
 from loss import evaluate, reading
 from model import ModelConfig, Teacher, make_model
 from objectives import make_objective
@@ -46,7 +45,7 @@ from runlog import Log, check_finite, describe, report, show_losses, show_sample
 
 
 @dataclass
-class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig, LoraConfig):
+class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig, lora.LoraConfig):
     out_dir: str = 'out'  # where checkpoints, log and settings go
     init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
