@@ -273,18 +273,18 @@ def number(value):
     return inside if type(inside[1]) in (int, float) else None
 
 
-def edges(points, chosen):
-    """['muon_lr=0.06', …]: what to add to the sweep where the best value of a number is the first or last one tried."""
-    out = []
+def beyond(points, chosen):
+    """{setting: the value to try next} where the best value of a number is the first or last one tried."""
+    out = {}
     for key in chosen.swept:
         part, value = number(chosen.swept[key]) or (None, None)
         values = sorted({found[1] for p in points if (found := number(p.swept[key])) and found[0] == part})
         if len(values) > 1 and value in (values[0], values[-1]):
             near = values[1] if value == values[0] else values[-2]
-            beyond = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
-            beyond = round(beyond) if type(value) is int else float(f'{beyond:.2g}')
-            if beyond > 0 and beyond != value:  # nothing is to be added below zero
-                out.append(f'{key}={{{part!r}: {beyond:g}}}' if part else f'{key}={beyond:g}')
+            following = value * min(4, max(1 / 4, value / near)) if min(value, near) > 0 else 2 * value - near
+            following = round(following) if type(value) is int else float(f'{following:.2g}')
+            if following > 0 and following != value:  # nothing is to be added below zero
+                out[key] = {part: following} if part else following
     return out
 
 
@@ -297,8 +297,8 @@ def sweep_report(name, points):
         result = [plus_minus(*mean_and_error(values)) + f' n={len(values)}'] if values else []
         result += [f'diverged: seed {listed(diverged)}'] if diverged else []
         lines.append(f'  {"*" if p is chosen else " "} {setting:{max(map(len, settings))}}  {", ".join(result) or "not run"}')
-    found = edges(points, chosen) if chosen.seeds() else []
-    return '\n'.join(lines + [f'  best at the edge: add {", ".join(found)}'] * bool(found))
+    found = beyond(points, chosen) if chosen.seeds() else {}
+    return '\n'.join(lines + ['  best at the edge: add ' + ', '.join(f'{key}={value}' for key, value in found.items())] * bool(found))
 
 
 def swept_curve(points):
@@ -325,27 +325,40 @@ def sweep_points(runs):
     return arms
 
 
+FURTHER = 4  # values that tuned() tries beyond a grid at most
+
+
 def tuned(base, arms_of, grid, seeds, out, jobs):
     """
-    {name: Arm} of arms_of(seed), {name: settings}, run where they are not in the folder `out` yet: with each settings of `grid` on the first seed, with
-    the best of these on the others. For arms that differ with the seed, as those that start from another run of it do.
+    {name: Arm} of arms_of(seed), {name: settings}, run where they are not in the folder `out` yet: on the first seed with each settings of `grid`, and
+    with more where the best are at its edge; on the others with the best. For arms that differ with the seed, as those that start from another run
+    of it do.
     """
-    found = {}
-    for some in filter(None, (seeds[:1], seeds[1:])):
-        arms = {}
-        for seed in some:
+    tried = {name: list(grid) for name in arms_of(seeds[0])}
+
+    def run(seeds):
+        arms = {name: [] for name in tried}
+        for seed in seeds:
             for name, arm in arms_of(seed).items():
-                for point in [found[name].swept] if found else grid:
-                    arms.setdefault(name, []).append(arm | {key: [value] for key, value in point.items()} | {'seeds': [seed]})
+                arms[name] += [arm | {key: [value] for key, value in point.items()} | {'seeds': [seed]} for point in tried[name]]
         sweep = Sweep(base, arms, out=out)
         run_missing(sweep, jobs)
-        points = sweep_points(expand(sweep))
-        for name in arms if not found and len(grid) > 1 else ():
-            print(sweep_report(name, points[name]))
-        chosen = {name: best(points[name]) for name in arms}
-        for name in found:
-            found[name].runs |= chosen[name].runs
-        found = found or chosen
+        return sweep_points(expand(sweep))
+
+    for _ in range(1 + FURTHER):
+        points = run(seeds[:1])
+        found = {name: best(points[name]) for name in tried}
+        more = {name: beyond(points[name], arm) for name, arm in found.items() if arm.seeds()}
+        if not any(more.values()):
+            break
+        for name in filter(more.get, more):
+            tried[name].append(found[name].swept | more[name])
+    for name in tried if len(grid) > 1 else ():
+        print(sweep_report(name, points[name]))
+    tried = {name: [arm.swept] for name, arm in found.items()}
+    others = run(seeds[1:]) if seeds[1:] else {}
+    for name, points in others.items():
+        found[name].runs |= points[0].runs
     return found
 
 

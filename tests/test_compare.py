@@ -3,15 +3,18 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import one_line, run, train
 
 import compare
-from compare import Arm, best, edges, find_runs, group, read_run, row, t_quantile, table
+from compare import Arm, best, beyond, find_runs, group, read_run, row, t_quantile, table
 from configurator import UserError
 from picture import short
+from sweep import expand
 from train import Settings
 
 LOSSES = {'a': {1: 4.00, 2: 4.10, 3: 4.30}, 'b': {1: 3.97, 2: 4.06, 3: 4.29}}
@@ -164,7 +167,7 @@ def test_the_best_is_chosen_by_the_seeds_that_all_settings_share():
 
 def test_a_setting_that_diverged_is_not_the_best_but_bounds_the_sweep():
     found = points((0.01, {1: 4.2, 2: 4.2}), (0.02, {1: 4.1, 2: 4.1}), (0.04, {1: 3.0}), diverged=[(0.04, 2)])
-    assert best(found) is found[1] and edges(found, found[1]) == []
+    assert best(found) is found[1] and beyond(found, found[1]) == {}
 
 
 @pytest.mark.parametrize('values, lowest, advice', [
@@ -175,10 +178,28 @@ def test_a_setting_that_diverged_is_not_the_best_but_bounds_the_sweep():
     ([{'a': 2}, {'b': 2}], {'a': 2}, [])])
 def test_a_best_at_the_edge_is_named_with_what_to_add(values, lowest, advice):
     found = points(*[(value, {1: 4.0 if value == lowest else 4.5}) for value in values])
-    assert edges(found, best(found)) == advice
+    assert [f'{key}={value}' for key, value in beyond(found, best(found)).items()] == advice
     report = compare.sweep_report('x', found)
     assert (f'best at the edge: add {advice[0]}' in report) if advice else 'edge' not in report
     assert f'* lr={lowest}' in report
+
+
+def test_an_arm_is_tried_beyond_its_grid_until_the_best_is_inside(dataset, tmp_path, monkeypatch):
+    def run_missing(sweep, jobs):
+        for run in (run for run in expand(sweep) if not os.path.exists(f'{run.out_dir}/log.jsonl')):
+            peak = {'near': 2e-3, 'far': 3.2e-2, 'endless': 1e9}[run.arm]
+            loss = 4 + abs(math.log(run.settings.learning_rate / peak)) + run.seed
+            os.makedirs(run.out_dir)
+            Path(run.out_dir, 'settings.json').write_text(json.dumps(dataclasses.asdict(run.settings)))
+            Path(run.out_dir, 'log.jsonl').write_text(json.dumps({'step': 10, 'val_loss': loss}) + '\n')
+    monkeypatch.setattr(compare, 'run_missing', run_missing)
+    base = {'dataset': str(dataset), 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 8, 'max_iters': 10}
+    grid = [{'learning_rate': rate} for rate in (1e-3, 2e-3, 4e-3)]
+    found = compare.tuned(base, lambda seed: {'near': {}, 'far': {'grad_clip': 0.5}, 'endless': {'beta2': 0.9}}, grid, [1, 2], str(tmp_path / 'out'), 1)
+    assert {name: arm.swept['learning_rate'] for name, arm in found.items()} == {'near': 2e-3, 'far': 3.2e-2, 'endless': 6.4e-2}
+    assert all(sorted(arm.runs) == [1, 2] and arm.runs[2]['val'][-1]['val_loss'] > 6 - 1e-9 for arm in found.values())
+    tried = [name.split(',')[0] for name in os.listdir(tmp_path / 'out') if name.endswith('seed=1')]
+    assert (tried.count('near'), tried.count('far'), tried.count('endless')) == (3, 7, 3 + compare.FURTHER)
 
 
 def test_what_is_no_number_has_no_place_on_the_axis():

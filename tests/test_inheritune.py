@@ -21,6 +21,7 @@ def study(tmp_path_factory):
     write_dataset(dataset, documents=1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, 'run_missing', runs_here(patch))
+        patch.setattr(compare, 'FURTHER', 0)  # networks of this size have no best rate
         patch.setattr(sys, 'argv', ['inheritune.py', f'--out_dir={folder}', f'--dataset={dataset}', '--seeds=[1, 2]', '--rates=[0.02, 0.04]',
                                     *(f'--{key}={value}' for key, value in SIZES.items())])
         inheritune.main()
