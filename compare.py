@@ -331,9 +331,10 @@ FURTHER = 4  # values that tuned() tries beyond a grid at most
 def tuned(base, arms_of, grid, seeds, out, jobs):
     """
     {name: Arm} of arms_of(seed), {name: settings}, run where they are not in the folder `out` yet: on the first seed with each settings of `grid`, and
-    with more where the best are at its edge; on the others with the best. For arms that differ with the seed, as those that start from another run
-    of it do.
+    with more where the best are at its edge; on the others with the best; on all at once where there is nothing to choose. For arms that differ with the
+    seed, as those that start from another run of it do.
     """
+    first = seeds[:1] if len(grid) > 1 else seeds
     tried = {name: list(grid) for name in arms_of(seeds[0])}
 
     def run(seeds):
@@ -346,7 +347,7 @@ def tuned(base, arms_of, grid, seeds, out, jobs):
         return sweep_points(expand(sweep))
 
     for _ in range(1 + FURTHER):
-        points = run(seeds[:1])
+        points = run(first)
         found = {name: best(points[name]) for name in tried}
         more = {name: beyond(points[name], arm) for name, arm in found.items() if arm.seeds()}
         if not any(more.values()):
@@ -356,8 +357,7 @@ def tuned(base, arms_of, grid, seeds, out, jobs):
     for name in tried if len(grid) > 1 else ():
         print(sweep_report(name, points[name]))
     tried = {name: [arm.swept] for name, arm in found.items()}
-    others = run(seeds[1:]) if seeds[1:] else {}
-    for name, points in others.items():
+    for name, points in run(seeds[1:]).items() if len(seeds) > len(first) else ():
         found[name].runs |= points[0].runs
     return found
 

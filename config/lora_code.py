@@ -1,0 +1,16 @@
+# Adapters that teach a network of novels Python
+#   python prepare.py stdlib --out=data/code --tokenizer=data/novels/tokenizer.model --val_fraction=0.02     # after config/novels_cpu.py
+#   python train.py config/lora_code.py                                              # or another --init_from, with its own tokenizer
+#   python sample.py --out_dir=out/lora_code --start="def "
+init_from = 'out/novels_cpu'
+out_dir = 'out/lora_code'
+dataset = 'code'
+
+lora_rank = 16
+learning_rate = 1e-2  # adapters take ten times the rate of the weights
+weight_decay, schedule, min_lr = 0.0, 'linear', 0.0
+
+block_size, batch_size = 256, 16  # 4,096 tokens a step
+max_iters = 150
+eval_interval, eval_iters = 150, 0
+sample_prompt = 'def '
