@@ -20,6 +20,8 @@ arms = {
     'decoder': {'n_encoder_layer': 0, 'source_size': 0, 'n_layer': 6, 'block_size': 256, 'position': 'rope'},  # 256: rows of 190 tokens, as the others'
 }
 _high = ('t5', 'rope', 'gqa', 'moe')  # arms with 4e-3 too, by far the worst in all four
-_further = {**dict.fromkeys(('t5', 'gqa', 'moe_losses'), (5e-4, 0.12)), **dict.fromkeys(('rope', 'rope_offset'), (2e-3, 1.0))}  # where the best was at the edge
 arms = {name: [arm | (_rates if name in _high else _rates | {'learning_rate': [1e-3, 2e-3]}), arm | {'learning_rate': [2e-3], 'head_lr': [0.36]}]
-        + [arm | {'learning_rate': [_further[name][0]], 'head_lr': [_further[name][1]]}] * (name in _further) for name, arm in arms.items()}
+        for name, arm in arms.items()}
+for _names, _rate, _head in ((('t5', 'gqa', 'moe_losses'), 5e-4, 0.12), (('rope', 'rope_offset'), 2e-3, 1.0)):  # further where the best was at the edge
+    for _name in _names:
+        arms[_name].append(arms[_name][0] | {'learning_rate': [_rate], 'head_lr': [_head]})
