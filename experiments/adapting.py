@@ -149,8 +149,8 @@ def main():
     s = configure(Settings, [str(ROOT / 'config' / 'lora_code.py'), '--out_dir=out/adapting', *sys.argv[1:]])
     if not (s.novels and s.stories):
         raise UserError('novels, stories: give a folder of texts and a file of stories: --novels=FOLDER --stories=tinystories.jsonl')
-    own = {f.name for f in (*fields(Settings), *fields(lora.LoraConfig))} - {f.name for f in fields(train.Settings)}
-    base = {name: getattr(s, name) for name in s.given if name not in own | {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate'}}
+    shared = {f.name for f in fields(train.Settings)} - {f.name for f in fields(lora.LoraConfig)} - {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate'}
+    base = {name: getattr(s, name) for name in s.given if name in shared}
     sets = make_data(s)
     bases = tuned(s.base_config, lambda seed: {'base': {'dataset': sets['novels']}}, [{}], s.seeds, f'{s.out_dir}/bases', s.jobs)['base']
     heads = [['corpus', 'arm', 'trained', 'rate', 'loss', 'minus full [95%]', 'loss on novels', 'minus base [95%]', 'seconds / full'],
