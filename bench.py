@@ -49,6 +49,7 @@ from measure import ROOT, alternate, run, seconds, section, show, summarize
 from model import Transformer, make_model
 from optim import make_optimizer
 from origin import model_config
+from packed import pack
 from prepare import cores, write_json
 
 MB = 10 ** 6
@@ -273,11 +274,11 @@ def bench_sample(s, device, machine):
     as_they_do = autocast(device, 'float32' if device.type == 'cpu' else dtype)  # nanoGPT's sample.py: float32 on a CPU
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-    def ours(int8=False):
-        packed = sample.pack(copy.deepcopy(model), dtype, int8)
+    def ours(kind=''):
+        packed = pack(copy.deepcopy(model), dtype, kind)
         return packed, lambda: list(sample.generate(packed, [[0]], count, temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0), compile=True))
 
-    sides = {'ours': ours(), 'ours, int8': ours(int8=True)}
+    sides = {'ours': ours(), 'ours, int8': ours('int8')}
     if s.peer:
         gpt = peer_model(s.peer, sizes).to(device).eval()
 

@@ -39,6 +39,8 @@ class LoraConfig:
     lora_plus: float = 1.0  # how many times the rate of A that of B is (LoRA+, Hayou et al. 2024, arXiv 2402.12354: about 16), in embeddings too
     lora_bias: Literal['none', 'lora_only', 'all'] = 'none'  # whose biases are trained too
     lora_whole: str = ''  # what else is trained, whole: a pattern of names, as norm
+    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the matrices of the blocks that stay as they are are kept;
+    # auto = as they are multiplied, in dtype: the same numbers from half the memory; int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round
     lora_tokens: list[int] = field(default_factory=list)  # and these rows of the embedding (and of a tied head): for new special tokens
 
     def check(self):
@@ -346,8 +348,6 @@ def begin(model, s, is_new=True):
 def move(model, layer, other):
     """Hang what hangs on a layer on another that takes its place; after merge() that is nothing any more."""
     if hasattr(layer, 'lora') and model.lora.shares:
-        if other.weight.dtype == torch.int8 and any(adapter.length is not None for adapter in layer.lora.values()):
-            raise UserError('int8=True: DoRA measures the rows of the weights, which int8 has not: leave it out')
         other.lora = layer.lora
         other.register_forward_hook(model.lora.hook)
 
@@ -407,6 +407,11 @@ def freeze(model, s, name='default'):
         raise UserError(f'lora_whole: {s.lora_whole!r} matches no tensor: takes a pattern of names, as norm')
     if s.lora_bias != 'none' and not biases:
         raise UserError(f'lora_bias={s.lora_bias}: there are no such biases in this network: leave it out')
+
+
+def how_stored(s):
+    """What lora_store says of a run; auto is float32 beside DoRA, which measures the rows of the weights."""
+    return s.lora_store if s.lora_store != 'auto' else 'float32' if s.lora_dora else s.dtype
 
 
 def faster(s):

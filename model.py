@@ -1004,7 +1004,7 @@ class Markov(nn.Module):
         if self.head is not None:
             nn.init.uniform_(self.head.weight, -self.cfg.rank_embed ** -0.5, self.cfg.rank_embed ** -0.5)
 
-    def num_params(self):
+    def num_params(self, active=False):
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
 

@@ -188,7 +188,7 @@ def find_origin(s, ranks):
             if name not in s.given and name in state['settings']:
                 setattr(s, name, state['settings'][name])
         for f in dataclasses.fields(lora.LoraConfig) if 'base' in state else ():
-            if f.name not in s.given:
+            if f.name not in s.given and f.name in state['settings']:
                 setattr(s, f.name, state['settings'][f.name])
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '

@@ -61,12 +61,12 @@ def describe(s, run, ranks):
     rows = s.batch_size * s.gradient_accumulation_steps
     encoder = f'{s.n_encoder_layer} encoder layers, ' if s.n_encoder_layer else ''
     network = 'a Markov chain' if s.arch == 'markov' else f'{encoder}{run.model.cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads'
-    experts = f'{s.n_expert} experts, {run.model.num_params(active=True):,} parameters a token' if s.n_expert else ''
+    experts = f'{s.n_expert} experts, {run.parameters[1]:,} parameters a token' if s.n_expert else ''
     low_rank = ', '.join(f'{name} {getattr(s, name)}' for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks') if getattr(s, name))
-    ranks.say(f'model: {run.model.num_params():,} parameters ({"; ".join(filter(None, (network, experts, low_rank)))}), '
+    ranks.say(f'model: {run.parameters[0]:,} parameters ({"; ".join(filter(None, (network, experts, low_rank)))}), '
               f'{s.vocab_size:,} tokens, context {s.block_size}')
     if s.lora_rank:
-        ranks.say(memory(run.model))
+        ranks.say(memory(run.model, run.parameters[0]))
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
@@ -77,11 +77,11 @@ def describe(s, run, ranks):
         ranks.say(f'{"going on with " + s.init_from if run.borrowed else "resuming " + s.out_dir} at step {run.step}')
 
 
-def memory(model):
-    """What training adapters takes beside what training all weights would, in a line: gradients in float32, two moments of AdamW."""
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
+def memory(model, total):
+    """What training adapters of a network of `total` parameters takes beside what training all weights would: gradients in float32, two moments of AdamW."""
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total, base = model.num_params(), sum(p.numel() for name, p in model.named_parameters() if '.lora.' not in name)
+    base = total - sum(p.numel() for name, p in model.named_parameters() if '.lora.' in name)
 
     def three(*sizes):
         return ', '.join(f'{size / 1e6:,.1f} MB of {what}' for size, what in zip(sizes, ('weights', 'gradients', 'moments')))

@@ -9,7 +9,7 @@ Text from a checkpoint.
 generate() and its KV cache live here; other scripts import them. The fastest path:
 
     model, tokenizer = load('out/lowrank')
-    pack(model, 'bfloat16')  # or int8=True
+    pack(model, 'bfloat16')  # packed.py
     for drawn in generate(model, [prompt], 5000, compile=True): ...
 """
 import functools
@@ -24,7 +24,6 @@ os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # befor
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import adapters
 import checkpoint
@@ -33,9 +32,9 @@ import lora
 import peft_files
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from model import Experts
 from objectives import around
 from origin import add_adapters, load_model
+from packed import pack
 from tokenizer import load_tokenizer
 
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
@@ -373,58 +372,6 @@ def encode_prompt(text, tokenizer, cfg, room=None):
 
 
 # -----------------------------------------------------------------------------
-# Packing: fewer bytes a weight
-
-class Packed(nn.Module):
-    """
-    A linear layer whose weights are stored in `dtype`, or in int8 with a scale per row; the rest of the network stays float32.
-
-    One token costs what reading the weights costs. Compiled, a product of few rows is written as a sum, which becomes one loop
-    that reads the weights as stored, without copies: on a CPU 3 to 4 times faster than F.linear, whose kernels want many rows.
-    """
-    FEW = 4  # rows: up to there the loop is faster
-
-    def __init__(self, weight, bias, dtype, int8):
-        super().__init__()
-        self.dtype, scale = dtype, None
-        if int8:
-            scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (n_out,)
-            weight = (weight / scale[:, None]).round()
-        self.register_buffer('weight', weight.to(torch.int8 if int8 else dtype))
-        self.register_buffer('scale', scale)
-        self.register_buffer('bias', bias)
-
-    def forward(self, x):  # (…, n_in)
-        if torch.compiler.is_compiling() and x.numel() <= self.FEW * x.size(-1):
-            y = (x.unsqueeze(-2) * self.weight.float()).sum(-1)  # (…, n_out)
-            y = y if self.scale is None else y * self.scale
-        else:  # scaled before they are multiplied: sums of integers would overflow float16
-            weight = self.weight if self.scale is None else self.weight * self.scale[:, None]
-            y = F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
-        return y if self.bias is None else y + self.bias
-
-
-@torch.no_grad()
-def pack(model, dtype='bfloat16', int8=False):
-    """
-    Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32', 'bfloat16', 'float16'),
-    or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32, experts are in dtype always.
-    """
-    if model.cfg.tie and model.cfg.arch == 'decoder':
-        weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight  # rows that lora.py has trained
-        model.head = Packed(weight, None, getattr(torch, dtype), int8)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name != 'wte_up':  # a tied head multiplies by that one's transpose
-                packed = Packed(child.weight, child.bias, getattr(torch, dtype), int8)
-                lora.move(model, child, packed)
-                setattr(module, name, packed)
-        if isinstance(module, Experts):
-            module.weight.data = module.weight.to(getattr(torch, dtype))
-    return model
-
-
-# -----------------------------------------------------------------------------
 # On the terminal
 
 def print_samples(model, tokenizer, text, s, generator, compile, voices):
@@ -462,7 +409,7 @@ def main():
     voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around)]
     if len(s.adapter) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
-    pack(model.to(device), pick_dtype(s.dtype, device), s.int8)
+    pack(model.to(device), pick_dtype(s.dtype, device), 'int8' if s.int8 else '')
     if len(voices) > 1:
         adapters.select(model, [name for name, _ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)

@@ -39,6 +39,7 @@ from model import ModelConfig, Teacher, make_model
 from objectives import make_objective
 from optim import OptimConfig, clip_gradient, make_optimizer, optimizer_flops, set_rates
 from origin import build_model, find_origin, find_reference, find_teacher
+from packed import pack_frozen
 from plan import PlanConfig, fit_minutes, plan, show_plan
 from ranks import Ranks
 from runlog import Log, check_finite, describe, report, show_losses, show_samples
@@ -272,6 +273,7 @@ class Run:
     flops_per_step: float
     flops: float  # so far
     borrowed: bool  # whether it begins with the weights of another
+    parameters: tuple  # how many there are, and how many a token meets
     teacher: torch.nn.Module | None
     reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
     base: dict | None  # what an adapter is trained beside: where it is, and its fingerprint
@@ -307,7 +309,9 @@ def set_up(s, device, ranks):
         ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
-    flops_per_step = step_flops(model, optimizer, teacher, tokens_per_step)
+    flops_per_step, parameters = step_flops(model, optimizer, teacher, tokens_per_step), (model.num_params(), model.num_params(active=True))
+    if s.lora_rank and lora.how_stored(s) != 'float32':
+        pack_frozen(model, lora.how_stored(s))
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     if s.compile:
         model.compile(dynamic=False)
@@ -315,7 +319,7 @@ def set_up(s, device, ranks):
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
     return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
-               'weights' in origin and not state, teacher, find_reference(s, model.cfg) if s.grow_from else None,
+               'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'))
 
 

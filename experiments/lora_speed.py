@@ -1,7 +1,7 @@
 """
 What adapters save and cost on GPT-2's network of 124M parameters. Training: seconds and memory of a step with all weights trained, with adapters of rank 16
-on every matrix of the blocks, and the same with PEFT and transformers, in turn, each in a process of its own. Writing: tokens a second of a batch of 16 rows
-of the base alone, and with an adapter of its own for every row.
+on every matrix of the blocks, these matrices stored in int8 and nf4 too, and the same with PEFT and transformers, in turn, each in a process of its own.
+Writing: tokens a second of a batch of 16 rows of the base alone, and with an adapter of its own for every row.
 
     python experiments/lora_speed.py                    # --rows=4 --length=256 --rounds=3
 """
@@ -25,6 +25,7 @@ from measure import alternate, run, section, show
 from model import make_model
 from optim import make_optimizer
 from origin import model_config
+from packed import pack_frozen
 from sample import generate
 
 VOCAB, TARGETS = 50257, 'c_attn,c_proj,c_fc'
@@ -34,13 +35,13 @@ VOCAB, TARGETS = 50257, 'c_attn,c_proj,c_fc'
 class Settings(DeviceConfig):
     rows: int = 4  # of a batch
     length: int = 256  # tokens of each row
-    steps: int = 4  # of each round, after one that is not timed
+    steps: int = 4  # of each round, after two that are not timed
     rounds: int = 3
     rank: int = 16
     adapters: int = 16  # in one batch
     written: int = 32  # tokens of each of its rows
     layers: int = 12
-    arm: Literal['', 'full', 'lora', 'peft'] = ''  # one of them alone, in this process
+    arm: Literal['', 'full', 'lora', 'int8', 'nf4', 'peft'] = ''  # one of them alone, in this process; int8, nf4: adapters, the rest stored so
 
 
 def ours(s, **changes):
@@ -68,8 +69,9 @@ def step_of(s, device):
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True), lambda x: model(input_ids=x, labels=x).loss
     adapters = {} if s.arm == 'full' else {'init_from': 'out', 'lora_rank': s.rank, 'lora_targets': TARGETS}
     model, settings = ours(s, **adapters)
-    if s.arm == 'lora':
+    if adapters:
         lora.begin(model, settings)
+        pack_frozen(model, pick_dtype(s.dtype, device) if s.arm == 'lora' else s.arm)
     model.to(device)
     if pick_compile(s.compile, device):
         model.compile(dynamic=False)
@@ -84,8 +86,8 @@ def train_arm(s):
     model, optimizer, loss = step_of(s, device)
     x = torch.randint(VOCAB, (s.rows, s.length), device=device)
     began = 0.0
-    for n in range(1 + s.steps):
-        began = time.perf_counter() if n == 1 else began
+    for n in range(2 + s.steps):
+        began = time.perf_counter() if n == 2 else began
         with autocast(device, dtype):
             value = loss(x)
         value.backward()
@@ -132,7 +134,7 @@ def main():
         lines, *_ = run([sys.executable, __file__, *own, f'--arm={name}'])
         return json.loads(lines[-1][1])
     title = f'GPT-2, {s.layers} layers, {s.rows} rows of {s.length} tokens, rank {s.rank}, {torch.get_num_threads()} thread(s)'
-    show(section(f'a step of training: {title}', alternate({name: lambda name=name: arm(name) for name in ('lora', 'peft', 'full')}, s.rounds)))
+    show(section(f'a step of training: {title}', alternate({name: lambda name=name: arm(name) for name in ('lora', 'peft', 'full', 'int8', 'nf4')}, s.rounds)))
     show(section(f'{s.adapters} rows of {s.written} tokens written', alternate(write_arms(s), s.rounds)))
 
 

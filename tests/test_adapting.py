@@ -66,7 +66,7 @@ def test_the_table_says_what_the_runs_said(study):
     lines, _ = tables(study)
     for corpus in ('stories', 'code'):
         full = next(line for line in lines if line[:2] == [corpus, 'full'])
-        for _, arm, count, rate, loss, *_, pace in (line for line in lines if line[0] == corpus and line[1] != 'the base'):
+        for _, arm, count, rate, loss, *_ in (line for line in lines if line[0] == corpus and line[1] != 'the base'):
             chosen = [next(f for f in runs(study, corpus, arm, seed) if f'learning_rate={rate},' in f.name) for seed in (1, 2)]
             assert float(rate) == min((read_log(f)[-1]['val_loss'], read_settings(f).learning_rate) for f in runs(study, corpus, arm, 1))[1]
             assert loss.startswith(f'{statistics.mean(read_log(f)[-1]["val_loss"] for f in chosen):.4f} ±')

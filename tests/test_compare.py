@@ -186,12 +186,12 @@ def test_a_best_at_the_edge_is_named_with_what_to_add(values, lowest, advice):
 
 def test_an_arm_is_tried_beyond_its_grid_until_the_best_is_inside(dataset, tmp_path, monkeypatch):
     def run_missing(sweep, jobs):
-        for run in (run for run in expand(sweep) if not os.path.exists(f'{run.out_dir}/log.jsonl')):
-            peak = {'near': 2e-3, 'far': 3.2e-2, 'endless': 1e9}[run.arm]
-            loss = 4 + abs(math.log(run.settings.learning_rate / peak)) + run.seed
-            os.makedirs(run.out_dir)
-            Path(run.out_dir, 'settings.json').write_text(json.dumps(dataclasses.asdict(run.settings)))
-            Path(run.out_dir, 'log.jsonl').write_text(json.dumps({'step': 10, 'val_loss': loss}) + '\n')
+        for each in (each for each in expand(sweep) if not os.path.exists(f'{each.out_dir}/log.jsonl')):
+            peak = {'near': 2e-3, 'far': 3.2e-2, 'endless': 1e9}[each.arm]
+            loss = 4 + abs(math.log(each.settings.learning_rate / peak)) + each.seed
+            os.makedirs(each.out_dir)
+            Path(each.out_dir, 'settings.json').write_text(json.dumps(dataclasses.asdict(each.settings)))
+            Path(each.out_dir, 'log.jsonl').write_text(json.dumps({'step': 10, 'val_loss': loss}) + '\n')
     monkeypatch.setattr(compare, 'run_missing', run_missing)
     base = {'dataset': str(dataset), 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 8, 'max_iters': 10}
     grid = [{'learning_rate': rate} for rate in (1e-3, 2e-3, 4e-3)]

@@ -20,7 +20,8 @@ from lora import LoraConfig
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import load_model, read_model
-from sample import generate, pack
+from packed import pack
+from sample import generate
 from train import Settings
 
 VOCAB = 96

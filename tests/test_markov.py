@@ -12,7 +12,8 @@ from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from configurator import configure
 from model import ModelConfig, make_model
 from optim import OptimConfig, clip_gradient, make_optimizer
-from sample import generate, pack
+from packed import pack
+from sample import generate
 from train import Settings
 
 

@@ -22,7 +22,7 @@ from growth import upcycle
 from model import ModelConfig, MoE, make_model
 from optim import OptimConfig, make_optimizer
 from origin import fill, model_config
-from sample import pack
+from packed import pack
 from train import Settings
 
 KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True), dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
@@ -245,7 +245,7 @@ def test_muon_takes_the_experts_and_not_the_router():
     assert adamw['blocks.0.mlp.experts.up.weight']['weight_decay'] and adamw['blocks.0.mlp.router']['peak'] != 0.5
 
 
-@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', int8=True), 0.05)], ids=str)
+@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
 def test_packed_for_decoding_it_is_as_good_as_the_same(options, error):
     model, (x, _) = tiny(n_expert=4, expert_shared=True).eval(), batch()
     before = model(x)
