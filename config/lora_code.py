@@ -11,6 +11,6 @@ learning_rate = 1e-2  # adapters take ten times the rate of the weights
 weight_decay, schedule, min_lr = 0.0, 'linear', 0.0
 
 block_size, batch_size = 256, 16  # 4,096 tokens a step
-max_iters = 150
-eval_interval, eval_iters = 150, 0
+max_iters = 100
+eval_interval, eval_iters = 100, 0
 sample_prompt = 'def '
