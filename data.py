@@ -7,12 +7,14 @@ so that resuming needs one integer, any number of ranks and micro-batches sees t
 never disturbs training. Nothing is held in memory but open files: 1e11 windows cost as much as ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
-    x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target; for an encoder, a source too
+    x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target; for an encoder, a source too;
+                                  # of packed pairs, the number of the pair that each token is of
 """
 import hashlib
 import json
 import os
 import pickle
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm, log
@@ -33,7 +35,7 @@ class DataConfig(ObjectiveConfig):
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
     # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);
-    # or one document, padded and masked (a random crop when too long)
+    # or one document, padded and masked (a random crop when too long). Pairs: as many as fit, each seeing itself alone; an encoder reads one a row
     verify_data: bool = False  # check the hashes of large data sets too
 
 
@@ -224,16 +226,21 @@ class Source:
             self.objective = objective(self.files.meta) if objective else Objective('causal', block_size)
         except UserError as error:
             raise UserError(f'dataset={name}: {error}') from None
-        self.packing = packing = 'document' if self.objective.is_pairs else packing
+        if self.objective.is_pairs:
+            packing = 'document' if self.objective.S or packing == 'document' else 'pairs'
+        self.packing = packing
         if packing != 'stream' and not self.files.documents:
             raise UserError(f"packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): use packing=stream")
         overlap = self.objective.length - self.objective.stride
         self.rows = self.files.documents if packing == 'document' else -(-(self.files.tokens - overlap) // self.objective.stride)
+        if packing == 'pairs':
+            self.together = fill(np.minimum(self.document_lengths(), block_size + 1) - 1, block_size)
+            self.rows = len(self.together)
 
     def row(self, number, noise=0):
         """Up to objective.length tokens, int64. `noise` picks the crop of a document that is too long."""
         length, stride = self.objective.length, self.objective.stride
-        if self.packing == 'document':
+        if self.packing in ('document', 'pairs'):
             start, end = self.files.document(number)
             room = 0 if self.objective.is_pairs else end - start - length
             if room > 0:
@@ -247,21 +254,55 @@ class Source:
         return self.files.read(start, length)
 
     def example(self, number, noise):
-        """(what is read, what is written) of a row, int64 each. `noise` decides the crop and what is masked."""
+        """(what is read, what is written) of a row, int64 each, of packed pairs a list. `noise` decides the crop and what is masked."""
+        if self.packing == 'pairs':
+            return [self.objective.example(self.row(n), 0) for n in self.together[number]]
         return self.objective.example(self.row(number, noise), splitmix(noise, 1))
+
+    def batch(self, examples, height=0):
+        """The arrays of examples, as Objective.batch() has them."""
+        return self.objective.batch(examples, height, is_packed=self.packing == 'pairs')
 
     def bytes_per_token(self):
         """Bytes of text a target stands for; 0 where that is not known, or only a part of the text is a target."""
         return self.files.bytes / self.files.tokens if self.objective.kind == 'causal' and not self.files.meta.get('pairs') else 0
 
+    def document_lengths(self):
+        """Tokens of every document, int64."""
+        return np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))]).astype(np.int64)
+
     def tokens_per_row(self):
         """Mean number of targets in a row."""
         if self.packing != 'document':
             return (self.files.tokens - 1) / self.rows
-        lengths = np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))])
+        lengths = self.document_lengths()
         if not (lengths > 1).any():
             raise UserError(f'packing=document: no document of {self.name} has more than one token: use packing=stream')
         return float(np.minimum(lengths - 1, self.objective.stride).mean())
+
+
+def fill(lengths, room):
+    """
+    [numbers of those that share a row, int64 each] of `room`: the longest first, each into the fullest row that still has room for it (best-fit
+    decreasing: at most 11/9 of the fewest rows, Johnson et al. 1974, SIAM J. Comput. 3).
+    """
+    rows, with_space, spaces = [], {}, []  # spaces: how much is left in rows, sorted; with_space: in which
+    for number in np.argsort(-lengths, kind='stable').tolist():
+        at = bisect_left(spaces, lengths[number])
+        if at < len(spaces):
+            space = spaces[at]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[at]
+        else:
+            space, row = room, len(rows)
+            rows.append([])
+        rows[row].append(number)
+        left = space - int(lengths[number])
+        if not with_space.setdefault(left, []):
+            insort(spaces, left)
+        with_space[left].append(row)
+    return [np.array(row) for row in rows]
 
 
 class Mixture:
@@ -307,7 +348,7 @@ class Mixture:
         raise AssertionError('the last source takes all that is left')
 
     def rows(self, samples):
-        """x, y (len(samples), block_size) int64, and for an encoder source (…, source_size), of global sample numbers: a function of them and the seed."""
+        """x, y (len(samples), block_size) int64, and for an encoder or packed pairs one more, of global sample numbers: a function of them and the seed."""
         places = [self.locate(int(i)) for i in samples]
         out = [None] * len(places)
         for k, source in enumerate(self.sources):
@@ -317,7 +358,7 @@ class Mixture:
                 numbers = permute(np.array([j for _, j in slots]), source.rows, splitmix(self.seed, k, epoch))
                 for (n, _), number in zip(slots, numbers):
                     out[n] = source.example(int(number), noise=splitmix(self.seed, k, epoch, int(number)))
-        return self.sources[0].objective.batch(out)
+        return self.sources[0].batch(out)
 
     def epochs(self, samples):
         """How often the first `samples` samples go through each source: {name: epochs}."""
@@ -355,4 +396,4 @@ def validation_rows(source, count):
 
 def validation_batch(source, numbers, height):
     """As Mixture.rows() for row numbers of a Source, `height` rows; what is cropped or masked is the same each time."""
-    return source.objective.batch([source.example(int(i), noise=int(i)) for i in numbers], height)
+    return source.batch([source.example(int(i), noise=int(i)) for i in numbers], height)

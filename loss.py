@@ -35,13 +35,13 @@ def batch_losses(model, source, numbers, height, device, dtype):
     for i in range(0, len(numbers), height):
         x, y, *read = (torch.from_numpy(a).to(device) for a in validation_batch(source, numbers[i:i + height], height))
         with autocast(device, dtype):
-            loss = model(x, y, reduction='sum', **reading(read))
+            loss = model(x, y, reduction='sum', **reading(model, read))
         yield loss, int((y >= 0).sum())
 
 
-def reading(source):
-    """The argument of a model's forward pass that says what its encoder reads: [source] → {'source': source}, [] → {}."""
-    return dict(zip(('source',), source))
+def reading(model, more):
+    """What else a model's forward pass is to be told of rows: what its encoder reads, or which of several pairs a token is of; {} where `more` is empty."""
+    return dict(zip(('pieces' if getattr(model, 'encoder', None) is None else 'source',), more))
 
 
 def losses(nats, targets, text_bytes, suffix=''):

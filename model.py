@@ -654,10 +654,11 @@ class Transformer(nn.Module):
 
     # --- forward ---
 
-    def hidden(self, idx, cache=None, memory=None, real=None, routings=None):
+    def hidden(self, idx, cache=None, memory=None, real=None, routings=None, pieces=None):
         """
         The last layer's normalised output, (B, T, C). `cache` holds the keys and values of earlier tokens (sample.py), memory is what
         encode() made of the source, real (B, T) is False for padding; the layers' Routings, in training, are added to the list routings.
+        pieces (B, T) int64: texts of the same number, one after another, share a row and see themselves alone.
         """
         if idx.size(1) > self.cfg.block_size:
             raise ValueError(f'{idx.size(1)} tokens are longer than block_size={self.cfg.block_size}')
@@ -667,6 +668,10 @@ class Transformer(nn.Module):
         at = Places(*[self.angles(positions)] * 2, None if cache is None else cache.mask, is_causal=True, real=real)
         if self.rel is not None:
             at = at._replace(mask=self.rel(numbers, numbers if cache is None else cache.slots[:cache.used]))
+        if pieces is not None:
+            own = (pieces[:, None, :, None] == pieces[:, None, None, :]).tril()  # (B, 1, T, T)
+            at = at._replace(mask=own if at.mask is None else at.mask.masked_fill(~own, -torch.inf))
+            positions = numbers - torch.searchsorted(pieces, pieces) if self.wpe is not None else positions  # turned or near, only distances count
         across = Places(None, None, memory.mask, is_causal=False) if S else None
         if self.cfg.cross_rope != 'none':
             begin = memory.length[:, None] if self.cfg.cross_rope == 'offset' else 0
@@ -691,7 +696,7 @@ class Transformer(nn.Module):
         return self.rotary[:, positions] if self.rotary is not None else None
 
     def embed(self, idx, positions, table=None):
-        """Tokens (B, T) at positions, a slice or (T,) → (B, T, C)."""
+        """Tokens (B, T) at positions, a slice, (T,) or (B, T) → (B, T, C)."""
         x = (table or self.wte)(idx)  # (B, T, C), or (B, T, R) of a low-rank embedding
         if self.wte_up is not None:
             x = self.wte_up(x)  # (B, T, C)
@@ -728,17 +733,18 @@ class Transformer(nn.Module):
         logits = F.linear(*self.head_input(h)) if self.head is None else self.head(self.before_head(h))
         return cap(logits.float()[..., :self.cfg.vocab_size], self.cfg.softcap)
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None, source=None):
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, teacher=None, source=None, pieces=None):
         """
         idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss over the targets that are not
         negative: their mean, or for reduction='sum' their sum (so that the caller can divide by the global batch's count).
         teacher: a Teacher of the same B·T tokens to learn from beside them. source (B, S) int64, as encode() takes it: what the encoder reads.
+        pieces (B, T), as hidden() takes it: rows that several texts share.
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('an encoder-decoder takes a source, a decoder none')
         routings = []
         real = (targets >= 0).flip(1).cumsum(1).flip(1) > 0 if self.cfg.n_expert and targets is not None else None  # what no target comes after is padding
-        h = self.hidden(idx, cache, None if source is None else self.encode(source, routings), real, routings)
+        h = self.hidden(idx, cache, None if source is None else self.encode(source, routings), real, routings, pieces)
         if targets is None:
             return self.logits(h)
         h, weight = self.head_input(h)

@@ -170,18 +170,23 @@ class Objective:
         d = self.denoisers[min(int(np.searchsorted(self.until, rng.random(), 'right')), len(self.denoisers) - 1)]
         return denoise(tokens, d, rng, self.reserved, self.eot)
 
-    def batch(self, examples, height=0):
+    def batch(self, examples, height=0, is_packed=False):
         """
-        x, y (B, T) int64, and with an encoder source (B, S); also to `height` rows. y: -1 where there is no target, source: -1 where a row is at its
-        end (a row of padding alone has one token to read).
+        x, y (B, T) int64, and with an encoder source (B, S), also to `height` rows; or, is_packed, of lists of examples that share a row, pieces (B, T):
+        which one of them a token is of. y: -1 where there is no target, source: -1 where a row is at its end (a row of padding alone has one token to read).
         """
         height = max(len(examples), height)
         x, y = np.zeros((height, self.T), np.int64), np.full((height, self.T), -1, np.int64)
         if not self.S:
-            for n, (source, target) in enumerate(examples):
-                row, read = np.concatenate([source, target]), max(0, len(source) - 1)
-                x[n, :len(row) - 1], y[n, read:len(row) - 1] = row[:-1], row[read + 1:]
-            return x, y
+            pieces = np.zeros((height, self.T), np.int64)
+            for n, together in enumerate(examples if is_packed else [[example] for example in examples]):
+                begin = 0
+                for piece, (source, target) in enumerate(together):
+                    row, read = np.concatenate([source, target]), max(0, len(source) - 1)
+                    end = begin + len(row) - 1
+                    x[n, begin:end], y[n, begin + read:end], pieces[n, end:] = row[:-1], row[read + 1:], piece + 1
+                    begin = end
+            return (x, y, pieces) if is_packed else (x, y)
         sources = np.full((height, self.S), -1, np.int64)
         sources[len(examples):, 0] = 0
         for n, (source, target) in enumerate(examples):

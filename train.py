@@ -167,10 +167,11 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False, te
         torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
         if ranks.world > 1:
             model.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
-        x, y, *source = (a.to(ranks.device, non_blocking=True) for a in arrays)
+        x, y, *more = (a.to(ranks.device, non_blocking=True) for a in arrays)
         with autocast(ranks.device, s.dtype):
-            lesson = {'teacher': ask(teacher, x, s)} if teacher else {}
-            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **reading(source))
+            more = reading(getattr(model, 'module', model), more)
+            lesson = {'teacher': ask(teacher, x, s, **more)} if teacher else {}
+            loss = model(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more)
         # the mean over the targets of the global batch; DDP divides by the number of ranks
         scaler.scale(loss * (ranks.world / max(targets, 1))).backward()
         nats += loss.detach()
@@ -183,9 +184,9 @@ def train_step(model, optimizer, scaler, batches, s, step, ranks, stop=False, te
 
 
 @torch.no_grad()
-def ask(teacher, x, s):
-    """What the network `teacher` has to say about x (B, T)."""
-    h, weight = teacher.head_input(teacher.hidden(x))
+def ask(teacher, x, s, **more):
+    """What the network `teacher` has to say about x (B, T); more: as loss.reading() has it."""
+    h, weight = teacher.head_input(teacher.hidden(x, **more))
     return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
 
 

@@ -179,7 +179,7 @@ def test_pairs_are_source_and_target(tmp_path):
     folder, seen = pairs(tmp_path, ROWS), set()
     for split in ('train', 'val'):
         for size in (0, 20):
-            source = Source(folder, split, 40, 'stream', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
+            source = Source(folder, split, 40, 'document', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
             for n in range(source.rows):
                 read, written = source.example(n, 0)
                 read, written = (bytes(int(t) for t in ids[:-1]).decode() for ids in (read, written) if ids[-1] == 256)
@@ -192,7 +192,7 @@ def test_pairs_are_source_and_target(tmp_path):
 def test_a_source_that_is_too_long_is_cut_and_its_end_kept(tmp_path):
     folder = pairs(tmp_path, [{'question': 'x' * 50, 'answer': 'y' * 50}] * 1 + ROWS, val_fraction=0.01)
     for size, (read, written) in ((20, (20, 40)), (0, (2, 39))):
-        source = Source(folder, 'train', 40, 'stream', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
+        source = Source(folder, 'train', 40, 'document', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
         lengths = {tuple(map(len, source.example(n, 0))) for n in range(source.rows)}
         assert (read, written) in lengths
         arrays = source.objective.batch([source.example(n, 0) for n in range(source.rows)])
