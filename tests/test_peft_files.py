@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import one_line, run
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -27,7 +28,7 @@ import lora
 import peft_files
 from configurator import UserError
 from lora import LoraConfig
-from origin import add_adapters, fill
+from origin import add_adapters, fill, load_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -235,3 +236,19 @@ def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_
     with pytest.raises(UserError, match='softcap=3.0: no class of transformers has this'):
         peft_files.family_of(mine.cfg, 'out/run')
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_is_exported_and_speaks_in_peft(folders, dataset, tmp_path):
+    base, settings = folders['gpt2'], ['--learning_rate=3e-2', '--max_iters=4', '--eval_interval=4', '--eval_iters=1', '--sample_tokens=0', '--batch_size=4']
+    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--lora_rank=4', '--lora_targets=c_attn,mlp', *settings)
+    assert done.returncode == 0, done.stderr
+    done = run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/adapter')
+    assert done.returncode == 0 and f'--adapter={tmp_path}/adapter' in done.stdout, done.stderr
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / 'adapter').eval()
+    ids = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said, ours = theirs(ids).logits, load_model(str(tmp_path / 'run'))[0](ids)
+        plain = GPT2LMHeadModel.from_pretrained(base).eval()(ids).logits
+    assert torch.allclose(ours, said, atol=1e-5 * said.abs().max()) and not torch.allclose(plain, said, atol=1e-3)
+    one = one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/half', '--dtype=bfloat16'))
+    assert 'holds an adapter, which goes to PEFT in float32' in one and not (tmp_path / 'half').exists()
