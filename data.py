@@ -4,7 +4,7 @@ Token files → batches. The order of the data is a function, not a state:
     batch = f(seed, global sample number)
 
 so that resuming needs one integer, any number of ranks and micro-batches sees the same global batch, and evaluation
-never disturbs training. Nothing is held in memory but open files: 1e11 windows cost as much as ten.
+never disturbs training. Nothing is held in memory but open files, and which pairs share a row: 1e11 windows cost as much as ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
     x, y = data.rows(range(32))   # (32, 256) int64 each; y is x one token on, -1 where there is no target; for an encoder, a source too;
@@ -35,7 +35,8 @@ class DataConfig(ObjectiveConfig):
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
     # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);
-    # or one document, padded and masked (a random crop when too long). Pairs: as many as fit, each seeing itself alone; an encoder reads one a row
+    # or one document, padded and masked (a random crop when too long). Pairs: as many as fit, the same
+    # in every epoch, each seeing itself alone; an encoder reads one a row
     verify_data: bool = False  # check the hashes of large data sets too
 
 
@@ -234,8 +235,8 @@ class Source:
         overlap = self.objective.length - self.objective.stride
         self.rows = self.files.documents if packing == 'document' else -(-(self.files.tokens - overlap) // self.objective.stride)
         if packing == 'pairs':
-            self.together = fill(np.minimum(self.document_lengths(), block_size + 1) - 1, block_size)
-            self.rows = len(self.together)
+            self.together, self.until = fill(np.minimum(self.document_lengths(), block_size + 1) - 1, block_size)
+            self.rows = len(self.until)
 
     def row(self, number, noise=0):
         """Up to objective.length tokens, int64. `noise` picks the crop of a document that is too long."""
@@ -256,7 +257,7 @@ class Source:
     def example(self, number, noise):
         """(what is read, what is written) of a row, int64 each, of packed pairs a list. `noise` decides the crop and what is masked."""
         if self.packing == 'pairs':
-            return [self.objective.example(self.row(n), 0) for n in self.together[number]]
+            return [self.objective.example(self.row(n), 0) for n in self.together[self.until[number - 1] if number else 0:self.until[number]]]
         return self.objective.example(self.row(number, noise), splitmix(noise, 1))
 
     def batch(self, examples, height=0):
@@ -273,18 +274,18 @@ class Source:
 
     def tokens_per_row(self):
         """Mean number of targets in a row."""
-        if self.packing != 'document':
+        if self.packing not in ('document', 'pairs'):
             return (self.files.tokens - 1) / self.rows
         lengths = self.document_lengths()
         if not (lengths > 1).any():
             raise UserError(f'packing=document: no document of {self.name} has more than one token: use packing=stream')
-        return float(np.minimum(lengths - 1, self.objective.stride).mean())
+        return float(np.minimum(lengths - 1, self.objective.stride).sum() / self.rows)
 
 
 def fill(lengths, room):
     """
-    [numbers of those that share a row, int64 each] of `room`: the longest first, each into the fullest row that still has room for it (best-fit
-    decreasing: at most 11/9 of the fewest rows, Johnson et al. 1974, SIAM J. Comput. 3).
+    Which of them share a row of `room`: (their numbers, row after row; where each row ends), int64. The longest are put in first, each into the fullest
+    row that still has room for it (best-fit decreasing: at most 11/9 of the fewest rows, Johnson et al. 1974, SIAM J. Comput. 3).
     """
     rows, with_space, spaces = [], {}, []  # spaces: how much is left in rows, sorted; with_space: in which
     for number in np.argsort(-lengths, kind='stable').tolist():
@@ -302,7 +303,8 @@ def fill(lengths, room):
         if not with_space.setdefault(left, []):
             insort(spaces, left)
         with_space[left].append(row)
-    return [np.array(row) for row in rows]
+    rows.sort(key=min)  # in the order of the files, as other rows are
+    return np.concatenate(rows).astype(np.int64), np.cumsum([len(row) for row in rows])
 
 
 class Mixture:
@@ -328,7 +330,7 @@ class Mixture:
             if not all(s.files.documents for s in self.sources):
                 raise UserError('mix_by=documents: a source has no .idx of its documents (a nanoGPT folder?): use mix_by=tokens')
             shares = [w * Fraction(s.rows, s.files.documents) for w, s in zip(shares, self.sources)]
-        elif mix_by == 'tokens' and packing == 'document':
+        elif mix_by == 'tokens' and packing in ('document', 'pairs'):  # whose rows are not full alike
             shares = [w / Fraction(s.tokens_per_row()).limit_denominator(10 ** 6) for w, s in zip(shares, self.sources)]
         scale = lcm(*(w.denominator for w in shares))
         self.shares = [int(w * scale) for w in shares]  # integers: the draw below is exact for any i
@@ -372,7 +374,9 @@ class Mixture:
 
     def fingerprint(self):
         """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""
-        return {s.name: hashlib.sha256(json.dumps(s.files.meta, sort_keys=True).encode()).hexdigest() for s in self.sources}
+        def text(source):
+            return json.dumps(source.files.meta, sort_keys=True) + 'packed' * (source.packing == 'pairs')  # once they were padded
+        return {s.name: hashlib.sha256(text(s).encode()).hexdigest() for s in self.sources}
 
 
 def same_tokenizer(sources):

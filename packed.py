@@ -138,7 +138,8 @@ def pack_frozen(model, kind):
     in the dtype of autocast, or in float32. Raises UserError for what nf4 cannot hold.
     """
     for name, layer in model.named_modules():
-        if kind == 'nf4' and isinstance(layer, nn.Linear) and name.startswith(('blocks.', 'encoder.')) and layer.weight.size(1) % BLOCK:
-            raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, takes multiples of {BLOCK}: use int8')
+        if kind == 'nf4' and isinstance(layer, nn.Linear) and name.startswith(('blocks.', 'encoder.')):
+            if layer.weight.size(1) % BLOCK and not layer.weight.requires_grad:
+                raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, takes multiples of {BLOCK}: use int8')
     for blocks in filter(None, (model.blocks, model.encoder)):
         replace_layers(model, blocks, 'float32', kind, lambda layer: not layer.weight.requires_grad)

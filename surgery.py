@@ -37,7 +37,7 @@ from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture
 from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
-from loss import evaluate
+from loss import evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_objective
 from origin import add_adapters, fill, read_model, read_saved, split_name, validation_sources
@@ -181,10 +181,10 @@ def input_moments(model, data):
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     model.eval()
     for first in range(0, rows, 8):
-        x, y = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
+        x, y, *more = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
         real = y >= 0  # for watch()
         tokens += int(real.sum())
-        model.hidden(x)
+        model.hidden(x, **reading(model, more))
     for handle in handles:
         handle.remove()
     return {name: total / tokens for name, total in sums.items()}

@@ -1,13 +1,14 @@
 """
 What do adapters give up, and what do they keep? A network of English novels is adapted to small children's stories and to Python code: by training all
-of its weights; by adapters of several ranks; of one rank beside attention alone, and beside embeddings and head too; by rsLoRA and by DoRA. Each arm
-has rates of its own, tried on the first seed until the best one is inside; each seed has a base of its own. Asked are the loss on the new text, that on
-novels (what was forgotten: Biderman et al. 2024, arXiv 2405.09673), the trained parameters, the seconds, and how low the rank of what full training
-changes really is.
+of its weights; by adapters of several ranks; of one rank beside attention alone, and beside embeddings and head too; by rsLoRA and by DoRA. Each arm has
+rates of its own, tried on the first seed, with more where the best is at the edge; each seed has a base of its own. Asked are the loss on the new text,
+that on novels (what was forgotten: Biderman et al. 2024, arXiv 2405.09673), the trained parameters, the seconds, and how low the rank of what full
+training changes really is.
 
     python experiments/adapting.py --novels=FOLDER --stories=tinystories.jsonl --jobs=2
 
-All settings are those of train.py, config/lora_code.py the defaults; base_config has those of the bases. Runs that are in out_dir are not made again.
+All settings but learning_rate and seed are those of train.py, config/lora_code.py the defaults; base_config has those of the bases. Runs that are in
+out_dir are not made again.
 """
 import json
 import statistics
@@ -53,11 +54,11 @@ def make_data(s):
 
 def adapters(s):
     """{arm: its settings} of those with adapters."""
-    one = {'lora_rank': s.lora_rank}
-    return {f'r{rank}': {'lora_rank': rank} for rank in s.ranks_tried} | {
+    one = {f.name: getattr(s, f.name) for f in fields(lora.LoraConfig) if f.name in s.given}
+    return {f'r{rank}': one | {'lora_rank': rank} for rank in s.ranks_tried} | {
         'attention': one | {'lora_targets': 'attn'},
         'everywhere': one | {'lora_targets': 'attn,mlp,embed,head'},
-        'rs': {'lora_rank': max(s.ranks_tried), 'lora_rs': True},
+        'rs': one | {'lora_rank': max(s.ranks_tried), 'lora_rs': True},
         'dora': one | {'lora_dora': True},
     }
 

@@ -8,7 +8,9 @@ from conftest import one_line, read_log, train
 from test_lora import adapted, ids, network
 
 import checkpoint
+from lora import how_stored
 from packed import BLOCK, Packed, nf4_pairs, pack_frozen
+from train import Settings
 
 QLORA = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
          0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
@@ -66,7 +68,24 @@ def test_nothing_that_is_trained_is_rounded():
     pack_frozen(model, 'int8')
     left = dict(model.named_parameters())
     assert trained.keys() <= left.keys() and all(torch.equal(t, left[name]) for name, t in trained.items())
-    assert isinstance(model.blocks[1].attn.q, Packed) and not isinstance(model.blocks[1].mlp.up, Packed)
+    assert all(isinstance(layer, Packed) for layer in (model.blocks[1].attn.q, model.blocks[0].mlp.down)) and not isinstance(model.blocks[1].mlp.up, Packed)
+
+
+def test_an_encoder_is_stored_too():
+    model = adapted(network(n_encoder_layer=1, source_size=16))
+    pack_frozen(model, 'int8')
+    assert all(isinstance(layer, Packed) for layer in (model.encoder[0].attn.q, model.blocks[0].cross.k, model.blocks[0].mlp.up))
+
+
+def test_beside_dora_rows_stay_exact():
+    assert how_stored(Settings(lora_rank=4, dtype='bfloat16')) == 'bfloat16' != how_stored(Settings(lora_rank=4, dtype='bfloat16', lora_dora=True)) == 'float32'
+    assert how_stored(Settings(lora_rank=4, lora_dora=True, lora_store='int8')) == 'int8'
+
+
+def test_nf4_minds_the_rows_of_what_it_stores_alone():
+    model = adapted(network(n_embd=64, n_head=2, rank_mlp=8), lora_targets='attn', lora_whole='mlp')
+    pack_frozen(model, 'nf4')
+    assert isinstance(model.blocks[0].attn.q, Packed)
 
 
 # --- in train.py ---

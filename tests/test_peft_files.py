@@ -239,8 +239,9 @@ def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_
 
 
 def test_a_run_is_exported_and_speaks_in_peft(folders, dataset, tmp_path):
-    base, settings = folders['gpt2'], ['--learning_rate=3e-2', '--max_iters=4', '--eval_interval=4', '--eval_iters=1', '--sample_tokens=0', '--batch_size=4']
-    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--lora_rank=4', '--lora_targets=c_attn,mlp', *settings)
+    base, settings = folders['gpt2'], ['--learning_rate=3e-2', '--max_iters=4', '--eval_interval=4', '--eval_iters=1', '--sample_tokens=0']
+    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--lora_rank=4', '--lora_targets=c_attn,mlp',
+               *settings)
     assert done.returncode == 0, done.stderr
     done = run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/adapter')
     assert done.returncode == 0 and f'--adapter={tmp_path}/adapter' in done.stdout, done.stderr
