@@ -94,11 +94,14 @@ def show_loss(s):
 class ModelSettings(NumericConfig):  # no compile: rows of every length would be compiled anew
     out_dir: str = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
     which: Literal['best', 'last'] = 'best'  # checkpoint of a run
+    adapter: str = ''  # a low-rank adapter beside it: a run of train.py --lora_rank, or a folder of PEFT's
 
     def load(self, encoder=False):
         """(model on its device, tokenizer, device, dtype); encoder as origin.read_model() has it."""
         device = pick_device(self.device)
         model, tokenizer = sample.load(self.out_dir, self.which, encoder)
+        if self.adapter:
+            (_, tokenizer.around), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
         return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)

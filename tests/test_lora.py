@@ -392,6 +392,11 @@ def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset
     said = read_log(tmp_path / 'run')[-1]['val_loss']
     done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
     assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
+    (tmp_path / 'text.txt').write_text('abcdefghij' * 20)
+    said = [run('evaluate.py', 'text', *args, f'{tmp_path}/text.txt', '--dtype=float32').stdout.split(': ', 1)[-1] for args in (
+        [f'--out_dir={tmp_path}/run'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'], [f'--out_dir={base}'])]
+    assert said[0] == said[1] != said[2] and 'nats' in said[0]
+    assert 'holds a whole network' in one_line(run('evaluate.py', 'text', f'--out_dir={base}', f'--adapter={base}', f'{tmp_path}/text.txt'))
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/merged')
     assert done.returncode == 0, done.stderr
     (_, merged, _), (_, before, _) = read_model(str(tmp_path / 'merged')), read_model(base)
