@@ -9,18 +9,21 @@ Checkpoints: atomic, verified, without pickle.
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
 One is written under a temporary name, flushed to the disk, then renamed, so that a directory named step_… is whole or
-was damaged later; loading checks it and falls back to the newest that is sound.
+was damaged later; loading checks it and falls back to the newest that is sound. at() names the points where tests kill the process.
 """
 import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest
 
 import safetensors.torch
 import torch
+from torch.utils._pytree import tree_map_only
 
 from configurator import UserError
+from faults import at
 
 # -----------------------------------------------------------------------------
 # Save
@@ -28,17 +31,25 @@ from configurator import UserError
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
     Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
-    weights: {name: tensor}; state: what json can write; other_files: paths to copy. Returns the directory.
+    weights: {name: tensor}; state: what json can write; other_files: paths to copy. Returns the directory. Raises UserError where
+    that could not be written, and for weights that are not finite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
+    broken = next((name for name, t in weights.items() if t.is_floating_point() and not t.sum().isfinite()), None)
+    if broken:
+        raise UserError(f'{final}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
     shutil.rmtree(temporary, ignore_errors=True)  # what a crash left
-    os.makedirs(temporary)
     try:
+        os.makedirs(temporary)
+        at('save:begin', step)
         safetensors.torch.save_file({name: t.detach().contiguous() for name, t in weights.items()}, os.path.join(temporary, 'model.safetensors'))
+        at('save:weights', step)
         with open(os.path.join(temporary, 'optimizer.pt'), 'wb') as f:  # by an opened file: a full disk is then a clean OSError
             torch.save(optimizer_state, f)
+            at('save:optimizer', step)
         write_json(os.path.join(temporary, 'state.json'), state)
+        at('save:state', step)
         for path in other_files:
             shutil.copy(path, temporary)
         files = {}
@@ -46,32 +57,77 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             path = os.path.join(temporary, name)
             sync(path)
             files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
+        at('save:manifest', step)
         write_json(os.path.join(temporary, 'manifest.json'), {'step': step, 'files': files})
         sync(os.path.join(temporary, 'manifest.json'))
         sync(temporary)
+        at('save:flushed', step)
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
         os.rename(temporary, final)
+        at('save:renamed', step)
         sync(out_dir)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f'{final}: could not be written ({error}); older checkpoints are untouched: make room, then run the same command to resume') from None
     prune(out_dir, keep)
+    at('save:end', step)
     return final
 
 
 def prune(out_dir, keep):
-    for old in checkpoints(out_dir)[keep:]:
-        if old != best(out_dir)[0]:
-            shutil.rmtree(old, ignore_errors=True)
+    """Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash left half-written."""
+    sound = 0
+    for folder in checkpoints(out_dir):
+        if sound >= keep and folder != best(out_dir)[0]:
+            at('save:prune')
+            shutil.rmtree(folder, ignore_errors=True)
+        elif is_sound(folder):
+            sound += 1
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r'step_\d{8,}\.tmp', name):
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
+
+
+def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
+    """Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of it is as dear as writing it."""
+    with os.scandir(folder) as entries:
+        look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    if known.get(folder, (None,))[0] != look:
+        known[folder] = look, damage(folder) is None
+    return known[folder][1]
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
     """Let out_dir/best name the checkpoint of `step`; the best one before may then go."""
     path = os.path.join(out_dir, 'best')
-    write_json(path + '.tmp', {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
-    sync(path + '.tmp')
-    os.replace(path + '.tmp', path)
+    replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
     prune(out_dir, keep)
+
+
+class Writer:
+    """
+    Calls functions that write, one after the other: at once, or in a thread of its own, while the run goes on. What went wrong in it, wait() raises.
+    What is written in the background has to be a copy: see snapshot().
+    """
+
+    def __init__(self, in_background):
+        self.thread, self.pending = ThreadPoolExecutor(1) if in_background else None, []
+
+    def __call__(self, write, *args):
+        if self.thread:
+            self.pending.append(self.thread.submit(write, *args))
+        else:
+            write(*args)
+
+    def wait(self):
+        """Until all is written."""
+        while self.pending:
+            self.pending.pop(0).result()
+
+
+def snapshot(tree):
+    """A nest of dicts and lists with its tensors copied into the memory of the CPU, so that what the next step does to them is not seen."""
+    return tree_map_only(torch.Tensor, lambda t: t.detach().to('cpu', copy=True), tree)
 
 
 def prepare_out_dir(out_dir, step, settings):
@@ -82,7 +138,7 @@ def prepare_out_dir(out_dir, step, settings):
     try:
         set_aside(out_dir, step, settings)
         os.makedirs(out_dir, exist_ok=True)
-        write_json(os.path.join(out_dir, 'settings.json'), settings)
+        replace_json(os.path.join(out_dir, 'settings.json'), settings)
     except OSError as error:
         raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
 
@@ -108,6 +164,16 @@ def set_aside(out_dir, step, settings):
 def write_json(path, value):
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(value, f, indent=1)
+
+
+def replace_json(path, value):
+    """Write a file whole or not at all."""
+    try:
+        write_json(path + '.tmp', value)
+        sync(path + '.tmp')
+        os.replace(path + '.tmp', path)
+    except OSError as error:
+        raise UserError(f'{path}: could not be written ({error}): make room, then run the same command to resume') from None
 
 
 def sync(path):

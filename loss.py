@@ -10,10 +10,11 @@ from device import autocast, zero
 
 
 @torch.no_grad()
-def evaluate(model, sources, s, ranks):
+def evaluate(model, sources, s, ranks, stop=False):
     """
     {'val_loss', 'val_bpb' and the same per source as 'val_loss/NAME', …}: nats per token and bits per byte of text over the
-    same rows every time, each token weighing the same, computed by all ranks together.
+    same rows every time, each token weighing the same, computed by all ranks together. stop: true as soon as it is to be left;
+    None then, on all ranks.
     """
     model.eval()
     out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
@@ -21,7 +22,13 @@ def evaluate(model, sources, s, ranks):
         numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world], zero(ranks.device), 0
         for loss, count in batch_losses(model, source, numbers, 4 * s.batch_size, ranks.device, s.dtype):  # without gradients, four times the rows fit
             nats, targets = nats + loss, targets + count
-        nats, targets = ranks.sum(nats.item(), targets)
+            ranks.alive()
+            if stop:
+                break
+        nats, targets, stopped = ranks.sum(nats.item(), targets, bool(stop))
+        if stopped:
+            model.train()
+            return None
         text_bytes = targets * source.bytes_per_token()
         all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
         if len(sources) > 1:

@@ -1,7 +1,13 @@
 """
 The processes of a run: torchrun starts several, which share its batches; python one.
 """
+import faulthandler
+import json
 import os
+import sys
+import threading
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,22 +18,43 @@ from configurator import UserError
 class Ranks:
     """This process among those that torchrun started, or alone."""
 
-    def __init__(self, backend, device):
+    def __init__(self, backend, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.device = device
+        self.device, self.watch = device, None
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
-            dist.init_process_group({'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend))
+            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
+            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 2 * hang_timeout)))  # the watch is to speak first
+            self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property
     def first(self):
         return self.rank == 0
 
+    def beat(self, doing):
+        """Say that this rank goes on, and with what: a step for all ranks to take in the same order."""
+        if self.watch:
+            self.watch.beat(doing)
+
+    def alive(self):
+        """Say that it is still at work, in a number of steps of its own."""
+        if self.watch:
+            self.watch.quiet = 0.0
+
     def sum(self, *values):
         """The sums over all ranks of some numbers, as a list of floats."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
+            self.beat('to add up numbers')
             dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value):
+        """What every rank gives, as a list, on all ranks."""
+        out = [value] * self.world
+        if self.world > 1:
+            self.beat('to compare with the others')
+            dist.all_gather_object(out, value)
+        return out
 
     def add_up(self, tensor):
         """The same of a tensor on the device, without waiting for it."""
@@ -44,6 +71,7 @@ class Ranks:
             except UserError as error:
                 box = [error]
         if self.world > 1:
+            self.beat('to hear from rank 0')
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
             raise box[0]
@@ -52,3 +80,34 @@ class Ranks:
     def say(self, text):
         if self.first:
             print(text, flush=True)
+
+
+class Watch:
+    """
+    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is behind and where every thread stands: where one
+    rank hangs, the others wait for it. All ranks pass the same beats in the same order, so the one with the fewest is the one that hangs. It counts
+    its own ticks, not the clock: a run that was suspended has not stood still.
+    """
+
+    def __init__(self, rank, world, seconds):
+        self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
+        self.count, self.doing, self.quiet = 0, 'to begin', 0.0
+        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store())
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def beat(self, doing):
+        self.count, self.doing, self.quiet = self.count + 1, doing, 0.0
+
+    def look(self):
+        while self.quiet < self.seconds:
+            self.store.set(str(self.rank), json.dumps([self.count, self.doing]))
+            time.sleep(self.tick)
+            self.quiet += self.tick
+        beats = [json.loads(self.store.get(str(rank))) if self.store.check([str(rank)]) else [-1, 'to begin'] for rank in range(self.world)]
+        least = min(count for count, _ in beats)
+        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in enumerate(beats) if count == least)
+        print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
+              'newest checkpoint. Where this rank stands:', file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr)
+        time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
+        os._exit(1)

@@ -5,11 +5,13 @@ import dataclasses
 import json
 import math
 import os
+from itertools import takewhile
 
 import torch
 
 from configurator import UserError
 from device import autocast, process_age
+from faults import at
 from objectives import around
 from optim import learning_rate
 from sample import encode_prompt, stream
@@ -45,10 +47,16 @@ class Log:
                 raise UserError(f'wandb_log=True: {error}: run wandb login, or set WANDB_MODE=offline') from None
 
     def write(self, step, **record):
+        """Add a record, without what is None or no number: what was not measured is absent."""
         if self.on:
+            record = {name: value for name, value in record.items() if value is not None and not (isinstance(value, float) and not math.isfinite(value))}
             record = {'step': step, **record, 'seconds': round(self.seconds + process_age(), 3)}
-            with open(self.path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
+            try:
+                with open(self.path, 'a', encoding='utf-8') as f:
+                    at('log', step)
+                    f.write(json.dumps(record) + '\n')
+            except OSError as error:
+                raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
             if self.wandb:
                 self.wandb.log(record, step=step)
 
@@ -93,8 +101,8 @@ def show_losses(step, result, ranks):
     ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
 
 
-def show_samples(model, s, data, ranks):
-    """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice."""
+def show_samples(model, s, data, ranks, stop=False):
+    """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice. stop: true as soon as it is to be left."""
     if not (s.sample_tokens and ranks.first):
         return
     files = data.sources[0].files
@@ -104,33 +112,26 @@ def show_samples(model, s, data, ranks):
         tokenizer.around = around(s.objective, s.denoisers, files.meta)
         prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype):
-            text = ''.join(piece for _, piece in stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
-                                                       generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None))
+            pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
+                            generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None)
+            text = ''.join(piece for _, piece in takewhile(lambda _: not stop, pieces))
         print('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '), flush=True)
     except UserError as error:
         print(f'no sample: {error}', flush=True)
     model.train()
 
 
-def check_finite(value, s, step):
-    if not math.isfinite(value):
-        name = 'muon_lr' if s.optimizer != 'adamw' else 'learning_rate'
-        raise UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
-                        f'the newest checkpoint in {s.out_dir} is from before')
-
-
 def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
-    """The progress line and its record in the log; loads (layers, E): tokens of each expert, None if there are none."""
-    check_finite(loss, s, step)
+    """The progress line and its record in the log; loss: None if all steps were skipped; loads (layers, E): tokens of each expert, None if there are none."""
     lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
-    bpb = None if run.teacher or s.label_smoothing else run.data.bits_per_byte(loss)  # then the loss is of more than the text
+    bpb = None if run.teacher or s.label_smoothing or loss is None else run.data.bits_per_byte(loss)  # with these the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     shares = None if loads is None else loads / loads.sum(1, keepdim=True).clamp(min=1)  # of a layer's tokens
-    ranks.say(f'step {step}/{s.max_iters} | loss {loss:.4f} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
+    ranks.say(f'step {step}/{s.max_iters} | loss {"none" if loss is None else f"{loss:.4f}"} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
               + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr,
-              tokens_per_second=round(rate, 1), **({'grad_norm': norm} if math.isfinite(norm) else {}), **({'mfu': round(mfu, 4)} if mfu else {}),
-              **({} if loads is None else {'expert_load': [[round(share, 4) for share in layer] for layer in shares.tolist()]}))
+    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr, tokens_per_second=round(rate, 1), grad_norm=norm,
+              mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None,
+              expert_load=None if loads is None else [[round(share, 4) for share in layer] for layer in shares.tolist()])

@@ -35,7 +35,8 @@ from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
 from prepare import cores
-from train import Settings, step_flops
+from run import step_flops
+from train import Settings
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
 BESIDE = {'out_dir', 'device', 'compile', 'backend', 'recompute', 'verify_data', 'log_interval', 'always_save_checkpoint', 'checkpoint_interval',

@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model
+import run
 import train
 from compare import read_run
 from configurator import UserError, configure, run_main
@@ -54,12 +55,12 @@ def last_token(s):
 
 def overlapping(s):
     """Micro-batch i is x[i:i + size], not x[i * size:(i + 1) * size] (trainer.py:71): of 120 rows 22 are seen, the inner ones 8 times."""
-    micro_batches = train.micro_batches
+    micro_batches = run.micro_batches
 
     def overlap(s, step, rank, world):
         parts = micro_batches(s, step, rank, world)
         return [range(parts[0].start + i, parts[0].start + i + len(part)) for i, part in enumerate(parts)]
-    train.micro_batches = overlap
+    run.micro_batches = overlap
 
 
 def pure_bf16(s):
@@ -67,14 +68,14 @@ def pure_bf16(s):
     Weights, gradients and Adam's moments in bfloat16, with its 8 bits: GPT(config).type(bfloat16) (trainer.py:139). 0.999 v rounds to v, so
     that the second moment never falls; a weight takes no step that is smaller than 1/512 of it.
     """
-    build_model = train.build_model
+    build_model = run.build_model
 
     def build(*args):
         network = build_model(*args)
         for p in network.parameters():
             p.data = p.data.bfloat16()
         return network
-    train.build_model, s.dtype = build, 'bfloat16'
+    run.build_model, s.dtype = build, 'bfloat16'
 
 
 def small_init(s):

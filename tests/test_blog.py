@@ -11,6 +11,7 @@ from conftest import TINY, one_line, read_log, run, train
 
 import checkpoint
 import model
+import run as runs
 import train as training
 from data import Mixture, validation_batch
 from experiments import blog
@@ -20,7 +21,7 @@ from optim import learning_rate, make_optimizer
 @pytest.fixture
 def faulty(monkeypatch, dataset):
     """A function that brings faults in until the end of the test, and returns the settings."""
-    for owner, name in ((training.Mixture, 'rows'), (training, 'micro_batches'), (training, 'build_model'), (model.Transformer, 'init_weights'),
+    for owner, name in ((training.Mixture, 'rows'), (runs, 'micro_batches'), (runs, 'build_model'), (model.Transformer, 'init_weights'),
                         (torch.nn.utils, 'clip_grad_norm_'), (model, 'loss_and_gradient')):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
@@ -62,17 +63,17 @@ def test_the_names_of_conditions():
 
 def test_last_only_the_last_column_of_the_targets_remains_and_only_in_training(faulty, dataset):
     s = faulty('last', batch_size=4)
-    micro, targets = training.Batches(Mixture(dataset, 'train', 32, 1), s, training.Ranks('auto', torch.device('cpu')))(0)
+    micro, targets = runs.Batches(Mixture(dataset, 'train', 32, 1), s, training.Ranks('auto', torch.device('cpu')))(0)
     _, x, y = micro[0]
     assert targets == 4 and (y[:, :-1] == -1).all() and (y[:, -1] >= 0).all() and (x[:, 1:] >= 0).all()
-    source = training.Source(dataset, 'val', 32, 'stream')
+    source = runs.Source(dataset, 'val', 32, 'stream')
     assert (validation_batch(source, range(4), 4)[1] >= 0).all()
 
 
 def test_overlap_uses_22_of_120_rows_the_inner_ones_eight_times(faulty):
-    right = Counter(row for part in training.micro_batches(faulty(batch_size=8, gradient_accumulation_steps=15), 3, 0, 1) for row in part)
+    right = Counter(row for part in runs.micro_batches(faulty(batch_size=8, gradient_accumulation_steps=15), 3, 0, 1) for row in part)
     s = faulty('overlap', batch_size=8, gradient_accumulation_steps=15)
-    rows = Counter(row for part in training.micro_batches(s, 3, 0, 1) for row in part)
+    rows = Counter(row for part in runs.micro_batches(s, 3, 0, 1) for row in part)
     assert set(right) == set(range(360, 480)) and set(right.values()) == {1}
     assert set(rows) == set(range(360, 382)) and all(rows[row] == 8 for row in range(367, 375)) and rows[360] == rows[381] == 1
 
@@ -81,7 +82,7 @@ def test_bf16_the_second_moment_never_falls_and_small_steps_vanish(faulty, datas
     moments, moved = {}, {}
     for name in ('float32', 'bf16'):
         s = faulty(*[name] if name == 'bf16' else [], beta2=0.999, weight_decay=0.0, learning_rate=1e-3)
-        network = training.build_model(s, Mixture(dataset, 'train', 32, 1), {})
+        network = runs.build_model(s, Mixture(dataset, 'train', 32, 1), {})
         optimizer, scale = make_optimizer(network, s), network.norm_f.weight  # all ones
         for step in range(1000):
             scale.grad = torch.full_like(scale, float(step == 0))

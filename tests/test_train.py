@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import checkpoint
 from data import Mixture
 from ranks import Ranks
-from train import Batches, Settings
+from run import Batches
+from train import Settings
 
 
 def last(out_dir):

@@ -1,0 +1,69 @@
+"""
+Where tests make things go wrong. The code names points, as at('save:rename'); FAULT says what happens at some of them:
+
+    FAULT='save:rename=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
+
+kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, full is a disk with no room; the others are done to the value that
+is handed over: nan and inf to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function. After a restart by
+torchrun no fault happens again.
+"""
+import errno
+import os
+import re
+import signal
+import time
+
+PATTERN = re.compile(r'([\w:]+)(?:@(\d+))?(?:/(\d+))?=(\w+)')
+
+
+def at(point, step=None, value=None):
+    """`value`, as the fault that FAULT has for this point leaves it."""
+    return value
+
+
+def happen(point, step=None, value=None):
+    for where, when, rank, action in FAULTS:
+        if where == point and when in ('', str(step)) and rank in ('', os.environ.get('RANK', '0')):
+            value = ACTIONS[action](value)
+    return value
+
+
+def full(value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def first_weight(model):
+    return next(p for p in model.parameters() if p.requires_grad)
+
+
+def infinite_gradient(value):
+    """Of the next backward pass alone."""
+    if not hasattr(value, 'parameters'):
+        return value + float('inf')
+
+    def once(gradient):
+        handle.remove()
+        return gradient + float('inf')
+    handle = first_weight(value).register_hook(once)
+    return value
+
+
+def shift(model):
+    first_weight(model).data.view(-1)[0] += 1e-3
+    return model
+
+
+ACTIONS = {
+    'kill': lambda value: os.kill(os.getpid(), signal.SIGKILL),
+    'term': lambda value: os.kill(os.getpid(), signal.SIGTERM),
+    'exit': lambda value: os._exit(13),
+    'hang': lambda value: time.sleep(10 ** 6),
+    'slow': lambda value: time.sleep(0.5),
+    'full': full,
+    'nan': lambda value: value + float('nan'),
+    'inf': infinite_gradient,
+    'shift': shift,
+}
+FAULTS = PATTERN.findall(os.environ.get('FAULT', '')) if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' else []
+if FAULTS:
+    at = happen

@@ -1,0 +1,112 @@
+"""
+What watches over a run: signals, numbers that are not finite, losses that jump, ranks that drift apart.
+"""
+import signal
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from configurator import UserError
+
+
+@dataclass
+class GuardConfig:
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite on some rank: none of them changes a weight; one more ends the run
+    rewind_spikes: float = 0.0  # a loss that many standard deviations above the mean of the 128 before it (6 is a good number): back to the last
+    # checkpoint, and on without the data of the 10 steps up to it (PaLM, arXiv 2204.02311, section 5.1); 0 = never
+    skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the schedule goes on, no weight changes
+    desync_interval: int = 100  # steps between comparisons of all ranks' weights, which are the same bit for bit; 0 = never
+    hang_timeout: float = 600.0  # seconds for which a rank may show no progress before all end, saying which one is behind; 0 = wait for ever
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        for name in ('max_skipped', 'rewind_spikes', 'desync_interval', 'hang_timeout'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.number > 0
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+def not_finite(s, step):
+    name = 'muon_lr' if s.optimizer != 'adamw' else 'learning_rate'
+    return UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
+                     f'the newest checkpoint in {s.out_dir} is from before')
+
+
+class Spike(Exception):
+    """The loss of update number `step` was far above those before it. .steps: whose data are to be left out, as what did the harm may be some steps back."""
+    WIDTH = 10
+
+    def __init__(self, step):
+        super().__init__()
+        self.steps = range(max(0, step - self.WIDTH + 1), step + 1)
+
+
+class Losses:
+    """The losses of the last SPAN steps, with which the next one is compared once there are ENOUGH."""
+    SPAN, ENOUGH = 128, 32
+
+    def __init__(self, most, recent=()):
+        self.most, self.recent = most, list(recent)
+
+    def add(self, loss):
+        """Whether a loss is more than `most` standard deviations above the mean of those before it; if not, it is one of them from now on."""
+        if len(self.recent) >= self.ENOUGH and loss > statistics.fmean(self.recent) + self.most * statistics.stdev(self.recent):
+            return True
+        self.recent = [*self.recent, loss][-self.SPAN:]
+        return False
+
+
+# -----------------------------------------------------------------------------
+# Ranks that drift apart
+
+def check_alike(model, ranks, step):
+    """Raise UserError if the weights of some rank are not those of rank 0, bit for bit: names both, the rank and the first such tensor."""
+    sums = ranks.gather(checksums(model))
+    for rank, theirs in enumerate(sums):
+        for name, one, other in zip(dict(model.named_parameters()), sums[0], theirs):
+            if one != other:
+                raise UserError(f'the weights of rank {rank} are not those of rank 0 after step {step} ({name}): the ranks have drifted apart (a faulty '
+                                'device, or other code or data there?); run the same command to go on from the newest checkpoint')
+
+
+def checksums(model):
+    """A number for the bits of every parameter, as a list."""
+    sums = [bits(p.detach()).sum() for p in model.parameters()]
+    return torch.stack(sums).tolist() if sums else []
+
+
+def bits(t):
+    """A tensor's bits as int64, eight bytes at a time, for a checksum: sums that wrap around cost no more than reading."""
+    flat = t.contiguous().view(-1).view(torch.uint8)
+    whole = len(flat) // 8 * 8
+    return torch.cat([flat[:whole].view(torch.int64), flat[whole:].long()]) if whole < len(flat) else flat.view(torch.int64)
+
+
+def check_same_start(ranks, settings, fingerprint):
+    """Raise UserError if some rank was given other settings than rank 0, or other data."""
+    starts = ranks.gather((settings, fingerprint))
+    for rank, (theirs, data) in enumerate(starts):
+        other = [name for name, value in starts[0][0].items() if theirs.get(name) != value]
+        if other:
+            raise UserError(f'{other[0]}={theirs.get(other[0])} on rank {rank}, {starts[0][0][other[0]]} on rank 0: start all with the same settings')
+        if data != starts[0][1]:
+            raise UserError(f'dataset: the files of rank {rank} are not those of rank 0: give all machines the same data set')

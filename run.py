@@ -1,0 +1,218 @@
+"""
+A training run: what it works with, how it is set up and saved, and how its network changes on the way. train.py makes the steps.
+
+`s` is train.py's Settings, `ranks` the Ranks.
+"""
+import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import adapters
+import checkpoint
+import lora
+from configurator import UserError
+from data import Mixture, Source
+from device import pick_compile, pick_dtype
+from growth import grow
+from guard import Losses, check_same_start
+from model import make_model
+from objectives import make_objective
+from optim import make_optimizer, optimizer_flops
+from origin import build_model, find_origin, find_reference, find_teacher
+from packed import pack_frozen
+from plan import plan
+
+# -----------------------------------------------------------------------------
+# The data of a step
+
+def micro_batches(s, step, rank, world):
+    """The global sample numbers of this rank's micro-batches in a step: contiguous, so any split of the same rows is the same batch."""
+    rows = s.batch_size * s.gradient_accumulation_steps // world
+    size = next(n for n in range(min(s.batch_size, rows), 0, -1) if rows % n == 0)
+    first = (step * world + rank) * rows
+    return [range(i, i + size) for i in range(first, first + rows, size)]
+
+
+class Batches:
+    """The micro-batches of a step, [(first sample number, x, y[, source]), …], the next step's read by a thread while this one is computed."""
+
+    def __init__(self, data, s, ranks):
+        self.data, self.s, self.ranks = data, s, ranks
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+
+    def read(self, step):
+        out = []
+        for samples in micro_batches(self.s, step, self.ranks.rank, self.ranks.world):
+            arrays = [torch.from_numpy(a) for a in self.data.rows(samples)]
+            if self.ranks.device.type == 'cuda':
+                arrays = [a.pin_memory() for a in arrays]  # then the copy to the GPU waits for nothing
+            out.append((samples[0], *arrays))
+        return out, sum(int((y >= 0).sum()) for _, _, y, *_ in out)
+
+    def __call__(self, step):
+        """(the micro-batches of this rank, how many targets are in them)."""
+        now = self.ahead.pop(step, None) or self.thread.submit(self.read, step)
+        self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
+        return now.result()
+
+
+# -----------------------------------------------------------------------------
+# What a run works with
+
+@dataclass
+class Run:
+    """What a training run works with."""
+    model: torch.nn.Module
+    runner: torch.nn.Module  # the model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: Mixture
+    val: list[Source]
+    batches: Batches
+    step: int  # where it goes on: 0 at its beginning
+    planned: dict  # what plan.py derived
+    tokens_per_step: int
+    flops_per_step: float
+    flops: float  # so far
+    borrowed: bool  # whether it begins with the weights of another
+    parameters: tuple  # how many there are, and how many a token meets
+    teacher: torch.nn.Module | None
+    reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
+    base: dict | None  # what an adapter is trained beside: where it is, and its fingerprint
+    left_out: set  # steps without data
+    losses: Losses  # of the last steps
+    writer: checkpoint.Writer
+    skipped: int = 0  # steps of this process whose loss or gradient was not finite
+    in_a_row: int = 0  # of these, up to now
+
+
+def derive(s, state, device, ranks):
+    """Set what plan.py derives from the dial, on all ranks alike; a run that goes on keeps what was derived when it began."""
+    dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
+    if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
+        raise UserError(f'{", ".join(f"{name}={value:g}" for name, value in dial.items() if value)}: out_dir={s.out_dir} belongs to a run with another dial: '
+                        'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed)
+    tokens = sum(source.files.tokens for source in data.sources)
+    planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
+    for name in planned:
+        setattr(s, name, state['settings'][name] if state else planned[name])
+    return planned
+
+
+def set_up(s, device, ranks, left_out):
+    """The Run that the settings describe, as it stands; left_out: steps whose data are left out, beside those of the settings."""
+    origin = find_origin(s, ranks)
+    state = origin.get('state')
+    s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
+    planned = derive(s, state, device, ranks) if s.is_planned else {}
+    if ranks.world > 1 and device.type == 'cuda' and s.arch == 'markov' and not s.rank_embed:
+        raise UserError('arch=markov: NCCL cannot add up the sparse counts of a full table: use one process, or --device=cpu')
+    rows = s.batch_size * s.gradient_accumulation_steps
+    if rows % ranks.world:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
+                        f'make it a multiple of {ranks.world}')
+    objective = partial(make_objective, s)
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
+    check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
+    val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
+    model = build_model(s, data, origin).to(device)
+    if s.grow_every and s.grow_to <= s.n_layer:
+        raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
+    model.recompute = s.recompute
+    optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
+    if state:
+        checkpoint.load_optimizer(origin['folder'], optimizer)
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
+    elif 'moments' in origin:
+        count = checkpoint.give_moments(optimizer, checkpoint.read_moments(origin['moments']))
+        ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
+    flops_per_step, parameters = step_flops(model, optimizer, teacher, tokens_per_step), (model.num_params(), model.num_params(active=True))
+    if s.lora_rank and lora.how_stored(s) != 'float32':
+        pack_frozen(model, lora.how_stored(s))
+    s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
+    if s.compile:
+        model.compile(dynamic=False)
+    begun = state or origin
+    step = begun.get('step', 0)
+    flops = begun.get('flops', step * flops_per_step)
+    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
+               'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
+               origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
+               checkpoint.Writer(s.async_save))
+
+
+def save(s, step, run, ranks):
+    """Rank 0 writes a checkpoint, or has it written; the others wait for that."""
+    def write():
+        source = run.data.sources[0].files
+        state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
+                 'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
+        if s.lora_rank:
+            state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
+        if s.rewind_spikes:
+            state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
+        tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
+        tensors = adapters.state(run.model) if s.lora_rank else run.model.state_dict(), run.optimizer.state_dict()
+        run.writer.wait()  # one at a time; what went wrong with the last one is said now
+        run.writer(checkpoint.save, s.out_dir, step, *(checkpoint.snapshot(tensors) if s.async_save else tensors), state, tokenizer_files, s.keep_checkpoints)
+    ranks.from_first(write)
+
+
+# -----------------------------------------------------------------------------
+# What changes on the way
+
+def expert_loads(run, ranks):
+    """How many tokens of all ranks every expert was given in the last step, (layers, E) int64; with expert_bias they are drawn towards equal loads."""
+    loads = ranks.add_up(run.model.take_loads())
+    if run.base is None and not run.in_a_row:  # beside adapters the rest stays as it is, and so does all in a step that is skipped
+        run.model.balance(loads)
+    return loads
+
+
+def step_flops(model, optimizer, teacher, tokens):
+    return (model.flops_per_token() + (teacher.flops_per_token() if teacher else 0)) * tokens + optimizer_flops(optimizer)
+
+
+def grow_run(run, s, ranks):
+    """More blocks, and the run goes on with them: the same tokens, the same schedule, the moments of what there was."""
+    n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
+    cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
+    moments, device = checkpoint.moments_of(run.optimizer), run.model.wte.weight.device
+    run.model = make_model(cfg, init=False)
+    run.model.load_state_dict(weights)
+    run.model.to(device).recompute = s.recompute
+    run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
+    checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
+    if s.compile:
+        run.model.compile(dynamic=False)
+    run.runner = wrap(run.model, ranks)
+    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+    ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
+
+
+def end_guides(run, ranks):
+    """Their share has fallen to nothing: low-rank layers go on alone."""
+    run.model.drop_guides()
+    left = set(run.model.parameters())
+    for group in run.optimizer.param_groups:
+        kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]
+        for p in set(group['params']) - left:
+            run.optimizer.state.pop(p, None)
+        group['params'], group['param_names'] = map(list, zip(*kept)) if kept else ([], [])
+    run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
+    run.runner = wrap(run.model, ranks)
+    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+
+
+def wrap(model, ranks):
+    return DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
