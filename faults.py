@@ -4,7 +4,8 @@ Where tests make things go wrong. The code names points, as at('save:rename'); F
     FAULT='save:rename=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
 
 kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, full is a disk with no room; the others are done to the value that
-is handed over: nan and inf to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function. After a restart by
+is handed over: nan, inf and
+large to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function. After a restart by
 torchrun no fault happens again.
 """
 import errno
@@ -24,8 +25,13 @@ def at(point, step=None, value=None):
 def happen(point, step=None, value=None):
     for where, when, rank, action in FAULTS:
         if where == point and when in ('', str(step)) and rank in ('', os.environ.get('RANK', '0')):
-            value = ACTIONS[action](value)
+            changed = ACTIONS[action](value)
+            value = value if changed is None else changed
     return value
+
+
+def hang(value):
+    time.sleep(10 ** 6)
 
 
 def full(value):
@@ -57,10 +63,11 @@ ACTIONS = {
     'kill': lambda value: os.kill(os.getpid(), signal.SIGKILL),
     'term': lambda value: os.kill(os.getpid(), signal.SIGTERM),
     'exit': lambda value: os._exit(13),
-    'hang': lambda value: time.sleep(10 ** 6),
+    'hang': hang,
     'slow': lambda value: time.sleep(0.5),
     'full': full,
     'nan': lambda value: value + float('nan'),
+    'large': lambda value: value * 100,
     'inf': infinite_gradient,
     'shift': shift,
 }

@@ -5,6 +5,7 @@ A training run: what it works with, how it is set up and saved, and how its netw
 """
 import dataclasses
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -215,4 +216,8 @@ def end_guides(run, ranks):
 
 
 def wrap(model, ranks):
-    return DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
+    if ranks.world == 1:
+        return model
+    with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
+        warnings.simplefilter('ignore', FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)

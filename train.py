@@ -239,6 +239,7 @@ def train(s, device, ranks, left_out=()):
                     save_once()
                     ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, best_loss, s.keep_checkpoints))
                 log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(device))
+                at('sample', step)
                 show_samples(run.model, s, run.data, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once()

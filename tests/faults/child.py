@@ -1,0 +1,21 @@
+"""What a process of processes.py does. It imports nothing of ours before its environment is set, which faults.py reads."""
+import os
+import sys
+
+
+def child(root, args, environment, output):
+    """train.py with these arguments, what it says in a file."""
+    os.setsid()
+    os.environ.update(environment)
+    os.chdir(root)
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
+    sys.path.insert(0, str(root))
+    sys.argv = ['train.py', *args]
+    import torch
+    torch.set_num_threads(1)
+    import train
+    from configurator import run_main
+    run_main(train.main)

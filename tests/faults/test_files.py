@@ -1,0 +1,168 @@
+"""
+A published checkpoint is whole, or is reported and passed over; the one before is kept until the new one is on the disk. Damage of every kind to every
+file, and the order of flushing, are in test_checkpoint.py.
+"""
+import json
+import os
+import re
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, one_line, read_log, run, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import SMALL, Processes, fingerprint, run_to_end, step_of
+
+import checkpoint
+from configurator import UserError
+
+OFTEN = ['--checkpoint_interval=2', '--eval_interval=100']
+POINTS = re.findall(r"at\('(save:\w+)'", (ROOT / 'checkpoint.py').read_text())
+
+
+# --- killed while it saves ---
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, dataset):
+    folder = tmp_path_factory.mktemp('whole')
+    train(folder, *SMALL, *OFTEN, dataset=dataset)
+    return fingerprint(folder)
+
+
+def test_the_points_are_those_of_the_protocol():
+    assert POINTS == ['save:begin', 'save:weights', 'save:optimizer', 'save:state', 'save:manifest', 'save:flushed', 'save:renamed', 'save:end', 'save:prune']
+
+
+@pytest.mark.parametrize('background', [False, True])
+@pytest.mark.parametrize('point', POINTS)
+def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_been(whole, dataset, tmp_path, point, background):
+    if background and point not in ('save:optimizer', 'save:renamed'):
+        pytest.skip('the same code in a thread')
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', *OFTEN, f'--async_save={background}']
+    at = '' if point == 'save:prune' else '@6'
+    for _ in range(2):
+        codes, said = run_to_end(*args, fault=f'{point}{at}=kill')
+        assert codes == [-signal.SIGKILL], said
+        published = checkpoint.checkpoints(str(tmp_path))
+        assert step_of(tmp_path) == (6 if point in ('save:renamed', 'save:end', 'save:prune') else 4)
+        assert all(checkpoint.damage(folder) is None for folder in published)
+        state = checkpoint.load_state(published[0])
+        assert state['step'] == step_of(tmp_path) == next(iter(checkpoint.read_moments(published[0]).values()))['step']
+        if point in ('save:renamed', 'save:end', 'save:prune'):
+            break
+    codes, said = run_to_end(*args)
+    assert codes == [0] and fingerprint(tmp_path) == whole, said
+    assert not list(tmp_path.glob('*.tmp')) and len(list(tmp_path.glob('step_*'))) <= 3
+
+
+# --- nothing left that is sound ---
+
+def test_when_all_are_damaged_the_run_ends_with_an_error_and_does_not_begin_anew(dataset, tmp_path):
+    train(tmp_path, dataset=dataset)
+    for folder in tmp_path.glob('step_*'):
+        with open(folder / 'model.safetensors', 'r+b') as f:
+            f.seek(-1, 2)
+            last = f.read(1)
+            f.seek(-1, 2)
+            f.write(bytes([last[0] ^ 4]))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*'))
+    assert 'no checkpoint in it is sound (step_00000010: model.safetensors' in one_line(train(tmp_path, '--max_iters=20', dataset=dataset, check=False))
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*')) == before
+
+
+# --- a full disk ---
+
+@pytest.mark.parametrize('point', ['save:begin', 'save:optimizer', 'save:manifest', 'save:flushed', 'log'])
+def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_goes_on(dataset, tmp_path, point):
+    args = [*TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}']
+    codes, said = run_to_end(*args, fault=f'{point}@10=full')
+    assert codes == [2] and said.count('No space left on device') == 1 and str(tmp_path) in said and 'make room' in said
+    assert step_of(tmp_path) == 5 and not list(tmp_path.glob('*.tmp'))
+    assert run_to_end(*args)[0] == [0] and step_of(tmp_path) == 10
+
+
+def test_files_that_may_not_grow_are_the_same_without_a_fault(dataset, tmp_path):
+    """RLIMIT_FSIZE: the system itself refuses to write beyond 100 kB, half of the moments."""
+    limit = f'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY})); sys.argv = sys.argv[1:]; ' \
+            f"sys.path.insert(0, '{ROOT}'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    for background in (False, True):
+        done = run('-c', limit, str(ROOT / 'train.py'), f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY, f'--async_save={background}')
+        assert 'File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path)) and not list(tmp_path.glob('*.tmp'))
+
+
+# --- what is kept ---
+
+def state(value):
+    return {'w': torch.full((2,), float(value))}, {'state': {}, 'param_groups': []}, {'step': value}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keep=st.integers(1, 4),
+       actions=st.lists(st.sampled_from(['save', 'save', 'save', 'best', 'spoil the newest', 'spoil the oldest', 'leave half']), max_size=14))
+def test_the_best_and_the_last_sound_ones_are_never_removed(tmp_path_factory, keep, actions):
+    out, step, best, sound = str(tmp_path_factory.mktemp('kept')), 0, None, []  # sound: steps, oldest first
+    for action in actions:
+        folders = checkpoint.checkpoints(out)
+        if action == 'save':
+            step += 1
+            checkpoint.save(out, step, *state(step), keep=keep)
+            sound.append(step)
+            assert not [name for name in os.listdir(out) if name.endswith('.tmp')]
+        elif action == 'best' and step in sound:
+            best = step
+            checkpoint.mark_best(out, step, 1.0, keep)
+        elif action.startswith('spoil') and folders:
+            spoilt = folders[0 if 'newest' in action else -1]
+            with open(f'{spoilt}/state.json', 'a') as f:
+                f.write(' ')
+            sound = [n for n in sound if n != int(spoilt[-8:])]
+        elif action == 'leave half':
+            os.makedirs(f'{out}/step_{step + 1:08d}.tmp', exist_ok=True)
+        there = {int(folder[-8:]) for folder in checkpoint.checkpoints(out)}
+        assert set(sound[-keep:]) | ({best} if best else set()) <= there
+        sound = [n for n in sound if n in there]
+        if sound:
+            assert checkpoint.find(out).endswith(f'{sound[-1]:08d}')
+
+
+# --- in the background ---
+
+def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path):
+    writer, weights, moments = checkpoint.Writer(True), {'w': torch.ones(1000)}, {'state': {0: {'m': torch.ones(1000)}}, 'param_groups': []}
+    writer(time.sleep, 0.2)  # the thread has something to do first
+    writer(checkpoint.save, str(tmp_path), 1, *checkpoint.snapshot((weights, moments)), {})
+    weights['w'].zero_()
+    moments['state'][0]['m'].zero_()
+    writer.wait()
+    assert checkpoint.read_weights(f'{tmp_path}/step_00000001')['w'].sum() == 1000
+    assert torch.load(f'{tmp_path}/step_00000001/optimizer.pt', weights_only=True)['state'][0]['m'].sum() == 1000
+
+
+def test_what_goes_wrong_in_the_background_is_said_at_the_next_save_or_the_end(dataset, tmp_path):
+    args = [*TINY, f'--dataset={dataset}', '--async_save']
+    for point, name in (('save:manifest@5', 'next'), ('save:manifest@10', 'end')):
+        codes, said = run_to_end(*args, f'--out_dir={tmp_path / name}', fault=f'{point}=full')
+        assert codes == [2] and said.count('No space left on device') == 1, said
+    assert not checkpoint.checkpoints(str(tmp_path / 'next')) and step_of(tmp_path / 'end') == 5
+    with pytest.raises(UserError):
+        checkpoint.find(str(tmp_path / 'next'))
+
+
+def test_saved_in_the_background_a_run_is_the_same_run(whole, dataset, tmp_path):
+    train(tmp_path, *SMALL, *OFTEN, '--async_save', dataset=dataset)
+    assert fingerprint(tmp_path) == whole and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000010'
+    train(tmp_path / 'plain', *SMALL, *OFTEN, dataset=dataset)
+    assert read_log(tmp_path) == read_log(tmp_path / 'plain')
+
+
+def test_a_signal_while_the_background_writes_waits_for_it(dataset, tmp_path):
+    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--async_save', '--max_iters=100000', '--eval_interval=5',
+                          fault='save:manifest=slow')
+    assert processes.wait_for('step 5:')
+    processes.kill(signal.SIGTERM)
+    codes, said = processes.wait()
+    assert codes == [128 + signal.SIGTERM] and f'after step {step_of(tmp_path)};' in said
+    assert all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(str(tmp_path)))

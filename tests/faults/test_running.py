@@ -1,0 +1,191 @@
+"""Signals, numbers that are not finite, spikes, hangs, restarts and drift while a run goes on."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, read_log, train, write_dataset
+from processes import SMALL, Processes, fingerprint, run_to_end, step_of
+
+import checkpoint
+
+LONG = ['--max_iters=100000', '--eval_interval=100000', '--lr_decay_iters=400', '--warmup_iters=20']
+STOPPED = re.compile(r'stopped by SIGTERM after step (\d+); the same command goes on from there')
+
+
+def torchrun(*args, nproc=2, options=(), **environment):
+    """A started `torchrun train.py ARGS` in a session of its own."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', *options, 'train.py', *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'} | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)
+
+
+# --- signals ---
+
+@pytest.mark.parametrize('ranks, whom, where', [
+    (1, 0, 'step 20/'), (2, None, 'step 20/'), (2, 1, 'step 20/'), (1, 0, 'epochs:'), (1, 0, 'evaluation'), (2, 1, 'evaluation'), (1, 0, 'sample'),
+    (1, 0, 'save:optimizer')])
+def test_a_signal_leaves_one_checkpoint_at_the_end_of_a_step_and_the_run_goes_on_bitwise(dataset, tmp_path, ranks, whom, where):
+    """To one process, to all of two ranks or to the second alone; in a step, at the start, in an evaluation, a sample, a save."""
+    args, at_a_point = [*SMALL, *LONG, f'--dataset={dataset}'], where in ('evaluation', 'sample', 'save:optimizer')
+    more = ['--sample_tokens=20', '--eval_interval=20'] if at_a_point else []
+    processes = Processes(*args, *more, f'--out_dir={tmp_path / "cut"}', ranks=ranks, fault=f'{where}@20/{whom}=term' * at_a_point)
+    if not at_a_point:
+        assert processes.wait_for(where)
+        processes.kill(signal.SIGTERM, whom)
+    codes, said = processes.wait()
+    assert codes == [128 + signal.SIGTERM] * ranks and said.count('stopped by SIGTERM') == 1, said
+    step = int(STOPPED.search(said)[1])
+    assert step_of(tmp_path / 'cut') == step and all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(str(tmp_path / 'cut')))
+    if at_a_point:  # an evaluation that was left is made again
+        assert step == (21 if where == 'sample' else 20)
+        assert any(r['step'] == 20 and 'val_loss' in r for r in read_log(tmp_path / 'cut')) == (where == 'sample')
+    for name in ('cut', 'whole'):
+        assert run_to_end(*args, f'--max_iters={step + 3}', f'--out_dir={tmp_path / name}', ranks=ranks)[0] == [0] * ranks
+    assert fingerprint(tmp_path / 'cut') == fingerprint(tmp_path / 'whole')
+
+
+def test_a_signal_while_minutes_are_measured_leaves_nothing_behind(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--minutes=1', '--depth=2', '--compile=False']
+    args = [arg for arg in args if not arg.startswith(('--max_iters', '--n_', '--learning_rate', '--batch_size'))]
+    codes, said = run_to_end(*args, fault='loss@3=term')
+    assert codes == [128 + signal.SIGTERM] and 'stopped before the first step' in said and not (tmp_path / 'out').exists(), said
+
+
+def test_a_second_signal_ends_it_at_once_and_damages_nothing(dataset, tmp_path):
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--checkpoint_interval=1', fault='save:manifest=slow')
+    assert processes.wait_for('step 3/')
+    processes.kill(signal.SIGTERM)
+    time.sleep(0.1)
+    processes.kill(signal.SIGTERM)
+    codes, said = processes.wait()
+    assert codes == [-signal.SIGTERM] and checkpoint.damage(checkpoint.find(str(tmp_path))) is None, said
+
+
+# --- numbers that are not finite ---
+
+@pytest.mark.parametrize('fault', ['loss@6/1=nan', 'loss@6/1=inf', 'step@6/1=inf'])
+def test_a_loss_or_gradient_of_one_rank_that_is_not_finite_changes_nothing_on_any(dataset, tmp_path, fault):
+    """… so that the run is the one that was told to leave that step out, and all ranks stay alike."""
+    args = [*SMALL, f'--dataset={dataset}', '--desync_interval=1']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}', ranks=2, fault=fault)
+    assert codes == [0, 0] and said.count('step 7: the loss or its gradient is not finite; no weight was changed') == 1, said
+    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', '--skip_steps=6', ranks=2)[0] == [0, 0]
+    assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
+    assert fingerprint(tmp_path / 'nan') == fingerprint(tmp_path / 'left') != fingerprint(tmp_path / 'whole')
+    records = {r['step']: r for r in read_log(tmp_path / 'nan')}
+    assert 'train_loss' not in records[7] and records[7]['skipped'] == records[9]['skipped'] == 1 and 'skipped' not in records[6]
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_is_sound_and_finite(dataset, tmp_path, optimizer):
+    faults = ' '.join(f'loss@{step}=nan' for step in (2, *range(6, 30)))
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--max_iters=30', '--max_skipped=3', '--checkpoint_interval=1',
+                             f'--optimizer={optimizer}', fault=faults)
+    assert codes == [2] and 'not finite at step 10: lower' in said and said.count('no weight was changed') == 5
+    assert step_of(tmp_path) == 6 and all(t.isfinite().all() for t in checkpoint.read_weights(checkpoint.find(str(tmp_path))).values())
+    assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[-1])['step'] == 9  # numbers that json knows
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    from configurator import UserError
+    with pytest.raises(UserError, match='step_00000001: not written, as b is not finite'):
+        checkpoint.save(str(tmp_path), 1, {'a': torch.ones(2), 'b': torch.tensor([1.0, torch.inf])}, {}, {})
+    assert not os.listdir(tmp_path)
+
+
+# --- spikes ---
+
+def poisoned(folder):
+    """The counting data, but a part of it is noise, which a network that has learned to count finds surprising."""
+    import hashlib
+
+    import numpy as np
+    write_dataset(folder, documents=600, shards=1)
+    tokens = np.fromfile(folder / 'train_00000.bin', '<u2')
+    tokens[len(tokens) // 2:][:600] = np.random.default_rng(0).integers(0, 61, 600)
+    tokens.tofile(folder / 'train_00000.bin')
+    meta = json.loads((folder / 'meta.json').read_text())
+    meta['splits']['train']['shards'][0]['sha256'] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_spike_rewinds_and_the_run_is_the_one_that_left_those_steps_out_from_the_start(tmp_path, ranks):
+    """By a fault: the loss of one step is infinite no more, but large."""
+    args = [*SMALL, f'--dataset={poisoned(tmp_path / "d")}', '--max_iters=150', '--eval_interval=1000', '--checkpoint_interval=20', '--learning_rate=1e-2']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "spike"}', '--rewind_spikes=6', ranks=ranks, fault='loss@95=large')
+    assert codes == [0] * ranks, said
+    found = re.findall(r'step 96: loss .* back to the last checkpoint, and on without steps 87 to 96 \(samples 344 to 383\)', said)
+    assert len(found) == 1 and said.count('standard deviations') == 1 and 'at step 80' in said, said
+    left = [f'--skip_steps={step}' for step in range(86, 96)]
+    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', *left, ranks=ranks)[0] == [0] * ranks
+    assert fingerprint(tmp_path / 'spike') == fingerprint(tmp_path / 'left')
+    assert read_log(tmp_path / 'spike') == read_log(tmp_path / 'left')
+
+
+def test_a_run_that_rewound_resumes_exactly_and_one_that_always_spikes_is_given_up(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=1000', '--checkpoint_interval=20', '--rewind_spikes=6', '--lr_decay_iters=150', '--warmup_iters=0']
+    for name, steps in (('whole', (150,)), ('cut', (110, 150))):
+        for max_iters in steps:
+            codes, said = run_to_end(*args, f'--out_dir={tmp_path / name}', f'--max_iters={max_iters}', fault='loss@95=large')
+            assert codes == [0], said
+    assert fingerprint(tmp_path / 'whole') == fingerprint(tmp_path / 'cut')
+    faults = ' '.join(f'loss@{step}=large' for step in range(60, 150))
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "always"}', '--max_iters=150', fault=faults)
+    assert codes == [2] and '5 rewinds did not help' in said and step_of(tmp_path / 'always') == 60, said
+
+
+# --- hangs and restarts ---
+
+def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_path):
+    began = time.monotonic()
+    args = [*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=10']
+    codes, said = run_to_end(*args, ranks=2, fault='step@5/1=hang')
+    assert codes == [1, 1] and time.monotonic() - began < 60
+    assert 'last to move on: rank 1 (' in said and 'last to move on: rank 0' not in said
+    assert 'in hang' in said and 'in train_step' in said  # where rank 1 stands, and rank 0
+
+
+def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=8', ranks=2)
+    assert processes.wait_for('step 5/')
+    processes.kill(signal.SIGSTOP)
+    time.sleep(9)
+    processes.kill(signal.SIGCONT)
+    time.sleep(1)
+    processes.kill(signal.SIGTERM)
+    assert processes.wait()[0] == [128 + signal.SIGTERM] * 2
+
+
+def test_after_a_crash_torchrun_starts_it_again_and_the_end_is_the_same(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', '--checkpoint_interval=2']
+    process = torchrun(*args, f'--out_dir={tmp_path / "crash"}', options=['--max_restarts=1'], FAULT='step@5/1=exit', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    said, code = process.communicate(timeout=120)[0], process.wait()
+    assert code == 0 and 'resuming' in said and 'exitcode  : 13' not in said, said
+    assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
+    assert fingerprint(tmp_path / 'crash') == fingerprint(tmp_path / 'whole')
+
+
+# --- drift ---
+
+def test_weights_that_differ_between_ranks_stop_the_run_naming_rank_and_tensor(dataset, tmp_path):
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--desync_interval=4', ranks=2, fault='step@5/1=shift')
+    assert codes == [2, 2] and 'weights of rank 1 are not those of rank 0 after step 8 (wte.weight)' in said, said
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}2', '--desync_interval=0', ranks=2, fault='step@5/1=shift')
+    assert codes == [0, 0], said  # without the check nobody notices
+
+
+def test_other_data_or_settings_on_one_rank_are_noticed_before_the_first_step(dataset, tmp_path):
+    write_dataset(tmp_path / 'a' / 'd', seed=1)
+    write_dataset(tmp_path / 'b' / 'd', seed=2)
+    for each, words in (([['--seed=1'], ['--seed=2']], 'seed=2 on rank 1, 1 on rank 0'),
+                        ([[f'--dataset={dataset}'], [f'--dataset={tmp_path / "a" / "d"}']], 'dataset=')):
+        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', ranks=2, each=each)
+        assert codes == [2, 2] and words in said and not (tmp_path / 'out').exists(), said
