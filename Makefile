@@ -1,6 +1,7 @@
 # make demo   a small dense and a low-rank decoder on the Python standard library, samples, out/demo.png; 6 minutes on 2 CPU cores
 # make test   the whole test suite; 6 to 8 minutes on 2 CPU cores
-# Both need only Python 3.11 or later and make; the first run makes .venv and installs requirements.txt into it.
+# make test-faults   runs that are killed, cut off, poisoned, hung and started again, many times over; up to 25 minutes
+# All need only Python 3.11 or later and make; the first run makes .venv and installs requirements.txt into it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,4 +27,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test
+test-faults: .venv/test
+	$(BIN)/python -m pytest -m slow -n 2 --dist=loadfile
+
+.PHONY: demo test test-faults

@@ -2,6 +2,7 @@
 The processes of a run: torchrun starts several, which share its batches; python one.
 """
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,14 @@ class Ranks:
         """Say that it is still at work, in a number of steps of its own."""
         if self.watch:
             self.watch.quiet = 0.0
+
+    def end(self):
+        """Part from the others."""
+        if self.world > 1:
+            if self.watch:
+                self.watch.store = None  # rank 0 may be gone before this one
+            gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
+            dist.destroy_process_group()
 
     def sum(self, *values):
         """The sums over all ranks of some numbers, as a list of floats."""
@@ -82,6 +91,12 @@ class Ranks:
             print(text, flush=True)
 
 
+def is_lost(error):
+    """Whether an error is what gloo or NCCL raise when another process has gone."""
+    return any(words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL communicator was aborted',
+                                                 'remote process exited'))
+
+
 class Watch:
     """
     A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is behind and where every thread stands: where one
@@ -96,18 +111,30 @@ class Watch:
         threading.Thread(target=self.look, daemon=True).start()
 
     def beat(self, doing):
-        self.count, self.doing, self.quiet = self.count + 1, doing, 0.0
+        self.doing, self.quiet = doing, 0.0
+        self.count += 1
 
     def look(self):
+        said = -1
         while self.quiet < self.seconds:
-            self.store.set(str(self.rank), json.dumps([self.count, self.doing]))
+            if self.count > said:
+                said = self.count
+                self.reach(lambda: self.store.set(str(self.rank), json.dumps([said, self.doing])))
             time.sleep(self.tick)
             self.quiet += self.tick
-        beats = [json.loads(self.store.get(str(rank))) if self.store.check([str(rank)]) else [-1, 'to begin'] for rank in range(self.world)]
-        least = min(count for count, _ in beats)
-        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in enumerate(beats) if count == least)
+        known = self.reach(lambda: {rank: json.loads(self.store.get(str(rank))) for rank in range(self.world) if self.store.check([str(rank)])})
+        known = known or {self.rank: [self.count, self.doing]}
+        least = min(count for count, _ in known.values())
+        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least) if self.store else 'not known, rank 0 is gone'
         print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
               'newest checkpoint. Where this rank stands:', file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
         os._exit(1)
+
+    def reach(self, ask):
+        """What ask() finds in the store, which is gone when rank 0 is: None then."""
+        try:
+            return ask() if self.store else None
+        except RuntimeError:
+            self.store = None

@@ -8,7 +8,6 @@ Run the same command again and it goes on where it was: checkpoints, log.jsonl a
 Ctrl-C and SIGTERM save at the end of the step, then stop.
 """
 import dataclasses
-import gc
 import math
 import os
 import signal
@@ -23,7 +22,6 @@ os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # befor
 # a moment, not for milliseconds, or two runs on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, RESULTS.md)
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import lora
@@ -37,7 +35,7 @@ from loss import evaluate, reading
 from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
 from plan import PlanConfig, fit_minutes, show_plan
-from ranks import Ranks
+from ranks import Ranks, is_lost
 from run import end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, report, show_losses, show_samples
 
@@ -327,14 +325,14 @@ def main():
     try:
         signal_number = rewinding(device, ranks)
     except (RuntimeError, MemoryError) as error:
+        if ranks.world > 1 and is_lost(error):
+            raise UserError('another rank has ended: what it said is above; the same command goes on from the newest checkpoint') from None
         if not is_out_of_memory(error):
             raise
         raise UserError(f'out of memory: lower batch_size={s.batch_size} (and raise gradient_accumulation_steps={s.gradient_accumulation_steps} '
                         f'as much to keep the step), block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
-        if ranks.world > 1:
-            gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
-            dist.destroy_process_group()
+        ranks.end()
     leave(128 + signal_number if signal_number else 0, ranks)
 
 

@@ -32,6 +32,12 @@ def test_no_sample_is_left_out_or_taken_twice_where_the_number_of_ranks_changes(
     assert seen == Counter(range(12 * len(worlds)))
 
 
+def near(one, other):
+    """Whether two logs have the same steps and, to 1e-5, the same losses."""
+    return [r['step'] for r in one] == [r['step'] for r in other] and \
+        all(abs(a[name] - b[name]) < 1e-5 for a, b in zip(one, other) for name in ('train_loss', 'val_loss') if name in a)
+
+
 UNEVEN = ['--packing=document', '--grad_clip=0.5', '--max_iters=20', '--eval_interval=20', '--warmup_iters=2']  # ranks have unequal numbers of targets
 
 
@@ -39,13 +45,7 @@ def test_one_rank_with_two_micro_batches_is_two_ranks_with_one_bitwise(dataset, 
     for ranks in (1, 2):
         assert run_to_end(*SMALL, *UNEVEN, f'--dataset={dataset}', '--batch_size=2', '--gradient_accumulation_steps=2', f'--out_dir={tmp_path / str(ranks)}',
                           ranks=ranks)[0] == [0] * ranks
-    assert fingerprint(tmp_path / '1') == fingerprint(tmp_path / '2') and read_log(tmp_path / '1') == read_log(tmp_path / '2')
-
-
-def near(one, other):
-    """Whether two logs have the same steps and, to 1e-5, the same losses."""
-    return [r['step'] for r in one] == [r['step'] for r in other] and \
-        all(abs(a[name] - b[name]) < 1e-5 for a, b in zip(one, other) for name in ('train_loss', 'val_loss') if name in a)
+    assert fingerprint(tmp_path / '1') == fingerprint(tmp_path / '2') and near(read_log(tmp_path / '1'), read_log(tmp_path / '2'))
 
 
 def test_four_micro_batches_on_one_two_and_four_ranks_have_the_same_losses_to_rounding(dataset, tmp_path):
@@ -57,7 +57,8 @@ def test_four_micro_batches_on_one_two_and_four_ranks_have_the_same_losses_to_ro
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1', '--gradient_accumulation_steps=4', '--eval_interval=100']
+    args = [*SMALL, f'--dataset={dataset}', '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1', '--gradient_accumulation_steps=4',
+            '--eval_interval=100']
     for ranks, until in ((2, 3), (1, 6), (4, 10)):
         assert run_to_end(*args, f'--out_dir={tmp_path / "changing"}', f'--max_iters={until}', ranks=ranks)[0] == [0] * ranks
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}')[0] == [0]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, read_log, train, write_dataset
+from conftest import ROOT, read_log, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint

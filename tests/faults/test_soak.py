@@ -1,0 +1,45 @@
+"""A run under many faults, as soak.py does it, and a data set of a hundred billion windows."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from soak import soak
+
+
+@pytest.mark.slow
+def test_a_run_under_twelve_faults_ends_as_if_there_had_been_none(tmp_path):
+    assert sum(soak(tmp_path, 12, max_iters=12 * 60, seed=1).values()) == 12
+
+
+HUGE = """
+import os, sys, time
+began = time.perf_counter()
+sys.path.insert(0, sys.argv[1])
+from data import Mixture
+mixture = Mixture(sys.argv[2], 'train', 16, seed=1)
+started, times = time.perf_counter() - began, []
+for i in range(100):
+    began = time.perf_counter()
+    mixture.rows(range(32 * i, 32 * i + 32))
+    times.append(time.perf_counter() - began)
+with open('/proc/self/status') as f:
+    peak = next(int(line.split()[1]) / 1e3 for line in f if line.startswith('VmHWM'))
+print(mixture.sources[0].rows, started, sorted(times)[50], peak)
+"""
+
+
+def test_a_hundred_billion_windows_start_at_once_and_take_no_memory(tmp_path):
+    """3.2 TB of zeros in eight sparse files. Seconds until it stands, its imports included; of a batch of 32; MB of the process at its most."""
+    shards, tokens = 8, 10 ** 11 * 16 // 8
+    for n in range(shards):
+        with open(tmp_path / f'train_{n:05d}.bin', 'wb') as f:
+            f.truncate(2 * tokens)
+    split = {'shards': [{'file': f'train_{n:05d}.bin', 'bytes_on_disk': 2 * tokens} for n in range(shards)]}
+    meta = {'format': 1, 'tokenizer': {'kind': 'byte', 'vocab_size': 257, 'eot': 256}, 'vocab_size': 257, 'dtype': 'uint16', 'splits': {'train': split}}
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    done = subprocess.run([sys.executable, '-c', HUGE, ROOT, tmp_path], capture_output=True, text=True, check=True)
+    rows, started, batch, peak = map(float, done.stdout.split())
+    print(f'{started:.2f} s to start, {1e3 * batch:.1f} ms a batch, {peak:.0f} MB')
+    assert rows == 10 ** 11 and started < 3 and batch < 0.02 and peak < 100
