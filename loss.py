@@ -19,11 +19,13 @@ def evaluate(model, sources, s, ranks, stop=False):
     model.eval()
     out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
     for source in sources:
-        numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size)[ranks.rank::ranks.world], zero(ranks.device), 0
-        for loss, count in batch_losses(model, source, numbers, 4 * s.batch_size, ranks.device, s.dtype):  # without gradients, four times the rows fit
+        numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size), zero(ranks.device), 0
+        height = 4 * s.batch_size  # without gradients, four times the rows fit
+        mine, most = numbers[ranks.rank::ranks.world], -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
+        for loss, count in batch_losses(model, source, mine, height, ranks.device, s.dtype, -(-most // height)):
             nats, targets = nats + loss, targets + count
             ranks.alive()
-            if stop:
+            if ranks.any(stop):
                 break
         nats, targets, stopped = ranks.sum(nats.item(), targets, bool(stop))
         if stopped:
@@ -37,9 +39,9 @@ def evaluate(model, sources, s, ranks, stop=False):
     return losses(all_nats, all_targets, all_bytes) | out
 
 
-def batch_losses(model, source, numbers, height, device, dtype):
-    """Yield (summed loss in nats, which stays on the device; how many targets) of `height` rows of a data.Source at a time."""
-    for i in range(0, len(numbers), height):
+def batch_losses(model, source, numbers, height, device, dtype, passes=None):
+    """Yield (summed loss in nats, which stays on the device; how many targets) of `height` rows of a data.Source at a time, so many times if asked."""
+    for i in range(0, len(numbers) if passes is None else passes * height, height):
         x, y, *read = (torch.from_numpy(a).to(device) for a in validation_batch(source, numbers[i:i + height], height))
         with autocast(device, dtype):
             loss = model(x, y, reduction='sum', **reading(model, read))

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from configurator import UserError
+from shard import part, whole
 
 
 @dataclass
@@ -100,10 +102,10 @@ class Muon(torch.optim.AdamW):
             grads, moments = [p.grad for p in same], [self.momentum_of(p) for p in same]
             torch._foreach_lerp_(moments, grads, 1 - group['momentum'])
             torch._foreach_lerp_(grads, moments, group['momentum'])  # Nesterov: look ahead along the momentum
-            wide = torch.cat([(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in grads])
+            wide = torch.cat([(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in map(whole, grads)])
             for p, update in zip(same, orthogonalize(wide, self.dtype).split([p.numel() // (short * long) for p in same])):
                 rows, cols = p.shape[-2:]
-                update = (update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype)
+                update = part((update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype), p)
                 scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall matrix spreads its output over more entries
                 if group['weight_decay']:  # cautious (Chen et al. 2025, arXiv 2510.12402): decay only where the update shrinks the weight too
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
@@ -199,9 +201,9 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
         decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2 and not name.endswith('.bias')) and p not in factors else 0.0
         if p.requires_grad:
-            groups.setdefault((muon and matrix, rate, decay), []).append((name, p))
+            groups.setdefault((muon and matrix, rate, decay, isinstance(p, DTensor)), []).append((name, p))  # a fused kernel takes one kind
     groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}
-              for (by_muon, rate, decay), params in groups.items()]
+              for (by_muon, rate, decay, _), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
     return Muon(groups, dtype, pairs, cfg.weight_decay if cfg.factor_decay == 'product' else 0.0, cfg.optimizer == 'spectron',
                 betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
@@ -209,7 +211,15 @@ def make_optimizer(model, cfg, dtype=torch.float32):
 
 def clip_gradient(model, most):
     """Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts (sparse) are no part of it: their step is bounded."""
-    return torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is None or not p.grad.is_sparse], most)
+    dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    divided = [p for p in dense if isinstance(p.grad, DTensor)]
+    if not divided:
+        return torch.nn.utils.clip_grad_norm_(dense, most)
+    others = [p for p in dense if not isinstance(p.grad, DTensor)]
+    norm = torch.stack([whole(torch.nn.utils.get_total_norm([p.grad for p in some])) for some in (divided, others) if some]).norm()
+    for some in (divided, others):
+        torch.nn.utils.clip_grads_with_norm_(some, most, norm)
+    return norm
 
 
 def optimizer_flops(optimizer):

@@ -22,6 +22,7 @@ class Ranks:
     def __init__(self, backend, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.device, self.watch = device, None
+        self.lockstep = False  # whether all have to make the same passes through the network (shard.py)
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
             kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
             dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 2 * hang_timeout)))  # the watch is to speak first
@@ -56,6 +57,10 @@ class Ranks:
             self.beat('to add up numbers')
             dist.all_reduce(total)
         return total.tolist()
+
+    def any(self, flag):
+        """Whether `flag` is true: here, or where all go in lockstep, on any rank."""
+        return self.sum(bool(flag))[0] > 0 if self.lockstep else bool(flag)
 
     def gather(self, value):
         """What every rank gives, as a list, on all ranks."""

@@ -27,6 +27,7 @@ from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
 from packed import pack_frozen
 from plan import plan
+from shard import gather, group_size, part, shard_model
 
 # -----------------------------------------------------------------------------
 # The data of a step
@@ -90,6 +91,7 @@ class Run:
     writer: checkpoint.Writer
     skipped: int = 0  # steps of this process whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
+    undivided: list = ()  # of a sharded network: the parameters that every rank holds
 
 
 def derive(s, state, device, ranks):
@@ -122,7 +124,7 @@ def set_up(s, device, ranks, left_out):
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
     check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
-    model = build_model(s, data, origin).to(device)
+    model = build_model(s, data, origin).to('cpu' if s.shard else device)
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     model.recompute = s.recompute
@@ -138,22 +140,33 @@ def set_up(s, device, ranks, left_out):
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
     flops_per_step, parameters = step_flops(model, optimizer, teacher, tokens_per_step), (model.num_params(), model.num_params(active=True))
-    if s.lora_rank and lora.how_stored(s) != 'float32':
+    if s.lora_rank and lora.how_stored(s) != 'float32' and not s.shard:
         pack_frozen(model, lora.how_stored(s))
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
+    undivided = []
+    if s.shard:
+        moments = checkpoint.moments_of(optimizer)
+        undivided = shard_model(model, group_size(s.shard, ranks.world), s.dtype, ranks)
+        optimizer = make_optimizer(model, lora.faster(s), optimizer.dtype)
+        checkpoint.give_moments(optimizer, moments, part)
     if s.compile:
-        model.compile(dynamic=False)
+        for module in model.blocks if s.shard else [model]:
+            module.compile(dynamic=False)
     begun = state or origin
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
-    return Run(model, wrap(model, ranks), optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
+    runner = model if s.shard else wrap(model, ranks)
+    return Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
-               checkpoint.Writer(s.async_save))
+               checkpoint.Writer(s.async_save), undivided=undivided)
 
 
 def save(s, step, run, ranks):
     """Rank 0 writes a checkpoint, or has it written; the others wait for that."""
+    tensors = adapters.state(run.model) if s.lora_rank else run.model.state_dict(), run.optimizer.state_dict()
+    tensors = gather(tensors, ranks) if s.shard else tensors
+
     def write():
         source = run.data.sources[0].files
         state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
@@ -163,7 +176,6 @@ def save(s, step, run, ranks):
         if s.rewind_spikes:
             state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
-        tensors = adapters.state(run.model) if s.lora_rank else run.model.state_dict(), run.optimizer.state_dict()
         run.writer.wait()  # one at a time; what went wrong with the last one is said now
         run.writer(checkpoint.save, s.out_dir, step, *(checkpoint.snapshot(tensors) if s.async_save else tensors), state, tokenizer_files, s.keep_checkpoints)
     ranks.from_first(write)
@@ -213,6 +225,14 @@ def end_guides(run, ranks):
     run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+
+
+def exchange_gradients(run, ranks, is_last):
+    """Whether the next backward pass is to exchange gradients: once a step, in its last one. Said before the forward pass."""
+    if ranks.lockstep:
+        run.runner.set_requires_gradient_sync(is_last)
+    elif ranks.world > 1:
+        run.runner.require_backward_grad_sync = is_last
 
 
 def wrap(model, ranks):

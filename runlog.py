@@ -103,7 +103,7 @@ def show_losses(step, result, ranks):
 
 def show_samples(model, s, data, ranks, stop=False):
     """Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice. stop: true as soon as it is to be left."""
-    if not (s.sample_tokens and ranks.first):
+    if not (s.sample_tokens and (ranks.first or ranks.lockstep)):
         return
     files = data.sources[0].files
     model.eval()
@@ -114,10 +114,10 @@ def show_samples(model, s, data, ranks, stop=False):
         with autocast(ranks.device, s.dtype):
             pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
                             generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None)
-            text = ''.join(piece for _, piece in takewhile(lambda _: not stop, pieces))
-        print('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '), flush=True)
+            text = ''.join(piece for _, piece in takewhile(lambda _: not ranks.any(stop), pieces))
+        ranks.say('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '))
     except UserError as error:
-        print(f'no sample: {error}', flush=True)
+        ranks.say(f'no sample: {error}')
     model.train()
 
 

@@ -36,8 +36,9 @@ from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
 from plan import PlanConfig, fit_minutes, show_plan
 from ranks import Ranks, is_lost
-from run import end_guides, expert_loads, grow_run, save, set_up
+from run import end_guides, exchange_gradients, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, report, show_losses, show_samples
+from shard import share_gradients
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
     wandb_project: str = 'minnow'
     wandb_run_name: str = ''  # '' = the name of out_dir
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto = nccl on CUDA
+    shard: bool | int = False  # divide weights, gradients and moments among all processes (FSDP2), or among groups of so many, which hold the same (HSDP);
+    # False: every process has all (DDP)
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -96,6 +99,12 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         for name, plain in beside.items() if self.lora_rank else ():
             if getattr(self, name) != plain:
                 raise ValueError(f'lora_rank={self.lora_rank}: adapters go with {name}={plain} alone, not {getattr(self, name)}: leave it out')
+        beside = {'grow_every': 0, 'rank_guide': 0, 'arch': 'decoder', 'factor_decay': 'factor'}
+        for name, plain in beside.items() if self.shard else ():
+            if getattr(self, name) != plain:
+                raise ValueError(f'shard={self.shard}: goes with {name}={plain} alone, not {getattr(self, name)}: leave it out')
+        if self.shard and (self.dtype == 'float16' or self.optimizer == 'spectron' or self.lora_rank and self.lora_store not in ('auto', 'float32')):
+            raise ValueError(f'shard={self.shard}: goes with neither dtype=float16, optimizer=spectron nor lora_store: leave it out')
         if self.lora_rank and self.optimizer == 'spectron':
             raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the network, which stay as they are: use adamw or muon')
         idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
@@ -125,25 +134,25 @@ def train_step(run, s, step, ranks, stop=False):
     the gradient, whether any rank was asked to stop, whether it was skipped: where the loss or the gradient of any rank is not finite, no rank
     changes a weight or a moment, and the first two are 0).
     """
-    runner, optimizer, scaler = run.runner, run.optimizer, run.scaler
+    optimizer, scaler = run.optimizer, run.scaler
     set_rates(optimizer, step, s)
     micro, targets = run.batches(step)
     targets, stop = ranks.sum(targets, stop)
     nats = zero(ranks.device)
     for n, (first, *arrays) in enumerate(micro):
         torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
-        if ranks.world > 1:
-            runner.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
+        exchange_gradients(run, ranks, n == len(micro) - 1)
         x, y, *more = (a.to(ranks.device, non_blocking=True) for a in arrays)
         with autocast(ranks.device, s.dtype):
             more = reading(run.model, more)
             lesson = {'teacher': ask(run.teacher, x, s, **more)} if run.teacher else {}
-            loss = at('loss', step, runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
+            loss = at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
         ranks.beat('to compute gradients')
         # the mean over the targets of the global batch; DDP divides by the number of ranks. 0 times a loss that is not finite is NaN, and so are
         # then the gradients, of all ranks
         scaler.scale(loss * (ranks.world / max(targets, 1) + 0 * loss.detach())).backward()
         nats += loss.detach()
+    share_gradients(run.undivided, ranks)
     scaler.unscale_(optimizer)
     norm = clip_gradient(run.model, s.grad_clip or math.inf)
     skipped = not scaler.is_enabled() and not math.isfinite(norm)  # waits for the device; a scaler finds out itself

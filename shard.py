@@ -1,0 +1,70 @@
+"""
+Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054), so that a
+network may be as large as all devices together hold. A block's weights are put together for its own forward and backward pass, then let go.
+
+What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads it, sharded or not, and so do sample.py and
+the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage.
+"""
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from configurator import UserError
+
+
+def shard_model(model, size, dtype, ranks):
+    """
+    Divide a Transformer on the CPU among groups of `size` ranks, whose devices its shards go to; groups hold the same (HSDP). Norms, biases and routers stay
+    whole on every rank, in float32: returns these parameters, whose gradients share_gradients() has to average.
+    """
+    shape, names = ((ranks.world,), ('shard',)) if size == ranks.world else ((ranks.world // size, size), ('replicate', 'shard'))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    small = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')]
+    for p in small:
+        p.data = p.data.to(ranks.device)
+    # bfloat16 halves what is sent; autocast would round the same weights to it. Embedding and head stay in float32, and with them the residual stream
+    policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32, cast_forward_inputs=False)
+    for block in (*model.blocks, *(model.encoder or ())):
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(small))
+    fully_shard(model, mesh=mesh, ignored_params=set(small))
+    for name in ('hidden', 'encode', 'logits'):  # what sampling calls
+        register_fsdp_forward_method(model, name)
+    ranks.lockstep = True
+    return small
+
+
+def share_gradients(parameters, ranks):
+    """Average the gradients of parameters that every rank holds."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads:
+        mean = ranks.add_up(torch.cat([g.flatten() for g in grads])) / ranks.world
+        for g, part in zip(grads, mean.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
+def whole(t):
+    """All of a tensor that may be divided; all ranks have to ask."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def part(t, like):
+    """This rank's part of a whole tensor t, divided as the parameter `like` is, if that is."""
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else t
+
+
+def gather(tree, ranks):
+    """A nest of dicts and lists whose divided tensors are put together one after the other, in the CPU's memory of rank 0; empty ones elsewhere."""
+    def put_together(t):
+        full = t.full_tensor()
+        return full.cpu() if ranks.first else full.new_empty(0)
+    return tree_map_only(DTensor, put_together, tree)
+
+
+def group_size(shard, world):
+    """How many ranks share one copy: all for shard=True. Raises UserError."""
+    size = world if shard is True else int(shard)
+    if world == 1 or size < 2 or world % size:
+        raise UserError(f'shard={shard}: divides the network among that many of {world} processes: start more with torchrun, or give a divisor of at least 2')
+    return size
