@@ -176,29 +176,71 @@ def find_folder(name):
 
 
 def read_meta(folder):
-    """meta.json of a prepared folder; for nanoGPT's, the same made from train.bin, val.bin and meta.pkl."""
+    """meta.json of a prepared folder; for nanoGPT's, the same made from train.bin, val.bin and meta.pkl. Raises UserError for what cannot be."""
     path = os.path.join(folder, 'meta.json')
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
         if meta['format'] != 1:
             raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')
-        return meta
     except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError) as error:
+        path = os.path.join(folder, 'meta.pkl')
+        meta = of_nanogpt(folder, read_pickle(path) if os.path.exists(path) else {})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: not a valid meta.json ({error}): prepare the data set again') from None
+    problem = wrong(meta)
+    if problem:
+        raise UserError(f'{path}: {problem} is not what it can be: prepare the data set again')
+    return meta
+
+
+def of_nanogpt(folder, pkl):
+    """What meta.json would say of nanoGPT's folder with this meta.pkl."""
     bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
     if not os.path.isfile(bins['train']):
         raise UserError(f'{folder}: neither meta.json nor train.bin in it: prepare it (python prepare.py --help)')
     tokenizer, vocab_size = {'kind': 'gpt2'}, 50257  # nanoGPT's own assumption
-    if os.path.exists(os.path.join(folder, 'meta.pkl')):
-        pkl = read_pickle(os.path.join(folder, 'meta.pkl'))
-        vocab_size = pkl['vocab_size']
+    try:
+        vocab_size = pkl.get('vocab_size', vocab_size)
         if 'itos' in pkl:
             tokenizer = {'kind': 'char', 'chars': ''.join(pkl['itos'][i] for i in range(vocab_size)), 'eot': None}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f'{folder}/meta.pkl: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
     return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': {
         split: {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': os.path.getsize(path) // 2 * 2}]} for split, path in bins.items() if os.path.isfile(path)}}
+
+
+def wrong(meta):
+    """The first field of a meta.json that holds what it cannot; None if there is none. Names of files are of the folder itself: nothing leads out of it."""
+    def is_count(value, least=0):
+        return type(value) is int and least <= value < 2 ** 62
+
+    def is_name(value):
+        return isinstance(value, str) and value not in ('', '.', '..') and os.path.basename(value) == value and '\0' not in value
+
+    def are_shards(shards):
+        return isinstance(shards, list) and all(
+            isinstance(shard, dict) and is_name(shard.get('file')) and shard['file'].endswith('.bin') and is_count(shard.get('bytes_on_disk'))
+            and shard['bytes_on_disk'] % np.dtype(meta['dtype']).itemsize == 0 and is_count(shard.get('documents', 0))
+            and all(isinstance(shard.get(name, ''), str) for name in ('sha256', 'idx_sha256')) and ('idx_sha256' in shard or not shard.get('documents'))
+            for shard in shards)
+    tokenizer = meta.get('tokenizer')
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get('kind'), str) or not is_count(tokenizer.get('reserved', 0)):
+        return 'tokenizer'
+    if not isinstance(tokenizer.get('files', {}), dict) or not all(map(is_name, tokenizer.get('files', ()))):
+        return 'tokenizer.files'
+    if not is_count(meta.get('vocab_size'), tokenizer.get('reserved', 0) + 1) or meta['vocab_size'] > 2 ** 32:
+        return 'vocab_size'
+    if meta.get('eot') is not None and (not is_count(meta['eot']) or meta['eot'] >= meta['vocab_size']):
+        return 'eot'
+    if meta.get('dtype') not in ('uint16', 'uint32'):
+        return 'dtype'
+    if not isinstance(meta.get('splits'), dict):
+        return 'splits'
+    for name, split in meta['splits'].items():
+        if not isinstance(split, dict) or not are_shards(split.get('shards')) or not is_count(split.get('bytes', 0)):
+            return f'splits.{name}'
+    return None
 
 
 class PlainUnpickler(pickle.Unpickler):

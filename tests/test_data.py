@@ -229,10 +229,31 @@ def flip_a_bit(folder):
     (lambda f: (f / 'train_00000.idx').write_bytes(bytes(len((f / 'train_00000.idx').read_bytes()))), 'train_00000.idx: its contents do not match'),
     (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
     (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
-    (change_meta(vocab_size=10), 'is beyond the vocabulary of 10'),
+    (change_meta(vocab_size=10, eot=9), 'is beyond the vocabulary of 10'),
+    (change_meta(vocab_size='64'), 'meta.json: vocab_size is not what'),
+    (change_meta(dtype='float64'), 'meta.json: dtype is not what'),
+    (change_meta(splits={'train': {'shards': [{'file': '../train_00000.bin', 'bytes_on_disk': 10}]}}), 'splits.train is not what'),
+    (change_meta(tokenizer={'kind': 'sentencepiece', 'files': {'../../secret': ''}}), 'tokenizer.files is not what'),  # it would be copied beside checkpoints
     (change_meta(splits={}), 'its train split holds no tokens'),
     (change_meta(format=2), 'format 2 is newer'),
 ])
 def test_a_damaged_data_set_is_refused_with_the_files_name(tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         damaged(tmp_path / 'd', change)
+
+
+def test_other_tokens_of_the_same_number_are_another_data_set_also_without_hashes(tmp_path):
+    prints = []
+    for n, byte in enumerate((b'\1\0', b'\1\0', b'\2\0')):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / 'train.bin').write_bytes(b'\1\0' * 300_000 + byte + b'\1\0' * 50)
+        prints.append(*Mixture(str(tmp_path / str(n)), 'train', 8, 1).fingerprint().values())
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_strange_meta_pkl_is_refused_in_one_line(tmp_path):
+    (tmp_path / 'train.bin').write_bytes(b'\1\0' * 100)
+    for pkl in ([1], {'vocab_size': 'many'}, {'vocab_size': 3, 'itos': {0: 'a'}}):
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(pkl))
+        with pytest.raises(UserError, match='meta.pkl'):
+            TokenFiles(str(tmp_path), 'train')
