@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_map_only
 
+import faults
 from configurator import UserError
-from faults import at
 
 # -----------------------------------------------------------------------------
 # Save
@@ -36,20 +36,20 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
-    broken = next((name for name, t in weights.items() if t.is_floating_point() and not t.sum().isfinite()), None)
+    broken = next((name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if broken:
         raise UserError(f'{final}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
     shutil.rmtree(temporary, ignore_errors=True)  # what a crash left
     try:
         os.makedirs(temporary)
-        at('save:begin', step)
+        faults.at('save:begin', step)
         safetensors.torch.save_file({name: t.detach().contiguous() for name, t in weights.items()}, os.path.join(temporary, 'model.safetensors'))
-        at('save:weights', step)
+        faults.at('save:weights', step)
         with open(os.path.join(temporary, 'optimizer.pt'), 'wb') as f:  # by an opened file: a full disk is then a clean OSError
             torch.save(optimizer_state, f)
-            at('save:optimizer', step)
+            faults.at('save:optimizer', step)
         write_json(os.path.join(temporary, 'state.json'), state)
-        at('save:state', step)
+        faults.at('save:state', step)
         for path in other_files:
             shutil.copy(path, temporary)
         files = {}
@@ -57,20 +57,20 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             path = os.path.join(temporary, name)
             sync(path)
             files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
-        at('save:manifest', step)
+        faults.at('save:manifest', step)
         write_json(os.path.join(temporary, 'manifest.json'), {'step': step, 'files': files})
         sync(os.path.join(temporary, 'manifest.json'))
         sync(temporary)
-        at('save:flushed', step)
+        faults.at('save:flushed', step)
         shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
         os.rename(temporary, final)
-        at('save:renamed', step)
+        faults.at('save:renamed', step)
         sync(out_dir)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f'{final}: could not be written ({error}); older checkpoints are untouched: make room, then run the same command to resume') from None
     prune(out_dir, keep)
-    at('save:end', step)
+    faults.at('save:end', step)
     return final
 
 
@@ -79,7 +79,7 @@ def prune(out_dir, keep):
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
-            at('save:prune')
+            faults.at('save:prune')
             shutil.rmtree(folder, ignore_errors=True)
         elif is_sound(folder):
             sound += 1
@@ -90,16 +90,21 @@ def prune(out_dir, keep):
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
     """Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of it is as dear as writing it."""
-    with os.scandir(folder) as entries:
-        look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    try:
+        with os.scandir(folder) as entries:
+            look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    except OSError:
+        return False
     if known.get(folder, (None,))[0] != look:
         known[folder] = look, damage(folder) is None
     return known[folder][1]
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
-    """Let out_dir/best name the checkpoint of `step`; the best one before may then go."""
+    """Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go."""
     path = os.path.join(out_dir, 'best')
+    if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
+        return
     replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
     prune(out_dir, keep)
 
@@ -220,7 +225,7 @@ def damage(folder):
             if os.path.getsize(path) != entry['size'] or sha256(path) != entry['sha256']:
                 return f'{name} does not match the manifest'
     except OSError as error:
-        return f'{os.path.basename(error.filename)}: {error.strerror}'
+        return f'{os.path.basename(error.filename or folder)}: {error.strerror or error}'
     except (ValueError, KeyError, TypeError, AttributeError):
         return 'manifest.json is not readable'
     return None

@@ -1,12 +1,11 @@
 """
-Where tests make things go wrong. The code names points, as at('save:rename'); FAULT says what happens at some of them:
+Where tests make things go wrong. The code names points, as faults.at('save:renamed'); FAULT says what happens at some of them:
 
-    FAULT='save:rename=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
+    FAULT='save:renamed=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
 
-kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, full is a disk with no room; the others are done to the value that
-is handed over: nan, inf and
-large to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function. After a restart by
-torchrun no fault happens again.
+kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a second, full is a disk with no room. The others are
+done to the value that is handed over: nan, inf and large to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty
+function. After a restart by torchrun no fault happens again.
 """
 import errno
 import os
@@ -15,6 +14,7 @@ import signal
 import time
 
 PATTERN = re.compile(r'([\w:]+)(?:@(\d+))?(?:/(\d+))?=(\w+)')
+FAULTS = []
 
 
 def at(point, step=None, value=None):
@@ -71,6 +71,18 @@ ACTIONS = {
     'inf': infinite_gradient,
     'shift': shift,
 }
-FAULTS = PATTERN.findall(os.environ.get('FAULT', '')) if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' else []
-if FAULTS:
-    at = happen
+
+
+def arm():
+    """Read FAULT."""
+    global at
+    for word in os.environ.get('FAULT', '').split():
+        found = PATTERN.fullmatch(word)
+        if not found or found[4] not in ACTIONS:
+            raise SystemExit(f'FAULT={word}: takes POINT[@STEP][/RANK]=ACTION, one of {", ".join(ACTIONS)}')
+        FAULTS.append(found.groups(default=''))
+    if FAULTS and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        at = happen
+
+
+arm()

@@ -1,11 +1,14 @@
 """
 What watches over a run: signals, numbers that are not finite, losses that jump, ranks that drift apart.
 """
+import os
 import signal
 import statistics
+import time
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from configurator import UserError
 
@@ -17,7 +20,8 @@ class GuardConfig:
     # checkpoint, and on without the data of the 10 steps up to it (PaLM, arXiv 2204.02311, section 5.1); 0 = never
     skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the schedule goes on, no weight changes
     desync_interval: int = 100  # steps between comparisons of all ranks' weights, which are the same bit for bit; 0 = never
-    hang_timeout: float = 600.0  # seconds for which a rank may show no progress before all end, saying which one is behind; 0 = wait for ever
+    hang_timeout: float = 600.0  # seconds for which a rank may show no progress before all end, saying which one is behind; ten times that for what rank 0
+    # does for all, as saving; 0 = never, until torch.distributed gives up after half an hour
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -27,16 +31,24 @@ class GuardConfig:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once."""
+    """
+    Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once. But a SIGTERM within five seconds of
+    another is the same: where a whole job is told to stop, torchrun passes on what its processes have heard themselves.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
+
+    def listen(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.number and (number == signal.SIGINT or time.monotonic() - self.since > 5):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self.since = number, time.monotonic()
 
     def __bool__(self):
         return self.number > 0
@@ -82,16 +94,16 @@ def check_alike(model, ranks, step):
     """Raise UserError if the weights of some rank are not those of rank 0, bit for bit: names both, the rank and the first such tensor."""
     sums = ranks.gather(checksums(model))
     for rank, theirs in enumerate(sums):
-        for name, one, other in zip(dict(model.named_parameters()), sums[0], theirs):
-            if one != other:
+        for name, one in sums[0].items():
+            if theirs[name] != one:
                 raise UserError(f'the weights of rank {rank} are not those of rank 0 after step {step} ({name}): the ranks have drifted apart (a faulty '
                                 'device, or other code or data there?); run the same command to go on from the newest checkpoint')
 
 
 def checksums(model):
-    """A number for the bits of every parameter, as a list."""
-    sums = [bits(p.detach()).sum() for p in model.parameters()]
-    return torch.stack(sums).tolist() if sums else []
+    """{name: a number for its bits} of every parameter that all ranks hold whole."""
+    sums = {name: bits(p.detach()).sum() for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    return dict(zip(sums, torch.stack([*sums.values()]).tolist())) if sums else {}
 
 
 def bits(t):
@@ -105,7 +117,7 @@ def check_same_start(ranks, settings, fingerprint):
     """Raise UserError if some rank was given other settings than rank 0, or other data."""
     starts = ranks.gather((settings, fingerprint))
     for rank, (theirs, data) in enumerate(starts):
-        other = [name for name, value in starts[0][0].items() if theirs.get(name) != value]
+        other = [name for name, value in starts[0][0].items() if theirs.get(name) != value and not name.startswith('wandb_')]  # nanoGPT's has the time in it
         if other:
             raise UserError(f'{other[0]}={theirs.get(other[0])} on rank {rank}, {starts[0][0][other[0]]} on rank 0: start all with the same settings')
         if data != starts[0][1]:

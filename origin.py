@@ -180,7 +180,7 @@ def find_origin(s, ranks):
     What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer', 'step',
     'flops', 'moments'} trained elsewhere, whose network becomes that of `s`; moments: the folder with them, if they are to be kept.
     """
-    found = checkpoint.checkpoints(s.out_dir)
+    found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)

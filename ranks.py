@@ -37,10 +37,10 @@ class Ranks:
         if self.watch:
             self.watch.beat(doing)
 
-    def alive(self):
+    def alive(self, doing=None):
         """Say that it is still at work, in a number of steps of its own."""
         if self.watch:
-            self.watch.quiet = 0.0
+            self.watch.doing, self.watch.quiet = doing or self.watch.doing, 0.0
 
     def end(self):
         """Part from the others."""
@@ -79,13 +79,14 @@ class Ranks:
     def from_first(self, compute):
         """What compute() returns on rank 0, on all ranks; its UserError too."""
         box = [None]
+        self.beat(Watch.BUSY if self.first else 'to hear from rank 0')
         if self.first:
             try:
                 box = [compute()]
             except UserError as error:
                 box = [error]
         if self.world > 1:
-            self.beat('to hear from rank 0')
+            self.alive('to tell the others')
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
             raise box[0]
@@ -108,11 +109,12 @@ class Watch:
     rank hangs, the others wait for it. All ranks pass the same beats in the same order, so the one with the fewest is the one that hangs. It counts
     its own ticks, not the clock: a run that was suspended has not stood still.
     """
+    BUSY = 'to work for all'  # of rank 0: which may take ten times as long, as saving does
 
     def __init__(self, rank, world, seconds):
         self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
         self.count, self.doing, self.quiet = 0, 'to begin', 0.0
-        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store())
+        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()  # a connection of its own: the other may be waiting
         threading.Thread(target=self.look, daemon=True).start()
 
     def beat(self, doing):
@@ -120,15 +122,16 @@ class Watch:
         self.count += 1
 
     def look(self):
-        said = -1
-        while self.quiet < self.seconds:
-            if self.count > said:
-                said = self.count
-                self.reach(lambda: self.store.set(str(self.rank), json.dumps([said, self.doing])))
+        said, known = None, {}
+        while self.quiet < self.seconds * (10 if self.BUSY in [doing for _, doing in known.values()] else 1):
+            if said != (self.count, self.doing):
+                said = self.count, self.doing
+                self.reach(lambda store: store.set(str(self.rank), json.dumps(said)))
             time.sleep(self.tick)
             self.quiet += self.tick
-        known = self.reach(lambda: {rank: json.loads(self.store.get(str(rank))) for rank in range(self.world) if self.store.check([str(rank)])})
-        known = known or {self.rank: [self.count, self.doing]}
+            if self.quiet >= self.seconds:
+                known = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
+                known = known or {self.rank: said}
         least = min(count for count, _ in known.values())
         behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least) if self.store else 'not known, rank 0 is gone'
         print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
@@ -139,7 +142,8 @@ class Watch:
 
     def reach(self, ask):
         """What ask() finds in the store, which is gone when rank 0 is: None then."""
+        store = self.store
         try:
-            return ask() if self.store else None
+            return ask(store) if store else None
         except RuntimeError:
             self.store = None

@@ -173,7 +173,7 @@ def save(s, step, run, ranks):
                  'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         if s.lora_rank:
             state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
-        if s.rewind_spikes:
+        if s.rewind_spikes or run.left_out:
             state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         run.writer.wait()  # one at a time; what went wrong with the last one is said now
@@ -210,6 +210,7 @@ def grow_run(run, s, ranks):
         run.model.compile(dynamic=False)
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+    run.losses.recent.clear()  # what follows is not to be compared with what was
     ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
 
 
@@ -225,14 +226,6 @@ def end_guides(run, ranks):
     run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
-
-
-def exchange_gradients(run, ranks, is_last):
-    """Whether the next backward pass is to exchange gradients: once a step, in its last one. Said before the forward pass."""
-    if ranks.lockstep:
-        run.runner.set_requires_gradient_sync(is_last)
-    elif ranks.world > 1:
-        run.runner.require_backward_grad_sync = is_last
 
 
 def wrap(model, ranks):

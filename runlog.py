@@ -9,9 +9,9 @@ from itertools import takewhile
 
 import torch
 
+import faults
 from configurator import UserError
 from device import autocast, process_age
-from faults import at
 from objectives import around
 from optim import learning_rate
 from sample import encode_prompt, stream
@@ -22,21 +22,22 @@ from tokenizer import load_tokenizer
 
 class Log:
     """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
+    EARLIER = {}  # path: seconds of the run before this process
 
     def __init__(self, s, step, ranks):
         self.on, self.wandb, self.seconds, self.evaluated = ranks.first, None, 0.0, -1  # `evaluated`: step of the last evaluation
         if not self.on:
             return
         self.path = os.path.join(s.out_dir, 'log.jsonl')
-        records = []
-        if step and os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as f:
-                records = [json.loads(line) for line in f if line.endswith('\n')]
-        records = [r for r in records if r['step'] <= step]  # what came after the checkpoint happens again
-        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(r) + '\n' for r in records)
-        os.replace(self.path + '.tmp', self.path)
-        self.seconds = records[-1]['seconds'] if records else 0.0  # of the processes before this one
+        records = [r for r in read_records(self.path) if r['step'] <= step] if step else []  # what came after the checkpoint happens again
+        try:
+            with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+                f.writelines(json.dumps(r) + '\n' for r in records)
+            os.replace(self.path + '.tmp', self.path)
+        except OSError as error:
+            raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
+        before = records[-1]['seconds'] if records else 0.0  # of the processes before this one,
+        self.seconds = self.EARLIER.setdefault(self.path, before)  # which this one has seen already if it goes back to a checkpoint
         self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
         if s.wandb_log:
             import wandb
@@ -53,12 +54,26 @@ class Log:
             record = {'step': step, **record, 'seconds': round(self.seconds + process_age(), 3)}
             try:
                 with open(self.path, 'a', encoding='utf-8') as f:
-                    at('log', step)
+                    faults.at('log', step)
                     f.write(json.dumps(record) + '\n')
             except OSError as error:
                 raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
             if self.wandb:
                 self.wandb.log(record, step=step)
+
+
+def read_records(path):
+    """The records of a log.jsonl, without lines that are cut off or damaged; none where there is no file."""
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                    records += [record] if isinstance(record, dict) and 'step' in record and 'seconds' in record else []
+                except ValueError:
+                    pass
+    return records
 
 
 # -----------------------------------------------------------------------------

@@ -3,7 +3,9 @@ Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023,
 network may be as large as all devices together hold. A block's weights are put together for its own forward and backward pass, then let go.
 
 What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads it, sharded or not, and so do sample.py and
-the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage.
+the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage. The price: rank 0 holds a
+copy while it writes, and at the start every process builds the network, and the moments of a run that goes on, in the CPU's memory before it keeps its
+part: 12 bytes a parameter. With several micro-batches gradients are exchanged after each, or all of them would be held whole.
 """
 import torch
 from torch.distributed.device_mesh import init_device_mesh

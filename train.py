@@ -8,6 +8,7 @@ Run the same command again and it goes on where it was: checkpoints, log.jsonl a
 Ctrl-C and SIGTERM save at the end of the step, then stop.
 """
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -24,19 +25,19 @@ os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # befor
 import torch
 
 import checkpoint
+import faults
 import lora
 from configurator import UserError, configure, run_main
 from data import DataConfig, Mixture, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, process_age, zero
-from faults import at
 from growth import GrowConfig
-from guard import GuardConfig, Spike, StopSignal, check_alike, not_finite
+from guard import GuardConfig, Losses, Spike, StopSignal, check_alike, not_finite
 from loss import evaluate, reading
 from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
 from plan import PlanConfig, fit_minutes, show_plan
 from ranks import Ranks, is_lost
-from run import end_guides, exchange_gradients, expert_loads, grow_run, save, set_up
+from run import end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, report, show_losses, show_samples
 from shard import share_gradients
 
@@ -141,12 +142,13 @@ def train_step(run, s, step, ranks, stop=False):
     nats = zero(ranks.device)
     for n, (first, *arrays) in enumerate(micro):
         torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)  # dropout is a function of the sample number: nothing to save
-        exchange_gradients(run, ranks, n == len(micro) - 1)
+        if ranks.world > 1 and not ranks.lockstep:
+            run.runner.require_backward_grad_sync = n == len(micro) - 1  # set before the forward pass: exchange gradients once a step
         x, y, *more = (a.to(ranks.device, non_blocking=True) for a in arrays)
         with autocast(ranks.device, s.dtype):
             more = reading(run.model, more)
             lesson = {'teacher': ask(run.teacher, x, s, **more)} if run.teacher else {}
-            loss = at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
+            loss = faults.at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
         ranks.beat('to compute gradients')
         # the mean over the targets of the global batch; DDP divides by the number of ranks. 0 times a loss that is not finite is NaN, and so are
         # then the gradients, of all ranks
@@ -155,12 +157,13 @@ def train_step(run, s, step, ranks, stop=False):
     share_gradients(run.undivided, ranks)
     scaler.unscale_(optimizer)
     norm = clip_gradient(run.model, s.grad_clip or math.inf)
-    skipped = not scaler.is_enabled() and not math.isfinite(norm)  # waits for the device; a scaler finds out itself
-    if not skipped:
+    finite = math.isfinite(norm)  # waits for the device
+    if finite or scaler.is_enabled():  # a scaler finds out itself, and halves its factor
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return (zero(ranks.device), 0.0, norm, stop > 0, True) if skipped else (nats, targets, norm, stop > 0, False)
+    skipped = not finite and (not scaler.is_enabled() or scaler.get_scale() < 1)  # else it was the factor that was too large
+    return (nats, targets, norm, stop > 0, False) if finite else (zero(ranks.device), 0.0, norm, stop > 0, skipped)
 
 
 @torch.no_grad()
@@ -198,23 +201,26 @@ def spend_minutes(run, s, ranks, stop):
 # -----------------------------------------------------------------------------
 # The training loop
 
-REWINDS = 5  # after so many spikes a run is given up
+REWINDS = 5  # after so many spikes, one soon after another, a run is given up
 
 
-def train(s, device, ranks, left_out=()):
+def train(s, device, ranks, stop, left_out=()):
     """
     The run that the settings describe, from where it stands to its end or to a signal. Returns the signal's number, 0 at the end. Raises Spike where it is
     to begin again at its last checkpoint, with more steps `left_out`.
     """
-    run, stop = set_up(s, device, ranks, left_out), StopSignal()
+    run = set_up(s, device, ranks, left_out)
+    stop.listen()
     step = run.step
     if s.minutes and not step and not s.eval_only and spend_minutes(run, s, ranks, stop):
         ranks.say('stopped before the first step; nothing was written')
         return stop.number or signal.SIGTERM
     describe(s, run, ranks)
     if s.eval_only:
-        show_losses(step, evaluate(run.model, run.val, s, ranks), ranks)
-        return 0
+        result = evaluate(run.model, run.val, s, ranks, stop)
+        if result:
+            show_losses(step, result, ranks)
+        return 0 if result else stop.number or signal.SIGTERM
 
     ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s)))
     log = Log(s, step, ranks)
@@ -223,9 +229,9 @@ def train(s, device, ranks, left_out=()):
     stopping, saved = False, step or None
     nats, targets, norm, loads, seconds, steps = zero(device), 0.0, torch.zeros(()), 0, 0.0, 0  # since the last progress line
 
-    def save_once():
+    def save_once(sure=True):
         nonlocal saved
-        if saved != step and not run.in_a_row:  # weights that give no finite loss may be broken: rather keep what was before
+        if saved != step and (sure or not run.in_a_row):  # weights that gave no finite loss may be broken: then an evaluation comes first
             save(s, step, run, ranks)
             saved = step
 
@@ -235,42 +241,44 @@ def train(s, device, ranks, left_out=()):
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
         if (due or step >= s.max_iters) and step > evaluated and not stopping:
             if step and s.always_save_checkpoint:
-                save_once()  # first, so that nothing that goes wrong in an evaluation can lose it
-            at('evaluation', step)
+                save_once(sure=False)  # first, so that nothing that goes wrong in an evaluation can lose it
+            faults.at('evaluation', step)
             result = evaluate(run.model, run.val, s, ranks, stop)
             stopping = result is None
             if not stopping:
                 show_losses(step, result, ranks)
-                if step and math.isfinite(result['val_loss']) and (best_loss is None or result['val_loss'] < best_loss):
+                is_finite = math.isfinite(result['val_loss'])
+                if run.in_a_row and not is_finite:
+                    raise not_finite(s, step)
+                if step and s.always_save_checkpoint:
+                    save_once()
+                if step and is_finite and (best_loss is None or result['val_loss'] < best_loss):
                     best_loss = result['val_loss']
                     save_once()
                     ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, best_loss, s.keep_checkpoints))
                 log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(device))
-                at('sample', step)
+                faults.at('sample', step)
                 show_samples(run.model, s, run.data, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
-            save_once()
+            save_once(sure=False)
         reached = s.target_val_loss and best_loss is not None and best_loss <= s.target_val_loss
         if step >= s.max_iters or reached or stopping:
             save_once()
-            if run.in_a_row:
-                raise not_finite(s, step)
             break
-        if step in run.left_out:
-            step += 1
-            continue
-
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
             grow_run(run, s, ranks)
             loads = 0  # of other layers
-        at('step', step, run.model)
+        if step in run.left_out:
+            step += 1
+            continue
+        faults.at('step', step, run.model)
         began = time.perf_counter()
         new_nats, new_targets, norm, stopping, skipped = train_step(run, s, step, ranks, bool(stop))
         count_skipped(run, s, skipped, step, ranks)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         loads = loads + expert_loads(run, ranks) if s.n_expert else None
         run.flops += run.flops_per_step
-        if s.rewind_spikes and not skipped:
+        if s.rewind_spikes and new_targets:
             notice_spike(run, s, ranks.sum(new_nats.item())[0] / max(new_targets, 1), step - 1, ranks)
         if s.desync_interval and ranks.world > 1 and step % s.desync_interval == 0:
             check_alike(run.model, ranks, step)
@@ -303,23 +311,28 @@ def notice_spike(run, s, loss, step, ranks):
         return
     ranks.from_first(run.writer.wait)
     spike, rows = Spike(step), s.batch_size * s.gradient_accumulation_steps
+    last = next(iter(checkpoint.checkpoints(s.out_dir)), 'step_0').rpartition('_')[2]
+    first = max(spike.steps[0], int(last))  # what was before it stays
     ranks.say(f'step {step + 1}: loss {loss:.4f} is more than {s.rewind_spikes:g} standard deviations above those before: back to the last checkpoint, and '
-              f'on without steps {spike.steps[0] + 1} to {step + 1} (samples {spike.steps[0] * rows} to {(step + 1) * rows - 1})')
+              f'on without steps {first + 1} to {step + 1} (samples {first * rows} to {(step + 1) * rows - 1})')
     raise spike
 
 
-def rewinding(device, ranks):
-    """train(), begun again after every spike. Raises UserError when there are too many."""
-    left_out = set()
-    for _ in range(REWINDS + 1):
-        s = configure(Settings)
-        if left_out and s.init_from == 'scratch':
-            s.init_from = 'auto'  # it has begun
+def rewinding(s, device, ranks):
+    """train(), begun again after every spike. Raises UserError when there are too many, one soon after another."""
+    stop, left_out, count = StopSignal(), set(), 0
+    while True:
         try:
-            return train(s, device, ranks, left_out)
+            return train(s, device, ranks, stop, left_out)
         except Spike as spike:
+            count = count + 1 if spike.steps[0] - max(left_out, default=0) < Losses.SPAN else 1
             left_out.update(spike.steps)
-    raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: lower the learning rate')
+        if count > REWINDS:
+            raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: lower the learning rate')
+        gc.collect()  # the network that was
+        s = configure(Settings)
+        if s.init_from == 'scratch' and checkpoint.checkpoints(s.out_dir):
+            s.init_from = 'auto'  # it has begun
 
 
 def main():
@@ -332,7 +345,7 @@ def main():
         return show_plan(s, s.vocab_size or Mixture(s.dataset, 'train', s.block_size, s.seed).vocab_size, device)
     ranks = Ranks(s.backend, device, s.hang_timeout)
     try:
-        signal_number = rewinding(device, ranks)
+        signal_number = rewinding(s, device, ranks)
     except (RuntimeError, MemoryError) as error:
         if ranks.world > 1 and is_lost(error):
             raise UserError('another rank has ended: what it said is above; the same command goes on from the newest checkpoint') from None

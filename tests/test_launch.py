@@ -47,6 +47,7 @@ def machine(tmp_path):
     (bins / 'torchrun').write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     (bins / 'srun').write_text('#!/usr/bin/env bash\nexec "$@"\n')
     (bins / 'scontrol').write_text(f'#!/usr/bin/env bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/scontrol.log\n')
+    (bins / 'scancel').write_text('#!/usr/bin/env bash\nkill -TERM $(pgrep -P $PPID -f distributed.run)\n')
     for script in bins.iterdir():
         script.chmod(0o755)
     return os.environ | {'PATH': f'{bins}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, port

@@ -16,6 +16,9 @@ def child(root, args, environment, output):
     sys.argv = ['train.py', *args]
     import torch
     torch.set_num_threads(1)
+    import faults
+    faults.FAULTS.clear()  # a script that was imported again to get here may have read another environment
+    faults.arm()
     import train
     from configurator import run_main
     run_main(train.main)

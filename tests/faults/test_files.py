@@ -36,11 +36,8 @@ def test_the_points_are_those_of_the_protocol():
     assert POINTS == ['save:begin', 'save:weights', 'save:optimizer', 'save:state', 'save:manifest', 'save:flushed', 'save:renamed', 'save:end', 'save:prune']
 
 
-@pytest.mark.parametrize('background', [False, True])
-@pytest.mark.parametrize('point', POINTS)
+@pytest.mark.parametrize('point, background', [*((point, False) for point in POINTS), ('save:optimizer', True), ('save:renamed', True)])
 def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_been(whole, dataset, tmp_path, point, background):
-    if background and point not in ('save:optimizer', 'save:renamed'):
-        pytest.skip('the same code in a thread')
     args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', *OFTEN, f'--async_save={background}']
     at = '' if point == 'save:prune' else '@6'
     for _ in range(2):
@@ -88,9 +85,8 @@ def test_files_that_may_not_grow_are_the_same_without_a_fault(dataset, tmp_path)
     """RLIMIT_FSIZE: the system itself refuses to write beyond 100 kB, half of the moments."""
     limit = f'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY})); sys.argv = sys.argv[1:]; ' \
             f"sys.path.insert(0, '{ROOT}'); runpy.run_path(sys.argv[0], run_name='__main__')"
-    for background in (False, True):
-        done = run('-c', limit, str(ROOT / 'train.py'), f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY, f'--async_save={background}')
-        assert 'File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path)) and not list(tmp_path.glob('*.tmp'))
+    done = run('-c', limit, str(ROOT / 'train.py'), f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY)
+    assert 'File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path)) and not list(tmp_path.glob('*.tmp'))
 
 
 # --- what is kept ---
@@ -149,6 +145,27 @@ def test_what_goes_wrong_in_the_background_is_said_at_the_next_save_or_the_end(d
     assert not checkpoint.checkpoints(str(tmp_path / 'next')) and step_of(tmp_path / 'end') == 5
     with pytest.raises(UserError):
         checkpoint.find(str(tmp_path / 'next'))
+
+
+def test_a_checkpoint_of_the_background_is_of_its_step_however_late_it_is_written(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=100', '--checkpoint_interval=4', '--keep_checkpoints=9']
+    assert run_to_end(*args, f'--out_dir={tmp_path / "late"}', '--async_save', fault='save:begin@4=slow')[0] == [0]
+    assert run_to_end(*args, f'--out_dir={tmp_path / "at once"}')[0] == [0]
+    late, at_once = (checkpoint.read_weights(str(tmp_path / name / 'step_00000004')) for name in ('late', 'at once'))
+    assert all(torch.equal(late[name], at_once[name]) for name in at_once)
+
+
+def test_damage_is_found_where_a_file_cannot_be_read_and_a_broken_log_is_no_obstacle(dataset, tmp_path, monkeypatch):
+    train(tmp_path, dataset=dataset)
+    with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write('\0\0\0\n{"step": 1')
+    train(tmp_path, '--max_iters=12', dataset=dataset)
+    assert read_log(tmp_path)[-1]['step'] == 12
+
+    def broken_disk(path):
+        raise OSError(5, 'Input/output error')
+    monkeypatch.setattr(checkpoint, 'sha256', broken_disk)
+    assert 'Input/output error' in checkpoint.damage(checkpoint.checkpoints(str(tmp_path))[0])
 
 
 def test_saved_in_the_background_a_run_is_the_same_run(whole, dataset, tmp_path):

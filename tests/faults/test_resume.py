@@ -43,7 +43,7 @@ def test_five_and_five_are_ten_and_without_moments_step_or_seeds_they_are_not(da
 
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_killed_anywhere_again_and_again_the_end_is_the_same(dataset, tmp_path, ranks):
-    args = [*SMALL, f'--dataset={dataset}', '--max_iters=60', '--checkpoint_interval=4', '--eval_interval=20', '--warmup_iters=2']
+    args = [*SMALL, f'--dataset={dataset}', '--max_iters=150', '--checkpoint_interval=4', '--eval_interval=50', '--warmup_iters=2']
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=ranks)[0] == [0] * ranks
     chance, kills = random.Random(ranks), 0
     while True:

@@ -9,7 +9,7 @@ from processes import SMALL, fingerprint, run_to_end
 import checkpoint
 from origin import load_model
 
-ARGS = [*SMALL, '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1', '--gradient_accumulation_steps=4']
+ARGS = [*SMALL, '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1', '--gradient_accumulation_steps=4', '--desync_interval=3']
 
 
 def near(one, other, most=1e-5):
