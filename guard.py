@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from configurator import UserError
+from shard import is_divided
 
 
 @dataclass
@@ -102,7 +102,7 @@ def check_alike(model, ranks, step):
 
 def checksums(model):
     """{name: a number for its bits} of every parameter that all ranks hold whole."""
-    sums = {name: bits(p.detach()).sum() for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    sums = {name: bits(p.detach()).sum() for name, p in model.named_parameters() if not is_divided(p)}
     return dict(zip(sums, torch.stack([*sums.values()]).tolist())) if sums else {}
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from configurator import UserError
-from shard import part, whole
+from shard import is_divided, part, whole
 
 
 @dataclass
@@ -201,7 +200,7 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
         decay = cfg.weight_decay if (matrix if muon else p.ndim >= 2 and not name.endswith('.bias')) and p not in factors else 0.0
         if p.requires_grad:
-            groups.setdefault((muon and matrix, rate, decay, isinstance(p, DTensor)), []).append((name, p))  # a fused kernel takes one kind
+            groups.setdefault((muon and matrix, rate, decay, is_divided(p)), []).append((name, p))  # a fused kernel takes one kind
     groups = [{'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay, 'momentum': cfg.momentum}
               for (by_muon, rate, decay, _), params in groups.items()]
     # fused: one kernel for all tensors, on CPUs too
@@ -212,10 +211,10 @@ def make_optimizer(model, cfg, dtype=torch.float32):
 def clip_gradient(model, most):
     """Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts (sparse) are no part of it: their step is bounded."""
     dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    divided = [p for p in dense if isinstance(p.grad, DTensor)]
+    divided = [p for p in dense if is_divided(p.grad)]
     if not divided:
         return torch.nn.utils.clip_grad_norm_(dense, most)
-    others = [p for p in dense if not isinstance(p.grad, DTensor)]
+    others = [p for p in dense if not is_divided(p.grad)]
     norm = torch.stack([whole(torch.nn.utils.get_total_norm([p.grad for p in some])) for some in (divided, others) if some]).norm()
     for some in (divided, others):
         torch.nn.utils.clip_grads_with_norm_(some, most, norm)

@@ -8,9 +8,6 @@ copy while it writes, and at the start every process builds the network, and the
 part: 12 bytes a parameter. With several micro-batches gradients are exchanged after each, or all of them would be held whole.
 """
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from configurator import UserError
@@ -21,6 +18,8 @@ def shard_model(model, size, dtype, ranks):
     Divide a Transformer on the CPU among groups of `size` ranks, whose devices its shards go to; groups hold the same (HSDP). Norms, biases and routers stay
     whole on every rank, in float32: returns these parameters, whose gradients share_gradients() has to average.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, as they take a second to import, which a run on one device need not wait for
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     shape, names = ((ranks.world,), ('shard',)) if size == ranks.world else ((ranks.world // size, size), ('replicate', 'shard'))
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     small = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')]
@@ -46,22 +45,30 @@ def share_gradients(parameters, ranks):
             g.copy_(part.view_as(g))
 
 
+def is_divided(t):
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    return hasattr(t, 'full_tensor')
+
+
 def whole(t):
     """All of a tensor that may be divided; all ranks have to ask."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_divided(t) else t
 
 
 def part(t, like):
     """This rank's part of a whole tensor t, divided as the parameter `like` is, if that is."""
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else t
+    if not is_divided(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gather(tree, ranks):
     """A nest of dicts and lists whose divided tensors are put together one after the other, in the CPU's memory of rank 0; empty ones elsewhere."""
     def put_together(t):
-        full = t.full_tensor()
+        full = whole(t)
         return full.cpu() if ranks.first else full.new_empty(0)
-    return tree_map_only(DTensor, put_together, tree)
+    return tree_map_only(torch.Tensor, put_together, tree)
 
 
 def group_size(shard, world):

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY
 import checkpoint
 
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['torch', 'torch.distributed', 'safetensors.torch', 'torch.nn.parallel'])
+CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'safetensors.torch', 'torch.nn.parallel'])
 SMALL = [*TINY, '--dropout=0.1', '--hang_timeout=60']
 
 
