@@ -229,30 +229,31 @@ def train(s, device, ranks, stop, left_out=()):
     stopping, saved = False, step or None
     nats, targets, norm, loads, seconds, steps = zero(device), 0.0, torch.zeros(()), 0, 0.0, 0  # since the last progress line
 
-    def save_once(sure=True):
+    def save_once(most=1):  # skipped steps in a row up to now: weights that gave no finite loss or gradient, again and again, are broken
         nonlocal saved
-        if saved != step and (sure or not run.in_a_row):  # weights that gave no finite loss may be broken: then an evaluation comes first
+        if saved != step and run.in_a_row <= most:
             save(s, step, run, ranks)
             saved = step
 
     while True:
         if run.model.cfg.rank_guide:
             run.model.set_guides(step) if step < s.rank_guide else end_guides(run, ranks)
+        if step >= s.max_iters and run.in_a_row > 1:
+            raise not_finite(s, step)
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
         if (due or step >= s.max_iters) and step > evaluated and not stopping:
             if step and s.always_save_checkpoint:
-                save_once(sure=False)  # first, so that nothing that goes wrong in an evaluation can lose it
+                save_once(most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
             faults.at('evaluation', step)
             result = evaluate(run.model, run.val, s, ranks, stop)
             stopping = result is None
             if not stopping:
                 show_losses(step, result, ranks)
-                is_finite = math.isfinite(result['val_loss'])
-                if run.in_a_row and not is_finite:
+                if step and not math.isfinite(result['val_loss']):
                     raise not_finite(s, step)
                 if step and s.always_save_checkpoint:
                     save_once()
-                if step and is_finite and (best_loss is None or result['val_loss'] < best_loss):
+                if step and run.in_a_row <= 1 and (best_loss is None or result['val_loss'] < best_loss):
                     best_loss = result['val_loss']
                     save_once()
                     ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, best_loss, s.keep_checkpoints))
@@ -260,10 +261,10 @@ def train(s, device, ranks, stop, left_out=()):
                 faults.at('sample', step)
                 show_samples(run.model, s, run.data, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
-            save_once(sure=False)
+            save_once(most=0)
         reached = s.target_val_loss and best_loss is not None and best_loss <= s.target_val_loss
         if step >= s.max_iters or reached or stopping:
-            save_once()
+            save_once(most=run.in_a_row)
             break
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
             grow_run(run, s, ranks)
