@@ -1,6 +1,6 @@
 # make demo   a small dense and a low-rank decoder on the Python standard library, samples, out/demo.png; 6 minutes on 2 CPU cores
-# make test   the whole test suite; 6 to 8 minutes on 2 CPU cores
-# make test-faults   runs that are killed, cut off, poisoned, hung and started again, many times over; up to 25 minutes
+# make test   the test suite; 7 minutes on 2 CPU cores
+# make test-faults   runs that are killed, cut off, poisoned, hung and started again, many times over; 3 minutes
 # All need only Python 3.11 or later and make; the first run makes .venv and installs requirements.txt into it.
 
 PYTHON ?= python3
