@@ -36,7 +36,7 @@ class Log:
             os.replace(self.path + '.tmp', self.path)
         except OSError as error:
             raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
-        before = records[-1]['seconds'] if records else 0.0  # of the processes before this one,
+        before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
         self.seconds = self.EARLIER.setdefault(self.path, before)  # which this one has seen already if it goes back to a checkpoint
         self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
         if s.wandb_log:
@@ -70,7 +70,7 @@ def read_records(path):
             for line in f:
                 try:
                     record = json.loads(line)
-                    records += [record] if isinstance(record, dict) and 'step' in record and 'seconds' in record else []
+                    records += [record] if isinstance(record, dict) and 'step' in record else []
                 except ValueError:
                     pass
     return records

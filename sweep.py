@@ -36,6 +36,7 @@ from optim import make_optimizer
 from origin import adopt, model_config
 from prepare import cores
 from run import step_flops
+from runlog import read_records
 from train import Settings
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
@@ -282,11 +283,7 @@ def read_settings(out_dir):
 
 def read_log(out_dir):
     """The records of log.jsonl; none where there is none."""
-    try:
-        with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
-            return [json.loads(line) for line in f if line.endswith('\n')]
-    except FileNotFoundError:
-        return []
+    return read_records(os.path.join(out_dir, 'log.jsonl'))
 
 
 def state(out_dir, s):
