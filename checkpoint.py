@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import file_digest
 
 import safetensors.torch
 import torch
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 import faults
 from configurator import UserError
+from files import lock, replace_json, sha256, sync, write_json
 
 # -----------------------------------------------------------------------------
 # Save
@@ -105,7 +105,10 @@ def mark_best(out_dir, step, val_loss, keep=2):
     path = os.path.join(out_dir, 'best')
     if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
         return
-    replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
+    try:
+        replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
+    except OSError as error:
+        raise UserError(f'{path}: could not be written ({error}): make room, then run the same command to resume') from None
     prune(out_dir, keep)
 
 
@@ -145,7 +148,25 @@ def prepare_out_dir(out_dir, step, settings):
         os.makedirs(out_dir, exist_ok=True)
         replace_json(os.path.join(out_dir, 'settings.json'), settings)
     except OSError as error:
-        raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
+        raise UserError(f'out_dir={out_dir}: {error.strerror}: make room, or give another') from None
+
+
+CLAIMED = {}  # out_dir: its lock
+
+
+def claim(out_dir):
+    """Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does."""
+    release(out_dir)
+    if os.path.isdir(out_dir):
+        CLAIMED[out_dir] = lock(out_dir)
+    if CLAIMED.get(out_dir, 0) is None:
+        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, or give another')
+
+
+def release(out_dir):
+    held = CLAIMED.pop(out_dir, None)
+    if held is not None:
+        os.close(held)
 
 
 def set_aside(out_dir, step, settings):
@@ -164,35 +185,6 @@ def set_aside(out_dir, step, settings):
         aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
         os.rename(out_dir, aside)
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
-
-
-def write_json(path, value):
-    with open(path, 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-
-
-def replace_json(path, value):
-    """Write a file whole or not at all."""
-    try:
-        write_json(path + '.tmp', value)
-        sync(path + '.tmp')
-        os.replace(path + '.tmp', path)
-    except OSError as error:
-        raise UserError(f'{path}: could not be written ({error}): make room, then run the same command to resume') from None
-
-
-def sync(path):
-    """Flush a file or a directory to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sha256(path):
-    with open(path, 'rb') as f:
-        return file_digest(f, 'sha256').hexdigest()
 
 
 # -----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import peft_files
 from configurator import UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
+from files import write_json
 from growth import fold
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
@@ -260,7 +261,7 @@ def export(s):
             save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
                       {'format': 'pt'})
             for name, value in files.items():
-                checkpoint.write_json(os.path.join(folder, name), value)
+                write_json(os.path.join(folder, name), value)
             tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
             with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)

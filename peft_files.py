@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import adapters
-import checkpoint
 import lora
 from configurator import UserError
 from families import FAMILIES, HEAD, nearest, read_json
+from files import write_json
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
@@ -164,7 +164,7 @@ def publish(folder, tensors, config):
     try:
         os.makedirs(temporary)
         save_file(tensors, os.path.join(temporary, 'adapter_model.safetensors'), {'format': 'pt'})
-        checkpoint.write_json(os.path.join(temporary, 'adapter_config.json'), dict(sorted(config.items())))
+        write_json(os.path.join(temporary, 'adapter_config.json'), dict(sorted(config.items())))
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f'to={folder}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None

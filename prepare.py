@@ -18,15 +18,18 @@ chain of known entropy, see synthetic.py.
         train_00000.idx …, val_00000.idx …   uint64: where the documents of the shard start, in tokens
         meta.json                            the tokenizer, counts, sizes and hashes
 
+    python prepare.py 'fineweb/*.parquet' --tokenizer=gpt2 --out=data/fineweb --part=3/64             # a machine for each part: OUT.parts/3_of_64
+    python prepare.py --merge=data/fineweb                                                            # then all of them, one after the other
+
 OUT appears when it is whole. A run that was stopped goes on where it was when the same command is given again, and neither that nor
 the number of processes changes a byte of the result. Memory stays the same however much text there is, but for the longest line.
 """
-import fcntl
 import heapq
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,9 +38,9 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from itertools import islice
 from typing import Literal
 
@@ -47,10 +50,11 @@ from tqdm import tqdm
 import synthetic
 from configurator import UserError, configure, run_main
 from download import CORPORA
+from files import lock, replace_json
 from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files
+from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
 from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
 
-SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
 SAVE_EVERY = 10  # seconds between records of the progress
 
@@ -74,6 +78,8 @@ class Settings:
     # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
     errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
     num_proc: int = 0  # processes; 0 = one for every core
+    part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out;
+    merge: str = ''  # then the folder to make of all parts: --merge=OUT, and nothing beside it
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -92,8 +98,17 @@ class Settings:
             raise ValueError(f'reserve={self.reserve}: takes 0 to 10000')
         if self.num_proc < 0:
             raise ValueError(f'num_proc={self.num_proc}: takes a number of processes, or 0 for one on every core')
+        found = re.fullmatch(r'(\d{1,6})/(\d{1,6})', self.part)
+        if self.part and not (found and 1 <= int(found[1]) <= int(found[2])):
+            raise ValueError(f'part={self.part}: takes a part and how many there are, as in 3/64')
+        beside = sorted(getattr(self, 'given', set()) - {'merge'})
+        if self.merge and beside:
+            raise ValueError(f'{beside[0]}={getattr(self, beside[0])}: --merge=OUT is all that putting parts together takes: leave it out')
 
-
+    @property
+    def place(self):
+        """(number, count) of the part: (1, 1) for the whole."""
+        return tuple(map(int, self.part.split('/'))) if self.part else (1, 1)
     @property
     def pairs(self):
         """Whether documents are pairs of a source and a target."""
@@ -175,68 +190,6 @@ def in_order(function, tasks, num_proc, arguments):
 
 
 # -----------------------------------------------------------------------------
-# Tokens → shards
-
-class Split:
-    """The token files of one split, appended to. `shards`: what meta.json will say of them; the last one may be unfinished."""
-
-    def __init__(self, folder, name, dtype, shards):
-        self.folder, self.name, self.itemsize, self.shards, self.files = folder, name, dtype.itemsize, shards, ()
-        if shards and 'sha256' not in shards[-1]:
-            self.open('r+b')
-
-    def open(self, mode):
-        shard = self.shards[-1]
-        self.files = [open(os.path.join(self.folder, shard['file'][:-len('bin')] + ending), mode) for ending in ('bin', 'idx')]
-        for f, size in zip(self.files, (shard['tokens'] * self.itemsize, shard['documents'] * 8)):
-            if f.seek(0, os.SEEK_END) < size:
-                raise UserError(f'{f.name}: shorter than it was: it is deleted, run the same command to start again')
-            f.seek(size)
-            f.truncate()  # what came after the last record of progress is made again
-
-    def write(self, ids, starts, size):
-        if not self.files:
-            self.shards.append({'file': f'{self.name}_{len(self.shards):05d}.bin', 'tokens': 0, 'documents': 0, 'bytes': 0})
-            self.open('wb')
-        shard = self.shards[-1]
-        self.files[0].write(ids)
-        self.files[1].write((starts + shard['tokens']).astype('<u8'))
-        shard['tokens'] += len(ids)
-        shard['documents'] += len(starts)
-        shard['bytes'] += size
-
-    def sync(self):
-        for f in self.files:
-            f.flush()
-            os.fsync(f.fileno())
-
-    def close(self):
-        """Finish the shard."""
-        if self.files:
-            self.sync()
-            hashes = []
-            for f in self.files:
-                f.close()
-                with open(f.name, 'rb') as whole:
-                    hashes.append(file_digest(whole, 'sha256').hexdigest())
-            shard = self.shards[-1]
-            shard.update(bytes_on_disk=shard['tokens'] * self.itemsize, sha256=hashes[0], idx_sha256=hashes[1])
-            self.files = ()
-
-    def totals(self):
-        return {key: sum(shard[key] for shard in self.shards) for key in ('tokens', 'documents', 'bytes')} | {'shards': self.shards}
-
-
-def write_json(path, value):
-    """Replace a JSON file: whatever happens, the old or the new one is there whole."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
-
-
-# -----------------------------------------------------------------------------
 # The run
 
 def prepare(s):
@@ -254,9 +207,11 @@ def prepare(s):
         needs_text(s.tokenizer)  # a wrong name is found before any download
         files = find_files(s.sources)
         source = describe(s, files)
+        if s.part:
+            out = part_folder(out, *s.place)
         if os.path.exists(out):
             return out, finished(out, source), None
-        return out, *locked(s, files, source, out, out + '.part')
+        return out, *locked(out, lambda part: run(s, files, source, out, part))
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
@@ -270,7 +225,8 @@ def describe(s, files):
     return {'sources': s.sources, 'tokenizer': s.tokenizer, 'text_key': s.text_key, 'val_fraction': s.val_fraction, 'split': s.split, 'errors': s.errors,
             # as folders from before these have none
             **{name: getattr(s, name) for name in ('source', 'target', 'prompt_template', 'reserve') if getattr(s, name)},
-            'inputs': sha256(inputs.encode()).hexdigest()}
+            'inputs': sha256(inputs.encode()).hexdigest(),
+            **({'part': s.part, 'files': [[os.path.basename(path), stat.st_size] for path, stat in stats]} if s.part else {})}
 
 
 def finished(out, source):
@@ -287,21 +243,22 @@ def finished(out, source):
     return meta
 
 
-def locked(s, files, source, out, part):
-    """run(), with the folder `part` for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
+def locked(out, make):
+    """make(OUT.part), a folder for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
+    part = out + '.part'
     os.makedirs(part, exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
+    mine = lock(part)
+    if mine is None:
+        raise UserError(f'out={out}: another process is preparing it: wait for that one, or choose another --out')
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f'out={out}: another process is preparing it: wait for that one, or choose another --out') from None
-    try:
-        return run(s, files, source, out, part)
+        return make(part)
     except UserError:
         shutil.rmtree(part)
+        with suppress(OSError):  # the first of several parts
+            os.rmdir(os.path.dirname(part) if os.path.dirname(part).endswith('.parts') else part)
         raise
     finally:
-        os.close(lock)
+        os.close(mine)
 
 
 def begin(s, files, source, part):
@@ -350,10 +307,10 @@ def sample(s, files):
 
 def progress_bar(what, reader, items, done=0):
     """Yield the items on, and show how much of its files the reader has read, with MB/s and the time left."""
-    with tqdm(desc=what, initial=done, total=reader.total, unit='B', unit_scale=True, disable=None) as bar:
+    with tqdm(desc=what, initial=max(0, done - reader.first), total=reader.last - reader.first, unit='B', unit_scale=True, disable=None) as bar:
         for item in items:
             yield item
-            bar.update(reader.position - bar.n)
+            bar.update(max(0, reader.position - reader.first) - bar.n)
 
 
 def run(s, files, source, out, part):
@@ -366,9 +323,9 @@ def run(s, files, source, out, part):
     if progress.get('source') != source:
         progress = begin(s, files, source, part)
     s = replace(s, split=progress['split'])
-    reader = Reader(files, s)
+    reader = Reader(files, s, s.place)
     if progress['tasks']:
-        print(f'{part}: goes on after {progress["position"] / 1e6:,.1f} of {reader.total / 1e6:,.1f} MB')
+        print(f'{part}: goes on after {(progress["position"] - reader.first) / 1e6:,.1f} of {(reader.last - reader.first) / 1e6:,.1f} MB')
     tokenizer = load_tokenizer(progress['tokenizer'], part)
     dtype = dtype_of(tokenizer)
     splits = {name: Split(part, name, dtype, shards) for name, shards in progress['shards'].items()}
@@ -380,21 +337,19 @@ def run(s, files, source, out, part):
         for split in splits.values():
             split.sync()
         progress['used'] = np.packbits(used).tobytes().hex()
-        write_json(os.path.join(part, 'progress.json'), progress)
+        replace_json(os.path.join(part, 'progress.json'), progress)
 
     save()
     started = saved = time.monotonic()
-    before = sum(split.totals()['bytes'] for split in splits.values())
-    num_proc = s.num_proc or max(1, min(cores(), reader.total // (8 * TASK_SIZE)))  # starting one takes as long as some MB of text
+    before = sum(shard['bytes'] for split in splits.values() for shard in split.shards)
+    num_proc = s.num_proc or max(1, min(cores(), (reader.last - reader.first) // (8 * TASK_SIZE)))  # starting one takes as long as some MB of text
     tasks = islice(reader.tasks(tokenizer.cut), progress['tasks'], None)
     with closing(in_order(tokenize, tasks, num_proc, (s, progress['tokenizer'], part))) as results:
         for task, (tokens, empty, unknown, longest) in progress_bar('tokenizing', reader, results, progress['position']):
             for name, (ids, starts, size) in tokens.items():
                 if len(ids):
-                    splits[name].write(ids, starts, size)
+                    splits[name].write(ids, starts, size, task.ends)
                     used[ids] = True
-                    if task.ends and splits[name].shards[-1]['tokens'] >= SHARD_TOKENS:
-                        splits[name].close()
             if task.side:  # a part: the whole document counts
                 (tokens_here, where), = longest
                 progress['length'] = tokens_here + (0 if task.starts else progress['length'])
@@ -411,49 +366,71 @@ def run(s, files, source, out, part):
         split.close()
     seconds = time.monotonic() - started
 
-    totals = {name: split.totals() for name, split in splits.items()}
-    for name, other in (('train', 'val'), ('val', 'train')):
-        if not totals[name]['tokens']:
-            if not totals[other]['tokens']:
-                raise UserError(f'{" ".join(s.sources)}: no text in it, {progress["empty"]} empty documents')
-            raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {totals[other]["documents"]} document(s) with split={s.split}: '
-                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.pairs else ''))
+    found = {name: totals(split.shards) for name, split in splits.items()}
+    if not s.part:
+        check_sides(found, s, progress['empty'])
     meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
-            'split': s.split, **({'pairs': True} if s.pairs else {}), 'splits': totals, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
-    write_json(os.path.join(part, 'meta.json'), meta)
-    for path in [os.path.join(part, name) for name in tokenizer.files] + [part]:
-        sync_path(path)
-    os.rename(part, out)
-    os.unlink(os.path.join(out, 'progress.json'))
-    sync_path(os.path.dirname(os.path.abspath(out)))
-    size, tokens = (sum(split[key] for split in totals.values()) for key in ('bytes', 'tokens'))
-    return meta, {'unused': 1 - used.mean(), 'unknown': progress['unknown'] / tokens, 'empty': progress['empty'], 'longest': progress['longest'],
+            'split': s.split, **({'pairs': True} if s.pairs else {}), 'splits': found, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
+    publish(part, out, meta, tokenizer.files)
+    size, tokens = (sum(split[key] for split in found.values()) for key in ('bytes', 'tokens'))
+    return meta, {'unused': 1 - used.mean(), 'unknown': progress['unknown'] / max(tokens, 1), 'empty': progress['empty'], 'longest': progress['longest'],
                   'seconds': seconds, 'speed': (size - before) / 1e6 / seconds, 'num_proc': num_proc}
+
+
+def check_sides(splits, s, empty):
+    """Raise UserError where there is nothing to train on, or to validate with."""
+    for name, other in (('train', 'val'), ('val', 'train')):
+        if not splits[name]['tokens']:
+            if not splits[other]['tokens']:
+                raise UserError(f'{" ".join(s.sources)}: no text in it, {empty} empty documents')
+            raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {splits[other]["documents"]} document(s) with split={s.split}: '
+                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.pairs else ''))
+
+
+def merge(out):
+    """
+    Make the data set `out` of the parts of it that were prepared with --part. They stay where they are. Raises UserError.
+    Returns (folder, meta.json, figures for the summary).
+    """
+    if os.path.exists(out):
+        raise UserError(f'merge={out}: exists: delete it first')
+    folders = find_parts(out)
+    metas = read_parts(folders)
+
+    def make(part):
+        for name in os.listdir(part):  # of a merge that was stopped
+            os.unlink(os.path.join(part, name))
+        meta = join(folders, metas, part)
+        of = meta['source']
+        check_sides(meta['splits'], Settings(of['sources'], target=of.get('target', ''), val_fraction=of['val_fraction'], split=meta['split']), 'and only')
+        publish(part, out, meta, meta['tokenizer'].get('files', ()))
+        return meta
+    try:
+        return out, locked(out, make), {'parts': len(folders)}
+    except OSError as error:
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room, and run the same command') from None
 
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def sync_path(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
 def summary(out, meta, figures):
     """What a person wants to know of a prepared data set."""
     splits, description, dtype = meta['splits'], meta['tokenizer'], np.dtype(meta['dtype']).newbyteorder('<')
-    print(f'{out}: ' + ('ready' if figures else 'already prepared'))
+    parts = (figures or {}).get('parts')
+    print(f'{out}: ' + (f'made of {parts} parts; {parts_folder(out)} can be deleted' if parts else 'ready' if figures else 'already prepared'))
     for name, split in splits.items():
         print(f'    {name:5} {split["documents"]:>12,} documents {split["tokens"]:>15,} tokens '
               f'{split["bytes"]:>16,} bytes of text {len(split["shards"]):>4} shard(s)')
     size, tokens = (sum(split[key] for split in splits.values()) for key in ('bytes', 'tokens'))
+    if not tokens:
+        return print('    a part without text')
     rate = f'{tokens / sum(split["documents"] for split in splits.values()):,.0f} tokens a pair' if meta.get('pairs') else f'{size / tokens:.3f} bytes a token'
     print(f'    {rate}; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
     if 'entropy' in meta:
         print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
-    if figures:
+    if figures and not parts:
         print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
         if figures['unknown']:
             print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
@@ -461,6 +438,8 @@ def summary(out, meta, figures):
         for n, where in figures['longest']:
             print(f'        {n:>11,} tokens  {where}')
         print(f'    {figures["seconds"]:.1f} s, {figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')
+    if meta['source'].get('part'):
+        return print(f'next: the other parts, then python prepare.py --merge={os.path.dirname(out).removesuffix(".parts")}')
     with open(os.path.join(out, 'train_00000.bin'), 'rb') as f:
         ids = np.frombuffer(f.read(60 * dtype.itemsize), dtype)
     print(f'    train begins: {load_tokenizer(description, out).decode(ids)!r}')
@@ -470,7 +449,7 @@ def summary(out, meta, figures):
 def main():
     s = configure(Settings)
     try:
-        summary(*prepare(s))
+        summary(*(merge(s.merge.rstrip('/')) if s.merge else prepare(s)))
     except KeyboardInterrupt:
         print('prepare.py: stopped; the same command goes on from here', file=sys.stderr)
         raise

@@ -102,19 +102,35 @@ class Task:
 
 
 class Reader:
-    """The files of a run, read as tasks. `position`: bytes read so far; `total`: of how many."""
+    """
+    The files of a run, read as tasks. `position`: bytes read so far; `total`: of how many; part: (number, count) of a stretch of them, which begins
+    after `first` bytes and has `last` as its last; (1, 1) is all.
+    """
 
-    def __init__(self, files, s):
-        self.files, self.s, self.position = files, s, 0
+    def __init__(self, files, s, part=(1, 1)):
+        self.files, self.s, self.part, self.position = files, s, part, 0
         self.total = sum(os.path.getsize(path) for path, _ in files)
+        self.first, self.last = (self.total * n // part[1] for n in (part[0] - 1, part[0]))
+
+    def part_at(self, position):
+        """The number of the part that has what is read at this place. It is the same on every machine, whatever part that makes."""
+        return min(self.part[1], max(1, -(-position * self.part[1] // max(self.total, 1))))
 
     def tasks(self, cut):
-        """Yield the tasks. cut: where the tokenizer lets long texts be parted, see tokenizer.py."""
-        self.position, batch, size = 0, [], 0
+        """Yield the tasks of the part. cut: where the tokenizer lets long texts be parted, see tokenizer.py."""
+        end, at, batch, size = 0, 0, [], 0
         read = {'text': self.text, 'lines': self.lines, 'parquet': self.parquet, 'topics': self.topics,
                 'docstrings': self.docstrings}
         for path, kind in self.files:
+            self.position, end = end, end + os.path.getsize(path)
+            if not self.part_at(min(self.position + 1, end)) <= self.part[0] <= self.part_at(end):
+                continue  # it is not opened
             for task in read[kind](path, cut):
+                at = self.part_at(self.position) if task.starts else at  # a document is whole where it starts
+                if at > self.part[0]:
+                    break
+                if at < self.part[0]:
+                    continue
                 whole = not (task.side or task.lines)
                 if whole:  # documents are collected over files
                     batch += task.documents

@@ -222,7 +222,7 @@ def train(s, device, ranks, stop, left_out=()):
             show_losses(step, result, ranks)
         return 0 if result else stop.number or signal.SIGTERM
 
-    ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s)))
+    ranks.from_first(partial(claim_out_dir, s, step))
     log = Log(s, step, ranks)
     evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
@@ -296,6 +296,12 @@ def train(s, device, ranks, stop, left_out=()):
     return (stop.number or signal.SIGTERM) if stopping else 0
 
 
+def claim_out_dir(s, step):
+    checkpoint.claim(s.out_dir)
+    checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s))
+    checkpoint.claim(s.out_dir)  # another folder, if that one was moved aside
+
+
 def count_skipped(run, s, skipped, step, ranks):
     """Count a step that was skipped, or the end of a row of them. Raises UserError for too long a row."""
     run.in_a_row = run.in_a_row + 1 if skipped else 0
@@ -355,6 +361,7 @@ def main():
         raise UserError(f'out of memory: lower batch_size={s.batch_size} (and raise gradient_accumulation_steps={s.gradient_accumulation_steps} '
                         f'as much to keep the step), block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
+        checkpoint.release(s.out_dir)
         ranks.end()
     leave(128 + signal_number if signal_number else 0, ranks)
 

@@ -99,19 +99,6 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, monkeypatch):
         do(tmp_path / 'out', tmp_path / 'x.jsonl')
 
 
-def test_shards_hold_whole_documents_and_together_the_same(tmp_path, monkeypatch):
-    given = write_jsonl(tmp_path / 'x.jsonl', [story(n) for n in range(300)]), tmp_path / 'long.txt'
-    given[1].write_text(story(300, 3000))
-    do(tmp_path / 'one', *given, val_fraction=0.1)
-    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
-    monkeypatch.setattr(prepare, 'SHARD_TOKENS', 5000)
-    meta = do(tmp_path / 'many', *given, val_fraction=0.1)
-    assert len(meta['splits']['train']['shards']) > 5 and len(meta['splits']['val']['shards']) > 1
-    assert all(5000 <= shard['tokens'] < 5000 + 3000 for shard in meta['splits']['train']['shards'][:-1])  # the long one is in the last
-    for split in ('train', 'val'):
-        assert read(tmp_path / 'one', split) == read(tmp_path / 'many', split)
-
-
 # --- the split ---
 
 def test_shakespeare_is_cut_where_nanogpt_cuts_it(tmp_path):
@@ -248,7 +235,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 # --- whatever the processes and the interruptions ---
 
 # small tasks, and a record of progress after each: what a large corpus meets in hours happens in a second
-SMALL = 'import sources, prepare; sources.TASK_SIZE = 4000; prepare.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; prepare.run_main(prepare.main)'
+SMALL = ('import sources, tokenfiles, prepare; sources.TASK_SIZE = 4000; tokenfiles.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; '
+         'prepare.run_main(prepare.main)')
 
 
 @pytest.fixture(scope='module')
@@ -296,7 +284,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, num_proc):
 
 
 # the same with a rest after each record of the progress, so that a signal meets it at work however busy the machine is
-UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = prepare.write_json; prepare.write_json = lambda *a: (write(*a), time.sleep(0.05)); "
+UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = prepare.replace_json; prepare.replace_json = lambda *a: (write(*a), time.sleep(0.05)); "
                           'prepare.run_main')
 
 

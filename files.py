@@ -1,0 +1,47 @@
+"""
+Files that are there whole or not at all, are on the disk once that is said of them, and belong to one process at a time.
+"""
+import fcntl
+import hashlib
+import json
+import os
+
+
+def sync(path):
+    """Flush a file or a folder to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path, value):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+
+
+def replace_json(path, value):
+    """Write a file whole or not at all: whatever happens, the old or the new one is there."""
+    write_json(path + '.tmp', value)
+    sync(path + '.tmp')
+    os.replace(path + '.tmp', path)
+
+
+def sha256(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def lock(folder):
+    """Whether the folder is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let go when a process ends,
+    whatever ends it. Where a file system knows no locks, anybody has it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        pass
+    return fd
