@@ -287,9 +287,9 @@ def moments_of(optimizer):
 
 def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
     """Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay as they are. Returns how many did.
-    place(tensor, parameter): what is kept of a moment of the parameter's shape."""
+    place(tensor, parameter): what is kept of a moment."""
     params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
-    fit = {n: {what: place(t, p) if t.shape == p.shape else t.clone() for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
+    fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
            if moments.get(name) and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
     optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
     return len(fit)

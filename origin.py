@@ -234,8 +234,11 @@ def kept(s, folder):
     return {'moments': folder, 'step': step, 'flops': state['flops']}
 
 
-def build_model(s, data, origin):
-    """The model on the CPU, from `origin`. Raises UserError where its vocabulary or its run is not that of the data."""
+def build_model(s, data, origin, is_blank=False):
+    """
+    The model on the CPU, from `origin`; is_blank: on the meta device, its shapes alone. Raises UserError where its vocabulary or its run is not that of
+    the data.
+    """
     tokenizer = data.sources[0].files.meta['tokenizer']
     if origin.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with {advice(origin["tokenizer"], tokenizer)}')
@@ -252,12 +255,13 @@ def build_model(s, data, origin):
         cfg.rank_guide = origin['state']['model'].get('rank_guide', 0)  # gone, if the run is past them
         cfg.n_layer = origin['state']['model']['n_layer']  # grown, perhaps
         cfg.ranks = origin['state']['model'].get('ranks', {})
-    model = make_model(cfg, init=not origin)
-    if 'weights' in origin:
+    with torch.device('meta' if is_blank else 'cpu'):
+        model = make_model(cfg, init=not origin)
+    if 'weights' in origin and not is_blank:
         checkpoint.load_weights(model, origin['weights'], s.init_from)
     if s.lora_rank:
-        lora.begin(model, s, is_new='state' not in origin)
-    if 'state' in origin:
+        lora.begin(model, s, is_new='state' not in origin and not is_blank)
+    if 'state' in origin and not is_blank:
         load = adapters.load_state if s.lora_rank else checkpoint.load_weights
         load(model, checkpoint.read_weights(origin['folder']), origin['folder'])
     return model

@@ -27,7 +27,7 @@ from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
 from packed import pack_frozen
 from plan import plan
-from shard import gather, group_size, part, shard_model
+from shard import gather, give_numbers, give_out, group_size, shard_model
 
 # -----------------------------------------------------------------------------
 # The data of a step
@@ -124,18 +124,19 @@ def set_up(s, device, ranks, left_out):
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
     check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
-    model = build_model(s, data, origin).to('cpu' if s.shard else device)
+    model = build(s, data, origin, ranks)
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     model.recompute = s.recompute
     optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
     if state:
-        checkpoint.load_optimizer(origin['folder'], optimizer)
+        load = partial(checkpoint.load_optimizer, origin['folder'], optimizer)
+        _ = ranks.from_first(load) if s.shard else load()
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
     elif 'moments' in origin:
-        count = checkpoint.give_moments(optimizer, checkpoint.read_moments(origin['moments']))
+        count = 0 if s.shard and not ranks.first else checkpoint.give_moments(optimizer, checkpoint.read_moments(origin['moments']))
         ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
@@ -145,10 +146,7 @@ def set_up(s, device, ranks, left_out):
     s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
     undivided = []
     if s.shard:
-        moments = checkpoint.moments_of(optimizer)
-        undivided = shard_model(model, group_size(s.shard, ranks.world), s.dtype, ranks)
-        optimizer = make_optimizer(model, lora.faster(s), optimizer.dtype)
-        checkpoint.give_moments(optimizer, moments, part)
+        model, optimizer, undivided = divide(model, optimizer, s, data, origin, ranks)
     if s.compile:
         for module in model.blocks if s.shard else [model]:
             module.compile(dynamic=False)
@@ -160,6 +158,28 @@ def set_up(s, device, ranks, left_out):
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
                checkpoint.Writer(s.async_save), undivided=undivided)
+
+
+def build(s, data, origin, ranks):
+    """The network; of a sharded run it is on rank 0's CPU, and the others have its shapes alone."""
+    if not s.shard:
+        return build_model(s, data, origin).to(ranks.device)
+    built = []
+    ranks.from_first(lambda: built.append(build_model(s, data, origin)))
+    return built[0] if ranks.first else build_model(s, data, origin, is_blank=True)
+
+
+def divide(model, optimizer, s, data, origin, ranks):
+    """What rank 0 has built, divided among all (shard.py): network, optimizer, and the parameters that every rank holds whole."""
+    tensors, moments = dict([*model.named_parameters(), *model.named_buffers()]), checkpoint.moments_of(optimizer)
+    blank = build_model(s, data, origin, is_blank=True) if ranks.first else model
+    blank.recompute = s.recompute
+    shapes = ranks.from_first(lambda: {name: {what: torch.empty_like(t, device='meta') for what, t in own.items()} for name, own in moments.items()})
+    undivided = shard_model(blank, group_size(s.shard, ranks.world), s.dtype, ranks)
+    give_numbers(blank, tensors, ranks)
+    optimizer = make_optimizer(blank, lora.faster(s), optimizer.dtype)
+    checkpoint.give_moments(optimizer, moments if ranks.first else shapes, partial(give_out, ranks=ranks))
+    return blank, optimizer, undivided
 
 
 def save(s, step, run, ranks):

@@ -3,11 +3,13 @@ Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023,
 network may be as large as all devices together hold. A block's weights are put together for its own forward and backward pass, then let go.
 
 What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads it, sharded or not, and so do sample.py and
-the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage. The price: rank 0 holds a
-copy while it writes, and at the start every process builds the network, and the moments of a run that goes on, in the CPU's memory before it keeps its
-part: 12 bytes a parameter. With several micro-batches gradients are exchanged after each, or all of them would be held whole.
+the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage. The price: the CPU's memory
+of rank 0 has to hold the network and its moments, 12 bytes a parameter, when it writes and at the start, when it builds or reads them as an
+undivided run does and gives every rank its part, a tensor at a time; the others begin with shapes alone (the meta device). With several micro-batches gradients
+are exchanged after each, or all of them would be held whole.
 """
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from configurator import UserError
@@ -15,25 +17,43 @@ from configurator import UserError
 
 def shard_model(model, size, dtype, ranks):
     """
-    Divide a Transformer on the CPU among groups of `size` ranks, whose devices its shards go to; groups hold the same (HSDP). Norms, biases and routers stay
-    whole on every rank, in float32: returns these parameters, whose gradients share_gradients() has to average.
+    Divide a Transformer of shapes alone, on the meta device, among groups of `size` ranks, on whose devices it then waits for its numbers (give_numbers);
+    groups hold the same (HSDP). Norms, biases and routers stay whole on every rank, in float32: returns these parameters, whose gradients
+    share_gradients() has to average.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here, as they take a second to import, which a run on one device need not wait for
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     shape, names = ((ranks.world,), ('shard',)) if size == ranks.world else ((ranks.world // size, size), ('replicate', 'shard'))
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    small = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')]
-    for p in small:
-        p.data = p.data.to(ranks.device)
+    small = {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')}
     # bfloat16 halves what is sent; autocast would round the same weights to it. Embedding and head stay in float32, and with them the residual stream
     policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32, cast_forward_inputs=False)
     for block in (*model.blocks, *(model.encoder or ())):
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(small))
-    fully_shard(model, mesh=mesh, ignored_params=set(small))
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=small)
+    fully_shard(model, mesh=mesh, ignored_params=small)
     for name in ('hidden', 'encode', 'logits'):  # what sampling calls
         register_fsdp_forward_method(model, name)
     ranks.lockstep = True
-    return small
+    model.to_empty(device=ranks.device)
+    return [p for p in model.parameters() if not is_divided(p)]
+
+
+@torch.no_grad()
+def give_numbers(model, tensors, ranks):
+    """Fill a divided Transformer with {name: tensor} of rank 0, its buffers included."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        t.copy_(give_out(tensors[name], t, ranks))
+
+
+def give_out(t, like, ranks):
+    """This rank's part of the tensor t of rank 0, of which the others know the shape alone; it is divided as `like` is, if that has its shape."""
+    device = like.device if t.ndim else 'cpu'  # counts of an optimizer's steps
+    t = t.to(device).contiguous() if ranks.first else torch.empty(t.shape, dtype=t.dtype, device=device)
+    if is_divided(like) and t.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(t, like.device_mesh, like.placements)
+    dist.broadcast(t, 0)
+    return t
 
 
 def share_gradients(parameters, ranks):
