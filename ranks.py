@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -133,7 +134,8 @@ class Watch:
                 known = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
                 known = known or {self.rank: said}
         least = min(count for count, _ in known.values())
-        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least) if self.store else 'not known, rank 0 is gone'
+        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least)
+        behind = behind if self.store else 'not known, rank 0 is gone or cut off'
         print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
               'newest checkpoint. Where this rank stands:', file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
@@ -141,9 +143,17 @@ class Watch:
         os._exit(1)
 
     def reach(self, ask):
-        """What ask() finds in the store, which is gone when rank 0 is: None then."""
-        store = self.store
-        try:
-            return ask(store) if store else None
-        except RuntimeError:
-            self.store = None
+        """What ask() finds in the store; None if that does not answer, for then rank 0 is gone or cut off."""
+        store, found = self.store, []
+
+        def wait():
+            with suppress(RuntimeError):
+                found.append(ask(store))
+        if store:
+            asking = threading.Thread(target=wait, daemon=True)  # on a network that is gone it may wait for hours
+            asking.start()
+            asking.join(max(2.0, min(30.0, self.seconds / 4)))
+        if found:
+            return found[0]
+        self.store = None
+        return None

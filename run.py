@@ -91,6 +91,8 @@ class Run:
     writer: checkpoint.Writer
     skipped: int = 0  # steps of this process whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
+    saved: int | None = None  # the newest checkpoint
+    best_loss: float | None = None  # of all evaluations
     undivided: list = ()  # of a sharded network: the parameters that every rank holds
 
 

@@ -224,16 +224,10 @@ def train(s, device, ranks, stop, left_out=()):
 
     ranks.from_first(partial(claim_out_dir, s, step))
     log = Log(s, step, ranks)
-    evaluated, best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
+    evaluated, run.best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
-    stopping, saved = False, step or None
+    stopping, run.saved = False, step or None
     nats, targets, norm, loads, seconds, steps = zero(device), 0.0, torch.zeros(()), 0, 0.0, 0  # since the last progress line
-
-    def save_once(most=1):  # skipped steps in a row up to now: weights that gave no finite loss or gradient, again and again, are broken
-        nonlocal saved
-        if saved != step and run.in_a_row <= most:
-            save(s, step, run, ranks)
-            saved = step
 
     while True:
         if run.model.cfg.rank_guide:
@@ -242,29 +236,12 @@ def train(s, device, ranks, stop, left_out=()):
             raise not_finite(s, step)
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
         if (due or step >= s.max_iters) and step > evaluated and not stopping:
-            if step and s.always_save_checkpoint:
-                save_once(most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
-            faults.at('evaluation', step)
-            result = evaluate(run.model, run.val, s, ranks, stop)
-            stopping = result is None
-            if not stopping:
-                show_losses(step, result, ranks)
-                if step and not math.isfinite(result['val_loss']):
-                    raise not_finite(s, step)
-                if step and s.always_save_checkpoint:
-                    save_once()
-                if step and run.in_a_row <= 1 and (best_loss is None or result['val_loss'] < best_loss):
-                    best_loss = result['val_loss']
-                    save_once()
-                    ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, best_loss, s.keep_checkpoints))
-                log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(device))
-                faults.at('sample', step)
-                show_samples(run.model, s, run.data, ranks, stop)
+            stopping = not evaluation(s, step, run, log, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
-            save_once(most=0)
-        reached = s.target_val_loss and best_loss is not None and best_loss <= s.target_val_loss
+            save_once(s, step, run, ranks, most=0)
+        reached = s.target_val_loss and run.best_loss is not None and run.best_loss <= s.target_val_loss
         if step >= s.max_iters or reached or stopping:
-            save_once(most=run.in_a_row)
+            save_once(s, step, run, ranks, most=run.in_a_row)
             break
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
             grow_run(run, s, ranks)
@@ -294,6 +271,36 @@ def train(s, device, ranks, stop, left_out=()):
     ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
               if stopping else f'done: {step} steps{", target_val_loss reached" if reached else ""}; python sample.py --out_dir={s.out_dir}')
     return (stop.number or signal.SIGTERM) if stopping else 0
+
+
+def save_once(s, step, run, ranks, most=1):
+    """Save, unless that is done; most: skipped steps in a row up to now. Weights that gave no finite loss or gradient, again and again, are broken."""
+    if run.saved != step and run.in_a_row <= most:
+        save(s, step, run, ranks)
+        run.saved = step
+
+
+def evaluation(s, step, run, log, ranks, stop):
+    """What is due every eval_interval steps: the validation loss, samples, a checkpoint. Returns False where a signal ended it before that was known."""
+    if step and s.always_save_checkpoint:
+        save_once(s, step, run, ranks, most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
+    faults.at('evaluation', step)
+    result = evaluate(run.model, run.val, s, ranks, stop)
+    if result is None:
+        return False
+    show_losses(step, result, ranks)
+    if step and not math.isfinite(result['val_loss']):
+        raise not_finite(s, step)
+    if step and s.always_save_checkpoint:
+        save_once(s, step, run, ranks)
+    if step and run.in_a_row <= 1 and (run.best_loss is None or result['val_loss'] < run.best_loss):
+        run.best_loss = result['val_loss']
+        save_once(s, step, run, ranks)
+        ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, run.best_loss, s.keep_checkpoints))
+    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(ranks.device))
+    faults.at('sample', step)
+    show_samples(run.model, s, run.data, ranks, stop)
+    return True
 
 
 def claim_out_dir(s, step):

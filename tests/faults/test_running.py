@@ -180,6 +180,23 @@ def test_a_run_that_rewound_resumes_exactly_and_one_that_always_spikes_is_given_
     assert codes == [2] and '5 rewinds did not help' in said and step_of(tmp_path / 'always') == 60, said
 
 
+# --- two of them ---
+
+@pytest.mark.parametrize('more', [[], ['--init_from=scratch'], ['--max_iters=5', '--init_from=scratch']])
+def test_a_second_process_does_not_train_in_the_same_out_dir(dataset, tmp_path, more):
+    """It would mix up checkpoints, or move those of a run that goes on. A process that was killed is in nobody's way."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=5']
+    processes = Processes(*args)
+    assert processes.wait_for('step 20/')
+    codes, said = run_to_end(*args, *more)
+    assert codes == [2] and 'another process is training in it' in said and 'moved' not in said and os.listdir(tmp_path) == ['out'], said
+    assert processes.wait_for('step 40/')
+    processes.kill()
+    processes.wait()
+    step = step_of(tmp_path / 'out')
+    assert run_to_end(*args, f'--max_iters={step + 2}')[0] == [0] and step_of(tmp_path / 'out') == step + 2
+
+
 # --- hangs and restarts ---
 
 def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_path):

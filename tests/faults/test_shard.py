@@ -1,9 +1,13 @@
 """Sharded training (FSDP2) is the same training: the losses of DDP to rounding, and checkpoints that any number of processes reads, sharded or not."""
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import one_line, read_log, train
+from conftest import ROOT, one_line, read_log, train
 from processes import SMALL, fingerprint, run_to_end
 
 import checkpoint
@@ -62,6 +66,34 @@ def test_adapters_train_beside_a_sharded_base(dataset, tmp_path):
     for name, shard, ranks in (('sharded', True, 2), ('one', False, 1)):
         finish(tmp_path / name, dataset, f'--init_from={tmp_path / "base"}', '--lora_rank=4', f'--shard={shard}', ranks=ranks)
     assert near(read_log(tmp_path / 'sharded'), read_log(tmp_path / 'one'))
+
+
+START = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from configurator import run_main
+describe = train.describe
+def say(s, run, ranks):
+    with open('/proc/self/status') as f:
+        print('rank', ranks.rank, 'begins with', next(line.split()[1] for line in f if line.startswith('VmHWM')), 'kB', flush=True)
+    describe(s, run, ranks)
+train.describe = say
+run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_only_rank_0_holds_the_whole_network_and_its_moments_at_the_start(dataset, tmp_path):
+    (tmp_path / 'start.py').write_text(START.format(root=str(ROOT)))
+    size = 4 * 12 * 512 ** 2 * 8 / 1e3  # kB of 8 blocks
+    args = ['--n_layer=8', '--n_embd=512', '--n_head=4', '--block_size=8', '--batch_size=1', '--gradient_accumulation_steps=2', '--eval_iters=1',
+            '--device=cpu', '--dtype=float32', '--compile=False', '--shard', f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}']
+    for iters, times in ((1, 1), (2, 3)):  # the weights, and with the two moments of a run that goes on
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'start.py', *args,
+                               f'--max_iters={iters}'], cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        peaks = {int(rank): int(kb) for rank, kb in re.findall(r'rank (\d) begins with (\d+) kB', done.stdout)}
+        assert peaks.keys() == {0, 1} and peaks[0] - peaks[1] > 0.6 * times * size, (peaks, size, done.stderr)
 
 
 def test_bfloat16_is_near_ddp(dataset, tmp_path):
