@@ -401,8 +401,8 @@ def merge(out):
         for name in os.listdir(part):  # of a merge that was stopped
             os.unlink(os.path.join(part, name))
         meta = join(folders, metas, part)
-        of = meta['source']
-        check_sides(meta['splits'], Settings(of['sources'], target=of.get('target', ''), val_fraction=of['val_fraction'], split=meta['split']), 'and only')
+        of = {name: meta['source'][name] for name in ('sources', 'target', 'val_fraction') if name in meta['source']}
+        check_sides(meta['splits'], Settings(**of, split=meta.get('split', '')), 'and only')
         publish(part, out, meta, meta['tokenizer'].get('files', ()))
         return meta
     try:

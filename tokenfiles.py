@@ -111,7 +111,7 @@ def read_parts(folders):
             changed = next((key for key in first | source if first.get(key) != source.get(key)), None)
             changed = changed or next((key for key in metas[0] | meta if key not in ('source', 'splits') and metas[0].get(key) != meta.get(key)), None)
             for shard in (shard for split in meta['splits'].values() for shard in split['shards']):
-                assert {'tokens', 'documents', 'bytes', 'sha256', 'idx_sha256'} <= shard.keys()
+                assert {'sha256', 'idx_sha256'} <= shard.keys() and all(type(shard.get(name)) is int for name in ('tokens', 'documents', 'bytes'))
         except (KeyError, TypeError, AssertionError):
             raise UserError(f'{folder}: is no part that prepare.py made: make it again') from None
         if changed:
