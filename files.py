@@ -5,6 +5,12 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from configurator import UserError
 
 
 def sync(path):
@@ -31,6 +37,23 @@ def replace_json(path, value):
 def sha256(path):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to write into, which has the name `path` once it is whole. Raises UserError, which calls it by the setting `to`."""
+    if os.path.exists(path):
+        raise UserError(f'to={path}: is there already: give a new folder')
+    parent = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            folder = os.path.join(temporary, 'folder')
+            os.mkdir(folder)
+            yield folder
+            os.rename(folder, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'to={path}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
 
 
 def lock(folder):

@@ -15,7 +15,6 @@ import dataclasses
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +29,7 @@ import peft_files
 from configurator import UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
-from files import write_json
+from files import new_folder, write_json
 from growth import fold
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
@@ -252,24 +251,16 @@ def export(s):
     files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
              'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
                                        'clean_up_tokenization_spaces': False}}
-    parent = os.path.dirname(os.path.abspath(s.to))
-    try:
-        os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as temporary:
-            folder = os.path.join(temporary, 'folder')
-            os.mkdir(folder)
-            save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
-                      {'format': 'pt'})
-            for name, value in files.items():
-                write_json(os.path.join(folder, name), value)
-            tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
-            with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-                f.write(text)
-            for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
-                shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
-            os.rename(folder, s.to)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f'to={s.to}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
+    with new_folder(s.to) as folder:
+        save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
+                  {'format': 'pt'})
+        for name, value in files.items():
+            write_json(os.path.join(folder, name), value)
+        tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
+        with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+            f.write(text)
+        for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
+            shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
     return fields['model_type']
 
 

@@ -19,7 +19,7 @@ import adapters
 import lora
 from configurator import UserError
 from families import FAMILIES, HEAD, nearest, read_json
-from files import write_json
+from files import new_folder, write_json
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
@@ -124,7 +124,10 @@ def write(folder, cfg, saved, family, base=''):
     }
     if saved.tokens:
         tensors[f'{places["wte"]}.token_adapter.trainable_tokens_delta'] = model.wte.tokens.values
-    publish(folder, {ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}, config)
+    with new_folder(folder) as new:
+        save_file({ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}, os.path.join(new, 'adapter_model.safetensors'),
+                  {'format': 'pt'})
+        write_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
 
 
 def write_whole(model, known, ranks, tensors):
@@ -154,20 +157,6 @@ def family_of(cfg, base):
         raise UserError(f'{", ".join(in_the_way)}: no class of transformers has this (the nearest is {kind}), so PEFT has no place for the adapter: '
                         'surgery.py merge, then hub.py export --as=custom')
     return kind
-
-
-def publish(folder, tensors, config):
-    """Write a new folder, whole or not at all."""
-    if os.path.exists(folder):
-        raise UserError(f'to={folder}: is there already: give a new folder')
-    temporary = folder.rstrip('/') + '.tmp'
-    try:
-        os.makedirs(temporary)
-        save_file(tensors, os.path.join(temporary, 'adapter_model.safetensors'), {'format': 'pt'})
-        write_json(os.path.join(temporary, 'adapter_config.json'), dict(sorted(config.items())))
-        os.rename(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f'to={folder}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
 
 
 # -----------------------------------------------------------------------------

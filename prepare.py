@@ -78,7 +78,8 @@ class Settings:
     # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
     errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
     num_proc: int = 0  # processes; 0 = one for every core
-    part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out;
+    part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out. bpe:N and
+    # char read all of the text on each of them first: a FILE.model that was trained before does not
     merge: str = ''  # then the folder to make of all parts: --merge=OUT, and nothing beside it
 
     def check(self):

@@ -95,6 +95,10 @@ class Run:
     best_loss: float | None = None  # of all evaluations
     undivided: list = ()  # of a sharded network: the parameters that every rank holds
 
+    def tokens(self, step):
+        """How many tokens `step` steps have read."""
+        return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
+
 
 def derive(s, state, device, ranks):
     """Set what plan.py derives from the dial, on all ranks alike; a run that goes on keeps what was derived when it began."""

@@ -147,6 +147,6 @@ def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
     ranks.say(f'step {step}/{s.max_iters} | loss {"none" if loss is None else f"{loss:.4f}"} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
               + f' | {int(left // 60)}m{int(left % 60):02d}s left')
-    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, train_loss=loss, lr=lr, tokens_per_second=round(rate, 1), grad_norm=norm,
+    log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr, tokens_per_second=round(rate, 1), grad_norm=norm,
               mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None,
               expert_load=None if loads is None else [[round(share, 4) for share in layer] for layer in shares.tolist()])

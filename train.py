@@ -297,7 +297,7 @@ def evaluation(s, step, run, log, ranks, stop):
         run.best_loss = result['val_loss']
         save_once(s, step, run, ranks)
         ranks.from_first(partial(run.writer, checkpoint.mark_best, s.out_dir, step, run.best_loss, s.keep_checkpoints))
-    log.write(step, tokens=step * run.tokens_per_step, flops=run.flops, **result, peak_memory_bytes=peak_memory(ranks.device))
+    log.write(step, tokens=run.tokens(step), flops=run.flops, **result, peak_memory_bytes=peak_memory(ranks.device))
     faults.at('sample', step)
     show_samples(run.model, s, run.data, ranks, stop)
     return True

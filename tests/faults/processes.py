@@ -34,7 +34,7 @@ class Processes:
             environment |= {'FAULT': fault, 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
             own = [str(arg) for arg in (*args, *(each[rank] if each else ()))]
-            self.processes.append(CONTEXT.Process(target=child, args=(ROOT, own, dict(environment), self.output)))
+            self.processes.append(CONTEXT.Process(target=child, args=(ROOT, own, dict(environment), self.output), daemon=True))
         for process in self.processes:
             process.start()
 
