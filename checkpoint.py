@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 import faults
 from configurator import UserError
-from files import lock, replace_json, sha256, sync, write_json
+from files import is_at, lock, replace_json, sha256, sync, write_json
 
 # -----------------------------------------------------------------------------
 # Save
@@ -156,16 +156,25 @@ CLAIMED = {}  # out_dir: its lock
 
 def claim(out_dir):
     """Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does."""
-    release(out_dir)
-    if os.path.isdir(out_dir):
-        CLAIMED[out_dir] = lock(out_dir)
-    if CLAIMED.get(out_dir, 0) is None:
+    path = os.path.join(out_dir, 'lock')
+    if not os.path.isdir(out_dir) or out_dir in CLAIMED and is_at(CLAIMED[out_dir], path):
+        return
+    try:
+        held = lock(path)
+    except OSError as error:
+        raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
+    if held is None:
         raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, or give another')
+    if out_dir in CLAIMED:  # the folder that it was of was moved aside
+        os.close(CLAIMED[out_dir])
+    CLAIMED[out_dir] = held
 
 
 def release(out_dir):
-    held = CLAIMED.pop(out_dir, None)
-    if held is not None:
+    if out_dir in CLAIMED:
+        path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
+        if is_at(held, path):
+            os.unlink(path)
         os.close(held)
 
 

@@ -51,20 +51,36 @@ def new_folder(path):
             folder = os.path.join(temporary, 'folder')
             os.mkdir(folder)
             yield folder
+            for name in (*os.listdir(folder), '.'):
+                sync(os.path.join(folder, name))
             os.rename(folder, path)
+            sync(parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f'to={path}: {getattr(error, "strerror", None) or error}: give another folder, or make room') from None
 
 
-def lock(folder):
-    """Whether the folder is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let go when a process ends,
-    whatever ends it. Where a file system knows no locks, anybody has it."""
-    fd = os.open(folder, os.O_RDONLY)
+def lock(path):
+    """
+    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let
+    go when a process ends, whatever ends it. Where a file system knows no locks (NFS none of folders), anybody has it.
+    """
+    while True:
+        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return fd
+        if is_at(fd, path):
+            return fd
+        os.close(fd)  # another process let it go and removed it in between
+
+
+def is_at(fd, path):
+    """Whether an opened file is the one of this name."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
+        return os.path.samestat(os.fstat(fd), os.stat(path))
     except OSError:
-        pass
-    return fd
+        return False

@@ -79,7 +79,7 @@ class Settings:
     errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
     num_proc: int = 0  # processes; 0 = one for every core
     part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out. bpe:N and
-    # char read all of the text on each of them first: a FILE.model that was trained before does not
+    # char read all of the text on each of them first, a FILE.model that was trained before does not; within a file a part is read from the file's start
     merge: str = ''  # then the folder to make of all parts: --merge=OUT, and nothing beside it
 
     def check(self):
@@ -110,6 +110,7 @@ class Settings:
     def place(self):
         """(number, count) of the part: (1, 1) for the whole."""
         return tuple(map(int, self.part.split('/'))) if self.part else (1, 1)
+
     @property
     def pairs(self):
         """Whether documents are pairs of a source and a target."""
@@ -255,8 +256,9 @@ def locked(out, make):
         return make(part)
     except UserError:
         shutil.rmtree(part)
-        with suppress(OSError):  # the first of several parts
-            os.rmdir(os.path.dirname(part) if os.path.dirname(part).endswith('.parts') else part)
+        if os.path.dirname(part).endswith('.parts'):
+            with suppress(OSError):  # there are others
+                os.rmdir(os.path.dirname(part))
         raise
     finally:
         os.close(mine)
@@ -378,12 +380,12 @@ def run(s, files, source, out, part):
                   'seconds': seconds, 'speed': (size - before) / 1e6 / seconds, 'num_proc': num_proc}
 
 
-def check_sides(splits, s, empty):
+def check_sides(splits, s, empty=0):
     """Raise UserError where there is nothing to train on, or to validate with."""
     for name, other in (('train', 'val'), ('val', 'train')):
         if not splits[name]['tokens']:
             if not splits[other]['tokens']:
-                raise UserError(f'{" ".join(s.sources)}: no text in it, {empty} empty documents')
+                raise UserError(f'{" ".join(s.sources)}: no text in it' + f', {empty} empty documents' * (empty > 0))
             raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {splits[other]["documents"]} document(s) with split={s.split}: '
                             f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.pairs else ''))
 
@@ -395,6 +397,8 @@ def merge(out):
     """
     if os.path.exists(out):
         raise UserError(f'merge={out}: exists: delete it first')
+    if os.path.exists(os.path.join(out + '.part', 'progress.json')):
+        raise UserError(f'merge={out}: {out}.part holds what a run without --part has done: let it go on, or delete that first')
     folders = find_parts(out)
     metas = read_parts(folders)
 
@@ -403,7 +407,7 @@ def merge(out):
             os.unlink(os.path.join(part, name))
         meta = join(folders, metas, part)
         of = {name: meta['source'][name] for name in ('sources', 'target', 'val_fraction') if name in meta['source']}
-        check_sides(meta['splits'], Settings(**of, split=meta.get('split', '')), 'and only')
+        check_sides(meta['splits'], Settings(**of, split=meta['split']))
         publish(part, out, meta, meta['tokenizer'].get('files', ()))
         return meta
     try:

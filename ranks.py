@@ -115,6 +115,7 @@ class Watch:
     def __init__(self, rank, world, seconds):
         self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
         self.count, self.doing, self.quiet = 0, 'to begin', 0.0
+        self.asking, self.answered = None, True
         self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()  # a connection of its own: the other may be waiting
         threading.Thread(target=self.look, daemon=True).start()
 
@@ -131,11 +132,11 @@ class Watch:
             time.sleep(self.tick)
             self.quiet += self.tick
             if self.quiet >= self.seconds:
-                known = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
-                known = known or {self.rank: said}
+                found = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
+                known = found or known or {self.rank: said}
         least = min(count for count, _ in known.values())
         behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least)
-        behind = behind if self.store else 'not known, rank 0 is gone or cut off'
+        behind = behind if self.answered else 'not known, rank 0 is gone or cut off'
         print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
               'newest checkpoint. Where this rank stands:', file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
@@ -143,17 +144,15 @@ class Watch:
         os._exit(1)
 
     def reach(self, ask):
-        """What ask() finds in the store; None if that does not answer, for then rank 0 is gone or cut off."""
+        """What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off."""
         store, found = self.store, []
 
         def wait():
             with suppress(RuntimeError):
                 found.append(ask(store))
-        if store:
-            asking = threading.Thread(target=wait, daemon=True)  # on a network that is gone it may wait for hours
-            asking.start()
-            asking.join(max(2.0, min(30.0, self.seconds / 4)))
-        if found:
-            return found[0]
-        self.store = None
-        return None
+        if store and not (self.asking and self.asking.is_alive()):
+            self.asking = threading.Thread(target=wait, daemon=True)  # on a network that is gone it may wait for hours
+            self.asking.start()
+            self.asking.join(max(2.0, min(30.0, self.seconds / 4)))
+        self.answered = bool(found)
+        return found[0] if found else None

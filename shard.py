@@ -4,9 +4,10 @@ network may be as large as all devices together hold. A block's weights are put 
 
 What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads it, sharded or not, and so do sample.py and
 the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage. The price: the CPU's memory
-of rank 0 has to hold the network and its moments, 12 bytes a parameter, when it writes and at the start, when it builds or reads them as an
-undivided run does and gives every rank its part, a tensor at a time; the others begin with shapes alone (the meta device). With several micro-batches gradients
-are exchanged after each, or all of them would be held whole.
+of rank 0 has to hold the network and its moments, 12 bytes a parameter, when it writes, and at the start, when it builds them or reads them (moments twice for
+a moment) as an undivided run does and gives every rank its part, a tensor at a time. The others begin with shapes alone (the meta device), but for what they
+read, and let go, of weights that were trained elsewhere (init_from). With several micro-batches gradients are exchanged after each, or all of them would
+be held whole.
 """
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ def give_numbers(model, tensors, ranks):
 
 def give_out(t, like, ranks):
     """This rank's part of the tensor t of rank 0, of which the others know the shape alone; it is divided as `like` is, if that has its shape."""
+    ranks.alive('to hand out the network')
     device = like.device if t.ndim else 'cpu'  # counts of an optimizer's steps
     t = t.to(device).contiguous() if ranks.first else torch.empty(t.shape, dtype=t.dtype, device=device)
     if is_divided(like) and t.shape == like.shape:

@@ -123,10 +123,11 @@ class Reader:
                 'docstrings': self.docstrings}
         for path, kind in self.files:
             self.position, end = end, end + os.path.getsize(path)
-            if not self.part_at(min(self.position + 1, end)) <= self.part[0] <= self.part_at(end):
+            begins = self.part_at(min(self.position + 1, end))
+            if not begins <= self.part[0] <= self.part_at(end):
                 continue  # it is not opened
             for task in read[kind](path, cut):
-                at = self.part_at(self.position) if task.starts else at  # a document is whole where it starts
+                at = max(begins, self.part_at(self.position)) if task.starts else at  # a document is whole where it starts
                 if at > self.part[0]:
                     break
                 if at < self.part[0]:

@@ -88,7 +88,7 @@ def part_folder(out, number, count):
 def find_parts(out):
     """The folders of all parts, in the order of the corpus. Raises UserError that names those that are missing."""
     parent = parts_folder(out)
-    names = [re.fullmatch(r'(\d+)_of_(\d+)', name) for name in (os.listdir(parent) if os.path.isdir(parent) else ())]
+    names = [re.fullmatch(r'([1-9]\d*)_of_([1-9]\d*)', name) for name in (os.listdir(parent) if os.path.isdir(parent) else ())]
     parts = {(int(m[2]), int(m[1])) for m in names if m}
     if not parts:
         raise UserError(f'merge={out}: no parts in {parent}: make them with --out={out} --part=1/N to N/N')
@@ -105,15 +105,17 @@ def find_parts(out):
 def read_parts(folders):
     """meta.json of the parts, which have to be of one corpus. Raises UserError that names the setting in which one is not."""
     metas = [read_meta(folder) for folder in folders]
-    for folder, meta in zip(folders, metas):
+    for n, (folder, meta) in enumerate(zip(folders, metas), 1):
         try:
+            assert meta['source']['part'] == f'{n}/{len(folders)}' and meta['splits'].keys() == {'train', 'val'} and meta['split'] in ('document', 'tail')
+            assert all(isinstance(name, str) for name in (*meta['source']['sources'], meta['source'].get('target', '')))
             source, first = ({**m['source'], 'inputs': '', 'part': ''} for m in (meta, metas[0]))  # machines may have copies, which have other times
             changed = next((key for key in first | source if first.get(key) != source.get(key)), None)
             changed = changed or next((key for key in metas[0] | meta if key not in ('source', 'splits') and metas[0].get(key) != meta.get(key)), None)
             for shard in (shard for split in meta['splits'].values() for shard in split['shards']):
                 assert {'sha256', 'idx_sha256'} <= shard.keys() and all(type(shard.get(name)) is int for name in ('tokens', 'documents', 'bytes'))
         except (KeyError, TypeError, AssertionError):
-            raise UserError(f'{folder}: is no part that prepare.py made: make it again') from None
+            raise UserError(f'{folder}: is not the part that its name says: make it again') from None
         if changed:
             what = 'from other input files' if changed == 'files' else f'with another {changed}'
             raise UserError(f'{folder}: was prepared {what} than {folders[0]}: make one of them again')

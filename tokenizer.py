@@ -447,18 +447,9 @@ def train_bpe(texts, vocab_size):
     return SentencePieceTokenizer(model.getvalue())
 
 
-def load_tokenizer(description, folder):
-    """The tokenizer of a description that save() returned, its files read from `folder` and checked. Raises UserError."""
-    kind, files = description['kind'], {}
-    for name, sha256 in description.get('files', {}).items():
-        path = os.path.join(folder, name)
-        try:
-            with open(path, 'rb') as f:
-                files[name] = f.read()
-        except OSError as error:
-            raise UserError(f'{path}: {error.strerror}: the tokenizer belongs beside its data; prepare the data again') from None
-        if hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): restore the file, or prepare the data again')
+def described(description, files, folder):
+    """The tokenizer of a description and {name: bytes} of the files it has in `folder`."""
+    kind = description['kind']
     if kind == 'byte':
         tokenizer = ByteTokenizer()
     elif kind == 'char':
@@ -472,8 +463,25 @@ def load_tokenizer(description, folder):
         tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name))
     else:
         raise UserError(f'{folder}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
-    if description.get('reserved'):
-        tokenizer = Reserved(tokenizer, description['reserved'])
+    return Reserved(tokenizer, description['reserved']) if description.get('reserved') else tokenizer
+
+
+def load_tokenizer(description, folder):
+    """The tokenizer of a description that save() returned, its files read from `folder` and checked. Raises UserError."""
+    kind, files = description['kind'], {}
+    for name, sha256 in description.get('files', {}).items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, 'rb') as f:
+                files[name] = f.read()
+        except OSError as error:
+            raise UserError(f'{path}: {error.strerror}: the tokenizer belongs beside its data; prepare the data again') from None
+        if hashlib.sha256(files[name]).hexdigest() != sha256:
+            raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): restore the file, or prepare the data again')
+    try:
+        tokenizer = described(description, files, folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{folder}: no {kind} tokenizer is as the one described there ({error!r}): prepare the data again') from None
     if description.get('sha256', tokenizer.describe()['sha256']) != tokenizer.describe()['sha256']:
         raise UserError(f'{folder}: the {kind} tokenizer found here is not the one described there: prepare the data again')
     return tokenizer

@@ -209,6 +209,8 @@ def train(s, device, ranks, stop, left_out=()):
     The run that the settings describe, from where it stands to its end or to a signal. Returns the signal's number, 0 at the end. Raises Spike where it is
     to begin again at its last checkpoint, with more steps `left_out`.
     """
+    if not s.eval_only:
+        ranks.from_first(partial(checkpoint.claim, s.out_dir))  # before it is read
     run = set_up(s, device, ranks, left_out)
     stop.listen()
     step = run.step
@@ -304,7 +306,7 @@ def evaluation(s, step, run, log, ranks, stop):
 
 
 def claim_out_dir(s, step):
-    checkpoint.claim(s.out_dir)
+    checkpoint.claim(s.out_dir)  # there may be one by now
     checkpoint.prepare_out_dir(s.out_dir, step, dataclasses.asdict(s))
     checkpoint.claim(s.out_dir)  # another folder, if that one was moved aside
 

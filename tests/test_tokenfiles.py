@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, run
 from test_prepare import contents, do, read, story, write_jsonl
@@ -79,6 +80,14 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
         assert all(np.array_equal(a, b) for a, b in zip(*(Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
 
 
+def test_rows_so_short_that_many_are_read_at_the_start_of_a_file_are_in_one_part(tmp_path):
+    for name in 'ab':
+        pyarrow.parquet.write_table(pyarrow.table({'text': [2 * name] * 400_000}), tmp_path / f'{name}.parquet')
+    whole = do(tmp_path / 'whole', tmp_path / 'a.parquet', tmp_path / 'b.parquet', split='tail', val_fraction=0.5)
+    meta = in_parts(tmp_path / 'out', 2, tmp_path / 'a.parquet', tmp_path / 'b.parquet', split='tail', val_fraction=0.5)
+    assert meta['splits']['val']['tokens'] == whole['splits']['val']['tokens'] == 2 * 800_000
+
+
 def test_a_part_reads_no_file_beside_its_own(corpus, monkeypatch):
     opened, blocks = {}, Reader.blocks
     monkeypatch.setattr(Reader, 'blocks', lambda self, path: (opened[self.part[0]].add(Path(path).name), blocks(self, path))[1])
@@ -141,6 +150,21 @@ def of_others(out, corpus):
     do(out, corpus, part='2/3', val_fraction=0.2)
 
 
+def taken_twice(out, corpus):
+    shutil.rmtree(f'{out}.parts/2_of_3')
+    shutil.copytree(f'{out}.parts/1_of_3', f'{out}.parts/2_of_3')
+
+
+def leads_out(out, corpus):
+    path = Path(f'{out}.parts/2_of_3/meta.json')
+    path.write_text(path.read_text().replace('"val": {', '"../val": {'))
+
+
+def half_done(out, corpus):
+    os.makedirs(f'{out}.part')
+    Path(f'{out}.part/progress.json').write_text('{}')
+
+
 def otherwise(out, corpus):
     shutil.rmtree(f'{out}.parts/3_of_3')
     do(out, corpus, part='3/3', val_fraction=0.3)
@@ -153,7 +177,8 @@ def otherwise(out, corpus):
     (lambda out, corpus: shutil.rmtree(f'{out}.parts'), 'no parts in'),
     (lambda out, corpus: os.makedirs(out), 'exists'),
     (damaged, '2_of_3/train_00000.bin: its contents do not match'), (of_others, '2_of_3: was prepared from other input files'),
-    (otherwise, '3_of_3: was prepared with another val_fraction')])
+    (otherwise, '3_of_3: was prepared with another val_fraction'), (taken_twice, '2_of_3: is not the part that its name says'),
+    (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds what a run without --part has done')])
 def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words):
     own = shutil.copytree(corpus, tmp_path / 'corpus')
     for n in (1, 2, 3):

@@ -32,9 +32,10 @@ import peft_files
 import prepare
 import sources
 from configurator import UserError, configure, from_dict
-from data import Mixture
+from data import Mixture, read_meta
 from lora import LoraConfig, begin
 from model import make_model
+from tokenizer import load_tokenizer
 from train import Settings
 
 # -----------------------------------------------------------------------------
@@ -145,6 +146,8 @@ def tokens_case(case):
         for other, data in files.items():
             Path(folder, other).write_bytes(changed if other == name else data)
         rows = right_or_refused(lambda: Mixture(folder, 'train', 16, 1, packing).rows(range(8)))
+        if rows is not None:
+            right_or_refused(lambda: load_tokenizer(read_meta(folder)['tokenizer'], folder))
     if rows is None:
         return
     assert name == 'meta.json' or changed == files[name]

@@ -9,10 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, read_log, write_dataset
+from conftest import ROOT, read_log, run_here, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
+import train
+from run import set_up
 
 SLOW = pytest.mark.slow
 LONG = ['--max_iters=100000', '--eval_interval=100000', '--lr_decay_iters=400', '--warmup_iters=20']
@@ -195,6 +197,17 @@ def test_a_second_process_does_not_train_in_the_same_out_dir(dataset, tmp_path, 
     processes.wait()
     step = step_of(tmp_path / 'out')
     assert run_to_end(*args, f'--max_iters={step + 2}')[0] == [0] and step_of(tmp_path / 'out') == step + 2
+
+
+def test_out_dir_is_claimed_before_it_is_read_and_let_go_at_the_end(dataset, tmp_path, monkeypatch):
+    """Or what another process writes while this one starts would be taken for damaged."""
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}']
+    run_here(['train.py', *args])
+    held = []
+    monkeypatch.setattr(train, 'set_up', lambda *args: held.append(list(checkpoint.CLAIMED)) or set_up(*args))
+    run_here(['train.py', *args, '--max_iters=12'])
+    run_here(['train.py', *args, '--max_iters=12', '--eval_only'])
+    assert held == [[str(tmp_path)], []] and not checkpoint.CLAIMED and not (tmp_path / 'lock').exists() and step_of(tmp_path) == 12
 
 
 # --- hangs and restarts ---
