@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, run
 from test_prepare import contents, do, read, story, write_jsonl
@@ -18,7 +17,7 @@ import sources
 import tokenfiles
 from configurator import UserError
 from data import Mixture, TokenFiles
-from sources import Reader, find_files
+from sources import Reader, Task, find_files
 from tokenfiles import part_folder
 
 
@@ -80,12 +79,15 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
         assert all(np.array_equal(a, b) for a, b in zip(*(Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
 
 
-def test_rows_so_short_that_many_are_read_at_the_start_of_a_file_are_in_one_part(tmp_path):
+def test_what_is_read_before_the_place_in_a_file_moves_is_in_one_part(tmp_path, monkeypatch):
+    """As the first of very short rows of a .parquet are."""
     for name in 'ab':
-        pyarrow.parquet.write_table(pyarrow.table({'text': [2 * name] * 400_000}), tmp_path / f'{name}.parquet')
-    whole = do(tmp_path / 'whole', tmp_path / 'a.parquet', tmp_path / 'b.parquet', split='tail', val_fraction=0.5)
-    meta = in_parts(tmp_path / 'out', 2, tmp_path / 'a.parquet', tmp_path / 'b.parquet', split='tail', val_fraction=0.5)
-    assert meta['splits']['val']['tokens'] == whole['splits']['val']['tokens'] == 2 * 800_000
+        (tmp_path / f'{name}.txt').write_text(10 * name)
+    monkeypatch.setattr(Reader, 'text', lambda self, path, cut: iter([Task([(path, 'first')])]))
+    files = find_files([str(tmp_path)])
+    for count in (1, 2, 3, 40):
+        found = [task.documents[0][0] for n in range(1, count + 1) for task in Reader(files, prepare.Settings(), (n, count)).tasks(None)]
+        assert found[0] == files[0][0] and len(found) == (2 if count > 1 else 1)
 
 
 def test_a_part_reads_no_file_beside_its_own(corpus, monkeypatch):
