@@ -76,15 +76,15 @@ class Arm:
 
 
 def read_run(out_dir):
-    """{'out_dir', 'settings', 'state', 'parameters', 'blocks', 'val': records with val_loss} of a run. Raises UserError."""
+    """{'out_dir', 'settings', 'state', 'parameters', 'blocks', 'trained', 'val': records with val_loss} of a run. Raises UserError."""
     try:
         settings, log = read_settings(out_dir), read_log(out_dir)
         if settings is None:
             raise ValueError('no settings.json')
-        parameters, blocks = sizes(settings)
+        parameters, blocks, trained = sizes(settings)
     except (OSError, ValueError) as error:
         raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
-    return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks,
+    return {'out_dir': out_dir, 'settings': settings, 'state': state(out_dir, settings), 'parameters': parameters, 'blocks': blocks, 'trained': trained,
             'val': [r for r in log if 'val_loss' in r]}
 
 
@@ -172,7 +172,7 @@ def paired_values(a, b):
 def row(arm, reference):
     """The figures of an arm as {name: number or None}: what the table and the csv file show."""
     run = next(iter(arm.runs.values()))
-    out = {'arm': arm.name, 'parameters': run['parameters'], 'block_parameters': run['blocks'], 'seeds': len(arm.seeds())}
+    out = {'arm': arm.name, 'parameters': run['parameters'], 'block_parameters': run['blocks'], 'trained_parameters': run['trained'], 'seeds': len(arm.seeds())}
     for key in ('tokens', 'flops', 'seconds'):
         values = arm.last(key).values()
         out[key] = statistics.mean(values) if values else None
@@ -219,6 +219,9 @@ def notes(arms, reference):
     """What the figures leave out or cannot say, a line each."""
     lines = []
     for arm in arms:
+        run = next(iter(arm.runs.values()))
+        if run['trained'] < run['parameters']:
+            lines.append(f'{arm.name}: {run["trained"]:,} of its parameters are trained')
         if arm.seeds('diverged'):
             lines.append(f'{arm.name}: diverged: seed {listed(arm.seeds("diverged"))}')
         for seed in sorted(set(arm.runs) - arm.seeds() - arm.seeds('diverged')):

@@ -215,9 +215,10 @@ def blank(s, **changes):
 
 
 def sizes(s):
-    """(parameters, those of the blocks) of the network that a run ends with."""
+    """(parameters, those of the blocks, those that are trained) of the network that a run ends with."""
     model = blank(s)
-    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.'))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if s.lora_rank else model.num_params()
+    return model.num_params(), sum(p.numel() for name, p in model.named_parameters() if name.startswith('blocks.')), trained
 
 
 def cost(s):

@@ -75,12 +75,6 @@ def old_loss(out_dir, novels, s):
     return json.loads(kept.read_text())
 
 
-def trained(run):
-    """How many parameters a run trained."""
-    weights = checkpoint.read_weights(checkpoint.find(run['out_dir'], 'last'))  # an adapter's checkpoint holds nothing else
-    return sum(t.numel() for t in weights.values()) if run['settings'].lora_rank else run['parameters']
-
-
 def table(name, arms, bases, novels, s):
     """Lines of a markdown table: a corpus' arms."""
     full = arms['full']
@@ -92,7 +86,7 @@ def table(name, arms, bases, novels, s):
         mean, width, _ = paired(a, full)
         after = {seed: old_loss(run['out_dir'], novels, s) for seed, run in a.runs.items()}
         lost, lost_width, _ = paired_values(after, before)
-        lines.append(f'| {name} | {arm} | {trained(next(iter(a.runs.values()))):,} | {a.swept["learning_rate"]:g} '
+        lines.append(f'| {name} | {arm} | {next(iter(a.runs.values()))["trained"]:,} | {a.swept["learning_rate"]:g} '
                      f'| {plus_minus(*mean_and_error(a.last("val_loss").values()))} | {"" if a is full else interval(mean, width)} '
                      f'| {plus_minus(*mean_and_error(after.values()))} | {interval(lost, lost_width)} | {pace[arm] / pace["full"]:.2f} |')
     return lines
@@ -132,7 +126,7 @@ def draw(studies, novels, s, path):
                     (rate, run['val'][-1]['val_loss'], old_loss(run['out_dir'], novels, s)))
         for n, (arm, a) in enumerate(arms.items()):
             mean, error = mean_and_error(a.last('val_loss').values())
-            top.errorbar(trained(next(iter(a.runs.values()))), mean, error, marker='o', capsize=3, color=f'C{n}', label=arm)
+            top.errorbar(next(iter(a.runs.values()))['trained'], mean, error, marker='o', capsize=3, color=f'C{n}', label=arm)
             _, new, old = zip(*sorted(points[arm]))
             bottom.plot(new, old, 'o-', color=f'C{n}', markersize=4, label=arm)
         low = min(a.loss for a in arms.values())

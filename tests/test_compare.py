@@ -46,6 +46,14 @@ def points(*losses, diverged=(), key='lr'):
     return [made(value, by_seed) for value, by_seed in losses]
 
 
+def test_of_adapters_it_is_said_how_many_parameters_are_trained(dataset, tmp_path):
+    train(tmp_path / 'base', dataset=dataset)
+    train(tmp_path / 'adapted', f'--init_from={tmp_path / "base"}', '--lora_rank=2', '--lora_targets=attn.q', dataset=dataset)
+    adapted = read_run(str(tmp_path / 'adapted'))
+    assert adapted['trained'] == 2 * 2 * (32 + 32) and adapted['trained'] == adapted['parameters'] - read_run(str(tmp_path / 'base'))['parameters']
+    assert 'adapted: 256 of its parameters are trained' in run('compare.py', tmp_path / 'base', tmp_path / 'adapted').stdout
+
+
 def test_runs_are_compared_in_a_table_and_a_picture(dataset, tmp_path):
     train(tmp_path / 'dense', dataset=dataset)
     train(tmp_path / 'low', '--rank_mlp=8', dataset=dataset)
