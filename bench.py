@@ -45,12 +45,13 @@ import train
 from configurator import UserError, configure, run_main
 from data import Mixture
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
+from files import replace_json
 from measure import ROOT, alternate, run, seconds, section, show, summarize
 from model import Transformer, make_model
 from optim import make_optimizer
 from origin import model_config
 from packed import pack
-from prepare import cores, write_json
+from prepare import cores
 
 MB = 10 ** 6
 
@@ -481,7 +482,7 @@ def main():
             show(part)
             report['parts'].append(part)
             if s.json:
-                write_json(s.json, report)
+                replace_json(s.json, report)
 
 
 if __name__ == '__main__':
