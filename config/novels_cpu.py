@@ -1,4 +1,4 @@
-# A network of English novels, to be adapted to something else: 15 minutes on a CPU core, two others at work beside it
+# A network of English novels, to be adapted to something else: 9 minutes on 2 CPU cores
 #   python prepare.py FOLDER_OF_NOVELS --out=data/novels --tokenizer=bpe:4096
 #   python train.py config/novels_cpu.py
 from config.fast import *  # noqa: F403

@@ -130,8 +130,10 @@ def draw(studies, novels, s, path):
             _, new, old = zip(*sorted(points[arm]))
             bottom.plot(new, old, 'o-', color=f'C{n}', markersize=4, label=arm)
         low = min(a.loss for a in arms.values())
+        old = [sorted((new, old) for _, new, old in tried)[0][1] for tried in points.values()]  # at the best rates; those that diverged lie above
         top.set(title=name, xscale='log', xlabel='trained parameters', ylabel='loss on it (nats per token)')
-        bottom.set(xlabel='loss on it: learned', ylabel='loss on novels: forgotten', xlim=(low - 0.05, low + 1.0))
+        bottom.set(xlabel='loss on it: learned', ylabel='loss on novels: forgotten', xlim=(low - 0.05, low + 1.0),
+                   ylim=(min(old) - 0.5, max(old) + 0.2))
         for axis in (top, bottom):
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=2)
