@@ -1,7 +1,7 @@
 """
 Do the tests notice when a protection is gone? Each is taken out of a copy of the code, one at a time, and the test that is there for it has to fail.
 
-    python tests/faults/mutants.py            # 25 of them, 6 minutes on 2 CPU cores; or with words of their tests: shard lock
+    python tests/faults/mutants.py            # 25 of them; or with words of their tests: shard lock
 """
 import shutil
 import subprocess

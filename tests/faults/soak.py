@@ -3,7 +3,7 @@ One training run of two ranks, disturbed again and again: SIGKILL and SIGTERM to
 flipped in a random file of the newest checkpoint. Whoever starts it again gets, bit for bit, the run that nobody disturbed, and no checkpoint is lost
 but those that were damaged.
 
-    python tests/faults/soak.py 200            # faults; a quarter of an hour on 2 CPU cores
+    python tests/faults/soak.py 200            # faults; 11 minutes on 2 CPU cores
 """
 import collections
 import random
