@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -193,6 +194,7 @@ def set_aside(out_dir, step, settings):
     if checkpoints(out_dir) or other_run:
         aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
         os.rename(out_dir, aside)
+        Path(aside, 'lock').unlink(missing_ok=True)  # that of this process, which takes one of the new folder
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
 
 

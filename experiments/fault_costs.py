@@ -3,8 +3,8 @@ What it costs to lose nothing: the seconds that a checkpoint adds to a run, writ
 
     python experiments/fault_costs.py config/tinystories_cpu.py --dataset=tinystories           # or: torchrun --nproc_per_node=2 …, for the check of drift
 
-Rounds of `--steps` steps in turn: plain, with a checkpoint at their beginning, with one in the background, plain, …; medians. All other settings
-are those of train.py.
+And the memory in which each process begins, or goes on if out_dir holds a run. Rounds of `--steps` steps in turn: plain, with a checkpoint at their
+beginning, with one in the background, plain, …; medians. All other settings are those of train.py.
 """
 import dataclasses
 import math
@@ -21,7 +21,7 @@ import torch
 import checkpoint
 import train
 from configurator import configure, run_main
-from device import pick_device
+from device import peak_memory, pick_device
 from guard import check_alike
 from ranks import Ranks
 from run import save, set_up
@@ -38,8 +38,10 @@ def main():
     s = configure(Settings)
     ranks = Ranks(s.backend, pick_device(s.device))
     run = set_up(s, ranks.device, ranks, ())
-    ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, 0, dataclasses.asdict(s)))
-    calls, times, step = {}, {}, 0
+    memory = ranks.gather(peak_memory(ranks.device))
+    ranks.say(f'{run.parameters[0]:,} parameters; memory until the first step, rank by rank: {", ".join(f"{one / 1e6:,.0f}" for one in memory)} MB')
+    ranks.from_first(lambda: checkpoint.prepare_out_dir(s.out_dir, run.step, dataclasses.asdict(s)))
+    calls, times, step = {}, {}, run.step
     writers = {kind: checkpoint.Writer(kind == 'in the background') for kind in ('plain', 'at once', 'in the background')}
     for n in range(1 + s.rounds):
         for kind, run.writer in writers.items():
@@ -64,7 +66,7 @@ def main():
         check_alike(run.model, ranks, step)
         checks.append(time.perf_counter() - began)
     step_seconds = statistics.median(times['plain']) / s.steps
-    ranks.say(f'{run.parameters[0]:,} parameters, {step_seconds:.3f} s a step; of {s.interval} steps, medians of {s.rounds} rounds:')
+    ranks.say(f'{step_seconds:.3f} s a step; of {s.interval} steps, medians of {s.rounds} rounds:')
     for kind in ('at once', 'in the background'):
         extra, call = [theirs - plain for theirs, plain in zip(times[kind], times['plain'])], statistics.median(calls[kind])
         ranks.say(f'a checkpoint {kind}: {statistics.median(extra):+.3f} s ({min(extra):+.3f} to {max(extra):+.3f}), '

@@ -158,7 +158,7 @@ def test_scratch_moves_the_old_run_aside(dataset, tmp_path):
     train(tmp_path / 'run', dataset=dataset)
     train(tmp_path / 'run', '--init_from=scratch', '--n_layer=1', '--max_iters=1', dataset=dataset)
     assert checkpoint.find(str(tmp_path / 'run.old1')).endswith('step_00000010')
-    assert checkpoint.find(str(tmp_path / 'run')).endswith('step_00000001')
+    assert checkpoint.find(str(tmp_path / 'run')).endswith('step_00000001') and not list(tmp_path.glob('*/lock'))
 
 
 def test_init_from_a_run_takes_its_weights_and_network_with_a_fresh_schedule(whole, dataset, tmp_path):

@@ -25,7 +25,7 @@ MUTANTS = [
     ('checkpoint.py', ' and folder != best(out_dir)[0]:', ':', 'faults/test_files.py', 'never_removed'),
     ('checkpoint.py', "t.detach().to('cpu', copy=True)", 't.detach()', 'faults/test_files.py', 'background_is_what_was_there'),
     ('checkpoint.py', '    if broken:', '    if False:', 'faults/test_running.py', 'never_written'),
-    ('checkpoint.py', 'CLAIMED[out_dir] = lock(out_dir)', 'pass', 'faults/test_running.py', 'second_process'),
+    ('checkpoint.py', 'held = lock(path)', 'held = os.open(os.devnull, os.O_RDONLY)', 'faults/test_running.py', 'second_process'),
     # what goes wrong while a run goes on
     ('train.py', ' + 0 * loss.detach()', '', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
     ('train.py', 'finite = math.isfinite(norm)', 'finite = True', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
@@ -45,7 +45,7 @@ MUTANTS = [
     ('data.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_data.py',
      'without_running_its_pickle'),
     ('origin.py', "    if data.fingerprint() != state['data']:", '    if False:', 'test_train.py', 'data'),
-    ('sources.py', 'at = self.part_at(self.position) if task.starts else at', 'at = self.part_at(self.position)', 'test_tokenfiles.py', 'together_the_whole'),
+    ('sources.py', 'self.part_at(self.position)) if task.starts else at', 'self.part_at(self.position))', 'test_tokenfiles.py', 'together_the_whole'),
 ]
 
 

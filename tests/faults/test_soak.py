@@ -1,10 +1,12 @@
-"""A run under many faults, as soak.py does it, and a data set of a hundred billion windows."""
+"""A run under many faults, as soak.py does it, a data set of a hundred billion windows, and whether mutants.py knows the code as it is."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from mutants import MUTANTS
 from soak import soak
 
 
@@ -43,3 +45,9 @@ def test_a_hundred_billion_windows_start_at_once_and_take_no_memory(tmp_path):
     rows, started, batch, peak = map(float, done.stdout.split())
     print(f'{started:.2f} s to start, {1e3 * batch:.1f} ms a batch, {peak:.0f} MB')
     assert rows == 10 ** 11 and started < 3 and batch < 0.02 and peak < 100
+
+
+def test_what_mutants_takes_out_is_there():
+    for file, old, _, test, _ in MUTANTS:
+        assert Path(ROOT, file).read_text().count(old) == 1, (file, old)
+        assert Path(ROOT, 'tests', test).is_file()
