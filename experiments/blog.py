@@ -2,7 +2,7 @@
 Why low rank failed in the blog "Are Small Language Models Low-rank?" (XiaonanFu-ucsd/COGS185-final-project): its faults, each a patch
 of a few lines on train.py, one by one, all together, and all but one.
 
-    python prepare.py ../shared/data/text/tinystories.jsonl --out=data/stories --tokenizer=bpe:4096 --val_fraction=0.05
+    python prepare.py tinystories.jsonl --out=data/stories --tokenizer=bpe:4096 --val_fraction=0.05
     python experiments/blog.py --quick                         # all runs, small, then table and picture; or without --quick, an hour on one core
     python experiments/blog.py --only='dense*'                 # a part of the runs: this and --only='lowrank*' side by side use two cores
     python experiments/blog.py config/lowrank.py --condition=right+bf16+init       # train.py with these faults
