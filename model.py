@@ -400,7 +400,7 @@ class Attention(nn.Module):
     def turn(self, heads, angles):
         """Queries or keys (B, T, H, D), normalised and turned by their positions → (B, H, T, D)."""
         if self.cfg.qk_norm:
-            heads = F.rms_norm(heads, (self.cfg.d_head,))
+            heads = F.rms_norm(heads, (self.cfg.d_head,)).type_as(heads)  # autocast on GPUs makes it float32 (torch 2.13), and a cache holds one dtype
         return (heads if angles is None else rotate(heads, angles)).transpose(1, 2)
 
 

@@ -216,6 +216,7 @@ def clip_gradient(model, most):
         return torch.nn.utils.clip_grad_norm_(dense, most)
     others = [p for p in dense if not is_divided(p.grad)]
     norm = torch.stack([whole(torch.nn.utils.get_total_norm([p.grad for p in some])) for some in (divided, others) if some]).norm()
+    torch.distributed.broadcast(norm, 0)  # groups of ranks that hold the same may have added in another order
     for some in (divided, others):
         torch.nn.utils.clip_grads_with_norm_(some, most, norm)
     return norm

@@ -1,13 +1,13 @@
 """
 The processes of a run: torchrun starts several, which share its batches; python one.
 """
-import faulthandler
 import gc
 import json
 import os
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from datetime import timedelta
 
@@ -26,7 +26,7 @@ class Ranks:
         self.lockstep = False  # whether all have to make the same passes through the network (shard.py)
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
             kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
-            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 2 * hang_timeout)))  # the watch is to speak first
+            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))  # the watch is to speak first
             self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property
@@ -43,13 +43,14 @@ class Ranks:
         if self.watch:
             self.watch.doing, self.watch.quiet = doing or self.watch.doing, 0.0
 
-    def end(self):
-        """Part from the others."""
+    def end(self, failed=False):
+        """Part from the others. NCCL would wait for them where this rank alone has failed, and what it has to say would not be heard."""
         if self.world > 1:
             if self.watch:
                 self.watch.store = None  # rank 0 may be gone before this one
             gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
-            dist.destroy_process_group()
+            if not failed or self.device.type != 'cuda':
+                dist.destroy_process_group()
 
     def sum(self, *values):
         """The sums over all ranks of some numbers, as a list of floats."""
@@ -104,6 +105,13 @@ def is_lost(error):
                                                  'remote process exited'))
 
 
+def where_it_stands():
+    """The stacks of all other threads of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()
+                   if ident != threading.get_ident())
+
+
 class Watch:
     """
     A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is behind and where every thread stands: where one
@@ -137,9 +145,9 @@ class Watch:
         least = min(count for count, _ in known.values())
         behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least)
         behind = behind if self.answered else 'not known, rank 0 is gone or cut off'
-        print(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on from the '
-              'newest checkpoint. Where this rank stands:', file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr)
+        sys.stderr.write(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on '
+                         f'from the newest checkpoint. Where this rank stands:\n{where_it_stands()}')  # in one go: the others speak at the same time
+        sys.stderr.flush()
         time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
         os._exit(1)
 

@@ -154,8 +154,7 @@ def set_up(s, device, ranks, left_out):
     if s.shard:
         model, optimizer, undivided = divide(model, optimizer, s, data, origin, ranks)
     if s.compile:
-        for module in model.blocks if s.shard else [model]:
-            module.compile(dynamic=False)
+        compile_all(model.blocks if s.shard else [model])
     begun = state or origin
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
@@ -164,6 +163,12 @@ def set_up(s, device, ranks, left_out):
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
                checkpoint.Writer(s.async_save), undivided=undivided)
+
+
+def compile_all(modules):
+    torch._dynamo.config.recompile_limit = 8 * len(modules)  # blocks share their code, each with constants of its own: past the limit they run uncompiled
+    for module in modules:
+        module.compile(dynamic=False)
 
 
 def build(s, data, origin, ranks):
@@ -233,7 +238,7 @@ def grow_run(run, s, ranks):
     run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
     checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
     if s.compile:
-        run.model.compile(dynamic=False)
+        compile_all([run.model])
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
     run.losses.recent.clear()  # what follows is not to be compared with what was

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+from contextlib import nullcontext
 from itertools import takewhile
 
 import torch
@@ -126,7 +127,7 @@ def show_samples(model, s, data, ranks, stop=False):
         tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
         tokenizer.around = around(s.objective, s.denoisers, files.meta)
         prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
-        with autocast(ranks.device, s.dtype):
+        with autocast(ranks.device, s.dtype), without_compiling(s.compile and ranks.lockstep):
             pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
                             generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None)
             text = ''.join(piece for _, piece in takewhile(lambda _: not ranks.any(stop), pieces))
@@ -134,6 +135,11 @@ def show_samples(model, s, data, ranks, stop=False):
     except UserError as error:
         ranks.say(f'no sample: {error}')
     model.train()
+
+
+def without_compiling(needed):
+    """Or the lengths of samples use up the shapes that blocks are compiled for, and training goes on uncompiled."""
+    return torch.compiler.set_stance('force_eager') if needed else nullcontext()
 
 
 def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):

@@ -347,7 +347,7 @@ def rewinding(s, device, ranks):
             raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: lower the learning rate')
         gc.collect()  # the network that was
         s = configure(Settings)
-        if s.init_from == 'scratch' and checkpoint.checkpoints(s.out_dir):
+        if s.init_from == 'scratch' and ranks.from_first(lambda: bool(checkpoint.checkpoints(s.out_dir))):
             s.init_from = 'auto'  # it has begun
 
 
@@ -371,7 +371,7 @@ def main():
                         f'as much to keep the step), block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
         checkpoint.release(s.out_dir)
-        ranks.end()
+        ranks.end(failed=sys.exc_info()[0] is not None)
     leave(128 + signal_number if signal_number else 0, ranks)
 
 

@@ -91,7 +91,7 @@ def test_two_nodes_of_the_others_meet(machine, dataset, tmp_path, name):
         else:
             trainer = file['spec']['trainer']
             own = {'PET_NNODES': '2', 'PET_NPROC_PER_NODE': '1', 'PET_NODE_RANK': str(rank), 'PET_MASTER_ADDR': '127.0.0.1', 'PET_MASTER_PORT': str(port)}
-            args = [arg for arg in trainer['args'] if not arg.startswith(('config', '--dataset'))]
+            args = [arg for arg in trainer['args'] if not arg.startswith(('config', '--dataset', '--device'))]
             nodes.append(start([*trainer['command'], *settings, *args], env | own | {entry['name']: entry['value'] for entry in trainer['env']}))
         time.sleep(0.2)
     said = [node.communicate(timeout=150)[0] for node in nodes]

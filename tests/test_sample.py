@@ -35,6 +35,14 @@ def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(s
     assert torch.equal(cached, uncached) and len(cached.unique()) > 5
 
 
+def test_a_cache_holds_one_dtype_where_autocast_has_norms_in_float32(monkeypatch):
+    """As on GPUs since torch 2.13."""
+    rms_norm = torch.nn.functional.rms_norm
+    monkeypatch.setattr(torch.nn.functional, 'rms_norm', lambda x, shape, weight=None, eps=None: rms_norm(x.float(), shape, weight, eps))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert tokens(model(), [[1, 2, 3]], 30, temperature=0).shape == (1, 30)
+
+
 @pytest.mark.parametrize('settings', [dict(n_kv_head=2, softcap=5.0), dict(position='learned', qk_norm=False, bias=True, norm='layernorm'),
                                       dict(position='none', rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
 def test_compiled_decoding_is_uncached_token_for_token_also_far_beyond_the_context(settings):

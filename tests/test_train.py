@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 import checkpoint
 from data import Mixture
+from model import ModelConfig, Transformer
 from ranks import Ranks
-from run import Batches
+from run import Batches, compile_all
+from runlog import show_samples
 from train import Settings
 
 
@@ -434,3 +436,26 @@ def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_pa
     assert Path(folder / 'train.bin').stat().st_size == 2 * (len(text) - 2000)
 
 
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_one_by_one_stay_so_after_a_sample(dataset, monkeypatch):
+    """As --shard has them; each with constants of its own, of which there are more than torch compiles by itself."""
+    ran, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)  # as it was, in the end
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compile_module(self, backend=counting, **options))
+
+    def counting(graph, inputs):
+        return lambda *args: ran.append(graph) or graph.forward(*args)
+
+    def blocks_run():
+        ran.clear()
+        model(x, x).backward()
+        return len(ran)
+    s, ranks, data = Settings(compile=True, sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1)
+    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16, depth_scale='norm'))
+    x, ranks.lockstep = torch.arange(64).view(2, 32), True
+    compile_all(model.blocks)
+    assert blocks_run() == 9
+    show_samples(model, s, data, ranks)
+    assert blocks_run() == 9
