@@ -138,7 +138,7 @@ def show_samples(model, s, data, ranks, stop=False):
 
 
 def without_compiling(needed):
-    """Or the lengths of samples use up the shapes that blocks are compiled for, and training goes on uncompiled."""
+    """Or blocks that are compiled one by one would be so for every length of a sample, up to the limit from which on nothing is compiled any more."""
     return torch.compiler.set_stance('force_eager') if needed else nullcontext()
 
 

@@ -439,13 +439,14 @@ def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_pa
 
 
 @pytest.mark.slow
-def test_blocks_that_are_compiled_one_by_one_stay_so_after_a_sample(dataset, monkeypatch):
+def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch):
     """As --shard has them; each with constants of its own, of which there are more than torch compiles by itself."""
-    ran, compile_module = [], torch.nn.Module.compile
+    made, ran, compile_module = [], [], torch.nn.Module.compile
     monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)  # as it was, in the end
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compile_module(self, backend=counting, **options))
 
     def counting(graph, inputs):
+        made.append(graph)
         return lambda *args: ran.append(graph) or graph.forward(*args)
 
     def blocks_run():
@@ -458,4 +459,4 @@ def test_blocks_that_are_compiled_one_by_one_stay_so_after_a_sample(dataset, mon
     compile_all(model.blocks)
     assert blocks_run() == 9
     show_samples(model, s, data, ranks)
-    assert blocks_run() == 9
+    assert len(made) == 9 and blocks_run() == 9
