@@ -113,6 +113,9 @@ def mark_best(out_dir, step, val_loss, keep=2):
     prune(out_dir, keep)
 
 
+WRITERS = []
+
+
 class Writer:
     """
     Calls functions that write, one after the other: at once, or in a thread of its own, while the run goes on. What went wrong in it, wait() raises.
@@ -121,6 +124,7 @@ class Writer:
 
     def __init__(self, in_background):
         self.thread, self.pending = ThreadPoolExecutor(1) if in_background else None, []
+        WRITERS.append(self)
 
     def __call__(self, write, *args):
         if self.thread:
@@ -172,6 +176,11 @@ def claim(out_dir):
 
 
 def release(out_dir):
+    """Let others train in out_dir, once all is written."""
+    for writer in WRITERS:
+        if writer.thread:
+            writer.thread.shutdown()
+    WRITERS.clear()
     if out_dir in CLAIMED:
         path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 
@@ -35,12 +36,33 @@ def run_main(main):
         if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
             time.sleep(3)
         print(f'{os.path.basename(sys.argv[0])}: ' + f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:  # | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
+    except Exception:
+        if not among_others():
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def among_others():
+    """Whether this is one of several processes that torchrun started."""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+def leave(code):
+    """Exit. One of several ranks does without tidying up: NCCL would wait for the others, and gloo's threads, now and then, abort or wait for ever."""
+    if among_others():
+        if 'wandb' in sys.modules:
+            sys.modules['wandb'].finish(exit_code=code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
     python evaluate.py harness --out_dir=out/run --tasks=lambada_openai,arc_easy
 """
 from configurator import UserError
+from device import autocast
 from sample import stream
 from tasks import score, score_text
 
@@ -41,8 +42,9 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             most, stop = options.get('max_gen_toks', 256), options.get('until', [])
             ids = tokenizer.encode(context)[-max(1, model.cfg.block_size - most):]
             temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
-            return ''.join(piece for _, piece in stream(model, tokenizer, [ids], [stop] if isinstance(stop, str) else stop, max_new_tokens=most,
-                                                        temperature=temperature))
+            with autocast(device, dtype):
+                return ''.join(piece for _, piece in stream(model, tokenizer, [ids], [stop] if isinstance(stop, str) else stop, max_new_tokens=most,
+                                                            temperature=temperature))
 
     manager = TaskManager(include_path=include or None)
     unknown = [name for name in tasks if not manager.match_tasks([name])]

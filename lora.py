@@ -125,7 +125,7 @@ class Adapter(nn.Module):
         if self.length is None:
             return added
         bias = 0 if getattr(layer, 'bias', None) is None else layer.bias
-        return self.fit(self.stretch(layer), y.size(-1)).type_as(y) * (y - bias + added) + bias - y
+        return (self.fit(self.stretch(layer), y.size(-1)).type_as(y) * (y - bias + added) + bias - y).type_as(y)  # autocast leaves the bias in float32
 
     def fit(self, t, n_out):
         """t (…, n_out) of tokens, as wide as a padded head is."""

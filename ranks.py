@@ -43,14 +43,13 @@ class Ranks:
         if self.watch:
             self.watch.doing, self.watch.quiet = doing or self.watch.doing, 0.0
 
-    def end(self, failed=False):
-        """Part from the others. NCCL would wait for them where this rank alone has failed, and what it has to say would not be heard."""
+    def end(self):
+        """Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its connections closed."""
         if self.world > 1:
             if self.watch:
                 self.watch.store = None  # rank 0 may be gone before this one
             gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
-            if not failed or self.device.type != 'cuda':
-                dist.destroy_process_group()
+            dist.destroy_process_group()
 
     def sum(self, *values):
         """The sums over all ranks of some numbers, as a list of floats."""

@@ -12,7 +12,6 @@ import gc
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 import checkpoint
 import faults
 import lora
-from configurator import UserError, configure, run_main
+from configurator import UserError, configure, leave, run_main
 from data import DataConfig, Mixture, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig
@@ -371,19 +370,8 @@ def main():
                         f'as much to keep the step), block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
         checkpoint.release(s.out_dir)
-        ranks.end(failed=sys.exc_info()[0] is not None)
-    leave(128 + signal_number if signal_number else 0, ranks)
-
-
-def leave(code, ranks):
-    """Exit. Beside others without the interpreter's tidying up: gloo's threads may abort in it, after all is done (now and then, under load)."""
-    if ranks.world > 1:
-        if 'wandb' in sys.modules:
-            sys.modules['wandb'].finish()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    ranks.end()
+    leave(128 + signal_number if signal_number else 0)
 
 
 if __name__ == '__main__':

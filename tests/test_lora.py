@@ -172,6 +172,13 @@ def test_cached_generation_is_uncached_with_adapters():
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize('target', ['q', 'k', 'v'])
+def test_beside_one_of_three_matrices_with_biases_dora_keeps_the_dtype_that_a_cache_wants(target):
+    model = adapted(network(bias=True), lora_targets=target, lora_dora=True).eval()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert len(list(generate(model, [[1, 2, 3]], 5, temperature=0))) == 5
+
+
 # --- which weights ---
 
 def test_what_targets_mean():

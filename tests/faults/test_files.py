@@ -137,6 +137,15 @@ def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path)
     assert torch.load(f'{tmp_path}/step_00000001/optimizer.pt', weights_only=True)['state'][0]['m'].sum() == 1000
 
 
+def test_out_dir_is_let_go_once_all_is_written(tmp_path):
+    """Also where a run ends with an error: what is being written then is the newest checkpoint."""
+    writer = checkpoint.Writer(True)
+    writer(time.sleep, 0.2)
+    writer(checkpoint.save, str(tmp_path), 1, {'w': torch.ones(1000)}, {}, {})
+    checkpoint.release(str(tmp_path))
+    assert checkpoint.find(str(tmp_path)).endswith('step_00000001')
+
+
 def test_what_goes_wrong_in_the_background_is_said_at_the_next_save_or_the_end(dataset, tmp_path):
     args = [*TINY, f'--dataset={dataset}', '--async_save']
     for point, name in (('save:manifest@5', 'next'), ('save:manifest@10', 'end')):

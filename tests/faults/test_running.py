@@ -14,7 +14,6 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
 import train
-from ranks import Ranks
 from run import set_up
 
 SLOW = pytest.mark.slow
@@ -220,17 +219,6 @@ def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_
     assert None not in codes and 0 not in codes and 1 in codes and time.monotonic() - began < 60, said
     assert 'last to move on: rank 1 (' in said and 'last to move on: rank 0' not in said
     assert 'in hang' in said and 'in train_step' in said  # where rank 1 stands, and rank 0
-
-
-def test_a_rank_that_failed_does_not_wait_for_the_others_as_nccl_would(monkeypatch):
-    ranks, left = Ranks('gloo', torch.device('cpu')), []
-    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: left.append(ranks.device.type))
-    ranks.world = 2
-    for device in ('cpu', 'cuda'):
-        ranks.device = torch.device(device)
-        ranks.end(failed=True)
-    ranks.end()
-    assert left == ['cpu', 'cuda']
 
 
 def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
