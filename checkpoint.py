@@ -113,7 +113,7 @@ def mark_best(out_dir, step, val_loss, keep=2):
     prune(out_dir, keep)
 
 
-WRITERS = []
+WRITERS = []  # of this process, for release()
 
 
 class Writer:
