@@ -50,11 +50,11 @@ def corpus(tmp_path_factory):
 
 
 def stream(folder):
-    """{split: (its tokens, where its documents start)}"""
+    """{split: (its tokens, where its documents start and end)}"""
     found = {}
     for split in ('train', 'val'):
         files = TokenFiles(str(folder), split, verify=True)
-        found[split] = files.read(0, files.tokens), [files.document(n)[0] for n in range(files.documents)]
+        found[split] = files.read(0, files.tokens), [files.document(n) for n in range(files.documents)]
     return found
 
 
@@ -71,8 +71,8 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
     expected = stream(tmp_path / 'whole')
     for count in (1, 2, 3, 8, 60):
         meta = in_parts(tmp_path / f'{count}', count, corpus, split=split, val_fraction=0.2)
-        for name, (tokens, starts) in stream(tmp_path / f'{count}').items():
-            assert np.array_equal(tokens, expected[name][0]) and starts == expected[name][1]
+        for name, (tokens, places) in stream(tmp_path / f'{count}').items():
+            assert np.array_equal(tokens, expected[name][0]) and places == expected[name][1]
             assert {key: meta['splits'][name][key] for key in ('tokens', 'documents', 'bytes')} == {
                 key: whole['splits'][name][key] for key in ('tokens', 'documents', 'bytes')}
         assert meta | {'splits': 0} == whole | {'splits': 0} and (count < 3 or len(meta['splits']['train']['shards']) > 2)
