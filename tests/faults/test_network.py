@@ -75,7 +75,7 @@ def wait_for(condition, seconds):
 
 
 def args_of(dataset, out_dir):
-    return [*SMALL, f'--dataset={dataset}', f'--out_dir={out_dir}', '--max_iters=400', '--eval_interval=400', '--checkpoint_interval=20', '--hang_timeout=5']
+    return [*SMALL, f'--dataset={dataset}', f'--out_dir={out_dir}', '--max_iters=400', '--eval_interval=400', '--checkpoint_interval=20', '--hang_timeout=10']
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_host_that_was_cut_off_and_started_again_finds_the_run_going_on(datase
     if how == 'switched off':
         second.power_off()
     for host in hosts[:1 if how == 'switched off' else 2]:  # what is alive does not wait for ever
-        assert wait_for(lambda: 'no progress for hang_timeout=5 seconds' in host.said(), 60), host.said()
+        assert wait_for(lambda: 'no progress for hang_timeout=10 seconds' in host.said(), 60), host.said()
     second.power_off()
     second.cable('up')
     second.start(args_of(dataset, tmp_path / 'out'))
