@@ -133,6 +133,8 @@ def set_up(s, device, ranks, left_out):
     model = build(s, data, origin, ranks)
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
+    if s.grow_every > s.max_iters and not s.minutes:
+        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: the network would never grow: lower it')
     model.recompute = s.recompute
     optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')

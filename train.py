@@ -91,6 +91,9 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         if not 0 < self.distill_mix <= 1 or not 0 < self.distill_temperature <= 1000:
             raise ValueError(f'distill_mix={self.distill_mix}, distill_temperature={self.distill_temperature}: takes 0 < distill_mix <= 1, '
                              '0 < distill_temperature <= 1000')
+        idle = sorted(getattr(self, 'given', set()) & {'distill_mix', 'distill_temperature'})
+        if idle and not self.teacher:
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to distillation: set teacher too')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
         if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):

@@ -88,5 +88,6 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
                               (['--arch=markov'], dataset, "arch='markov' learns from counts alone"),
                               (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
         assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data, check=False))
+    assert 'belongs to distillation: set teacher too' in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False))
     assert 'no such directory' in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/nowhere', dataset=dataset, check=False))
     assert not (tmp_path / 'no').exists()

@@ -250,8 +250,8 @@ def test_further_blocks_can_be_inherited(dataset, tmp_path):
     assert 'at step 2' in train(tmp_path / 'run', *args, '--max_iters=3', dataset=dataset).stdout and layers_of(tmp_path / 'run')[-1] == 4  # goes on, grown
     train(tmp_path / 'other', '--n_layer=4', '--mlp=swiglu', dataset=dataset)
     for more, words in [([f'--grow_from={tmp_path}/other'], 'its blocks do not fit'), (['--grow_to=5'], 'has 4 blocks, fewer than grow_to=5'),
-                        (['--grow_to=2'], 'begins with 2'), (['--grow_every=0'], 'give both or none'), (['--grow_by=0'], 'grow_by=0: takes 1'),
-                        (['--grow_every=0', '--grow_to=0'], 'give these too')]:
+                        (['--grow_to=2'], 'begins with 2'), (['--grow_every=3'], 'is more than max_iters=2: '), (['--grow_every=0'], 'give both or none'),
+                        (['--grow_by=0'], 'grow_by=0: takes 1'), (['--grow_every=0', '--grow_to=0'], 'give these too')]:
         assert words in one_line(train(tmp_path / 'no', *args, *more, dataset=dataset, check=False))
     operate('factorize', tmp_path / 'reference', tmp_path / 'low', '--rank_qk=4')
     done = train(tmp_path / 'no', *args, f'--grow_from={tmp_path}/low', dataset=dataset, check=False)
