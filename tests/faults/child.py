@@ -3,11 +3,11 @@ import os
 import sys
 
 
-def child(root, args, environment, output):
-    """train.py with these arguments, what it says in a file."""
+def child(root, args, environment, output, folder):
+    """train.py with these arguments in a working folder, what it says in a file."""
     os.setsid()
     os.environ.update(environment)
-    os.chdir(root)
+    os.chdir(folder)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)

@@ -39,7 +39,7 @@ MUTANTS = [
     ('train.py', 'ranks.world / max(targets, 1)', '1 / max(targets, 1)', 'faults/test_ranks.py', 'two_micro_batches'),
     ('train.py', '    share_gradients(run.undivided, ranks)\n', '', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     ('shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist', '        return torch.zeros_like(like)\n    dist',
-     'faults/test_shard.py', 'goes_on_on_one_or_four'),
+     'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     # input
     ('data.py', 'if n and int(part.max()) >= self.vocab_size:', 'if False:', 'test_data.py', 'damaged_data_set or fuzz'),
     ('data.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_data.py',

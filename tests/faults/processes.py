@@ -22,9 +22,12 @@ SMALL = [*TINY, '--dropout=0.1', '--hang_timeout=60']
 
 
 class Processes:
-    """A run of `ranks` processes, as torchrun would start them, but not watched over: each ends for itself."""
+    """
+    A run of `ranks` processes, as torchrun would start them, but not watched over: each ends for itself.
+    `each` has more arguments, `folders` the working folder of each rank.
+    """
 
-    def __init__(self, *args, ranks=1, fault='', each=None, **environment):
+    def __init__(self, *args, ranks=1, fault='', each=None, folders=None, **environment):
         self.output = tempfile.mktemp(prefix='minnow-')
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -34,7 +37,8 @@ class Processes:
             environment |= {'FAULT': fault, 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
             own = [str(arg) for arg in (*args, *(each[rank] if each else ()))]
-            self.processes.append(CONTEXT.Process(target=child, args=(ROOT, own, dict(environment), self.output), daemon=True))
+            given = ROOT, own, dict(environment), self.output, folders[rank] if folders else ROOT
+            self.processes.append(CONTEXT.Process(target=child, args=given, daemon=True))
         for process in self.processes:
             process.start()
 

@@ -258,3 +258,5 @@ def test_other_data_or_settings_on_one_rank_are_noticed_before_the_first_step(da
                         ([[f'--dataset={dataset}'], [f'--dataset={tmp_path / "a" / "d"}']], 'dataset=')):
         codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', ranks=2, each=each)
         assert codes == [2, 2] and words in said and not (tmp_path / 'out').exists(), said
+    codes, said = run_to_end(*SMALL, '--dataset=d', f'--out_dir={tmp_path / "out"}', ranks=2, folders=[tmp_path / 'a', tmp_path / 'b'])  # each has its own copy
+    assert codes == [2, 2] and 'the files of rank 1 are not those of rank 0' in said and not (tmp_path / 'out').exists(), said
