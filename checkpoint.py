@@ -248,6 +248,8 @@ def find(where, which='last'):
     The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken: 'last', or 'best'
     (the last if there is none). A damaged one is reported and the newest sound one taken. Raises UserError when none is sound.
     """
+    if which not in ('last', 'best'):
+        raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
     if os.path.isfile(os.path.join(where, 'manifest.json')):
         candidates = [where]
     else:

@@ -274,6 +274,8 @@ class Source:
             self.objective = objective(self.files.meta) if objective else Objective('causal', block_size)
         except UserError as error:
             raise UserError(f'dataset={name}: {error}') from None
+        if packing not in ('stream', 'aligned', 'document'):
+            raise UserError(f'packing={packing}: has no code in data.py: use stream, aligned or document')
         if self.objective.is_pairs:
             packing = 'document' if self.objective.S or packing == 'document' else 'pairs'
         self.packing = packing
@@ -367,6 +369,8 @@ class Mixture:
         for name, w in weights.items() or [('', 0)]:
             if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)) or not 1e-6 <= w <= 1e6:
                 raise UserError(f'dataset={dataset}: a mixture takes names, and for each a number between 1e-6 and 1e6')
+        if mix_by not in ('tokens', 'documents'):
+            raise UserError(f'mix_by={mix_by}: has no code in data.py: use tokens or documents')
         self.seed = seed
         self.sources = [Source(name, split, block_size, packing, verify, objective) for name in weights]
         packing = self.sources[0].packing

@@ -73,6 +73,8 @@ def grown_layers(cfg, target, how):
     first of a row silent (LLaMA Pro, Wu et al. 2024, arXiv 2401.02415), or on top where a block's number matters to it (depth_scale).
     """
     n_layer = cfg.n_layer
+    if how not in ('stack', 'interleave', 'zero'):
+        raise UserError(f'how={how}: has no code in growth.py: use stack, interleave or zero')
     if how == 'stack' or how == 'zero' and cfg.depth_scale != 'none':
         return [n % n_layer for n in range(target)], set(range(n_layer, target)) if how == 'zero' else set()
     layers = [n * n_layer // target for n in range(target)]

@@ -146,7 +146,7 @@ class ModelConfig:
 
     def sizes(self):
         """{matrix of a block: (inputs, outputs)}."""
-        q, kv, gated = self.n_head * self.d_head, self.kv_heads * self.d_head, self.mlp in ('swiglu', 'geglu')
+        q, kv, gated = self.n_head * self.d_head, self.kv_heads * self.d_head, self.has_gate
         return {'attn.q': (self.n_embd, q), 'attn.k': (self.n_embd, kv), 'attn.v': (self.n_embd, kv), 'attn.o': (q, self.n_embd),
                 'mlp.up': (self.n_embd, self.mlp_width), **({'mlp.gate': (self.n_embd, self.mlp_width)} if gated else {}),
                 'mlp.down': (self.mlp_width, self.n_embd)}
@@ -177,9 +177,16 @@ class ModelConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def has_gate(self):
+        """Whether the MLP has a second matrix of inputs, by which its hidden layer is multiplied."""
+        if self.mlp not in ACTIVATIONS:
+            raise no_code(self, 'mlp')
+        return self.mlp in GATED_MLPS
+
+    @property
     def mlp_width(self):
         gated = -(-self.n_embd * 8 // (3 * 32)) * 32
-        return self.d_ff or (gated if self.mlp in ('swiglu', 'geglu') else 4 * self.n_embd)
+        return self.d_ff or (gated if self.has_gate else 4 * self.n_embd)
 
     @property
     def source_context(self):
@@ -197,11 +204,18 @@ RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.
            'mlp.up': 'rank_mlp', 'mlp.gate': 'rank_mlp', 'mlp.down': 'rank_mlp'}  # which setting each matrix follows
 
 
+
+def no_code(cfg, name):
+    """The error for a choice of a setting that no code acts on: it must not work as another choice in silence."""
+    return ValueError(f'{name}={getattr(cfg, name)}: this choice has no code in model.py')
+
+
 # -----------------------------------------------------------------------------
 # Parts
 
-ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu': F.relu, 'relu2': lambda x: F.relu(x).square()}
-ACTIVATIONS |= {'swiglu': F.silu, 'geglu': ACTIVATIONS['gelu']}  # tanh-GELU as in GPT-2, T5 v1.1 and Gemma
+PLAIN_MLPS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu, 'relu': F.relu, 'relu2': lambda x: F.relu(x).square()}
+GATED_MLPS = {'swiglu': F.silu, 'geglu': PLAIN_MLPS['gelu']}  # tanh-GELU as in GPT-2, T5 v1.1 and Gemma
+ACTIVATIONS = PLAIN_MLPS | GATED_MLPS
 
 
 LATENTS = {'none': lambda z: z, 'silu': F.silu, 'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),
@@ -251,7 +265,10 @@ class LowRank(nn.Module):
 def linear(cfg, layer, name):
     """The linear layer `name` of block `layer`, as in ModelConfig.sizes(): dense, or low-rank."""
     (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
-    act = cfg.rank_act_qk if cfg.rank_act_qk and name in ('attn.q', 'attn.k') else cfg.rank_act
+    setting = 'rank_act_qk' if cfg.rank_act_qk and name in ('attn.q', 'attn.k') else 'rank_act'
+    act = getattr(cfg, setting)
+    if act not in LATENTS:
+        raise no_code(cfg, setting)
     return LowRank(n_in, n_out, rank, act, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
@@ -266,7 +283,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def norm(width, cfg):
-    return RMSNorm(width, cfg.norm_eps) if cfg.norm == 'rmsnorm' else nn.LayerNorm(width, cfg.norm_eps, bias=cfg.bias)
+    if cfg.norm == 'rmsnorm':
+        return RMSNorm(width, cfg.norm_eps)
+    if cfg.norm == 'layernorm':
+        return nn.LayerNorm(width, cfg.norm_eps, bias=cfg.bias)
+    raise no_code(cfg, 'norm')
 
 
 def rotary_table(length, d_head, theta):
@@ -506,6 +527,8 @@ class Block(nn.Module):
         self.norm_2, self.mlp = norm(cfg.n_embd, cfg), (MoE if cfg.n_expert else MLP)(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
         self.scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0  # of what the norms put out
+        if cfg.depth_scale not in ('none', 'attn', 'norm'):
+            raise no_code(cfg, 'depth_scale')
 
     def forward(self, x, at, v0=None, cache=None, memory=None, across=None):
         """
@@ -630,6 +653,10 @@ class Transformer(nn.Module):
         cfg.check()
         if not cfg.vocab_size:
             raise ValueError('vocab_size=0: set it to the number of tokens of the data')
+        if cfg.position not in ('rope', 'learned', 'relative', 'none'):
+            raise no_code(cfg, 'position')
+        if cfg.cross_rope not in ('none', 'same', 'offset'):
+            raise no_code(cfg, 'cross_rope')
         self.cfg, self.recompute = cfg, False  # recompute: keep only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv 1604.06174)
         self.wte = nn.Embedding(cfg.padded_vocab, cfg.rank_embed or cfg.n_embd)
         self.wte_up = nn.Linear(cfg.rank_embed, cfg.n_embd, bias=False) if cfg.rank_embed else None
@@ -924,9 +951,11 @@ def init_factors(down, up, std, cfg):
     if cfg.rank_init == 'spectral':
         U, S, Vh = torch.linalg.svd(torch.empty(n_out, n_in, device=up.device).normal_(std=std), full_matrices=False)
         U, S, Vh = U[:, :rank], S[:rank] * (S.norm() / S[:rank].norm()), Vh[:rank]
-    else:
+    elif cfg.rank_init == 'orthogonal':
         S = torch.full((rank,), std * math.sqrt(n_in * n_out / rank), device=up.device)
         U, Vh = nn.init.orthogonal_(torch.empty_like(up)), nn.init.orthogonal_(torch.empty_like(down))
+    else:
+        raise no_code(cfg, 'rank_init')
     down.copy_(S[:, None].sqrt() * Vh)
     up.copy_(U * S.sqrt())
 
@@ -1021,4 +1050,8 @@ class Markov(nn.Module):
 
 def make_model(cfg, init=True):
     """The network that a ModelConfig describes."""
-    return (Markov if cfg.arch == 'markov' else Transformer)(cfg, init)
+    if cfg.arch == 'decoder':
+        return Transformer(cfg, init)
+    if cfg.arch == 'markov':
+        return Markov(cfg, init)
+    raise no_code(cfg, 'arch')

@@ -121,6 +121,7 @@ class Objective:
 
     def __init__(self, kind, block_size, source_size=0, denoisers='ul2r', meta=None):
         meta = meta or {}
+        check_kind(kind)
         self.kind, self.T, self.S, self.is_pairs = kind, block_size, source_size, kind == 'seq2seq'
         self.length, self.stride = block_size + 1, block_size
         if kind == 'causal' and source_size:
@@ -195,8 +196,15 @@ class Objective:
         return x, y, sources
 
 
+def check_kind(kind):
+    """Raise UserError for an objective that no code here acts on: it must not work as another one in silence."""
+    if kind not in ('causal', 'prefix', 'ul2', 'seq2seq'):
+        raise UserError(f'objective={kind}: has no code in objectives.py: use causal, prefix, ul2 or seq2seq')
+
+
 def around(kind, denoisers, meta):
     """(ids before, ids after) a text that a network trained so is to read before it writes; of meta.json vocab_size, eot and tokenizer are looked at."""
+    check_kind(kind)
     if kind == 'causal':
         return (), ()
     is_marked = kind == 'ul2' and any(d.mode == 'S' for d in parse(denoisers))

@@ -202,6 +202,8 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         if not any(re.search(pattern, name) or re.search(pattern, name.replace('.down.', '.guide.')) for name in names):  # guides may be gone already
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; the names are like {", ".join(names[:2] + names[-2:])}')
     head = 'head.weight' if 'head.weight' in names else 'wte.weight'  # tied
+    if cfg.factor_decay not in ('factor', 'product', 'none'):
+        raise UserError(f'factor_decay={cfg.factor_decay}: has no code in optim.py: use factor, product or none')
     pairs = getattr(model, 'factors', list)()
     if cfg.optimizer == 'spectron' and not pairs:
         raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or rank_mlp')
@@ -275,6 +277,8 @@ def learning_rate(step, cfg, peak=None):
         share = 0.5 * (1 + math.cos(math.pi * done))
     elif cfg.schedule == 'linear':
         share = 1 - done
-    else:
+    elif cfg.schedule == 'wsd':
         share = min(1.0, (end - step) / (cfg.cooldown * end))
+    else:
+        raise UserError(f'schedule={cfg.schedule}: has no code in optim.py: use cosine, linear or wsd')
     return low + share * (high - low)

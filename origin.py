@@ -224,6 +224,8 @@ def kept(s, folder):
         raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of {state["settings"]["optimizer"]}: set optimizer to that')
     if s.init_keep == 'optimizer':
         return {'moments': folder}
+    if s.init_keep != 'schedule':
+        raise UserError(f'init_keep={s.init_keep}: has no code in origin.py: use weights, optimizer or schedule')
     step, stored = state.get('of_step', state['step']), state['settings']
     rows, before = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
     if rows != before and 'surgery' not in state:

@@ -159,6 +159,12 @@ def test_a_mixture_that_cannot_be_is_refused(dataset, words):
         Mixture(dataset, 'train', 16, seed=1)
 
 
+@pytest.mark.parametrize('name', ['packing', 'mix_by'])
+def test_a_choice_without_code_does_not_work_as_another_one(dataset, name):
+    with pytest.raises(UserError, match=f'^{name}=new: has no code in data.py: '):
+        Mixture(dataset, 'train', 8, 0, **{name: 'new'})
+
+
 def test_sources_of_different_tokenizers_are_refused(three, tmp_path):
     write_dataset(tmp_path / 'other', vocab_size=65)
     with pytest.raises(UserError, match='different tokenizers'):

@@ -93,6 +93,11 @@ def test_layers_that_are_not_there_are_refused(text):
         parse_layers(text, 8)
 
 
+def test_a_choice_without_code_does_not_work_as_another_one():
+    with pytest.raises(UserError, match='^how=new: has no code in growth.py: '):
+        grown_layers(ModelConfig(n_layer=2), 4, 'new')
+
+
 def test_moments_follow_their_tensors():
     names = layer_names(network().state_dict(), [2, 0])
     assert names['blocks.0.attn.q.weight'] == 'blocks.2.attn.q.weight' and names['blocks.1.mlp.down.weight'] == 'blocks.0.mlp.down.weight'

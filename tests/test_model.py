@@ -1,5 +1,7 @@
 """The networks against closed forms and plain PyTorch."""
 import math
+from dataclasses import fields
+from typing import Literal, get_origin
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import read_config
-from model import ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, rotary_table, rotate
+from configurator import options, read_config
+from model import ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
 from origin import model_config
 from sample import KVCache
 from train import Settings
@@ -393,6 +395,12 @@ def test_impossible_sizes_are_refused_by_name(settings, words):
 
 def test_a_hostile_number_of_layers_is_checked_at_once():
     ModelConfig(n_layer=10 ** 18, rank_qk=8, first_block_dense=True, ranks={'blocks.1.attn.q': 0}).check()
+
+
+@pytest.mark.parametrize('name', [f.name for f in fields(ModelConfig) if any(get_origin(kind) is Literal for kind in options(f.type))])
+def test_a_choice_without_code_does_not_work_as_another_one(name):
+    with pytest.raises(ValueError, match=f'^{name}=new: this choice has no code in model.py$'):
+        make_model(ModelConfig(**{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2, 'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
 
 
 def test_more_tokens_than_the_context_are_refused():

@@ -380,3 +380,9 @@ def test_masked_padding_weighs_nothing():
     x, y, source = map(torch.from_numpy, objective.batch(examples))
     assert torch.allclose(model(x, y, source=source, reduction='sum'), sum(sums), rtol=1e-5)
     assert objectives.MODES == ('R', 'S', 'X')  # which reserved token is which is a part of the format
+
+
+def test_a_choice_without_code_does_not_work_as_another_one():
+    for make in (lambda: Objective('new', 32, meta=META), lambda: objectives.around('new', 'ul2', META)):
+        with pytest.raises(UserError, match='^objective=new: has no code in objectives.py: '):
+            make()

@@ -265,3 +265,10 @@ def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
 def test_the_rate_of_the_blocks_matrices_is_the_one_that_is_shown_and_to_be_lowered(optimizer, main_rate):
     s = OptimConfig(optimizer=optimizer)
     assert s.main_rate == main_rate and s.uses_muon == (optimizer != 'adamw')
+
+
+@pytest.mark.parametrize('name', ['schedule', 'factor_decay'])
+def test_a_choice_without_code_does_not_work_as_another_one(name):
+    model, s = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)), OptimConfig(**{name: 'new'})
+    with pytest.raises(UserError, match=f'^{name}=new: has no code in optim.py: '):
+        set_rates(make_optimizer(model, s), 5000, s)
