@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError, from_dict
+from configurator import UserError, default_of, from_dict
 from model import ModelConfig, RelativeBias, make_model
 
 # -----------------------------------------------------------------------------
@@ -225,9 +225,16 @@ class Family:
     flipped: str = '$^'  # pattern of their matrices that are kept as (in, out): GPT-2's Conv1D
     buffers: str = '$^'  # pattern of what old files carry along
     copies: str = '$^'  # pattern of names that the embedding has beside its own
-    wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, beside those of PLAIN
+    wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, over those of PLAIN
 
 
+# The settings of a network that may have any value in every family: config.json and the shapes of the tensors hold them, or the logits do
+# not depend on them (how weights begin, what is for training alone, experts of a network without any, angles of one without rotary positions)
+FREE = {'vocab_size', 'block_size', 'source_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'norm_eps', 'tie', 'bias', 'rope_theta',
+        'zero_init', 'init_std', 'rank_init', 'dropout',
+        'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'}
+
+# The only values that others may have. A setting that is neither here nor in FREE, as one that was added since, has to be at its default
 PLAIN = {'n_encoder_layer': 0, 'n_expert': 0, 't5_scale': False, 'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False,
          'embed_norm': False, 'depth_scale': 'none',
          'rank_qk': 0, 'rank_vo': 0, 'rank_mlp': 0, 'ranks': {}, 'rank_act': 'none', 'rank_act_qk': None}
@@ -237,9 +244,13 @@ def gpt2_wants(cfg):
     return {'position': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'n_kv_head': cfg.n_head, 'head_dim': cfg.n_embd // cfg.n_head}
 
 
+def llama_wants(cfg):
+    return {'position': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
+
+
 def t5_wants(cfg):
-    return {'position': 'relative', 'norm': 'rmsnorm', 'mlp': cfg.mlp if cfg.mlp in T5_MLP.values() else 'relu', 'n_kv_head': cfg.n_head, 'bias': False,
-            'n_encoder_layer': max(1, cfg.n_encoder_layer), 't5_scale': True}
+    return {'position': 'relative', 'norm': 'rmsnorm', 'mlp': cfg.mlp if cfg.mlp in T5_MLP.values() else 'relu', 'n_kv_head': cfg.n_head,
+            'head_dim': cfg.d_head, 'bias': False, 'n_encoder_layer': max(1, cfg.n_encoder_layer), 't5_scale': True}
 
 
 MASKS, ROTARY = r'h\.\d+\.attn\.(bias|masked_bias)', r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
@@ -248,8 +259,7 @@ FAMILIES = {
                    wants=gpt2_wants),
     'gpt_bigcode': Family('GPTBigCodeForCausalLM', bigcode_config, bigcode_fields, lambda cfg: GPT2, 'transformer.', biases=True, buffers=MASKS,
                           wants=lambda cfg: gpt2_wants(cfg) | {'n_kv_head': 1}),
-    'llama': Family('LlamaForCausalLM', llama_config, llama_fields, lambda cfg: LLAMA, 'model.', buffers=ROTARY,
-                    wants=lambda cfg: {'position': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu'}),
+    'llama': Family('LlamaForCausalLM', llama_config, llama_fields, lambda cfg: LLAMA, 'model.', buffers=ROTARY, wants=llama_wants),
     'minnow': Family('MinnowForCausalLM', minnow_config, None, lambda cfg: {}, 'model.'),
     't5': Family('T5ForConditionalGeneration', t5_config, t5_fields, t5_names, '', copies=r'(encoder|decoder)\.embed_tokens\.weight',
                  buffers=r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight', wants=t5_wants),  # never used
@@ -259,9 +269,10 @@ FAMILIES = {
 
 def obstacles(family, cfg):
     """The settings of a network that have no place in a family, as ['name=value', …]."""
-    found = {name: getattr(cfg, name) for name in PLAIN} | {name: getattr(cfg, name) for name in family.wants(cfg)}
-    found |= {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
-    return [f'{name}={found[name]}' for name, wanted in (PLAIN | family.wants(cfg)).items() if found[name] != wanted]
+    special = PLAIN | family.wants(cfg)
+    wanted = {f.name: default_of(f) for f in dataclasses.fields(cfg) if f.name not in FREE and f.name not in special} | special
+    found = dataclasses.asdict(cfg) | {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
+    return [f'{name}={found[name]}' for name in wanted if found[name] != wanted[name]]
 
 
 def nearest(cfg):
@@ -288,8 +299,11 @@ def name_rows(family, cfg):
     for theirs, ours in (names | ({} if cfg.tie else {HEAD: 'head'})).items():
         for kind in ('weight', 'bias'):
             parts = {f'{part}.{kind}': shapes.get(f'{part}.{kind}'.replace('.N.', '.0.')) for part in ours.split()}
-            if kind == 'bias' and None in parts.values():  # no such bias
+            missing = [part for part, shape in parts.items() if shape is None]
+            if missing and kind == 'bias':
                 continue
+            if missing:
+                raise UserError(f'{missing[0]}: this network has no such tensor, and {family.architecture} wants one')
             parts, (_, *rest) = {part: shape[0] for part, shape in parts.items()}, next(iter(parts.values()))
             shape = [cfg.vocab_size if ours in ('wte', 'head') else sum(parts.values()), *rest]
             count = cfg.n_encoder_layer if ours.startswith('encoder.') else cfg.n_layer

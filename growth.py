@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from configurator import UserError, check
+from configurator import UserError, check, default_of
 from model import ONLY_IN_TRAINING, LowRank, make_model
 
 
@@ -37,6 +37,27 @@ class GrowConfig:
             raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}: give both or none')
         if self.grow_from and not self.grow_every:
             raise ValueError(f'grow_from={self.grow_from}: is where blocks come from with grow_every and grow_to: give these too')
+
+
+# -----------------------------------------------------------------------------
+# What is known of a network
+
+# The settings of a network that the functions below take into account. They know nothing of any other one, as one that was added since: it
+# has to be at its default. A new setting is to be added here once every one of them keeps what it promises with it.
+KNOWN = {'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'd_ff',
+         'position', 'cross_rope', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm', 'qk_norm',
+         'n_expert', 'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias',
+         'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale', 'bias', 'dropout', 'init_std',
+         'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'first_block_dense', 'rank_act', 'rank_act_qk', 'rank_init',
+         'rank_identity', 'rank_blocks', 'rank_guide'}
+
+
+def refuse_unknown(cfg, what, but=()):
+    """Raise UserError where a setting of a ModelConfig is away from its default and not KNOWN, or one of those that `what` is not made for."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if (f.name not in KNOWN or f.name in but) and value != default_of(f):
+            raise UserError(f'{f.name}={value}: a network with it cannot be {what}')
 
 
 # -----------------------------------------------------------------------------
@@ -94,8 +115,10 @@ def layer_names(names, layers):
 def take_layers(cfg, weights, layers, silent=()):
     """
     (ModelConfig, weights) of a network whose block n is block layers[n] of this one; what is not in blocks stays as it is. The blocks n
-    in `silent` add nothing at first: the matrices that write their output are zero.
+    in `silent` add nothing at first: the matrices that write their output are zero. Raises UserError for a network with an encoder or with
+    settings that are not known here.
     """
+    refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     new = dataclasses.replace(cfg, n_layer=len(layers), first_block_dense=False, ranks={k: r for k, r in cfg.ranks.items() if not k.startswith('blocks.')})
     new.ranks |= {f'blocks.{n}.{name}': cfg.rank(layer, name) for n, layer in enumerate(layers) for name in cfg.sizes()
                   if cfg.rank(layer, name) != new.rank(n, name)}
@@ -115,6 +138,7 @@ def grow(cfg, weights, n_layer, how, other=None):
     (ModelConfig, weights, {name: old name} of the tensors that there were) of a network with n_layer blocks: `how` as grown_layers() has it, or
     with other = (ModelConfig, weights) the blocks that follow in that network.
     """
+    refuse_unknown(cfg, 'grown')
     if other is not None:
         new, out = take_layers(*other, range(n_layer))
         kept = {name: getattr(cfg, name) for name in ('block_size', *ONLY_IN_TRAINING)}
@@ -147,9 +171,8 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
     over more entries, for which its weight and norm_eps make up; LayerNorm's mean is zero once the stream's is (center). Random numbers
     are torch's. Raises UserError for what cannot be widened exactly.
     """
-    for name in ('n_expert', 'mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'):
-        if getattr(cfg, name):
-            raise UserError(f'{name}={getattr(cfg, name)}: a network with it cannot be widened and keep its function')
+    refuse_unknown(cfg, 'widened and keep its function',
+                   but=('n_encoder_layer', 'n_expert', 'mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'))
     if cfg.t5_scale and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: a network with both cannot be widened and keep its function')
     n_embd, n_head, d_ff = n_embd or cfg.n_embd, n_head or cfg.n_head, d_ff or cfg.mlp_width
@@ -200,6 +223,7 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
     """
     if cfg.n_expert:
         raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: give a dense one')
+    refuse_unknown(cfg, 'made a mixture of experts and keep its function')
     new = dataclasses.replace(cfg, n_expert=n_expert, n_expert_active=n_expert_active, expert_shared=expert_shared, expert_bias=expert_bias)
     check(new)
     out = {}
@@ -227,8 +251,10 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
 def fold(model):
     """
     (ModelConfig, weights) of the same function with fewer settings: factors without an activation multiplied out, depth_scale a part of
-    the weights, a norm of the embedding a part of it. What cannot be folded stays as it is.
+    the weights, a norm of the embedding a part of it. What cannot be folded stays as it is. Raises UserError for a network with settings
+    that are not known here.
     """
+    refuse_unknown(model.cfg, 'written as a class of transformers: --as=custom takes any decoder')
     cfg, weights, plain = model.cfg, model.state_dict(), {}
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
     if all(layer.is_linear() for layer in low_rank.values()):
@@ -272,4 +298,5 @@ def average(cfgs, weights, names):
         other = next((f.name for f in dataclasses.fields(cfg) if f.name not in ONLY_IN_TRAINING and getattr(cfg, f.name) != getattr(cfgs[0], f.name)), None)
         if other:
             raise UserError(f'from={name}: has {other}={getattr(cfg, other)}, but {names[0]} has {getattr(cfgs[0], other)}: only equal networks have a mean')
+    refuse_unknown(cfgs[0], 'averaged')
     return cfgs[0], {name: torch.stack([w[name].float() for w in weights]).mean(0).to(t.dtype) for name, t in weights[0].items()}

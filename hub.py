@@ -198,12 +198,15 @@ class ExportSettings:
             raise ValueError('to: is not given: python hub.py export --out_dir=out/run --to=FOLDER')
 
 
+CUSTOM = ': --as=custom takes any decoder'
+
+
 def stock(cfg, weights, where):
     """(fields of config.json, {name: tensor}) of the family that a network fits, after folding. Raises UserError with what stands in the way."""
     kind, in_the_way = nearest(cfg)
     if in_the_way:
         raise UserError(f'{where}: {", ".join(in_the_way)}: no class of transformers has this (the nearest is {kind})'
-                        + ': --as=custom takes any decoder' * (not cfg.n_encoder_layer))
+                        + CUSTOM * (not cfg.n_encoder_layer))
     family, tensors, used = FAMILIES[kind], {}, set()
     cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)
     for theirs, ours, _, flipped in name_rows(family, cfg):
@@ -212,7 +215,9 @@ def stock(cfg, weights, where):
             t = t[:cfg.vocab_size]  # without its padding
         tensors[theirs if theirs.startswith(HEAD) else family.prefix + theirs] = t.t() if flipped else t
         used |= ours.keys()
-    assert weights.keys() <= used, weights.keys() - used
+    left = sorted(weights.keys() - used)
+    if left:
+        raise UserError(f'{where}: {left[0]}: the family {kind} has no such tensor' + CUSTOM * (not cfg.n_encoder_layer))
     return {'architectures': [family.architecture], 'model_type': kind, 'tie_word_embeddings': cfg.tie, **family.write(cfg)}, tensors
 
 

@@ -19,7 +19,7 @@ import lora
 from configurator import UserError
 from data import Mixture, Source
 from device import pick_compile, pick_dtype
-from growth import grow
+from growth import grow, refuse_unknown
 from guard import Losses, check_same_start
 from model import make_model
 from objectives import make_objective
@@ -131,6 +131,8 @@ def set_up(s, device, ranks, left_out):
     check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
     model = build(s, data, origin, ranks)
+    if s.grow_every:
+        refuse_unknown(model.cfg, 'grown')  # now, not in the middle of the run
     if s.grow_every and s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     if s.grow_every > s.max_iters and not s.minutes:

@@ -36,7 +36,7 @@ import peft_files
 from analyze import rank_for
 from configurator import UserError, check, configure_command, run_main
 from data import Mixture
-from growth import average, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
+from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from loss import evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_objective
@@ -214,8 +214,10 @@ def factors(U, S, R, rank):
 def factorize(model, ranks, energy=0.0, moments=None):
     """
     ({name: tensor}, [record]) of `model` with its dense matrices in two factors: ranks {name: rank}, 0 = dense; energy > 0: ranks that
-    keep this share of it. A record says what was kept of a matrix; a bias stays with the outer factor.
+    keep this share of it. A record says what was kept of a matrix; a bias stays with the outer factor. Raises UserError for a network with
+    settings that are not known here.
     """
+    refuse_unknown(model.cfg, 'factorized')
     weights, records = dict(model.state_dict()), []
     for name, layer in dense_layers(model).items():
         rank, n_out, n_in = ranks.get(name, 0), *layer.weight.shape

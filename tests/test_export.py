@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from conftest import one_line, run
 from safetensors.torch import load_file
 from test_hub import theirs, tokens
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import hub
 from configurator import UserError
+from families import FAMILIES, name_rows, nearest
+from growth import fold
 from model import ModelConfig, make_model
 from origin import load_model
 from sample import generate
@@ -99,6 +102,72 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
     with pytest.raises(UserError, match=words + '.*: --as=custom takes any decoder'):
         exported(tmp_path, network(**settings))
     assert os.listdir(tmp_path) == ['run']
+
+
+T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
+CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0, 'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True,
+           'n_expert': 4, 'n_expert_active': 2, 'expert_shared': True, 'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
+           'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'ranks': {'attn.k': 3},
+           'rank_init': 'normal'}
+CHANGES = [{name: value} for name, value in CHANGES.items()]
+CHANGES += [{name: choice} for name, choices in {
+    'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'), 'depth_scale': ('attn', 'norm'),
+    'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'), 'tie': (True, False), 't5_scale': (True, False),
+    'bias': (True, False), 'n_encoder_layer': (0, 1)}.items() for choice in choices]
+CHANGES += [{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')] + [{'rank_embed': 8, 'rank_head': 8}]
+CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, name: value} for name, value in {
+    'first_block_dense': True, 'rank_act': 'silu', 'rank_act_qk': 'silu', 'rank_identity': True, 'rank_blocks': 2, 'rank_guide': 10}.items()]
+CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1}, {'expert_aux': 0.5}, {'expert_z': 0.5}]
+
+
+def test_the_changes_are_of_every_setting():
+    sizes = {'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'}
+    assert {f.name for f in dataclasses.fields(ModelConfig)} == sizes | {name for change in CHANGES for name in change}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('change', CHANGES, ids=str)
+@pytest.mark.parametrize('family', [LLAMA, GPT2, T5], ids=['llama', 'gpt2', 't5'])
+def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
+    """Without the files: what they would hold, as transformers reads them."""
+    cfg = ModelConfig(**dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
+    if cfg.arch == 'markov' or cfg.rank_guide:
+        assert nearest(cfg)[1]
+        return
+    model = network(**family | change)
+    try:
+        fields, tensors = hub.stock(*fold(model), 'run')
+    except UserError as error:
+        named = any(f'{name}=' in str(error) for name in change) or 'n_encoder_layer' in change  # T5 without its encoder: all the rest is wrong
+        assert named and '\n' not in str(error)
+        return
+    config = transformers.AutoConfig.for_model(**fields, vocab_size=257)
+    other = getattr(transformers, fields['architectures'][0]).from_pretrained(None, config=config, state_dict=tensors)
+    read = {'input_ids': ids()}, {}
+    if cfg.n_encoder_layer:
+        read = {'input_ids': ids()[:, :12], 'decoder_input_ids': ids()}, {'source': ids()[:, :12]}
+    torch.testing.assert_close(other(**read[0]).logits, model(ids(), **read[1]), rtol=1e-5, atol=1e-4)
+
+
+def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
+    later = dataclasses.make_dataclass('Later', [('scale', float, dataclasses.field(default=1.0))], bases=(ModelConfig,))
+    for family in (LLAMA, GPT2, T5):
+        model = network(**family)
+        plain = dataclasses.asdict(model.cfg)
+        model.cfg = later(**plain, scale=1.8)
+        assert nearest(model.cfg)[1] == ['scale=1.8']
+        with pytest.raises(UserError, match='^scale=1.8: '):
+            hub.stock(*fold(model), 'run')
+        model.cfg = later(**plain, scale=1.0)
+        assert hub.stock(*fold(model), 'run')
+
+
+def test_a_tensor_that_a_family_has_no_place_for_is_refused_by_name():
+    cfg, weights = fold(network(**LLAMA))
+    with pytest.raises(UserError, match='^run: gain: the family llama has no such tensor: --as=custom takes any decoder$'):
+        hub.stock(cfg, weights | {'gain': torch.ones(1)}, 'run')
+    with pytest.raises(UserError, match='^blocks.N.mlp.gate.weight: this network has no such tensor'):
+        list(name_rows(FAMILIES['llama'], dataclasses.replace(cfg, mlp='relu')))
 
 
 def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing_and_touches_nothing(tmp_path):

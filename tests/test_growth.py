@@ -1,4 +1,5 @@
 """Surgery's arithmetic: growth that keeps the function keeps it for every kind of network, inherited blocks are the old ones, and so are their moments."""
+import dataclasses
 import math
 
 import pytest
@@ -8,9 +9,10 @@ from test_surgery import ids, operate, random_model
 
 import checkpoint
 from configurator import UserError, read_config
-from growth import average, fold, grown_layers, layer_names, parse_layers, take_layers, widen
+from growth import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
 from model import ModelConfig, Places, make_model
 from origin import fill, model_config
+from surgery import factorize
 from train import Settings
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
@@ -154,6 +156,67 @@ def test_what_cannot_be_widened_is_refused(settings, sizes, words):
         widen(old.cfg, old.state_dict(), **sizes)
 
 
+# --- settings that were added since ---
+
+Later = dataclasses.make_dataclass('Later', [('scale', float, dataclasses.field(default=1.0))], bases=(ModelConfig,))
+
+
+def later(scale, **settings):
+    """A network with a setting that growth.py has never heard of."""
+    model = network(**settings)
+    model.cfg = Later(**dataclasses.asdict(model.cfg), scale=scale)
+    return model
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda old, weights: grow(old.cfg, weights, 6, 'zero'), 'grown'),
+    (lambda old, weights: take_layers(old.cfg, weights, [0]), 'grown or cut in its layers'),
+    (lambda old, weights: widen(old.cfg, weights, n_embd=48), 'widened and keep its function'),
+    (lambda old, weights: upcycle(old.cfg, weights, 4), 'made a mixture of experts and keep its function'),
+    (lambda old, weights: average([old.cfg] * 2, [weights] * 2, 'ab'), 'averaged'),
+    (lambda old, weights: factorize(old, {}), 'factorized'),
+    (lambda old, weights: fold(old), 'written as a class of transformers: --as=custom takes any decoder')],
+    ids=['grow', 'take_layers', 'widen', 'upcycle', 'average', 'factorize', 'fold'])
+def test_a_setting_that_is_not_known_has_to_be_at_its_default(change, words):
+    old = later(1.8)
+    with pytest.raises(UserError, match=f'^scale=1.8: a network with it cannot be {words}$'):
+        change(old, old.state_dict())
+    old = later(1.0)
+    change(old, old.state_dict())
+
+
+# what each setting has to be beside it, and a value away from its default
+SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), dict(head_dim=16)), (dict(), dict(d_ff=48)),
+          (dict(), dict(position='learned')), (dict(), dict(position='relative')), (dict(), dict(position='none')),
+          (dict(), dict(rope_theta=500.0)), (dict(), dict(norm='layernorm')), (dict(), dict(norm_eps=0.1)),
+          *((dict(), dict(mlp=mlp)) for mlp in ('gelu', 'silu', 'relu', 'swiglu', 'geglu')),
+          (dict(), dict(mlp_norm=True)), (dict(), dict(qk_norm=False)), (dict(), dict(n_expert=4)),
+          (dict(n_expert=4), dict(n_expert_active=2)), (dict(n_expert=4), dict(expert_shared=True)), (dict(n_expert=4), dict(expert_bias=0.1)),
+          (dict(), dict(softcap=5.0)), (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')), (dict(), dict(depth_scale='norm')),
+          (dict(), dict(value_residual=True)), (dict(), dict(tie=False)), (dict(), dict(t5_scale=True)), (dict(tie=False), dict(t5_scale=True)),
+          (dict(), dict(bias=True)), (dict(), dict(dropout=0.1)), (dict(), dict(rank_qk=8)), (dict(), dict(rank_vo=8)), (dict(), dict(rank_mlp=8)),
+          (dict(tie=False), dict(rank_embed=8)), (dict(tie=False), dict(rank_head=8)), (dict(), dict(ranks={'attn.k': 3, 'blocks.1.mlp.down': 4})),
+          *((dict(rank_qk=8, rank_vo=8, rank_mlp=8), more) for more in (
+              dict(first_block_dense=True), dict(rank_act='silu'), dict(rank_act='rmsnorm'), dict(rank_act_qk='silu'), dict(rank_identity=True),
+              dict(rank_blocks=2), dict(rank_guide=10)))]
+
+
+@pytest.mark.parametrize('beside, settings', SINGLE, ids=str)
+def test_every_setting_keeps_the_function_or_is_refused_by_name(beside, settings):
+    old = network(**beside | settings)
+    x = ids()[:, :old.cfg.block_size]
+    changes = [lambda weights: grow(old.cfg, weights, 6, 'zero')[:2], lambda weights: widen(old.cfg, weights, 48, 8, 160),
+               lambda weights: upcycle(old.cfg, weights, 4)]
+    for change in changes:
+        try:
+            cfg, weights = change(old.state_dict())
+        except UserError as error:
+            assert any(name in str(error) for name in beside | settings)
+        else:
+            torch.testing.assert_close(fill(cfg, weights, 'test')(x), old(x), rtol=1e-5, atol=1e-4)
+
+
+# --- the same in plainer settings ---
 # --- the same in plainer settings ---
 
 FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
