@@ -20,7 +20,7 @@ class OptimConfig:
     decay_lr: bool = True  # False: constant after the warm-up
     warmup_iters: int | None = None  # linear warm-up; None = 5% of max_iters, at most 2000
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None = max_iters
-    min_lr: float | None = None  # None = learning_rate / 10
+    min_lr: float | None = None  # at most learning_rate; None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
     weight_decay: float = 0.1  # on matrices; never on norms and biases, and under Muon not on embeddings and head
     factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of the blocks' low-rank matrices: on each factor, which shrinks the rank (Kobayashi et al.
@@ -58,6 +58,29 @@ class OptimConfig:
                 raise ValueError(f'lr_scale: {pattern!r} is no pattern: {error}') from None
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
+        if self.decay_lr:
+            self.check_decay()
+
+    def check_decay(self):
+        """Raise ValueError for a rate that would rise in its decay, drop at once or stay at 0."""
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f'min_lr={self.min_lr}: is above learning_rate={self.learning_rate}: lower it or leave it out')
+        if self.warmup < self.max_iters and self.decay_end <= self.warmup:
+            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: ends the decay before the warm-up of {self.warmup} steps has ended: '
+                             'raise it, or lower warmup_iters')
+        if self.min_lr == 0 < self.learning_rate and self.decay_end < self.max_iters:
+            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: is below max_iters={self.max_iters}: the rate would be min_lr=0 from there on '
+                             'and nothing learned: raise it, or leave it out')
+
+    @property
+    def warmup(self):
+        """Steps of the linear warm-up."""
+        return min(2000, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
+
+    @property
+    def decay_end(self):
+        """The step at which min_lr is reached."""
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
 
     @property
     def uses_muon(self):
@@ -262,8 +285,7 @@ def learning_rate(step, cfg, peak=None):
     The rate of update number `step` (from 0): linear warm-up, then cfg.schedule down to min_lr at lr_decay_iters. `peak`: the highest
     rate of another group of tensors, in place of cfg.learning_rate; its whole schedule is in proportion.
     """
-    warmup = min(2000, cfg.max_iters // 20) if cfg.warmup_iters is None else cfg.warmup_iters
-    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    warmup, end = cfg.warmup, cfg.decay_end
     high = cfg.learning_rate if peak is None else peak
     low = high / 10 if cfg.min_lr is None or not cfg.learning_rate else cfg.min_lr * (high / cfg.learning_rate)
     if step < warmup:
@@ -278,7 +300,7 @@ def learning_rate(step, cfg, peak=None):
     elif cfg.schedule == 'linear':
         share = 1 - done
     elif cfg.schedule == 'wsd':
-        share = min(1.0, (end - step) / (cfg.cooldown * end))
+        share = min(1.0, (end - step) / min(cfg.cooldown * end, end - warmup))  # a warm-up that lasts longer delays the cooldown
     else:
         raise UserError(f'schedule={cfg.schedule}: has no code in optim.py: use cosine, linear or wsd')
     return low + share * (high - low)

@@ -95,10 +95,27 @@ def describe(s, run, ranks):
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: {threads}')
+    for line in short_run(s, run.model.cfg.n_layer, run.step):
+        ranks.say(line)
     if run.planned:
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))
     if run.step:
         ranks.say(f'{"going on with " + s.init_from if run.borrowed else "resuming " + s.out_dir} at step {run.step}')
+
+
+def short_run(s, n_layer, step):
+    """A line for everything that a run is too short for; n_layer: how many blocks the network has at `step`."""
+    lines, rate = [], getattr(s, s.main_rate)
+    if s.warmup > s.max_iters > 0:
+        highest = learning_rate(s.max_iters - 1, s, rate)
+        lines.append(f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to {highest:.2e} and never reaches '
+                     f'{s.main_rate}={rate:g}; --warmup_iters=0 begins there')
+    if s.grow_every:
+        times = (s.max_iters - 1) // s.grow_every - max(0, step - 1) // s.grow_every  # at a checkpoint it has not grown yet
+        reached = min(s.grow_to, n_layer + times * s.grow_by)
+        if reached < s.grow_to:
+            lines.append(f'max_iters={s.max_iters}: ends before the network has grown to grow_to={s.grow_to}: it ends with {reached} layers')
+    return lines
 
 
 def memory(model, total):

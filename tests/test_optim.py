@@ -1,4 +1,5 @@
 """The learning rate's schedules against their formulas; which parameters decay."""
+import glob
 import math
 from types import SimpleNamespace
 
@@ -6,11 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError
+from configurator import UserError, read_config
 from guard import not_finite
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
-from runlog import report
+from runlog import report, short_run
 from train import Settings
 
 
@@ -33,9 +34,10 @@ def test_defaults_follow_the_length_of_the_run():
     assert learning_rate(10 ** 6, OptimConfig(decay_lr=False)) == 6e-4
 
 
+@pytest.mark.parametrize('warmup_iters', [50, 700])
 @pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd'])
-def test_the_rate_never_jumps(schedule):
-    cfg = OptimConfig(learning_rate=1.0, max_iters=1000, warmup_iters=50, schedule=schedule)
+def test_the_rate_never_jumps(schedule, warmup_iters):
+    cfg = OptimConfig(learning_rate=1.0, max_iters=1000, warmup_iters=warmup_iters, schedule=schedule)
     rates = [learning_rate(i, cfg) for i in range(1100)]
     assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.021 and min(rates) > 0
 
@@ -250,6 +252,45 @@ def test_the_flops_of_a_step_are_torchs_count():
 def test_values_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(min_lr=6e-5, learning_rate=3e-5), '^min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out$'),
+    (dict(min_lr=6e-5, learning_rate=0.0), '^min_lr=6e-05: is above learning_rate=0.0: '),
+    (dict(max_iters=5000, warmup_iters=2000, lr_decay_iters=500), '^lr_decay_iters=500: ends the decay before the warm-up of 2000 steps has ended: '),
+    (dict(max_iters=5000, lr_decay_iters=200), '^lr_decay_iters=200: ends the decay before the warm-up of 250 steps has ended: '),
+    (dict(max_iters=5000, lr_decay_iters=0), '^lr_decay_iters=0: ends the decay'),
+    (dict(max_iters=5000, lr_decay_iters=1000, min_lr=0.0), '^lr_decay_iters=1000: is below max_iters=5000: the rate would be min_lr=0 from there on')])
+def test_a_rate_that_would_rise_drop_or_stay_at_zero_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        OptimConfig(**settings).check()
+    OptimConfig(**settings, decay_lr=False).check()  # these settings play no part then
+
+
+@pytest.mark.parametrize('settings', [
+    dict(min_lr=6e-4), dict(max_iters=30, warmup_iters=2000), dict(max_iters=30, warmup_iters=2000, lr_decay_iters=30),
+    dict(max_iters=30, lr_decay_iters=600000), dict(max_iters=2000, lr_decay_iters=1000), dict(max_iters=0), dict(learning_rate=0.0, min_lr=0.0)], ids=str)
+def test_a_trial_of_a_long_run_is_not_refused(settings):
+    OptimConfig(**settings).check()
+
+
+def test_every_config_goes_with_its_own_rates_and_with_a_trial_of_a_few_steps():
+    for path in glob.glob('config/*.py'):
+        given = read_config(Settings, path)
+        OptimConfig.check(Settings(**given))
+        OptimConfig.check(Settings(**given | {'max_iters': 30}))
+
+
+def test_a_run_that_is_too_short_says_so():
+    assert short_run(Settings(max_iters=2000, warmup_iters=2000), 12, 0) == short_run(Settings(max_iters=30), 12, 0) == []
+    assert short_run(Settings(max_iters=30, warmup_iters=2000, learning_rate=6e-4), 12, 0) == [
+        'warmup_iters=2000: is longer than max_iters=30: the rate rises to 9.00e-06 and never reaches learning_rate=0.0006; '
+        '--warmup_iters=0 begins there']
+    growing = dict(n_layer=2, grow_every=4, grow_to=8, grow_by=2)
+    assert short_run(Settings(max_iters=13, **growing), 2, 0) == short_run(Settings(max_iters=13, **growing), 4, 8) == []
+    for layers, step in (2, 0), (2, 4), (4, 5), (4, 8):
+        assert short_run(Settings(max_iters=12, **growing), layers, step) == [
+            'max_iters=12: ends before the network has grown to grow_to=8: it ends with 6 layers']
 
 
 def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():

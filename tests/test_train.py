@@ -351,6 +351,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     (['--packing=documents'], 'stream | aligned | document'),
     (['config/nothing.py'], 'no such config file'),
     (['--seed=99999999999999999999'], 'seed='),
+    (['config/gpt2.py', *TINY, '--learning_rate=3e-5'], 'min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out'),
     (['--out_dir=README.md'], 'out_dir=README.md'),
     (['--rank_embed=40', '--rank_head=40', '--n_embd=128', '--vocab_size=64', '--rank_embed=100'], 'rank_embed=100 is larger'),
 ])
