@@ -17,8 +17,8 @@ class OptimConfig:
     learning_rate: float = 6e-4  # the highest one; of a full Markov table (arch=markov): targets of a step over pseudo-counts, thousands
     max_iters: int = 10000  # steps; a step is one update of the weights
     schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # how the rate falls to min_lr; wsd: constant, then linear over the last cooldown
-    decay_lr: bool = True  # False: constant after the warm-up
-    warmup_iters: int | None = None  # linear warm-up; None = 5% of max_iters, at most 2000
+    decay_lr: bool = True  # False: constant from step 0, as in nanoGPT, unless warmup_iters is given
+    warmup_iters: int | None = None  # linear warm-up; None = 5% of max_iters, at most 2000, or none with decay_lr=False
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None = max_iters
     min_lr: float | None = None  # at most learning_rate; None = learning_rate / 10
     cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
@@ -75,7 +75,9 @@ class OptimConfig:
     @property
     def warmup(self):
         """Steps of the linear warm-up."""
-        return min(2000, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
+        if self.warmup_iters is not None:
+            return self.warmup_iters
+        return min(2000, self.max_iters // 20) if self.decay_lr else 0
 
     @property
     def decay_end(self):

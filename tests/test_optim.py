@@ -31,7 +31,14 @@ def test_linear_and_wsd():
 def test_defaults_follow_the_length_of_the_run():
     cfg = OptimConfig(learning_rate=1e-3, max_iters=1000)
     assert learning_rate(49, cfg) < learning_rate(50, cfg) == 1e-3 and math.isclose(learning_rate(1000, cfg), 1e-4)
-    assert learning_rate(10 ** 6, OptimConfig(decay_lr=False)) == 6e-4
+
+
+def test_without_decay_the_rate_is_constant_from_step_0_unless_a_warm_up_is_given():
+    constant = OptimConfig(learning_rate=3e-5, decay_lr=False, max_iters=1000)  # nanoGPT's config/finetune_shakespeare.py
+    assert {learning_rate(step, constant) for step in (0, 1, 49, 50, 10 ** 6)} == {3e-5}
+    assert learning_rate(0, constant, peak=0.02) == 0.02
+    warm = OptimConfig(learning_rate=1.0, decay_lr=False, max_iters=1000, warmup_iters=9)
+    assert [learning_rate(step, warm) for step in (0, 4, 9, 10 ** 6)] == [0.1, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize('warmup_iters', [50, 700])
