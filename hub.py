@@ -247,18 +247,23 @@ def export(s):
     fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
     ends = {'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
     ends |= {'decoder_start_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot} if cfg.n_encoder_layer else {}
-    text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
-    files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
-             'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
-                                       'clean_up_tokenization_spaces': False}}
+    files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends}
+    text = ''
+    if tokenizer.kind == 'unknown':
+        print('no tokenizer is written: that of the data is not known')
+    else:
+        text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+        files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot,
+                                          'eos_token': eot, 'clean_up_tokenization_spaces': False}
     with new_folder(s.to) as folder:
         save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
                   {'format': 'pt'})
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
         tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
-        with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-            f.write(text)
+        if text:
+            with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+                f.write(text)
         for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
             shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
     return fields['model_type']

@@ -364,6 +364,19 @@ class Reserved(Tokenizer):
         return text
 
 
+class UnknownTokenizer(Tokenizer):
+    """Stands for a tokenizer that nobody described, only its number of tokens (a meta.pkl of nanoGPT's): it refuses all text and all ids."""
+
+    def __init__(self, vocab_size):
+        super().__init__('unknown', vocab_size, None, None)
+
+    def encode(self, text):
+        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: no text can be read or written with it; '
+                        'prepare the data with prepare.py, or put itos into meta.pkl, and train again')
+
+    decode = encode
+
+
 def wordpiece(tokenizers, data, where):
     """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
     vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
@@ -454,6 +467,8 @@ def described(description, files, folder):
         tokenizer = ByteTokenizer()
     elif kind == 'char':
         tokenizer = char_tokenizer(description['chars'], description['eot'] is not None)
+    elif kind == 'unknown':
+        tokenizer = UnknownTokenizer(description['vocab_size'])
     elif kind in TIKTOKEN:
         tokenizer = TiktokenTokenizer(kind)
     elif kind == 'sentencepiece':
