@@ -134,7 +134,7 @@ def read_config(cls, path):
         raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # as Python reads it: without a byte-order mark
             exec(compile(f.read(), path, 'exec'), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None

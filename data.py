@@ -181,7 +181,7 @@ def read_meta(folder):
     if not os.path.exists(path):
         return of_nanogpt(folder)
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             meta = json.load(f)
         if meta['format'] != 1:
             raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')

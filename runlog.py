@@ -68,7 +68,7 @@ def read_records(path):
     """The records of a log.jsonl, without lines that are cut off or damaged; none where there is no file."""
     records = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as f:
+        with open(path, encoding='utf-8', errors='replace', newline='\n') as f:
             for line in f:
                 try:
                     record = json.loads(line)

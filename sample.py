@@ -336,9 +336,9 @@ def add_voices(model, tokenizer, given, where):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, its line ends as they are. Raises UserError where there is none."""
+    """The text of a file in UTF-8, its line ends as they are, without a byte-order mark. Raises UserError where there is none."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
@@ -349,6 +349,13 @@ def read_text(path):
 def read_prompt(start):
     """The text of a prompt; FILE:path reads it."""
     return read_text(start[5:]) if start.startswith('FILE:') else start
+
+
+def read_prompts(stream):
+    """Yield the prompts of a text stream, one a line. Only a newline ends a line: other separators belong to the prompt."""
+    stream.reconfigure(newline='\n')
+    for line in stream:
+        yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
 
 def encode_prompt(text, tokenizer, cfg, room=None):
@@ -424,9 +431,9 @@ def main():
             raise UserError(f'out of memory: lower num_samples={s.num_samples} or max_new_tokens={s.max_new_tokens}') from None
         return
     print('a prompt a line; Ctrl-D ends', flush=True)
-    for line in sys.stdin:
+    for text in read_prompts(sys.stdin):
         try:
-            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, voices)
+            print_samples(model, tokenizer, text, s, generator, compile, voices)
         except UserError as error:  # a prompt that does not fit: say so, ask for the next one
             print(error, flush=True)
 

@@ -402,7 +402,7 @@ def outcome(run, code):
     if state(run.out_dir, run.settings) == 'done':
         return f'val_loss {[r for r in read_log(run.out_dir) if "val_loss" in r][-1]["val_loss"]:.4f}'
     with open(os.path.join(run.out_dir, 'output.txt'), encoding='utf-8', errors='replace') as f:
-        last = (f.read().strip().splitlines() or [''])[-1]
+        last = f.read().strip().split('\n')[-1]  # a sample may hold other line separators
     if code == 2 and 'not finite' in last or state(run.out_dir, run.settings) == 'diverged':
         with open(os.path.join(run.out_dir, 'diverged.txt'), 'w', encoding='utf-8') as f:
             f.write(last + '\n')

@@ -322,7 +322,7 @@ class JsonTokenizer(Tokenizer):
             self.tokenizer = wordpiece(tokenizers, data, where)
         else:
             try:
-                self.tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+                self.tokenizer = tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
             except Exception as error:  # the library raises nothing narrower
                 raise UserError(f'{where}: not a tokenizer.json ({error})') from None
         self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
@@ -379,7 +379,7 @@ class UnknownTokenizer(Tokenizer):
 
 def wordpiece(tokenizers, data, where):
     """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
-    vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
+    vocab = {piece: i for i, piece in enumerate(data.decode('utf-8-sig', errors='replace').splitlines())}
     if '[UNK]' not in vocab or '[SEP]' not in vocab:
         raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to prepare, name it as a source')
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))

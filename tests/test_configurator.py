@@ -32,6 +32,11 @@ def test_defaults_then_config_file_then_command_line(tmp_path):
     assert s.given == {'learning_rate', 'max_iters'}
 
 
+def test_a_byte_order_mark_before_a_config_file_is_taken_off(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b'\xef\xbb\xbfmax_iters = 30\r\n')
+    assert configure(Settings, [str(tmp_path / 'c.py')]).max_iters == 30
+
+
 @pytest.mark.parametrize('arg, name, value', [
     ('--learning_rate=1', 'learning_rate', 1.0),  # int for float
     ('--learning_rate=1e-3', 'learning_rate', 1e-3),

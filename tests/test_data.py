@@ -269,6 +269,12 @@ def test_a_run_that_took_an_unknown_tokenizer_for_gpt2s_still_finds_its_data_unc
     assert list(data.fingerprint().values()) == [wanted]
 
 
+def test_a_byte_order_mark_before_meta_json_is_taken_off(tmp_path):
+    write_dataset(tmp_path / 'd')
+    (tmp_path / 'd' / 'meta.json').write_bytes(b'\xef\xbb\xbf' + (tmp_path / 'd' / 'meta.json').read_bytes())
+    assert read_meta(str(tmp_path / 'd'))['vocab_size'] == 64
+
+
 # --- damage ---
 
 def damaged(folder, change):
