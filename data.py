@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import UserError
+from configurator import FilePath, UserError
 from objectives import Objective, ObjectiveConfig
 from tokenizer import advice
 
@@ -31,7 +31,7 @@ VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at 
 
 @dataclass
 class DataConfig(ObjectiveConfig):
-    dataset: str | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
+    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
     # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import adapters
 import checkpoint
 import peft_files
-from configurator import UserError, configure_command, from_dict, run_main
+from configurator import FilePath, UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from files import new_folder, write_json
@@ -187,8 +187,8 @@ def decoder_start(where):
 
 @dataclass
 class ExportSettings:
-    out_dir: str = 'out'  # a run (its best checkpoint) or a checkpoint
-    to: str = ''  # the folder to write: a new one
+    out_dir: FilePath = 'out'  # a run (its best checkpoint) or a checkpoint
+    to: FilePath = ''  # the folder to write: a new one
     as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any decoder, as our own class, which comes along
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
 
