@@ -18,7 +18,7 @@ import torch.nn as nn
 import attention
 import checkpoint
 import experts
-from configurator import UserError, configure_command, run_main
+from configurator import FilePath, UserError, configure_command, run_main
 from model import Experts, LowRank
 from origin import fill, read_model
 from picture import figure, save, write_csv
@@ -26,11 +26,11 @@ from picture import figure, save, write_csv
 
 @dataclass
 class WeightsSettings:
-    out_dir: str = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
     along: bool = False  # every checkpoint in out_dir (train.py --keep_checkpoints=100 keeps them), against the step
-    against: str = ''  # such another one with the same network: the figures are those of the difference to it
-    csv: str = ''  # file for the figures of every matrix; the table has the median of each kind
-    picture: str = 'out/weights.png'  # where to draw; '' = nowhere
+    against: FilePath = ''  # such another one with the same network: the figures are those of the difference to it
+    csv: FilePath = ''  # file for the figures of every matrix; the table has the median of each kind
+    picture: FilePath = 'out/weights.png'  # where to draw; '' = nowhere
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import model as networks
-from configurator import UserError
+from configurator import FilePath, UserError
 from data import validation_batch, validation_rows
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
@@ -24,15 +24,15 @@ from picture import figure, save, write_csv
 
 @dataclass
 class AttentionSettings:
-    out_dir: str = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
-    dataset: str = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = what the run was trained on
+    out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    dataset: FilePath = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = what the run was trained on
     sequences: int = 100  # so many of the validation split, the same ones each time,
     length: int = 100  # of so many tokens
     tau: float = 0.9  # the share that counts as all
     lazy: float = 1.0  # a layer of at most this MaxRank is lazy
     batch_averaged: bool = False  # of the mean of the matrices over the sequences, as the authors' notebook has it, which lowers ranks
-    csv: str = ''  # file for the figures of every head
-    picture: str = 'out/attention.png'  # where to draw; '' = nowhere
+    csv: FilePath = ''  # file for the figures of every head
+    picture: FilePath = 'out/attention.png'  # where to draw; '' = nowhere
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -42,7 +42,7 @@ import sample
 import sources
 import tokenizer
 import train
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from data import Mixture
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
 from files import replace_json
@@ -60,11 +60,11 @@ MB = 10 ** 6
 class Settings:
     positional = 'what'
     what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, or all
-    peer: str = ''  # a clone of nanoGPT to run beside ours; '' = ours alone
-    json: str = ''  # write everything here too: the machine, every sample, medians, ratios
+    peer: FilePath = ''  # a clone of nanoGPT to run beside ours; '' = ours alone
+    json: FilePath = ''  # write everything here too: the machine, every sample, medians, ratios
     rounds: int = 3  # how often each side runs
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
-    text: list[str] = field(default_factory=lambda: ['stdlib'])  # what prepare's documents are made of: sources as prepare.py takes them
+    text: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # what prepare's documents are made of: sources as prepare.py takes them
     quick: bool = False  # tiny sizes: shows in a minute that everything runs, its figures mean nothing
 
     def check(self):

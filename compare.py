@@ -17,7 +17,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from picture import draw, write_csv
 from sweep import BESIDE, Sweep, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
 from sweep import Settings as Training
@@ -25,13 +25,13 @@ from sweep import Settings as Training
 
 @dataclass
 class Settings:
-    runs: list[str] = field(default_factory=list)  # out_dirs of training runs, or patterns: 'out/sweeps/demo/*'
-    sweep: str = ''  # file of a sweep: run what is missing, then report (README, config/sweeps/demo.py)
+    runs: list[FilePath] = field(default_factory=list)  # out_dirs of training runs, or patterns: 'out/sweeps/demo/*'
+    sweep: FilePath = ''  # file of a sweep: run what is missing, then report (README, config/sweeps/demo.py)
     dry_run: bool = False  # list the runs of the sweep, run nothing
     jobs: int = 0  # runs at a time; 0 = one a GPU, or one on a CPU
     reference: str = ''  # the arm that the others are compared with; '' = the first one
-    picture: str = 'auto'  # where to draw; '' = nowhere, auto = out/compare.png, or compare.png in the folder of the sweep
-    csv: str = ''  # write the table there, for notebooks
+    picture: FilePath = 'auto'  # where to draw; '' = nowhere, auto = out/compare.png, or compare.png in the folder of the sweep
+    csv: FilePath = ''  # write the table there, for notebooks
 
     positional = 'runs'
 

@@ -15,6 +15,7 @@ import inspect
 import keyword
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,6 +25,13 @@ import typing
 
 class UserError(Exception):
     """Something the user can mend. The text is one line that names the setting or the file and what to change."""
+
+
+class FilePath(str):
+    """
+    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the home directory: a shell does that at the
+    beginning of a word alone, not after --out=, and a folder named ~ in the current one is never meant.
+    """
 
 
 def run_main(main):
@@ -92,7 +100,7 @@ def configure(cls, argv=None):
             if isinstance(value, list):
                 given[setting.name] += value
         elif positional:
-            given.setdefault(positional, []).append(arg)
+            given.setdefault(positional, []).extend(convert([arg], find_field(cls, positional, arg), arg))
         else:
             given.update(read_config(cls, arg))
     settings = cls(**given)
@@ -129,12 +137,13 @@ def check(settings, where=''):
 
 def read_config(cls, path):
     """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
+    path = expand_home(path)
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, [f'config/{f}' for f in os.listdir('config')] if os.path.isdir('config') else [], 1)
         raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # as Python reads it: without a byte-order mark
             exec(compile(f.read(), path, 'exec'), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None
@@ -178,8 +187,28 @@ def parse(text, field, where):
         return convert(text, field, where)  # --start=123 and --out_dir=1e5 stay text where text is wanted
 
 
+def expand_home(path):
+    """A path with the home directory in place of a ~ at its beginning, also after hf: and after the name= of an adapter."""
+    found = re.fullmatch(r'(hf:|[\w-]+=)?(~.*)', path, re.DOTALL)
+    return (found[1] or '') + os.path.expanduser(found[2]) if found else path
+
+
+def expand_paths(value, field):
+    """The value of a setting whose type is FilePath, alone or among others, with expand_home() of each path: of a dict the keys are paths."""
+    if not any(kind in (FilePath, list[FilePath]) for kind in options(field.type)):
+        return value
+    if isinstance(value, str):
+        return expand_home(value)
+    if isinstance(value, list):
+        return [expand_paths(item, field) for item in value]
+    if isinstance(value, dict):
+        return {expand_paths(key, field): item for key, item in value.items()}
+    return value
+
+
 def convert(value, field, where):
     """`value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and what it takes."""
+    value = expand_paths(value, field)
     for kind in options(field.type):
         if kind is type(None) and value is None:
             return value
@@ -190,13 +219,13 @@ def convert(value, field, where):
             return float(value)
         elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
             return int(value)
-        elif kind in (int, bool, str, dict, list) and type(value) is kind:
+        elif kind in (int, bool, str, dict, list) and type(value) is kind or kind is FilePath and type(value) is str:
             return value
         elif typing.get_origin(kind) is list:
             items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
             if inner is float and all(type(item) in (int, float) for item in items):
                 return [float(item) for item in items]
-            if all(isinstance(item, inner) for item in items):
+            if all(isinstance(item, str if inner is FilePath else inner) for item in items):
                 return list(items)
     raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
 
@@ -206,15 +235,18 @@ def options(annotation):
     return typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
 
 
+NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a path'}
+
+
 def describe(annotation):
     names = []
     for kind in options(annotation):
         if typing.get_origin(kind) is typing.Literal:
             names += [str(choice) for choice in typing.get_args(kind)]
         elif typing.get_origin(kind) is list:
-            names.append(f'a list of {typing.get_args(kind)[0].__name__}')
+            names.append(f'a list of {NAMES.get(typing.get_args(kind)[0], typing.get_args(kind)[0].__name__)}')
         else:
-            names.append({type(None): 'None', bool: 'True or False', list: 'a list'}.get(kind, kind.__name__))
+            names.append(NAMES.get(kind, kind.__name__))
     return ' | '.join(names)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import UserError
+from configurator import FilePath, UserError
 from objectives import Objective, ObjectiveConfig
 from tokenizer import advice
 
@@ -31,7 +31,7 @@ VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at 
 
 @dataclass
 class DataConfig(ObjectiveConfig):
-    dataset: str | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
+    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
     # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);
@@ -178,14 +178,13 @@ def find_folder(name):
 def read_meta(folder):
     """meta.json of a prepared folder; for nanoGPT's, the same made from train.bin, val.bin and meta.pkl. Raises UserError for what cannot be."""
     path = os.path.join(folder, 'meta.json')
+    if not os.path.exists(path):
+        return of_nanogpt(folder)
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             meta = json.load(f)
         if meta['format'] != 1:
             raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')
-    except FileNotFoundError:
-        path = os.path.join(folder, 'meta.pkl')
-        meta = of_nanogpt(folder, read_pickle(path) if os.path.exists(path) else {})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: not a valid meta.json ({error}): prepare the data set again') from None
     problem = wrong(meta)
@@ -194,20 +193,105 @@ def read_meta(folder):
     return meta
 
 
-def of_nanogpt(folder, pkl):
-    """What meta.json would say of nanoGPT's folder with this meta.pkl."""
-    bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    if not os.path.isfile(bins['train']):
+# nanoGPT's folders: train.bin, val.bin, perhaps meta.pkl. Neither says how wide a token is.
+
+GPT2 = {'kind': 'gpt2'}  # the tokenizer that nanoGPT assumes where there is no meta.pkl
+GPT2_TOKENS = 50257
+CLEAR = 256  # different values with small upper halves, from which on a file is uint32 for sure
+
+
+def of_nanogpt(folder):
+    """The content of meta.json for a folder of nanoGPT's. Raises UserError for one that cannot be read without a guess."""
+    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    paths = {split: path for split, path in paths.items() if os.path.isfile(path)}
+    if 'train' not in paths:
         raise UserError(f'{folder}: neither meta.json nor train.bin in it: prepare it (python prepare.py --help)')
-    tokenizer, vocab_size = {'kind': 'gpt2'}, 50257  # nanoGPT's own assumption
     try:
-        vocab_size = pkl.get('vocab_size', vocab_size)
-        if 'itos' in pkl:
-            tokenizer = {'kind': 'char', 'chars': ''.join(pkl['itos'][i] for i in range(vocab_size)), 'eot': None}
+        tokenizer, vocab_size = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
+        width = nanogpt_width(paths.values(), vocab_size)
+    except OSError as error:
+        raise UserError(f'{error.filename}: {error.strerror}: prepare the data set again') from None
+    splits = {}
+    for split, path in paths.items():
+        size = os.path.getsize(path) // width * width
+        splits[split] = {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': size}]}
+    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': f'uint{8 * width}', 'splits': splits}
+
+
+def nanogpt_tokenizer(path):
+    """
+    (description of the tokenizer, vocab_size) by a meta.pkl: its characters where it lists them; GPT-2's where there is no meta.pkl, as nanoGPT
+    has it, or one that names 50,257 tokens and nothing else; otherwise the tokenizer is not known. Raises UserError for a strange meta.pkl.
+    """
+    pkl = read_pickle(path) if os.path.exists(path) else {}
+    try:
+        itos = pkl.get('itos')
+        vocab_size = pkl.get('vocab_size', GPT2_TOKENS if itos is None else len(itos))
+        if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 32:
+            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: prepare the data set again')
+        names = None if itos is None else [itos[i] for i in range(vocab_size)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f'{folder}/meta.pkl: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
-    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': {
-        split: {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': os.path.getsize(path) // 2 * 2}]} for split, path in bins.items() if os.path.isfile(path)}}
+        raise UserError(f'{path}: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
+    if names is None and vocab_size == GPT2_TOKENS:
+        return GPT2, vocab_size
+    if names and all(isinstance(c, str) and len(c) == 1 for c in names) and len(set(names)) == len(names):
+        return {'kind': 'char', 'chars': ''.join(names), 'eot': None}, vocab_size
+    return {'kind': 'unknown', 'vocab_size': vocab_size}, vocab_size  # words or pieces: how they are joined is not said
+
+
+def nanogpt_width(paths, vocab_size):
+    """Bytes of a token in all of these files, 2 or 4. Raises UserError where that stays unclear or they differ."""
+    widths = {path: width_of(path, vocab_size) for path in paths}
+    known = set(widths.values()) - {0}
+    if known == {2, 4}:
+        raise UserError(f'{" and ".join(widths)}: one is uint16, the other uint32: prepare the data again')
+    unclear = [path for path, width in widths.items() if not width and os.path.getsize(path) > (64 if known else 0)]
+    if unclear and known != {4}:
+        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such a text: prepare it with prepare.py, or '
+                        'write it as uint16 with more text')
+    return max(known, default=2)
+
+
+def width_of(path, vocab_size):
+    """
+    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has a small number after every token,
+    uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError where neither fits.
+    """
+    words = look_into(path)
+    highest = {2: max((words & 0xFFFF).max(initial=0), (words >> 16).max(initial=0)), 4: words.max(initial=0)}
+    is_wide = vocab_size > 2 ** 16  # uint32 for sure,
+    if (words >> 16).max(initial=0) < 8 and len(np.unique(words)) >= CLEAR:
+        is_wide = True  # as no text has a token below 8 at every other place
+        if not words[1::2].any():
+            raise UserError(f'{path}: every other uint32 in it is 0, as in int64: write it as uint16 or uint32')
+    fits = [2] if not is_wide and highest[2] < vocab_size else []
+    if highest[4] < vocab_size and os.path.getsize(path) % 4 == 0:
+        fits.append(4)
+    if not fits:
+        whose = 'of GPT-2, which is assumed where there is no meta.pkl'
+        if os.path.exists(os.path.join(os.path.dirname(path), 'meta.pkl')):
+            whose = 'that meta.pkl names'
+        raise UserError(f'{path}: holds token {highest[4 if is_wide else 2]}, beyond the {vocab_size:,} tokens {whose}: '
+                        'write a meta.pkl with the right vocab_size, or prepare the data again' + ', as uint32' * (vocab_size > 2 ** 16))
+    return fits[0] if len(fits) == 1 else 0
+
+
+def look_into(path, places=64, size=2 ** 12):
+    """Pieces of a file from its beginning to its end, all of a small one, as uint32."""
+    room = max(0, os.path.getsize(path) // 8 * 8 - size)
+    starts = sorted({room * n // (places - 1) // 8 * 8 for n in range(places)})
+    with open(path, 'rb') as f:
+        data = b''.join(os.pread(f.fileno(), size, start) for start in starts)
+    return np.frombuffer(data[:len(data) // 4 * 4], '<u4')
+
+
+def remark(name, files):
+    """A line about a data set whose tokenizer is assumed or not known, '' for others; files: TokenFiles."""
+    if files.meta['tokenizer']['kind'] == 'unknown':
+        return f'{name}: its tokenizer is not known, only that it has {files.vocab_size:,} tokens: no samples are drawn'
+    if files.meta['tokenizer'] == GPT2:
+        return f'{name}: its tokenizer is taken for GPT-2\'s, as nanoGPT does'
+    return ''
 
 
 def wrong(meta):
@@ -426,7 +510,10 @@ class Mixture:
     def fingerprint(self):
         """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""
         def text(source):
-            return json.dumps(source.files.meta, sort_keys=True) + 'packed' * (source.packing == 'pairs')  # once they were padded
+            meta = source.files.meta
+            if meta['tokenizer']['kind'] == 'unknown':  # once it was taken for GPT-2's: runs from then still go on
+                meta = meta | {'tokenizer': GPT2}
+            return json.dumps(meta, sort_keys=True) + 'packed' * (source.packing == 'pairs')  # once they were padded
         return {s.name: hashlib.sha256(text(s).encode() + s.files.pieces()).hexdigest() for s in self.sources}
 
 

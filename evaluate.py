@@ -27,7 +27,7 @@ import ngrams
 import sample
 import summaries
 import tasks
-from configurator import UserError, configure_command, run_main
+from configurator import FilePath, UserError, configure_command, run_main
 from data import TokenFiles, find_folder
 from device import DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
@@ -41,9 +41,9 @@ from sweep import expand, read_sweep, run_missing
 
 @dataclass
 class LossSettings(DeviceConfig):
-    out_dir: str = 'out'  # a training run, or one of its checkpoints
+    out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
-    dataset: str = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = what the run was trained on
+    dataset: FilePath = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = what the run was trained on
 
 
 def row_losses(folder, dataset, s):
@@ -92,9 +92,9 @@ def show_loss(s):
 
 @dataclass
 class ModelSettings(NumericConfig):  # no compile: rows of every length would be compiled anew
-    out_dir: str = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
+    out_dir: FilePath = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
     which: Literal['best', 'last'] = 'best'  # checkpoint of a run
-    adapter: str = ''  # a low-rank adapter beside it: a run of train.py --lora_rank, or a folder of PEFT's
+    adapter: FilePath = ''  # a low-rank adapter beside it: a run of train.py --lora_rank, or a folder of PEFT's
 
     def load(self, encoder=False):
         """(model on its device, tokenizer, device, dtype); encoder as origin.read_model() has it."""
@@ -109,7 +109,7 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
 
 @dataclass
 class TextSettings(ModelSettings):
-    files: list[str] = field(default_factory=list)  # texts, UTF-8
+    files: list[FilePath] = field(default_factory=list)  # texts, UTF-8
     stride: int = 0  # tokens that are predicted from one window; 0 = half of what the network reads: every token has the other half before it
 
     positional = 'files'
@@ -124,12 +124,12 @@ class TextSettings(ModelSettings):
 
 @dataclass
 class TaskSettings(ModelSettings):
-    files: list[str] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
+    files: list[FilePath] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
     shots: int = 0  # solved examples before each item, from the same file
     delimiter: str = ' '  # between a query and its choices; a task of Mosaic's shape takes the words that go there: $'\nAnswer: '
     limit: int = 0  # of each task the first so many items; 0 = all
     seed: int = 1337  # of the examples
-    csv: str = ''  # file for what became of every item
+    csv: FilePath = ''  # file for what became of every item
 
     positional = 'files'
 
@@ -146,7 +146,7 @@ class HarnessSettings(ModelSettings):
     tasks: str = ''  # names of lm-eval's tasks, with commas
     shots: int | None = None  # None = as each task has it
     limit: int = 0  # of each task the first so many items; 0 = all
-    include: str = ''  # folder of tasks of your own, YAML
+    include: FilePath = ''  # folder of tasks of your own, YAML
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -158,7 +158,7 @@ class HarnessSettings(ModelSettings):
 
 @dataclass
 class SummarySettings(ModelSettings):
-    files: list[str] = field(default_factory=list)  # pairs, JSONL; none = the validation pairs that the run was trained beside
+    files: list[FilePath] = field(default_factory=list)  # pairs, JSONL; none = the validation pairs that the run was trained beside
     source: str = 'source'  # the field with what is read
     prompt_template: str = ''  # in place of it, as in prepare.py
     target: str = 'target'  # the one with what people wrote, a text or a list of them
@@ -168,7 +168,7 @@ class SummarySettings(ModelSettings):
     stripped: bool = False  # rougeL as ROT5 reports it too, without stop-words
     show: int = 3  # texts printed beside their reference
     limit: int = 0  # of each file the first so many pairs; 0 = all
-    csv: str = ''  # file for all texts and their scores
+    csv: FilePath = ''  # file for all texts and their scores
 
     positional = 'files'
 
@@ -260,10 +260,10 @@ COLOURS = {'counts': 'C0', 'SVD of the counts': 'C2', 'gradient': 'C1', 'limit':
 
 @dataclass
 class LadderSettings(DeviceConfig):
-    dataset: str = 'stdlib'  # name under data/, or a folder
-    sweep: str = 'config/sweeps/ladder.py'  # the models that are trained, those not there yet first; '' = only what is counted
-    out: str = ''  # folder of their runs; '' = out/ladder/NAME
-    picture: str = 'auto'  # where to draw; '' = nowhere, auto = ladder.png in that folder
+    dataset: FilePath = 'stdlib'  # name under data/, or a folder
+    sweep: FilePath = 'config/sweeps/ladder.py'  # the models that are trained, those not there yet first; '' = only what is counted
+    out: FilePath = ''  # folder of their runs; '' = out/ladder/NAME
+    picture: FilePath = 'auto'  # where to draw; '' = nowhere, auto = ladder.png in that folder
 
 
 @dataclass

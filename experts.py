@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError
+from configurator import FilePath, UserError
 from picture import figure, save, write_csv
 from sweep import read_log
 
 
 @dataclass
 class ExpertsSettings:
-    out_dir: str = 'out'  # a training run
-    csv: str = ''  # file for the shares of every expert at every step of the log
-    picture: str = 'out/experts.png'  # where to draw; '' = nowhere
+    out_dir: FilePath = 'out'  # a training run
+    csv: FilePath = ''  # file for the shares of every expert at every step of the log
+    picture: FilePath = 'out/experts.png'  # where to draw; '' = nowhere
 
 
 def in_use(shares):

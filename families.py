@@ -56,7 +56,7 @@ class Config:
 
 def read_json(path):
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
             value = json.load(f)
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from configurator import UserError, check, default_of
+from configurator import FilePath, UserError, check, default_of
 from model import ONLY_IN_TRAINING, LowRank, make_model
 
 
@@ -26,7 +26,7 @@ class GrowConfig:
     grow_to: int = 0  # until it has so many; n_layer is what it begins with
     grow_by: int = 2  # so many at a time, as Inheritune does (Sanyal et al. 2024, arXiv 2404.08634)
     grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # where they are from, as in surgery.py grow
-    grow_from: str = ''  # or: from this network, a run, a checkpoint or hf:FOLDER, of which the blocks that follow are inherited
+    grow_from: FilePath = ''  # or: from this network, a run, a checkpoint or hf:FOLDER, of which the blocks that follow are inherited
 
     def check(self):
         """Raise ValueError for values that cannot work."""

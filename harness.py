@@ -53,4 +53,4 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     try:
         return lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None, task_manager=manager, bootstrap_iters=1000)
     except OSError as error:
-        raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.splitlines()[0]) from None
+        raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.split('\n')[0]) from None

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import adapters
 import checkpoint
 import peft_files
-from configurator import UserError, configure_command, from_dict, run_main
+from configurator import FilePath, UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from files import new_folder, write_json
@@ -187,8 +187,8 @@ def decoder_start(where):
 
 @dataclass
 class ExportSettings:
-    out_dir: str = 'out'  # a run (its best checkpoint) or a checkpoint
-    to: str = ''  # the folder to write: a new one
+    out_dir: FilePath = 'out'  # a run (its best checkpoint) or a checkpoint
+    to: FilePath = ''  # the folder to write: a new one
     as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any decoder, as our own class, which comes along
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
 
@@ -252,18 +252,23 @@ def export(s):
     fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
     ends = {'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
     ends |= {'decoder_start_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot} if cfg.n_encoder_layer else {}
-    text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
-    files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends,
-             'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot, 'eos_token': eot,
-                                       'clean_up_tokenization_spaces': False}}
+    files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends}
+    text = ''
+    if tokenizer.kind == 'unknown':
+        print('no tokenizer is written: that of the data is not known')
+    else:
+        text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+        files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot,
+                                          'eos_token': eot, 'clean_up_tokenization_spaces': False}
     with new_folder(s.to) as folder:
         save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
                   {'format': 'pt'})
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
         tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers
-        with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
-            f.write(text)
+        if text:
+            with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+                f.write(text)
         for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
             shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
     return fields['model_type']

@@ -17,7 +17,7 @@ import checkpoint
 import hub
 import lora
 import peft_files
-from configurator import UserError, check, from_dict
+from configurator import UserError, check, expand_home, from_dict
 from data import Source
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_objective
@@ -338,7 +338,7 @@ def check_same_run(s, data, state):
     rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
     if rows != old:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {to_do}')
-    if s.init_from not in ('auto', 'resume', stored['init_from']):
+    if s.init_from not in ('auto', 'resume', expand_home(stored['init_from'])):
         raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {to_do}')
     if data.fingerprint() != state['data']:
         raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {to_do}')

@@ -48,7 +48,7 @@ import numpy as np
 from tqdm import tqdm
 
 import synthetic
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from download import CORPORA
 from files import lock, replace_json
 from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files
@@ -62,10 +62,10 @@ SAVE_EVERY = 10  # seconds between records of the progress
 @dataclass
 class Settings:
     positional = 'sources'
-    sources: list[str] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
+    sources: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
     # stdlib, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
-    out: str = ''  # the folder to make; '' = data/NAME for a single named corpus
-    tokenizer: str = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
+    out: FilePath = ''  # the folder to make; '' = data/NAME for a single named corpus
+    tokenizer: FilePath = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
     # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing
     text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined with a newline: prompt,response
     source: str = ''  # for pairs: the field of what is read, and
@@ -80,7 +80,7 @@ class Settings:
     num_proc: int = 0  # processes; 0 = one for every core
     part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out. bpe:N and
     # char read all of the text on each of them first, a FILE.model that was trained before does not; within a file a part is read from the file's start
-    merge: str = ''  # then the folder to make of all parts: --merge=OUT, and nothing beside it
+    merge: FilePath = ''  # then the folder to make of all parts: --merge=OUT, and nothing beside it
 
     def check(self):
         """Raise ValueError for values that cannot work."""

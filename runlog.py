@@ -12,6 +12,7 @@ import torch
 
 import faults
 from configurator import UserError
+from data import remark
 from device import autocast, process_age
 from objectives import around
 from optim import learning_rate
@@ -67,7 +68,7 @@ def read_records(path):
     """The records of a log.jsonl, without lines that are cut off or damaged; none where there is no file."""
     records = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as f:
+        with open(path, encoding='utf-8', errors='replace', newline='\n') as f:
             for line in f:
                 try:
                     record = json.loads(line)
@@ -94,6 +95,9 @@ def describe(s, run, ranks):
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
+    for source in run.data.sources:
+        if remark(source.name, source.files):
+            ranks.say('data: ' + remark(source.name, source.files))
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: {threads}')
     for line in short_run(s, run.model.cfg.n_layer, run.step):
         ranks.say(line)
@@ -139,6 +143,8 @@ def show_samples(model, s, data, ranks, stop=False):
     if not (s.sample_tokens and (ranks.first or ranks.lockstep)):
         return
     files = data.sources[0].files
+    if files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it
+        return
     model.eval()
     try:
         tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)

@@ -30,7 +30,7 @@ import checkpoint
 import hub
 import lora
 import peft_files
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
 from objectives import around
 from origin import add_adapters, load_model
@@ -42,10 +42,10 @@ COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M param
 
 @dataclass
 class Settings(DeviceConfig):
-    out_dir: str = 'out'  # a training run, or one of its checkpoints
-    init_from: str = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
+    init_from: FilePath = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2, gpt2-medium, gpt2-large, gpt2-xl
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
-    adapter: list[str] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
+    adapter: list[FilePath] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
     # name=DIR each, write num_samples each, together in one batch
     start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file
     num_samples: int = 3  # drawn together, as one batch
@@ -336,9 +336,9 @@ def add_voices(model, tokenizer, given, where):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, its line ends as they are. Raises UserError where there is none."""
+    """The text of a file in UTF-8, its line ends as they are, without a byte-order mark. Raises UserError where there is none."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
@@ -348,7 +348,14 @@ def read_text(path):
 
 def read_prompt(start):
     """The text of a prompt; FILE:path reads it."""
-    return read_text(start[5:]) if start.startswith('FILE:') else start
+    return read_text(os.path.expanduser(start[5:])) if start.startswith('FILE:') else start
+
+
+def read_prompts(stream):
+    """Yield the prompts of a text stream, one a line. Only a newline ends a line: other separators belong to the prompt."""
+    stream.reconfigure(newline='\n')
+    for line in stream:
+        yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
 
 def encode_prompt(text, tokenizer, cfg, room=None):
@@ -424,9 +431,9 @@ def main():
             raise UserError(f'out of memory: lower num_samples={s.num_samples} or max_new_tokens={s.max_new_tokens}') from None
         return
     print('a prompt a line; Ctrl-D ends', flush=True)
-    for line in sys.stdin:
+    for text in read_prompts(sys.stdin):
         try:
-            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, voices)
+            print_samples(model, tokenizer, text, s, generator, compile, voices)
         except UserError as error:  # a prompt that does not fit: say so, ask for the next one
             print(error, flush=True)
 

@@ -34,7 +34,7 @@ import hub
 import lora
 import peft_files
 from analyze import rank_for
-from configurator import UserError, check, configure_command, run_main
+from configurator import FilePath, UserError, check, configure_command, run_main
 from data import Mixture
 from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from loss import evaluate, reading
@@ -46,9 +46,9 @@ from ranks import Ranks
 
 @dataclass
 class Settings:
-    from_: str = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
-    out_dir: str = ''  # where the new one goes: a new directory
-    dataset: str | dict = 'auto'  # data to measure the losses on; auto = those it was trained on, if they are there; none = no losses
+    from_: FilePath = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # where the new one goes: a new directory
+    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = those it was trained on, if they are there; none = no losses
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -97,12 +97,12 @@ class WidenSettings(Settings):
 
 @dataclass
 class AverageSettings(Settings):
-    from_: list[str] = field(default_factory=list)  # the old networks, --from=DIR for each, or a pattern: --from='out/run/step_*'
+    from_: list[FilePath] = field(default_factory=list)  # the old networks, --from=DIR for each, or a pattern: --from='out/run/step_*'
 
 
 @dataclass
 class FactorizeSettings(Settings):
-    dataset: str | dict = 'auto'  # data whose inputs weigh the errors, and to measure the losses on; auto = those it was trained on, if they are
+    dataset: FilePath | dict = 'auto'  # data whose inputs weigh the errors, and to measure the losses on; auto = those it was trained on, if they are
     # there; none = plain SVD
     rank_qk: int = 0  # ranks of the queries' and keys' matrices; 0 = they stay dense
     rank_vo: int = 0  # of the values' and attention's output
@@ -138,7 +138,7 @@ class UpcycleSettings(Settings):
 
 @dataclass
 class MergeSettings(Settings):
-    adapter: list[str] = field(default_factory=list)  # what to add to --from, runs of train.py --lora_rank or folders of PEFT's; none = --from is such a run
+    adapter: list[FilePath] = field(default_factory=list)  # what to add to --from: runs of train.py --lora_rank, folders of PEFT's; none = --from is one
     shares: list[float] = field(default_factory=list)  # how many times each is to count; none = once
     untie: bool = False  # give the head a matrix of its own, where the embedding that is adapted is the head too
 

@@ -29,7 +29,7 @@ import torch
 import checkpoint
 import hub
 import lora
-from configurator import UserError, check, configure, find_field, from_dict, options, read_config
+from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
 from data import Mixture
 from model import ModelConfig, make_model
 from optim import make_optimizer
@@ -46,12 +46,12 @@ BESIDE = {'out_dir', 'device', 'compile', 'backend', 'recompute', 'verify_data',
 
 @dataclass
 class Sweep:
-    base: str | list[str] | dict = field(default_factory=dict)  # what all arms share: a config file, several of them, or settings
+    base: FilePath | list[FilePath] | dict = field(default_factory=dict)  # what all arms share: a config file, several of them, or settings
     arms: dict = field(default_factory=dict)  # {name: {setting: value}}; a list of values is swept. An arm may have 'seeds' and 'budget' of its own,
     #                                           and be a list of such dicts: a cross of two short lines costs less than the whole grid
     seeds: list[int] = field(default_factory=lambda: [1])
     budget: Literal['tokens', 'flops'] = 'tokens'  # flops: max_iters of every arm is set so that it spends the FLOPs of the first one
-    out: str = ''  # folder of the runs; '' = out/sweeps/ and the name of the sweep's file
+    out: FilePath = ''  # folder of the runs; '' = out/sweeps/ and the name of the sweep's file
 
     def check(self):
         """Raise ValueError for what cannot be a sweep."""
@@ -279,7 +279,7 @@ def read_settings(out_dir):
             stored = json.load(f)
     except (OSError, ValueError):
         return None
-    return Settings(**{f.name: stored[f.name] for f in dataclasses.fields(Settings) if f.name in stored})
+    return Settings(**{f.name: expand_paths(stored[f.name], f) for f in dataclasses.fields(Settings) if f.name in stored})
 
 
 def read_log(out_dir):
@@ -402,7 +402,7 @@ def outcome(run, code):
     if state(run.out_dir, run.settings) == 'done':
         return f'val_loss {[r for r in read_log(run.out_dir) if "val_loss" in r][-1]["val_loss"]:.4f}'
     with open(os.path.join(run.out_dir, 'output.txt'), encoding='utf-8', errors='replace') as f:
-        last = (f.read().strip().splitlines() or [''])[-1]
+        last = f.read().strip().split('\n')[-1]  # a sample may hold other line separators
     if code == 2 and 'not finite' in last or state(run.out_dir, run.settings) == 'diverged':
         with open(os.path.join(run.out_dir, 'diverged.txt'), 'w', encoding='utf-8') as f:
             f.write(last + '\n')

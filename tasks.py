@@ -35,11 +35,15 @@ class Item:
 
 
 def read_lines(path, convert):
-    """[convert(JSON value, 'path:number')] of the lines of a JSONL file. Raises UserError, with the line, for what is no JSON, and for an empty file."""
+    """
+    [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises UserError, with the line, for what is no
+    JSON, and for an empty file.
+    """
     out = []
     try:
-        with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
+        with open(path, encoding='utf-8', newline='\n') as f:
             for number, line in enumerate(f, 1):
+                line = line.removeprefix('\ufeff')  # some editors begin a file with a byte-order mark
                 if line.strip():
                     out.append(convert(parse(line, f'{path}:{number}'), f'{path}:{number}'))
     except (OSError, UnicodeDecodeError) as error:

@@ -322,7 +322,7 @@ class JsonTokenizer(Tokenizer):
             self.tokenizer = wordpiece(tokenizers, data, where)
         else:
             try:
-                self.tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+                self.tokenizer = tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
             except Exception as error:  # the library raises nothing narrower
                 raise UserError(f'{where}: not a tokenizer.json ({error})') from None
         self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
@@ -364,9 +364,22 @@ class Reserved(Tokenizer):
         return text
 
 
+class UnknownTokenizer(Tokenizer):
+    """Stands for a tokenizer that nobody described, only its number of tokens (a meta.pkl of nanoGPT's): it refuses all text and all ids."""
+
+    def __init__(self, vocab_size):
+        super().__init__('unknown', vocab_size, None, None)
+
+    def encode(self, text):
+        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: no text can be read or written with it; '
+                        'prepare the data with prepare.py, or put itos into meta.pkl, and train again')
+
+    decode = encode
+
+
 def wordpiece(tokenizers, data, where):
     """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
-    vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
+    vocab = {piece: i for i, piece in enumerate(data.decode('utf-8-sig', errors='replace').splitlines())}
     if '[UNK]' not in vocab or '[SEP]' not in vocab:
         raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to prepare, name it as a source')
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
@@ -454,6 +467,8 @@ def described(description, files, folder):
         tokenizer = ByteTokenizer()
     elif kind == 'char':
         tokenizer = char_tokenizer(description['chars'], description['eot'] is not None)
+    elif kind == 'unknown':
+        tokenizer = UnknownTokenizer(description['vocab_size'])
     elif kind in TIKTOKEN:
         tokenizer = TiktokenTokenizer(kind)
     elif kind == 'sentencepiece':

@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import faults
 import lora
-from configurator import UserError, configure, leave, run_main
+from configurator import FilePath, UserError, configure, leave, run_main
 from data import DataConfig, Mixture, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig
@@ -43,8 +43,8 @@ from shard import share_gradients
 
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig, lora.LoraConfig, GuardConfig):
-    out_dir: str = 'out'  # where checkpoints, log and settings go
-    init_from: str = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
+    out_dir: FilePath = 'out'  # where checkpoints, log and settings go
+    init_from: FilePath = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
     init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep of init_from=DIR: weights alone; the optimizer's moments too,
     # with a fresh schedule; or all, so that rate and data go on at its step
@@ -53,7 +53,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
     gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size times this many rows
     recompute: bool = False  # activation checkpointing: the blocks run again in the backward pass, a third slower, for a fraction of the memory
     label_smoothing: float = 0.0  # in the training loss only
-    teacher: str = ''  # distillation: learn from the distribution of this network too, a run (its best checkpoint), a checkpoint or hf:FOLDER
+    teacher: FilePath = ''  # distillation: learn from the distribution of this network too, a run (its best checkpoint), a checkpoint or hf:FOLDER
     distill_mix: float = 0.5  # its share of the training loss; the rest is cross-entropy
     distill_temperature: float = 1.0  # higher: more of what the teacher thinks of unlikely tokens (Hinton et al. 2015, arXiv 1503.02531)
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint and samples

@@ -24,7 +24,7 @@ import prepare
 import train
 from analyze import measure, merged_model
 from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from evaluate import row_losses
 from picture import figure, save
 
@@ -34,10 +34,10 @@ SHARES = (1, 4, 16, 64)  # ranks of which it is said how much of what full train
 
 @dataclass
 class Settings(train.Settings):
-    novels: str = ''  # a folder of texts for the bases
-    stories: str = ''  # JSONL of TinyStories; the code is Python's standard library
+    novels: FilePath = ''  # a folder of texts for the bases
+    stories: FilePath = ''  # JSONL of TinyStories; the code is Python's standard library
     ranks_tried: list[int] = field(default_factory=lambda: [1, 4, 16, 64])  # beside attention and MLP
-    base_config: str = 'config/novels_cpu.py'  # of the bases
+    base_config: FilePath = 'config/novels_cpu.py'  # of the bases
     rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # of all weights; adapters begin with ten times these
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     jobs: int = 1  # runs at a time

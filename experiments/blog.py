@@ -27,13 +27,13 @@ import model
 import run
 import train
 from compare import read_run
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from picture import figure, save
 
 
 @dataclass
 class Settings(train.Settings):
-    out_dir: str = 'out/blog'
+    out_dir: FilePath = 'out/blog'
     condition: str = ''  # one run, not the table: right, blog (= all faults), right+FAULT…, blog-FAULT…; of last overlap bf16 init head unguarded
     only: str = '*'  # make the runs whose name fits this pattern, no table
     quick: bool = False  # a smaller network and fewer steps

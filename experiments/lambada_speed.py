@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tasks
 import train
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from device import NumericConfig, autocast, pick_device, pick_dtype
 from measure import alternate, section, show
 from model import make_model
@@ -26,8 +26,8 @@ from tokenizer import new_tokenizer
 @dataclass
 class Settings(NumericConfig):
     positional = 'files'
-    files: list[str] = field(default_factory=list)  # one task
-    tokenizer: str = 'gpt2'  # as prepare.py takes it
+    files: list[FilePath] = field(default_factory=list)  # one task
+    tokenizer: FilePath = 'gpt2'  # as prepare.py takes it
     limit: int = 0  # the first so many items; 0 = all
     rounds: int = 2  # of each, in turn
 

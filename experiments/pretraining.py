@@ -24,7 +24,7 @@ import prepare
 import summaries
 import train
 from compare import mean_and_error, paired_values, plus_minus, tuned
-from configurator import UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main
 from device import pick_device, pick_dtype
 from picture import write_csv
 from sample import load
@@ -36,10 +36,10 @@ RATES = ('muon_lr', 'embed_lr', 'head_lr', 'scalar_lr')
 
 @dataclass
 class Settings(train.Settings):
-    pairs: str = ''  # JSONL with "source" and "target": abstracts to learn from,
-    dev: str = ''  # and others to be judged by
-    text: list[str] = field(default_factory=list)  # more to pretrain on, JSONL with "text"
-    tokenizer: str = 'bpe:4096'  # made for all of it, as in prepare.py
+    pairs: FilePath = ''  # JSONL with "source" and "target": abstracts to learn from,
+    dev: FilePath = ''  # and others to be judged by
+    text: list[FilePath] = field(default_factory=list)  # more to pretrain on, JSONL with "text"
+    tokenizer: FilePath = 'bpe:4096'  # made for all of it, as in prepare.py
     tuning_iters: int = 400  # steps on pairs
     scales: list[float] = field(default_factory=lambda: [1.0, 0.3, 0.1])  # of all rates, those of pretraining being 1, tried on pairs with the first seed
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])

@@ -1,10 +1,11 @@
 """Settings: what is accepted, what is refused, and with which words."""
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, configure_command, from_dict, help_text
+from configurator import FilePath, UserError, comments_of, configure, configure_command, from_dict, help_text, options, read_config
 
 
 @dataclass
@@ -30,6 +31,11 @@ def test_defaults_then_config_file_then_command_line(tmp_path):
     s = configure(Settings, [str(config), '--max_iters=30'])
     assert (s.learning_rate, s.max_iters, s.norm) == (1.0, 30, 'rmsnorm')
     assert s.given == {'learning_rate', 'max_iters'}
+
+
+def test_a_byte_order_mark_before_a_config_file_is_taken_off(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b'\xef\xbb\xbfmax_iters = 30\r\n')
+    assert configure(Settings, [str(tmp_path / 'c.py')]).max_iters == 30
 
 
 @pytest.mark.parametrize('arg, name, value', [
@@ -108,6 +114,68 @@ def test_stored_settings_come_back_strictly():
     assert from_dict(Settings, {'max_iters': 3}, 'x').max_iters == 3
     with pytest.raises(UserError, match='x: n_layers'):
         from_dict(Settings, {'n_layers': 3}, 'x')
+
+
+@dataclass
+class Paths:
+    positional = 'files'
+    out_dir: FilePath = 'out'  # a folder
+    start: str = ''  # a text
+    dataset: FilePath | dict = 'stdlib'  # data
+    adapter: list[FilePath] = field(default_factory=list)  # adapters
+    files: list[FilePath] = field(default_factory=list)  # files
+
+
+@pytest.mark.parametrize('arg, name, value', [
+    ('--out_dir=~/a', 'out_dir', '/home/me/a'),
+    ('--out_dir=~', 'out_dir', '/home/me'),
+    ('--out_dir=hf:~/a', 'out_dir', 'hf:/home/me/a'),
+    ('--out_dir=~nobody-of-that-name/a', 'out_dir', '~nobody-of-that-name/a'),
+    ('--out_dir=a/~/b~', 'out_dir', 'a/~/b~'),
+    ('--start=~/a', 'start', '~/a'),
+    ("--dataset={'~/a': 1, 'b': 2}", 'dataset', {'/home/me/a': 1, 'b': 2}),
+    ('--adapter=~/a', 'adapter', ['/home/me/a']),
+    ('--adapter=x=~/a', 'adapter', ['x=/home/me/a']),
+    ("--adapter=['~/a', 'y=~/b']", 'adapter', ['/home/me/a', 'y=/home/me/b']),
+    ('~/a.txt', 'files', ['/home/me/a.txt']),
+])
+def test_a_tilde_is_the_home_directory_in_paths_alone(monkeypatch, arg, name, value):
+    monkeypatch.setenv('HOME', '/home/me')
+    got = getattr(configure(Paths, [arg]), name)
+    assert got == value and type(got) is type(value)
+
+
+def test_a_tilde_in_a_config_file_and_before_its_name_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'c.py').write_text("out_dir = '~/out'\nadapter = ['~/a']\nstart = '~'\n")
+    s = Paths(**read_config(Paths, '~/c.py'))
+    assert (s.out_dir, s.adapter, s.start) == (f'{tmp_path}/out', [f'{tmp_path}/a'], '~')
+
+
+def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
+    """By its comment: a setting that is added and speaks of a file has to be a FilePath."""
+    import analyze
+    import attention
+    import bench
+    import compare
+    import evaluate
+    import experts
+    import hub
+    import prepare
+    import sample
+    import surgery
+    import sweep
+    import train
+    texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers', 'which', 'init_keep', 'stop', 'part', 'split', 'errors', 'reference',
+             'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
+    for module in (analyze, attention, bench, compare, evaluate, experts, hub, prepare, sample, surgery, sweep, train):
+        for cls in vars(module).values():
+            for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__ else ()):
+                comments = comments_of(part) if is_dataclass(part) else {}
+                for f in fields(part) if comments else ():
+                    names_one = re.search(r'\b(files?|folders?|DIR|FILE|FOLDER|hf:|runs?|checkpoint|where to draw)\b', comments.get(f.name, ''))
+                    is_text = any(kind in (str, list[str]) for kind in options(f.type))
+                    assert not (names_one and is_text) or f.name in texts, (module.__name__, part.__name__, f.name)
 
 
 @dataclass

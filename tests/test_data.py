@@ -1,5 +1,7 @@
 """The order of the data is a function: exactly once an epoch, the same for any split into ranks, nothing to save."""
+import hashlib
 import json
+import os
 import pickle
 import time
 from pathlib import Path
@@ -204,6 +206,79 @@ def test_a_nanogpt_folder_is_read_without_running_its_pickle(tmp_path):
     with pytest.raises(UserError, match='meta.pkl'):
         read_meta(str(tmp_path))
     assert not (tmp_path / 'canary').exists()
+
+
+def write_nanogpt(folder, tokens, dtype, pkl=None):
+    """nanoGPT's train.bin and val.bin, with meta.pkl if there is to be one."""
+    for split in ('train', 'val'):
+        np.asarray(tokens).astype(dtype).tofile(folder / f'{split}.bin')
+    if pkl is not None:
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(pkl))
+
+
+@pytest.mark.parametrize('dtype, below, pkl, kind', [
+    ('<u4', 100277, {'vocab_size': 100277}, 'unknown'),
+    ('<u4', 1500, {'vocab_size': 1500}, 'unknown'),
+    ('<u4', 50257, None, 'gpt2'),
+    ('<u2', 50257, None, 'gpt2'),
+    ('<u2', 50257, {'vocab_size': 50257}, 'gpt2'),
+    ('<u2', 1500, {'vocab_size': 1500}, 'unknown'),
+    ('<u2', 50, {'vocab_size': 50}, 'unknown'),
+    ('<u2', 60000, {'vocab_size': 60000}, 'unknown'),
+    ('<u2', 3, {'vocab_size': 3, 'itos': ['a', 'the', 'of']}, 'unknown'),  # words: not the characters a, t, h
+    ('<u2', 3, {'itos': {0: 'a', 1: 'b', 2: 'c'}}, 'char'),
+])
+def test_the_width_of_nanogpts_tokens_is_found_and_no_tokenizer_made_up(tmp_path, dtype, below, pkl, kind):
+    tokens = np.random.default_rng(0).integers(below, size=4001)
+    write_nanogpt(tmp_path, tokens, dtype, pkl)
+    files = TokenFiles(str(tmp_path), 'train')
+    assert np.array_equal(files.read(0, 5000), tokens) and files.meta['tokenizer']['kind'] == kind
+
+
+@pytest.mark.parametrize('tokens, dtype, pkl, words', [
+    (range(1, 3000), '<u2', {'vocab_size': 100277}, 'train.bin: holds token .* beyond the 100,277 tokens that meta.pkl names.*as uint32'),
+    ([50257] * 100, '<u2', None, 'train.bin: holds token 50257, beyond the 50,257 tokens of GPT-2'),
+    (range(66000, 67000), '<u4', None, 'beyond the 50,257 tokens of GPT-2'),
+    ([1, 0, 2, 0] * 100, '<u2', {'vocab_size': 3}, 'every other uint16 in it is 0'),
+    ([1, 2] * 100, '<u4', {'vocab_size': 3}, 'every other uint16 in it is 0'),
+    (range(1, 1000), '<i8', {'vocab_size': 1000}, 'every other uint32 in it is 0, as in int64'),
+    ([1, 2] * 100, '<u2', {'vocab_size': 0}, 'meta.pkl: vocab_size=0'),
+])
+def test_a_nanogpt_folder_that_can_be_read_in_no_way_or_in_two_is_refused(tmp_path, tokens, dtype, pkl, words):
+    write_nanogpt(tmp_path, list(tokens), dtype, pkl)
+    with pytest.raises(UserError, match=words):
+        read_meta(str(tmp_path))
+
+
+def test_a_nanogpt_folder_of_two_widths_is_refused(tmp_path):
+    tokens = np.random.default_rng(0).integers(1500, size=4000)
+    write_nanogpt(tmp_path, tokens, '<u2', {'vocab_size': 1500})
+    tokens.astype('<u4').tofile(tmp_path / 'val.bin')
+    with pytest.raises(UserError, match='one is uint16, the other uint32'):
+        read_meta(str(tmp_path))
+
+
+def test_the_width_of_a_large_file_is_found_by_a_few_pieces_of_it(tmp_path, monkeypatch):
+    tokens, sizes, read = np.random.default_rng(0).integers(50000, size=2 ** 20), [], os.pread
+    write_nanogpt(tmp_path, tokens, '<u4')
+    monkeypatch.setattr(os, 'pread', lambda fd, size, at: sizes.append((at, size)) or read(fd, size, at))
+    assert read_meta(str(tmp_path))['dtype'] == 'uint32'
+    assert sum(size for _, size in sizes) <= 2 * 2 ** 18 and max(sizes)[0] > 0.99 * 4 * len(tokens)
+
+
+def test_a_run_that_took_an_unknown_tokenizer_for_gpt2s_still_finds_its_data_unchanged(tmp_path):
+    write_nanogpt(tmp_path, np.arange(1000) % 50, '<u2', {'vocab_size': 50})
+    data = Mixture(str(tmp_path), 'train', 8, 1)
+    before = {'format': 1, 'tokenizer': {'kind': 'gpt2'}, 'vocab_size': 50, 'dtype': 'uint16', 'splits': {
+        split: {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': 2000}]} for split in ('train', 'val')}}
+    wanted = hashlib.sha256(json.dumps(before, sort_keys=True).encode() + data.sources[0].files.pieces()).hexdigest()
+    assert list(data.fingerprint().values()) == [wanted]
+
+
+def test_a_byte_order_mark_before_meta_json_is_taken_off(tmp_path):
+    write_dataset(tmp_path / 'd')
+    (tmp_path / 'd' / 'meta.json').write_bytes(b'\xef\xbb\xbf' + (tmp_path / 'd' / 'meta.json').read_bytes())
+    assert read_meta(str(tmp_path / 'd'))['vocab_size'] == 64
 
 
 # --- damage ---

@@ -296,6 +296,15 @@ def test_the_tokenizer_of_a_folder_is_read_from_there(tmp_path):
     assert tokenizer.decode(tokenizer.encode('Hello')) == 'Hello'
 
 
+def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tmp_path):
+    model = theirs('llama', vocab_size=100)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    for name in ('config.json', 'tokenizer.json'):
+        (tmp_path / name).write_bytes(b'\xef\xbb\xbf' + (tmp_path / name).read_bytes())
+    assert sample.load(f'hf:{tmp_path}')[1].decode([0, 1]) == '!"'
+
+
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     from tokenizer import train_bpe
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)

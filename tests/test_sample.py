@@ -1,11 +1,13 @@
 """Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
 import collections
+import io
 
 import pytest
 import torch
 from conftest import one_line, run, train
 
 import checkpoint
+import sample
 from model import ModelConfig, Transformer
 from packed import Packed, pack
 from sample import KVCache, draw, generate, step, stream
@@ -240,6 +242,13 @@ def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
     typed = run('sample.py', f'--out_dir={trained}', '--interactive', '--num_samples=1', '--max_new_tokens=5', '--temperature=0',
                 typed='the\n' + 'x' * 100 + '\nlazy\n')
     assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout  # a prompt too long does not end the session
+
+
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    lines = io.TextIOWrapper(io.BytesIO('\ufeffa\rb\r\nc\u2028d\x85e\x0c\n\nf'.encode()), encoding='utf-8')
+    assert list(sample.read_prompts(lines)) == ['a\rb', 'c\u2028d\x85e\x0c', '', 'f']
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfa\r\nb\r')
+    assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'a\r\nb\r'
 
 
 @pytest.mark.parametrize('args, words', [

@@ -67,6 +67,12 @@ def test_a_line_that_is_no_pair_is_named(line, words, tmp_path):
     assert words in str(caught.value)
 
 
+def test_only_a_newline_ends_a_line_of_pairs_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / 'p.jsonl').write_bytes(b'\xef\xbb\xbf' + '{"source":\r"x\u2028y",\r"target": "\x85"}\r\n'.encode())
+    (pair,) = read_pairs(str(tmp_path / 'p.jsonl'), 'source', 'target')
+    assert pair.source == 'x\u2028y' and pair.references == ['\x85']
+
+
 def test_more_than_the_network_writes_is_refused(tmp_path):
     folder = written(tmp_path / 'run', tiny(vocab_size=257, n_encoder_layer=2), ByteTokenizer())
     (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}')

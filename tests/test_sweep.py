@@ -14,7 +14,7 @@ from conftest import ROOT, one_line, run, write_dataset
 
 import sweep
 from configurator import UserError
-from sweep import Sweep, expand, locked, places, read_log, read_sweep, run_missing, sizes, start, state
+from sweep import Sweep, expand, locked, outcome, places, read_log, read_sweep, run_missing, sizes, start, state
 
 BASE = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4, 'device': 'cpu', 'dtype': 'float32', 'max_iters': 10, 'learning_rate': 1e-2,
         'log_interval': 1, 'eval_interval': 5, 'eval_iters': 4}
@@ -160,6 +160,15 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(make, tmp_
     assert state(good.out_dir, good.settings) == 'done' and state(bad.out_dir, bad.settings) == 'to do'
     made.arms.pop('good')
     assert '1 of 1 runs failed' in one_line(run('compare.py', f'--sweep={write(made, tmp_path / "s.py")}', '--picture='))
+
+
+def test_the_last_line_of_a_failed_run_is_what_the_last_newline_begins(make):
+    run, = expand(make({'a': {}}))
+    os.makedirs(run.out_dir)
+    Path(run.out_dir, 'output.txt').write_text('step 1\ntrain.py: dataset=a\u2028b: no such data set\n', encoding='utf-8')
+    assert outcome(run, 2) == 'failed with 2 (train.py: dataset=a\u2028b: no such data set)'
+    Path(run.out_dir, 'log.jsonl').write_bytes(b'{"step": 1,\r"val_loss": 2}\n')
+    assert read_log(run.out_dir) == [{'step': 1, 'val_loss': 2}]
 
 
 def test_a_dry_run_lists_and_leaves_nothing(make, tmp_path):

@@ -245,6 +245,21 @@ def test_line_ends_and_a_byte_order_mark_are_read_as_they_are(folder, tmp_path):
     assert len(read_items(f'{tmp_path}/task.jsonl')) == 1
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    text = 'a\u2028b\x85c\x0bd'
+    lines = [json.dumps({'context': text, 'continuation': ' e'}, ensure_ascii=False).replace(': ', ':\r'), json.dumps(LAMBADA[0])]
+    (tmp_path / 'task.jsonl').write_bytes('\r\n'.join(['\ufeff' + line for line in lines]).encode())  # two files, one after the other
+    assert [item.context for item in read_items(f'{tmp_path}/task.jsonl')] == [f'{text} ', LAMBADA[0]['context'] + ' ']
+
+
+def test_a_byte_order_mark_is_no_text(folder, tmp_path):
+    shown = []
+    for mark in (b'', b'\xef\xbb\xbf'):
+        (tmp_path / 'a.txt').write_bytes(mark + b'one two')
+        shown.append(run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt', '--device=cpu', '--dtype=float32').stdout)
+    assert shown[0] == shown[1] and ' 7 bytes' in shown[0]
+
+
 def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
     task = write(tmp_path / 'task.jsonl', LAMBADA)
     for command, args, words in [('tasks', [], 'files: none is given'), ('tasks', [f'{tmp_path}/no.jsonl'], 'No such file'),

@@ -151,6 +151,11 @@ def test_documents_of_every_kind_end_with_the_end_of_text(every_kind):
         assert [len(a) for a in t.encode_documents([])] == [0, 0]
 
 
+def test_a_byte_order_mark_before_a_vocabulary_is_no_part_of_its_first_piece(tmp_path):
+    (tmp_path / 'vocab.txt').write_bytes(b'\xef\xbb\xbf[PAD]\n[UNK]\n[SEP]\na\n')
+    assert new_tokenizer(str(tmp_path / 'vocab.txt')).decode([0, 3]) == '[PAD] a'
+
+
 def test_char_ids_are_nanogpt_s():
     """nanoGPT numbers the sorted characters, and has no end-of-text token; ours comes after them."""
     t = new_tokenizer('char', ['hello', 'world'])

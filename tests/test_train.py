@@ -4,6 +4,7 @@ nothing, bad input is one line. Every claim of equality is bit for bit.
 """
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
@@ -415,9 +417,6 @@ def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
 
 
 def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_path):
-    import pickle
-
-    import numpy as np
     folder = tmp_path / 'data' / 'shakespeare_char'
     folder.mkdir(parents=True)
     text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\n' * 300
@@ -436,6 +435,21 @@ def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_pa
     assert sampled.returncode == 0 and sampled.stdout.strip(), sampled.stderr
     assert Path(folder / 'train.bin').stat().st_size == 2 * (len(text) - 2000)
 
+
+@pytest.mark.parametrize('below, dtype', [(50, '<u2'), (70000, '<u4')])
+def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(tmp_path, below, dtype):
+    folder, out = tmp_path / 'data', tmp_path / 'out'
+    folder.mkdir()
+    for split in ('train', 'val'):
+        np.random.default_rng(0).integers(below, size=500).astype(dtype).tofile(folder / f'{split}.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': below}))
+    done = train(out, '--max_iters=1', '--n_layer=1', '--n_embd=8', '--sample_tokens=5', dataset=folder)
+    assert done.stdout.count('its tokenizer is not known') == 1 and '\n    |' not in done.stdout and '\nno sample' not in done.stdout
+    assert 'tokenizer of this network is not known' in one_line(run('sample.py', f'--out_dir={out}', '--device=cpu'))
+    assert 'tokenizer of this network is not known' in one_line(run('evaluate.py', 'text', f'--out_dir={out}', ROOT / 'README.md', '--device=cpu'))
+    assert run('evaluate.py', 'loss', f'--out_dir={out}', '--device=cpu').returncode == 0
+    done = run('hub.py', 'export', '--as=custom', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
+    assert done.returncode == 0 and 'no tokenizer is written' in done.stdout and not (tmp_path / 'hf' / 'tokenizer.json').exists()
 
 
 
