@@ -9,9 +9,10 @@ Any text → token files.
     python prepare.py stdlib_docstrings                                                               # a function's code → what it says it does
     python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
 
-A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
-line) and .parquet (a document a row), the first two also as .gz, .zst or .bz2; or it is a named corpus, see download.py, or a Markov
-chain of known entropy, see synthetic.py.
+A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl or .ndjson (a
+document a line) and .parquet (a document a row), all but the last also as .gz, .bz2, .xz or .zst. Folders are read at any depth, linked
+ones too, without what is hidden; what is left out is said. .md, .markdown, .rst and .text are read as .txt where a file or a glob is
+given that ends so. Or a source is a named corpus, see download.py, or a Markov chain of known entropy, see synthetic.py.
 
     OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian, uint16 (uint32 from 65,537 tokens on); a document ends with the
                                              end-of-text token and lies in one shard
@@ -51,7 +52,7 @@ import synthetic
 from configurator import UserError, configure, run_main
 from download import CORPORA
 from files import lock, replace_json
-from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files
+from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files, not_read, printable
 from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
 from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
 
@@ -207,13 +208,15 @@ def prepare(s):
     s = replace(s, val_fraction=s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01))
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
-        files = find_files(s.sources)
+        left_out = {}
+        files = find_files(s.sources, left_out)
         source = describe(s, files)
         if s.part:
             out = part_folder(out, *s.place)
         if os.path.exists(out):
             return out, finished(out, source), None
-        return out, *locked(out, lambda part: run(s, files, source, out, part))
+        meta, figures = locked(out, lambda part: run(s, files, source, out, part))
+        return out, meta, figures | {'not_read': not_read(left_out)}
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
@@ -439,9 +442,11 @@ def summary(out, meta, figures):
         print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
         if figures['unknown']:
             print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
+        if figures['not_read']:
+            print(f'    {figures["not_read"]}')
         print('    the longest documents:')
         for n, where in figures['longest']:
-            print(f'        {n:>11,} tokens  {where}')
+            print(f'        {n:>11,} tokens  {printable(where)}')
         print(f'    {figures["seconds"]:.1f} s, {figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')
     if meta['source'].get('part'):
         return print(f'next: the other parts, then python prepare.py --merge={os.path.dirname(out).removesuffix(".parts")}')

@@ -387,7 +387,7 @@ def needs_text(kind):
             raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
         return True
     if kind not in ('byte', 'char', *TIKTOKEN):
-        if not kind.endswith(('.model', '.json', '.txt')):
+        if not kind.lower().endswith(('.model', '.json', '.txt')):
             raise UserError(f'tokenizer={kind}: no such tokenizer; there are {KINDS}')
         if not os.path.isfile(kind):
             raise UserError(f'tokenizer={kind}: no such file')
@@ -407,9 +407,9 @@ def new_tokenizer(kind, texts=()):
         return TiktokenTokenizer(kind)
     with open(kind, 'rb') as f:
         data = f.read()
-    if kind.endswith('.model'):
+    if kind.lower().endswith('.model'):
         return SentencePieceTokenizer(data, kind)
-    return JsonTokenizer('tokenizers' if kind.endswith('.json') else 'wordpiece', data, kind)
+    return JsonTokenizer('tokenizers' if kind.lower().endswith('.json') else 'wordpiece', data, kind)
 
 
 def char_tokenizer(chars, eot=True):

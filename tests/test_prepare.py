@@ -4,6 +4,7 @@ import bz2
 import gzip
 import inspect
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -143,6 +144,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     half = plain.index(b'\n', len(plain) // 2) - 5  # two streams in a file, joined in the middle of a line
     (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(plain[:half]) + gzip.compress(plain[half:]))
     (tmp_path / 'x.jsonl.bz2').write_bytes(bz2.compress(plain[:half]) + bz2.compress(plain[half:]))
+    (tmp_path / 'x.jsonl.xz').write_bytes(lzma.compress(plain[:half]) + lzma.compress(plain[half:]))
+    (tmp_path / 'x.ndjson').write_bytes(plain)
     (tmp_path / 'x.jsonl.zst').write_bytes(zstandard.compress(plain[:half]) + zstandard.compress(plain[half:]))
     separated = '\n<|endoftext|>\n'.join(texts) + '\n<|endoftext|>\n'
     (tmp_path / 'x.txt').write_text(separated)
@@ -167,12 +170,88 @@ def test_separators_are_found_wherever_a_block_ends(tmp_path, monkeypatch, size)
     assert found == ['one', 'two <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n <|endoftext|>', 'é' * 70]
 
 
-def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path):
-    for name in ('b/2.txt', 'b/1.jsonl', 'a.txt.gz', 'readme.md', 'c.parquet.gz', 'a/x.TXT'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b'')
-    assert find_files([str(tmp_path)]) == [(str(tmp_path / 'a.txt.gz'), 'text'), (str(tmp_path / 'b/1.jsonl'), 'lines'), (str(tmp_path / 'b/2.txt'), 'text')]
-    assert find_files([str(tmp_path / '*' / '*.txt')]) == [(str(tmp_path / 'b/2.txt'), 'text')]
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b'')
+
+
+def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/b/2.txt', 'd/b/1.jsonl', 'd/a.txt.gz', 'd/a/x.TXT', 'd/a/y.NDJSON.Xz', 'd/b-c/3.txt')
+    every = [('d/a.txt.gz', 'text'), ('d/a/x.TXT', 'text'), ('d/a/y.NDJSON.Xz', 'lines'), ('d/b-c/3.txt', 'text'), ('d/b/1.jsonl', 'lines'),
+             ('d/b/2.txt', 'text')]
+    left_out = {}
+    for source in ('d', 'd/**', 'd/*', '**', 'd/**/*', '[d]'):
+        assert find_files([source], left_out) == every and not left_out, source
+    assert find_files(['d/*/*.txt']) == find_files(['**/*/*.txt']) == [every[3], every[5]]
+    assert find_files(['**/b/*']) == find_files(['d/b*/[12].*']) == every[4:]
+    assert find_files([str(tmp_path / '**' / '?.TXT')]) == [(str(tmp_path / 'd/a/x.TXT'), 'text')]
+    with pytest.raises(UserError, match='no such file or folder'):
+        find_files(['d/**/*.parquet'])
+
+
+def test_what_is_not_read_is_said(tmp_path, command):
+    make_files(tmp_path / 'd', 'readme.md', 'c.parquet.gz', 'x.pdf', 'sub/y.PDF', '.ipynb_checkpoints/a.txt', '.hidden.txt', 'Makefile')
+    os.mkfifo(tmp_path / 'd' / 'pipe.txt')
+    said = ("not read: 2 .pdf (d/sub/y.PDF), 2 hidden (d/.hidden.txt), 1 .md (d/readme.md), 1 .parquet.gz (d/c.parquet.gz), "
+            "1 not a file (d/pipe.txt), 1 without ending (d/Makefile); to read .md, give a glob that ends so: '**/*.md'")
+    code, _, err = command('d', '--out=o')
+    assert code == 2 and err == f'prepare.py: d: no .txt, .jsonl or .parquet in it; {said}\n'
+    Path('d/z.txt').write_text('some text')
+    code, out, _ = command('d', '--out=o', '--tokenizer=byte', '--val_fraction=0.5')
+    assert code == 0 and f'    {said}\n' in out
+    assert find_files(['d/readme.md']) == find_files(['d/**/*.md']) == [('d/readme.md', 'text')]
+
+
+def test_linked_folders_are_followed_and_every_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/sub/a.txt', 'd/b.txt', 'else/where/c.txt', 'else/d.txt')
+    for name, target in (('0_sub', 'sub'), ('self', '.'), ('up', '../d'), ('0.txt', 'b.txt'), ('linked', '../else'), ('sub/again', '../../else/where'),
+                         ('sub/around', '../sub'), ('z.txt', '../else/d.txt'), ('.gone', 'gone')):
+        os.symlink(target, tmp_path / 'd' / name)
+    every = ['d/b.txt', 'd/linked/d.txt', 'd/linked/where/c.txt', 'd/sub/a.txt']
+    for source in ('d', 'd/**/*.txt', 'd/**'):
+        found = [path for path, _ in find_files([source])]
+        assert [os.path.realpath(path) for path in found] == [os.path.realpath(path) for path in every], source
+        assert found[0] == 'd/b.txt' and found[3] == 'd/sub/a.txt'
+    left_out = {}
+    assert [path for path, _ in find_files(['d/*.txt'], left_out)] == ['d/b.txt', 'd/z.txt'] and left_out == {'linked twice': [1, 'd/0.txt']}
+
+
+def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/a.txt', 'd/sub/b.txt')
+    for link, target in (('d/gone', 'nowhere'), ('d/gone.txt', '../nowhere.txt'), ('d/sub/round.txt', 'round.txt')):
+        os.symlink(target, link)
+        for source in ('d', 'd/**', link, link[:-1] + '?'):
+            with pytest.raises(UserError, match=f'^{link}: a link to what is not there'):
+                find_files([source])
+        os.unlink(link)
+    listdir, access = os.listdir, os.access
+
+    def closed(path):
+        if str(path).endswith('sub'):
+            raise PermissionError(13, 'Permission denied', path)
+        return listdir(path)
+    monkeypatch.setattr(os, 'listdir', closed)  # chmod does not stop root
+    for source in ('d', 'd/*/*.txt', 'd/**/*.txt'):
+        with pytest.raises(UserError, match='^d/sub: Permission denied'):
+            find_files([source])
+    monkeypatch.setattr(os, 'listdir', listdir)
+    monkeypatch.setattr(os, 'access', lambda path, mode: access(path, mode) and not str(path).endswith('b.txt'))
+    for source in ('d', 'd/**/*.txt', 'd/sub/b.txt'):
+        with pytest.raises(UserError, match='^d/sub/b.txt: Permission denied'):
+            find_files([source])
+
+
+def test_a_file_name_that_is_no_text_is_no_fault(tmp_path, command):
+    path = os.fsdecode(b'd/caf\xe9\n.txt')
+    os.mkdir('d')
+    Path(path).write_text('some text ' * 30)
+    Path(path + '.pdf').write_text('')
+    code, out, err = command('d', '--out=o', '--tokenizer=byte', '--val_fraction=0.5')
+    assert code == 0 and r"caf\udce9\n.txt:1" in out and r"1 .pdf ('d/caf\udce9\n.txt.pdf')" in out, (out, err)
 
 
 def test_several_fields_are_joined_and_empty_ones_left_out(tmp_path):
@@ -449,7 +528,7 @@ BAD = {  # command line → what the one line says
     'shakespear': 'did you mean shakespeare?',
     'x.jsonl': 'out: name the folder to make',
     'empty/ --out=d': 'empty/: no .txt, .jsonl or .parquet in it',
-    'notes.md --out=d': 'notes.md: takes .txt, .jsonl or .parquet',
+    'notes.pdf --out=d': 'notes.pdf: takes .txt, .jsonl or .parquet',
     'blank.jsonl --out=d --tokenizer=byte': 'blank.jsonl: no text in it, 2 empty documents',
     'blank.jsonl --out=d': 'blank.jsonl: no text in it',
     'latin.txt --out=d': r'latin.txt: byte 15 is not UTF-8: convert the file, or use --errors=replace',
@@ -465,8 +544,10 @@ BAD = {  # command line → what the one line says
     'cut.txt.gz --out=d': 'cut.txt.gz: ends in the middle',
     'cut.txt.zst --out=d': 'cut.txt.zst: ends in the middle',
     'cut.txt.bz2 --out=d': 'cut.txt.bz2: ends in the middle',
+    'cut.txt.xz --out=d': 'cut.txt.xz: ends in the middle',
     'broken.txt.gz --out=d': 'broken.txt.gz: damaged',
     'broken.txt.bz2 --out=d': 'broken.txt.bz2: damaged',
+    'broken.txt.xz --out=d': 'broken.txt.xz: damaged',
     'broken.txt.zst --out=d': 'broken.txt.zst: damaged',
     'x.jsonl --out=d --tokenizer=morse': 'tokenizer=morse: no such tokenizer; there are byte, char, gpt2',
     'x.jsonl --out=d --tokenizer=none.model': 'tokenizer=none.model: no such file',
@@ -478,7 +559,7 @@ BAD = {  # command line → what the one line says
     'x.jsonl --out=d --num_proc=-1': 'num_proc=-1',
     'x.jsonl --out=d --tokeniser=byte': '--tokeniser: no such setting; did you mean tokenizer?',
     'x.jsonl --out=d --split=half': "--split: got 'half', takes auto | document | tail",
-    'x.jsonl --out=notes.md/d --tokenizer=byte': 'notes.md',
+    'x.jsonl --out=notes.pdf/d --tokenizer=byte': 'notes.pdf',
 }
 
 
@@ -487,7 +568,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
     pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     write_jsonl('x.jsonl', map(story, range(20)))
     os.mkdir('empty')
-    Path('notes.md').write_text('# Notes')
+    Path('notes.pdf').write_text('# Notes')
     write_jsonl('blank.jsonl', ['', ' \n'])
     Path('latin.txt').write_bytes(b'plain, then caf\xe9 ole')
     Path('latin.jsonl').write_bytes(b'{"text": "fine"}\n{"text": "caf\xc3\xa9 \xe9"}\n')
@@ -499,7 +580,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
     parquet.write_table(pyarrow.table({'text': ['a']}), 'x.parquet')
     Path('broken.parquet').write_bytes(b'PAR1 no parquet PAR1')
     text = story(1, 5000).encode()
-    for ending, pack in (('gz', gzip.compress), ('bz2', bz2.compress), ('zst', zstandard.compress)):
+    for ending, pack in (('gz', gzip.compress), ('bz2', bz2.compress), ('xz', lzma.compress), ('zst', zstandard.compress)):
         packed = pack(text)
         Path(f'cut.txt.{ending}').write_bytes(packed[:len(packed) // 2])
         Path(f'broken.txt.{ending}').write_bytes(packed[:20] + b'\xff\x13\xff' * 30 + packed[110:])

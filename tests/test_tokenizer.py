@@ -228,6 +228,12 @@ def test_the_same_vocabulary_is_the_same_tokenizer_wherever_its_file_lies(files,
     assert new_tokenizer(str(tmp_path / 'other.model')).describe() == new_tokenizer(str(files / 'mistral.model')).describe()
 
 
+def test_the_ending_of_a_vocabulary_may_have_capitals(files, tmp_path):
+    for name in ('mistral.model', 'tokenizer.json', 'cased.txt'):
+        (tmp_path / name.upper()).write_bytes((files / name).read_bytes())
+        assert new_tokenizer(str(tmp_path / name.upper())).describe() == new_tokenizer(str(files / name)).describe()
+
+
 def test_a_changed_or_missing_file_is_refused(files, tmp_path):
     description = new_tokenizer(str(files / 'mistral.model')).save(tmp_path)
     path = tmp_path / 'tokenizer.model'
