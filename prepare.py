@@ -54,7 +54,7 @@ from download import CORPORA
 from files import lock, replace_json
 from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files, not_read, printable
 from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
-from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
+from tokenizer import ANYWHERE, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
 SAVE_EVERY = 10  # seconds between records of the progress
@@ -279,7 +279,12 @@ def begin(s, files, source, part):
         raise UserError(f'{plain}: has no fields {fields}: pairs are read from .jsonl and .parquet, or from .txt with the sections {", ".join(SECTIONS)}')
     tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
     split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
-    tokenizer = tokenizer or new_tokenizer(s.tokenizer, sample(s, files))
+    if not tokenizer:
+        texts = sample(s, files)
+        signs = sum(text.count(UNTRAINED) for text in texts)
+        if signs and s.tokenizer != 'char':
+            print(f'tokenizer={s.tokenizer}: it is trained without U+2585 ({signs:,} in the text), and writes it as bytes')
+        tokenizer = new_tokenizer(s.tokenizer, texts)
     if s.pairs and tokenizer.eot is None:
         raise UserError(f'tokenizer={s.tokenizer}: has no end of text, which parts the source of a pair from its target: use another')
     tokenizer = Reserved(tokenizer, s.reserve) if s.reserve else tokenizer

@@ -26,6 +26,7 @@ TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 EOT = '<|endoftext|>'  # the end of text, for kinds that have no name of their own for it
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')  # what tokenizer.json files call it
 
+UNTRAINED = '\u2585'  # sentencepiece's trainer drops every text with this sign: it is trained without, and writes it as bytes
 PIECE = 2 ** 14  # characters of a long text that are encoded at a time
 # Where a text may be parted so that its pieces have the ids of the whole
 ANYWHERE = re.compile('')
@@ -430,9 +431,14 @@ def train_bpe(texts, vocab_size):
     # whole texts rather than lines, so that ".\n" can become a piece: 4% fewer tokens on stories, 7% on Python.
     # In stretches, because the trainer aborts at a word of 65,536 characters
     stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
+    pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
+    first = next(pieces, None)
+    if first is None:
+        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=stretches, model_writer=model, model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
+            sentence_iterator=itertools.chain([first], pieces), model_writer=model,
+            model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
             normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT, bos_id=-1, pad_id=-1,
             max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)

@@ -478,6 +478,13 @@ def test_bpe_is_kept_beside_the_data_and_serves_other_data(tmp_path):
     assert sorted(read(tmp_path / 'a', 'train') + read(tmp_path / 'a', 'val')) == sorted(map(story, range(300)))
 
 
+def test_what_bpe_is_trained_without_is_said(command):
+    write_jsonl('x.jsonl', [f'{story(n)} \u2585' for n in range(300)])
+    code, out, _ = command('x.jsonl', '--out=d', '--tokenizer=bpe:400')
+    assert code == 0 and 'tokenizer=bpe:400: it is trained without U+2585 (300 in the text), and writes it as bytes\n' in out
+    assert all(text.endswith(' \u2585') for text in read('d', 'train'))
+
+
 def test_a_large_text_is_sampled_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
     monkeypatch.setattr(prepare, 'SAMPLE_SIZE', 10_000)

@@ -198,6 +198,25 @@ def test_bpe_survives_words_longer_than_its_trainer_takes(text):
     assert t.decode(t.encode(text)) == text
 
 
+@pytest.mark.parametrize('sign', ['\u2585', '\u2581', '\u2047', '\0', '\t', '\r\n', '\x1c', '\x7f', '\u2028', '\ufeff', '\ufffd', '\ue000', '\U0010ffff',
+                                  '</s>', '<|endoftext|>', '<unk>', '<0x41>'])
+def test_bpe_is_trained_on_text_with_any_sign(sign):
+    """As many tokens as with another sign in its place, but for what the sign itself takes; and nothing is lost."""
+    def text_with(sign):
+        rng = random.Random(0)
+        words = [''.join(rng.choice('abcdefgh') for _ in range(5)) for _ in range(20)]
+        return ''.join(rng.choice(words) + (' ' if n % 6 else f' {sign}{sign} ') for n in range(2500))
+    trained, usual = (new_tokenizer('bpe:340', [text_with(kind)]) for kind in (sign, '\u2584'))
+    for text in (text_with(sign), sign, sign * 3, f'{sign}a{sign} {sign}', sign * 30_000):
+        assert trained.decode(trained.encode(text)) == text
+    assert len(trained.encode(text_with(''))) <= 1.15 * len(usual.encode(text_with('')))
+
+
+def test_bpe_of_nothing_but_its_trainer_s_sign_is_refused():
+    with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
+        new_tokenizer('bpe:300', ['\u2585\u2585', ''])
+
+
 def test_bpe_says_which_sizes_work():
     with pytest.raises(UserError, match=r'bpe:200: too small .* use a larger one, bpe:\d+'):
         new_tokenizer('bpe:200', [STORY])
