@@ -329,6 +329,9 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        for name in ('dropout', 'alpha', 'nbest_size'):  # of BPE and Unigram: they draw the pieces of a word at random
+            if getattr(self.tokenizer.model, name, None) is not None:
+                setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
         eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
         if eot is None:

@@ -1,5 +1,6 @@
 """Every tokenizer gives its library's ids, takes any text and any id, and comes back from its description as it was."""
 import argparse
+import hashlib
 import inspect
 import json
 import random
@@ -14,6 +15,7 @@ from tiktoken_ext import openai_public
 import tokenizer as module
 from configurator import UserError
 from tokenizer import char_tokenizer, load_tokenizer, new_tokenizer
+from tokenizer_json import to_json
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
@@ -127,6 +129,32 @@ def test_ids_are_the_library_s(every_kind, files):
         assert every_kind[name].encode(STORY) == library.encode(STORY, add_special_tokens=False).ids
         assert every_kind[name].eot == library.token_to_id('[SEP]') and every_kind[name].unk == library.token_to_id('[UNK]')
     assert 'Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found')).replace(' ##', '')
+
+
+@pytest.mark.parametrize('harm', [{'dropout': 0.9}, {'dropout': 1.0}, {'alpha': 0.1, 'nbest_size': 9}], ids=str)
+@pytest.mark.parametrize('reserve', [0, 3])
+def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, reserve):
+    """The ids are those of the same file without dropout, sampling, truncation and padding."""
+    plain = json.loads((files / 'tokenizer.json').read_text()) | {'truncation': None}
+    if 'alpha' in harm:
+        vocab = [['<unk>', 0.0], *([piece, -len(piece) ** 0.5] for piece in plain['model']['vocab'])]
+        plain['model'] = {'type': 'Unigram', 'unk_id': 0, 'vocab': vocab, 'byte_fallback': False}
+    drawn = plain | {'model': plain['model'] | harm, 'truncation': {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0},
+                     'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}}
+    kinds = []
+    for name, value in (('plain', plain), ('drawn', drawn)):
+        (tmp_path / f'{name}.json').write_text(json.dumps(value))
+        kinds.append(new_tokenizer(str(tmp_path / f'{name}.json')))
+    expected, t = kinds
+    assert t.describe()['files'] == {'tokenizer.json': hashlib.sha256((tmp_path / 'drawn.json').read_bytes()).hexdigest()}  # it is kept as it came
+    t = load_tokenizer(t.save(tmp_path), tmp_path)
+    t = module.Reserved(t, reserve) if reserve else t
+    assert (t.cut, t.bos()) == (expected.cut, expected.bos())
+    for text in [STORY, *HARD[:9]]:
+        assert t.encode(text) == t.encode(text) == expected.encode(text)
+    ids, _ = t.encode_documents([STORY] * 3)
+    assert ids.tolist() == [*expected.encode(STORY), t.eot] * 3
+    assert to_json(kinds[1]) == to_json(expected)
 
 
 def test_gpt2_s_ids_of_many_documents_are_the_library_s(toy_tiktoken):
