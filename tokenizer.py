@@ -41,6 +41,7 @@ class Tokenizer:
     unk: the token for what the tokenizer cannot write, -1 = it can write anything.
     """
     around = (), ()  # ids before and after a text that is read before another is written (objectives.around)
+    eot_text = EOT  # how the library writes the end of text; the same letters in a document are ordinary text
     begin = ()  # ids before a prompt: none, but for weights of others that were trained with a beginning-of-text token (sample.load)
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
@@ -289,6 +290,7 @@ class SentencePieceTokenizer(Tokenizer):
         n, eot = self.sp.vocab_size(), self.sp.eos_id()
         if eot < 0:
             raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): use one that has, or --tokenizer=bpe:4096')
+        self.eot_text = self.sp.id_to_piece(eot)
         cut = cut_rule(self.sp.encode, [self.sp.id_to_piece(i).replace('▁', ' ') for i in range(n)])
         super().__init__('sentencepiece', n, eot, cut, {'tokenizer.model': data}, self.sp.unk_id())
         # A model that keeps every blank can write any text but sentencepiece's own sign for the space, ▁: that goes as bytes
@@ -333,11 +335,11 @@ class JsonTokenizer(Tokenizer):
             if getattr(self.tokenizer.model, name, None) is not None:
                 setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
-        eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
-        if eot is None:
+        self.eot_text = next((name for name in EOT_NAMES if name in vocab), None)
+        if self.eot_text is None:
             raise UserError(f'{where}: no end-of-text token in it, none of {", ".join(EOT_NAMES)}: add one to the vocabulary')
         pieces = self.tokenizer.decode_batch([[i] for i in vocab.values()], skip_special_tokens=False)
-        super().__init__(kind, max(vocab.values()) + 1, eot, cut_rule(self.encode, pieces),
+        super().__init__(kind, max(vocab.values()) + 1, vocab[self.eot_text], cut_rule(self.encode, pieces),
                          {'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt': data}, vocab.get('[UNK]', vocab.get('<unk>', -1)))
 
     def encode(self, text):
@@ -358,6 +360,7 @@ class Reserved(Tokenizer):
     def __init__(self, inner, count):
         super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.cut, inner.files, inner.unk, **inner.more, reserved=count)
         self.inner, self.encode, self.encode_documents, self.bos = inner, inner.encode, inner.encode_documents, inner.bos
+        self.eot_text = inner.eot_text
 
     def decode(self, ids):
         self.check_ids(ids)

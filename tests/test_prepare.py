@@ -3,9 +3,11 @@ import argparse
 import bz2
 import gzip
 import inspect
+import itertools
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,9 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import ROOT, run
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
 
 import prepare
 import sources
@@ -160,14 +165,68 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
         assert reader.position == reader.total == path.stat().st_size
 
 
-@pytest.mark.parametrize('size', [1, 2, 13, 14, 63, 64, 65, 129, 1000])
-def test_separators_are_found_wherever_a_block_ends(tmp_path, monkeypatch, size):
-    text = 'one\n<|endoftext|>\ntwo <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n' + ' <|endoftext|>\n<|endoftext|>\n' + 'é' * 70 + '\n<|endoftext|>'
+class InBlocks(Reader):
+    """Reads the bytes `data` in blocks of these sizes, over and over, whatever the path."""
+
+    def __init__(self, data, sizes, **settings):
+        super().__init__([], Settings(**settings))
+        self.data, self.sizes = data, sizes
+
+    def blocks(self, path):
+        start = 0
+        for size in itertools.cycle(self.sizes):
+            if start >= len(self.data):
+                return
+            yield self.data[start:start + size]
+            start += size
+
+
+def test_a_separator_is_a_line_with_blanks_beside_it_at_most():
+    end = '<|endoftext|>'
+    text = (f'one\n{end}\ntwo {end}\n' + 'x' * 200 + f'{end}\n{end} {end}\n \t{end}\t \n{end}\n' + 'é' * 70 + f'\r\n{end}\r\n'
+            f'three\r{end}\rfour\n\n{end}  \r\n' + ' ' * 51 + f'{end}\n{end}')
+    expected = ['one', f'two {end}\n' + 'x' * 200 + f'{end}\n{end} {end}', '', 'é' * 70, 'three', 'four\n', ' ' * 51 + end]
+    for size in (1, 2, 13, 14, 50, 127, 128, 129, 255, 256, 257, 1000):
+        assert [part[0] for part in InBlocks(text.encode(), [size]).parts('x.txt', None)] == expected, size
+
+
+PIECES = ['<|endoftext|>', '<|endoftext|>\n', '\n<|endoftext|>', '\n', '\r', '\r\n', ' ', '\t', ' ' * 20, ' ' * 49,
+          'x', 'é', '\u2028', '\x0c', 'y' * 120, 'z' * 260]
+
+
+@property_settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=25), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from(['', '\ufeff']))
+def test_separators_are_found_wherever_a_block_ends(pieces, sizes, mark):
+    """The documents of the whole text, parted where the rule says, whatever the blocks that it comes in."""
+    text = ''.join(pieces)
+    *whole, rest = re.split(r'(?<![^\r\n])[ \t]{0,50}<\|endoftext\|>[ \t]{0,50}(?:\r\n|\r|\n|\Z)', text)
+    expected = [document.removesuffix('\n').removesuffix('\r') for document in whole] + [rest] * bool(rest or not whole)
+    assert [part[0] for part in InBlocks((mark + text).encode(), sizes).parts('x.txt', None)] == expected
+    once = re.split(r'^<\|endoftext\|>\r?(?:\n|\Z)', text, flags=re.MULTILINE)  # the rule of earlier versions, where both agree
+    if len(once) == len(whole) + 1:
+        assert once == [*whole, rest]
+
+
+def test_texts_parted_by_any_separator_are_as_many_documents(tmp_path):
+    for line in ('<|endoftext|>', ' <|endoftext|>', '<|endoftext|>\t', '\t <|endoftext|> '):
+        for end in ('\n', '\r\n', '\r'):
+            text = (end + line + end).join(story(n) for n in range(220))
+            assert len(list(InBlocks(text.encode(), [4000]).parts('x.txt', None))) == 220, (line, end)
     (tmp_path / 'x.txt').write_text(text)
-    data = text.encode()
-    monkeypatch.setattr(Reader, 'blocks', lambda self, path: (data[i:i + size] for i in range(0, len(data), size)))
-    found = [part[0] for part in Reader([(str(tmp_path / 'x.txt'), 'text')], Settings()).parts('x.txt', None)]
-    assert found == ['one', 'two <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n <|endoftext|>', 'é' * 70]
+    meta = do(tmp_path / 'out', tmp_path / 'x.txt', val_fraction=0.3)
+    assert meta['split'] == 'document' and sum(split['documents'] for split in meta['splits'].values()) == 220
+
+
+def test_the_text_of_an_end_is_counted(command):
+    Path('vocab.txt').write_text('\n'.join(['[UNK]', '[SEP]', 'cat', '<', '|', '>', '[', ']']))
+    write_jsonl('x.jsonl', ['cat <|endoftext|> cat <|endoftext|> cat', 'cat [SEP]', 'cat'] * 10)
+    for tokenizer, times in (('byte', '<|endoftext|> occurs 20 times'), ('vocab.txt', '[SEP] occurs 10 times')):
+        code, out, _ = command('x.jsonl', f'--out={tokenizer[0]}', f'--tokenizer={tokenizer}', '--split=tail', '--val_fraction=0.01')
+        assert code == 0 and f'    {times} inside documents: it is plain text there and ends no document\n' in out, out
+        assert ('[SEP] occurs' in out) == (tokenizer != 'byte') and '<|endoftext|> occurs 20 times' in out
+        assert json.loads(Path(tokenizer[0], 'meta.json').read_text())['splits']['train']['documents'] == 30
+    write_jsonl('y.jsonl', ['cat'] * 5)
+    assert 'occurs' not in command('y.jsonl', '--out=y', '--tokenizer=byte', '--split=tail', '--val_fraction=0.5')[1]
 
 
 def make_files(folder, *names):
