@@ -387,7 +387,7 @@ class Reader:
                 tree = ast.parse(code)
         except (SyntaxError, ValueError):  # a template, or another version's
             return
-        lines = code.splitlines()
+        lines = code.split('\n')  # as Python counts them: splitlines() ends one at a form feed too
         for node in ast.walk(tree):
             said = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
             if said and len(node.body) > 1 and node.lineno < node.body[0].lineno and node.body[0].end_lineno < node.body[1].lineno:
@@ -475,11 +475,12 @@ def documents(task, s):
         return task.documents
     data, path, first, offset = task.lines
     try:
-        lines = data.decode('utf-8', s.errors).removeprefix('\ufeff').split('\n')
+        lines = data.decode('utf-8', s.errors).split('\n')
     except UnicodeDecodeError as error:
         raise not_utf8(path, offset + error.start) from None
     found = []
     for number, line in enumerate(lines, first):
+        line = line.removeprefix('\ufeff')  # of a file that was put behind another
         if line and not line.isspace():
             where = f'{path}:{number}'
             try:

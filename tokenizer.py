@@ -316,13 +316,13 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library: a tokenizer.json, or a BERT vocabulary (vocab.txt)."""
 
-    def __init__(self, kind, data, where):
+    def __init__(self, kind, data, where, size=None):
         try:
             import tokenizers
         except ImportError:
             raise UserError(f'{where}: reading it takes the tokenizers library: pip install tokenizers') from None
         if kind == 'wordpiece':
-            self.tokenizer = wordpiece(tokenizers, data, where)
+            self.tokenizer = wordpiece(tokenizers, data, where, size)
         else:
             try:
                 self.tokenizer = tokenizers.Tokenizer.from_str(data.decode())
@@ -371,9 +371,15 @@ class Reserved(Tokenizer):
         return text
 
 
-def wordpiece(tokenizers, data, where):
-    """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
-    vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
+def wordpiece(tokenizers, data, where, size=None):
+    """
+    BERT's tokenizer for the pieces of a vocab.txt, one a line, read as the tokenizers library does; cased if a piece has an
+    upper-case letter. size: that of the vocabulary, where a description has it.
+    """
+    lines = data.decode('utf-8-sig', errors='replace').removesuffix('\n').split('\n')
+    vocab = {line.rstrip() or line: i for i, line in enumerate(lines)}  # a piece of nothing but blanks keeps its place
+    if size is not None and size != len(lines):  # made when U+2028 and others ended a line too
+        vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
     if '[UNK]' not in vocab or '[SEP]' not in vocab:
         raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to prepare, name it as a source')
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
@@ -472,7 +478,8 @@ def described(description, files, folder):
         tokenizer = SentencePieceTokenizer(files['tokenizer.model'], os.path.join(folder, 'tokenizer.model'))
     elif kind in ('tokenizers', 'wordpiece'):
         (name, data), = files.items()
-        tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name))
+        size = description['vocab_size'] - description.get('reserved', 0)
+        tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name), size)
     else:
         raise UserError(f'{folder}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
     return Reserved(tokenizer, description['reserved']) if description.get('reserved') else tokenizer

@@ -319,6 +319,18 @@ def test_several_fields_are_joined_and_empty_ones_left_out(tmp_path):
     assert [a + b for a, b in zip(*(read(tmp_path / 'out', split) for split in ('train', 'val')))] == ['one\ntwo', 'three']
 
 
+@pytest.mark.parametrize('size', [10, 1000])
+def test_lines_of_jsonl_end_at_a_newline_alone(tmp_path, monkeypatch, size):
+    """Signs that Python's splitlines() takes for an end are text; a byte order mark is none, wherever files were joined."""
+    monkeypatch.setattr(sources, 'TASK_SIZE', size)
+    texts = [f'a{sign}b' for sign in '\u2028\u2029\x85']
+    lines = [json.dumps({'text': text}, ensure_ascii=False) for text in texts]
+    (tmp_path / 'x.jsonl').write_bytes(f'\ufeff{lines[0]}\r\n\x0c\r\n\ufeff{lines[1]}\n\n\ufeff{lines[2]}'.encode())
+    s = Settings()
+    found = [pair for task in Reader(find_files([str(tmp_path / 'x.jsonl')]), s).tasks(None) for pair in documents(task, s)]
+    assert [text for _, text in found] == texts and [where.rpartition(':')[2] for where, _ in found] == ['1', '3', '5']
+
+
 def test_the_standard_library_is_a_corpus(tmp_path):
     found = find_files(['stdlib'])
     names = [os.path.basename(path) for path, _ in found]

@@ -157,6 +157,37 @@ def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, re
     assert to_json(kinds[1]) == to_json(expected)
 
 
+PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', *'\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e', 'the', 'cat', '##s']
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', ' \n'])
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
+@pytest.mark.parametrize('last', ['', 'end'])
+def test_a_piece_of_a_bert_vocabulary_is_a_line(tmp_path, end, mark, last):
+    """A line ends at \\n, as in the library: other signs that Python's splitlines() takes for an end are pieces."""
+    path = tmp_path / 'vocab.txt'
+    path.write_bytes((mark + end.join([*PIECES, last])).encode())
+    path.with_suffix('.plain').write_bytes(end.join([*PIECES, last]).encode())
+    t = new_tokenizer(str(path))
+    library = tokenizers.BertWordPieceTokenizer(str(path.with_suffix('.plain')), lowercase=True)
+    for text in ('the cats a', 'A cat\u2028\x85\x0cthe end', '\u2029'):
+        assert t.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert t.encode('the cat') == [PIECES.index('the'), PIECES.index('cat')]
+    assert t.vocab_size == len(PIECES) + (last == 'end') and t.eot == 3 and t.unk == 1
+
+
+def test_a_vocabulary_that_was_read_in_more_lines_still_loads(tmp_path):
+    """Before, U+2028 made two lines: what was prepared or trained so keeps its ids."""
+    data = '\n'.join(PIECES).encode()
+    old = module.JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
+    for reserve in (0, 5):
+        tokenizer = module.Reserved(old, reserve) if reserve else old
+        tokenizer.files = {'vocab.txt': data}
+        again = load_tokenizer(tokenizer.save(tmp_path), tmp_path)
+        assert again.describe() == tokenizer.describe() and again.encode('the cat') == old.encode('the cat') != new_tokenizer(
+            str(tmp_path / 'vocab.txt')).encode('the cat')
+
+
 def test_gpt2_s_ids_of_many_documents_are_the_library_s(toy_tiktoken):
     """Where words begin is found in numpy there: every rule of the pattern, at every place of a text, next to everything."""
     t, rng = new_tokenizer('gpt2'), random.Random(0)
