@@ -9,9 +9,10 @@ Any text → token files.
     python prepare.py stdlib_docstrings                                                               # a function's code → what it says it does
     python prepare.py notes/ 'chats/*.jsonl.gz' --text_key=prompt,response --out=data/mine --tokenizer=bpe:8192
 
-A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|>), .jsonl (a document a
-line) and .parquet (a document a row), the first two also as .gz, .zst or .bz2; or it is a named corpus, see download.py, or a Markov
-chain of known entropy, see synthetic.py.
+A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|> alone), .jsonl or .ndjson (a
+document a line) and .parquet (a document a row), all but the last also as .gz, .bz2, .xz or .zst. Folders are read at any depth, linked
+ones too, without what is hidden; what is left out is said. .md, .markdown, .rst and .text are read as .txt where a file or a glob is
+given that ends so. Or a source is a named corpus, see download.py, or a Markov chain of known entropy, see synthetic.py.
 
     OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian, uint16 (uint32 from 65,537 tokens on); a document ends with the
                                              end-of-text token and lies in one shard
@@ -51,9 +52,9 @@ import synthetic
 from configurator import FilePath, UserError, configure, run_main
 from download import CORPORA
 from files import lock, replace_json
-from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files
+from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files, not_read, printable
 from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
-from tokenizer import ANYWHERE, Reserved, load_tokenizer, needs_text, new_tokenizer
+from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
 SAVE_EVERY = 10  # seconds between records of the progress
@@ -126,11 +127,15 @@ WORKER = {}  # settings and tokenizer of this process: too large to send with ev
 def tokenize(task):
     """
     The tokens of a task: {'train': (ids, where documents start in them, bytes of text), 'val': …}, and for the summary
-    the number of empty documents, of unknown tokens, and [(tokens, file:number)] of the longest documents.
+    the number of empty documents, of unknown tokens, [(tokens, file:number)] of the longest documents, and how often the
+    text of an end-of-text token occurs in them, {text: times}.
     """
     s, tokenizer = WORKER['s'], WORKER['tokenizer']
     texts, empty = {'train': [], 'val': []}, 0
+    literal = dict.fromkeys((EOT, tokenizer.eot_text), 0)
     for where, text in documents(task, s):
+        for name in literal:
+            literal[name] += text.count(name)
         if not task.side and (not text or text.isspace()):
             empty += 1
             continue
@@ -138,7 +143,7 @@ def tokenize(task):
             texts[split].append((where, part))
     out, unknown, longest = {}, 0, []
     for split, found in texts.items():
-        parts = [text.split(PAIR) for _, text in found]
+        parts = [text.split(PAIR) if s.pairs else [text] for _, text in found]
         ids, lengths = tokenizer.encode_documents([part for pair in parts for part in pair])
         lengths = np.add.reduceat(lengths, np.cumsum([0] + [len(pair) for pair in parts[:-1]])) if found and s.pairs else lengths
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # the cast to uint16 would wrap without a word
@@ -149,7 +154,7 @@ def tokenize(task):
         unknown += int(np.count_nonzero(ids == tokenizer.unk))
         longest += [(int(lengths[i]), found[i][0]) for i in np.argsort(-lengths, kind='stable')[:5]]
         out[split] = ids.astype(dtype_of(tokenizer)), starts, sum(len(pair[-1].encode()) for pair in parts)
-    return out, empty, unknown, heapq.nlargest(5, longest)
+    return out, empty, unknown, heapq.nlargest(5, longest), literal
 
 
 def dtype_of(tokenizer):
@@ -207,13 +212,15 @@ def prepare(s):
     s = replace(s, val_fraction=s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01))
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
-        files = find_files(s.sources)
+        left_out = {}
+        files = find_files(s.sources, left_out)
         source = describe(s, files)
         if s.part:
             out = part_folder(out, *s.place)
         if os.path.exists(out):
             return out, finished(out, source), None
-        return out, *locked(out, lambda part: run(s, files, source, out, part))
+        meta, figures = locked(out, lambda part: run(s, files, source, out, part))
+        return out, meta, figures | {'not_read': not_read(left_out)}
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
@@ -276,12 +283,17 @@ def begin(s, files, source, part):
         raise UserError(f'{plain}: has no fields {fields}: pairs are read from .jsonl and .parquet, or from .txt with the sections {", ".join(SECTIONS)}')
     tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
     split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
-    tokenizer = tokenizer or new_tokenizer(s.tokenizer, sample(s, files))
+    if not tokenizer:
+        texts = sample(s, files)
+        signs = sum(text.count(UNTRAINED) for text in texts)
+        if signs and s.tokenizer != 'char':
+            print(f'tokenizer={s.tokenizer}: it is trained without U+2585 ({signs:,} in the text), and writes it as bytes')
+        tokenizer = new_tokenizer(s.tokenizer, texts)
     if s.pairs and tokenizer.eot is None:
         raise UserError(f'tokenizer={s.tokenizer}: has no end of text, which parts the source of a pair from its target: use another')
     tokenizer = Reserved(tokenizer, s.reserve) if s.reserve else tokenizer
     return {'source': source, 'split': split, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0, 'shards': {'train': [], 'val': []},
-            'empty': 0, 'unknown': 0, 'used': '', 'longest': [], 'length': 0}
+            'empty': 0, 'unknown': 0, 'literal': {}, 'used': '', 'longest': [], 'length': 0}
 
 
 def few_documents(s, files):
@@ -325,6 +337,7 @@ def run(s, files, source, out, part):
         progress = {}
     if progress.get('source') != source:
         progress = begin(s, files, source, part)
+    progress.setdefault('literal', {})  # an older run had none
     s = replace(s, split=progress['split'])
     reader = Reader(files, s, s.place)
     if progress['tasks']:
@@ -348,7 +361,7 @@ def run(s, files, source, out, part):
     num_proc = s.num_proc or max(1, min(cores(), (reader.last - reader.first) // (8 * TASK_SIZE)))  # starting one takes as long as some MB of text
     tasks = islice(reader.tasks(tokenizer.cut), progress['tasks'], None)
     with closing(in_order(tokenize, tasks, num_proc, (s, progress['tokenizer'], part))) as results:
-        for task, (tokens, empty, unknown, longest) in progress_bar('tokenizing', reader, results, progress['position']):
+        for task, (tokens, empty, unknown, longest, literal) in progress_bar('tokenizing', reader, results, progress['position']):
             for name, (ids, starts, size) in tokens.items():
                 if len(ids):
                     splits[name].write(ids, starts, size, task.ends)
@@ -360,6 +373,8 @@ def run(s, files, source, out, part):
             progress['longest'] = heapq.nlargest(5, [tuple(entry) for entry in progress['longest']] + longest)
             progress['empty'] += empty
             progress['unknown'] += unknown
+            for name, times in literal.items():
+                progress['literal'][name] = progress['literal'].get(name, 0) + times
             progress['tasks'] += 1
             progress['position'] = reader.position
             if time.monotonic() - saved > SAVE_EVERY:
@@ -377,6 +392,7 @@ def run(s, files, source, out, part):
     publish(part, out, meta, tokenizer.files)
     size, tokens = (sum(split[key] for split in found.values()) for key in ('bytes', 'tokens'))
     return meta, {'unused': 1 - used.mean(), 'unknown': progress['unknown'] / max(tokens, 1), 'empty': progress['empty'], 'longest': progress['longest'],
+                  'literal': progress['literal'],
                   'seconds': seconds, 'speed': (size - before) / 1e6 / seconds, 'num_proc': num_proc}
 
 
@@ -439,9 +455,14 @@ def summary(out, meta, figures):
         print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
         if figures['unknown']:
             print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
+        for name, times in sorted(figures['literal'].items()):
+            if times:
+                print(f'    {name} occurs {times:,} times inside documents: it is plain text there and ends no document')
+        if figures['not_read']:
+            print(f'    {figures["not_read"]}')
         print('    the longest documents:')
         for n, where in figures['longest']:
-            print(f'        {n:>11,} tokens  {where}')
+            print(f'        {n:>11,} tokens  {printable(where)}')
         print(f'    {figures["seconds"]:.1f} s, {figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')
     if meta['source'].get('part'):
         return print(f'next: the other parts, then python prepare.py --merge={os.path.dirname(out).removesuffix(".parts")}')

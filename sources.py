@@ -12,8 +12,10 @@ import ast
 import bz2
 import codecs
 import difflib
+import fnmatch
 import glob
 import json
+import lzma
 import os
 import re
 import string
@@ -29,7 +31,7 @@ from hashlib import blake2b
 import synthetic
 from configurator import UserError
 from download import CORPORA, download_corpus
-from tokenizer import ANYWHERE
+from tokenizer import ANYWHERE, EOT
 
 TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 HASHED = 2 ** 16  # characters of a document that decide its split
@@ -41,8 +43,19 @@ HERE = ('stdlib', 'stdlib_docstrings', *synthetic.NAMES)  # named corpora that a
 # -----------------------------------------------------------------------------
 # Sources → files
 
-def find_files(sources):
-    """[(path, kind)] of all sources, in an order that is always the same. Raises UserError for what is missing or of no known kind."""
+ENDINGS = {'.txt': 'text', '.jsonl': 'lines', '.ndjson': 'lines', '.parquet': 'parquet'}
+# Plain text too, but a folder of data often has a README.md: these are read where the source itself ends so, as notes/*.md does
+NAMED = ('.md', '.markdown', '.rst', '.text')
+PACKED = ('.gz', '.bz2', '.xz', '.zst')  # not of .parquet
+
+
+def find_files(sources, left_out=None):
+    """
+    [(path, kind)] of all sources, in an order that is always the same. `left_out`: a dict that gets what folders and globs
+    hold beside these, {what it is: [how many, the path of one]}; not_read() puts it into words.
+    Raises UserError for what is missing, broken, unreadable or of no known kind.
+    """
+    left_out = {} if left_out is None else left_out
     found = []
     for source in sources:
         if source == 'stdlib':
@@ -54,27 +67,157 @@ def find_files(sources):
         elif source in CORPORA:
             found += [(path, kind_of(path)) for path in download_corpus(source)]
         elif os.path.isfile(source):
-            if not kind_of(source):
-                raise UserError(f'{source}: takes .txt, .jsonl or .parquet (the first two also as .gz, .zst or .bz2): rename or convert it')
-            found.append((source, kind_of(source)))
+            if not kind_of(source, source):
+                raise UserError(f'{source}: takes .txt, .jsonl or .parquet (the first two also as .gz, .bz2, .xz or .zst; '
+                                f'{", ".join(NAMED)} as .txt): rename or convert it')
+            check_readable(source)
+            found.append((source, kind_of(source, source)))
         else:
-            paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names] or glob.glob(source, recursive=True)
-            if not paths and not os.path.isdir(source):
-                names = [*HERE, *CORPORA]
-                near = difflib.get_close_matches(source, names, 1)
-                raise UserError(f'{source}: no such file or folder; ' + (f'did you mean {near[0]}?' if near else f'the named corpora are {", ".join(names)}'))
-            known = [(path, kind_of(path)) for path in sorted(paths) if os.path.isfile(path) and kind_of(path)]
-            if not known:
-                raise UserError(f'{source}: no .txt, .jsonl or .parquet in it')
-            found += known
+            found += find_in(source, left_out)
     return found
 
 
-def kind_of(path):
-    """text, lines or parquet by the name of a file, None for what cannot be read."""
-    stem, ending = os.path.splitext(path)
-    packed = ending in ('.gz', '.zst', '.bz2')
-    return {'.txt': 'text', '.jsonl': 'lines', '.parquet': None if packed else 'parquet'}.get(os.path.splitext(stem)[1] if packed else ending)
+def find_in(source, left_out):
+    """[(path, kind)] of the files of a folder or a glob, sorted by path; counts in `left_out` what it does not read."""
+    candidates = walk(source, left_out) if os.path.isdir(source) else expand(source, left_out)
+    if not candidates and not os.path.isdir(source):
+        names = [*HERE, *CORPORA]
+        near = difflib.get_close_matches(source, names, 1)
+        raise UserError(f'{source}: no such file or folder; ' + (f'did you mean {near[0]}?' if near else f'the named corpora are {", ".join(names)}'))
+    found, seen = [], set()
+    for path in sorted(candidates, key=lambda path: (os.path.islink(path), path)):  # of two names, the one that is no link
+        if not os.path.exists(path):
+            raise UserError(f'{path}: a link to what is not there: mend or remove it')
+        if candidates[path] in seen:
+            leave_out(left_out, 'linked twice', path)
+        elif not os.path.isfile(path):
+            leave_out(left_out, 'not a file', path)  # but a pipe, a socket or a device
+        elif not kind_of(path, source):
+            leave_out(left_out, ''.join(endings(path)) or 'without ending', path)
+        else:
+            check_readable(path)
+            found.append((path, kind_of(path, source)))
+        seen.add(candidates[path])
+    if not found:
+        raise UserError(f'{source}: no .txt, .jsonl or .parquet in it' + f'; {not_read(left_out)}' * bool(left_out))
+    return sorted(found)
+
+
+def walk(top, left_out):
+    """
+    {path: real path} of everything but folders in a folder, at any depth. Links to folders are followed, but each folder is
+    read once: a circle of links ends. Hidden files and folders are left out.
+    """
+    found, seen = {}, set()
+    folders, links = [top], []
+    while folders:
+        folder = folders.pop()
+        real = os.path.realpath(folder)
+        if real not in seen:
+            seen.add(real)
+            for name in names_in(folder):
+                path = os.path.join(folder, name)
+                is_link = os.path.islink(path)
+                if name.startswith('.'):
+                    leave_out(left_out, 'hidden', path)
+                elif os.path.isdir(path):
+                    (links if is_link else folders).append(path)
+                else:
+                    found[path] = os.path.realpath(path) if is_link else os.path.join(real, name)
+        if not folders:  # links come last: a folder with a name of its own here keeps it
+            folders, links = sorted(links, reverse=True), []
+    return found
+
+
+def expand(pattern, left_out):
+    """{path: real path} of what a glob matches, with ** for any depth. A folder that it matches is read whole."""
+    paths = ['/' if pattern.startswith('/') else '']
+    parts = [part for part in pattern.split('/') if part]
+    while parts and parts[0] != '**':
+        part = parts.pop(0)
+        if glob.has_magic(part):
+            folders = [path for path in paths if os.path.isdir(path or '.')]
+            paths = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
+        else:
+            paths = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
+    found = {}
+    for path in paths:
+        if not os.path.isdir(path or '.'):
+            found |= {path: os.path.realpath(path)} if not parts else {}
+            continue
+        for inside, real in walk(path, left_out).items():
+            if fits(inside[len(path):].strip('/').split('/'), parts):
+                found[inside] = real
+    return found
+
+
+def matches(name, part):
+    """Whether a part of a glob stands for this name; for a hidden one, only if it begins with a dot itself."""
+    return fnmatch.fnmatchcase(name, part) and (part.startswith('.') or not name.startswith('.'))
+
+
+def fits(names, parts):
+    """Whether the parts of a glob match the names of a path, or the first of them: it is in a folder that they match, then."""
+    if not parts:
+        return True
+    if parts[0] == '**':
+        return fits(names, parts[1:]) or len(names) > 1 and fits(names[1:], parts)
+    return bool(names) and matches(names[0], parts[0]) and fits(names[1:], parts[1:])
+
+
+def names_in(folder):
+    """The names in a folder, sorted. Raises UserError where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder or '.'))
+    except OSError as error:
+        raise UserError(f'{folder}: {error.strerror}: make the folder readable, or leave it out') from None
+
+
+def check_readable(path):
+    if not os.access(path, os.R_OK):
+        raise UserError(f'{path}: Permission denied: make the file readable, or leave it out')
+
+
+def leave_out(left_out, what, path):
+    left_out.setdefault(what, [0, path])[0] += 1
+
+
+def not_read(left_out):
+    """One line of what find_files() left out, 'not read: 3 .pdf (a/x.pdf), 1 hidden (a/.git)'; '' if that is nothing."""
+    if not left_out:
+        return ''
+    common = sorted(left_out, key=lambda what: (-left_out[what][0], what))
+    named = [what for what in common if endings('x' + what)[0] in NAMED]
+    said = [f'{left_out[what][0]:,} {printable(what)} ({printable(left_out[what][1])})' for what in common[:8]]
+    if common[8:]:
+        said.append(f'{sum(left_out[what][0] for what in common[8:]):,} others')
+    line = f'not read: {", ".join(said)}'
+    if named:
+        line += f"; to read {named[0]}, give a glob that ends so: '**/*{named[0]}'"
+    return line
+
+
+def printable(path):
+    """A path as text that any terminal takes, on one line."""
+    return path if path.isprintable() else ascii(path)
+
+
+def endings(path):
+    """('.txt', '.gz') of a.txt.gz, ('.txt', '') of A.TXT: the ending of the text, and that of the packed file."""
+    stem, ending = os.path.splitext(path.lower())
+    if ending in PACKED:
+        return os.path.splitext(stem)[1], ending
+    return ending, ''
+
+
+def kind_of(path, source=''):
+    """text, lines or parquet by the name of a file, which `source` led to; None for what is not read."""
+    ending, packed = endings(path)
+    if ending in NAMED and endings(source) == (ending, packed):
+        return 'text'
+    if ending == '.parquet' and packed:
+        return None
+    return ENDINGS.get(ending)
 
 
 def stdlib_files():
@@ -182,9 +325,11 @@ class Reader:
         text, starts, separated, held = '', True, False, ''
         for block, last in self.characters(path):
             block = held + block
-            line = len(block) - block.rfind('\n') - 1  # an unfinished line may turn out a separator: it is held back,
-            held = '' if last or not line else block[-(line if line < 128 else 64):]  # of a long one, the end
-            *whole, rest = re.split(r'^<\|endoftext\|>\r?(?:\n|\Z)', block[:len(block) - len(held)], flags=re.MULTILINE)
+            # A line that is unfinished, or ends with a \r that a \n may follow, may turn out a separator: it is held back. Of
+            # a long line, the last 128 characters: as no separator is as long, neither they nor what is before them is one
+            line = len(block) - 1 - max(block.rfind('\n'), block.rfind('\r', 0, max(0, len(block) - 1)))
+            held = block[len(block) - (line if line < 256 else 128):] if not last else ''
+            *whole, rest = split_at_separators(block[:len(block) - len(held)])
             separated = separated or bool(whole)
             for document in whole:
                 yield (text + document).removesuffix('\n').removesuffix('\r'), starts, True  # the separator's own newline
@@ -242,7 +387,7 @@ class Reader:
                 tree = ast.parse(code)
         except (SyntaxError, ValueError):  # a template, or another version's
             return
-        lines = code.splitlines()
+        lines = code.split('\n')  # as Python counts them: splitlines() ends one at a form feed too
         for node in ast.walk(tree):
             said = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
             if said and len(node.body) > 1 and node.lineno < node.body[0].lineno and node.body[0].end_lineno < node.body[1].lineno:
@@ -288,17 +433,37 @@ class Reader:
 
 def decompressor(path):
     """(what makes a decompressor, the fault it finds) for a packed file, else None; all have decompress(), eof and unused_data."""
-    if path.endswith('.gz'):
+    packed = endings(path)[1]
+    if packed == '.gz':
         return lambda: zlib.decompressobj(31), zlib.error
-    if path.endswith('.bz2'):
+    if packed == '.bz2':
         return bz2.BZ2Decompressor, OSError
-    if not path.endswith('.zst'):
+    if packed == '.xz':
+        return lzma.LZMADecompressor, lzma.LZMAError
+    if packed != '.zst':
         return None, ()
     try:
         import zstandard
     except ImportError:
         raise UserError(f'{path}: reading .zst takes zstandard: pip install zstandard') from None
     return zstandard.ZstdDecompressor(max_window_size=2 ** 31).decompressobj, zstandard.ZstdError
+
+
+BLANKS = 50  # on either side of a separator, at most
+SEPARATOR = re.compile(rf'{re.escape(EOT)}[ \t]{{0,{BLANKS}}}(?:\r\n|\r|\n|\Z)')  # a literal first: ten times as fast as ^[ \t]*
+
+
+def split_at_separators(text):
+    """The parts of a text between its separators, lines of <|endoftext|> with nothing but blanks and tabs beside it."""
+    parts, start = [], 0  # start: where the line after the last separator begins
+    for found in SEPARATOR.finditer(text):
+        before = text[max(start, found.start() - BLANKS - 1):found.start()]
+        blanks = len(before) - len(before.rstrip(' \t'))
+        begins = found.start() - blanks
+        if blanks <= BLANKS and (begins == start or text[begins - 1] in '\r\n'):
+            parts.append(text[start:begins])
+            start = found.end()
+    return [*parts, text[start:]]
 
 
 # -----------------------------------------------------------------------------
@@ -310,11 +475,12 @@ def documents(task, s):
         return task.documents
     data, path, first, offset = task.lines
     try:
-        lines = data.decode('utf-8', s.errors).removeprefix('\ufeff').split('\n')
+        lines = data.decode('utf-8', s.errors).split('\n')
     except UnicodeDecodeError as error:
         raise not_utf8(path, offset + error.start) from None
     found = []
     for number, line in enumerate(lines, first):
+        line = line.removeprefix('\ufeff')  # of a file that was put behind another
         if line and not line.isspace():
             where = f'{path}:{number}'
             try:

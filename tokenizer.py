@@ -26,6 +26,7 @@ TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 EOT = '<|endoftext|>'  # the end of text, for kinds that have no name of their own for it
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')  # what tokenizer.json files call it
 
+UNTRAINED = '\u2585'  # sentencepiece's trainer drops every text with this sign: it is trained without, and writes it as bytes
 PIECE = 2 ** 14  # characters of a long text that are encoded at a time
 # Where a text may be parted so that its pieces have the ids of the whole
 ANYWHERE = re.compile('')
@@ -40,6 +41,7 @@ class Tokenizer:
     unk: the token for what the tokenizer cannot write, -1 = it can write anything.
     """
     around = (), ()  # ids before and after a text that is read before another is written (objectives.around)
+    eot_text = EOT  # how the library writes the end of text; the same letters in a document are ordinary text
     begin = ()  # ids before a prompt: none, but for weights of others that were trained with a beginning-of-text token (sample.load)
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
@@ -288,6 +290,7 @@ class SentencePieceTokenizer(Tokenizer):
         n, eot = self.sp.vocab_size(), self.sp.eos_id()
         if eot < 0:
             raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): use one that has, or --tokenizer=bpe:4096')
+        self.eot_text = self.sp.id_to_piece(eot)
         cut = cut_rule(self.sp.encode, [self.sp.id_to_piece(i).replace('▁', ' ') for i in range(n)])
         super().__init__('sentencepiece', n, eot, cut, {'tokenizer.model': data}, self.sp.unk_id())
         # A model that keeps every blank can write any text but sentencepiece's own sign for the space, ▁: that goes as bytes
@@ -313,13 +316,13 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library: a tokenizer.json, or a BERT vocabulary (vocab.txt)."""
 
-    def __init__(self, kind, data, where):
+    def __init__(self, kind, data, where, size=None):
         try:
             import tokenizers
         except ImportError:
             raise UserError(f'{where}: reading it takes the tokenizers library: pip install tokenizers') from None
         if kind == 'wordpiece':
-            self.tokenizer = wordpiece(tokenizers, data, where)
+            self.tokenizer = wordpiece(tokenizers, data, where, size)
         else:
             try:
                 self.tokenizer = tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
@@ -328,12 +331,15 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        for name in ('dropout', 'alpha', 'nbest_size'):  # of BPE and Unigram: they draw the pieces of a word at random
+            if getattr(self.tokenizer.model, name, None) is not None:
+                setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
-        eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
-        if eot is None:
+        self.eot_text = next((name for name in EOT_NAMES if name in vocab), None)
+        if self.eot_text is None:
             raise UserError(f'{where}: no end-of-text token in it, none of {", ".join(EOT_NAMES)}: add one to the vocabulary')
         pieces = self.tokenizer.decode_batch([[i] for i in vocab.values()], skip_special_tokens=False)
-        super().__init__(kind, max(vocab.values()) + 1, eot, cut_rule(self.encode, pieces),
+        super().__init__(kind, max(vocab.values()) + 1, vocab[self.eot_text], cut_rule(self.encode, pieces),
                          {'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt': data}, vocab.get('[UNK]', vocab.get('<unk>', -1)))
 
     def encode(self, text):
@@ -354,6 +360,7 @@ class Reserved(Tokenizer):
     def __init__(self, inner, count):
         super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.cut, inner.files, inner.unk, **inner.more, reserved=count)
         self.inner, self.encode, self.encode_documents, self.bos = inner, inner.encode, inner.encode_documents, inner.bos
+        self.eot_text = inner.eot_text
 
     def decode(self, ids):
         self.check_ids(ids)
@@ -377,9 +384,15 @@ class UnknownTokenizer(Tokenizer):
     decode = encode
 
 
-def wordpiece(tokenizers, data, where):
-    """BERT's tokenizer for the pieces of a vocab.txt, one a line; cased if a piece has an upper-case letter."""
-    vocab = {piece: i for i, piece in enumerate(data.decode('utf-8-sig', errors='replace').splitlines())}
+def wordpiece(tokenizers, data, where, size=None):
+    """
+    BERT's tokenizer for the pieces of a vocab.txt, one a line, read as the tokenizers library does; cased if a piece has an
+    upper-case letter. size: that of the vocabulary, where a description has it.
+    """
+    lines = data.decode('utf-8-sig', errors='replace').removesuffix('\n').split('\n')
+    vocab = {line.rstrip() or line: i for i, line in enumerate(lines)}  # a piece of nothing but blanks keeps its place
+    if size is not None and size != len(lines):  # made when U+2028 and others ended a line too
+        vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
     if '[UNK]' not in vocab or '[SEP]' not in vocab:
         raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to prepare, name it as a source')
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
@@ -400,7 +413,7 @@ def needs_text(kind):
             raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
         return True
     if kind not in ('byte', 'char', *TIKTOKEN):
-        if not kind.endswith(('.model', '.json', '.txt')):
+        if not kind.lower().endswith(('.model', '.json', '.txt')):
             raise UserError(f'tokenizer={kind}: no such tokenizer; there are {KINDS}')
         if not os.path.isfile(kind):
             raise UserError(f'tokenizer={kind}: no such file')
@@ -420,9 +433,9 @@ def new_tokenizer(kind, texts=()):
         return TiktokenTokenizer(kind)
     with open(kind, 'rb') as f:
         data = f.read()
-    if kind.endswith('.model'):
+    if kind.lower().endswith('.model'):
         return SentencePieceTokenizer(data, kind)
-    return JsonTokenizer('tokenizers' if kind.endswith('.json') else 'wordpiece', data, kind)
+    return JsonTokenizer('tokenizers' if kind.lower().endswith('.json') else 'wordpiece', data, kind)
 
 
 def char_tokenizer(chars, eot=True):
@@ -443,9 +456,14 @@ def train_bpe(texts, vocab_size):
     # whole texts rather than lines, so that ".\n" can become a piece: 4% fewer tokens on stories, 7% on Python.
     # In stretches, because the trainer aborts at a word of 65,536 characters
     stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
+    pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
+    first = next(pieces, None)
+    if first is None:
+        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=stretches, model_writer=model, model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
+            sentence_iterator=itertools.chain([first], pieces), model_writer=model,
+            model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
             normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT, bos_id=-1, pad_id=-1,
             max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)
@@ -475,7 +493,8 @@ def described(description, files, folder):
         tokenizer = SentencePieceTokenizer(files['tokenizer.model'], os.path.join(folder, 'tokenizer.model'))
     elif kind in ('tokenizers', 'wordpiece'):
         (name, data), = files.items()
-        tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name))
+        size = description['vocab_size'] - description.get('reserved', 0)
+        tokenizer = JsonTokenizer(kind, data, os.path.join(folder, name), size)
     else:
         raise UserError(f'{folder}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
     return Reserved(tokenizer, description['reserved']) if description.get('reserved') else tokenizer

@@ -142,6 +142,17 @@ def test_a_function_and_the_first_line_of_its_docstring(tmp_path):
         ast.parse(text.partition('\x1e')[0])
 
 
+def test_the_lines_of_code_are_those_that_python_counts(tmp_path):
+    """A form feed, as the standard library has them, and other signs in strings end no line."""
+    code = 'x = "\u2028\x1c"\n\x0c\ndef f(x):\n    """Add one."""\n    y = "\x85"\n    return x + 1\n'
+    code += '\x0c\r\ndef g(x):\r\n    """Add two."""\r\n    return x\r\n'
+    (tmp_path / 'a.py').write_bytes(code.encode())
+    s = prepare.Settings(sources=['stdlib_docstrings'], split='document')
+    found = [text for task in Reader([(str(tmp_path / 'a.py'), 'docstrings')], s).tasks(None) for _, text in documents(task, s)]
+    assert [tuple(text.split('\x1e<|target|>\x1e')) for text in found] == [
+        ('def f(x):\n    y = "\x85"\n    return x + 1', 'Add one.'), ('def g(x):\n    return x', 'Add two.')]
+
+
 def test_the_standard_librarys_docstrings_are_pairs():
     files = find_files(['stdlib_docstrings'])
     assert len(files) > 300 and all(kind == 'docstrings' for _, kind in files)

@@ -3,8 +3,11 @@ import argparse
 import bz2
 import gzip
 import inspect
+import itertools
 import json
+import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +19,9 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import ROOT, run
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
 
 import prepare
 import sources
@@ -143,6 +149,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     half = plain.index(b'\n', len(plain) // 2) - 5  # two streams in a file, joined in the middle of a line
     (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(plain[:half]) + gzip.compress(plain[half:]))
     (tmp_path / 'x.jsonl.bz2').write_bytes(bz2.compress(plain[:half]) + bz2.compress(plain[half:]))
+    (tmp_path / 'x.jsonl.xz').write_bytes(lzma.compress(plain[:half]) + lzma.compress(plain[half:]))
+    (tmp_path / 'x.ndjson').write_bytes(plain)
     (tmp_path / 'x.jsonl.zst').write_bytes(zstandard.compress(plain[:half]) + zstandard.compress(plain[half:]))
     separated = '\n<|endoftext|>\n'.join(texts) + '\n<|endoftext|>\n'
     (tmp_path / 'x.txt').write_text(separated)
@@ -157,28 +165,170 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
         assert reader.position == reader.total == path.stat().st_size
 
 
-@pytest.mark.parametrize('size', [1, 2, 13, 14, 63, 64, 65, 129, 1000])
-def test_separators_are_found_wherever_a_block_ends(tmp_path, monkeypatch, size):
-    text = 'one\n<|endoftext|>\ntwo <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n' + ' <|endoftext|>\n<|endoftext|>\n' + 'é' * 70 + '\n<|endoftext|>'
+class InBlocks(Reader):
+    """Reads the bytes `data` in blocks of these sizes, over and over, whatever the path."""
+
+    def __init__(self, data, sizes, **settings):
+        super().__init__([], Settings(**settings))
+        self.data, self.sizes = data, sizes
+
+    def blocks(self, path):
+        start = 0
+        for size in itertools.cycle(self.sizes):
+            if start >= len(self.data):
+                return
+            yield self.data[start:start + size]
+            start += size
+
+
+def test_a_separator_is_a_line_with_blanks_beside_it_at_most():
+    end = '<|endoftext|>'
+    text = (f'one\n{end}\ntwo {end}\n' + 'x' * 200 + f'{end}\n{end} {end}\n \t{end}\t \n{end}\n' + 'é' * 70 + f'\r\n{end}\r\n'
+            f'three\r{end}\rfour\n\n{end}  \r\n' + ' ' * 51 + f'{end}\n{end}')
+    expected = ['one', f'two {end}\n' + 'x' * 200 + f'{end}\n{end} {end}', '', 'é' * 70, 'three', 'four\n', ' ' * 51 + end]
+    for size in (1, 2, 13, 14, 50, 127, 128, 129, 255, 256, 257, 1000):
+        assert [part[0] for part in InBlocks(text.encode(), [size]).parts('x.txt', None)] == expected, size
+
+
+PIECES = ['<|endoftext|>', '<|endoftext|>\n', '\n<|endoftext|>', '\n', '\r', '\r\n', ' ', '\t', ' ' * 20, ' ' * 49,
+          'x', 'é', '\u2028', '\x0c', 'y' * 120, 'z' * 260]
+
+
+@property_settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=25), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from(['', '\ufeff']))
+def test_separators_are_found_wherever_a_block_ends(pieces, sizes, mark):
+    """The documents of the whole text, parted where the rule says, whatever the blocks that it comes in."""
+    text = ''.join(pieces)
+    *whole, rest = re.split(r'(?<![^\r\n])[ \t]{0,50}<\|endoftext\|>[ \t]{0,50}(?:\r\n|\r|\n|\Z)', text)
+    expected = [document.removesuffix('\n').removesuffix('\r') for document in whole] + [rest] * bool(rest or not whole)
+    assert [part[0] for part in InBlocks((mark + text).encode(), sizes).parts('x.txt', None)] == expected
+    once = re.split(r'^<\|endoftext\|>\r?(?:\n|\Z)', text, flags=re.MULTILINE)  # the rule of earlier versions, where both agree
+    if len(once) == len(whole) + 1:
+        assert once == [*whole, rest]
+
+
+def test_texts_parted_by_any_separator_are_as_many_documents(tmp_path):
+    for line in ('<|endoftext|>', ' <|endoftext|>', '<|endoftext|>\t', '\t <|endoftext|> '):
+        for end in ('\n', '\r\n', '\r'):
+            text = (end + line + end).join(story(n) for n in range(220))
+            assert len(list(InBlocks(text.encode(), [4000]).parts('x.txt', None))) == 220, (line, end)
     (tmp_path / 'x.txt').write_text(text)
-    data = text.encode()
-    monkeypatch.setattr(Reader, 'blocks', lambda self, path: (data[i:i + size] for i in range(0, len(data), size)))
-    found = [part[0] for part in Reader([(str(tmp_path / 'x.txt'), 'text')], Settings()).parts('x.txt', None)]
-    assert found == ['one', 'two <|endoftext|>\n' + 'x' * 200 + '<|endoftext|>\n <|endoftext|>', 'é' * 70]
+    meta = do(tmp_path / 'out', tmp_path / 'x.txt', val_fraction=0.3)
+    assert meta['split'] == 'document' and sum(split['documents'] for split in meta['splits'].values()) == 220
 
 
-def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path):
-    for name in ('b/2.txt', 'b/1.jsonl', 'a.txt.gz', 'readme.md', 'c.parquet.gz', 'a/x.TXT'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b'')
-    assert find_files([str(tmp_path)]) == [(str(tmp_path / 'a.txt.gz'), 'text'), (str(tmp_path / 'b/1.jsonl'), 'lines'), (str(tmp_path / 'b/2.txt'), 'text')]
-    assert find_files([str(tmp_path / '*' / '*.txt')]) == [(str(tmp_path / 'b/2.txt'), 'text')]
+def test_the_text_of_an_end_is_counted(command):
+    Path('vocab.txt').write_text('\n'.join(['[UNK]', '[SEP]', 'cat', '<', '|', '>', '[', ']']))
+    write_jsonl('x.jsonl', ['cat <|endoftext|> cat <|endoftext|> cat', 'cat [SEP]', 'cat'] * 10)
+    for tokenizer, times in (('byte', '<|endoftext|> occurs 20 times'), ('vocab.txt', '[SEP] occurs 10 times')):
+        code, out, _ = command('x.jsonl', f'--out={tokenizer[0]}', f'--tokenizer={tokenizer}', '--split=tail', '--val_fraction=0.01')
+        assert code == 0 and f'    {times} inside documents: it is plain text there and ends no document\n' in out, out
+        assert ('[SEP] occurs' in out) == (tokenizer != 'byte') and '<|endoftext|> occurs 20 times' in out
+        assert json.loads(Path(tokenizer[0], 'meta.json').read_text())['splits']['train']['documents'] == 30
+    write_jsonl('y.jsonl', ['cat'] * 5)
+    assert 'occurs' not in command('y.jsonl', '--out=y', '--tokenizer=byte', '--split=tail', '--val_fraction=0.5')[1]
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b'')
+
+
+def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/b/2.txt', 'd/b/1.jsonl', 'd/a.txt.gz', 'd/a/x.TXT', 'd/a/y.NDJSON.Xz', 'd/b-c/3.txt')
+    every = [('d/a.txt.gz', 'text'), ('d/a/x.TXT', 'text'), ('d/a/y.NDJSON.Xz', 'lines'), ('d/b-c/3.txt', 'text'), ('d/b/1.jsonl', 'lines'),
+             ('d/b/2.txt', 'text')]
+    left_out = {}
+    for source in ('d', 'd/**', 'd/*', '**', 'd/**/*', '[d]'):
+        assert find_files([source], left_out) == every and not left_out, source
+    assert find_files(['d/*/*.txt']) == find_files(['**/*/*.txt']) == [every[3], every[5]]
+    assert find_files(['**/b/*']) == find_files(['d/b*/[12].*']) == every[4:]
+    assert find_files([str(tmp_path / '**' / '?.TXT')]) == [(str(tmp_path / 'd/a/x.TXT'), 'text')]
+    with pytest.raises(UserError, match='no such file or folder'):
+        find_files(['d/**/*.parquet'])
+
+
+def test_what_is_not_read_is_said(tmp_path, command):
+    make_files(tmp_path / 'd', 'readme.md', 'c.parquet.gz', 'x.pdf', 'sub/y.PDF', '.ipynb_checkpoints/a.txt', '.hidden.txt', 'Makefile')
+    os.mkfifo(tmp_path / 'd' / 'pipe.txt')
+    said = ("not read: 2 .pdf (d/sub/y.PDF), 2 hidden (d/.hidden.txt), 1 .md (d/readme.md), 1 .parquet.gz (d/c.parquet.gz), "
+            "1 not a file (d/pipe.txt), 1 without ending (d/Makefile); to read .md, give a glob that ends so: '**/*.md'")
+    code, _, err = command('d', '--out=o')
+    assert code == 2 and err == f'prepare.py: d: no .txt, .jsonl or .parquet in it; {said}\n'
+    Path('d/z.txt').write_text('some text')
+    code, out, _ = command('d', '--out=o', '--tokenizer=byte', '--val_fraction=0.5')
+    assert code == 0 and f'    {said}\n' in out
+    assert find_files(['d/readme.md']) == find_files(['d/**/*.md']) == [('d/readme.md', 'text')]
+
+
+def test_linked_folders_are_followed_and_every_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/sub/a.txt', 'd/b.txt', 'else/where/c.txt', 'else/d.txt')
+    for name, target in (('0_sub', 'sub'), ('self', '.'), ('up', '../d'), ('0.txt', 'b.txt'), ('linked', '../else'), ('sub/again', '../../else/where'),
+                         ('sub/around', '../sub'), ('z.txt', '../else/d.txt'), ('.gone', 'gone')):
+        os.symlink(target, tmp_path / 'd' / name)
+    every = ['d/b.txt', 'd/linked/d.txt', 'd/linked/where/c.txt', 'd/sub/a.txt']
+    for source in ('d', 'd/**/*.txt', 'd/**'):
+        found = [path for path, _ in find_files([source])]
+        assert [os.path.realpath(path) for path in found] == [os.path.realpath(path) for path in every], source
+        assert found[0] == 'd/b.txt' and found[3] == 'd/sub/a.txt'
+    left_out = {}
+    assert [path for path, _ in find_files(['d/*.txt'], left_out)] == ['d/b.txt', 'd/z.txt'] and left_out == {'linked twice': [1, 'd/0.txt']}
+
+
+def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd/a.txt', 'd/sub/b.txt')
+    for link, target in (('d/gone', 'nowhere'), ('d/gone.txt', '../nowhere.txt'), ('d/sub/round.txt', 'round.txt')):
+        os.symlink(target, link)
+        for source in ('d', 'd/**', link, link[:-1] + '?'):
+            with pytest.raises(UserError, match=f'^{link}: a link to what is not there'):
+                find_files([source])
+        os.unlink(link)
+    listdir, access = os.listdir, os.access
+
+    def closed(path):
+        if str(path).endswith('sub'):
+            raise PermissionError(13, 'Permission denied', path)
+        return listdir(path)
+    monkeypatch.setattr(os, 'listdir', closed)  # chmod does not stop root
+    for source in ('d', 'd/*/*.txt', 'd/**/*.txt'):
+        with pytest.raises(UserError, match='^d/sub: Permission denied'):
+            find_files([source])
+    monkeypatch.setattr(os, 'listdir', listdir)
+    monkeypatch.setattr(os, 'access', lambda path, mode: access(path, mode) and not str(path).endswith('b.txt'))
+    for source in ('d', 'd/**/*.txt', 'd/sub/b.txt'):
+        with pytest.raises(UserError, match='^d/sub/b.txt: Permission denied'):
+            find_files([source])
+
+
+def test_a_file_name_that_is_no_text_is_no_fault(tmp_path, command):
+    path = os.fsdecode(b'd/caf\xe9\n.txt')
+    os.mkdir('d')
+    Path(path).write_text('some text ' * 30)
+    Path(path + '.pdf').write_text('')
+    code, out, err = command('d', '--out=o', '--tokenizer=byte', '--val_fraction=0.5')
+    assert code == 0 and r"caf\udce9\n.txt:1" in out and r"1 .pdf ('d/caf\udce9\n.txt.pdf')" in out, (out, err)
 
 
 def test_several_fields_are_joined_and_empty_ones_left_out(tmp_path):
     (tmp_path / 'x.jsonl').write_text('{"a": "one", "b": "two"}\n\n{"a": null, "b": "three"}\n{"a": "", "b": null}\n')
     do(tmp_path / 'out', tmp_path / 'x.jsonl', text_key='a,b', split='tail', val_fraction=0.5)
     assert [a + b for a, b in zip(*(read(tmp_path / 'out', split) for split in ('train', 'val')))] == ['one\ntwo', 'three']
+
+
+@pytest.mark.parametrize('size', [10, 1000])
+def test_lines_of_jsonl_end_at_a_newline_alone(tmp_path, monkeypatch, size):
+    """Signs that Python's splitlines() takes for an end are text; a byte order mark is none, wherever files were joined."""
+    monkeypatch.setattr(sources, 'TASK_SIZE', size)
+    texts = [f'a{sign}b' for sign in '\u2028\u2029\x85']
+    lines = [json.dumps({'text': text}, ensure_ascii=False) for text in texts]
+    (tmp_path / 'x.jsonl').write_bytes(f'\ufeff{lines[0]}\r\n\x0c\r\n\ufeff{lines[1]}\n\n\ufeff{lines[2]}'.encode())
+    s = Settings()
+    found = [pair for task in Reader(find_files([str(tmp_path / 'x.jsonl')]), s).tasks(None) for pair in documents(task, s)]
+    assert [text for _, text in found] == texts and [where.rpartition(':')[2] for where, _ in found] == ['1', '3', '5']
 
 
 def test_the_standard_library_is_a_corpus(tmp_path):
@@ -399,6 +549,13 @@ def test_bpe_is_kept_beside_the_data_and_serves_other_data(tmp_path):
     assert sorted(read(tmp_path / 'a', 'train') + read(tmp_path / 'a', 'val')) == sorted(map(story, range(300)))
 
 
+def test_what_bpe_is_trained_without_is_said(command):
+    write_jsonl('x.jsonl', [f'{story(n)} \u2585' for n in range(300)])
+    code, out, _ = command('x.jsonl', '--out=d', '--tokenizer=bpe:400')
+    assert code == 0 and 'tokenizer=bpe:400: it is trained without U+2585 (300 in the text), and writes it as bytes\n' in out
+    assert all(text.endswith(' \u2585') for text in read('d', 'train'))
+
+
 def test_a_large_text_is_sampled_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
     monkeypatch.setattr(prepare, 'SAMPLE_SIZE', 10_000)
@@ -449,7 +606,7 @@ BAD = {  # command line → what the one line says
     'shakespear': 'did you mean shakespeare?',
     'x.jsonl': 'out: name the folder to make',
     'empty/ --out=d': 'empty/: no .txt, .jsonl or .parquet in it',
-    'notes.md --out=d': 'notes.md: takes .txt, .jsonl or .parquet',
+    'notes.pdf --out=d': 'notes.pdf: takes .txt, .jsonl or .parquet',
     'blank.jsonl --out=d --tokenizer=byte': 'blank.jsonl: no text in it, 2 empty documents',
     'blank.jsonl --out=d': 'blank.jsonl: no text in it',
     'latin.txt --out=d': r'latin.txt: byte 15 is not UTF-8: convert the file, or use --errors=replace',
@@ -465,8 +622,10 @@ BAD = {  # command line → what the one line says
     'cut.txt.gz --out=d': 'cut.txt.gz: ends in the middle',
     'cut.txt.zst --out=d': 'cut.txt.zst: ends in the middle',
     'cut.txt.bz2 --out=d': 'cut.txt.bz2: ends in the middle',
+    'cut.txt.xz --out=d': 'cut.txt.xz: ends in the middle',
     'broken.txt.gz --out=d': 'broken.txt.gz: damaged',
     'broken.txt.bz2 --out=d': 'broken.txt.bz2: damaged',
+    'broken.txt.xz --out=d': 'broken.txt.xz: damaged',
     'broken.txt.zst --out=d': 'broken.txt.zst: damaged',
     'x.jsonl --out=d --tokenizer=morse': 'tokenizer=morse: no such tokenizer; there are byte, char, gpt2',
     'x.jsonl --out=d --tokenizer=none.model': 'tokenizer=none.model: no such file',
@@ -478,7 +637,7 @@ BAD = {  # command line → what the one line says
     'x.jsonl --out=d --num_proc=-1': 'num_proc=-1',
     'x.jsonl --out=d --tokeniser=byte': '--tokeniser: no such setting; did you mean tokenizer?',
     'x.jsonl --out=d --split=half': "--split: got 'half', takes auto | document | tail",
-    'x.jsonl --out=notes.md/d --tokenizer=byte': 'notes.md',
+    'x.jsonl --out=notes.pdf/d --tokenizer=byte': 'notes.pdf',
 }
 
 
@@ -487,7 +646,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
     pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     write_jsonl('x.jsonl', map(story, range(20)))
     os.mkdir('empty')
-    Path('notes.md').write_text('# Notes')
+    Path('notes.pdf').write_text('# Notes')
     write_jsonl('blank.jsonl', ['', ' \n'])
     Path('latin.txt').write_bytes(b'plain, then caf\xe9 ole')
     Path('latin.jsonl').write_bytes(b'{"text": "fine"}\n{"text": "caf\xc3\xa9 \xe9"}\n')
@@ -499,7 +658,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
     parquet.write_table(pyarrow.table({'text': ['a']}), 'x.parquet')
     Path('broken.parquet').write_bytes(b'PAR1 no parquet PAR1')
     text = story(1, 5000).encode()
-    for ending, pack in (('gz', gzip.compress), ('bz2', bz2.compress), ('zst', zstandard.compress)):
+    for ending, pack in (('gz', gzip.compress), ('bz2', bz2.compress), ('xz', lzma.compress), ('zst', zstandard.compress)):
         packed = pack(text)
         Path(f'cut.txt.{ending}').write_bytes(packed[:len(packed) // 2])
         Path(f'broken.txt.{ending}').write_bytes(packed[:20] + b'\xff\x13\xff' * 30 + packed[110:])

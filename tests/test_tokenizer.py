@@ -1,5 +1,6 @@
 """Every tokenizer gives its library's ids, takes any text and any id, and comes back from its description as it was."""
 import argparse
+import hashlib
 import inspect
 import json
 import random
@@ -14,6 +15,7 @@ from tiktoken_ext import openai_public
 import tokenizer as module
 from configurator import UserError
 from tokenizer import char_tokenizer, load_tokenizer, new_tokenizer
+from tokenizer_json import to_json
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
@@ -129,6 +131,63 @@ def test_ids_are_the_library_s(every_kind, files):
     assert 'Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found')).replace(' ##', '')
 
 
+@pytest.mark.parametrize('harm', [{'dropout': 0.9}, {'dropout': 1.0}, {'alpha': 0.1, 'nbest_size': 9}], ids=str)
+@pytest.mark.parametrize('reserve', [0, 3])
+def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, reserve):
+    """The ids are those of the same file without dropout, sampling, truncation and padding."""
+    plain = json.loads((files / 'tokenizer.json').read_text()) | {'truncation': None}
+    if 'alpha' in harm:
+        vocab = [['<unk>', 0.0], *([piece, -len(piece) ** 0.5] for piece in plain['model']['vocab'])]
+        plain['model'] = {'type': 'Unigram', 'unk_id': 0, 'vocab': vocab, 'byte_fallback': False}
+    drawn = plain | {'model': plain['model'] | harm, 'truncation': {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0},
+                     'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}}
+    kinds = []
+    for name, value in (('plain', plain), ('drawn', drawn)):
+        (tmp_path / f'{name}.json').write_text(json.dumps(value))
+        kinds.append(new_tokenizer(str(tmp_path / f'{name}.json')))
+    expected, t = kinds
+    assert t.describe()['files'] == {'tokenizer.json': hashlib.sha256((tmp_path / 'drawn.json').read_bytes()).hexdigest()}  # it is kept as it came
+    t = load_tokenizer(t.save(tmp_path), tmp_path)
+    t = module.Reserved(t, reserve) if reserve else t
+    assert (t.cut, t.bos()) == (expected.cut, expected.bos())
+    for text in [STORY, *HARD[:9]]:
+        assert t.encode(text) == t.encode(text) == expected.encode(text)
+    ids, _ = t.encode_documents([STORY] * 3)
+    assert ids.tolist() == [*expected.encode(STORY), t.eot] * 3
+    assert to_json(kinds[1]) == to_json(expected)
+
+
+PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', *'\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e', 'the', 'cat', '##s']
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', ' \n'])
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
+@pytest.mark.parametrize('last', ['', 'end'])
+def test_a_piece_of_a_bert_vocabulary_is_a_line(tmp_path, end, mark, last):
+    """A line ends at \\n, as in the library: other signs that Python's splitlines() takes for an end are pieces."""
+    path = tmp_path / 'vocab.txt'
+    path.write_bytes((mark + end.join([*PIECES, last])).encode())
+    path.with_suffix('.plain').write_bytes(end.join([*PIECES, last]).encode())
+    t = new_tokenizer(str(path))
+    library = tokenizers.BertWordPieceTokenizer(str(path.with_suffix('.plain')), lowercase=True)
+    for text in ('the cats a', 'A cat\u2028\x85\x0cthe end', '\u2029'):
+        assert t.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert t.encode('the cat') == [PIECES.index('the'), PIECES.index('cat')]
+    assert t.vocab_size == len(PIECES) + (last == 'end') and t.eot == 3 and t.unk == 1
+
+
+def test_a_vocabulary_that_was_read_in_more_lines_still_loads(tmp_path):
+    """Before, U+2028 made two lines: what was prepared or trained so keeps its ids."""
+    data = '\n'.join(PIECES).encode()
+    old = module.JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
+    for reserve in (0, 5):
+        tokenizer = module.Reserved(old, reserve) if reserve else old
+        tokenizer.files = {'vocab.txt': data}
+        again = load_tokenizer(tokenizer.save(tmp_path), tmp_path)
+        assert again.describe() == tokenizer.describe() and again.encode('the cat') == old.encode('the cat') != new_tokenizer(
+            str(tmp_path / 'vocab.txt')).encode('the cat')
+
+
 def test_gpt2_s_ids_of_many_documents_are_the_library_s(toy_tiktoken):
     """Where words begin is found in numpy there: every rule of the pattern, at every place of a text, next to everything."""
     t, rng = new_tokenizer('gpt2'), random.Random(0)
@@ -203,6 +262,25 @@ def test_bpe_survives_words_longer_than_its_trainer_takes(text):
     assert t.decode(t.encode(text)) == text
 
 
+@pytest.mark.parametrize('sign', ['\u2585', '\u2581', '\u2047', '\0', '\t', '\r\n', '\x1c', '\x7f', '\u2028', '\ufeff', '\ufffd', '\ue000', '\U0010ffff',
+                                  '</s>', '<|endoftext|>', '<unk>', '<0x41>'])
+def test_bpe_is_trained_on_text_with_any_sign(sign):
+    """As many tokens as with another sign in its place, but for what the sign itself takes; and nothing is lost."""
+    def text_with(sign):
+        rng = random.Random(0)
+        words = [''.join(rng.choice('abcdefgh') for _ in range(5)) for _ in range(20)]
+        return ''.join(rng.choice(words) + (' ' if n % 6 else f' {sign}{sign} ') for n in range(2500))
+    trained, usual = (new_tokenizer('bpe:340', [text_with(kind)]) for kind in (sign, '\u2584'))
+    for text in (text_with(sign), sign, sign * 3, f'{sign}a{sign} {sign}', sign * 30_000):
+        assert trained.decode(trained.encode(text)) == text
+    assert len(trained.encode(text_with(''))) <= 1.15 * len(usual.encode(text_with('')))
+
+
+def test_bpe_of_nothing_but_its_trainer_s_sign_is_refused():
+    with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
+        new_tokenizer('bpe:300', ['\u2585\u2585', ''])
+
+
 def test_bpe_says_which_sizes_work():
     with pytest.raises(UserError, match=r'bpe:200: too small .* use a larger one, bpe:\d+'):
         new_tokenizer('bpe:200', [STORY])
@@ -231,6 +309,12 @@ def test_a_description_brings_the_tokenizer_back(every_kind, tmp_path):
 def test_the_same_vocabulary_is_the_same_tokenizer_wherever_its_file_lies(files, tmp_path):
     (tmp_path / 'other.model').write_bytes((files / 'mistral.model').read_bytes())
     assert new_tokenizer(str(tmp_path / 'other.model')).describe() == new_tokenizer(str(files / 'mistral.model')).describe()
+
+
+def test_the_ending_of_a_vocabulary_may_have_capitals(files, tmp_path):
+    for name in ('mistral.model', 'tokenizer.json', 'cased.txt'):
+        (tmp_path / name.upper()).write_bytes((files / name).read_bytes())
+        assert new_tokenizer(str(tmp_path / name.upper())).describe() == new_tokenizer(str(files / name)).describe()
 
 
 def test_a_changed_or_missing_file_is_refused(files, tmp_path):
