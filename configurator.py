@@ -22,6 +22,9 @@ import traceback
 import types
 import typing
 
+OLDEST_TORCH = '2.11'  # the oldest version with which the tests pass: make test-oldest
+PINNED_TORCH = '2.13.0'  # the version in requirements.txt
+
 
 class UserError(Exception):
     """Something the user can mend. The text is one line that names the setting or the file and what to change."""
@@ -35,9 +38,10 @@ class FilePath(str):
 
 
 def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. An old torch is refused."""
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
+        check_torch()
         main()
     except UserError as error:
         rank = os.environ.get('RANK', '0')
@@ -55,6 +59,20 @@ def run_main(main):
             raise
         traceback.print_exc()
         leave(1)
+
+
+def check_torch():
+    """Raise UserError if this script has imported a torch older than OLDEST_TORCH."""
+    if 'torch' not in sys.modules:  # prepare.py works without it
+        return
+    found = sys.modules['torch'].__version__  # as 2.13.0+cpu, 2.12.0a0+git123
+    if parse_version(found) < parse_version(OLDEST_TORCH):
+        raise UserError(f'torch {found}: minnow needs torch {OLDEST_TORCH} or later: pip install torch=={PINNED_TORCH}')
+
+
+def parse_version(text):
+    """[major, minor] of a version."""
+    return [int(number) for number in re.findall(r'\d+', text)[:2]]
 
 
 def among_others():

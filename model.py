@@ -588,7 +588,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = x @ w.T  # (rows, V padded), and then the gradient with respect to them
             taught = itertools.repeat(None) if teacher is None else (teacher.h[i:i + rows].to(dtype) @ teacher.weight.to(dtype).T).split(block)
             for z, y, t in zip(logits.split(block), targets[i:i + rows].split(block), taught):
-                total += loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad, teacher, t)
+                # no += here: torch 2.11 makes every gradient zero where a compiled autograd.Function changes the
+                # tensor it returns in place (pytorch issue 180642)
+                total = total + loss_and_gradient(z, y, n_vocab, softcap, smoothing, with_grad, teacher, t)
             if with_grad:
                 grad_h[i:i + rows] = logits @ w
                 if grad_w is not None:
@@ -599,7 +601,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h.mul_(grad), None if grad_w is None else grad_w.mul_(grad), None, None, None, None, None, None
+        # in place, to save memory: a second backward pass is then an error. A compiled graph would not notice the change
+        # and would scale twice
+        scale = torch.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
+        return scale(grad_h, grad), None if grad_w is None else scale(grad_w, grad), None, None, None, None, None, None
 
 
 def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):

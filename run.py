@@ -7,7 +7,7 @@ import dataclasses
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from configurator import UserError
 from data import Mixture, Source
 from device import pick_compile, pick_dtype
 from growth import grow, refuse_unknown
-from guard import Losses, check_same_start
+from guard import FirstSteps, Losses, check_same_start
 from model import make_model
 from objectives import make_objective
 from optim import make_optimizer, optimizer_flops
@@ -89,6 +89,7 @@ class Run:
     left_out: set  # steps without data
     losses: Losses  # of the last steps
     writer: checkpoint.Writer
+    first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
     skipped: int = 0  # steps of this process whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
     saved: int | None = None  # the newest checkpoint

@@ -273,6 +273,8 @@ def train(s, device, ranks, stop, left_out=()):
             nats, targets, loads, seconds, steps = zero(device), 0.0, 0, 0.0, 0
         else:
             seconds += time.perf_counter() - began
+        highest = max(group['lr'] for group in run.optimizer.param_groups)
+        run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
     ranks.from_first(run.writer.wait)
     ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
               if stopping else f'done: {step} steps{", target_val_loss reached" if reached else ""}; python sample.py --out_dir={s.out_dir}')

@@ -4,8 +4,22 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 import pytest
+from conftest import ROOT, SCRIPTS, one_line, run
 
-from configurator import FilePath, UserError, comments_of, configure, configure_command, from_dict, help_text, options, read_config
+from configurator import (
+    OLDEST_TORCH,
+    PINNED_TORCH,
+    FilePath,
+    UserError,
+    check_torch,
+    comments_of,
+    configure,
+    configure_command,
+    from_dict,
+    help_text,
+    options,
+    read_config,
+)
 
 
 @dataclass
@@ -198,3 +212,38 @@ def test_the_first_argument_names_a_command():
     for argv, words in [([], 'no command given: takes copy or train'), (['cpy'], 'cpy: takes copy or train'), (['copy', '--max_iters=3'], 'no such setting')]:
         with pytest.raises(UserError, match=words):
             configure_command(commands, argv)
+
+
+# --- the oldest torch ---
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_script_refuses_a_torch_that_is_too_old(script, monkeypatch):
+    monkeypatch.setattr('torch.__version__', '2.10.1+cpu')
+    expected = f'{script}: torch 2.10.1+cpu: minnow needs torch {OLDEST_TORCH} or later: pip install torch=={PINNED_TORCH}'
+    assert one_line(run(script)) == expected
+
+
+@pytest.mark.parametrize('version, is_refused', [('2.9.1', True), ('1.13.1+cu117', True), ('2.10.0a0+git12', True), ('2.11.0', False),
+                                                 ('2.11.0a0+git12', False), ('2.13.0+cpu', False), ('3.0.0', False), ('10.0', False)])
+def test_versions_are_compared_as_numbers(version, is_refused, monkeypatch):
+    monkeypatch.setattr('torch.__version__', version)
+    if is_refused:
+        with pytest.raises(UserError, match='minnow needs torch'):
+            check_torch()
+    else:
+        check_torch()
+
+
+def test_every_script_with_a_main_is_checked():
+    """run_main() is where a torch that is too old is noticed."""
+    for path in (*ROOT.glob('*.py'), *ROOT.glob('experiments/*.py')):
+        if "__name__ == '__main__'" in path.read_text():
+            assert 'run_main(main)' in path.read_text(), path
+
+
+def test_all_texts_name_the_same_oldest_torch():
+    texts = {name: (ROOT / name).read_text() for name in ('requirements.txt', 'README.md', 'SECURITY.md', 'Makefile')}
+    assert re.search(r'^torch==(\S+) .*oldest', texts['requirements.txt'], re.M)[1] == PINNED_TORCH
+    for name, pattern in (('requirements.txt', r'; ([\d.]+) is the oldest version'), ('README.md', r'oldest version supported is torch ([\d.]*\d)'),
+                          ('SECURITY.md', r'refuses a torch older than ([\d.]*\d)'), ('Makefile', r'torch==([\d.]+)\.0/')):
+        assert re.findall(pattern, texts[name]) == [OLDEST_TORCH], name

@@ -19,8 +19,11 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+from configurator import UserError
 from data import Mixture
-from model import ModelConfig, Transformer
+from guard import FirstSteps
+from model import ChunkedCrossEntropy, ModelConfig, Transformer
+from optim import Muon
 from ranks import Ranks
 from run import Batches, compile_all
 from runlog import show_samples
@@ -275,6 +278,66 @@ def test_compiled_and_plain_are_the_same_run(whole, dataset, tmp_path):
     compiled, plain = read_log(tmp_path), read_log(tmp_path / 'plain')
     assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(compiled, plain) if 'train_loss' in a)
     assert last(tmp_path)[0].keys() == last(whole)[0].keys()
+
+
+# --- runs that learn nothing ---
+
+def no_gradient(ctx, grad):
+    """In place of the loss's backward(): torch 2.11 did this to an operation in place, compiled."""
+    return *(None if t is None else 0 * t for t in ctx.saved_tensors), *[None] * 6
+
+
+@pytest.mark.parametrize('args', [[], ['--optimizer=muon', '--tie=False', '--warmup_iters=9'], ['--gradient_accumulation_steps=2'],
+                                  ['--lr_decay_iters=5', '--min_lr=1e-4', '--max_iters=30', '--skip_steps=3']])
+def test_a_gradient_of_zero_from_the_start_ends_the_run(dataset, tmp_path, monkeypatch, args):
+    monkeypatch.setattr(ChunkedCrossEntropy, 'backward', no_gradient)
+    last_step = 11 if '--skip_steps=3' in args else 10
+    said = one_line(train(tmp_path, *args, dataset=dataset, check=False))
+    assert f'the gradient of every tensor was exactly zero in steps 1 to {last_step}' in said and torch.__version__ in said
+
+
+def test_a_loss_that_never_changes_ends_the_run(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Muon, 'step', lambda self: None)
+    said = one_line(train(tmp_path, '--tie=False', dataset=dataset, check=False))  # a head of zeros
+    assert 'the loss was exactly 4.1589 in steps 1 to 10' in said and 'learning_rate=0.01' in said
+
+
+@pytest.mark.parametrize('args', [['--learning_rate=0', '--tie=False', '--max_iters=12'], ['--max_iters=9'], ['--max_iters=9', '--tie=False']])
+def test_a_run_that_is_not_to_learn_or_is_too_short_to_tell_goes_on(dataset, tmp_path, monkeypatch, args):
+    monkeypatch.setattr(ChunkedCrossEntropy, 'backward', no_gradient)
+    assert 'done' in train(tmp_path, *args, dataset=dataset).stdout
+
+
+def test_a_table_of_counts_has_no_norm_and_goes_on(dataset, tmp_path):
+    assert 'done' in train(tmp_path, '--arch=markov', '--learning_rate=1000', '--max_iters=12', dataset=dataset).stdout
+
+
+@pytest.mark.parametrize('losses, norms, targets, rates, words', [
+    ([3.0] * 10, [0.0] * 10, [5] * 10, [0.1] * 10, 'the gradient of every tensor'),
+    (range(10, 20), [0.0] * 10, [5] * 10, [1e-9] * 10, 'the gradient of every tensor'),
+    ([3.0] * 10, [1.0] * 10, [5] * 10, [0.1] * 10, 'the loss was exactly 3.0000 in steps 1 to 10'),
+    ([3.0] * 10, [1.0] * 10, [5] * 10, [0.0] * 9 + [0.1], 'the loss was exactly'),
+    ([3.0] * 14, [1.0] * 14, [5, 0, 0, 0, 0] + [5] * 9, [0.1] * 14, 'in steps 1 to 14'),
+    ([3.0] * 9 + [3.1], [0.0] * 9 + [1e-9], [5] * 10, [0.1] * 10, ''),
+    ([3.0] * 10, [0.0] * 10, [0] * 10, [0.1] * 10, ''),  # every target is masked, or every step was skipped
+    ([0.0] * 10, [0.0] * 10, [5] * 10, [0.1] * 10, ''),  # a text of one letter
+    ([1e-6] * 10, [0.1] * 10, [5] * 10, [0.1] * 10, ''),  # learned already: float32 rounds
+    ([3.0] * 10, [0.1] * 10, [5] * 10, [1e-7] * 10, ''),  # a warm-up so long that nothing shows yet
+    ([3.0] * 10, [0.0] * 10, [5] * 10, [0.0] * 10, ''),
+    ([3.0] * 20, [0.1] * 20, [5] * 20, [0.1] * 3 + [0.0] * 17, 'the loss'),
+    ([*range(10, 20), *[3.0] * 20], [*[1.0] * 10, *[0.0] * 20], [5] * 30, [0.1] * 30, '')])  # the first ten count
+def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates, words):
+    class TwoRanks:
+        @staticmethod
+        def sum(*values):
+            return [2 * value for value in values]  # another has the same
+    first, s, said = FirstSteps(), Settings(), ''
+    try:
+        for step, (loss, norm, count, rate) in enumerate(zip(losses, norms, targets, rates)):
+            first.add(step, torch.tensor(loss * count / 2), count, torch.tensor(norm), rate, s, TwoRanks())
+    except UserError as error:
+        said = str(error)
+    assert said.count('\n') == 0 and (words in said if words else not said)
 
 
 # --- checkpoints ---
