@@ -4,6 +4,7 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
     python evaluate.py harness --out_dir=out/run --tasks=lambada_openai,arc_easy
 """
 from configurator import UserError
+from cuts import Cuts
 from device import autocast
 from sample import stream
 from tasks import score, score_text
@@ -20,6 +21,10 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError('harness: lm-evaluation-harness is not installed: pip install lm-eval') from None
+
+    prompts = Cuts('prompts')
+    late = Cuts('prompts, for the end of a text,')
+    limits = Cuts('values of max_gen_toks')
 
     class Minnow(TemplateLM):
         """What lm_eval asks of a model."""
@@ -39,18 +44,55 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             return [self.generate(*request.args) for request in requests]
 
         def generate(self, context, options):
-            most, stop = options.get('max_gen_toks', 256), options.get('until', [])
-            ids = tokenizer.encode(context)[-max(1, model.cfg.block_size - most):]
+            asked, stop = options.get('max_gen_toks', 256), options.get('until', [])
+            stop = [stop] if isinstance(stop, str) else stop
+            ids = tokenizer.encode(context) or [self.eot_token_id]
+            kept, most = fit(len(ids), asked, model.cfg.block_size)
+            prompts.add(len(ids), kept)
+            limits.add(asked, most)
             temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
             with autocast(device, dtype):
-                return ''.join(piece for _, piece in stream(model, tokenizer, [ids], [stop] if isinstance(stop, str) else stop, max_new_tokens=most,
-                                                            temperature=temperature))
+                pieces = stream(model, tokenizer, [ids[-kept:]], stop, max_new_tokens=most, temperature=temperature)
+                written = [piece for _, piece in pieces]  # one for each token, and perhaps one more at the end
+            late.add(kept, still_read(kept, min(len(written), most), model.cfg.block_size))
+            return ''.join(written)
 
     manager = TaskManager(include_path=include or None)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise UserError(f'tasks: {unknown[0]!r}: lm-eval has no such task: lm-eval ls tasks shows them')
     try:
-        return lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None, task_manager=manager, bootstrap_iters=1000)
+        results = lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None,
+                                          task_manager=manager, bootstrap_iters=1000)
     except OSError as error:
         raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.split('\n')[0]) from None
+    cut = [cuts.line() for cuts in (prompts, late, limits) if cuts.cut]
+    if cut:
+        print(f'harness: the network reads {model.cfg.block_size} tokens: ' + '; '.join(cut), flush=True)
+    return results
+
+
+# -----------------------------------------------------------------------------
+# Prompts that leave no room for the text after them
+
+def fit(length, asked, block_size):
+    """
+    (tokens of a prompt to read, new tokens to write) for a prompt of `length` tokens and a task that asks for
+    `asked` new ones, lm-eval's max_gen_toks.
+
+    A prompt that fits the context is read whole. The text may be as long as the rest of the context, or half of the
+    context if that is more: generate() then slides on, and still reads the end of the prompt. A prompt that is
+    longer than the context loses its beginning, to leave room for the text, but not more than half of the context.
+
+    lm-eval's own models cut every prompt to block_size - max_gen_toks tokens, and stop if none is left.
+    """
+    free = min(asked, block_size // 2)
+    kept = length if length <= block_size else block_size - free
+    return kept, min(asked, max(free, block_size + 1 - kept))
+
+
+def still_read(kept, count, block_size):
+    """Tokens of a prompt of `kept` tokens that generate() reads when it writes number `count` of fit()'s new ones."""
+    if kept + count - 1 <= block_size:
+        return kept
+    return kept - (block_size + 1 - block_size // 2)  # it slid on, once: the newer half is left

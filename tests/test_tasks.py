@@ -107,16 +107,55 @@ def test_the_harness_lets_our_models_write(model, tmp_path):
     """generate_until: greedy, up to a stop string or so many tokens; the end of a long prompt."""
     pytest.importorskip('lm_eval')
     network, tokenizer = model
-    data = write(tmp_path / 'data.jsonl', [{'text': 'the cat'}, {'text': 'a mat ' * 40}])
-    task = {'task': 'ours_writes', 'output_type': 'generate_until', 'test_split': 'train', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': data},
-            'doc_to_text': '{{text}}', 'doc_to_target': 'x', 'metric_list': [{'metric': 'exact_match'}],
-            'generation_kwargs': {'until': ['\n\n'], 'max_gen_toks': 12}}
-    (tmp_path / 'task.yaml').write_text(json.dumps(task))
+    harness_task(tmp_path, ['the cat', 'a mat ' * 40], until=['\n\n'], max_gen_toks=12)
     results = harness.evaluate(network, tokenizer, ['ours_writes'], 0, 0, CPU, 'float32', str(tmp_path))
     for sample in results['samples']['ours_writes']:
         prompt = tokenizer.encode(sample['doc']['text'])[-84:]
         ids = [row[0] for row in generate(network, [prompt], 12, temperature=0)]
         assert sample['resps'][0][0] == tokenizer.decode(prompt + [int(i) for i in ids])[len(tokenizer.decode(prompt)):]
+
+
+def harness_task(folder, texts, **generation):
+    """A task of lm-eval, 'ours_writes', with these texts as prompts."""
+    data = write(folder / 'data.jsonl', [{'text': text} for text in texts])
+    task = {'task': 'ours_writes', 'output_type': 'generate_until', 'generation_kwargs': generation,
+            'dataset_path': 'json', 'dataset_kwargs': {'data_files': data}, 'test_split': 'train',
+            'doc_to_text': '{{text}}', 'doc_to_target': 'x', 'metric_list': [{'metric': 'exact_match'}]}
+    (folder / 'task.yaml').write_text(json.dumps(task))
+
+
+def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, monkeypatch, capsys):
+    """lm-eval's default of 256 new tokens is more than this context of 96: no reason to read less of the prompt."""
+    pytest.importorskip('lm_eval')
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    read = []
+
+    def stream(model, tokenizer, prompts, stop, max_new_tokens, temperature):
+        read.append((len(prompts[0]), max_new_tokens))
+        return [(0, 'x')] * max_new_tokens
+    monkeypatch.setattr(harness, 'stream', stream)
+    harness_task(tmp_path, ['a' * 30, 'b' * 90, 'c' * 200], until=['\n\n'])
+    harness.evaluate(*model, ['ours_writes'], 0, 0, CPU, 'float32', str(tmp_path))
+    assert read == [(30, 67), (90, 48), (48, 49)]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'harness: the network reads 96 tokens: 1 of 3 prompts was cut to 48 tokens, losing up to 152; '
+        '1 of 3 prompts, for the end of a text, was cut to 41 tokens, losing up to 49; '
+        '3 of 3 values of max_gen_toks were cut to 48 to 67 tokens, losing up to 208')
+
+
+@pytest.mark.parametrize('T', [1, 2, 3, 8, 9])
+def test_some_of_a_prompt_is_read_to_the_end_of_the_text(T):
+    for length in range(1, 3 * T):
+        for asked in range(3 * T):
+            kept, most = harness.fit(length, asked, T)
+            window = 0  # where generate()'s begins
+            for end in range(kept, kept + most):
+                window = end - max(1, T // 2) if end - window > T else window
+                assert window < kept and harness.still_read(kept, end - kept + 1, T) == kept - window
+            assert 0 < kept <= min(length, T) and (kept == length or length > T) and most <= asked
+            assert most == asked or most >= T // 2
+            if length > T and asked <= T // 2:
+                assert (kept, most) == (T - asked, asked)  # as lm-eval's own models do
 
 
 # --- scores ---
