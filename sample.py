@@ -254,7 +254,7 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
 
 def stream(model, tokenizer, prompts, stop=(), **options):
     """Yield (row, text) pieces as they are decided: whole characters only, cut before the first `stop` string."""
-    rows = [Row(tokenizer, prompt, stop) for prompt in prompts]
+    rows = [Row(tokenizer, text_before(prompt, tokenizer), stop) for prompt in prompts]
     for drawn in generate(model, prompts, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, **options):
         for n, (row, token) in enumerate(zip(rows, drawn.tolist())):
             if row.alive and token >= 0:
@@ -268,40 +268,90 @@ def stream(model, tokenizer, prompts, stop=(), **options):
             yield n, row.end()
 
 
+def text_before(prompt, tokenizer):
+    """The tokens of a prompt whose text goes on: none at the start of a document: it has no leading space."""
+    is_start = prompt[-1] == tokenizer.eot or prompt == list(tokenizer.begin)
+    return [] if is_start else prompt
+
+
 class Row:
-    """The text of one row of a batch as it grows. A token costs the same however long the text is: only its end is decoded."""
+    """
+    The text of one row of a batch as it grows, up to the first of the strings `stop`. A token costs the same
+    however long the text is: only the last tokens are decoded.
+    """
     CONTEXT = 8  # tokens decoded before the new ones, because tokenizers drop a leading space
 
     def __init__(self, tokenizer, prompt, stop):
-        self.decode, self.stop, self.alive, self.begun = tokenizer.decode, stop, True, False
-        self.context, self.ids, self.held = prompt[-self.CONTEXT:], [], ''  # shown before; not yet whole characters; text not yet shown
-        self.hold = max([len(s) for s in stop], default=1) - 1  # a stop string may begin in the last characters: hold them back
+        self.decode = tokenizer.decode
+        self.stop = [s for s in stop if s]
+        self.alive = True
+        self.begun = False
+        self.held = ''  # characters that may be the beginning of a stop string: not shown yet
+        self.window = []  # the last tokens, and
+        self.settled = ''  # their text, without what has not been returned
+        self.slide(prompt, unfinished=0)
 
     def add(self, token):
-        """Take a token; returns what can be shown now."""
+        """Take a token; returns the text that is certain now."""
         self.begun = True
-        self.ids.append(token)
-        text = self.text()
-        if text.endswith('\ufffd'):  # half a character so far
-            return ''
-        self.context, self.ids = (self.context + self.ids)[-self.CONTEXT:], []
-        return self.show(text, self.hold)
+        self.window.append(token)
+        text = self.decode(self.window)
+        unfinished = count_unfinished(text)
+        is_full = len(self.window) >= 2 * self.CONTEXT
+        if unfinished and not text.startswith(self.settled) and not is_full:
+            return ''  # tokenizers takes characters back while the bytes after them are incomplete
+        certain = max(len(text) - unfinished, len(self.settled))
+        new = text[len(self.settled):certain]
+        self.settled = text[:certain]
+        if is_full or not unfinished and len(self.window) > self.CONTEXT:
+            self.slide(self.window, unfinished)
+        return self.show(new)
 
     def end(self):
-        """What was held back."""
+        """Returns what was held back: no token comes any more."""
+        new = self.decode(self.window)[len(self.settled):]
+        text = self.show(new, is_last=True)
         self.alive = False
-        return self.show(self.text(), 0)
+        return text
 
-    def text(self):
-        return self.decode(self.context + self.ids)[len(self.decode(self.context)):]
+    def slide(self, tokens, unfinished):
+        """Keep the last CONTEXT tokens, or up to three fewer: not to begin inside a character."""
+        for count in range(self.CONTEXT, self.CONTEXT - 4, -1):
+            self.window = list(tokens[-count:])
+            text = self.decode(self.window)
+            if not text.startswith(UNFINISHED):
+                break
+        self.settled = text[:len(text) - unfinished]
 
-    def show(self, text, hold):
+    def show(self, text, is_last=False):
+        """Returns what can be shown of the text so far: all that no stop string can begin in."""
         self.held += text
-        cuts = [self.held.find(s) for s in self.stop if s in self.held]
-        if cuts:
-            self.alive, self.held, hold = False, self.held[:min(cuts)], 0
-        shown, self.held = self.held[:len(self.held) - hold], self.held[max(0, len(self.held) - hold):]
+        places = [self.held.find(s) for s in self.stop if s in self.held]
+        first = min(places, default=len(self.held))
+        certain = len(self.held) if is_last else first_beginning(self.held, self.stop)
+        if places and first <= certain:
+            self.alive = False
+            certain = first
+        shown = self.held[:certain]
+        self.held = self.held[certain:] if self.alive else ''
         return shown
+
+
+UNFINISHED = '\ufffd'  # decoders write it for bytes that are no character, or not yet
+
+
+def count_unfinished(text):
+    """How many characters at the end of a text may become another one: one to three bytes of a character."""
+    return len(text[-3:]) - len(text[-3:].rstrip(UNFINISHED))
+
+
+def first_beginning(text, stop):
+    """The first place from which the rest of `text` is the beginning of a stop string, but not all of it."""
+    longest = max((len(s) for s in stop), default=0)
+    for place in range(max(0, len(text) - longest + 1), len(text)):
+        if any(len(s) > len(text) - place and s.startswith(text[place:]) for s in stop):
+            return place
+    return len(text)
 
 
 # -----------------------------------------------------------------------------
@@ -389,7 +439,9 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
             raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search has no room beyond the context of {model.cfg.block_size}: lower it')
         ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.eot, tokenizer.vocab_size, source)
-        print(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids) + '\n---------------', flush=True)
+        row = Row(tokenizer, text_before(prompt, tokenizer), ())
+        pieces = [row.add(token) for token in ids if token != tokenizer.eot]
+        print(''.join(pieces) + row.end() + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
     for row, piece in stream(model, tokenizer, prompts, s.stop, generator=generator, compile=compile, sources=sources if source else None, **options):

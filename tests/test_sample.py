@@ -4,12 +4,15 @@ import collections
 import pytest
 import torch
 from conftest import one_line, run, train
+from hypothesis import example, given, settings
+from hypothesis import strategies as some
 
 import checkpoint
 from model import ModelConfig, Transformer
 from packed import Packed, pack
-from sample import KVCache, draw, generate, step, stream
-from tokenizer import new_tokenizer
+from sample import KVCache, Row, draw, generate, step, stream
+from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
+from tokenizer_json import to_json
 
 
 def model(**settings):
@@ -208,6 +211,62 @@ def test_text_ends_before_the_first_stop_string_and_none_of_it_is_shown():
     pieces = said('One. Two.\n\nThree. END four', stop=['\n\nT', 'END'])
     assert ''.join(pieces) == 'One. Two.'
     assert ''.join(said('ENDE', stop=['END'])) == '' and ''.join(said('ENxEND', stop=['END'])) == 'ENx'
+
+
+class Pieces:
+    """A tokenizer with these pieces of text, in their order."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids):
+        return ''.join(self.pieces[i] for i in ids)
+
+
+def shown_so_far(text, stop):
+    """The beginning of `text` that no stop string is in, nor may come to be in."""
+    complete = [n for n in range(len(text)) if any(text.startswith(s, n) for s in stop)]
+    begun = [n for n in range(len(text)) if any(s.startswith(text[n:]) and s != text[n:] for s in stop)]
+    return text[:min(complete + begun, default=len(text))]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(some.lists(some.text('ab.', max_size=4), max_size=20),
+       some.lists(some.text('ab.', min_size=1, max_size=7), max_size=3))
+@example(['ab', 'c', 'd'], ['#' * 20])  # a stop string longer than all that is said
+@example(['ab', 'cd', 'ef'], ['cd', 'abcdef'])  # the longer one begins first
+@example(['a\n', '\nb'], ['\n\n'])
+def test_a_row_is_cut_before_its_first_stop_string_and_holds_back_no_more_than_may_begin_one(pieces, stop):
+    row, said, text = Row(Pieces(pieces), [], stop), '', ''
+    for token, piece in enumerate(pieces):
+        said += row.add(token)
+        text += piece
+        assert said == shown_so_far(text, stop)
+        if not row.alive:
+            break
+    said += row.end() if row.alive else ''
+    whole = ''.join(pieces)
+    assert said == whole[:min((whole.find(s) for s in stop if s in whole), default=len(whole))]
+
+
+@pytest.mark.parametrize('text', ['𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝔘𝔫𝔦𝔠𝔬𝔡𝔢𝔘𝔫𝔦𝔠𝔬𝔡𝔢 end', 'a \ufffd b \ufffd\ufffd c', 'caf\ufffd'])
+def test_characters_of_several_bytes_are_whole_with_every_kind_of_decoder(text):
+    """sentencepiece writes a sign for each byte of half a character, tokenizers one for those before it too."""
+    sentencepiece = train_bpe(['some words and some more words'] * 9, 270)
+    fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
+    for tokenizer in (new_tokenizer('byte'), sentencepiece, fallback):
+        ids = tokenizer.encode(text)
+        row = Row(tokenizer, [], [])
+        assert ''.join([*map(row.add, ids), row.end()]) == text
+
+
+def test_bytes_that_are_no_character_do_not_silence_the_text():
+    tokenizer, lengths = new_tokenizer('byte'), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    row = Row(tokenizer, [], [])
+    pieces = [row.add(0xff) for _ in range(100)]
+    assert ''.join(pieces) + row.end() == '\ufffd' * 100 and len(''.join(pieces)) > 95 and max(lengths) <= 16
 
 
 # --- the script ---
