@@ -31,7 +31,7 @@ import hub
 import lora
 import peft_files
 from configurator import UserError, configure, run_main
-from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from device import NOT_FINITE, DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
 from objectives import around
 from origin import add_adapters, load_model
 from packed import pack
@@ -132,6 +132,13 @@ class KVCache:
             tensors[:] = [t[rows] for t in tensors]
 
 
+class NotFinite(UserError):
+    """The network's logits are NaN or infinite: no token can be drawn."""
+
+    def __init__(self):
+        super().__init__(f'the logits are NaN or infinite: {NOT_FINITE}')
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
              generator=None, eot=None, vocab_size=None, use_cache=True, compile=False, sources=None):
@@ -145,6 +152,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     computed as in training, with learned positions too, and cached = uncached token for token.
     compile: decode by one compiled graph a token (prompts are read eagerly, in one pass); of use with the cache only.
     sources: what the encoder reads, where there is one, a list of token ids for each prompt.
+    Raises NotFinite where the logits are no numbers.
     """
     T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     memory = None if sources is None else model.encode(pad(sources, device))
@@ -168,8 +176,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[:, end] = torch.where(prompting, tokens[:, end], drawn)
         if eot is not None:
             ended |= ~prompting & (drawn == eot)
+        is_damaged, is_over = torch.stack([(drawn < 0).any(), ended.all()]).tolist()  # a single wait
+        if is_damaged:
+            raise NotFinite
         yield torch.where(prompting | done | ended, -1, drawn)
-        if eot is not None and ended.all():
+        if is_over:
             return
 
 
@@ -198,12 +209,16 @@ def compiled_step(device_type):
 
 
 def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, generator):
-    """Next tokens (B,) from logits (B, V): penalty, then temperature, then the cuts, then a draw; greedy at temperature 0."""
+    """
+    Next tokens (B,) from logits (B, V): penalty, then temperature, then the cuts, then a draw; greedy at
+    temperature 0. A row of logits with NaN or inf in it gives -1; -inf is a token that is never drawn.
+    """
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature == 0:
-        return logits.argmax(-1)
+    if temperature < 1e-9:  # divided by it, logits would be infinite
+        highest, tokens = logits.max(-1)  # the highest is NaN where any is
+        return torch.where(highest.isfinite(), tokens, -1)
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -216,7 +231,8 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
         logits = logits.masked_fill(cut, -torch.inf)
     # the token with the largest p / Exp(1) is a draw from p; random numbers from the CPU: the same text on every device
     noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    highest, tokens = (logits.softmax(-1) / noise).max(-1)
+    return torch.where(highest.isnan(), -1, tokens)
 
 
 @torch.no_grad()
@@ -225,7 +241,8 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     The likeliest continuation that num_beams hypotheses at a time find, list of token ids, up to and with `eot`: its log-probability over
     its length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6) is the highest. It ends when the best
     open hypothesis, at the length it has, is no better than the worst of num_beams finished ones, as transformers' (early_stopping=False) does.
-    prompt, source: lists of token ids, the second for the encoder. Raises ValueError for more tokens than block_size.
+    prompt, source: lists of token ids, the second for the encoder. Raises ValueError for more tokens than
+    block_size, and NotFinite where the logits are no numbers.
     """
     V, device = vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     size = len(prompt) + max_new_tokens
@@ -238,6 +255,8 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     for length in range(1, max_new_tokens + 1):
         total = next_logits(model, tokens, cache, memory)[:, :V].log_softmax(-1) + scores[:, None]  # (beams, V)
         best, where = total.flatten().topk(min(2 * num_beams, total.numel()))  # at most one in a beam ends: enough go on
+        if best[0].isnan():  # topk puts NaN first
+            raise NotFinite
         rows, drawn = where // V, where % V
         ends = drawn == (-1 if eot is None else eot)
         for n in ends[:num_beams].nonzero().flatten().tolist():
@@ -270,7 +289,7 @@ def stream(model, tokenizer, prompts, stop=(), **options):
 
 def text_before(prompt, tokenizer):
     """The tokens of a prompt whose text goes on: none at the start of a document: it has no leading space."""
-    is_start = prompt[-1] == tokenizer.eot or prompt == list(tokenizer.begin)
+    is_start = prompt[-1:] == [tokenizer.eot] or prompt == list(tokenizer.begin)
     return [] if is_start else prompt
 
 
@@ -453,6 +472,18 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
     print('\n---------------', flush=True)
 
 
+def converse(answer):
+    """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
+    print('a prompt a line; Ctrl-D ends', flush=True)
+    for line in sys.stdin:
+        try:
+            answer(line.rstrip('\n'))
+        except NotFinite:  # no other prompt would do
+            raise
+        except UserError as error:
+            print(error, flush=True)
+
+
 def main():
     s = configure(Settings)
     device = pick_device(s.device)
@@ -467,20 +498,21 @@ def main():
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
     compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)
-    if not s.interactive:
-        try:
-            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile, voices)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f'out of memory: lower num_samples={s.num_samples} or max_new_tokens={s.max_new_tokens}') from None
-        return
-    print('a prompt a line; Ctrl-D ends', flush=True)
-    for line in sys.stdin:
-        try:
-            print_samples(model, tokenizer, line.rstrip('\n'), s, generator, compile, voices)
-        except UserError as error:  # a prompt that does not fit: say so, ask for the next one
-            print(error, flush=True)
+
+    def answer(text):
+        print_samples(model, tokenizer, text, s, generator, compile, voices)
+    try:
+        if s.interactive:
+            converse(answer)
+        else:
+            answer(read_prompt(s.start))
+    except NotFinite as error:
+        raise UserError(f'{where}: {error}') from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f'out of memory: lower num_samples={s.num_samples} or '
+                        f'max_new_tokens={s.max_new_tokens}') from None
 
 
 if __name__ == '__main__':

@@ -1,5 +1,7 @@
 """Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
 import collections
+import io
+import sys
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 import checkpoint
+from configurator import UserError
 from model import ModelConfig, Transformer
 from packed import Packed, pack
-from sample import KVCache, Row, draw, generate, step, stream
+from sample import KVCache, NotFinite, Row, beam_search, converse, draw, generate, step, stream
 from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
@@ -170,6 +173,29 @@ def test_temperature_zero_is_greedy():
     assert frequencies(n=10, temperature=0)[0] == 1
 
 
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(temperature=1e-30), dict(), dict(top_k=2),
+                                     dict(top_p=0.5), dict(min_p=0.2), dict(repetition_penalty=2.0)], ids=str)
+def test_logits_that_are_no_numbers_give_no_token(options):
+    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0,
+               'generator': None} | options
+    logits = LOGITS.repeat(4, 1)
+    logits[1, 4] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3, :] = -torch.inf
+    drawn = draw(logits, torch.zeros(4, 1, dtype=torch.long), **options).tolist()
+    assert 0 <= drawn[0] < 5 and drawn[1:] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_a_network_that_gives_no_numbers_is_noticed(bad):
+    m = model()
+    m.blocks[1].mlp.down.weight.data[0, 0] = bad
+    with pytest.raises(NotFinite, match='the logits are NaN or infinite: the weights are damaged'):
+        tokens(m, [[1], [2, 3]], 5)
+    with pytest.raises(NotFinite):
+        beam_search(m, [1], 5)
+
+
 # --- text ---
 
 class Scripted(torch.nn.Module):
@@ -251,7 +277,7 @@ def test_a_row_is_cut_before_its_first_stop_string_and_holds_back_no_more_than_m
 
 @pytest.mark.parametrize('text', ['𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝔘𝔫𝔦𝔠𝔬𝔡𝔢𝔘𝔫𝔦𝔠𝔬𝔡𝔢 end', 'a \ufffd b \ufffd\ufffd c', 'caf\ufffd'])
 def test_characters_of_several_bytes_are_whole_with_every_kind_of_decoder(text):
-    """sentencepiece writes a sign for each byte of half a character, tokenizers one for those before it too."""
+    """sentencepiece writes a sign for each byte of half a character, tokenizers for those before it too."""
     sentencepiece = train_bpe(['some words and some more words'] * 9, 270)
     fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
     for tokenizer in (new_tokenizer('byte'), sentencepiece, fallback):
@@ -307,6 +333,35 @@ def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
 ])
 def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
+
+
+def test_damaged_weights_are_noticed_wherever_they_are_used(trained, tmp_path):
+    folder = checkpoint.find(str(trained))
+    weights = checkpoint.read_weights(folder)
+    weights['norm_f.weight'][:] = 3e38  # a checkpoint with NaN in it is not written
+    folder = checkpoint.save(str(tmp_path), 1, weights, {}, checkpoint.load_state(folder))
+    (tmp_path / 'text.txt').write_text('the quick')
+    for args in (['sample.py'], ['sample.py', '--num_beams=2', '--max_new_tokens=9'], ['evaluate.py', 'loss'],
+                 ['evaluate.py', 'text', tmp_path / 'text.txt']):
+        assert 'the weights are damaged' in one_line(run(*args, f'--out_dir={folder}', '--device=cpu')), args
+
+
+def type_in(data, monkeypatch):
+    """Let the terminal hold these bytes."""
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(data), 'utf-8'))
+
+
+def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(monkeypatch, capsys):
+    def answer(text):
+        if text == 'bad':
+            raise UserError('start: shorten it')
+        if text == 'damaged':
+            raise NotFinite
+        print(f'<{text}>')
+    type_in(b'one\nbad\ntwo\ndamaged\nthree\n', monkeypatch)
+    with pytest.raises(NotFinite):
+        converse(answer)
+    assert capsys.readouterr().out.splitlines()[1:] == ['<one>', 'start: shorten it', '<two>']
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):
