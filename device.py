@@ -131,6 +131,10 @@ def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
 
 
+# why numbers are NaN or infinite, and what to do
+NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
+
+
 def zero(device):
     """A zero to sum losses in: in float64, where a sum of many float32s does not depend on how they are grouped; MPS has none."""
     return torch.zeros((), device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)

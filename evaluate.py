@@ -29,7 +29,7 @@ import summaries
 import tasks
 from configurator import FilePath, UserError, configure_command, run_main
 from data import TokenFiles, find_folder
-from device import DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
+from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
@@ -57,7 +57,11 @@ def row_losses(folder, dataset, s):
     for source in validation_sources(folder, model.cfg, dataset):
         with torch.no_grad():
             pairs = [(loss.item(), count) for loss, count in batch_losses(model, source, np.arange(source.rows), 1, device, dtype)]
-        out[source.name] = source, *np.array(pairs).T
+        nats, targets = np.array(pairs).T
+        if not np.isfinite(nats).all():
+            row = int(np.isfinite(nats).argmin())
+            raise UserError(f'{folder}: its loss on row {row} of {source.name} is {nats[row]}: {NOT_FINITE}')
+        out[source.name] = source, nats, targets
     return out
 
 
@@ -220,7 +224,7 @@ def show_texts(s):
     if stride > T:
         raise UserError(f'stride={stride}: the network reads {T} tokens: lower it')
     for path, text in texts.items():
-        nats, tokens, size = tasks.score_text(model, tokenizer, text, stride, device, dtype)
+        nats, tokens, size = tasks.score_text(model, tokenizer, text, stride, device, dtype, path)
         print(f'{path}: {tokens:,} tokens, {size:,} bytes: {nats / tokens:.4f} nats a token, perplexity {math.exp(min(700, nats / tokens)):.2f}, '
               f'{nats / math.log(2) / size:.4f} bits per byte')
 

@@ -426,8 +426,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(act(up(x))), or of a gated one down(act(gate(x))·up(x))."""
+
     def __init__(self, cfg, layer, linear=linear):
         super().__init__()
+        self.is_wide = cfg.t5_scale  # its hidden layer may pass 65,504, the largest float16
         self.up = linear(cfg, layer, 'mlp.up')
         self.gate = linear(cfg, layer, 'mlp.gate') if 'mlp.gate' in cfg.sizes() else None
         self.norm = norm(cfg.mlp_width, cfg) if cfg.mlp_norm else nn.Identity()
@@ -436,7 +439,16 @@ class MLP(nn.Module):
 
     def forward(self, x, *counts):
         """x (…, C) → (…, C); of Experts x (N, C) and counts (E,), as they take them."""
-        h = self.act(self.gate(x, *counts)) * self.up(x, *counts) if self.gate is not None else self.act(self.up(x, *counts))
+        up = self.up(x, *counts)
+        gate = None if self.gate is None else self.gate(x, *counts)
+        if self.is_wide and up.dtype == torch.float16:  # T5's goes on in float32, as in transformers
+            with torch.autocast(x.device.type, enabled=False):
+                return self.project(up.float(), None if gate is None else gate.float(), counts)
+        return self.project(up, gate, counts)
+
+    def project(self, up, gate, counts):
+        """up and gate (…, d_ff), gate None without one → (…, C)."""
+        h = self.act(up) if gate is None else self.act(gate) * up
         return self.down(self.norm(h), *counts)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import lora
 from configurator import UserError
-from model import Experts
+from model import MLP, Experts
 
 # -----------------------------------------------------------------------------
 # A matrix in int8, or in four bits
@@ -124,9 +124,13 @@ def pack(model, dtype='bfloat16', kind=''):
     if model.cfg.tie and model.cfg.arch == 'decoder':
         weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight  # rows that lora.py has trained
         model.head = Packed(weight, None, dtype, kind or dtype)
+    mlps = [module for module in model.modules() if isinstance(module, MLP)]
+    wide = {layer for mlp in mlps if mlp.is_wide for layer in mlp.down.modules()}
+    if dtype == 'float16':  # which is too narrow for what these are multiplied by
+        replace_layers(model, model, 'float32', kind or 'float32', lambda layer: layer in wide)
     replace_layers(model, model, dtype, kind or dtype, lambda layer: True)
     for module in model.modules():
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and not (dtype == 'float16' and module in wide):
             module.weight.data = module.weight.to(getattr(torch, dtype))
     return model
 

@@ -31,7 +31,7 @@ import hub
 import lora
 import peft_files
 from configurator import FilePath, UserError, configure, run_main
-from device import DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from device import NOT_FINITE, DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
 from objectives import around
 from origin import add_adapters, load_model
 from packed import pack
@@ -132,6 +132,13 @@ class KVCache:
             tensors[:] = [t[rows] for t in tensors]
 
 
+class NotFinite(UserError):
+    """The network's logits are NaN or infinite: no token can be drawn."""
+
+    def __init__(self):
+        super().__init__(f'the logits are NaN or infinite: {NOT_FINITE}')
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
              generator=None, eot=None, vocab_size=None, use_cache=True, compile=False, sources=None):
@@ -145,6 +152,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     computed as in training, with learned positions too, and cached = uncached token for token.
     compile: decode by one compiled graph a token (prompts are read eagerly, in one pass); of use with the cache only.
     sources: what the encoder reads, where there is one, a list of token ids for each prompt.
+    Raises NotFinite where the logits are no numbers.
     """
     T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     memory = None if sources is None else model.encode(pad(sources, device))
@@ -168,8 +176,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[:, end] = torch.where(prompting, tokens[:, end], drawn)
         if eot is not None:
             ended |= ~prompting & (drawn == eot)
+        is_damaged, is_over = torch.stack([(drawn < 0).any(), ended.all()]).tolist()  # a single wait
+        if is_damaged:
+            raise NotFinite
         yield torch.where(prompting | done | ended, -1, drawn)
-        if eot is not None and ended.all():
+        if is_over:
             return
 
 
@@ -198,12 +209,16 @@ def compiled_step(device_type):
 
 
 def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, generator):
-    """Next tokens (B,) from logits (B, V): penalty, then temperature, then the cuts, then a draw; greedy at temperature 0."""
+    """
+    Next tokens (B,) from logits (B, V): penalty, then temperature, then the cuts, then a draw; greedy at
+    temperature 0. A row of logits with NaN or inf in it gives -1; -inf is a token that is never drawn.
+    """
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature == 0:
-        return logits.argmax(-1)
+    if temperature < 1e-9:  # divided by it, logits would be infinite
+        highest, tokens = logits.max(-1)  # the highest is NaN where any is
+        return torch.where(highest.isfinite(), tokens, -1)
     logits = logits / temperature
     if top_k and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -216,7 +231,8 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
         logits = logits.masked_fill(cut, -torch.inf)
     # the token with the largest p / Exp(1) is a draw from p; random numbers from the CPU: the same text on every device
     noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    highest, tokens = (logits.softmax(-1) / noise).max(-1)
+    return torch.where(highest.isnan(), -1, tokens)
 
 
 @torch.no_grad()
@@ -225,7 +241,8 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     The likeliest continuation that num_beams hypotheses at a time find, list of token ids, up to and with `eot`: its log-probability over
     its length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6) is the highest. It ends when the best
     open hypothesis, at the length it has, is no better than the worst of num_beams finished ones, as transformers' (early_stopping=False) does.
-    prompt, source: lists of token ids, the second for the encoder. Raises ValueError for more tokens than block_size.
+    prompt, source: lists of token ids, the second for the encoder. Raises ValueError for more tokens than
+    block_size, and NotFinite where the logits are no numbers.
     """
     V, device = vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     size = len(prompt) + max_new_tokens
@@ -238,6 +255,8 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     for length in range(1, max_new_tokens + 1):
         total = next_logits(model, tokens, cache, memory)[:, :V].log_softmax(-1) + scores[:, None]  # (beams, V)
         best, where = total.flatten().topk(min(2 * num_beams, total.numel()))  # at most one in a beam ends: enough go on
+        if best[0].isnan():  # topk puts NaN first
+            raise NotFinite
         rows, drawn = where // V, where % V
         ends = drawn == (-1 if eot is None else eot)
         for n in ends[:num_beams].nonzero().flatten().tolist():
@@ -254,7 +273,7 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
 
 def stream(model, tokenizer, prompts, stop=(), **options):
     """Yield (row, text) pieces as they are decided: whole characters only, cut before the first `stop` string."""
-    rows = [Row(tokenizer, prompt, stop) for prompt in prompts]
+    rows = [Row(tokenizer, text_before(prompt, tokenizer), stop) for prompt in prompts]
     for drawn in generate(model, prompts, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, **options):
         for n, (row, token) in enumerate(zip(rows, drawn.tolist())):
             if row.alive and token >= 0:
@@ -268,40 +287,90 @@ def stream(model, tokenizer, prompts, stop=(), **options):
             yield n, row.end()
 
 
+def text_before(prompt, tokenizer):
+    """The tokens of a prompt whose text goes on: none at the start of a document: it has no leading space."""
+    is_start = prompt[-1:] == [tokenizer.eot] or prompt == list(tokenizer.begin)
+    return [] if is_start else prompt
+
+
 class Row:
-    """The text of one row of a batch as it grows. A token costs the same however long the text is: only its end is decoded."""
+    """
+    The text of one row of a batch as it grows, up to the first of the strings `stop`. A token costs the same
+    however long the text is: only the last tokens are decoded.
+    """
     CONTEXT = 8  # tokens decoded before the new ones, because tokenizers drop a leading space
 
     def __init__(self, tokenizer, prompt, stop):
-        self.decode, self.stop, self.alive, self.begun = tokenizer.decode, stop, True, False
-        self.context, self.ids, self.held = prompt[-self.CONTEXT:], [], ''  # shown before; not yet whole characters; text not yet shown
-        self.hold = max([len(s) for s in stop], default=1) - 1  # a stop string may begin in the last characters: hold them back
+        self.decode = tokenizer.decode
+        self.stop = [s for s in stop if s]
+        self.alive = True
+        self.begun = False
+        self.held = ''  # characters that may be the beginning of a stop string: not shown yet
+        self.window = []  # the last tokens, and
+        self.settled = ''  # their text, without what has not been returned
+        self.slide(prompt, unfinished=0)
 
     def add(self, token):
-        """Take a token; returns what can be shown now."""
+        """Take a token; returns the text that is certain now."""
         self.begun = True
-        self.ids.append(token)
-        text = self.text()
-        if text.endswith('\ufffd'):  # half a character so far
-            return ''
-        self.context, self.ids = (self.context + self.ids)[-self.CONTEXT:], []
-        return self.show(text, self.hold)
+        self.window.append(token)
+        text = self.decode(self.window)
+        unfinished = count_unfinished(text)
+        is_full = len(self.window) >= 2 * self.CONTEXT
+        if unfinished and not text.startswith(self.settled) and not is_full:
+            return ''  # tokenizers takes characters back while the bytes after them are incomplete
+        certain = max(len(text) - unfinished, len(self.settled))
+        new = text[len(self.settled):certain]
+        self.settled = text[:certain]
+        if is_full or not unfinished and len(self.window) > self.CONTEXT:
+            self.slide(self.window, unfinished)
+        return self.show(new)
 
     def end(self):
-        """What was held back."""
+        """Returns what was held back: no token comes any more."""
+        new = self.decode(self.window)[len(self.settled):]
+        text = self.show(new, is_last=True)
         self.alive = False
-        return self.show(self.text(), 0)
+        return text
 
-    def text(self):
-        return self.decode(self.context + self.ids)[len(self.decode(self.context)):]
+    def slide(self, tokens, unfinished):
+        """Keep the last CONTEXT tokens, or up to three fewer: not to begin inside a character."""
+        for count in range(self.CONTEXT, self.CONTEXT - 4, -1):
+            self.window = list(tokens[-count:])
+            text = self.decode(self.window)
+            if not text.startswith(UNFINISHED):
+                break
+        self.settled = text[:len(text) - unfinished]
 
-    def show(self, text, hold):
+    def show(self, text, is_last=False):
+        """Returns what can be shown of the text so far: all that no stop string can begin in."""
         self.held += text
-        cuts = [self.held.find(s) for s in self.stop if s in self.held]
-        if cuts:
-            self.alive, self.held, hold = False, self.held[:min(cuts)], 0
-        shown, self.held = self.held[:len(self.held) - hold], self.held[max(0, len(self.held) - hold):]
+        places = [self.held.find(s) for s in self.stop if s in self.held]
+        first = min(places, default=len(self.held))
+        certain = len(self.held) if is_last else first_beginning(self.held, self.stop)
+        if places and first <= certain:
+            self.alive = False
+            certain = first
+        shown = self.held[:certain]
+        self.held = self.held[certain:] if self.alive else ''
         return shown
+
+
+UNFINISHED = '\ufffd'  # decoders write it for bytes that are no character, or not yet
+
+
+def count_unfinished(text):
+    """How many characters at the end of a text may become another one: one to three bytes of a character."""
+    return len(text[-3:]) - len(text[-3:].rstrip(UNFINISHED))
+
+
+def first_beginning(text, stop):
+    """The first place from which the rest of `text` is the beginning of a stop string, but not all of it."""
+    longest = max((len(s) for s in stop), default=0)
+    for place in range(max(0, len(text) - longest + 1), len(text)):
+        if any(len(s) > len(text) - place and s.startswith(text[place:]) for s in stop):
+            return place
+    return len(text)
 
 
 # -----------------------------------------------------------------------------
@@ -396,7 +465,9 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
             raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search has no room beyond the context of {model.cfg.block_size}: lower it')
         ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.eot, tokenizer.vocab_size, source)
-        print(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids) + '\n---------------', flush=True)
+        row = Row(tokenizer, text_before(prompt, tokenizer), ())
+        pieces = [row.add(token) for token in ids if token != tokenizer.eot]
+        print(''.join(pieces) + row.end() + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
     for row, piece in stream(model, tokenizer, prompts, s.stop, generator=generator, compile=compile, sources=sources if source else None, **options):
@@ -406,6 +477,18 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
     for text in texts[1:]:
         print('\n---------------\n' + text, end='', flush=True)
     print('\n---------------', flush=True)
+
+
+def converse(answer):
+    """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
+    print('a prompt a line; Ctrl-D ends', flush=True)
+    for text in read_prompts(sys.stdin):
+        try:
+            answer(text)
+        except NotFinite:  # no other prompt would do
+            raise
+        except UserError as error:
+            print(error, flush=True)
 
 
 def main():
@@ -422,20 +505,21 @@ def main():
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
     compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)
-    if not s.interactive:
-        try:
-            print_samples(model, tokenizer, read_prompt(s.start), s, generator, compile, voices)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f'out of memory: lower num_samples={s.num_samples} or max_new_tokens={s.max_new_tokens}') from None
-        return
-    print('a prompt a line; Ctrl-D ends', flush=True)
-    for text in read_prompts(sys.stdin):
-        try:
-            print_samples(model, tokenizer, text, s, generator, compile, voices)
-        except UserError as error:  # a prompt that does not fit: say so, ask for the next one
-            print(error, flush=True)
+
+    def answer(text):
+        print_samples(model, tokenizer, text, s, generator, compile, voices)
+    try:
+        if s.interactive:
+            converse(answer)
+        else:
+            answer(read_prompt(s.start))
+    except NotFinite as error:
+        raise UserError(f'{where}: {error}') from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f'out of memory: lower num_samples={s.num_samples} or '
+                        f'max_new_tokens={s.max_new_tokens}') from None
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from device import autocast
+from device import NOT_FINITE, autocast
 
 # -----------------------------------------------------------------------------
 # Items
@@ -144,7 +144,7 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
             for (n, *_), result in zip(batch, score_batch(model, batch, width, device, dtype)):
                 out[n] = result
                 if not math.isfinite(result[0]):
-                    raise UserError(f'{what}: the log-likelihood of item {n} is {result[0]}: the weights are damaged, or try --dtype=float32')
+                    raise UserError(f'{what}: the log-likelihood of item {n} is {result[0]}: {NOT_FINITE}')
             bar.update(len(batch))
     return out
 
@@ -190,10 +190,11 @@ def windows(ids, first, T, stride):
         start = end
 
 
-def score_text(model, tokenizer, text, stride, device, dtype):
+def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     """(nats, tokens, bytes in UTF-8) of a text, each token given all the tokens that fit before it but for `stride` of them at most."""
     ids = tokenizer.encode_long(text)
-    found = score(model, windows(ids, tokenizer.eot or 0, model.cfg.block_size, stride), device, dtype)
+    pairs = windows(ids, tokenizer.eot or 0, model.cfg.block_size, stride)
+    found = score(model, pairs, device, dtype, what=what)
     return -sum(nats for nats, _ in found), len(ids), len(text.encode())
 
 

@@ -1,17 +1,22 @@
 """Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
 import collections
 import io
+import sys
 
 import pytest
 import torch
 from conftest import one_line, run, train
+from hypothesis import example, given, settings
+from hypothesis import strategies as some
 
 import checkpoint
 import sample
+from configurator import UserError
 from model import ModelConfig, Transformer
 from packed import Packed, pack
-from sample import KVCache, draw, generate, step, stream
-from tokenizer import new_tokenizer
+from sample import KVCache, NotFinite, Row, beam_search, converse, draw, generate, step, stream
+from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
+from tokenizer_json import to_json
 
 
 def model(**settings):
@@ -169,6 +174,29 @@ def test_temperature_zero_is_greedy():
     assert frequencies(n=10, temperature=0)[0] == 1
 
 
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(temperature=1e-30), dict(), dict(top_k=2),
+                                     dict(top_p=0.5), dict(min_p=0.2), dict(repetition_penalty=2.0)], ids=str)
+def test_logits_that_are_no_numbers_give_no_token(options):
+    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0,
+               'generator': None} | options
+    logits = LOGITS.repeat(4, 1)
+    logits[1, 4] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3, :] = -torch.inf
+    drawn = draw(logits, torch.zeros(4, 1, dtype=torch.long), **options).tolist()
+    assert 0 <= drawn[0] < 5 and drawn[1:] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_a_network_that_gives_no_numbers_is_noticed(bad):
+    m = model()
+    m.blocks[1].mlp.down.weight.data[0, 0] = bad
+    with pytest.raises(NotFinite, match='the logits are NaN or infinite: the weights are damaged'):
+        tokens(m, [[1], [2, 3]], 5)
+    with pytest.raises(NotFinite):
+        beam_search(m, [1], 5)
+
+
 # --- text ---
 
 class Scripted(torch.nn.Module):
@@ -210,6 +238,62 @@ def test_text_ends_before_the_first_stop_string_and_none_of_it_is_shown():
     pieces = said('One. Two.\n\nThree. END four', stop=['\n\nT', 'END'])
     assert ''.join(pieces) == 'One. Two.'
     assert ''.join(said('ENDE', stop=['END'])) == '' and ''.join(said('ENxEND', stop=['END'])) == 'ENx'
+
+
+class Pieces:
+    """A tokenizer with these pieces of text, in their order."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids):
+        return ''.join(self.pieces[i] for i in ids)
+
+
+def shown_so_far(text, stop):
+    """The beginning of `text` that no stop string is in, nor may come to be in."""
+    complete = [n for n in range(len(text)) if any(text.startswith(s, n) for s in stop)]
+    begun = [n for n in range(len(text)) if any(s.startswith(text[n:]) and s != text[n:] for s in stop)]
+    return text[:min(complete + begun, default=len(text))]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(some.lists(some.text('ab.', max_size=4), max_size=20),
+       some.lists(some.text('ab.', min_size=1, max_size=7), max_size=3))
+@example(['ab', 'c', 'd'], ['#' * 20])  # a stop string longer than all that is said
+@example(['ab', 'cd', 'ef'], ['cd', 'abcdef'])  # the longer one begins first
+@example(['a\n', '\nb'], ['\n\n'])
+def test_a_row_is_cut_before_its_first_stop_string_and_holds_back_no_more_than_may_begin_one(pieces, stop):
+    row, said, text = Row(Pieces(pieces), [], stop), '', ''
+    for token, piece in enumerate(pieces):
+        said += row.add(token)
+        text += piece
+        assert said == shown_so_far(text, stop)
+        if not row.alive:
+            break
+    said += row.end() if row.alive else ''
+    whole = ''.join(pieces)
+    assert said == whole[:min((whole.find(s) for s in stop if s in whole), default=len(whole))]
+
+
+@pytest.mark.parametrize('text', ['𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝔘𝔫𝔦𝔠𝔬𝔡𝔢𝔘𝔫𝔦𝔠𝔬𝔡𝔢 end', 'a \ufffd b \ufffd\ufffd c', 'caf\ufffd'])
+def test_characters_of_several_bytes_are_whole_with_every_kind_of_decoder(text):
+    """sentencepiece writes a sign for each byte of half a character, tokenizers for those before it too."""
+    sentencepiece = train_bpe(['some words and some more words'] * 9, 270)
+    fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
+    for tokenizer in (new_tokenizer('byte'), sentencepiece, fallback):
+        ids = tokenizer.encode(text)
+        row = Row(tokenizer, [], [])
+        assert ''.join([*map(row.add, ids), row.end()]) == text
+
+
+def test_bytes_that_are_no_character_do_not_silence_the_text():
+    tokenizer, lengths = new_tokenizer('byte'), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    row = Row(tokenizer, [], [])
+    pieces = [row.add(0xff) for _ in range(100)]
+    assert ''.join(pieces) + row.end() == '\ufffd' * 100 and len(''.join(pieces)) > 95 and max(lengths) <= 16
 
 
 # --- the script ---
@@ -257,6 +341,35 @@ def test_only_a_newline_ends_a_prompt(tmp_path):
 ])
 def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
+
+
+def test_damaged_weights_are_noticed_wherever_they_are_used(trained, tmp_path):
+    folder = checkpoint.find(str(trained))
+    weights = checkpoint.read_weights(folder)
+    weights['norm_f.weight'][:] = 3e38  # a checkpoint with NaN in it is not written
+    folder = checkpoint.save(str(tmp_path), 1, weights, {}, checkpoint.load_state(folder))
+    (tmp_path / 'text.txt').write_text('the quick')
+    for args in (['sample.py'], ['sample.py', '--num_beams=2', '--max_new_tokens=9'], ['evaluate.py', 'loss'],
+                 ['evaluate.py', 'text', tmp_path / 'text.txt']):
+        assert 'the weights are damaged' in one_line(run(*args, f'--out_dir={folder}', '--device=cpu')), args
+
+
+def type_in(data, monkeypatch):
+    """Let the terminal hold these bytes."""
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(data), 'utf-8'))
+
+
+def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(monkeypatch, capsys):
+    def answer(text):
+        if text == 'bad':
+            raise UserError('start: shorten it')
+        if text == 'damaged':
+            raise NotFinite
+        print(f'<{text}>')
+    type_in(b'one\nbad\ntwo\ndamaged\nthree\n', monkeypatch)
+    with pytest.raises(NotFinite):
+        converse(answer)
+    assert capsys.readouterr().out.splitlines()[1:] == ['<one>', 'start: shorten it', '<two>']
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):

@@ -18,8 +18,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 import checkpoint
 import hub
 from configurator import UserError, read_config
+from device import autocast
 from model import RelativeBias, Transformer
 from origin import model_config
+from packed import pack
 from sample import KVCache, beam_search, generate, pad, step
 from tokenizer import ByteTokenizer
 from train import Settings
@@ -254,6 +256,26 @@ def test_t5s_init_has_logits_of_deviation_one():
         for p, std in ((model.wte.weight[:500], 1), (model.encoder[0].attn.q.weight, (768 * 64) ** -0.5), (model.blocks[1].cross.o.weight, 768 ** -0.5),
                        (model.blocks[1].mlp.down.weight, 3072 ** -0.5), (model.rel.weight, 768 ** -0.5)):
             assert abs(p.std() / std - 1) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('mlp, up, down', [('relu', 1000, 100), ('geglu', 300, 1e-5)])
+def test_a_hidden_layer_beyond_float16_goes_on_in_float32(mlp, up, down):
+    """Flan-T5's passes 65,504: transformers keeps the matrix after it in float32, and we do."""
+    source, target = (torch.tensor(row) for row in (texts([20]), texts([9])))
+
+    def logits(dtype, pack_it):
+        model = tiny(**OURS | dict(mlp=mlp)).eval()
+        for block in (*model.encoder, *model.blocks):
+            block.mlp.up.weight.mul_(up)
+            block.mlp.down.weight.mul_(down)
+            if mlp == 'geglu':
+                block.mlp.gate.weight.mul_(up)
+        with autocast(source.device, 'float32' if pack_it else dtype):
+            return (pack(model, dtype) if pack_it else model)(target, source=source)
+    exact = logits('float32', False)
+    for pack_it in (False, True):
+        assert (logits('float16', pack_it) - exact).abs().max() < 0.01 * exact.abs().max(), pack_it
 
 
 # --- the presets ---

@@ -516,6 +516,14 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
 
 
 
+def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys):
+    s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu'))
+    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    model.norm_f.weight.data[0] = torch.nan
+    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    assert 'no sample: the logits are NaN or infinite' in capsys.readouterr().out and model.training
+
+
 @pytest.mark.slow
 def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch):
     """As --shard has them; each with constants of its own, of which there are more than torch compiles by itself."""
