@@ -11,6 +11,7 @@ setting with its default and its comment.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import keyword
 import math
@@ -26,27 +27,40 @@ class UserError(Exception):
     """Something the user can mend. The text is one line that names the setting or the file and what to change."""
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call main(). A UserError, or a disk that is full or broken, becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
         main()
     except UserError as error:
-        rank = os.environ.get('RANK', '0')
-        if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
-            time.sleep(3)
-        print(f'{os.path.basename(sys.argv[0])}: ' + f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split()), file=sys.stderr)
-        leave(2)
+        refuse(error)
     except KeyboardInterrupt:
         leave(130)
     except BrokenPipeError:  # | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f'{error.filename}: ' if error.filename else ''
+            refuse(f'{where}{error.strerror}: make room, then run the same command')
         if not among_others():
             raise
         traceback.print_exc()
         leave(1)
+
+
+def refuse(reason):
+    """Say in one line why this process ends, and exit with code 2."""
+    rank = os.environ.get('RANK', '0')
+    if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
+        time.sleep(3)
+    name = os.path.basename(sys.argv[0])
+    prefix = f'{name}: rank {rank}: ' if rank != '0' else f'{name}: '
+    print(prefix + ' '.join(str(reason).split()), file=sys.stderr)
+    leave(2)
 
 
 def among_others():

@@ -1,10 +1,13 @@
 """Settings: what is accepted, what is refused, and with which words."""
+import errno
+import io
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, configure_command, from_dict, help_text
+from configurator import UserError, configure, configure_command, from_dict, help_text, run_main
 
 
 @dataclass
@@ -130,3 +133,14 @@ def test_the_first_argument_names_a_command():
     for argv, words in [([], 'no command given: takes copy or train'), (['cpy'], 'cpy: takes copy or train'), (['copy', '--max_iters=3'], 'no such setting')]:
         with pytest.raises(UserError, match=words):
             configure_command(commands, argv)
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(number, capsys, monkeypatch):
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO()))
+
+    def main():
+        raise OSError(number, os.strerror(number), 'some/file')
+    with pytest.raises(SystemExit, match='2'):
+        run_main(main)
+    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, then run the same command\n')
