@@ -45,7 +45,7 @@ import train
 from configurator import FilePath, UserError, configure, run_main
 from data import Mixture
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
-from files import replace_json
+from files import replace_json, writing
 from measure import ROOT, alternate, run, seconds, section, show, summarize
 from model import Transformer, make_model
 from optim import make_optimizer
@@ -482,7 +482,9 @@ def main():
             show(part)
             report['parts'].append(part)
             if s.json:
-                replace_json(s.json, report)
+                with writing(f'json={s.json}', 'give another path, or make room'):
+                    os.makedirs(os.path.dirname(s.json) or '.', exist_ok=True)
+                    replace_json(s.json, report)
 
 
 if __name__ == '__main__':

@@ -24,55 +24,70 @@ from torch.utils._pytree import tree_map_only
 
 import faults
 from configurator import UserError
-from files import is_at, lock, replace_json, sha256, sync, write_json
+from files import is_at, lock, replace_json, sha256, sync, write_json, write_tensors, write_torch, writing
 
 # -----------------------------------------------------------------------------
 # Save
 
+def write(folder, step, weights, optimizer_state, state, other_files=()):
+    """
+    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor}; state: whatever
+    json can write; other_files: paths to copy. Raises OSError.
+    """
+    os.makedirs(folder)
+    faults.at('save:begin', step)
+    tensors = {name: t.detach().contiguous() for name, t in weights.items()}
+    write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
+    faults.at('save:weights', step)
+    write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
+    faults.at('save:optimizer', step)
+    write_json(os.path.join(folder, 'state.json'), state)
+    faults.at('save:state', step)
+    for path in other_files:
+        shutil.copy(path, folder)
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        sync(path)
+        files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
+    faults.at('save:manifest', step)
+    write_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
+    sync(os.path.join(folder, 'manifest.json'))
+    sync(folder)
+    faults.at('save:flushed', step)
+
+
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
     Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
-    weights: {name: tensor}; state: what json can write; other_files: paths to copy. Returns the directory. Raises UserError where
-    that could not be written, and for weights that are not finite.
+    The arguments are those of write(). Returns the directory. Raises UserError where that could not be written, and for
+    weights that are not finite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
-    broken = next((name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()), None)
-    if broken:
-        raise UserError(f'{final}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
-    shutil.rmtree(temporary, ignore_errors=True)  # what a crash left
+    check_finite(weights, final)
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
+    to_do = 'make room, then run the same command to resume; older checkpoints are untouched'
     try:
-        os.makedirs(temporary)
-        faults.at('save:begin', step)
-        safetensors.torch.save_file({name: t.detach().contiguous() for name, t in weights.items()}, os.path.join(temporary, 'model.safetensors'))
-        faults.at('save:weights', step)
-        with open(os.path.join(temporary, 'optimizer.pt'), 'wb') as f:  # by an opened file: a full disk is then a clean OSError
-            torch.save(optimizer_state, f)
-            faults.at('save:optimizer', step)
-        write_json(os.path.join(temporary, 'state.json'), state)
-        faults.at('save:state', step)
-        for path in other_files:
-            shutil.copy(path, temporary)
-        files = {}
-        for name in sorted(os.listdir(temporary)):
-            path = os.path.join(temporary, name)
-            sync(path)
-            files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
-        faults.at('save:manifest', step)
-        write_json(os.path.join(temporary, 'manifest.json'), {'step': step, 'files': files})
-        sync(os.path.join(temporary, 'manifest.json'))
-        sync(temporary)
-        faults.at('save:flushed', step)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
-        os.rename(temporary, final)
-        faults.at('save:renamed', step)
-        sync(out_dir)
-    except (OSError, safetensors.SafetensorError) as error:
+        with writing(final, to_do):
+            write(temporary, step, weights, optimizer_state, state, other_files)
+            shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
+            os.rename(temporary, final)
+            faults.at('save:renamed', step)
+            sync(out_dir)
+    except Exception:  # whatever it was, half a checkpoint would only take up room
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f'{final}: could not be written ({error}); older checkpoints are untouched: make room, then run the same command to resume') from None
+        raise
     prune(out_dir, keep)
     faults.at('save:end', step)
     return final
+
+
+def check_finite(weights, where):
+    """Raise UserError if a number in {name: tensor} is not finite."""
+    broken = next((name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()), None)
+    if broken:
+        raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
 
 
 def prune(out_dir, keep):
@@ -106,10 +121,8 @@ def mark_best(out_dir, step, val_loss, keep=2):
     path = os.path.join(out_dir, 'best')
     if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
         return
-    try:
+    with writing(path, 'make room, then run the same command to resume'):
         replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
-    except OSError as error:
-        raise UserError(f'{path}: could not be written ({error}): make room, then run the same command to resume') from None
     prune(out_dir, keep)
 
 
@@ -148,12 +161,10 @@ def prepare_out_dir(out_dir, step, settings):
     Make out_dir and write settings.json. A run that begins moves another one that is there aside, to out_dir.old1 and so on; one
     that goes on after `step` sets later checkpoints, which were found damaged, aside as step_….damaged.
     """
-    try:
+    with writing(f'out_dir={out_dir}', 'make room, or give another'):
         set_aside(out_dir, step, settings)
         os.makedirs(out_dir, exist_ok=True)
         replace_json(os.path.join(out_dir, 'settings.json'), settings)
-    except OSError as error:
-        raise UserError(f'out_dir={out_dir}: {error.strerror}: make room, or give another') from None
 
 
 CLAIMED = {}  # out_dir: its lock

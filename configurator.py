@@ -11,6 +11,7 @@ setting with its default and its comment.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import keyword
 import math
@@ -37,24 +38,30 @@ class FilePath(str):
     """
 
 
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. An old torch is refused."""
+    """
+    Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and exit code 2;
+    Ctrl-C becomes exit code 130.
+    """
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
         check_torch()
         main()
     except UserError as error:
-        rank = os.environ.get('RANK', '0')
-        if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
-            time.sleep(3)
-        print(f'{os.path.basename(sys.argv[0])}: ' + f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split()), file=sys.stderr)
-        leave(2)
+        refuse(error)
     except KeyboardInterrupt:
         leave(130)
     except BrokenPipeError:  # | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f'{error.filename}: ' if error.filename else ''
+            refuse(f'{where}{error.strerror}: make room, then run the same command')
         if not among_others():
             raise
         traceback.print_exc()
@@ -73,6 +80,17 @@ def check_torch():
 def parse_version(text):
     """[major, minor] of a version."""
     return [int(number) for number in re.findall(r'\d+', text)[:2]]
+
+
+def refuse(reason):
+    """Say in one line why this process ends, and exit with code 2."""
+    rank = os.environ.get('RANK', '0')
+    if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
+        time.sleep(3)
+    name = os.path.basename(sys.argv[0])
+    prefix = f'{name}: rank {rank}: ' if rank != '0' else f'{name}: '
+    print(prefix + ' '.join(str(reason).split()), file=sys.stderr)
+    leave(2)
 
 
 def among_others():

@@ -9,6 +9,7 @@ What has arrived is kept in PATH.part, so a broken download goes on where it sto
 import fcntl
 import http.client
 import os
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -18,11 +19,12 @@ from hashlib import file_digest
 from tqdm import tqdm
 
 from configurator import UserError
+from files import write_all, writing
 
 TRIES = 5  # in a row without a new byte, some 15 s in all with the waits between them
 WAIT = 1.0  # seconds before the second try, doubled each time
 TIMEOUT = 60  # seconds without a byte
-PASSING = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)  # faults worth another try
+PASSING = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)  # faults worth another try
 
 HUB = 'https://huggingface.co/datasets/'
 CORPORA = {  # name: (folder at a pinned revision, {file: (size, sha256)}), None for what is not known
@@ -60,40 +62,45 @@ def download(url, path, size=None, sha256=None):
         if size is not None and os.path.getsize(path) != size:
             raise UserError(f'{path}: has {os.path.getsize(path)} bytes where {size} are expected: delete it to have it downloaded again')
         return
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    part, tries = path + '.part', 0
-    with open(part, 'ab') as f:
+    with writing(path, 'make room; the same command goes on from there'):
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path + '.part', 'ab', buffering=0) as f:  # unbuffered: nothing is left to write when the disk is full
+            complete(url, f, path, size, sha256)
+
+
+def complete(url, f, path, size, sha256):
+    """download() into PATH.part, which is opened as f."""
+    part, tries = f.name, 0
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'{path}: another process is downloading it: wait for that one') from None
+    while True:
+        before = f.tell()
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'{path}: another process is downloading it: wait for that one') from None
-        while True:
-            before = f.tell()
-            try:
-                size = fetch(url, f, size, os.path.basename(path))
-                break
-            except PASSING as error:
-                code = getattr(error, 'code', None)
-                if code and code < 500 and code not in (408, 429):  # not a busy server: asking again will not help
-                    raise UserError(f'{url}: could not be downloaded (HTTP {code}): get the file elsewhere and put it at {path}') from None
-                tries = tries + 1 if f.tell() <= before else 1
-                if tries == TRIES:
-                    raise UserError(f'{url}: could not be downloaded ({getattr(error, "reason", error)}): run the same command again when the network '
-                                    f'is back, or put the file at {path} yourself') from None
-                time.sleep(WAIT * 2 ** (tries - 1))
-        f.flush()
-        os.fsync(f.fileno())
-        wrong = None
-        if size is not None and f.tell() != size:
-            wrong = f'{f.tell()} bytes where {size} are expected'
-        elif sha256 is not None:
-            with open(part, 'rb') as whole:
-                if file_digest(whole, 'sha256').hexdigest() != sha256:
-                    wrong = 'contents with another SHA-256 than expected'
-        if wrong:
-            os.unlink(part)
-            raise UserError(f'{url}: gave {wrong}: it was changed there, or damaged on its way: run the same command again, or put the file at {path} yourself')
-        os.replace(part, path)
+            size = fetch(url, f, size, os.path.basename(path))
+            break
+        except PASSING as error:
+            code = getattr(error, 'code', None)
+            if code and code < 500 and code not in (408, 429):  # not a busy server: asking again will not help
+                raise UserError(f'{url}: could not be downloaded (HTTP {code}): get the file elsewhere and put it at {path}') from None
+            tries = tries + 1 if f.tell() <= before else 1
+            if tries == TRIES:
+                raise UserError(f'{url}: could not be downloaded ({getattr(error, "reason", error)}): run the same command again when the network '
+                                f'is back, or put the file at {path} yourself') from None
+            time.sleep(WAIT * 2 ** (tries - 1))
+    os.fsync(f.fileno())
+    wrong = None
+    if size is not None and f.tell() != size:
+        wrong = f'{f.tell()} bytes where {size} are expected'
+    elif sha256 is not None:
+        with open(part, 'rb') as whole:
+            if file_digest(whole, 'sha256').hexdigest() != sha256:
+                wrong = 'contents with another SHA-256 than expected'
+    if wrong:
+        os.unlink(part)
+        raise UserError(f'{url}: gave {wrong}: it was changed there, or damaged on its way: run the same command again, or put the file at {path} yourself')
+    os.replace(part, path)
 
 
 def fetch(url, f, size, name):
@@ -119,7 +126,7 @@ def fetch(url, f, size, name):
         total = int(total) if total.isdecimal() else None
         with tqdm(desc=name, initial=have, total=total or size, unit='B', unit_scale=True, disable=None) as bar:
             while block := response.read(2 ** 20):
-                f.write(block)
+                write_all(f, block)
                 bar.update(len(block))
     if total is not None and f.tell() < total:
         raise ConnectionError(f'the connection broke after {f.tell()} of {total} bytes')

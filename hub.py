@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import adapters
 import checkpoint
@@ -29,7 +28,7 @@ import peft_files
 from configurator import FilePath, UserError, configure_command, from_dict, run_main
 from download import download
 from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
-from files import new_folder, write_json
+from files import new_folder, write_json, write_tensors
 from growth import fold
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
@@ -261,8 +260,8 @@ def export(s):
         files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot,
                                           'eos_token': eot, 'clean_up_tokenization_spaces': False}
     with new_folder(s.to) as folder:
-        save_file({name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}, os.path.join(folder, 'model.safetensors'),
-                  {'format': 'pt'})
+        tensors = {name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}
+        write_tensors(os.path.join(folder, 'model.safetensors'), tensors, {'format': 'pt'})
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
         tokenizer.save(folder)  # the sentencepiece model too, which llama.cpp's converter prefers

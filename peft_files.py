@@ -13,13 +13,13 @@ import re
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import adapters
 import lora
 from configurator import UserError
 from families import FAMILIES, HEAD, nearest, read_json
-from files import new_folder, write_json
+from files import new_folder, write_json, write_tensors
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
@@ -125,8 +125,8 @@ def write(folder, cfg, saved, family, base=''):
     if saved.tokens:
         tensors[f'{places["wte"]}.token_adapter.trainable_tokens_delta'] = model.wte.tokens.values
     with new_folder(folder) as new:
-        save_file({ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}, os.path.join(new, 'adapter_model.safetensors'),
-                  {'format': 'pt'})
+        tensors = {ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}
+        write_tensors(os.path.join(new, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
         write_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
 
 

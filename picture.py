@@ -6,6 +6,7 @@ import csv
 import os
 
 from configurator import UserError
+from files import replacing, writing
 
 # -----------------------------------------------------------------------------
 # For all scripts
@@ -21,23 +22,24 @@ def figure(width, height):
 
 def save(page, path):
     """Write a figure, its folder made. Raises UserError where it cannot be."""
+    path = path if os.path.splitext(path)[1] else path + '.png'
     try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        page.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
+        with writing(f'picture={path}', 'give another path, or make room'):
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            with replacing(path, 'wb') as f:
+                page.savefig(f, format=os.path.splitext(path)[1][1:], dpi=120)
+    except ValueError as error:  # a format that matplotlib does not know
         raise UserError(f'picture={path}: {error}') from None
 
 
 def write_csv(rows, path):
     """Write dicts of the same keys as a table, its folder made. Raises UserError where it cannot be."""
-    try:
+    with writing(f'csv={path}', 'give another path, or make room'):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path, 'w', newline='', encoding='utf-8') as f:
+        with replacing(path) as f:
             out = csv.DictWriter(f, rows[0])
             out.writeheader()
             out.writerows(rows)
-    except OSError as error:
-        raise UserError(f'csv={path}: {error.strerror}') from None
 
 
 # -----------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from itertools import takewhile
 
 import torch
 
+import checkpoint
 import faults
 from configurator import UserError
 from data import remark
 from device import autocast, process_age
+from files import append, replace_text, writing
 from objectives import around
 from optim import learning_rate
 from sample import encode_prompt, stream
@@ -25,6 +27,7 @@ from tokenizer import load_tokenizer
 class Log:
     """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
     EARLIER = {}  # path: seconds of the run before this process
+    TO_DO = 'make room, then run the same command to resume'
 
     def __init__(self, s, step, ranks):
         self.on, self.wandb, self.seconds, self.evaluated = ranks.first, None, 0.0, -1  # `evaluated`: step of the last evaluation
@@ -32,12 +35,11 @@ class Log:
             return
         self.path = os.path.join(s.out_dir, 'log.jsonl')
         records = [r for r in read_records(self.path) if r['step'] <= step] if step else []  # what came after the checkpoint happens again
-        try:
-            with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-                f.writelines(json.dumps(r) + '\n' for r in records)
-            os.replace(self.path + '.tmp', self.path)
-        except OSError as error:
-            raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
+        best = checkpoint.best(s.out_dir)[1]
+        # so does its evaluation if it was the best one and a full disk, say, kept out_dir/best from saying so
+        records = [r for r in records if not (r['step'] == step and r.get('val_loss', math.inf) < (math.inf if best is None else best))]
+        with writing(self.path, self.TO_DO):
+            replace_text(self.path, ''.join(json.dumps(r) + '\n' for r in records))
         before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
         self.seconds = self.EARLIER.setdefault(self.path, before)  # which this one has seen already if it goes back to a checkpoint
         self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
@@ -54,12 +56,9 @@ class Log:
         if self.on:
             record = {name: value for name, value in record.items() if value is not None and not (isinstance(value, float) and not math.isfinite(value))}
             record = {'step': step, **record, 'seconds': round(self.seconds + process_age(), 3)}
-            try:
-                with open(self.path, 'a', encoding='utf-8') as f:
-                    faults.at('log', step)
-                    f.write(json.dumps(record) + '\n')
-            except OSError as error:
-                raise UserError(f'{self.path}: could not be written ({error.strerror}): make room, then run the same command to resume') from None
+            with writing(self.path, self.TO_DO):
+                faults.at('log', step)
+                append(self.path, json.dumps(record) + '\n')
             if self.wandb:
                 self.wandb.log(record, step=step)
 

@@ -36,6 +36,7 @@ import peft_files
 from analyze import rank_for
 from configurator import FilePath, UserError, check, configure_command, run_main
 from data import Mixture
+from files import append, new_folder, write_json
 from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from loss import evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
@@ -326,17 +327,24 @@ def write(s, command, old, cfg, weights, names=None):
     settings = old.settings | plain | dataclasses.asdict(cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data:  # so that compare.py knows what the loss is of
         settings |= validation(cfg, old.data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
-    checkpoint.prepare_out_dir(s.out_dir, 0, settings)
     description, folder = old.tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
              'surgery': command, 'of_step': old.state.get('of_step', old.state.get('step', 0)), 'flops': old.state.get('flops', 0.0)}
     moments = {name: old.moments[origin] for name, origin in (names or {}).items() if origin in old.moments}
     tokenizer_files = [os.path.join(folder, name) for name in description.get('files', ())]
-    checkpoint.save(s.out_dir, 0, weights, checkpoint.pack_moments(moments), state, tokenizer_files)
-    if after:
-        with open(os.path.join(s.out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
-            f.write(json.dumps({'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **after}) + '\n')
+    write_run(s.out_dir, weights, checkpoint.pack_moments(moments), state, tokenizer_files, after)
     print(f'written: {s.out_dir}; python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
+
+
+def write_run(out_dir, weights, moments, state, tokenizer_files, losses=None):
+    """A run of no steps as the new folder out_dir, whole or not at all: its checkpoint, settings.json and log.jsonl."""
+    checkpoint.check_finite(weights, out_dir)
+    with new_folder(out_dir, 'out_dir') as folder:
+        checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, moments, state, tokenizer_files)
+        write_json(os.path.join(folder, 'settings.json'), state['settings'])
+        if losses:
+            record = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **losses}
+            append(os.path.join(folder, 'log.jsonl'), json.dumps(record) + '\n')
 
 
 # -----------------------------------------------------------------------------
@@ -436,11 +444,11 @@ def run_combine(s):
     runs = [checkpoint.load_state(checkpoint.find(folder, 'best'))['settings'] for folder in folders if not peft_files.is_one(folder)]
     settings = {name: value for name, value in (runs or [{}])[0].items() if name in ('dataset', 'objective', 'denoisers', 'packing')
                 and all(run.get(name) == value for run in runs)}
-    checkpoint.prepare_out_dir(s.out_dir, 0, settings)
     description, folder = old.tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
              'surgery': 'combine', 'base': base, 'lora': both.description()}
-    checkpoint.save(s.out_dir, 0, both.tensors, {}, state, [os.path.join(folder, name) for name in description.get('files', ())])
+    tokenizer_files = [os.path.join(folder, name) for name in description.get('files', ())]
+    write_run(s.out_dir, both.tensors, {}, state, tokenizer_files)
     print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
 
 

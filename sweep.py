@@ -31,6 +31,7 @@ import hub
 import lora
 from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
 from data import Mixture
+from files import replace_text, writing
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
@@ -320,7 +321,8 @@ def run_missing(sweep, jobs=0):
     with locked(sweep.out) as lock:
         left = [run for run in runs if state(run.out_dir, run.settings) not in ('done', 'diverged')]
         print(f'{sweep.out}: {len(runs)} runs, {len(left)} to do', flush=True)
-        work(left, places(jobs), lock, failed)
+        with writing(sweep.out, 'make room, then run the same command to go on'):
+            work(left, places(jobs), lock, failed)
     if failed:
         run, reason = failed[0]
         raise UserError(f'{len(failed)} of {len(runs)} runs failed; {run.name}: {reason}; more in {run.out_dir}/output.txt. The same command tries again')
@@ -376,7 +378,7 @@ def work(queue, free, lock, failed):
                 if result.startswith('failed'):
                     failed.append((run, result))
             time.sleep(0.05)
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C, or a disk without room
         for process in busy:
             process.terminate()
         for process in busy:
@@ -404,7 +406,6 @@ def outcome(run, code):
     with open(os.path.join(run.out_dir, 'output.txt'), encoding='utf-8', errors='replace') as f:
         last = f.read().strip().split('\n')[-1]  # a sample may hold other line separators
     if code == 2 and 'not finite' in last or state(run.out_dir, run.settings) == 'diverged':
-        with open(os.path.join(run.out_dir, 'diverged.txt'), 'w', encoding='utf-8') as f:
-            f.write(last + '\n')
+        replace_text(os.path.join(run.out_dir, 'diverged.txt'), last + '\n')
         return 'diverged'
     return f'failed with {code} ({last})'

@@ -11,6 +11,8 @@ import os
 
 import numpy as np
 
+from files import replacing
+
 SYMBOLS = 26
 MEAN_LENGTH = 200  # letters of a document
 DOCUMENTS = 50_000  # 10 MB of text
@@ -70,10 +72,9 @@ def write_text(name):
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         chain, rng = transitions(NAMES[name]), np.random.default_rng(1337)
-        with open(f'{path}.{os.getpid()}', 'w', encoding='utf-8') as f:
+        with replacing(path, suffix=f'.{os.getpid()}') as f:  # other processes may be making it too
             for _ in range(DOCUMENTS // 5000):
                 f.writelines(text + '\n<|endoftext|>\n' for text in generate(chain, 5000, rng))
-        os.replace(f.name, path)
     return path
 
 

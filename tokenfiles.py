@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data import read_meta
-from files import replace_json, sha256, sync
+from files import replace_json, sha256, sync, write_all
 from tokenizer import load_tokenizer
 
 SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here
@@ -26,7 +26,8 @@ class Split:
 
     def open(self, mode):
         shard = self.shards[-1]
-        self.files = [open(os.path.join(self.folder, name), mode) for name in files_of(shard)]
+        # unbuffered: what a full disk refuses is not written again, and refused again, when the files are closed
+        self.files = [open(os.path.join(self.folder, name), mode, buffering=0) for name in files_of(shard)]
         for f, size in zip(self.files, (shard['tokens'] * self.itemsize, shard['documents'] * 8)):
             if f.seek(0, os.SEEK_END) < size:
                 raise UserError(f'{f.name}: shorter than it was: it is deleted, run the same command to start again')
@@ -39,8 +40,8 @@ class Split:
             self.shards.append({'file': f'{self.name}_{len(self.shards):05d}.bin', 'tokens': 0, 'documents': 0, 'bytes': 0})
             self.open('wb')
         shard = self.shards[-1]
-        self.files[0].write(ids)
-        self.files[1].write((starts + shard['tokens']).astype('<u8'))
+        write_all(self.files[0], ids.tobytes())
+        write_all(self.files[1], (starts + shard['tokens']).astype('<u8').tobytes())
         shard['tokens'] += len(ids)
         shard['documents'] += len(starts)
         shard['bytes'] += size
@@ -49,7 +50,6 @@ class Split:
 
     def sync(self):
         for f in self.files:
-            f.flush()
             os.fsync(f.fileno())
 
     def close(self):

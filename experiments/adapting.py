@@ -26,6 +26,7 @@ from analyze import measure, merged_model
 from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
 from configurator import FilePath, UserError, configure, run_main
 from evaluate import row_losses
+from files import replace_text
 from picture import figure, save
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +72,7 @@ def old_loss(out_dir, novels, s):
     kept = Path(out_dir, 'novels.json')
     if not kept.exists():
         (_, nats, targets), = row_losses(checkpoint.find(out_dir, 'last'), novels, s).values()
-        kept.write_text(json.dumps(nats.sum() / targets.sum()))
+        replace_text(kept, json.dumps(nats.sum() / targets.sum()))
     return json.loads(kept.read_text())
 
 
@@ -163,7 +164,7 @@ def main():
         lines[1] += changes(name, arms['full'], bases)
         studies[name] = arms, folder
     text = '\n'.join([*lines[0], '', *lines[1]])
-    Path(s.out_dir, 'table.md').write_text(text + '\n', encoding='utf-8')
+    replace_text(f'{s.out_dir}/table.md', text + '\n')
     draw(studies, sets['novels'], s, f'{s.out_dir}/adapting.png')
     print(f'{text}\n\nwritten: {s.out_dir}/table.md, {s.out_dir}/adapting.png')
 

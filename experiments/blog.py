@@ -28,6 +28,7 @@ import run
 import train
 from compare import read_run
 from configurator import FilePath, UserError, configure, run_main
+from files import replace_text
 from picture import figure, save
 
 
@@ -171,7 +172,7 @@ def val_loss(s, arm, condition, rate, seed):
         if done.returncode and not diverged:
             raise UserError(f'{out}: {done.stderr}')
         loss = math.inf if diverged else read_run(out)['val'][-1]['val_loss']
-        Path(path).write_text(f'{loss}\n')
+        replace_text(path, f'{loss}\n')
         print(f'{out}: {loss:.4f}', flush=True)
     return float(Path(path).read_text())
 
@@ -239,7 +240,7 @@ def main():
                 losses(s, arm, condition)
     if s.only == '*':
         text = table(s)
-        Path(s.out_dir, 'table.md').write_text(text + '\n')
+        replace_text(f'{s.out_dir}/table.md', text + '\n')
         draw(s, f'{s.out_dir}/costs.png')
         print(f'{text}\n\nwritten: {s.out_dir}/table.md, {s.out_dir}/costs.png')
 

@@ -21,6 +21,7 @@ import train
 from attention import AttentionSettings, look
 from compare import mean_and_error, paired, plus_minus, tuned
 from configurator import configure, run_main
+from files import replace_text
 from picture import draw_arm, figure, label_ends, save
 from surgery import InheritSettings, run_inherit
 
@@ -146,7 +147,7 @@ def main():
     arms |= run(lambda seed: SCALED, [arms['whole'].swept['muon_lr']])
     layers = attention(s, arms)
     text = report(s, arms, layers)
-    Path(s.out_dir, 'table.md').write_text(text + '\n', encoding='utf-8')
+    replace_text(f'{s.out_dir}/table.md', text + '\n')
     draw(arms, layers, f'{s.out_dir}/inheritune.png')
     print(f'{text}\n\nwritten: {s.out_dir}/table.md, {s.out_dir}/inheritune.png')
 

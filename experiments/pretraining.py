@@ -26,6 +26,7 @@ import train
 from compare import mean_and_error, paired_values, plus_minus, tuned
 from configurator import FilePath, UserError, configure, run_main
 from device import pick_device, pick_dtype
+from files import replace_text, replacing
 from picture import write_csv
 from sample import load
 from sources import PAIR, Reader, find_files
@@ -80,9 +81,8 @@ def functions():
 
 def write_lines(rows, path):
     """Rows as JSONL, whole or not at all."""
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+    with replacing(path) as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
-    os.replace(f'{path}.tmp', path)
 
 
 def make_data(s):
@@ -120,7 +120,7 @@ def write_texts(run, task, s):
     model, tokenizer = load(run['out_dir'], encoder=True)
     texts = summaries.write(model.to(device), tokenizer, [pair.source for pair in task.dev], task.block_size - 1, 0, 32, device, pick_dtype(s.dtype, device),
                             task.name)
-    kept.write_text(json.dumps(texts), encoding='utf-8')
+    replace_text(kept, json.dumps(texts))
     return texts
 
 
@@ -175,7 +175,7 @@ def main():
         more = judge(s, task, arms)
         lines, shown, rows = lines + more[0], shown + more[1], rows + more[2]
     text = '\n'.join(lines)
-    Path(s.out_dir, 'table.md').write_text(text + '\n', encoding='utf-8')
+    replace_text(f'{s.out_dir}/table.md', text + '\n')
     write_csv(rows, f'{s.out_dir}/texts.csv')
     print('\n\n'.join([*shown, text, f'written: {s.out_dir}/table.md, {s.out_dir}/texts.csv']))
 

@@ -129,6 +129,41 @@ def read_log(out_dir):
     return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in open(os.path.join(out_dir, 'log.jsonl'))]
 
 
+class SmallDisk:
+    """A disk in memory of a few MB, of which leave() fills all but a part."""
+
+    def __init__(self, folder):
+        self.folder, self.ballast = folder, folder / 'ballast'
+
+    def leave(self, room):
+        """Let exactly so many bytes be free, None: as many as there are."""
+        self.ballast.unlink(missing_ok=True)
+        if room is None:
+            return
+        disk = os.statvfs(self.folder)
+        size = disk.f_bavail * disk.f_frsize - room
+        with open(self.ballast, 'wb') as f:
+            os.posix_fallocate(f.fileno(), 0, size)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A SmallDisk of 12 MB; the test is skipped where this user may mount none."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', str(folder)]
+    try:
+        allowed = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        allowed = False
+    if not allowed:
+        pytest.skip('needs the right to mount a small disk')
+    try:
+        yield SmallDisk(folder)
+    finally:
+        subprocess.run(['umount', '--lazy', str(folder)], check=True)
+
+
 def one_line(done):
     """The one line of a refusal: exit code 2, nothing else on stderr."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -1,4 +1,7 @@
 """Settings: what is accepted, what is refused, and with which words."""
+import errno
+import io
+import os
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
@@ -19,6 +22,7 @@ from configurator import (
     help_text,
     options,
     read_config,
+    run_main,
 )
 
 
@@ -247,3 +251,14 @@ def test_all_texts_name_the_same_oldest_torch():
     for name, pattern in (('requirements.txt', r'; ([\d.]+) is the oldest version'), ('README.md', r'oldest version supported is torch ([\d.]*\d)'),
                           ('SECURITY.md', r'refuses a torch older than ([\d.]*\d)'), ('Makefile', r'torch==([\d.]+)\.0/')):
         assert re.findall(pattern, texts[name]) == [OLDEST_TORCH], name
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(number, capsys, monkeypatch):
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO()))
+
+    def main():
+        raise OSError(number, os.strerror(number), 'some/file')
+    with pytest.raises(SystemExit, match='2'):
+        run_main(main)
+    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, then run the same command\n')

@@ -83,6 +83,17 @@ def test_a_later_run_goes_on_too(server, tmp_path):
     assert (tmp_path / 'file').read_bytes() == BODY and server.asked == [('/file', 'bytes=700000-')]
 
 
+def test_a_full_disk_is_one_line_and_the_download_goes_on_later(server, small_disk):
+    path = small_disk.folder / 'file'
+    small_disk.leave(300_000)
+    with pytest.raises(UserError, match='file: could not be written .No space left on device.: make room'):
+        download(server.url + '/file', str(path))
+    kept = (small_disk.folder / 'file.part').stat().st_size
+    small_disk.leave(None)
+    download(server.url + '/file', str(path))
+    assert path.read_bytes() == BODY and kept > 200_000 and server.asked[-1] == ('/file', f'bytes={kept}-')
+
+
 def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
     server.ranges = False
     (tmp_path / 'file.part').write_bytes(b'x' * 700_000)

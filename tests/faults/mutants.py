@@ -19,7 +19,7 @@ MUTANTS = [
     ('checkpoint.py', 'give_moments(optimizer, moments) < sum(map(bool, moments.values()))', 'False', 'faults/test_resume.py', 'every_moment'),
     # checkpoints
     ('checkpoint.py', " or sha256(path) != entry['sha256']:", ':', 'test_checkpoint.py', 'damaged_file'),
-    ('checkpoint.py', '            sync(path)\n            files[name]', '            files[name]', 'test_checkpoint.py', 'flushed'),
+    ('checkpoint.py', '        sync(path)\n        files[name]', '        files[name]', 'test_checkpoint.py', 'flushed'),
     ('checkpoint.py', "    temporary = final + '.tmp'", '    temporary = final', 'faults/test_files.py', 'killed_at_a_point'),
     ('checkpoint.py', 'elif is_sound(folder):', 'else:', 'faults/test_files.py', 'never_removed'),
     ('checkpoint.py', ' and folder != best(out_dir)[0]:', ':', 'faults/test_files.py', 'never_removed'),

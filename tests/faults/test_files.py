@@ -4,8 +4,10 @@ file, and the order of flushing, are in test_checkpoint.py.
 """
 import json
 import os
+import random
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -18,6 +20,7 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
 from configurator import UserError
+from files import append, replace_text, write_torch
 
 OFTEN = ['--checkpoint_interval=2', '--eval_interval=100']
 POINTS = re.findall(r"at\('(save:\w+)'", (ROOT / 'checkpoint.py').read_text())
@@ -89,6 +92,125 @@ def test_files_that_may_not_grow_are_the_same_without_a_fault(dataset, tmp_path)
     assert 'File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path)) and not list(tmp_path.glob('*.tmp'))
 
 
+# About 1.2 MB for a checkpoint, of which four are there at a time, so that 6 MB is enough
+ON_A_SMALL_DISK = ['--n_embd=64', '--vocab_size=64', '--max_iters=6', '--eval_interval=2', '--log_interval=2']
+
+
+def fill_and_go_on(disk, name, room, *more, dataset):
+    """
+    A run in a folder of a SmallDisk with `room` bytes, then the same command with enough of it. Returns whether the first one
+    ended with a full disk: in one line, without half a file, its checkpoints sound.
+    """
+    out_dir = disk.folder / name
+    args = ['train.py', f'--out_dir={out_dir}', f'--dataset={dataset}', *TINY, *ON_A_SMALL_DISK, *more]
+    disk.leave(room)
+    done = run(*args)
+    is_full = done.returncode != 0
+    if is_full:
+        said = one_line(done)
+        assert 'No space left on device' in said and 'make room' in said, said
+    assert not list(disk.folder.rglob('*.tmp')), list(disk.folder.rglob('*.tmp'))
+    assert all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(str(out_dir)))
+    disk.leave(None)
+    again = run(*args)
+    assert again.returncode == 0, again.stdout + again.stderr
+    return is_full
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory, dataset):
+    folder = tmp_path_factory.mktemp('whole_run')
+    train(folder, dataset=dataset)
+    return folder
+
+
+def full_again_and_again(disk, rooms, dataset, folder):
+    """Runs with each of these amounts of room, which end as one with enough of it. Returns how many found their disk full."""
+    train(folder, *ON_A_SMALL_DISK, dataset=dataset)
+    count = 0
+    for n, room in enumerate(rooms):
+        out_dir = disk.folder / str(n)
+        more = ['--async_save'] if n % 2 else []
+        count += fill_and_go_on(disk, str(n), room, *more, dataset=dataset)
+        assert fingerprint(out_dir) == fingerprint(folder) and read_log(out_dir) == read_log(folder), room
+        assert (out_dir / 'best').read_bytes() == (folder / 'best').read_bytes(), room
+        shutil.rmtree(out_dir)
+    return count
+
+
+def test_a_disk_without_room_ends_a_run_in_one_line_at_any_point_and_it_goes_on_bitwise(small_disk, dataset, tmp_path):
+    """The log of the beginning, the moments of the first checkpoint, the weights of the second."""
+    rooms = [4096, 900_000, 1_600_000]
+    assert full_again_and_again(small_disk, rooms, dataset, tmp_path / 'whole') == len(rooms)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file() and path.name != 'ballast')
+
+
+@pytest.mark.parametrize('room', [4096, 60_000])
+def test_other_scripts_leave_nothing_half_on_a_full_disk_and_the_same_command_works_later(small_disk, whole_run, room):
+    new = small_disk.folder / 'new'
+    for command in (['surgery.py', 'grow', f'--from={whole_run}', f'--out_dir={new}', '--n_layer=3', '--dataset=none'],
+                    ['hub.py', 'export', f'--out_dir={whole_run}', f'--to={new}', '--as=custom']):
+        small_disk.leave(room)
+        said = one_line(run(*command))
+        assert 'No space left on device' in said and 'make room' in said and not files(small_disk.folder), said
+        small_disk.leave(None)
+        assert run(*command).returncode == 0
+        shutil.rmtree(new)
+
+
+def test_figures_and_tables_are_written_whole_or_not_at_all(small_disk, whole_run):
+    csv, page = small_disk.folder / 'table.csv', small_disk.folder / 'page.png'
+    command = ['compare.py', whole_run, f'--csv={csv}', f'--picture={page}']
+    assert run(*command).returncode == 0
+    before = csv.read_bytes(), page.read_bytes()
+    for room, name in ((0, 'table.csv'), (4096, 'page.png')):
+        small_disk.leave(room)
+        said = one_line(run(*command))
+        assert f'{name}: could not be written (No space left on device)' in said, said
+        assert (csv.read_bytes(), page.read_bytes()) == before and files(small_disk.folder) == ['page.png', 'table.csv']
+        small_disk.leave(None)
+
+
+def test_a_file_is_appended_to_or_replaced_whole_or_not_at_all(small_disk):
+    """Also through a link, which stays one; what is no file is written to as it is."""
+    path, link = small_disk.folder / 'a', small_disk.folder / 'link'
+    replace_text(path, 'old\n')
+    link.symlink_to(path)
+    small_disk.leave(4096)
+    for write in (append, replace_text):
+        with pytest.raises(OSError, match='No space left'):
+            write(link, 'x' * 20_000)
+        assert path.read_text() == 'old\n' and files(small_disk.folder) == ['a', 'link']
+    append(link, 'more\n')
+    assert path.read_text() == 'old\nmore\n'
+    replace_text(link, 'new\n')
+    assert link.is_symlink() and path.read_text() == 'new\n'
+    replace_text(os.devnull, 'gone')
+    assert not os.path.isfile(os.devnull)
+
+
+def test_an_error_of_torch_that_is_not_the_disk_s_stays_one(tmp_path):
+    with pytest.raises(RuntimeError, match='torch'):
+        write_torch(tmp_path / 'x', Torch())
+
+
+class Torch:
+    def __reduce__(self):
+        raise RuntimeError('torch')
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_at_sixty_random_points(small_disk, dataset, tmp_path):
+    chance = random.Random(0)
+    rooms = [chance.randrange(4_000_000) for _ in range(60)]
+    count = full_again_and_again(small_disk, rooms, dataset, tmp_path / 'whole')
+    print(f'{count} of {len(rooms)} found the disk full')
+    assert count > 40
+
+
 # --- what is kept ---
 
 def state(value):
@@ -154,6 +276,23 @@ def test_what_goes_wrong_in_the_background_is_said_at_the_next_save_or_the_end(d
     assert not checkpoint.checkpoints(str(tmp_path / 'next')) and step_of(tmp_path / 'end') == 5
     with pytest.raises(UserError):
         checkpoint.find(str(tmp_path / 'next'))
+
+
+def test_a_best_one_that_was_not_marked_is_marked_when_the_run_goes_on(dataset, tmp_path, monkeypatch):
+    """Its evaluation is in the log by then, as the background writes later."""
+    mark_best = checkpoint.mark_best
+
+    def full(out_dir, step, *args):
+        if step == 10:
+            raise UserError('best: could not be written')
+        mark_best(out_dir, step, *args)
+    monkeypatch.setattr(checkpoint, 'mark_best', full)
+    one_line(train(tmp_path, '--async_save', dataset=dataset, check=False))
+    assert checkpoint.best(str(tmp_path))[0].endswith('step_00000005') and read_log(tmp_path)[-1]['step'] == 10
+    monkeypatch.undo()
+    train(tmp_path, '--async_save', dataset=dataset)
+    assert checkpoint.best(str(tmp_path))[0].endswith('step_00000010')
+    assert [r['step'] for r in read_log(tmp_path) if 'val_loss' in r] == [0, 5, 10]
 
 
 def test_a_checkpoint_of_the_background_is_of_its_step_however_late_it_is_written(dataset, tmp_path):
