@@ -21,7 +21,7 @@ from data import Mixture, Source
 from device import pick_compile, pick_dtype
 from growth import grow
 from guard import FirstSteps, Losses, check_same_start
-from model import make_model
+from model import Block, make_model
 from objectives import make_objective
 from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
@@ -169,7 +169,14 @@ def set_up(s, device, ranks, left_out):
 
 
 def compile_all(modules):
-    torch._dynamo.config.recompile_limit = 8 * len(modules)  # blocks share their code, each with constants of its own: past the limit they run uncompiled
+    """
+    Let these modules of one network be compiled when they are first called, and forget what was compiled before, which
+    belongs to a network that has changed or gone: torch counts the variants of every function, and past its limit a
+    function runs uncompiled. Blocks share their code, each with constants of its own.
+    """
+    torch._dynamo.reset()
+    blocks = sum(isinstance(part, Block) for module in modules for part in module.modules())
+    torch._dynamo.config.recompile_limit = 8 * max(1, blocks)
     for module in modules:
         module.compile(dynamic=False)
 
@@ -248,9 +255,11 @@ def grow_run(run, s, ranks):
     ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
 
 
-def end_guides(run, ranks):
+def end_guides(run, s, ranks):
     """Their share has fallen to nothing: low-rank layers go on alone."""
     run.model.drop_guides()
+    if s.compile:
+        compile_all([run.model])
     left = set(run.model.parameters())
     for group in run.optimizer.param_groups:
         kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]

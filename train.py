@@ -235,7 +235,7 @@ def train(s, device, ranks, stop, left_out=()):
 
     while True:
         if run.model.cfg.rank_guide:
-            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, ranks)
+            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, s, ranks)
         if step >= s.max_iters and run.in_a_row > 1:
             raise not_finite(s, step)
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
