@@ -33,6 +33,7 @@ from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_d
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
+from run import compile_all
 from sources import check_template
 from sweep import expand, read_sweep, run_missing
 
@@ -52,7 +53,7 @@ def row_losses(folder, dataset, s):
     (model, _), dtype = load_model(folder, encoder=True), pick_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
-        model.compile(dynamic=False)
+        compile_all([model])
     out = {}
     for source in validation_sources(folder, model.cfg, dataset):
         with torch.no_grad():

@@ -20,8 +20,9 @@ class GuardConfig:
     # checkpoint, and on without the data of the 10 steps up to it (PaLM, arXiv 2204.02311, section 5.1); 0 = never
     skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the schedule goes on, no weight changes
     desync_interval: int = 100  # steps between comparisons of all ranks' weights, which are the same bit for bit; 0 = never
-    hang_timeout: float = 600.0  # seconds for which a rank may show no progress before all end, saying which one is behind; ten times that for what rank 0
-    # does for all, as saving; 0 = never, until torch.distributed gives up after half an hour
+    hang_timeout: float = 600.0  # seconds for which a rank may show no progress before all end, saying which one is behind;
+    # ten times that for what rank 0 does for all, as saving, and while the network is compiled; 0 = never, until
+    # torch.distributed gives up after half an hour
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -42,6 +42,16 @@ class Ranks:
         """Say that it is still at work, in a number of steps of its own."""
         if self.watch:
             self.watch.doing, self.watch.quiet = doing or self.watch.doing, 0.0
+
+    @contextmanager
+    def patient(self, compiles):
+        """Around a step or an evaluation, of all ranks: if it compiles, the others wait for it ten times as long."""
+        if self.watch:
+            self.watch.compiles = compiles
+        yield
+        self.alive()
+        if self.watch:
+            self.watch.compiles = False
 
     def end(self):
         """Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its connections closed."""
@@ -117,11 +127,12 @@ class Watch:
     rank hangs, the others wait for it. All ranks pass the same beats in the same order, so the one with the fewest is the one that hangs. It counts
     its own ticks, not the clock: a run that was suspended has not stood still.
     """
-    BUSY = 'to work for all'  # of rank 0: which may take ten times as long, as saving does
+    BUSY = 'to work for all'  # of rank 0, as saving: may take ten times as long,
+    COMPILING = ', compiling'  # and so may this
 
     def __init__(self, rank, world, seconds):
         self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
-        self.count, self.doing, self.quiet = 0, 'to begin', 0.0
+        self.count, self.doing, self.quiet, self.compiles = 0, 'to begin', 0.0, False
         self.asking, self.answered = None, True
         self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()  # a connection of its own: the other may be waiting
         threading.Thread(target=self.look, daemon=True).start()
@@ -132,9 +143,10 @@ class Watch:
 
     def look(self):
         said, known = None, {}
-        while self.quiet < self.seconds * (10 if self.BUSY in [doing for _, doing in known.values()] else 1):
-            if said != (self.count, self.doing):
-                said = self.count, self.doing
+        while self.quiet < self.seconds * (10 if any(map(self.is_slow, known.values())) else 1):
+            now = self.count, self.doing + self.COMPILING * self.compiles
+            if said != now:
+                said = now
                 self.reach(lambda store: store.set(str(self.rank), json.dumps(said)))
             time.sleep(self.tick)
             self.quiet += self.tick
@@ -149,6 +161,11 @@ class Watch:
         sys.stderr.flush()
         time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
         os._exit(1)
+
+    def is_slow(self, said):
+        """Whether a rank does what may take ten times as long; said: its beats, and what it does."""
+        _, doing = said
+        return doing == self.BUSY or doing.endswith(self.COMPILING)
 
     def reach(self, ask):
         """What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off."""

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +22,7 @@ from data import Mixture, Source
 from device import pick_compile, pick_dtype
 from growth import grow, refuse_unknown
 from guard import FirstSteps, Losses, check_same_start
-from model import make_model
+from model import Block, make_model
 from objectives import make_objective
 from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
@@ -90,6 +91,7 @@ class Run:
     losses: Losses  # of the last steps
     writer: checkpoint.Writer
     first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
+    to_compile: set = field(default_factory=set)  # of 'step' and 'evaluation': what is compiled when it first runs
     skipped: int = 0  # steps of this process whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
     saved: int | None = None  # the newest checkpoint
@@ -164,16 +166,40 @@ def set_up(s, device, ranks, left_out):
     step = begun.get('step', 0)
     flops = begun.get('flops', step * flops_per_step)
     runner = model if s.shard else wrap(model, ranks)
-    return Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
+    run = Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
                checkpoint.Writer(s.async_save), undivided=undivided)
+    if s.compile:
+        run.to_compile = {'step', 'evaluation'}
+    return run
 
 
 def compile_all(modules):
-    torch._dynamo.config.recompile_limit = 8 * len(modules)  # blocks share their code, each with constants of its own: past the limit they run uncompiled
+    """
+    Let these modules of one network be compiled when they are first called, and forget what was compiled before, which
+    belongs to a network that has changed or gone: torch counts the variants of every function, and past its limit a
+    function runs uncompiled. Blocks share their code, each with constants of its own.
+    """
+    torch._dynamo.reset()
+    blocks = sum(isinstance(part, Block) for module in modules for part in module.modules())
+    torch._dynamo.config.recompile_limit = 8 * max(1, blocks)
     for module in modules:
         module.compile(dynamic=False)
+
+
+def compile_again(run):
+    """compile_all() for a run whose network has changed."""
+    compile_all([run.model])
+    run.to_compile = {'step', 'evaluation'}
+
+
+@contextmanager
+def compiling(run, what, ranks):
+    """Around a 'step' or an 'evaluation': the first one takes as long as compiling does, for which all ranks wait."""
+    with ranks.patient(what in run.to_compile):
+        yield
+    run.to_compile.discard(what)
 
 
 def build(s, data, origin, ranks):
@@ -243,16 +269,18 @@ def grow_run(run, s, ranks):
     run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
     checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
     if s.compile:
-        compile_all([run.model])
+        compile_again(run)
     run.runner = wrap(run.model, ranks)
     run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
     run.losses.recent.clear()  # what follows is not to be compared with what was
     ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
 
 
-def end_guides(run, ranks):
+def end_guides(run, s, ranks):
     """Their share has fallen to nothing: low-rank layers go on alone."""
     run.model.drop_guides()
+    if s.compile:
+        compile_again(run)
     left = set(run.model.parameters())
     for group in run.optimizer.param_groups:
         kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]

@@ -36,7 +36,7 @@ from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
 from plan import PlanConfig, fit_minutes, show_plan
 from ranks import Ranks, is_lost
-from run import end_guides, expert_loads, grow_run, save, set_up
+from run import compiling, end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, report, show_losses, show_samples
 from shard import share_gradients
 
@@ -185,7 +185,8 @@ def spend_minutes(run, s, ranks, stop):
     weights, times = {name: t.clone() for name, t in run.model.state_dict().items()}, []
     for step in range(8):
         began = time.perf_counter()
-        _, _, norm, stopping, _ = train_step(run, s, step, ranks, bool(stop))
+        with compiling(run, 'step', ranks):
+            _, _, norm, stopping, _ = train_step(run, s, step, ranks, bool(stop))
         norm.item()  # waits for the device
         times.append(time.perf_counter() - began)
         if stopping:
@@ -223,7 +224,8 @@ def train(s, device, ranks, stop, left_out=()):
         return stop.number or signal.SIGTERM
     describe(s, run, ranks)
     if s.eval_only:
-        result = evaluate(run.model, run.val, s, ranks, stop)
+        with compiling(run, 'evaluation', ranks):
+            result = evaluate(run.model, run.val, s, ranks, stop)
         if result:
             show_losses(step, result, ranks)
         return 0 if result else stop.number or signal.SIGTERM
@@ -237,7 +239,7 @@ def train(s, device, ranks, stop, left_out=()):
 
     while True:
         if run.model.cfg.rank_guide:
-            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, ranks)
+            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, s, ranks)
         if step >= s.max_iters and run.in_a_row > 1:
             raise not_finite(s, step)
         due = step % s.eval_interval == 0 if step else not s.target_val_loss  # a race does not stop for the loss it starts with
@@ -257,7 +259,8 @@ def train(s, device, ranks, stop, left_out=()):
             continue
         faults.at('step', step, run.model)
         began = time.perf_counter()
-        new_nats, new_targets, norm, stopping, skipped = train_step(run, s, step, ranks, bool(stop))
+        with compiling(run, 'step', ranks):
+            new_nats, new_targets, norm, stopping, skipped = train_step(run, s, step, ranks, bool(stop))
         count_skipped(run, s, skipped, step, ranks)
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         loads = loads + expert_loads(run, ranks) if s.n_expert else None
@@ -293,7 +296,8 @@ def evaluation(s, step, run, log, ranks, stop):
     if step and s.always_save_checkpoint:
         save_once(s, step, run, ranks, most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
     faults.at('evaluation', step)
-    result = evaluate(run.model, run.val, s, ranks, stop)
+    with compiling(run, 'evaluation', ranks):
+        result = evaluate(run.model, run.val, s, ranks, stop)
     if result is None:
         return False
     show_losses(step, result, ranks)

@@ -1,10 +1,11 @@
 """Surgery's arithmetic: growth that keeps the function keeps it for every kind of network, inherited blocks are the old ones, and so are their moments."""
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
-from conftest import one_line, read_log, train
+from conftest import TINY, one_line, read_log, run_here, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
@@ -12,6 +13,7 @@ from configurator import UserError, read_config
 from growth import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
 from model import ModelConfig, Places, make_model
 from origin import fill, model_config
+from run import compile_all
 from surgery import factorize
 from train import Settings
 
@@ -331,3 +333,54 @@ def test_two_ranks_grow_alike(dataset, tmp_path):
         train(tmp_path / str(nproc), *GROWN, dataset=dataset, nproc=nproc)
     for a, b in zip(*(read_log(tmp_path / str(nproc)) for nproc in (1, 2))):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def count_graphs(monkeypatch, *args):
+    """
+    Run train.py with --compile=True and a compiler that only counts: [(layers, training or not), …] of the networks whose
+    graphs it was given, and the same of those that ran, each as often as it happened.
+    """
+    made, ran, compile_module = [], [], torch.nn.Module.compile
+
+    def compile_counting(module, **options):
+        def counting(graph, inputs):
+            now = module.cfg.n_layer, module.training
+            made.append(now)
+            return lambda *values: ran.append(now) or graph.forward(*values)
+        return compile_module(module, backend=counting, **options)
+    monkeypatch.setattr(torch.nn.Module, 'compile', compile_counting)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=4):  # compile_all() sets the first
+        done = run_here(['train.py', *TINY, '--compile=True', *args])
+    assert done.returncode == 0, done.stderr
+    return Counter(made), Counter(ran)
+
+
+def test_a_growing_network_is_compiled_at_every_size(dataset, tmp_path, monkeypatch):
+    args = ['--n_layer=1', '--grow_every=1', '--grow_to=3', '--grow_by=1', '--eval_interval=1', '--max_iters=4']
+    made, ran = count_graphs(monkeypatch, f'--dataset={dataset}', f'--out_dir={tmp_path}', *args)
+    sizes = {(n_layer, training) for n_layer in range(1, 4) for training in (True, False)}
+    assert made.keys() == ran.keys() == sizes  # torch allows a function 4 variants here
+    assert len({made[key] for key in sizes if key[1]}) == 1
+
+
+@pytest.mark.slow
+def test_a_network_is_compiled_anew_without_its_guides(dataset, tmp_path, monkeypatch):
+    args = ['--rank_mlp=8', '--rank_guide=1', '--eval_interval=2', '--max_iters=3']
+    made, ran = count_graphs(monkeypatch, f'--dataset={dataset}', f'--out_dir={tmp_path}', *args)
+    assert made[2, True] % 2 == 0 and made[2, True] == made[2, False] and ran[2, True] == 3 * made[2, True] // 2
+
+
+@pytest.mark.slow
+def test_blocks_of_a_mixture_with_constants_of_their_own_are_all_compiled(monkeypatch):
+    """Experts in float32 are left out of the graphs, so that every block has its own: more than torch allows by itself."""
+    made, compile_module = [], torch.nn.Module.compile
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compile_module(self, backend=counting, **options))
+    model = network(n_layer=10, n_expert=2, depth_scale='norm')
+    with torch._dynamo.config.patch(recompile_limit=8):  # as it was, in the end
+        compile_all([model])
+        model(ids(), ids())
+    assert len(made) >= 10

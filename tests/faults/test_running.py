@@ -13,6 +13,7 @@ from conftest import ROOT, read_log, run_here, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
+import ranks
 import train
 from run import set_up
 
@@ -230,6 +231,60 @@ def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
     time.sleep(1)
     processes.kill(signal.SIGTERM)
     assert processes.wait()[0] == [128 + signal.SIGTERM] * 2
+
+
+class AtOnce:
+    """In place of a thread of ranks.Watch: what asks the store runs at once, and the watch itself when the test calls it."""
+    def __init__(self, target, daemon):
+        self.target = target
+
+    def start(self):
+        if self.target.__name__ != 'look':
+            self.target()
+
+    def join(self, timeout):
+        pass
+
+    def is_alive(self):
+        return False
+
+
+@pytest.mark.parametrize('compiles, other, ends_at', [
+    (False, 'to compute gradients', 10), (True, 'to compute gradients', 100), (False, 'to compute gradients, compiling', 100),
+    (False, 'to work for all', 100)])
+def test_a_compilation_may_take_ten_times_hang_timeout(compiles, other, ends_at, monkeypatch, capsys):
+    """Of this rank or of another one, for which this one waits. The time is not real."""
+    slept = []
+    monkeypatch.setattr(ranks.dist.distributed_c10d, '_get_default_store', ranks.dist.HashStore)
+    monkeypatch.setattr(ranks.threading, 'Thread', AtOnce)
+    monkeypatch.setattr(ranks.time, 'sleep', slept.append)
+    monkeypatch.setattr(ranks.os, '_exit', lambda code: None)
+    watch = ranks.Watch(0, 2, 10.0)
+    watch.store.set('1', json.dumps((0, other)))
+    mine = ranks.Ranks('gloo', torch.device('cpu'))
+    mine.watch = watch
+    with mine.patient(compiles):
+        watch.look()
+    assert sum(slept[:-1]) == pytest.approx(ends_at)  # the last one lets the others speak
+    said = capsys.readouterr().err
+    assert 'no progress for hang_timeout=10 seconds' in said and ('(to begin, compiling)' in said) == compiles
+    assert not watch.compiles and watch.quiet == 0  # the time begins anew
+
+
+def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, tmp_path, monkeypatch):
+    done, patient = [], ranks.Ranks.patient
+
+    def noted(self, compiles):
+        done.append(compiles)
+        return patient(self, compiles)
+    monkeypatch.setattr(ranks.Ranks, 'patient', noted)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: None)
+    args = ['train.py', *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--grow_every=3', '--grow_to=4', '--eval_interval=2', '--max_iters=6']
+    assert run_here([*args, '--compile=True']).returncode == 0
+    first, later = [True, True], [False]  # an evaluation and a step
+    assert done == [*first, *later * 3, *[True], *[True], *later * 3]
+    done.clear()
+    assert run_here([*args, '--compile=False', '--init_from=scratch']).returncode == 0 and not any(done)
 
 
 @SLOW
