@@ -58,8 +58,8 @@ class StopSignal:
 # Losses
 
 def not_finite(s, step):
-    name = 'muon_lr' if s.optimizer != 'adamw' else 'learning_rate'
-    return UserError(f'the loss or its gradient is not finite at step {step}: lower {name}={getattr(s, name)} or raise warmup_iters; '
+    rate = f'{s.main_rate}={getattr(s, s.main_rate)}'
+    return UserError(f'the loss or its gradient is not finite at step {step}: lower {rate} or raise warmup_iters; '
                      f'the newest checkpoint in {s.out_dir} is from before')
 
 

@@ -59,6 +59,20 @@ class OptimConfig:
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
 
+    @property
+    def uses_muon(self):
+        """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer that has no code here."""
+        if self.optimizer == 'adamw':
+            return False
+        if self.optimizer in ('muon', 'spectron'):
+            return True
+        raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw, muon or spectron')
+
+    @property
+    def main_rate(self):
+        """The name of the setting that holds the highest rate of the blocks' matrices."""
+        return 'muon_lr' if self.uses_muon else 'learning_rate'
+
 
 # -----------------------------------------------------------------------------
 # AdamW, and Muon for the matrices
@@ -180,9 +194,10 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     """
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions and is no bias, as in nanoGPT; for optimizer='muon'
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
-    Raises UserError for a pattern of lr_scale that no name matches, and for spectron without low-rank matrices.
+    Raises UserError for an optimizer that has no code here, for a pattern of lr_scale that no name matches, and for spectron without
+    low-rank matrices.
     """
-    muon, groups, names = cfg.optimizer != 'adamw', {}, [name for name, _ in model.named_parameters()]
+    muon, groups, names = cfg.uses_muon, {}, [name for name, _ in model.named_parameters()]
     for pattern in cfg.lr_scale:
         if not any(re.search(pattern, name) or re.search(pattern, name.replace('.down.', '.guide.')) for name in names):  # guides may be gone already
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; the names are like {", ".join(names[:2] + names[-2:])}')

@@ -144,7 +144,7 @@ def without_compiling(needed):
 
 def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
     """The progress line and its record in the log; loss: None if all steps were skipped; loads (layers, E): tokens of each expert, None if there are none."""
-    lr = learning_rate(step - 1, s, s.muon_lr if s.optimizer != 'adamw' else None)
+    lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = None if run.teacher or s.label_smoothing or loss is None else run.data.bits_per_byte(loss)  # with these the loss is of more than the text

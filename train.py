@@ -106,8 +106,10 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         for name, plain in beside.items() if self.shard else ():
             if getattr(self, name) != plain:
                 raise ValueError(f'shard={self.shard}: goes with {name}={plain} alone, not {getattr(self, name)}: leave it out')
-        if self.shard and (self.dtype == 'float16' or self.optimizer == 'spectron' or self.lora_rank and self.lora_store not in ('auto', 'float32')):
-            raise ValueError(f'shard={self.shard}: goes with neither dtype=float16, optimizer=spectron nor lora_store: leave it out')
+        if self.shard and (self.dtype == 'float16' or self.lora_rank and self.lora_store not in ('auto', 'float32')):
+            raise ValueError(f'shard={self.shard}: goes with neither dtype=float16 nor lora_store: leave it out')
+        if self.shard and self.optimizer not in ('adamw', 'muon'):
+            raise ValueError(f'shard={self.shard}: goes with optimizer=adamw or muon, not {self.optimizer}: leave it out')
         if self.lora_rank and self.optimizer == 'spectron':
             raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the network, which stay as they are: use adamw or muon')
         idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})

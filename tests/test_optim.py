@@ -1,13 +1,17 @@
 """The learning rate's schedules against their formulas; which parameters decay."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
+from guard import not_finite
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
+from runlog import report
+from train import Settings
 
 
 def test_cosine_is_nanogpts():
@@ -246,3 +250,18 @@ def test_the_flops_of_a_step_are_torchs_count():
 def test_values_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()
+
+
+def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    s = Settings(optimizer='lion', max_iters=10)
+    run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None, data=SimpleNamespace(bits_per_byte=lambda nats: None))
+    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, 1.0, None, None, None), lambda: not_finite(s, 1)):
+        with pytest.raises(UserError, match='^optimizer=lion: has no code in optim.py: use adamw, muon or spectron$'):
+            decide()
+
+
+@pytest.mark.parametrize('optimizer, main_rate', [('adamw', 'learning_rate'), ('muon', 'muon_lr'), ('spectron', 'muon_lr')])
+def test_the_rate_of_the_blocks_matrices_is_the_one_that_is_shown_and_to_be_lowered(optimizer, main_rate):
+    s = OptimConfig(optimizer=optimizer)
+    assert s.main_rate == main_rate and s.uses_muon == (optimizer != 'adamw')
