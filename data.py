@@ -35,7 +35,8 @@ class DataConfig(ObjectiveConfig):
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the stream;
     # the same from the first document start among them (a row once an epoch, but some tokens twice and as many never);
-    # or one document, padded and masked (a random crop when too long). Pairs: as many as fit, the same
+    # or one document after a start token (the tokenizer's beginning of text, or else the end of text), padded
+    # and masked, a random crop when too long. Pairs: as many as fit, the same
     # in every epoch, each seeing itself alone; an encoder reads one a row
     verify_data: bool = False  # check the hashes of large data sets too
 
@@ -315,8 +316,9 @@ def wrong(meta):
         return 'tokenizer.files'
     if not is_count(meta.get('vocab_size'), tokenizer.get('reserved', 0) + 1) or meta['vocab_size'] > 2 ** 32:
         return 'vocab_size'
-    if meta.get('eot') is not None and (not is_count(meta['eot']) or meta['eot'] >= meta['vocab_size']):
-        return 'eot'
+    for name in ('eot', 'bos'):
+        if meta.get(name) is not None and (not is_count(meta[name]) or meta[name] >= meta['vocab_size']):
+            return name
     if meta.get('dtype') not in ('uint16', 'uint32'):
         return 'dtype'
     if not isinstance(meta.get('splits'), dict):
@@ -349,9 +351,12 @@ class Source:
     """
     One corpus as numbered rows of tokens: row(i) for i in range(len), the whole split once. Their length, block_size + 1 tokens, and what
     they ask of the network is the objective's: causal, or what objective(meta.json) makes.
+
+    begin: the start token before every document, (id,) or (), where a row is a document and the objective is
+    causal; None = that of the data set. A network that was trained without one is evaluated without one.
     """
 
-    def __init__(self, name, split, block_size, packing, verify=False, objective=None):
+    def __init__(self, name, split, block_size, packing, verify=False, objective=None, begin=None):
         self.name = name
         self.files = TokenFiles(find_folder(name), split, verify)
         try:
@@ -363,6 +368,9 @@ class Source:
         if self.objective.is_pairs:
             packing = 'document' if self.objective.S or packing == 'document' else 'pairs'
         self.packing = packing
+        self.begin = ()
+        if packing == 'document' and self.objective.kind == 'causal':
+            self.begin = start_token(self.files.meta) if begin is None else tuple(begin)
         if packing != 'stream' and not self.files.documents:
             raise UserError(f"packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): use packing=stream")
         overlap = self.objective.length - self.objective.stride
@@ -375,12 +383,15 @@ class Source:
         """Up to objective.length tokens, int64. `noise` picks the crop of a document that is too long."""
         length, stride = self.objective.length, self.objective.stride
         if self.packing in ('document', 'pairs'):
-            start, end = self.files.document(number)
+            first, end = self.files.document(number)
+            start = first - len(self.begin)  # the start token is the document's first one
             room = 0 if self.objective.is_pairs else end - start - length
             if room > 0:
                 start += splitmix(noise) % (room + 1)
                 end = start + length
-            return self.files.read(start, end - start)
+            if start >= first:  # a crop from the middle has no start token: nothing begins there
+                return self.files.read(start, end - start)
+            return np.append(self.begin, self.files.read(first, end - first))
         start = number * stride
         if self.packing == 'aligned':
             document = self.files.next_document(start)
@@ -409,10 +420,26 @@ class Source:
         """Mean number of targets in a row."""
         if self.packing not in ('document', 'pairs'):
             return (self.files.tokens - 1) / self.rows
-        lengths = self.document_lengths()
-        if not (lengths > 1).any():
+        targets = self.document_lengths() + len(self.begin) - 1  # all tokens of a row but its first
+        if not (targets > 0).any():
             raise UserError(f'packing=document: no document of {self.name} has more than one token: use packing=stream')
-        return float(np.minimum(lengths - 1, self.objective.stride).sum() / self.rows)
+        return float(np.minimum(targets, self.objective.stride).sum() / self.rows)
+
+
+def start_token(meta):
+    """
+    (id,) of the token that begins a document of a data set with this meta.json: the tokenizer's beginning of
+    text (BOS, [CLS]), or the end of text where meta.json names none; () without either.
+    """
+    for name in ('bos', 'eot'):
+        if meta.get(name) is not None:
+            return (meta[name],)
+    return ()
+
+
+def described(begin):
+    """The tokens before every document, in words."""
+    return f'with token {begin[0]}' if begin else 'without a start token'
 
 
 def fill(lengths, room):
@@ -448,7 +475,8 @@ class Mixture:
     each source has its share of n, give or take one for every other source.
     """
 
-    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False, objective=None):
+    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False,
+                 objective=None, begin=None):
         weights = dataset if isinstance(dataset, dict) else {dataset: 1}
         for name, w in weights.items() or [('', 0)]:
             if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)) or not 1e-6 <= w <= 1e6:
@@ -456,8 +484,10 @@ class Mixture:
         if mix_by not in ('tokens', 'documents'):
             raise UserError(f'mix_by={mix_by}: has no code in data.py: use tokens or documents')
         self.seed = seed
-        self.sources = [Source(name, split, block_size, packing, verify, objective) for name in weights]
-        packing = self.sources[0].packing
+        self.sources = []
+        for name in weights:
+            self.sources.append(Source(name, split, block_size, packing, verify, objective, begin))
+        packing, self.begin = self.sources[0].packing, self.sources[0].begin
         same_tokenizer(self.sources)
         shares = [Fraction(str(w)) for w in weights.values()]
         if mix_by == 'documents' and packing != 'document':
@@ -510,10 +540,12 @@ class Mixture:
     def fingerprint(self):
         """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""
         def text(source):
-            meta = source.files.meta
+            meta = {key: value for key, value in source.files.meta.items() if key != 'bos'}
             if meta['tokenizer']['kind'] == 'unknown':  # once it was taken for GPT-2's: runs from then still go on
-                meta = meta | {'tokenizer': GPT2}
-            return json.dumps(meta, sort_keys=True) + 'packed' * (source.packing == 'pairs')  # once they were padded
+                meta['tokenizer'] = GPT2
+            begin = f'begin {list(source.begin)}' if source.begin else ''
+            packed = 'packed' * (source.packing == 'pairs')  # once they were padded
+            return json.dumps(meta, sort_keys=True) + packed + begin
         return {s.name: hashlib.sha256(text(s).encode() + s.files.pieces()).hexdigest() for s in self.sources}
 
 
@@ -524,6 +556,9 @@ def same_tokenizer(sources):
             ours, theirs = first.files.meta['tokenizer'], source.files.meta['tokenizer']
             raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers ({ours["kind"]}, {theirs["kind"]}): '
                             f'prepare {source.name} with {advice(ours, theirs)}')
+        if source.begin != first.begin:
+            raise UserError(f'dataset: documents of {first.name} begin {described(first.begin)}, those of '
+                            f'{source.name} {described(source.begin)}: prepare both again')
 
 
 # -----------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
         device = pick_device(self.device)
         model, tokenizer = sample.load(self.out_dir, self.which, encoder)
         if self.adapter:
-            (_, tokenizer.around), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
+            (_, tokenizer.around, tokenizer.begin), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
         return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)

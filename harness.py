@@ -29,13 +29,17 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     class Minnow(TemplateLM):
         """What lm_eval asks of a model."""
         eot_token_id = tokenizer.eot or 0
+        prefix_token_id = tokenizer.context()[0]  # of an empty context
         tokenizer_name = tokenizer.kind
 
         def tok_encode(self, string, **unused):
             return tokenizer.encode(string)
 
         def _loglikelihood_tokens(self, requests, **unused):
-            return score(model, [(context, continuation) for _, context, continuation in requests], device, dtype)
+            pairs = []
+            for (text, _), ids, continuation in requests:  # without a text, ids is the prefix token
+                pairs.append((tokenizer.context(ids if text else ()), continuation))
+            return score(model, pairs, device, dtype)
 
         def loglikelihood_rolling(self, requests, **unused):
             return [-score_text(model, tokenizer, request.args[0], model.cfg.block_size, device, dtype)[0] for request in requests]
@@ -46,7 +50,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
         def generate(self, context, options):
             asked, stop = options.get('max_gen_toks', 256), options.get('until', [])
             stop = [stop] if isinstance(stop, str) else stop
-            ids = tokenizer.encode(context) or [self.eot_token_id]
+            ids = tokenizer.context(tokenizer.encode(context))
             kept, most = fit(len(ids), asked, model.cfg.block_size)
             prompts.add(len(ids), kept)
             limits.add(asked, most)

@@ -31,8 +31,9 @@ from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from files import new_folder, write_json, write_tensors
 from growth import fold
 from model import ModelConfig, make_model
+from objectives import stored_begin
 from tokenizer import load_tokenizer, new_tokenizer
-from tokenizer_json import to_json
+from tokenizer_json import spelling, to_json
 
 # -----------------------------------------------------------------------------
 # Where the folder is
@@ -249,16 +250,19 @@ def export(s):
     checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
     tokenizer = load_tokenizer(state['tokenizer'], folder)
     fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
-    ends = {'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
+    begin = stored_begin(state)
+    bos = begin[0] if begin else tokenizer.eot
+    ends = {'bos_token_id': bos, 'eos_token_id': tokenizer.eot}
     ends |= {'decoder_start_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot} if cfg.n_encoder_layer else {}
     files = {'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends, 'generation_config.json': ends}
     text = ''
     if tokenizer.kind == 'unknown':
         print('no tokenizer is written: that of the data is not known')
     else:
-        text, eot = to_json(tokenizer), None if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
-        files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size, 'bos_token': eot,
-                                          'eos_token': eot, 'clean_up_tokenization_spaces': False}
+        text = to_json(tokenizer, begin)
+        names = {'bos_token': spelling(text, bos), 'eos_token': spelling(text, tokenizer.eot)}
+        files['tokenizer_config.json'] = {'tokenizer_class': 'PreTrainedTokenizerFast', **names,
+                                          'model_max_length': cfg.block_size, 'clean_up_tokenization_spaces': False}
     with new_folder(s.to) as folder:
         tensors = {name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}
         write_tensors(os.path.join(folder, 'model.safetensors'), tensors, {'format': 'pt'})

@@ -212,6 +212,11 @@ def around(kind, denoisers, meta):
     return (first + MODES.index('S'),) * is_marked, (meta['eot'],)
 
 
+def stored_begin(state):
+    """(id,) of the start token that a network was trained with, from its state.json; () if there was none."""
+    return tuple(state.get('begin', ()))
+
+
 def make_objective(s, meta):
     """The Objective of train.py's settings for a data set with this meta.json. Raises UserError where they do not fit."""
     return Objective(s.objective, s.block_size, s.source_context, s.denoisers, meta)

@@ -18,9 +18,9 @@ import hub
 import lora
 import peft_files
 from configurator import UserError, check, expand_home, from_dict
-from data import Source
+from data import Source, described
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
-from objectives import stored_objective
+from objectives import stored_begin, stored_objective
 from tokenizer import advice
 
 # what a resumed run may not change: the network, and which rows step n sees
@@ -166,7 +166,8 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:
         source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'),
-                        objective=None if block_size else partial(stored_objective, settings, cfg))
+                        objective=None if block_size else partial(stored_objective, settings, cfg),
+                        begin=stored_begin(state))
         found = source.files.meta['tokenizer']
         if state and found != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
             raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with '
@@ -340,6 +341,9 @@ def check_same_run(s, data, state):
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {to_do}')
     if s.init_from not in ('auto', 'resume', expand_home(stored['init_from'])):
         raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {to_do}')
+    if data.begin != stored_begin(state):
+        raise UserError(f'packing={s.packing}: rows begin {described(data.begin)} here, those of the run in '
+                        f'{s.out_dir} {described(stored_begin(state))}: {to_do}')
     if data.fingerprint() != state['data']:
         raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {to_do}')
     s.init_from = stored['init_from']  # what it began with, whatever the resuming command says

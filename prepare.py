@@ -387,7 +387,9 @@ def run(s, files, source, out, part):
     found = {name: totals(split.shards) for name, split in splits.items()}
     if not s.part:
         check_sides(found, s, progress['empty'])
-    meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot, 'dtype': dtype.name,
+    bos = {'bos': tokenizer.start()[0]} if tokenizer.start() else {}
+    meta = {'format': 1, 'tokenizer': progress['tokenizer'], 'vocab_size': tokenizer.vocab_size,
+            'eot': tokenizer.eot, **bos, 'dtype': dtype.name,
             'split': s.split, **({'pairs': True} if s.pairs else {}), 'splits': found, 'source': source, **synthetic.entropy_of(s.sources, s.tokenizer)}
     publish(part, out, meta, tokenizer.files)
     size, tokens = (sum(split[key] for split in found.values()) for key in ('bytes', 'tokens'))

@@ -23,7 +23,7 @@ from device import pick_compile, pick_dtype
 from growth import grow, refuse_unknown
 from guard import FirstSteps, Losses, check_same_start
 from model import Block, make_model
-from objectives import make_objective
+from objectives import make_objective, stored_begin
 from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
 from packed import pack_frozen
@@ -130,9 +130,13 @@ def set_up(s, device, ranks, left_out):
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
                         f'make it a multiple of {ranks.world}')
     objective = partial(make_objective, s)
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
+    begin = stored_begin(state) if state and s.eval_only else None  # judged on rows as it knows them
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
+                   begin)
     check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
-    val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
+    val = []
+    for source in data.sources:
+        val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
     model = build(s, data, origin, ranks)
     if s.grow_every:
         refuse_unknown(model.cfg, 'grown')  # now, not in the middle of the run
@@ -232,7 +236,8 @@ def save(s, step, run, ranks):
     def write():
         source = run.data.sources[0].files
         state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
-                 'tokenizer': source.meta['tokenizer'], 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
+                 'tokenizer': source.meta['tokenizer'], 'begin': list(run.data.begin),
+                 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         if s.lora_rank:
             state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
         if s.rewind_spikes or run.left_out:

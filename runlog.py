@@ -147,7 +147,7 @@ def show_samples(model, s, data, ranks, stop=False):
     model.eval()
     try:
         tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
-        tokenizer.around = around(s.objective, s.denoisers, files.meta)
+        tokenizer.around, tokenizer.begin = around(s.objective, s.denoisers, files.meta), data.begin
         prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype), without_compiling(s.compile and ranks.lockstep):
             pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,

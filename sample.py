@@ -32,7 +32,7 @@ import lora
 import peft_files
 from configurator import FilePath, UserError, configure, run_main
 from device import NOT_FINITE, DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
-from objectives import around
+from objectives import around, stored_begin
 from origin import add_adapters, load_model
 from packed import pack
 from tokenizer import load_tokenizer
@@ -384,6 +384,7 @@ def load(where, which='best', encoder=False):
     tokenizer = load_tokenizer(description, folder)
     if not hub.knows(where):
         tokenizer.around = stored_around(folder, tokenizer)
+        tokenizer.begin = stored_begin(checkpoint.load_state(folder))
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
     if hub.knows(where):
@@ -399,9 +400,19 @@ def stored_around(folder, tokenizer):
 
 
 def add_voices(model, tokenizer, given, where):
-    """Let adapters speak beside the network of `where`, origin.add_adapters(). Returns [(name, what each is used to have around a prompt)]."""
-    return [(name, tokenizer.around if peft_files.is_one(folder) else stored_around(
-        checkpoint.find(folder, 'best'), tokenizer)) for name, folder in add_adapters(model, given, where).items()]
+    """
+    Let adapters speak beside the network of `where`, origin.add_adapters(). Returns [(name, around, begin)]:
+    what each is used to have around a prompt, and its start token.
+    """
+    voices = []
+    for name, folder in add_adapters(model, given, where).items():
+        around, begin = tokenizer.around, tokenizer.begin
+        if not peft_files.is_one(folder):
+            folder = checkpoint.find(folder, 'best')
+            around = stored_around(folder, tokenizer)
+            begin = stored_begin(checkpoint.load_state(folder)) or begin
+        voices.append((name, around, begin))
+    return voices
 
 
 def read_text(path):
@@ -429,9 +440,10 @@ def read_prompts(stream):
 
 def encode_prompt(text, tokenizer, cfg, room=None):
     """
-    (ids that the decoder goes on from, ids for the encoder or None) of a prompt; an empty one is the end of the document before. What is read is
-    marked as in training, by the end of text after it at least. room: cut the text so that no more than so many tokens are read. Raises UserError
-    for one that does not fit.
+    (ids that the decoder goes on from, ids for the encoder or None) of a prompt. It begins with a start token,
+    if the network was trained with one; else an empty one is the end of the document before. The text that an
+    encoder reads is marked as in training, by the end of text after it at least. room: cut the text so that no
+    more than so many tokens are read. Raises UserError for one that does not fit.
     """
     (before, after), end = tokenizer.around, tokenizer.eot or 0
     if cfg.n_encoder_layer:
@@ -456,7 +468,7 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
     others after it.
     """
     texts, prompts, sources = [], [], []
-    for name, tokenizer.around in voices:
+    for name, tokenizer.around, tokenizer.begin in voices:
         prompt, source = encode_prompt(text, tokenizer, model.cfg)
         prompts, sources = prompts + [prompt] * s.num_samples, sources + [source] * s.num_samples
         texts += [f'{name}: ' * (len(voices) > 1) + ('' if source or tokenizer.around[1] else text)] * s.num_samples
@@ -496,12 +508,12 @@ def main():
     device = pick_device(s.device)
     where = s.out_dir if s.init_from == 'resume' else s.init_from
     model, tokenizer = load(where, s.which, encoder=True)
-    voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around)]
+    voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around, tokenizer.begin)]
     if len(s.adapter) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
     pack(model.to(device), pick_dtype(s.dtype, device), 'int8' if s.int8 else '')
     if len(voices) > 1:
-        adapters.select(model, [name for name, _ in voices for _ in range(s.num_samples)])
+        adapters.select(model, [name for name, *_ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
     compile = s.use_cache and (is_long if s.compile == 'auto' else s.compile) and pick_compile(True, device)
     generator = torch.Generator().manual_seed(s.seed)

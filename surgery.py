@@ -40,9 +40,10 @@ from files import append, new_folder, write_json
 from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from loss import evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
-from objectives import stored_objective
+from objectives import stored_begin, stored_objective
 from origin import add_adapters, fill, read_model, read_saved, split_name, validation_sources
 from ranks import Ranks
+from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -261,6 +262,7 @@ class Old:
     state: dict  # state.json
     data: tuple | None  # (training Mixture, validation Sources)
     tokenizer: tuple  # (description, folder of its files)
+    begin: tuple  # the start token before a text, (id,) or ()
 
 
 def read(s, where, encoder=False, untie=False):
@@ -277,22 +279,26 @@ def read(s, where, encoder=False, untie=False):
         raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     known = hub.knows(where)
     state, moments = ({}, {}) if known else (checkpoint.load_state(folder), checkpoint.read_moments(folder))
-    data = open_data(s, where, cfg, state.get('settings', {}))
+    data = open_data(s, where, cfg, state)
     files = data[0].sources[0].files if data else None
     # weights of others go with the tokenizer of the data where there are any
     tokenizer = (state['tokenizer'], folder) if state else (files.meta['tokenizer'], files.folder) if files else hub.tokenizer(where)[::-1]
-    return Old(fill(cfg, weights, where), state.get('settings', {}), moments, state, data, tokenizer)
+    begin = stored_begin(state)
+    if known and not files and not cfg.n_encoder_layer:
+        begin = load_tokenizer(*tokenizer).bos()  # as sample.load() has it
+    return Old(fill(cfg, weights, where), state.get('settings', {}), moments, state, data, tokenizer, begin)
 
 
-def open_data(s, where, cfg, settings):
+def open_data(s, where, cfg, state):
     """(training Mixture, validation Sources) of s.dataset; None if there is none. Raises UserError for one of another tokenizer than that of `where`."""
+    settings = state.get('settings', {})
     name = settings.get('dataset', 'none') if s.dataset == 'auto' else s.dataset
     if name == 'none':
         print('no data; --dataset=NAME would measure losses')
         return None
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'),
-                       objective=partial(stored_objective, settings, cfg))
+                       objective=partial(stored_objective, settings, cfg), begin=stored_begin(state))
     except UserError as error:
         if s.dataset != 'auto':
             raise
@@ -329,7 +335,8 @@ def write(s, command, old, cfg, weights, names=None):
         settings |= validation(cfg, old.data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})
     description, folder = old.tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
-             'surgery': command, 'of_step': old.state.get('of_step', old.state.get('step', 0)), 'flops': old.state.get('flops', 0.0)}
+             'begin': list(old.begin), 'surgery': command,
+             'of_step': old.state.get('of_step', old.state.get('step', 0)), 'flops': old.state.get('flops', 0.0)}
     moments = {name: old.moments[origin] for name, origin in (names or {}).items() if origin in old.moments}
     tokenizer_files = [os.path.join(folder, name) for name in description.get('files', ())]
     write_run(s.out_dir, weights, checkpoint.pack_moments(moments), state, tokenizer_files, after)
@@ -434,6 +441,12 @@ def run_merge(s):
     write(s, 'merge', old, model.cfg, adapters.base_state(model))
 
 
+def common_begin(states):
+    """The start token of several runs, from their state.json; () where they differ."""
+    found = {stored_begin(state) for state in states}
+    return found.pop() if len(found) == 1 else ()
+
+
 def run_combine(s):
     old = read(s, s.from_, encoder=True)
     model = old.model
@@ -441,12 +454,17 @@ def run_combine(s):
     base = {'from': s.from_, 'weights': adapters.fingerprint(model.state_dict())}
     both = adapters.combine([read_saved(folder, model.cfg, model.state_dict(), s.from_) for folder in folders], s.shares or [1.0] * len(folders))
     adapters.add(model, both, ', '.join(folders), 'default')  # whether it fits
-    runs = [checkpoint.load_state(checkpoint.find(folder, 'best'))['settings'] for folder in folders if not peft_files.is_one(folder)]
+    states = []
+    for folder in folders:
+        if not peft_files.is_one(folder):
+            states.append(checkpoint.load_state(checkpoint.find(folder, 'best')))
+    runs = [state['settings'] for state in states]
     settings = {name: value for name, value in (runs or [{}])[0].items() if name in ('dataset', 'objective', 'denoisers', 'packing')
                 and all(run.get(name) == value for run in runs)}
     description, folder = old.tokenizer
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': settings, 'tokenizer': description, 'torch': torch.__version__,
-             'surgery': 'combine', 'base': base, 'lora': both.description()}
+             'begin': list(common_begin(states)), 'surgery': 'combine',
+             'base': base, 'lora': both.description()}
     tokenizer_files = [os.path.join(folder, name) for name in description.get('files', ())]
     write_run(s.out_dir, both.tensors, {}, state, tokenizer_files)
     print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')

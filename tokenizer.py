@@ -42,7 +42,7 @@ class Tokenizer:
     """
     around = (), ()  # ids before and after a text that is read before another is written (objectives.around)
     eot_text = EOT  # how the library writes the end of text; the same letters in a document are ordinary text
-    begin = ()  # ids before a prompt: none, but for weights of others that were trained with a beginning-of-text token (sample.load)
+    begin = ()  # the start token before a text, (id,), if the network was trained with one (sample.load)
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
         self.kind, self.vocab_size, self.eot, self.cut, self.unk = kind, vocab_size, eot, cut, unk
@@ -81,6 +81,14 @@ class Tokenizer:
     def bos(self):
         """(id,) of the token that the tokenizer's own library puts before a text, () if there is none. prepare.py puts none."""
         return ()
+
+    def start(self):
+        """(id,) of the token that can begin a document in training: bos(), or BERT's [CLS]; () without one."""
+        return self.bos()
+
+    def context(self, ids=()):
+        """The ids that a network reads before it predicts what follows a text with these ids: never none."""
+        return [*self.begin, *ids] or [self.eot or 0]
 
     def check_ids(self, ids):
         """Raise UserError for an id outside the vocabulary, where libraries wrap around or crash."""
@@ -350,8 +358,25 @@ class JsonTokenizer(Tokenizer):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def bos(self):
-        around = self.tokenizer.encode('').ids  # one token at the end is T5's </s>, two are BERT's [CLS] and [SEP]
-        return tuple(around) if len(around) == 1 and around != [self.eot] else ()
+        before, after = self.added()
+        return before if not after else ()  # BERT's [CLS] and [SEP] belong to a text that is complete
+
+    def start(self):
+        if self.kind == 'wordpiece':  # a vocab.txt does not say so, but BERT's own code begins with [CLS]
+            first = self.tokenizer.token_to_id('[CLS]')
+            return () if first is None else (first,)
+        return self.added()[0]
+
+    def added(self):
+        """(ids before, ids after) that the library puts around a text: Llama's <s> before it, T5's </s> after it."""
+        text = self.tokenizer.encode('a')
+        of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
+        if not of_text:  # it cannot write an a: a single token stands before it, unless it is the end of text
+            is_first = len(text.ids) == 1 and text.ids != [self.eot]
+            return tuple(text.ids) * is_first, ()
+        if of_text[0] > 1:
+            return (), ()
+        return tuple(text.ids[:of_text[0]]), tuple(text.ids[of_text[-1] + 1:])
 
 
 class Reserved(Tokenizer):
@@ -361,6 +386,7 @@ class Reserved(Tokenizer):
         super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.cut, inner.files, inner.unk, **inner.more, reserved=count)
         self.inner, self.encode, self.encode_documents, self.bos = inner, inner.encode, inner.encode_documents, inner.bos
         self.eot_text = inner.eot_text
+        self.start = inner.start
 
     def decode(self, ids):
         self.check_ids(ids)

@@ -13,14 +13,37 @@ BYTE_CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enume
 PROBE = 'Once upon a time, there was a bird.\n\n\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 don\'t\r\n   '
 
 
-def to_json(tokenizer):
-    """The content of a tokenizer.json. Raises UserError where the tokenizers library cannot do what `tokenizer` does."""
+def to_json(tokenizer, begin=()):
+    """
+    The content of a tokenizer.json; begin: (id,) of a start token that the library is to put before every text.
+    Raises UserError where the tokenizers library cannot do what `tokenizer` does.
+    """
+    text = plain(tokenizer)
+    if not begin:
+        return text
+    import tokenizers
+    theirs, first = tokenizers.Tokenizer.from_str(text), spelling(text, begin[0])
+    template = tokenizers.processors.TemplateProcessing
+    theirs.post_processor = template(f'{first} $A', special_tokens=[(first, begin[0])])
+    return theirs.to_str(pretty=True)
+
+
+def spelling(text, token):
+    """The name that a tokenizer.json with this content has for a token; None for None."""
+    if token is None:
+        return None
+    import tokenizers
+    return tokenizers.Tokenizer.from_str(text).id_to_token(token)
+
+
+def plain(tokenizer):
+    """The content of a tokenizer.json that puts nothing before a text, or what the file itself does."""
     try:
         import tokenizers
     except ImportError:
         raise UserError('writing tokenizer.json takes the tokenizers library: pip install tokenizers') from None
     if isinstance(tokenizer, Reserved):
-        theirs = tokenizers.Tokenizer.from_str(to_json(tokenizer.inner))
+        theirs = tokenizers.Tokenizer.from_str(plain(tokenizer.inner))
         theirs.add_special_tokens([f'<{n}>' for n in range(tokenizer.more['reserved'])])
         if theirs.token_to_id('<0>') != tokenizer.inner.vocab_size or theirs.get_vocab_size() != tokenizer.vocab_size:
             raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: its reserved ones have no place in a tokenizer.json')

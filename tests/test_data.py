@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -103,14 +104,80 @@ def test_document_rows_are_padded_masked_and_cropped(corpus):
     folder, docs = corpus
     data = Mixture(folder, 'train', 30, seed=1, packing='document')
     x, y = data.rows(range(97))
-    whole = {tuple(d) for d in docs['train']}
-    crops = {tuple(d[i:i + 31]) for d in docs['train'] for i in range(len(d) - 30)}
+    begun = [np.append(63, d) for d in docs['train']]  # 63: the end of text, which stands before every document too
+    whole = {tuple(d) for d in begun}
+    crops = {tuple(d[i:i + 31]) for d in begun for i in range(len(d) - 30)}
     for row_x, row_y in zip(x, y):
         n = (row_y >= 0).sum()
         row = (*row_x[:n], row_y[n - 1])
         assert row in (whole if len(row) < 31 else whole | crops) and (row_y[n:] == -1).all() and (row_x[n:] == 0).all()
     again = Mixture(folder, 'train', 30, seed=1, packing='document').rows(range(97 * 3))[0]
     assert np.array_equal(again[:97], x) and len({tuple(r) for r in again}) > len({tuple(r) for r in x})  # another crop each epoch
+
+
+def with_meta(folder, to, **fields):
+    """A copy of a prepared folder whose meta.json has these fields too; None: not at all."""
+    shutil.copytree(folder, to)
+    meta = read_meta(folder) | fields
+    (to / 'meta.json').write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    return str(to)
+
+
+@pytest.mark.parametrize('fields, begin', [({}, (63,)), ({'bos': 5}, (5,)), ({'eot': None}, ()), ({'bos': 5, 'eot': None}, (5,))], ids=str)
+def test_a_document_begins_with_the_start_token_and_each_of_its_tokens_is_a_target_once(corpus, tmp_path, fields, begin):
+    docs, folder = corpus[1], with_meta(corpus[0], tmp_path / 'c', **fields)
+    for split in ('train', 'val'):
+        source = Source(folder, split, 64, 'document')
+        x, y = source.batch([source.example(n, noise=n) for n in range(source.rows)])
+        assert source.begin == begin
+        for row_x, row_y, d in zip(x, y, docs[split], strict=True):
+            row = np.append(begin, d).astype(int)
+            assert np.array_equal(row_x[:len(row) - 1], row[:-1]) and np.array_equal(row_y[row_y >= 0], row[1:])
+        assert source.tokens_per_row() * source.rows == pytest.approx((y >= 0).sum())
+        if begin:  # the start token is no target, so bits per byte are exact
+            assert (y >= 0).sum() * source.bytes_per_token() == pytest.approx(source.files.bytes)
+        assert source.begin == begin and Source(folder, split, 64, 'stream').begin == ()
+    x, y = Mixture(folder, 'train', 64, seed=1, packing='document').rows(range(97))
+    assert (x[:, 0] == begin[0]).all() if begin else len(set(x[:, 0])) > 1
+
+
+def test_a_crop_has_the_start_token_only_where_the_document_begins(tmp_path):
+    docs = write_dataset(tmp_path / 'c', documents=30)['train']
+    source = Source(str(tmp_path / 'c'), 'train', 8, 'document')
+    number = int(np.argmax([len(d) for d in docs]))
+    begun = np.append(63, docs[number])
+    places = [tuple(begun[n:n + 9]) for n in range(len(begun) - 8)]
+    crops = [tuple(source.row(number, noise)) for noise in range(100 * len(places))]
+    counts = np.array([crops.count(place) for place in places])
+    assert counts.sum() == len(crops) and (abs(counts - 100) < 50).all()  # each place alike, the first one too
+    fits = next(n for n, d in enumerate(docs) if len(d) == 8)
+    assert source.row(fits).tolist() == [63, *docs[fits]]  # a document of block_size tokens is whole
+
+
+def test_a_checkpoint_decides_what_its_rows_begin_with(corpus):
+    old = Source(corpus[0], 'val', 64, 'document', begin=())
+    assert np.array_equal(old.row(0), corpus[1]['val'][0]) and old.tokens_per_row() == np.mean([len(d) - 1 for d in corpus[1]['val']])
+    assert Source(corpus[0], 'val', 64, 'document', begin=[7]).row(0)[0] == 7
+    assert Source(corpus[0], 'val', 64, 'stream', begin=[7]).begin == ()
+
+
+def test_the_fingerprint_knows_the_start_token_where_rows_have_one(corpus, tmp_path):
+    other = with_meta(corpus[0], tmp_path / 'c', bos=5)
+
+    def prints(packing, **more):
+        return [list(Mixture(folder, 'train', 16, seed=1, packing=packing, **more).fingerprint().values())[0] for folder in (corpus[0], other)]
+    assert len(set(prints('stream'))) == 1 and len(set(prints('document'))) == 2
+    assert prints('document', begin=()) == prints('stream')
+
+
+def test_a_start_token_that_cannot_be_is_refused(corpus, tmp_path):
+    for n, bos in enumerate((64, -1, 'x', True)):
+        with pytest.raises(UserError, match='bos is not what it can be'):
+            read_meta(with_meta(corpus[0], tmp_path / str(n), bos=bos))
+    other = with_meta(corpus[0], tmp_path / 'other', bos=5)
+    with pytest.raises(UserError, match='begin with token 63, those of .*other with token 5: prepare both again'):
+        Mixture({corpus[0]: 1, other: 1}, 'train', 16, seed=1, packing='document')
+    Mixture({corpus[0]: 1, other: 1}, 'train', 16, seed=1)
 
 
 # --- mixtures ---

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import hub
+import sample
 from configurator import UserError
 from families import FAMILIES, name_rows, nearest
 from growth import fold
@@ -28,9 +29,9 @@ LLAMA = dict(mlp='swiglu', qk_norm=False)
 GPT2 = dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
 
-def written(out_dir, model, tokenizer):
-    """out_dir of a run with this model and tokenizer."""
-    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': tokenizer.describe()}
+def written(out_dir, model, tokenizer, **more):
+    """out_dir of a run with this model and tokenizer; more: of its state.json."""
+    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': tokenizer.describe(), **more}
     checkpoint.save(str(out_dir), 0, model.state_dict(), {}, state)
     return str(out_dir)
 
@@ -216,3 +217,15 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     done = run('hub.py', 'export', f'--out_dir={out_dir}', f'--to={tmp_path}/new')
     assert done.returncode == 0 and 'of the family llama' in done.stdout
     assert json.loads((tmp_path / 'new/config.json').read_text())['architectures'] == ['LlamaForCausalLM']
+
+
+def test_a_text_begins_with_the_start_token_there_too(tmp_path):
+    """A network that was trained on documents: transformers puts the token before a text, and so do we when we read the folder."""
+    model = network(**LLAMA)
+    hub.export(hub.ExportSettings(written(tmp_path / 'run', model, ByteTokenizer(), begin=[256]), f'{tmp_path}/hf'))
+    assert AutoTokenizer.from_pretrained(f'{tmp_path}/hf')('ab').input_ids == [256, 97, 98]
+    assert sample.load(f'hf:{tmp_path}/hf')[1].begin == sample.load(f'{tmp_path}/run')[1].begin == (256,)
+    for begin in ([], [10]):
+        hub.export(hub.ExportSettings(written(tmp_path / f'run{begin}', model, ByteTokenizer(), begin=begin), f'{tmp_path}/hf{begin}'))
+        theirs_ = AutoTokenizer.from_pretrained(f'{tmp_path}/hf{begin}')
+        assert theirs_('ab').input_ids == [*begin, 97, 98] and theirs_.bos_token_id == (begin or [256])[0] and theirs_.eos_token_id == 256

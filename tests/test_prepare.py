@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import prepare
 import sources
 from configurator import UserError, run_main
-from data import TokenFiles
+from data import Source, TokenFiles
 from prepare import Settings
 from sources import Reader, divide, documents, find_files
 from tokenizer import load_tokenizer, new_tokenizer
@@ -85,6 +85,18 @@ def test_the_bytes_on_disk(tmp_path):
         {'file': 'train_00000.bin', 'tokens': 8, 'documents': 2, 'bytes': 6, 'bytes_on_disk': 16,
          'sha256': digest['train_00000.bin'], 'idx_sha256': digest['train_00000.idx']}]}
     assert meta['splits']['val']['bytes'] == 3 + 2 + 4
+
+
+def test_meta_json_names_the_start_token_that_the_tokenizer_has(tmp_path):
+    write_jsonl(tmp_path / 'x.jsonl', ['hello', 'good bye', 'once', 'twice'])
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[SEP]', '[CLS]', *letters, *(f'##{c}' for c in letters)]) + '\n')
+    for reserve in (0, 4):
+        meta = do(tmp_path / f'bert{reserve}', tmp_path / 'x.jsonl', tokenizer=str(tmp_path / 'vocab.txt'), val_fraction=0.5, split='tail', reserve=reserve)
+        assert (meta['bos'], meta['eot']) == (3, 2) and 'bos' not in meta['tokenizer']
+        source = Source(str(tmp_path / f'bert{reserve}'), 'train', 16, 'document')
+        assert all(source.row(n)[0] == 3 and source.row(n)[-1] == 2 for n in range(source.rows))
+    assert 'bos' not in do(tmp_path / 'bytes', tmp_path / 'x.jsonl', split='tail', val_fraction=0.5)
 
 
 def test_large_vocabularies_take_32_bits_and_small_ones_16(tmp_path):

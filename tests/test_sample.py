@@ -1,6 +1,9 @@
 """Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
 import collections
+import hashlib
 import io
+import json
+import random
 import sys
 
 import pytest
@@ -11,10 +14,14 @@ from hypothesis import strategies as some
 
 import checkpoint
 import sample
+import tasks
 from configurator import UserError
+from data import TokenFiles, read_meta
 from model import ModelConfig, Transformer
 from packed import Packed, pack
-from sample import KVCache, NotFinite, Row, beam_search, converse, draw, generate, step, stream
+from prepare import Settings as PrepareSettings
+from prepare import prepare
+from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
 from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
@@ -378,3 +385,81 @@ def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_pat
     weights = {name: t[:128] if len(t) == 320 else t for name, t in weights.items()}  # of the padded vocabulary
     folder = checkpoint.save(str(tmp_path), 1, weights, {}, state)
     assert '257 tokens, the network 128' in one_line(run('sample.py', f'--out_dir={folder}'))
+
+
+# --- the start of a document ---
+
+@pytest.fixture(scope='module')
+def documents(tmp_path_factory):
+    """A run with a document a row: each begins with Z, then other capital letters than Z, and ends after a few."""
+    folder, draw = tmp_path_factory.mktemp('documents'), random.Random(0)
+    with open(folder / 'texts.jsonl', 'w') as f:
+        for _ in range(300):
+            f.write(json.dumps({'text': 'Z' + ''.join(draw.choices('ABC', k=draw.randint(3, 25)))}) + '\n')
+    prepare(PrepareSettings([f'{folder}/texts.jsonl'], out=f'{folder}/data', tokenizer='byte', val_fraction=0.2, num_proc=1))
+    done = train(folder / 'out', '--packing=document', '--max_iters=60', '--eval_interval=30', '--sample_tokens=5', '--sample_prompt=', dataset=folder / 'data')
+    assert done.stdout.count('    | Z') == 2  # of the three samples but the first, of a network that has learned nothing
+    return folder / 'out'
+
+
+def without_start_token(folder, to):
+    """The checkpoint of a run as it was when rows of documents had no start token."""
+    found = checkpoint.find(str(folder))
+    state = {key: value for key, value in checkpoint.load_state(found).items() if key != 'begin'}
+    meta = read_meta(state['settings']['dataset'])
+    state['data'] = {name: hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest() for name in state['data']}
+    state['settings']['out_dir'] = str(to)
+    checkpoint.save(str(to), state['step'], checkpoint.read_weights(found), torch.load(f'{found}/optimizer.pt', weights_only=True), state)
+    (to / 'settings.json').write_text(json.dumps(state['settings']))
+    return str(to)
+
+
+def test_a_network_knows_how_a_document_begins(documents):
+    network, tokenizer = load(str(documents))
+    assert tokenizer.begin == (256,) == tuple(checkpoint.load_state(checkpoint.find(str(documents)))['begin'])
+    assert encode_prompt('', tokenizer, network.cfg)[0] == [256] and encode_prompt('ZA', tokenizer, network.cfg)[0] == [256, 90, 65]
+    first = network(torch.tensor([[256]]))[0, -1].log_softmax(-1)
+    assert -first[90] < 0.1
+    done = run('sample.py', f'--out_dir={documents}', '--start=', '--num_samples=20', '--max_new_tokens=5', '--top_k=1')
+    assert done.stdout.count('Z') == 20 and done.stdout.startswith('Z'), done.stdout
+
+
+def test_texts_and_tasks_begin_with_the_start_token_too(documents):
+    network, tokenizer = load(str(documents))
+    ids = tokenizer.encode('ZABC')
+    wanted = torch.nn.functional.cross_entropy(network(torch.tensor([[256, *ids[:-1]]]))[0], torch.tensor(ids), reduction='sum').item()
+    nats, count, _ = tasks.score_text(network, tokenizer, 'ZABC', 8, torch.device('cpu'), 'float32')
+    assert count == 4 and nats == pytest.approx(wanted, abs=1e-4)
+    assert tasks.encode_pair(tokenizer, '', 'ZA') == ([256], [90, 65]) and tasks.encode_pair(tokenizer, 'ZA', 'B') == ([256, 90, 65], [66])
+    long = tasks.score(network, [tasks.encode_pair(tokenizer, 'ZA' * 40, 'B')], torch.device('cpu'), 'float32')[0][0]
+    window = torch.tensor([(tokenizer.encode('ZA' * 40))[-32:]])  # from the middle: no start token
+    assert long == pytest.approx(network(window)[0, -1].log_softmax(-1)[66].item(), abs=1e-4)
+
+
+def test_a_checkpoint_from_before_start_tokens_is_read_as_it_was_trained(documents, tmp_path):
+    old = without_start_token(documents, tmp_path / 'old')
+    network, tokenizer = load(old)
+    assert tokenizer.begin == () and encode_prompt('ZA', tokenizer, network.cfg)[0] == [90, 65] and encode_prompt('', tokenizer, network.cfg)[0] == [256]
+    assert tasks.encode_pair(tokenizer, 'ZA', 'B') == ([90, 65], [66]) and tasks.encode_pair(tokenizer, '', 'Z') == ([256], [90])
+    files = TokenFiles(f'{documents.parent}/data', 'val')
+    for folder, targets in ((documents, files.tokens), (old, files.tokens - files.documents)):
+        assert f'all {targets:,} targets' in run('evaluate.py', 'loss', f'--out_dir={folder}').stdout
+    args = ['--packing=document', '--max_iters=70', '--eval_interval=30']
+    error = one_line(train(old, *args, dataset=documents.parent / 'data', check=False))
+    assert f'packing=document: rows begin with token 256 here, those of the run in {old} without a start token: give another --out_dir' in error
+    only = train(old, '--eval_only', dataset=documents.parent / 'data').stdout
+    new = train(documents, '--eval_only', dataset=documents.parent / 'data').stdout
+    assert float(only.split('val_loss ')[1].split(',')[0]) != float(new.split('val_loss ')[1].split(',')[0])
+    train(tmp_path / 'next', *args, f'--init_from={old}', '--max_iters=1', dataset=documents.parent / 'data')  # the weights begin another run
+    assert load(str(tmp_path / 'next'))[1].begin == (256,)
+
+
+def test_an_adapter_trained_on_documents_speaks_from_their_start(documents, trained, tmp_path):
+    train(tmp_path / 'lora', f'--init_from={trained}', '--lora_rank=2', '--packing=document', '--max_iters=1', '--n_embd=48',
+          dataset=documents.parent / 'data')
+    network, tokenizer = load(str(trained))
+    assert tokenizer.begin == ()
+    (_, _, begin), = add_voices(network, tokenizer, [f'{tmp_path}/lora'], str(trained))
+    assert begin == (256,) == load(str(tmp_path / 'lora'))[1].begin
+    run('surgery.py', 'merge', f'--from={tmp_path}/lora', f'--out_dir={tmp_path}/merged', '--dataset=none')
+    assert load(f'{tmp_path}/merged')[1].begin == (256,)

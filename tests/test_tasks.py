@@ -103,6 +103,28 @@ def test_the_harness_runs_on_our_models_by_itself(folder, tmp_path, monkeypatch)
     assert "lm-eval has no such task" in run('evaluate.py', *args, '--tasks=ours_choices,nothing').stderr
 
 
+def test_every_context_begins_with_the_start_token_in_the_harness_too(folder, monkeypatch):
+    lm_eval = pytest.importorskip('lm_eval')
+    from lm_eval.api.instance import Instance
+    network, tokenizer = load(f'hf:{folder}')
+    tokenizer.begin = (7,)
+    ids_of = tokenizer.encode
+    assert encode_pair(tokenizer, '', 'b') == ([7], ids_of('b'))
+    assert encode_pair(tokenizer, 'a', ' b') == ([7, *ids_of('a')], ids_of(' b'))
+    monkeypatch.setattr(lm_eval, 'simple_evaluate', lambda model, **_: model)
+    monkeypatch.setattr('lm_eval.tasks.TaskManager', lambda include_path: None)  # reads all tasks: ten seconds
+    lm = harness.evaluate(network, tokenizer, [], 0, 0, CPU, 'float32')
+    pairs = [('', 'b'), ('a', ' b'), ('', 'the cat')]
+    found = lm.loglikelihood([Instance('loglikelihood', {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    assert found == score(network, [encode_pair(tokenizer, *pair) for pair in pairs], CPU, 'float32')
+    rolling = lm.loglikelihood_rolling([Instance('loglikelihood_rolling', {}, ('the cat',), 0)])
+    assert rolling == [pytest.approx(found[2][0], abs=1e-4)]
+    written = lm.generate('a', {'max_gen_toks': 5})
+    prompt = [7, *ids_of('a')]
+    ids = [int(row[0]) for row in generate(network, [prompt], 5, temperature=0)]
+    assert written == tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)):]
+
+
 def test_the_harness_lets_our_models_write(model, tmp_path):
     """generate_until: greedy, up to a stop string or so many tokens; the end of a long prompt."""
     pytest.importorskip('lm_eval')

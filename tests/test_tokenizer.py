@@ -14,7 +14,7 @@ from tiktoken_ext import openai_public
 
 import tokenizer as module
 from configurator import UserError
-from tokenizer import char_tokenizer, load_tokenizer, new_tokenizer
+from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer
 from tokenizer_json import to_json
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
@@ -70,6 +70,28 @@ def every_kind(files, toy_tiktoken):
     return {**{kind: new_tokenizer(kind) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base')},
             **{name: new_tokenizer(str(files / name)) for name in names},
             'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]), 'no eot': char_tokenizer('abc', eot=False)}
+
+
+# --- the start of a document ---
+
+def test_a_document_starts_with_the_tokenizer_s_own_beginning_of_text(every_kind, files, tmp_path):
+    starts = {name: tokenizer.start() for name, tokenizer in every_kind.items()}
+    sp = every_kind['mistral.model'].sp
+    assert starts.pop('mistral.model') == (sp.bos_id(),) and sp.bos_id() >= 0
+    for name in ('cased.txt', 'uncased.txt'):
+        tokenizer = every_kind[name]
+        assert starts.pop(name) == (tokenizer.tokenizer.token_to_id('[CLS]'),) == Reserved(tokenizer, 3).start()
+    t5 = every_kind['t5.model']
+    assert starts.pop('t5.model') == t5.bos()
+    assert set(starts.values()) == {()}
+    theirs = tokenizers.Tokenizer.from_file(str(files / 'tokenizer.json'))
+    special = [('<|endoftext|>', theirs.token_to_id('<|endoftext|>')), ('a', theirs.token_to_id('a'))]
+    for around, start, bos in (('a $A', 1, 1), ('a $A <|endoftext|>', 1, 0), ('$A <|endoftext|>', 0, 0), ('<|endoftext|> $A', 1, 1)):
+        theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around, special_tokens=special)
+        theirs.save(str(tmp_path / 'tokenizer.json'))
+        tokenizer = new_tokenizer(str(tmp_path / 'tokenizer.json'))
+        first = (theirs.token_to_id(around.split()[0]),)
+        assert (tokenizer.start(), tokenizer.bos()) == (first * start, first * bos)
 
 
 # --- round trips ---
