@@ -98,20 +98,6 @@ class OptimConfig:
         """The name of the setting that holds the highest rate of the blocks' matrices."""
         return 'muon_lr' if self.uses_muon else 'learning_rate'
 
-    @property
-    def uses_muon(self):
-        """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer that has no code here."""
-        if self.optimizer == 'adamw':
-            return False
-        if self.optimizer in ('muon', 'spectron'):
-            return True
-        raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw, muon or spectron')
-
-    @property
-    def main_rate(self):
-        """The name of the setting that holds the highest rate of the blocks' matrices."""
-        return 'muon_lr' if self.uses_muon else 'learning_rate'
-
 
 # -----------------------------------------------------------------------------
 # AdamW, and Muon for the matrices
