@@ -164,6 +164,12 @@ def prepare_out_dir(out_dir, step, settings):
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
         set_aside(out_dir, step, settings)
         os.makedirs(out_dir, exist_ok=True)
+    write_settings(out_dir, settings)
+
+
+def write_settings(out_dir, settings):
+    """Write settings.json."""
+    with writing(f'out_dir={out_dir}', 'make room, or give another'):
         replace_json(os.path.join(out_dir, 'settings.json'), settings)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from chinchilla import optima, table
 from configurator import UserError, check, read_config
-from device import peak_flops
+from device import peak_flops, process_age
 from model import ModelConfig, make_model
 
 TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
@@ -30,7 +30,8 @@ class PlanConfig:
     depth: int = 0  # layers; one of these four settings, or several, and the rest is derived and printed. 0 = not set, here and below
     params: float = 0.0  # about so many parameters
     tokens: float = 0.0  # about so many tokens to train on, by default 20 a parameter
-    minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts
+    minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts,
+    # and max_iters is fitted again at every evaluation
 
     plan: bool = False  # print what tokens, flops or hours want by several laws, and the network with 20 tokens a parameter, then stop
     flops: float = 0.0  # with plan: of the whole run
@@ -172,9 +173,15 @@ def intervals(count):
     return {'eval_interval': -(-count // 5), 'eval_iters': 20, 'log_interval': max(1, count // 50)}
 
 
+# -----------------------------------------------------------------------------
+# The minutes
+
+EVALUATION = 20 / 3  # the work of an evaluation in micro-batches of training: 20 batches, each a third of one's work
+
+
 def fit_minutes(s, derived, seconds_per_step, elapsed):
     """Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and the intervals that follow."""
-    evaluations = 6 * 20 / 3 / s.gradient_accumulation_steps  # in steps: six, of 20 batches, each a third of a training step's work
+    evaluations = 6 * EVALUATION / s.gradient_accumulation_steps  # in steps
     count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
     if count < 10:
         raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
@@ -182,3 +189,45 @@ def fit_minutes(s, derived, seconds_per_step, elapsed):
     for name, value in ({'max_iters': round(count)} | intervals(round(count))).items():
         if name in derived:
             setattr(s, name, value)
+
+
+class Pace:
+    """
+    How fast a run of s.minutes goes, and how many steps are left: the machine may slow down or be free again after the
+    first fit. clock() returns the seconds since this process began, `earlier` are those of the run's processes before it.
+    """
+    SMALL = 0.02  # a change of max_iters by less is not worth a bend in the schedule
+
+    def __init__(self, s, clock=None):
+        self.s, self.clock, self.earlier = s, clock or process_age, 0.0
+        self.ends = []  # when the last evaluation ended, and every step since then
+        self.evaluation = None  # seconds that the last one took, with checkpoint and samples
+
+    def elapsed(self):
+        """Seconds of the run."""
+        return self.earlier + self.clock()
+
+    def end_step(self):
+        self.ends.append(self.elapsed())
+
+    def end_evaluation(self, began, compiled):
+        """began: elapsed() then; compiled: whether it had to be compiled first."""
+        if not compiled:
+            self.evaluation = self.elapsed() - began
+        self.ends = [self.elapsed()]
+
+    def fit(self, step):
+        """The max_iters with which the run ends after s.minutes, as seen from an evaluation at `step` that is to come."""
+        steps = len(self.ends) - 1
+        if steps < 1:  # the run has gone on from a checkpoint of this step, whose fit it keeps
+            return self.s.max_iters
+        recent = max(min(5, steps), steps // 4)
+        per_step = (self.ends[-1] - self.ends[-1 - recent]) / recent
+        evaluation = self.evaluation
+        if evaluation is None:
+            evaluation = EVALUATION / self.s.gradient_accumulation_steps * per_step
+        left = max(0.0, 60 * self.s.minutes - self.elapsed() - evaluation)
+        intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
+        more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)  # the end is an evaluation too
+        count = max(step + round(more), self.s.rank_guide)
+        return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count

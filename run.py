@@ -27,7 +27,7 @@ from objectives import make_objective, stored_begin
 from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
 from packed import pack_frozen
-from plan import plan
+from plan import Pace, plan
 from shard import gather, give_numbers, give_out, group_size, shard_model
 
 # -----------------------------------------------------------------------------
@@ -90,7 +90,9 @@ class Run:
     left_out: set  # steps without data
     losses: Losses  # of the last steps
     writer: checkpoint.Writer
+    pace: Pace
     first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
+    fits: list = field(default_factory=list)  # with minutes: [step, the max_iters set there]
     to_compile: set = field(default_factory=set)  # of 'step' and 'evaluation': what is compiled when it first runs
     skipped: int = 0  # steps of this process whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
@@ -173,7 +175,7 @@ def set_up(s, device, ranks, left_out):
     run = Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
-               checkpoint.Writer(s.async_save), undivided=undivided)
+               checkpoint.Writer(s.async_save), Pace(s), undivided=undivided, fits=begun.get('fits', []))
     if s.compile:
         run.to_compile = {'step', 'evaluation'}
     return run
@@ -240,6 +242,8 @@ def save(s, step, run, ranks):
                  'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
         if s.lora_rank:
             state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
+        if s.minutes:
+            state['fits'] = list(run.fits)
         if s.rewind_spikes or run.left_out:
             state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]

@@ -28,7 +28,7 @@ import faults
 import lora
 from configurator import FilePath, UserError, configure, leave, run_main
 from data import DataConfig, Mixture, splitmix
-from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, process_age, zero
+from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
 from growth import GrowConfig
 from guard import GuardConfig, Losses, Spike, StopSignal, check_alike, not_finite
 from loss import evaluate, reading
@@ -181,15 +181,23 @@ def ask(teacher, x, s, **more):
 # The dial
 
 def spend_minutes(run, s, ranks, stop):
-    """Time five steps after three, leave no trace of them, and set max_iters so that the whole process takes s.minutes. Returns whether to stop."""
+    """
+    Compile what is to be compiled, time five steps after three, leave no trace of them, and set max_iters so that the whole
+    process takes s.minutes. Returns whether to stop.
+    """
     weights, times = {name: t.clone() for name, t in run.model.state_dict().items()}, []
     for step in range(8):
-        began = time.perf_counter()
+        began = run.pace.elapsed()
         with compiling(run, 'step', ranks):
             _, _, norm, stopping, _ = train_step(run, s, step, ranks, bool(stop))
         norm.item()  # waits for the device
-        times.append(time.perf_counter() - began)
+        times.append(run.pace.elapsed() - began)
         if stopping:
+            return True
+    if 'evaluation' in run.to_compile:
+        with compiling(run, 'evaluation', ranks):
+            result = evaluate(run.model, run.val, dataclasses.replace(s, eval_iters=4), ranks, stop)  # a single pass
+        if result is None:
             return True
     run.model.load_state_dict(weights)
     run.optimizer.state.clear()
@@ -197,10 +205,24 @@ def spend_minutes(run, s, ranks, stop):
         run.model.take_loads()
 
     def fit():
-        fit_minutes(s, run.planned, sorted(times[3:])[2], process_age())
+        fit_minutes(s, run.planned, sorted(times[3:])[2], run.pace.elapsed())
         return s.max_iters, s.eval_interval, s.log_interval
     s.max_iters, s.eval_interval, s.log_interval = ranks.from_first(fit)
+    run.fits.append([0, s.max_iters])
     return False
+
+
+def fit_again(s, step, run, ranks):
+    """
+    Set max_iters anew at an evaluation, before its checkpoint is written: whoever goes on from there makes the same steps,
+    as their rates follow from max_iters.
+    """
+    before = s.max_iters
+    s.max_iters = ranks.from_first(partial(run.pace.fit, step))
+    if s.max_iters != before:
+        run.fits.append([step, s.max_iters])
+        ranks.from_first(partial(checkpoint.write_settings, s.out_dir, dataclasses.asdict(s)))
+        ranks.say(f'step {step}: minutes={s.minutes:g}: {run.pace.elapsed():.0f} seconds are gone, max_iters={s.max_iters} in place of {before}')
 
 
 # -----------------------------------------------------------------------------
@@ -232,6 +254,7 @@ def train(s, device, ranks, stop, left_out=()):
 
     ranks.from_first(partial(claim_out_dir, s, step))
     log = Log(s, step, ranks)
+    run.pace.earlier = log.seconds
     evaluated, run.best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
     stopping, run.saved = False, step or None
@@ -262,6 +285,8 @@ def train(s, device, ranks, stop, left_out=()):
         with compiling(run, 'step', ranks):
             new_nats, new_targets, norm, stopping, skipped = train_step(run, s, step, ranks, bool(stop))
         count_skipped(run, s, skipped, step, ranks)
+        if s.minutes:
+            run.pace.end_step()
         nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
         loads = loads + expert_loads(run, ranks) if s.n_expert else None
         run.flops += run.flops_per_step
@@ -293,6 +318,9 @@ def save_once(s, step, run, ranks, most=1):
 
 def evaluation(s, step, run, log, ranks, stop):
     """What is due every eval_interval steps: the validation loss, samples, a checkpoint. Returns False where a signal ended it before that was known."""
+    began, compiled = run.pace.elapsed(), 'evaluation' in run.to_compile
+    if s.minutes and step < s.max_iters:
+        fit_again(s, step, run, ranks)
     if step and s.always_save_checkpoint:
         save_once(s, step, run, ranks, most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
     faults.at('evaluation', step)
@@ -312,6 +340,7 @@ def evaluation(s, step, run, log, ranks, stop):
     log.write(step, tokens=run.tokens(step), flops=run.flops, **result, peak_memory_bytes=peak_memory(ranks.device))
     faults.at('sample', step)
     show_samples(run.model, s, run.data, ranks, stop)
+    run.pace.end_evaluation(began, compiled)
     return True
 
 

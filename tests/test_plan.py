@@ -2,15 +2,20 @@
 import json
 import math
 import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line, run
+from conftest import one_line, read_log, run, run_here, sha256
 
+import checkpoint
+import faults
+import train as training
 from configurator import UserError
-from plan import batch_tokens, plan, shape, size
+from plan import Pace, batch_tokens, fit_minutes, plan, shape, size
+from runlog import Log
 from train import Settings
 
 CPU = torch.device('cpu')
@@ -105,6 +110,119 @@ def test_weights_from_elsewhere_have_a_network_already():
         planned(depth=2, init_from='hf:somewhere')
 
 
+# --- minutes: the clock is not real ---
+
+MACHINES = {'steady': lambda now: 0.5, 'half as fast midway': lambda now: 0.5 if now < 150 else 1.0,
+            'twice as fast midway': lambda now: 0.5 if now < 150 else 0.25, 'busy at first': lambda now: 2.0 if now < 40 else 0.3,
+            'noisy': lambda now: 0.3 + 0.4 * (now % 1.7) / 1.7, 'a pause': lambda now: 40 if 100 < now < 120 else 0.5}
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+@pytest.mark.parametrize('seconds_per_evaluation', [0.1, 3.3, 8.0])
+def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_per_evaluation):
+    now, step, fits, seconds_per_step = 10.0, 0, [], MACHINES[machine]
+    s = Settings(minutes=5, gradient_accumulation_steps=1)
+    pace = Pace(s, lambda: now)
+    fit_minutes(s, {'max_iters', 'eval_interval', 'log_interval'}, seconds_per_step(now), now)
+    while True:  # as train() does
+        if step % s.eval_interval == 0 or step >= s.max_iters:
+            began = now
+            if step < s.max_iters:
+                fits.append(pace.fit(step))
+                s.max_iters = fits[-1]
+            now += seconds_per_evaluation
+            pace.end_evaluation(began, compiled=False)
+        if step >= s.max_iters:
+            break
+        now, step = now + seconds_per_step(now), step + 1
+        pace.end_step()
+    assert now == pytest.approx(300, rel=0.05), fits
+    assert (machine, seconds_per_evaluation) != ('steady', 3.3) or len(set(fits)) == 1  # as fit_minutes() expects
+
+
+def test_a_compilation_is_not_the_pace_of_what_follows():
+    now = 0.0
+    s = Settings(minutes=1, max_iters=100, eval_interval=20, gradient_accumulation_steps=1)
+    pace = Pace(s, lambda: now)
+    assert pace.fit(0) == 100  # nothing is known yet
+    for seconds in (20.0, 0.1):  # to compile, to evaluate
+        began, now = now, now + seconds
+        pace.end_evaluation(began, compiled=seconds > 1)
+    for _ in range(20):
+        now += 0.5
+        pace.end_step()
+    assert pace.evaluation == pytest.approx(0.1) and pace.fit(20) == pytest.approx(20 + 2 * (60 - now), abs=1)
+    pace.earlier = 45.0  # another process has taken these
+    assert pace.fit(20) == 20
+
+
+class Machine:
+    """Runs train.py with a clock that only its steps move."""
+    def __init__(self, patch, seconds_per_step):
+        self.now = 0.0
+        for module in ('plan', 'runlog'):
+            patch.setattr(f'{module}.process_age', lambda: self.now)
+        train_step = training.train_step
+
+        def timed(*args):
+            self.now += seconds_per_step(self.now)
+            return train_step(*args)
+        patch.setattr(training, 'train_step', timed)
+
+    def run(self, dataset, out_dir, *args):
+        self.now = 2.0  # to begin
+        Log.EARLIER.clear()  # as in a new process
+        small = ['--depth=1', '--minutes=0.5', '--batch_size=4', '--gradient_accumulation_steps=1', '--log_interval=1']
+        return run_here(['train.py', f'--dataset={dataset}', f'--out_dir={out_dir}', *small, *DIAL, *args])
+
+
+def end_of(out_dir):
+    """(state, weights) of the newest checkpoint."""
+    folder = checkpoint.find(str(out_dir))
+    return checkpoint.load_state(folder), checkpoint.read_weights(folder)
+
+
+def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, tmp_path, monkeypatch):
+    machine = Machine(monkeypatch, lambda now: 0.3 if now < 15 else 0.6)
+    done = machine.run(dataset, tmp_path / 'whole')
+    assert done.returncode == 0 and machine.now == pytest.approx(30, rel=0.05), done.stderr
+    state, weights = end_of(tmp_path / 'whole')
+    fits, settings = state['fits'], json.loads((tmp_path / 'whole' / 'settings.json').read_text())
+    assert len(fits) > 1 and fits[-1][1] == state['step'] == state['settings']['max_iters'] == settings['max_iters']
+    assert f'max_iters={fits[-1][1]} in place of {fits[-2][1]}' in done.stdout
+    losses = {r['step']: r['train_loss'] for r in read_log(tmp_path / 'whole') if 'train_loss' in r}
+
+    monkeypatch.setattr(faults, 'at', faults.happen)  # after the last evaluation that could fit again
+    interval = settings['eval_interval']
+    monkeypatch.setattr(faults, 'FAULTS', [('step', str((state['step'] - 1) // interval * interval + 1), '', 'term')])
+    assert machine.run(dataset, tmp_path / 'parts').returncode == 128 + signal.SIGTERM
+    monkeypatch.setattr(faults, 'FAULTS', [])
+    assert machine.run(dataset, tmp_path / 'parts').returncode == 0
+    again, same_weights = end_of(tmp_path / 'parts')
+    assert again['fits'] == fits and again['step'] == state['step']
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert losses == {r['step']: r['train_loss'] for r in read_log(tmp_path / 'parts') if 'train_loss' in r}
+
+
+def test_an_older_run_of_minutes_goes_on(dataset, tmp_path, monkeypatch):
+    """Its checkpoint knows nothing of fits."""
+    machine = Machine(monkeypatch, lambda now: 0.3)
+    monkeypatch.setattr(faults, 'at', faults.happen)
+    monkeypatch.setattr(faults, 'FAULTS', [('step', '5', '', 'term')])
+    assert machine.run(dataset, tmp_path).returncode == 128 + signal.SIGTERM
+    monkeypatch.setattr(faults, 'FAULTS', [])
+    folder = Path(checkpoint.find(str(tmp_path)))
+    state = checkpoint.load_state(str(folder))
+    del state['fits']
+    (folder / 'state.json').write_text(json.dumps(state))
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size, 'sha256': sha256(folder / 'state.json')}
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    done = machine.run(dataset, tmp_path)
+    assert done.returncode == 0 and 'at step 6' in done.stdout, done.stderr
+    assert end_of(tmp_path)[0]['step'] == end_of(tmp_path)[0]['fits'][-1][1]
+
+
 # --- as a user runs it ---
 
 DIAL = ['--device=cpu', '--dtype=float32', '--sample_tokens=0', '--block_size=32', '--compile=False']
@@ -130,15 +248,16 @@ def test_minutes_are_those_of_the_whole_process(dataset, tmp_path):
     assert len({r['tokens'] / r['step'] for r in records if r['step']}) == 1 and records[-1]['seconds'] < 25
 
 
-def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path):
-    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/a', '--minutes=0.2', '--depth=1', *DIAL)
+def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path, monkeypatch):
+    done = Machine(monkeypatch, lambda now: 0.3).run(dataset, tmp_path / 'a')
     assert done.returncode == 0, done.stderr
-    steps = json.loads((tmp_path / 'a' / 'settings.json').read_text())
-    again = [f'--{name}={steps[name]}' for name in re.findall(r'--(\w+)=', re.search('derived: (.*)', done.stdout).group(1))]
-    plain = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/b', *again, *DIAL)
+    derived = dict(re.findall(r'--(\w+)=(\S+)', re.search('derived: (.*)', done.stdout).group(1)))
+    again = [f'--{name}={value}' for name, value in (derived | {'batch_size': 4, 'gradient_accumulation_steps': 1, 'log_interval': 1}).items()]
+    plain = run_here(['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/b', *again, *DIAL])
     assert plain.returncode == 0, plain.stderr
-    losses = [[r['train_loss'] for r in map(json.loads, (tmp_path / name / 'log.jsonl').open()) if 'train_loss' in r] for name in 'ab']
-    assert losses[0] == losses[1]
+    until = int(derived['eval_interval'])  # where max_iters is fitted again
+    losses = [{r['step']: r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r and r['step'] <= until} for name in 'ab']
+    assert losses[0] == losses[1] and len(losses[0]) == until
 
 
 def test_another_dial_or_a_step_that_cannot_be_shared_is_refused(dataset, tmp_path):
