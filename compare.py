@@ -233,7 +233,7 @@ def notes(arms, reference):
             lines.append(f'{arm.name}: seed {listed(alone)} has no partner and is left out of the difference')
     runs = [run for arm in arms for run in arm.runs.values()]
     if len({validation(run['settings']) for run in runs}) > 1:
-        lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size, objective): '
+        lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters, objective): '
                      'their losses are not comparable')
     dtypes = {arm.name: sorted({run['settings'].dtype for run in arm.runs.values()}) for arm in arms}
     if len(set(sum(dtypes.values(), []))) > 1:
@@ -247,7 +247,7 @@ def listed(seeds):
 
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
-    return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size, s.objective, s.source_context, str(s.denoisers) * (s.objective == 'ul2')
+    return str(s.dataset), s.packing, s.block_size, s.eval_iters, s.objective, s.source_context, str(s.denoisers) * (s.objective == 'ul2')
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 from data import validation_batch, validation_rows
 from device import autocast, zero
 
+EVAL_ROWS = 12  # that eval_iters counts by, nanoGPT's default batch: a loss does not depend on how many rows fit into memory
+
 
 @torch.no_grad()
 def evaluate(model, sources, s, ranks, stop=False):
@@ -19,9 +21,9 @@ def evaluate(model, sources, s, ranks, stop=False):
     model.eval()
     out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
     for source in sources:
-        numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size), zero(ranks.device), 0
-        height = 4 * s.batch_size  # without gradients, four times the rows fit
+        numbers, nats, targets = validation_rows(source, EVAL_ROWS * s.eval_iters), zero(ranks.device), 0
         mine, most = numbers[ranks.rank::ranks.world], -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
+        height = min(4 * s.batch_size, most)  # without gradients, four times the rows fit
         for loss, count in batch_losses(model, source, mine, height, ranks.device, s.dtype, -(-most // height)):
             nats, targets = nats + loss, targets + count
             ranks.alive()

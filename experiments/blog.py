@@ -141,7 +141,7 @@ def run_one(s):
 # inside the MLP in its low-rank arm only; so is Adam, without weight decay. A toy's scale: 2,048 tokens a step, 4 micro-batches of 8 rows
 
 RIGHT = {'dataset': 'data/stories', 'block_size': 64, 'batch_size': 8, 'gradient_accumulation_steps': 4, 'max_iters': 300, 'n_layer': 6, 'mlp': 'silu',
-         'qk_norm': False, 'weight_decay': 0.0, 'beta2': 0.999, 'dtype': 'bfloat16', 'compile': False, 'eval_interval': 10 ** 6, 'eval_iters': 40,
+         'qk_norm': False, 'weight_decay': 0.0, 'beta2': 0.999, 'dtype': 'bfloat16', 'compile': False, 'eval_interval': 10 ** 6, 'eval_iters': 27,
          'sample_tokens': 0, 'target_val_loss': 1e-9}  # the last: never reached, but a race is not evaluated before its first step
 ARMS = {'dense': {'n_embd': 192, 'n_head': 6},
         'lowrank': {'n_embd': 256, 'n_head': 8, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96, 'mlp_norm': True}}

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
-from data import Mixture
+from data import Mixture, Source, validation_batch, validation_rows
+from loss import evaluate
 from model import ModelConfig, Transformer
 from ranks import Ranks
 from run import Batches, compile_all
@@ -229,6 +231,23 @@ def test_evaluating_every_step_changes_nothing(whole, dataset, tmp_path):
     never = tmp_path / 'never'
     train(never, '--dropout=0.1', '--eval_interval=1000', dataset=dataset)
     assert same(last(whole), last(tmp_path)) and same(last(whole), last(never))
+
+
+def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, zero_init=False))
+    torch.nn.init.normal_(model.wte.weight)
+    source, ranks = Source(dataset, 'val', 8, 'stream'), Ranks('auto', torch.device('cpu'))
+    assert source.rows > 36
+
+    def val_loss(eval_iters, batch_size):
+        s = SimpleNamespace(eval_iters=eval_iters, batch_size=batch_size, dtype='float32')
+        return evaluate(model, [source], s, ranks)['val_loss']
+    for eval_iters, rows in (1, 12), (3, 36), (0, source.rows):
+        x, y = map(torch.from_numpy, validation_batch(source, validation_rows(source, rows), 0))
+        wanted = model(x, y).item()
+        assert [val_loss(eval_iters, n) for n in (1, 4, 5, 8, 1000)] == pytest.approx([wanted] * 5, abs=1e-5)
+    assert val_loss(1, 8) != pytest.approx(val_loss(3, 8), abs=1e-5)
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
