@@ -191,6 +191,11 @@ def spread(seeds):
     return torch.tensor(seeds).std().item()
 
 
+def gap(dense, lowrank):
+    """Nats by which the low-rank arm is above the dense one, over the seeds that both have: the first ones."""
+    return mean(b - a for a, b in zip(dense, lowrank))
+
+
 def change(s, arm, condition):
     """Nats by which a condition is above the one it departs from, right or blog, on the same seed."""
     ours = losses(s, arm, condition)
@@ -206,7 +211,7 @@ def table(s):
     for condition in CONDITIONS:
         dense, lowrank = (losses(s, arm, condition) for arm in ARMS)
         cells = [' ± '.join(f'{f(seeds):.3f}' for f in (mean, spread)[:len(seeds)]) or '–' for seeds in (dense, lowrank)]
-        cells.append(f'{mean(lowrank) - mean(dense or losses(s, "dense", re.split("[+-]", condition)[0])):+.3f}')
+        cells.append(f'{gap(dense or losses(s, "dense", re.split("[+-]", condition)[0]), lowrank):+.3f}')
         cells += [f'{change(s, arm, condition):+.3f}' if seeds and condition not in SEEDS else '' for arm, seeds in zip(ARMS, (dense, lowrank))]
         lines.append(f'| {condition} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)

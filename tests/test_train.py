@@ -276,6 +276,14 @@ def test_a_mixture_is_validated_by_source(tmp_path):
     record = [r for r in read_log(tmp_path / 'out') if 'val_loss' in r][-1]
     a, b = (record[f'val_loss/{name}'] for name in mixture)
     assert min(a, b) < record['val_loss'] < max(a, b)
+    bits = [record[f'val_bpb/{name}'] for name in mixture]
+    assert min(bits) < record['val_bpb'] < max(bits)
+    meta = json.loads((tmp_path / 'd1' / 'meta.json').read_text())
+    del meta['splits']['val']['bytes']
+    (tmp_path / 'd1' / 'meta.json').write_text(json.dumps(meta))
+    train(tmp_path / 'unknown', dataset=mixture)
+    record = [r for r in read_log(tmp_path / 'unknown') if 'val_loss' in r][-1]
+    assert {name for name in record if 'bpb' in name} == {f'val_bpb/{tmp_path / "d0"}'}  # a total over what has no bytes would be too high
 
 
 def test_label_smoothing_and_bfloat16_train(dataset, tmp_path):
