@@ -67,8 +67,10 @@ class Arm:
         runs = [{r['step']: r for r in run['val'] if r['step'] and math.isfinite(r['val_loss'])} for run in self.runs.values() if run['state'] != 'diverged']
         runs = [run for run in runs if run]
         steps = sorted(set.intersection(*map(set, runs))) if runs else []
+        steps = [step for step in steps if all(against in run[step] for run in runs)]
         mean = [(statistics.mean(run[step][against] for run in runs), *mean_and_error(run[step]['val_loss'] for run in runs)) for step in steps]
-        return mean, [[(r[against], r['val_loss'], None) for r in run.values()] for run in runs]
+        single = [[(r[against], r['val_loss'], None) for r in run.values() if against in r] for run in runs]
+        return mean, [curve for curve in single if curve]
 
     @property
     def loss(self):
@@ -174,15 +176,21 @@ def row(arm, reference):
     run = next(iter(arm.runs.values()))
     out = {'arm': arm.name, 'parameters': run['parameters'], 'block_parameters': run['blocks'], 'trained_parameters': run['trained'], 'seeds': len(arm.seeds())}
     for key in ('tokens', 'flops', 'seconds'):
-        values = arm.last(key).values()
+        values = of_all(arm, key)
         out[key] = statistics.mean(values) if values else None
-    out['flops_per_token'] = out['flops'] / out['tokens'] if out['tokens'] else None
-    out['memory_mib'] = max(arm.last('peak_memory_bytes').values(), default=0) / 2 ** 20 or None
+    out['flops_per_token'] = out['flops'] / out['tokens'] if out['tokens'] and out['flops'] is not None else None
+    out['memory_mib'] = max(of_all(arm, 'peak_memory_bytes'), default=0) / 2 ** 20 or None
     for key in ('val_loss', 'val_bpb'):
-        values = arm.last(key).values()
+        values = of_all(arm, key)
         out[key], out[key + '_se'] = mean_and_error(values) if values else (None, None)
     out['difference'], out['half_width'], out['pairs'] = (arm is not reference and paired(arm, reference)) or (None, None, None)
     return out
+
+
+def of_all(arm, key):
+    """The values of `key` at the end of all finished runs of an arm; none unless all have it: columns of a row are means over the same seeds."""
+    found = arm.last(key)
+    return [*found.values()] if found.keys() == arm.seeds() else []
 
 
 def table(arms):
@@ -233,7 +241,7 @@ def notes(arms, reference):
             lines.append(f'{arm.name}: seed {listed(alone)} has no partner and is left out of the difference')
     runs = [run for arm in arms for run in arm.runs.values()]
     if len({validation(run['settings']) for run in runs}) > 1:
-        lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters * batch_size, objective): '
+        lines.append('careful: not all of these were validated on the same tokens (dataset, packing, block_size, eval_iters, objective): '
                      'their losses are not comparable')
     dtypes = {arm.name: sorted({run['settings'].dtype for run in arm.runs.values()}) for arm in arms}
     if len(set(sum(dtypes.values(), []))) > 1:
@@ -247,7 +255,7 @@ def listed(seeds):
 
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
-    return str(s.dataset), s.packing, s.block_size, s.eval_iters * s.batch_size, s.objective, s.source_context, str(s.denoisers) * (s.objective == 'ul2')
+    return str(s.dataset), s.packing, s.block_size, s.eval_iters, s.objective, s.source_context, str(s.denoisers) * (s.objective == 'ul2')
 
 
 # -----------------------------------------------------------------------------
@@ -259,15 +267,20 @@ def best(points):
     with a single lucky one. A diverged run is as bad as can be.
     """
     measured = [p.seeds() | p.seeds('diverged') for p in points]
-    shared = set.intersection(*[seeds for seeds in measured if seeds] or [set()])
-    if not shared:  # runs failed: by the seed that most have
-        shared = {seed for seed, _ in Counter(seed for seeds in measured for seed in seeds).most_common(1)}
+    shared = shared_seeds(points)
 
     def loss(point, seeds):
         if not shared or not shared <= seeds or shared & point.seeds('diverged'):
             return math.inf
         return statistics.mean(point.last('val_loss')[seed] for seed in shared)
     return min(zip(points, measured), key=lambda pair: loss(*pair))[0]
+
+
+def shared_seeds(points):
+    """The seeds that all of an arm's settings have been run with, those not run at all left out; if runs failed, the one that most have."""
+    measured = [p.seeds() | p.seeds('diverged') for p in points]
+    shared = set.intersection(*[seeds for seeds in measured if seeds] or [set()])
+    return shared or {seed for seed, _ in Counter(seed for seeds in measured for seed in seeds).most_common(1)}
 
 
 def number(value):
@@ -305,13 +318,17 @@ def sweep_report(name, points):
 
 
 def swept_curve(points):
-    """(setting, [(its value, mean loss, standard error)]): over the first swept setting that takes numbers, the others at their best."""
+    """
+    (setting, [(its value, mean loss, standard error)]): over the first swept setting that takes numbers, the others at their best; means over the
+    seeds that all have.
+    """
     def values(key):
         return {p.swept[key] for p in points if type(p.swept[key]) in (int, float)}
-    key, lowest = next((key for key in points[0].swept if len(values(key)) > 1), None), {}
-    for p in sorted(points, key=lambda p: p.loss, reverse=True):
-        if key and p.seeds() and type(p.swept[key]) in (int, float):  # others, such as None among rates, have no place on an axis
-            lowest[p.swept[key]] = mean_and_error(p.last('val_loss').values())
+    key, lowest, shared = next((key for key in points[0].swept if len(values(key)) > 1), None), {}, shared_seeds(points)
+    for p in points:
+        losses = [loss for seed, loss in p.last('val_loss').items() if seed in shared]
+        if key and len(losses) == len(shared) > 0 and type(p.swept[key]) in (int, float):  # others, such as None among rates, have no place on an axis
+            lowest[p.swept[key]] = min(mean_and_error(losses), lowest.get(p.swept[key], (math.inf, None)), key=lambda pair: pair[0])
     return key, [(x, *lowest[x]) for x in sorted(lowest)]
 
 

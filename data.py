@@ -17,6 +17,7 @@ import pickle
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import lcm, log
 from typing import Literal
 
@@ -533,9 +534,18 @@ class Mixture:
 
     def bits_per_byte(self, nats_per_token):
         """The loss in bits per byte of text, over the whole of the sources; None where they do not know their bytes, or tokens are read and not written."""
+        return nats_per_token / log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    @cached_property
+    def bytes_per_token(self):
+        """Bytes of text that a target stands for, over the whole of the sources; 0 unless all know theirs."""
         rates = [s.bytes_per_token() for s in self.sources]
-        bytes_per_token = sum(rate * share for rate, share in zip(rates, self.shares)) / sum(self.shares)
-        return nats_per_token / log(2) / bytes_per_token if all(rates) else None
+        if not all(rates):
+            return 0
+        if len(rates) == 1:
+            return rates[0]
+        targets = [share * s.tokens_per_row() for share, s in zip(self.shares, self.sources)]  # of packing=document, rows are not full alike
+        return sum(rate * n for rate, n in zip(rates, targets)) / sum(targets)
 
     def fingerprint(self):
         """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""

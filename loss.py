@@ -8,20 +8,23 @@ import torch
 from data import validation_batch, validation_rows
 from device import autocast, zero
 
+EVAL_ROWS = 12  # that eval_iters counts by, nanoGPT's default batch: a loss does not depend on how many rows fit into memory
+
 
 @torch.no_grad()
 def evaluate(model, sources, s, ranks, stop=False):
     """
     {'val_loss', 'val_bpb' and the same per source as 'val_loss/NAME', …}: nats per token and bits per byte of text over the
-    same rows every time, each token weighing the same, computed by all ranks together. stop: true as soon as it is to be left;
-    None then, on all ranks.
+    same rows every time, each token weighing the same, computed by all ranks together. A source that does not know its bytes has no
+    val_bpb, and a mixture with such a source has no total. stop: true as soon as it is to be left; None then, on all ranks.
     """
     model.eval()
     out, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
+    all_known = all(source.bytes_per_token() for source in sources)
     for source in sources:
-        numbers, nats, targets = validation_rows(source, s.eval_iters * s.batch_size), zero(ranks.device), 0
-        height = 4 * s.batch_size  # without gradients, four times the rows fit
+        numbers, nats, targets = validation_rows(source, EVAL_ROWS * s.eval_iters), zero(ranks.device), 0
         mine, most = numbers[ranks.rank::ranks.world], -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
+        height = min(4 * s.batch_size, most)  # without gradients, four times the rows fit
         for loss, count in batch_losses(model, source, mine, height, ranks.device, s.dtype, -(-most // height)):
             nats, targets = nats + loss, targets + count
             ranks.alive()
@@ -36,7 +39,7 @@ def evaluate(model, sources, s, ranks, stop=False):
         if len(sources) > 1:
             out |= losses(nats, targets, text_bytes, '/' + source.name)
     model.train()
-    return losses(all_nats, all_targets, all_bytes) | out
+    return losses(all_nats, all_targets, all_bytes if all_known else 0) | out
 
 
 def batch_losses(model, source, numbers, height, device, dtype, passes=None):
@@ -54,6 +57,7 @@ def reading(model, more):
 
 
 def losses(nats, targets, text_bytes, suffix=''):
+    """{'val_loss', 'val_bpb'} with a suffix: summed nats over targets, and in bits over bytes of text; 0 bytes: they are not known."""
     out = {'val_loss' + suffix: nats / max(targets, 1)}
     if text_bytes:
         out['val_bpb' + suffix] = nats / math.log(2) / text_bytes

@@ -17,6 +17,7 @@ import torch
 from chinchilla import optima, table
 from configurator import UserError, check, read_config
 from device import peak_flops, process_age
+from loss import EVAL_ROWS
 from model import ModelConfig, make_model
 
 TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
@@ -143,7 +144,7 @@ def plan(s, vocab_size, data_tokens, device, world):
     micro = s.batch_size if 'batch_size' in kept else max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)
     derive({'batch_size': micro, 'gradient_accumulation_steps': max(1, round(rows / micro)) * world})
     derive(rates(s.n_embd) | {'max_iters': max(1, round(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))})
-    derive(intervals(s.max_iters))
+    derive(intervals(s.max_iters, s.batch_size))
     check(s)
     return derived
 
@@ -168,25 +169,27 @@ def show_plan(s, vocab_size, device):
           + ' '.join(f'--{name}={value}' for name, value in derived.items()))
 
 
-def intervals(count):
-    """How often a run of `count` steps evaluates and reports."""
-    return {'eval_interval': -(-count // 5), 'eval_iters': 20, 'log_interval': max(1, count // 50)}
+def intervals(count, batch_size):
+    """How often a run of `count` steps evaluates, on about 20 micro-batches of rows, and reports."""
+    return {'eval_interval': -(-count // 5), 'eval_iters': -(-20 * batch_size // EVAL_ROWS), 'log_interval': max(1, count // 50)}
 
 
 # -----------------------------------------------------------------------------
 # The minutes
 
-EVALUATION = 20 / 3  # the work of an evaluation in micro-batches of training: 20 batches, each a third of one's work
+def evaluation_steps(s):
+    """The work of an evaluation, in steps of training: a row is a third of the work of a training row."""
+    return EVAL_ROWS * s.eval_iters / (s.batch_size * s.gradient_accumulation_steps) / 3
 
 
 def fit_minutes(s, derived, seconds_per_step, elapsed):
     """Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and the intervals that follow."""
-    evaluations = 6 * EVALUATION / s.gradient_accumulation_steps  # in steps
+    evaluations = 6 * evaluation_steps(s)
     count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
     if count < 10:
         raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
                         'give more minutes, or a smaller --depth')
-    for name, value in ({'max_iters': round(count)} | intervals(round(count))).items():
+    for name, value in ({'max_iters': round(count)} | intervals(round(count), s.batch_size)).items():
         if name in derived:
             setattr(s, name, value)
 
@@ -225,7 +228,7 @@ class Pace:
         per_step = (self.ends[-1] - self.ends[-1 - recent]) / recent
         evaluation = self.evaluation
         if evaluation is None:
-            evaluation = EVALUATION / self.s.gradient_accumulation_steps * per_step
+            evaluation = evaluation_steps(self.s) * per_step
         left = max(0.0, 60 * self.s.minutes - self.elapsed() - evaluation)
         intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
         more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)  # the end is an evaluation too

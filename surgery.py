@@ -38,7 +38,7 @@ from configurator import FilePath, UserError, check, configure_command, run_main
 from data import Mixture
 from files import append, new_folder, write_json
 from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
-from loss import evaluate, reading
+from loss import EVAL_ROWS, evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_begin, stored_objective
 from origin import add_adapters, fill, read_model, read_saved, split_name, validation_sources
@@ -309,8 +309,8 @@ def open_data(s, where, cfg, state):
 
 def validation(cfg, val):
     """Settings of the losses: about SAMPLE validation tokens, or all where there are no more."""
-    count = max(1, SAMPLE // cfg.block_size // 4)
-    return {'eval_iters': 0 if all(source.rows <= 4 * count for source in val) else count, 'batch_size': 4}
+    count = max(1, SAMPLE // cfg.block_size // EVAL_ROWS)
+    return {'eval_iters': 0 if all(source.rows <= EVAL_ROWS * count for source in val) else count, 'batch_size': 4}
 
 
 def losses(model, val):

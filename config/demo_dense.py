@@ -8,5 +8,5 @@ block_size = 256
 batch_size = 8  # 2,048 tokens a step
 max_iters = 400
 learning_rate, min_lr, schedule = 2e-3, 0.0, 'linear'
-eval_interval, eval_iters, log_interval = 100, 20, 20
+eval_interval, eval_iters, log_interval = 100, 13, 20
 sample_tokens = 0

@@ -16,4 +16,4 @@ gradient_accumulation_steps = 16  # 32 * 1024 * 16 = 524,288 tokens a step
 max_iters = 3250
 muon_lr, head_lr, weight_decay = 0.025, 0.004, 0.05
 target_val_loss = 3.28
-eval_interval, eval_iters, log_interval = 125, 320, 10  # 10.5 million tokens of validation
+eval_interval, eval_iters, log_interval = 125, 853, 10  # 10.5 million tokens of validation

@@ -13,5 +13,6 @@ mlp, norm_eps, qk_norm, tie = 'swiglu', 1e-6, False, False
 
 batch_size, gradient_accumulation_steps = 1, 8
 max_iters = 23875
+eval_iters = 17
 learning_rate, warmup_iters, decay_lr = 3e-4, 1000, False
 weight_decay, grad_clip = 0.01, 0.0

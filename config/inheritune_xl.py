@@ -12,3 +12,4 @@ n_layer, depth_scale = 24, 'attn'
 batch_size = 8
 gradient_accumulation_steps = 128 // 8  # 131,072 tokens a step
 max_iters = 100000
+eval_iters = 133

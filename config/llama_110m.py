@@ -5,3 +5,4 @@ out_dir = 'out/llama_110m'
 n_layer, n_head, n_embd, d_ff = 12, 12, 768, 2048
 block_size = 1024
 batch_size, gradient_accumulation_steps = 16, 8
+eval_iters = 267

@@ -11,4 +11,5 @@ tie, qk_norm, zero_init, init_std = True, False, False, 0.02
 batch_size = 128
 gradient_accumulation_steps = 4  # 128 * 256 * 4 = 131,072 tokens a step
 max_iters = 100000
+eval_iters = 2133
 learning_rate, min_lr, warmup_iters, dropout = 5e-4, 0.0, 1000, 0.1

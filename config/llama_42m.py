@@ -5,3 +5,4 @@ out_dir = 'out/llama_42m'
 n_layer, n_head, n_embd, d_ff = 8, 8, 512, 1376
 block_size = 1024
 batch_size, gradient_accumulation_steps = 16, 8
+eval_iters = 267

@@ -12,3 +12,4 @@ init_from = 'hf:starcoderbase-1b'
 out_dir = 'out/lora_starcoder'
 learning_rate, weight_decay, max_iters = 3e-4, 0.0, 1000
 batch_size, gradient_accumulation_steps = 1, 16
+eval_iters = 17

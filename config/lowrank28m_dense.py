@@ -14,4 +14,4 @@ batch_size = 8
 gradient_accumulation_steps = 15  # 120 rows a step
 max_iters = 20000
 learning_rate, warmup_iters = 6e-4, 1000
-eval_interval, eval_iters = 1000, 50
+eval_interval, eval_iters = 1000, 33

@@ -12,5 +12,5 @@ n_encoder_layer, n_layer = 4, 4
 n_head, n_kv_head, n_embd = 6, 2, 192
 source_size, block_size, batch_size = 256, 128, 16
 max_iters = 600
-eval_interval, eval_iters = 200, 20
+eval_interval, eval_iters = 200, 27
 sample_tokens = 0  # it would have to fill in what is masked

@@ -85,7 +85,7 @@ def table(name, arms, bases, novels, s):
              f'| {plus_minus(*mean_and_error(before.values()))} | | |']
     for arm, a in arms.items():
         mean, width, _ = paired(a, full)
-        after = {seed: old_loss(run['out_dir'], novels, s) for seed, run in a.runs.items()}
+        after = {seed: old_loss(a.runs[seed]['out_dir'], novels, s) for seed in sorted(a.seeds())}
         lost, lost_width, _ = paired_values(after, before)
         lines.append(f'| {name} | {arm} | {next(iter(a.runs.values()))["trained"]:,} | {a.swept["learning_rate"]:g} '
                      f'| {plus_minus(*mean_and_error(a.last("val_loss").values()))} | {"" if a is full else interval(mean, width)} '

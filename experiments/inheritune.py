@@ -102,7 +102,7 @@ def report(s, arms, layers):
             difference, width, _ = paired(arm, reference)
             return f'{difference:+.4f}' + (f' [{difference - width:+.4f}, {difference + width:+.4f}]' if width else '')
         tokens, flops = (reached(arm, whole, what) for what in ('tokens', 'flops'))
-        start = statistics.mean(run['val'][0]['val_loss'] for run in arm.runs.values())
+        start = statistics.mean(arm.runs[seed]['val'][0]['val_loss'] for seed in arm.seeds())
         lines.append(f'| {name} | {arm.swept["muon_lr"]:g} | {start:.3f} | {plus_minus(*mean_and_error(arm.last("val_loss").values()))} | {against(whole)} '
                      f'| {against(half)} | {f"{tokens:,.0f}" if tokens else "–"} | {f"{flops:.2e}" if flops else "–"} '
                      f'| {statistics.mean(arm.last("flops").values()):.2e} |')

@@ -215,6 +215,25 @@ def test_what_is_no_number_has_no_place_on_the_axis():
     assert compare.swept_curve(found) == ('lr', [(0.01, 4.2, None), (0.02, 4.1, None)])
 
 
+def test_a_curve_has_the_same_seeds_everywhere():
+    """Seed 2 is hard, and was run with the best rate alone."""
+    found = points((0.01, {1: 4.2}), (0.02, {1: 4.1, 2: 4.9}), (0.04, {}))
+    assert compare.swept_curve(found) == ('lr', [(0.01, 4.2, None), (0.02, 4.1, None)])
+    found = points((0.01, {1: 4.2, 2: 5.0}), (0.02, {1: 4.1}), diverged=[(0.02, 2)])
+    assert compare.swept_curve(found) == ('lr', [(0.01, *compare.mean_and_error([4.2, 5.0]))])
+
+
+def test_a_figure_that_not_all_seeds_have_is_left_out(arms):
+    arm = arms[0]
+    assert row(arm, arm)['val_bpb'] == pytest.approx(row(arm, arm)['val_loss'] / 2) and row(arm, arm)['memory_mib'] == 1
+    for key in ('val_bpb', 'flops', 'peak_memory_bytes'):
+        del arm.runs[2]['val'][-1][key]
+    found = row(arm, arm)
+    assert [name for name, value in found.items() if value is None] == [
+        'flops', 'flops_per_token', 'memory_mib', 'val_bpb', 'val_bpb_se', 'difference', 'half_width', 'pairs']
+    assert len(arm.curves('tokens')[0]) == 1 and arm.curves('flops')[0] == [] and table([arm])
+
+
 # --- mistakes ---
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_dataset
+from conftest import sha256, write_dataset
 
 from configurator import UserError
 from data import Mixture, Source, TokenFiles, permute, read_meta, validation_batch, validation_rows
@@ -245,6 +245,22 @@ def test_sources_of_different_tokenizers_are_refused(three, tmp_path):
 def test_bits_per_byte_is_nats_over_ln_2_and_the_bytes_of_a_token(corpus):
     data = Mixture(corpus[0], 'train', 16, seed=1)  # its meta.json says one byte a token
     assert abs(data.bits_per_byte(np.log(2) * 3) - 3) < 1e-12
+
+
+def test_bits_per_byte_of_a_mixture_are_over_its_targets_not_its_rows(tmp_path):
+    """Documents of 2 and of 20 targets, a row each, and of 1 and 3 bytes a token."""
+    for name, length, width in ('short', 3, 1), ('long', 21, 3):
+        tokens = np.full(20 * length, 5, '<u2')
+        (tmp_path / name).mkdir()
+        tokens.tofile(tmp_path / name / 'train_00000.bin')
+        np.arange(0, len(tokens), length).astype('<u8').tofile(tmp_path / name / 'train_00000.idx')
+        shard = {'file': 'train_00000.bin', 'documents': 20, 'bytes_on_disk': 2 * len(tokens), 'idx_sha256': sha256(tmp_path / name / 'train_00000.idx')}
+        meta = {'format': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 64, 'dtype': 'uint16',
+                'splits': {'train': {'bytes': width * len(tokens), 'shards': [shard]}}}
+        (tmp_path / name / 'meta.json').write_text(json.dumps(meta))
+    data = Mixture({str(tmp_path / 'short'): 1, str(tmp_path / 'long'): 1}, 'train', 32, 0, 'document', 'documents')
+    bytes_per_target = (2 * 1 + 20 * 3) / (2 + 20)
+    assert data.bits_per_byte(np.log(2)) == pytest.approx(1 / bytes_per_target)
 
 
 def test_validation_covers_the_split_or_a_fixed_part_of_it(corpus):

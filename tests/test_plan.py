@@ -14,6 +14,7 @@ import checkpoint
 import faults
 import train as training
 from configurator import UserError
+from loss import EVAL_ROWS
 from plan import Pace, batch_tokens, fit_minutes, plan, shape, size
 from runlog import Log
 from train import Settings
@@ -93,6 +94,15 @@ def test_depths_that_do_not_go_with_what_is_given_are_passed_over():
 
 def test_evaluations_are_spread_over_the_steps_that_are_given():
     assert planned(depth=3, max_iters=10)[0].eval_interval == 2
+
+
+@pytest.mark.parametrize('batch_size', [1, 12, 100])
+def test_an_evaluation_is_of_twenty_micro_batches_and_its_time_is_planned_for(batch_size):
+    s, derived = planned(depth=1, minutes=10, batch_size=batch_size, gradient_accumulation_steps=1)
+    assert 20 * batch_size <= EVAL_ROWS * s.eval_iters < 20 * batch_size + EVAL_ROWS
+    rows = EVAL_ROWS * s.eval_iters
+    fit_minutes(s, derived, 1.0, 0.0)
+    assert s.max_iters == round(600 - 6 * rows / batch_size / 3)
 
 
 def test_tokens_and_minutes_take_the_place_of_a_config_files_steps():

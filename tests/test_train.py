@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 
 import checkpoint
 from configurator import UserError
-from data import Mixture
+from data import Mixture, Source, validation_batch, validation_rows
 from guard import FirstSteps
+from loss import evaluate
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
 from ranks import Ranks
@@ -236,6 +238,23 @@ def test_evaluating_every_step_changes_nothing(whole, dataset, tmp_path):
     assert same(last(whole), last(tmp_path)) and same(last(whole), last(never))
 
 
+def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, zero_init=False))
+    torch.nn.init.normal_(model.wte.weight)
+    source, ranks = Source(dataset, 'val', 8, 'stream'), Ranks('auto', torch.device('cpu'))
+    assert source.rows > 36
+
+    def val_loss(eval_iters, batch_size):
+        s = SimpleNamespace(eval_iters=eval_iters, batch_size=batch_size, dtype='float32')
+        return evaluate(model, [source], s, ranks)['val_loss']
+    for eval_iters, rows in (1, 12), (3, 36), (0, source.rows):
+        x, y = map(torch.from_numpy, validation_batch(source, validation_rows(source, rows), 0))
+        wanted = model(x, y).item()
+        assert [val_loss(eval_iters, n) for n in (1, 4, 5, 8, 1000)] == pytest.approx([wanted] * 5, abs=1e-5)
+    assert val_loss(1, 8) != pytest.approx(val_loss(3, 8), abs=1e-5)
+
+
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
     before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*'))
     done = train(whole, '--dropout=0.1', '--eval_only=True', dataset=dataset)
@@ -262,6 +281,14 @@ def test_a_mixture_is_validated_by_source(tmp_path):
     record = [r for r in read_log(tmp_path / 'out') if 'val_loss' in r][-1]
     a, b = (record[f'val_loss/{name}'] for name in mixture)
     assert min(a, b) < record['val_loss'] < max(a, b)
+    bits = [record[f'val_bpb/{name}'] for name in mixture]
+    assert min(bits) < record['val_bpb'] < max(bits)
+    meta = json.loads((tmp_path / 'd1' / 'meta.json').read_text())
+    del meta['splits']['val']['bytes']
+    (tmp_path / 'd1' / 'meta.json').write_text(json.dumps(meta))
+    train(tmp_path / 'unknown', dataset=mixture)
+    record = [r for r in read_log(tmp_path / 'unknown') if 'val_loss' in r][-1]
+    assert {name for name in record if 'bpb' in name} == {f'val_bpb/{tmp_path / "d0"}'}  # a total over what has no bytes would be too high
 
 
 def test_label_smoothing_and_bfloat16_train(dataset, tmp_path):
