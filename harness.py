@@ -7,7 +7,7 @@ from configurator import UserError
 from cuts import Cuts
 from device import autocast
 from sample import stream
-from tasks import score, score_text
+from tasks import CONTEXTS, score, score_text
 
 
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
@@ -22,6 +22,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     except ImportError:
         raise UserError('harness: lm-evaluation-harness is not installed: pip install lm-eval') from None
 
+    contexts = Cuts(CONTEXTS)
     prompts = Cuts('prompts')
     late = Cuts('prompts, for the end of a text,')
     limits = Cuts('values of max_gen_toks')
@@ -39,7 +40,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             pairs = []
             for (text, _), ids, continuation in requests:  # without a text, ids is the prefix token
                 pairs.append((tokenizer.context(ids if text else ()), continuation))
-            return score(model, pairs, device, dtype)
+            return score(model, pairs, device, dtype, cuts=contexts)
 
         def loglikelihood_rolling(self, requests, **unused):
             return [-score_text(model, tokenizer, request.args[0], model.cfg.block_size, device, dtype)[0] for request in requests]
@@ -70,7 +71,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
                                           task_manager=manager, bootstrap_iters=1000)
     except OSError as error:
         raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.split('\n')[0]) from None
-    cut = [cuts.line() for cuts in (prompts, late, limits) if cuts.cut]
+    cut = [cuts.line() for cuts in (contexts, prompts, late, limits) if cuts.cut]
     if cut:
         print(f'harness: the network reads {model.cfg.block_size} tokens: ' + '; '.join(cut), flush=True)
     return results
