@@ -255,8 +255,7 @@ def show_harness(s):
     """python evaluate.py harness"""
     model, tokenizer, device, dtype = s.load()
     results = harness.evaluate(model, tokenizer, s.tasks.split(','), s.shots, s.limit, device, dtype, s.include)
-    from lm_eval.utils import make_table
-    print(make_table(results))
+    print(harness.table(results))
 
 
 # -----------------------------------------------------------------------------

@@ -84,10 +84,10 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
     cuts = Cuts('sources')
     rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
-    half = model.cfg.block_size // 2
-    if cuts.cut and not model.cfg.source_context and max_new_tokens > half:
-        raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {model.cfg.block_size} tokens '
-                        f'that the network reads: {cuts.line()}: lower it to {half} or less')
+    T = model.cfg.block_size
+    if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
+        raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
+                        f'reads: {cuts.line()}: lower it to {T // 2} or less')
     if cuts.cut:
         print(f'{what}: {cuts.line()}', flush=True)
     rows.sort(key=lambda row: -len(row[2] or row[1]))

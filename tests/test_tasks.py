@@ -1,12 +1,14 @@
 """Tasks: item by item the numbers of lm-evaluation-harness, in any batches; text in windows; one line for a file that is no task."""
 import copy
 import csv
+import importlib.metadata
 import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import one_line, run
+from conftest import ROOT, one_line, run
 from test_hub import saved, theirs, write_tokenizer
 
 import harness
@@ -137,6 +139,31 @@ def test_the_harness_lets_our_models_write(model, tmp_path):
         assert sample['resps'][0][0] == tokenizer.decode(prompt + [int(i) for i in ids])[len(tokenizer.decode(prompt)):]
 
 
+def test_libraries_are_imported_before_files_of_ours_with_their_name(tmp_path, monkeypatch):
+    """evaluate.py hid the package evaluate: a plain script has its own folder first on sys.path."""
+    (tmp_path / 'evaluate').mkdir()
+    (tmp_path / 'evaluate' / '__init__.py').write_text('from evaluate.loading import load')
+    (tmp_path / 'evaluate' / 'loading.py').write_text('def load(name):\n    return name')
+    ours = {name: importlib.import_module(name) for name in ('evaluate', 'tasks', 'harness')}
+    monkeypatch.setattr(harness, 'THEIRS', {})
+    monkeypatch.setattr(sys, 'path', [str(ROOT), str(tmp_path), *sys.path])
+    path, found = sys.path[:], []
+    for _ in range(2):
+        with harness.libraries_first():
+            found.append(importlib.import_module('evaluate'))
+            assert found[-1].load('rouge') == 'rouge' and found[-1].loading.load is found[-1].load
+        assert sys.path == path and 'evaluate.loading' not in sys.modules
+        assert {name: importlib.import_module(name) for name in ours} == ours
+    assert found[0] is found[1] is not ours['evaluate']
+
+
+def test_no_file_of_ours_is_called_as_a_library_but_for_one():
+    """What harness.libraries_first() is there for: no second one may come to need it."""
+    names = {path.stem for path in ROOT.glob('*.py')}
+    libraries = importlib.metadata.packages_distributions().keys() | sys.stdlib_module_names
+    assert 'torch' in libraries and names & libraries <= {'evaluate'}, names & libraries
+
+
 def harness_task(folder, texts, **generation):
     """Tasks of lm-eval with these texts as prompts: in ours_writes a text follows, in ours_scores an x."""
     data = write(folder / 'data.jsonl', [{'text': text} for text in texts])
@@ -145,7 +172,8 @@ def harness_task(folder, texts, **generation):
             'doc_to_text': '{{text}}', 'doc_to_target': 'x', 'metric_list': [{'metric': 'exact_match'}]}
     (folder / 'task.yaml').write_text(json.dumps(task))
     scored = {'task': 'ours_scores', 'output_type': 'loglikelihood'}
-    (folder / 'scored.yaml').write_text(json.dumps(task | scored | {'metric_list': [{'metric': 'perplexity'}]}))
+    scored['metric_list'] = [{'metric': 'perplexity'}]
+    (folder / 'scored.yaml').write_text(json.dumps(task | scored))
 
 
 def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, monkeypatch, capsys):
@@ -156,6 +184,7 @@ def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, 
 
     def stream(model, tokenizer, prompts, stop, max_new_tokens, temperature):
         read.append((len(prompts[0]), max_new_tokens))
+        assert sys.path[-1] == str(ROOT)  # libraries_first(), for what tasks import
         return [(0, 'x')] * max_new_tokens
     monkeypatch.setattr(harness, 'stream', stream)
     harness_task(tmp_path, ['a' * 30, 'b' * 90, 'c' * 200], until=['\n\n'])
