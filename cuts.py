@@ -1,44 +1,41 @@
 """
-What did not fit and was cut. Every place that cuts a text to the context of a network counts it here, and says it in one line at its end:
+What did not fit and was cut. Every place that cuts texts to the context of a network counts them here, and
+says it in one line:
 
     cuts = Cuts('sources')
     for ids in sources:
-        cuts.add(len(ids), 512)  # 512 of them are kept
-    print(cuts.line())           # 37 of 1,992 sources were cut to 512 tokens, losing up to 1,204
+        cuts.add(len(ids), 512)
+    print(cuts.line())  # 37 of 1,992 sources cut to 512 tokens, losing up to 1,204
 """
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass
 class Cuts:
-    """Counts of the texts that were cut. `seen`: all of them; `cut`: those that were too long."""
+    """How many of some texts were cut, to how many tokens, and how much they lost."""
     what: str  # what is counted, in the plural
-    seen: int = 0
-    cut: int = 0
-    least: int = 0  # tokens that were kept of a text that was cut: the fewest
+    seen: int = 0  # texts, whether they fit or not
+    cut: int = 0  # texts that did not fit
+    least: int = 0  # tokens that were kept of one that did not: the fewest
     most: int = 0  # and the most
-    lost: int = 0  # tokens that were cut off: the most
+    lost: int = 0  # tokens that were cut off one of them: the most
 
-    def add(self, lengths, room):
-        """Count texts of so many tokens, of which `room` are kept. Both are an int or an int64 array (texts,)."""
-        lengths, room = np.broadcast_arrays(np.atleast_1d(lengths), room)
-        too_long = lengths > room
-        self.seen += lengths.size
-        if not too_long.any():
+    def add(self, length, room):
+        """Count a text of `length` tokens, of which `room` are kept if there are more."""
+        self.seen += 1
+        if length <= room:
             return
-        kept = room[too_long]
-        self.least = min(self.least, int(kept.min())) if self.cut else int(kept.min())
-        self.most = max(self.most, int(kept.max()))
-        self.lost = max(self.lost, int((lengths - room).max()))
-        self.cut += int(too_long.sum())
+        self.least = min(self.least, room) if self.cut else room
+        self.most = max(self.most, room)
+        self.lost = max(self.lost, length - room)
+        self.cut += 1
 
     def line(self):
-        """What was cut, without a full stop; '' where nothing was."""
+        """What was cut; '' where everything fitted."""
         if not self.cut:
             return ''
-        kept = f'{self.least:,}' if self.least == self.most else f'{self.least:,} to {self.most:,}'
+        kept = f'{self.most:,}'
+        if self.least < self.most:
+            kept = f'{self.least:,} to {kept}'
         tokens = 'token' if self.most == 1 else 'tokens'
-        verb = 'was' if self.cut == 1 else 'were'
-        return f'{self.cut:,} of {self.seen:,} {self.what} {verb} cut to {kept} {tokens}, losing up to {self.lost:,}'
+        return f'{self.cut:,} of {self.seen:,} {self.what} cut to {kept} {tokens}, losing up to {self.lost:,}'

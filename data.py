@@ -24,9 +24,11 @@ from typing import Literal
 import numpy as np
 
 from configurator import FilePath, UserError
+from cuts import Cuts
 from objectives import Objective, ObjectiveConfig
 from tokenizer import advice
 
+LOOK_AT = 5000  # pairs that may be too long: so many are read to say at the start what of them is cut (0.1 s)
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
 
 
@@ -416,6 +418,43 @@ class Source:
     def document_lengths(self):
         """Tokens of every document, int64."""
         return np.concatenate([np.diff(np.append(index, end)) for index, end in zip(self.files.index, np.diff(self.files.starts))]).astype(np.int64)
+
+    def too_long(self):
+        """A line on the documents that are longer than a row; '' where all fit, or rows are no documents."""
+        where = f'{self.name}, {self.files.split}'
+        if self.objective.is_pairs:
+            return self.too_long_pairs(where)
+        if self.packing != 'document':
+            return ''
+        lengths, room = self.document_lengths() + len(self.begin), self.objective.length
+        count = int((lengths > room).sum())
+        cuts = Cuts('documents', len(lengths), count, room, room, int(lengths.max()) - room)
+        return f'{where}: {cuts.line()} (packing=document: a random part of each)' if cuts.cut else ''
+
+    def too_long_pairs(self, where):
+        """too_long() for pairs. Those that may be cut are read, LOOK_AT at most: a source ends at its eot."""
+        T, S = self.objective.T, self.objective.S
+        shortest = min(S, T) + 1 if S else T + 2  # pair that may be cut, in tokens
+        numbers, seen = np.flatnonzero(self.document_lengths() >= shortest), self.files.documents
+        if len(numbers) > LOOK_AT:
+            numbers = numbers[:LOOK_AT]
+            seen = int(numbers[-1]) + 1
+        sources, targets = Cuts('sources', seen - len(numbers)), Cuts('targets', seen - len(numbers))
+        cut = 0
+        for number in numbers:
+            tokens = self.row(number)
+            source = self.objective.source_length(tokens)
+            target = len(tokens) - source
+            for_source, for_target = self.objective.pair_room(source, target)
+            sources.add(source, for_source)
+            targets.add(target, for_target)
+            cut += source > for_source or target > for_target
+        if not cut:
+            return ''
+        seen = f'{seen:,}' if seen == self.files.documents else f'the first {seen:,}'
+        sizes = f'block_size={T}, source_size={S}' if S else f'block_size={T}'
+        lines = '; '.join(cuts.line() for cuts in (sources, targets) if cuts.cut)
+        return f'{where}: {cut:,} of {seen} pairs do not fit {sizes}: {lines}'
 
     def tokens_per_row(self):
         """Mean number of targets in a row."""

@@ -90,6 +90,9 @@ def show_loss(s):
         bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
         print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
               f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
+        cut = source.too_long()
+        if cut:
+            print(f'    {cut}')
 
 
 # -----------------------------------------------------------------------------
@@ -252,8 +255,7 @@ def show_harness(s):
     """python evaluate.py harness"""
     model, tokenizer, device, dtype = s.load()
     results = harness.evaluate(model, tokenizer, s.tasks.split(','), s.shots, s.limit, device, dtype, s.include)
-    from lm_eval.utils import make_table
-    print(make_table(results))
+    print(harness.table(results))
 
 
 # -----------------------------------------------------------------------------

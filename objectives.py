@@ -8,6 +8,11 @@ What a row of tokens asks of a network: a source to be read and a target to be w
 
 An encoder-decoder reads with its encoder; a decoder alone reads the source before the target, and its loss is of the target only. What
 is masked is a function of the number `noise`, and that of (seed, sample): every epoch masks anew, validation always the same.
+
+Pairs that are too long are cut, each side at its end. An encoder reads source_size tokens, and block_size
+tokens are written. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what
+the other leaves. So a long target never takes the place of the source that it answers. train.py says at its
+start what is cut.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +45,8 @@ DENOISERS = {
 @dataclass
 class ObjectiveConfig:
     objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # what is trained: the next token; the end of a row after its beginning; what was
-    # masked, of which prepare.py --reserve=100 makes the tokens; or the targets of prepare.py --source=… --target=…, of which a source is cut to what fits
+    # masked, of which prepare.py --reserve=100 makes the tokens; or the targets of prepare.py --source=…
+    # --target=…, each after its source
     denoisers: str | list = 'ul2r'  # of objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as in objectives.py
 
     def check(self):
@@ -129,6 +135,8 @@ class Objective:
         if kind in ('causal', 'seq2seq'):
             if self.is_pairs and not meta.get('pairs'):
                 raise UserError('objective=seq2seq: there are no pairs in it: prepare it with --source=FIELD --target=FIELD')
+            if self.is_pairs and source_size == 1:
+                raise UserError('source_size=1: has no room for a source, only for its end: raise it')
             if self.is_pairs and not source_size and block_size < 3:
                 raise UserError(f'block_size={block_size}: has no room for a source and a target: raise it')
             self.eot = meta.get('eot')
@@ -157,16 +165,29 @@ class Objective:
             return source <= self.S and target <= self.T
         return length + 2 * spans + bool(d.mode) + 2 <= self.T + 1
 
+    def source_length(self, tokens):
+        """How many of the tokens of a pair are its source, with the end of text after it."""
+        return int(np.flatnonzero(tokens == self.eot)[0]) + 1
+
+    def pair_room(self, source, target):
+        """(room for the source, for the target) in a row, in tokens, of a pair of so many tokens each."""
+        if self.S:
+            return self.S, self.T
+        row = self.T + 1  # the last token is written, never read
+        for_source = max(row - row // 2, row - target)
+        return for_source, row - min(source, for_source)
+
     def example(self, tokens, noise):
         """(source, target), int64, of the tokens of a row."""
         if self.kind == 'causal':
             return tokens[:0], tokens
         if self.is_pairs:
-            source, target = np.split(tokens, [np.flatnonzero(tokens == self.eot)[0] + 1])
-            room = self.S or max(2, self.T + 1 - len(target))
-            if len(source) > room:
-                source = np.append(source[:room - 1], self.eot)
-            return source, target[:self.T if self.S else self.T + 1 - len(source)]
+            length = self.source_length(tokens)
+            source, target = tokens[:length], tokens[length:]
+            for_source, for_target = self.pair_room(len(source), len(target))
+            if len(source) > for_source:
+                source = np.append(source[:for_source - 1], self.eot)
+            return source, target[:for_target]
         rng = np.random.Generator(np.random.PCG64(noise))
         d = self.denoisers[min(int(np.searchsorted(self.until, rng.random(), 'right')), len(self.denoisers) - 1)]
         return denoise(tokens, d, rng, self.reserved, self.eot)

@@ -93,6 +93,11 @@ def describe(s, run, ranks):
         ranks.say(memory(run.model, run.parameters[0]))
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
+    if ranks.first:
+        for source in (*run.data.sources, *run.val):
+            cut = source.too_long()
+            if cut:
+                ranks.say(f'data: {cut}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
     for source in run.data.sources:
         if remark(source.name, source.files):

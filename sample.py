@@ -438,12 +438,14 @@ def read_prompts(stream):
         yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
 
-def encode_prompt(text, tokenizer, cfg, room=None):
+def encode_prompt(text, tokenizer, cfg, room=None, cuts=None):
     """
     (ids that the decoder goes on from, ids for the encoder or None) of a prompt. It begins with a start token,
     if the network was trained with one; else an empty one is the end of the document before. The text that an
-    encoder reads is marked as in training, by the end of text after it at least. room: cut the text so that no
-    more than so many tokens are read. Raises UserError for one that does not fit.
+    encoder reads is marked as in training, by the end of text after it at least. Raises UserError for one that
+    does not fit.
+
+    room: most tokens that are read: a longer text loses its end, and is counted in `cuts`, a Cuts.
     """
     (before, after), end = tokenizer.around, tokenizer.eot or 0
     if cfg.n_encoder_layer:
@@ -451,7 +453,11 @@ def encode_prompt(text, tokenizer, cfg, room=None):
     else:
         before = *tokenizer.begin, *before
     ids = tokenizer.encode(text)
-    ids = [*before, *(ids if room is None else ids[:max(0, room - len(before) - len(after))]), *after] or [end]
+    if room is not None:
+        if cuts is not None:
+            cuts.add(len(before) + len(ids) + len(after), room)
+        ids = ids[:max(0, room - len(before) - len(after))]
+    ids = [*before, *ids, *after] or [end]
     prompt, source = (list(tokenizer.begin) or [end], ids) if cfg.n_encoder_layer else (ids, None)
     for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
         if len(tokens) > most:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from configurator import UserError
+from cuts import Cuts
 from device import autocast
 from sample import beam_search, encode_prompt, generate
 from sources import fill, template_fields
@@ -72,9 +73,23 @@ def stored_pairs(files, tokenizer):
 # Writing
 
 def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
-    """[text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come first, so that rows of a batch are alike."""
+    """
+    [text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come
+    first, so that rows of a batch are alike.
+
+    A source that is too long loses its end, and one line says how many did. Raises UserError where
+    max_new_tokens leaves a decoder less room for a source than training does (objectives.py): half of its
+    context.
+    """
     room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
-    rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room)) for n, source in enumerate(sources)]
+    cuts = Cuts('sources')
+    rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
+    T = model.cfg.block_size
+    if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
+        raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
+                        f'reads: {cuts.line()}: lower it to {T // 2} or less')
+    if cuts.cut:
+        print(f'{what}: {cuts.line()}', flush=True)
     rows.sort(key=lambda row: -len(row[2] or row[1]))
     out, size = [''] * len(rows), 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
+from cuts import Cuts
 from device import NOT_FINITE, autocast
 
 # -----------------------------------------------------------------------------
@@ -120,20 +121,29 @@ def encode_pair(tokenizer, context, continuation):
     return tokenizer.context(start), whole[len(start):]
 
 
+CONTEXTS = 'contexts (one for each choice)'  # how score() calls what it cuts
 BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}  # of a batch: on a CPU what its caches hold of the activations, a tenth faster than 8192
 
 
 @torch.no_grad()
-def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
+def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None):
     """
     [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a context, ids of what follows), in
-    their order. The longest go first, those of about one length together; only what is asked for passes through the head. Raises UserError for a
-    continuation that is longer than the context of the network, and for a network whose answer is not finite.
+    their order. The longest go first, those of about one length together; only what is asked for passes
+    through the head.
+
+    A context that is too long loses its beginning. cuts: the Cuts that counts them, for a caller that says
+    it; without one, a line says it here.
+
+    Raises UserError for a continuation that is longer than the context of the network, and for a network
+    whose answer is not finite.
     """
     T, rows, batch_tokens = model.cfg.block_size, [], batch_tokens or BATCH_TOKENS.get(device.type, 8192)
+    own = Cuts(CONTEXTS) if cuts is None else cuts
     for n, (context, continuation) in enumerate(pairs):
         if len(continuation) > T:
             raise UserError(f'a continuation of {len(continuation)} tokens is longer than the {T} that the network reads')
+        own.add(len(context), T + 1 - len(continuation))
         rows.append((n, (context + continuation)[-T - 1:], len(continuation)))
     rows.sort(key=lambda row: (-len(row[1]), row[1]))
     out = [None] * len(rows)
@@ -147,6 +157,8 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored'):
                 if not math.isfinite(result[0]):
                     raise UserError(f'{what}: the log-likelihood of item {n} is {result[0]}: {NOT_FINITE}')
             bar.update(len(batch))
+    if own.cut and cuts is None:
+        print(f'{what}: the network reads {T} tokens: {own.line()}', flush=True)
     return out
 
 
@@ -166,15 +178,25 @@ def score_batch(model, batch, width, device, dtype):
 
 
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
-    """[[(log-likelihood, greedy) of every choice] of every Item]. Raises UserError, with the line, for a choice that is no tokens or too many."""
-    pairs = []
+    """
+    [[(log-likelihood, greedy) of every choice] of every Item].
+
+    Raises UserError, with the line, for a choice that has no tokens, has more than the network reads, or
+    leaves one token of a longer context.
+    """
+    T, pairs = model.cfg.block_size, []
     for item in items:
         for choice in item.choices:
-            pairs.append(encode_pair(tokenizer, item.context, choice))
-            if not pairs[-1][1]:
+            context, continuation = encode_pair(tokenizer, item.context, choice)
+            pairs.append((context, continuation))
+            if not continuation:
                 raise UserError(f'{item.where}: {choice!r} begins inside a token and has none of its own after this context: give another delimiter')
-            if len(pairs[-1][1]) > model.cfg.block_size:
-                raise UserError(f'{item.where}: a continuation of {len(pairs[-1][1])} tokens: the network reads {model.cfg.block_size}')
+            if len(continuation) > T:
+                raise UserError(f'{item.where}: a continuation of {len(continuation)} tokens: '
+                                f'the network reads {T}')
+            if len(continuation) == T and len(context) > 1:
+                raise UserError(f'{item.where}: a continuation of {T} tokens: the network reads {T}, which '
+                                f'leaves one of the {len(context)} tokens before it: shorten it')
     found = iter(score(model, pairs, device, dtype, batch_tokens, what))
     return [[next(found) for _ in item.choices] for item in items]
 

@@ -180,6 +180,18 @@ def test_a_start_token_that_cannot_be_is_refused(corpus, tmp_path):
     Mixture({corpus[0]: 1, other: 1}, 'train', 16, seed=1)
 
 
+def test_documents_that_are_cropped_are_counted(corpus):
+    folder, docs = corpus
+    long = [1 + len(d) for d in docs['train'] if 1 + len(d) > 33]  # with the start token
+    assert Source(folder, 'train', 32, 'document').too_long() == (
+        f'{folder}, train: {len(long)} of 97 documents cut to 33 tokens, losing up to {max(long) - 33} '
+        '(packing=document: a random part of each)')
+    assert f'{sum(len(d) > 33 for d in docs["train"])} of 97' in Source(folder, 'train', 32, 'document', begin=()).too_long()
+    assert Source(folder, 'train', 60, 'document').too_long() == ''
+    for packing in ('stream', 'aligned'):
+        assert Source(folder, 'train', 8, packing).too_long() == ''
+
+
 # --- mixtures ---
 
 @pytest.fixture(scope='module')

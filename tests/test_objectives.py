@@ -189,14 +189,60 @@ def test_pairs_are_source_and_target(tmp_path):
     assert meta['pairs'] and sum(split['bytes'] for split in meta['splits'].values()) == sum(len(row['answer']) for row in ROWS)
 
 
+def as_pairs(folder, size, split='train'):
+    """A Source of pairs in rows of 40, beside an encoder that reads `size`, or without one."""
+    def objective(meta):
+        return Objective('seq2seq', 40, size, meta=meta)
+    return Source(folder, split, 40, 'document', objective=objective)
+
+
 def test_a_source_that_is_too_long_is_cut_and_its_end_kept(tmp_path):
     folder = pairs(tmp_path, [{'question': 'x' * 50, 'answer': 'y' * 50}] * 1 + ROWS, val_fraction=0.01)
-    for size, (read, written) in ((20, (20, 40)), (0, (2, 39))):
-        source = Source(folder, 'train', 40, 'document', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
-        lengths = {tuple(map(len, source.example(n, 0))) for n in range(source.rows)}
-        assert (read, written) in lengths
-        arrays = source.objective.batch([source.example(n, 0) for n in range(source.rows)])
-        assert arrays[0].shape == (source.rows, 40)
+    for size, (read, written) in ((20, (20, 40)), (0, (21, 20))):
+        source = as_pairs(folder, size)
+        examples = [source.example(n, 0) for n in range(source.rows)]
+        assert (read, written) in {tuple(map(len, example)) for example in examples}
+        assert all(read[-1] == 256 for read, _ in examples)
+        assert source.objective.batch(examples)[0].shape == (source.rows, 40)
+
+
+@pytest.mark.parametrize('T', [3, 4, 31, 32])
+def test_neither_side_of_a_pair_takes_the_half_of_the_other(T):
+    objective, row = Objective('seq2seq', T, 0, meta={'pairs': True, 'eot': EOT}), T + 1
+    for source in range(2, 2 * row, 1 + T // 8):
+        for target in range(2, 2 * row, 1 + T // 8):
+            tokens = np.concatenate([text(source - 1), [EOT], text(target - 1), [EOT]])
+            read, written = objective.example(tokens, 0)
+            assert len(read) + len(written) == min(row, source + target)
+            assert len(read) >= min(source, row // 2) and len(written) >= min(target, row // 2)
+            assert read[-1] == EOT and np.array_equal(read[:-1], tokens[:len(read) - 1])
+            assert np.array_equal(written, tokens[source:source + len(written)])
+
+
+def test_pairs_that_do_not_fit_are_counted(tmp_path, monkeypatch):
+    long = [{'question': f'{n}' + 'x' * 50, 'answer': 'y' * 60} for n in range(10, 14)]
+    folder = pairs(tmp_path, ROWS[:20] + long + ROWS[20:], val_fraction=0.01)
+    where, count = f'{folder}, train', as_pairs(folder, 0).files.documents
+    assert as_pairs(folder, 0).too_long() == (
+        f'{where}: 4 of {count} pairs do not fit block_size=40: '
+        f'4 of {count} sources cut to 21 tokens, losing up to 32; '
+        f'4 of {count} targets cut to 20 tokens, losing up to 41')
+    assert as_pairs(folder, 55).too_long() == (
+        f'{where}: 4 of {count} pairs do not fit block_size=40, source_size=55: '
+        f'4 of {count} targets cut to 40 tokens, losing up to 21')
+    assert as_pairs(folder, 0, 'val').too_long() == ''
+    monkeypatch.setattr('data.LOOK_AT', 2)
+    assert f'{where}: 2 of the first ' in as_pairs(folder, 0).too_long()
+
+
+def test_training_says_at_its_start_what_of_pairs_is_cut(tmp_path):
+    folder = pairs(tmp_path, [{'question': f'what is {n}?', 'answer': 'y' * 50} for n in range(20)])
+    done = train(tmp_path / 'run', '--objective=seq2seq', '--max_iters=1', dataset=folder)
+    lines = [line for line in done.stdout.splitlines() if 'do not fit' in line]
+    assert len(lines) == 2 and f'data: {folder}, train: ' in lines[0] and f'data: {folder}, val: ' in lines[1]
+    assert 'pairs do not fit block_size=32: ' in lines[0] and 'sources cut' not in lines[0]
+    loss = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--device=cpu').stdout
+    assert lines[1].removeprefix('data: ') in loss
 
 
 def test_pairs_of_one_source_are_on_one_side_of_the_split(tmp_path):

@@ -45,6 +45,22 @@ def test_a_batch_writes_what_its_rows_write(settings):
     assert len(write(model, tokenizer, sources[:2], 12, 2, 3, torch.device('cpu'), 'float32')) == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('settings, room', [(dict(n_encoder_layer=2, source_size=32), 32), ({}, 24)], ids=str)
+def test_sources_that_are_cut_are_counted(settings, room, capsys):
+    model, tokenizer = tiny(vocab_size=257, block_size=48, **settings).eval(), ByteTokenizer()
+    tokenizer.around = (), (256,)
+    options = 0, 3, torch.device('cpu'), 'float32', 'dev.jsonl'
+    write(model, tokenizer, ['a' * (room - 1), 'b'], 24, *options)
+    assert capsys.readouterr().out == ''
+    write(model, tokenizer, ['a' * room, 'b', 'c' * 99], 24, *options)
+    said = capsys.readouterr().out
+    assert said == f'dev.jsonl: 2 of 3 sources cut to {room} tokens, losing up to {100 - room}\n'
+    if room == 24:
+        with pytest.raises(UserError, match='max_new_tokens=47: leaves 1 of the 48 .* lower it to 24'):
+            write(model, tokenizer, ['ab'], 47, *options)
+
+
 def test_the_command_prints_means_and_writes_a_table(tmp_path):
     folder = written(tmp_path / 'run', tiny(vocab_size=257, block_size=48, n_encoder_layer=2, source_size=64, zero_init=False), ByteTokenizer())
     path = tmp_path / 'pairs.jsonl'

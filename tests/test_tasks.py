@@ -1,12 +1,14 @@
 """Tasks: item by item the numbers of lm-evaluation-harness, in any batches; text in windows; one line for a file that is no task."""
 import copy
 import csv
+import importlib.metadata
 import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import one_line, run
+from conftest import ROOT, one_line, run
 from test_hub import saved, theirs, write_tokenizer
 
 import harness
@@ -137,13 +139,41 @@ def test_the_harness_lets_our_models_write(model, tmp_path):
         assert sample['resps'][0][0] == tokenizer.decode(prompt + [int(i) for i in ids])[len(tokenizer.decode(prompt)):]
 
 
+def test_libraries_are_imported_before_files_of_ours_with_their_name(tmp_path, monkeypatch):
+    """evaluate.py hid the package evaluate: a plain script has its own folder first on sys.path."""
+    (tmp_path / 'evaluate').mkdir()
+    (tmp_path / 'evaluate' / '__init__.py').write_text('from evaluate.loading import load')
+    (tmp_path / 'evaluate' / 'loading.py').write_text('def load(name):\n    return name')
+    ours = {name: importlib.import_module(name) for name in ('evaluate', 'tasks', 'harness')}
+    monkeypatch.setattr(harness, 'THEIRS', {})
+    monkeypatch.setattr(sys, 'path', [str(ROOT), str(tmp_path), *sys.path])
+    path, found = sys.path[:], []
+    for _ in range(2):
+        with harness.libraries_first():
+            found.append(importlib.import_module('evaluate'))
+            assert found[-1].load('rouge') == 'rouge' and found[-1].loading.load is found[-1].load
+        assert sys.path == path and 'evaluate.loading' not in sys.modules
+        assert {name: importlib.import_module(name) for name in ours} == ours
+    assert found[0] is found[1] is not ours['evaluate']
+
+
+def test_no_file_of_ours_is_called_as_a_library_but_for_one():
+    """What harness.libraries_first() is there for: no second one may come to need it."""
+    names = {path.stem for path in ROOT.glob('*.py')}
+    libraries = importlib.metadata.packages_distributions().keys() | sys.stdlib_module_names
+    assert 'torch' in libraries and names & libraries <= {'evaluate'}, names & libraries
+
+
 def harness_task(folder, texts, **generation):
-    """A task of lm-eval, 'ours_writes', with these texts as prompts."""
+    """Tasks of lm-eval with these texts as prompts: in ours_writes a text follows, in ours_scores an x."""
     data = write(folder / 'data.jsonl', [{'text': text} for text in texts])
     task = {'task': 'ours_writes', 'output_type': 'generate_until', 'generation_kwargs': generation,
             'dataset_path': 'json', 'dataset_kwargs': {'data_files': data}, 'test_split': 'train',
             'doc_to_text': '{{text}}', 'doc_to_target': 'x', 'metric_list': [{'metric': 'exact_match'}]}
     (folder / 'task.yaml').write_text(json.dumps(task))
+    scored = {'task': 'ours_scores', 'output_type': 'loglikelihood'}
+    scored['metric_list'] = [{'metric': 'perplexity'}]
+    (folder / 'scored.yaml').write_text(json.dumps(task | scored))
 
 
 def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, monkeypatch, capsys):
@@ -154,15 +184,18 @@ def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, 
 
     def stream(model, tokenizer, prompts, stop, max_new_tokens, temperature):
         read.append((len(prompts[0]), max_new_tokens))
+        assert sys.path[-1] == str(ROOT)  # libraries_first(), for what tasks import
         return [(0, 'x')] * max_new_tokens
     monkeypatch.setattr(harness, 'stream', stream)
     harness_task(tmp_path, ['a' * 30, 'b' * 90, 'c' * 200], until=['\n\n'])
-    harness.evaluate(*model, ['ours_writes'], 0, 0, CPU, 'float32', str(tmp_path))
+    harness.evaluate(*model, ['ours_writes', 'ours_scores'], 0, 0, CPU, 'float32', str(tmp_path))
     assert read == [(30, 67), (90, 48), (48, 49)]
     assert capsys.readouterr().out.splitlines()[-1] == (
-        'harness: the network reads 96 tokens: 1 of 3 prompts was cut to 48 tokens, losing up to 152; '
-        '1 of 3 prompts, for the end of a text, was cut to 41 tokens, losing up to 49; '
-        '3 of 3 values of max_gen_toks were cut to 48 to 67 tokens, losing up to 208')
+        'harness: the network reads 96 tokens: '
+        '1 of 3 contexts (one for each choice) cut to 96 tokens, losing up to 104; '
+        '1 of 3 prompts cut to 48 tokens, losing up to 152; '
+        '1 of 3 prompts, for the end of a text, cut to 41 tokens, losing up to 49; '
+        '3 of 3 values of max_gen_toks cut to 48 to 67 tokens, losing up to 208')
 
 
 @pytest.mark.parametrize('T', [1, 2, 3, 8, 9])
@@ -198,6 +231,22 @@ def test_scores_do_not_depend_on_the_batches_and_are_sums_of_log_softmax(model):
     assert score(network, [([5, 9], likely)], CPU, 'float32')[0][1]
     with pytest.raises(UserError, match='a continuation of 97 tokens is longer than the 96'):
         score(network, [([1], [2] * 97)], CPU, 'float32')
+
+
+def test_contexts_that_are_cut_are_counted(model, capsys):
+    network, tokenizer = model
+    items = [Item('x' * 90, ['abc', 'abcdef'], 0), Item('x' * 96, ['abc', 'a'], 0)]
+    items += [Item('x' * 300, ['b' * 95, 'a'], 0)]
+    score_items(network, tokenizer, items[:1], CPU, 'float32')
+    score_text(network, tokenizer, 'x' * 300, 10, CPU, 'float32')
+    assert capsys.readouterr().out == ''
+    score_items(network, tokenizer, items, CPU, 'float32', what='task.jsonl')
+    assert capsys.readouterr().out == (
+        'task.jsonl: the network reads 96 tokens: '
+        '3 of 6 contexts (one for each choice) cut to 2 to 96 tokens, losing up to 298\n')
+    gone = Item('what?', ['b' * 96, 'a'], 0, 'task.jsonl:7')
+    with pytest.raises(UserError, match='jsonl:7: a continuation of 96 tokens: .* one of the 5 tokens'):
+        score_items(network, tokenizer, [gone], CPU, 'float32')
 
 
 def test_blanks_go_with_the_continuation():
