@@ -29,7 +29,7 @@ import summaries
 import tasks
 from configurator import FilePath, UserError, configure_command, run_main
 from data import TokenFiles, find_folder
-from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
+from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_exact_dtype
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
@@ -50,7 +50,7 @@ class LossSettings(DeviceConfig):
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
     device = pick_device(s.device)
-    (model, _), dtype = load_model(folder, encoder=True), pick_dtype(s.dtype, device)
+    (model, _), dtype = load_model(folder, encoder=True), pick_exact_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
         compile_all([model])
@@ -88,7 +88,8 @@ def show_loss(s):
     for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
         mean, error = loss_and_error(nats, targets)
         bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
-        print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
+        dtype = 'float32' if s.dtype == 'auto' else s.dtype
+        print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split, in {dtype}\n'
               f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
 
 
@@ -109,7 +110,9 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
             (_, tokenizer.around, tokenizer.begin), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
-        return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)
+        dtype = pick_exact_dtype(self.dtype, device)
+        print(f'device: {device}, {dtype}', flush=True)
+        return model.to(device), tokenizer, device, dtype
 
 
 @dataclass

@@ -31,12 +31,21 @@ import hub
 import lora
 import peft_files
 from configurator import FilePath, UserError, configure, run_main
-from device import NOT_FINITE, DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from device import (
+    NOT_FINITE,
+    DeviceConfig,
+    is_out_of_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    pick_exact_dtype,
+)
 from objectives import around, stored_begin
 from origin import add_adapters, load_model
 from packed import pack
 from tokenizer import load_tokenizer
 
+GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
 
 
@@ -216,7 +225,7 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature < 1e-9:  # divided by it, logits would be infinite
+    if temperature < GREEDY_BELOW:
         highest, tokens = logits.max(-1)  # the highest is NaN where any is
         return torch.where(highest.isfinite(), tokens, -1)
     logits = logits / temperature
@@ -493,7 +502,6 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
 
 def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
-    print('a prompt a line; Ctrl-D ends', flush=True)
     for text in read_prompts(sys.stdin):
         try:
             answer(text)
@@ -511,7 +519,9 @@ def main():
     voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around, tokenizer.begin)]
     if len(s.adapter) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
-    pack(model.to(device), pick_dtype(s.dtype, device), 'int8' if s.int8 else '')
+    is_greedy = s.num_beams > 0 or s.temperature < GREEDY_BELOW  # then rounding decides which text it is
+    dtype = (pick_exact_dtype if is_greedy else pick_dtype)(s.dtype, device)
+    pack(model.to(device), dtype, 'int8' if s.int8 else '')
     if len(voices) > 1:
         adapters.select(model, [name for name, *_ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
@@ -522,9 +532,11 @@ def main():
         print_samples(model, tokenizer, text, s, generator, compile, voices)
     try:
         if s.interactive:
+            print(f'device: {device}, {dtype}; a prompt a line; Ctrl-D ends', flush=True)
             converse(answer)
         else:
             answer(read_prompt(s.start))
+            print(f'device: {device}, {dtype}', flush=True)
     except NotFinite as error:
         raise UserError(f'{where}: {error}') from None
     except (RuntimeError, MemoryError) as error:

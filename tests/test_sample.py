@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 import checkpoint
+import device
 import sample
 import tasks
 from configurator import UserError
@@ -350,6 +352,24 @@ def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
 
 
+def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):
+    speeds = {torch.bfloat16: 4.0, torch.float32: 1.0}
+    monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype: speeds[dtype])
+    (tmp_path / 'text.txt').write_text('the quick')
+    short = ['sample.py', '--num_samples=1', '--max_new_tokens=3']
+    text = ['evaluate.py', 'text', tmp_path / 'text.txt']
+    for args, dtype in ((short, 'bfloat16'),
+                        ([*short, '--temperature=0'], 'float32'),
+                        ([*short, '--num_beams=2'], 'float32'),
+                        ([*short, '--temperature=0', '--dtype=bfloat16'], 'bfloat16'),
+                        (['evaluate.py', 'loss'], 'float32'),
+                        (text, 'float32'),
+                        ([*text, '--dtype=bfloat16'], 'bfloat16')):
+        done = run(*args, f'--out_dir={trained}', '--device=cpu')
+        assert done.returncode == 0, done.stderr
+        assert re.findall('float32|bfloat16', done.stdout) == [dtype], args
+
+
 def test_damaged_weights_are_noticed_wherever_they_are_used(trained, tmp_path):
     folder = checkpoint.find(str(trained))
     weights = checkpoint.read_weights(folder)
@@ -376,7 +396,7 @@ def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(mon
     type_in(b'one\nbad\ntwo\ndamaged\nthree\n', monkeypatch)
     with pytest.raises(NotFinite):
         converse(answer)
-    assert capsys.readouterr().out.splitlines()[1:] == ['<one>', 'start: shorten it', '<two>']
+    assert capsys.readouterr().out.splitlines() == ['<one>', 'start: shorten it', '<two>']
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):
