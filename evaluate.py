@@ -27,7 +27,7 @@ import ngrams
 import sample
 import summaries
 import tasks
-from configurator import FilePath, UserError, configure_command, run_main
+from configurator import FilePath, UserError, configure_command, run_main, whole_text
 from data import TokenFiles, find_folder
 from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_exact_dtype
 from loss import batch_losses, losses
@@ -145,6 +145,7 @@ class TaskSettings(ModelSettings):
         """Raise ValueError for values that cannot work."""
         if not self.files:
             raise ValueError('files: none is given: python evaluate.py tasks --out_dir=DIR FILE.jsonl')
+        whole_text(self.delimiter, 'delimiter')
         if self.shots < 0 or self.limit < 0:
             raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
 

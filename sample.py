@@ -30,7 +30,7 @@ import checkpoint
 import hub
 import lora
 import peft_files
-from configurator import FilePath, UserError, configure, run_main
+from configurator import FilePath, UserError, configure, run_main, whole_text
 from device import (
     NOT_FINITE,
     DeviceConfig,
@@ -89,6 +89,10 @@ class Settings(DeviceConfig):
             raise ValueError(f'num_beams={self.num_beams}: must not be negative')
         if '' in self.stop:
             raise ValueError('stop: an empty text would end every sample at once')
+        for text in self.stop:
+            whole_text(text, 'stop')
+        if not self.start.startswith('FILE:'):
+            whole_text(self.start, 'start')
 
 
 # -----------------------------------------------------------------------------
@@ -436,13 +440,18 @@ def read_text(path):
 
 
 def read_prompt(start):
-    """The text of a prompt; FILE:path reads it."""
-    return read_text(os.path.expanduser(start[5:])) if start.startswith('FILE:') else start
+    """The text of a prompt; FILE:path reads it. Raises UserError for what is not UTF-8."""
+    if start.startswith('FILE:'):
+        return read_text(os.path.expanduser(start[5:]))
+    return whole_text(start, 'start')
 
 
 def read_prompts(stream):
-    """Yield the prompts of a text stream, one a line. Only a newline ends a line: other separators belong to the prompt."""
-    stream.reconfigure(newline='\n')
+    """
+    Yield the prompts of a text stream, one a line. Only a newline ends a line, other separators do not.
+    Bytes that are not UTF-8 come as halves of characters, which read_prompt() refuses.
+    """
+    stream.reconfigure(newline='\n', errors='surrogateescape')
     for line in stream:
         yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
@@ -504,7 +513,7 @@ def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
     for text in read_prompts(sys.stdin):
         try:
-            answer(text)
+            answer(whole_text(text, 'start'))
         except NotFinite:  # no other prompt would do
             raise
         except UserError as error:

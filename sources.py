@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import synthetic
-from configurator import UserError
+from configurator import UserError, whole_text
 from download import CORPORA, download_corpus
 from tokenizer import ANYWHERE, EOT
 
@@ -509,6 +509,7 @@ def template_fields(template):
 
 def check_template(template):
     """Raise ValueError, in one line, for what cannot be the setting prompt_template."""
+    whole_text(template, 'prompt_template')
     try:
         if template and not template_fields(template):
             raise ValueError('has no {FIELD} in it')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, whole_text
 from device import autocast
 from sample import beam_search, encode_prompt, generate
 from sources import fill, template_fields
@@ -52,7 +52,8 @@ def to_pair(row, source, target, template, where):
     references = row[target] if isinstance(row[target], list) else [row[target]]
     if not all(isinstance(row[key], str) for _, key in read) or not references or not all(isinstance(text, str) for text in references):
         raise UserError(f'{where}: {" and ".join(key for _, key in read)} takes a text, {target} a text or a list of them')
-    return Pair(fill(template, row) if template else row[source], references)
+    text = fill(template, row) if template else row[source]
+    return Pair(whole_text(text, where), [whole_text(reference, where) for reference in references])
 
 
 def stored_pairs(files, tokenizer):

@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import faults
 import lora
-from configurator import FilePath, UserError, configure, leave, run_main
+from configurator import FilePath, UserError, configure, leave, run_main, whole_text
 from data import DataConfig, Mixture, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, process_age, zero
 from growth import GrowConfig
@@ -79,6 +79,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_checkpoints'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        whole_text(self.sample_prompt, 'sample_prompt')
         for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')

@@ -23,6 +23,7 @@ from configurator import (
     options,
     read_config,
     run_main,
+    whole_text,
 )
 
 
@@ -74,6 +75,14 @@ def test_a_byte_order_mark_before_a_config_file_is_taken_off(tmp_path):
 def test_values_are_read_as_their_type_wants(arg, name, value):
     got = getattr(configure(Settings, [arg]), name)
     assert got == value and type(got) is type(value)
+
+
+def test_half_a_character_is_refused_and_two_halves_are_one():
+    assert whole_text('a\ud83d\ude00b', 'start') == 'a😀b' and whole_text('', 'start') == ''
+    assert whole_text('\ufeffa\0', 'start') == '\ufeffa\0'
+    for text in ('caf\udce9', '\ude00\ud83d', 'a\ud83d'):
+        with pytest.raises(UserError, match="^start: not UTF-8: '.ud.*' after . characters is no character"):
+            whole_text(text, 'start')
 
 
 def test_a_list_is_given_several_times():

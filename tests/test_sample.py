@@ -346,6 +346,7 @@ def test_only_a_newline_ends_a_prompt(tmp_path):
 
 @pytest.mark.parametrize('args, words', [
     (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
+    (['--start=caf\udce9'], 'start: not UTF-8'), (['--stop=caf\udce9'], 'stop: not UTF-8'),
     (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'), (['--temprature=1'], 'temperature'),
 ])
 def test_bad_input_is_one_line(trained, args, words):
@@ -393,10 +394,12 @@ def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(mon
         if text == 'damaged':
             raise NotFinite
         print(f'<{text}>')
-    type_in(b'one\nbad\ntwo\ndamaged\nthree\n', monkeypatch)
+    type_in(b'one\nbad\ncaf\xe9\ntwo\ndamaged\nthree\n', monkeypatch)
     with pytest.raises(NotFinite):
         converse(answer)
-    assert capsys.readouterr().out.splitlines() == ['<one>', 'start: shorten it', '<two>']
+    assert capsys.readouterr().out.splitlines() == [
+        '<one>', 'start: shorten it',
+        "start: not UTF-8: '\\udce9' after 3 characters is no character: takes text in UTF-8", '<two>']
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):

@@ -407,6 +407,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     (['--rank_embed=64'], 'rank_embed=64 is larger'),
     (['--vocab_size=10'], 'vocab_size=10'),
     (['--learning_rate=fast'], 'takes float'),
+    (['--sample_prompt=caf\udce9'], 'sample_prompt: not UTF-8'),
     (['--batch_size=0'], 'batch_size=0'),
     (['--device=tpu'], 'device=tpu'),
     (['--device=cuda:9'], 'device=cuda:9'),
