@@ -223,6 +223,21 @@ def parse(text, field, where):
         return convert(text, field, where)  # --start=123 and --out_dir=1e5 stay text where text is wanted
 
 
+ESCAPES = {'n': '\n', 't': '\t', 'r': '\r', '\\': '\\'}
+
+
+def typed_text(text, where):
+    r"""
+    The text that the setting `where` means, whether a shell, a config file or a terminal gave it: \n is a new
+    line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character of that number. Other backslashes
+    are themselves. Raises UserError as whole_text() does.
+    """
+    def meaning(found):
+        code = found[1]
+        return chr(int(code[1:], 16)) if code[0] == 'u' else ESCAPES[code]
+    return whole_text(re.sub(r'\\([ntr\\]|u[0-9a-fA-F]{4})', meaning, text), where)
+
+
 def whole_text(text, where):
     """
     A text that can be written in UTF-8: two halves of a character, as JSON may spell one, become one. Raises

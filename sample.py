@@ -30,7 +30,7 @@ import checkpoint
 import hub
 import lora
 import peft_files
-from configurator import FilePath, UserError, configure, run_main, whole_text
+from configurator import FilePath, UserError, configure, run_main, typed_text
 from device import (
     NOT_FINITE,
     DeviceConfig,
@@ -56,7 +56,8 @@ class Settings(DeviceConfig):
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
     adapter: list[FilePath] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
     # name=DIR each, write num_samples each, together in one batch
-    start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file
+    start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a
+    # new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character so numbered: C:\\new for C:\new
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
     temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
@@ -66,7 +67,8 @@ class Settings(DeviceConfig):
     num_beams: int = 0  # above 0: one text, the likeliest that a beam search with so many hypotheses finds
     length_penalty: float = 1.0  # of the beam search: above 0 favours longer texts, below shorter ones
     repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019, arXiv 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several times
+    stop: list[str] = field(default_factory=list)  # end a sample before this text, typed as start: \n is a new line;
+    # may be given several times
     seed: int = 1337
     interactive: bool = False  # read prompts from the terminal, one after another
     use_cache: bool = True  # False: compute all keys and values anew for every token, to compare
@@ -90,9 +92,9 @@ class Settings(DeviceConfig):
         if '' in self.stop:
             raise ValueError('stop: an empty text would end every sample at once')
         for text in self.stop:
-            whole_text(text, 'stop')
+            typed_text(text, 'stop')
         if not self.start.startswith('FILE:'):
-            whole_text(self.start, 'start')
+            typed_text(self.start, 'start')
 
 
 # -----------------------------------------------------------------------------
@@ -443,7 +445,7 @@ def read_prompt(start):
     """The text of a prompt; FILE:path reads it. Raises UserError for what is not UTF-8."""
     if start.startswith('FILE:'):
         return read_text(os.path.expanduser(start[5:]))
-    return whole_text(start, 'start')
+    return typed_text(start, 'start')
 
 
 def read_prompts(stream):
@@ -500,7 +502,9 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
         print(''.join(pieces) + row.end() + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
-    for row, piece in stream(model, tokenizer, prompts, s.stop, generator=generator, compile=compile, sources=sources if source else None, **options):
+    stop = [typed_text(text, 'stop') for text in s.stop]
+    options |= {'generator': generator, 'compile': compile, 'sources': sources if source else None}
+    for row, piece in stream(model, tokenizer, prompts, stop, **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -513,7 +517,7 @@ def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
     for text in read_prompts(sys.stdin):
         try:
-            answer(whole_text(text, 'start'))
+            answer(typed_text(text, 'start'))
         except NotFinite:  # no other prompt would do
             raise
         except UserError as error:
@@ -541,7 +545,7 @@ def main():
         print_samples(model, tokenizer, text, s, generator, compile, voices)
     try:
         if s.interactive:
-            print(f'device: {device}, {dtype}; a prompt a line; Ctrl-D ends', flush=True)
+            print(f'device: {device}, {dtype}; a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
             converse(answer)
         else:
             answer(read_prompt(s.start))

@@ -40,6 +40,7 @@ def test_a_template_is_filled_and_its_empty_paragraphs_left_out():
     assert fill(ALPACA, row) == '### Instruction:\nAdd {1} and 2.\n\n### Response:\n'
     assert fill(ALPACA, row | {'input': 'x'}) == '### Instruction:\nAdd {1} and 2.\n\n### Input:\nx\n\n### Response:\n'
     assert fill('{{{input}}}', row | {'input': 'x'}) == '{x}'
+    assert fill(r'\\n{input}\t', row | {'input': r'\n'}) == r'\n\n' + '\t'  # a field is as it is
 
 
 def test_pairs_by_a_template(tmp_path):

@@ -344,6 +344,15 @@ def test_only_a_newline_ends_a_prompt(tmp_path):
     assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'a\r\nb\r'
 
 
+def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):
+    options = [f'--out_dir={trained}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9']
+    stopped = run('sample.py', *options, '--start=the quick', r'--stop=zz\n', r'--stop=b\u0072o').stdout
+    assert stopped.split('\n---')[0] == 'the quick '
+    assert run('sample.py', *options, r'--start=one\n\\n').stdout.startswith('one\n\\n')
+    (tmp_path / 'prompt.txt').write_text(r'one\n')
+    assert run('sample.py', *options, f'--start=FILE:{tmp_path}/prompt.txt').stdout.startswith(r'one\n')
+
+
 @pytest.mark.parametrize('args, words', [
     (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
     (['--start=caf\udce9'], 'start: not UTF-8'), (['--stop=caf\udce9'], 'stop: not UTF-8'),

@@ -517,6 +517,14 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
 
 
 
+def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
+    s = Settings(sample_tokens=1, sample_prompt=r'one\n\\n', dtype='float32')
+    ranks = Ranks('gloo', torch.device('cpu'))
+    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    assert capsys.readouterr().out.startswith('    | one\n    | \\n')
+
+
 def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys):
     s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
