@@ -228,9 +228,9 @@ ESCAPES = {'n': '\n', 't': '\t', 'r': '\r', '\\': '\\'}
 
 def typed_text(text, where):
     r"""
-    The text that the setting `where` means, whether a shell, a config file or a terminal gave it: \n is a new
-    line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character of that number. Other backslashes
-    are themselves. Raises UserError as whole_text() does.
+    The text that the setting `where` means, whether a shell, a config file or a terminal gave it: \n is a
+    new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character of that number. Other
+    backslashes are themselves. Raises UserError as whole_text() does.
     """
     def meaning(found):
         code = found[1]

@@ -18,7 +18,7 @@ from device import autocast, process_age
 from files import append, replace_text, writing
 from objectives import around
 from optim import learning_rate
-from sample import encode_prompt, stream
+from sample import default_prompt, encode_prompt, stream
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -149,6 +149,8 @@ def show_samples(model, s, data, ranks, stop=False):
         tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
         tokenizer.around, tokenizer.begin = around(s.objective, s.denoisers, files.meta), data.begin
         text = typed_text(s.sample_prompt, 'sample_prompt')
+        if 'sample_prompt' not in getattr(s, 'given', ()):
+            text = default_prompt(text, tokenizer)
         prompt, source = encode_prompt(text, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype), without_compiling(s.compile and ranks.lockstep):
             pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,

@@ -56,8 +56,9 @@ class Settings(DeviceConfig):
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
     adapter: list[FilePath] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
     # name=DIR each, write num_samples each, together in one batch
-    start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a
-    # new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character so numbered: C:\\new for C:\new
+    start: str = '\n'  # the prompt; where the tokenizer has no new line, the default is the end of text.
+    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a carriage
+    # return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
     temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
@@ -67,8 +68,8 @@ class Settings(DeviceConfig):
     num_beams: int = 0  # above 0: one text, the likeliest that a beam search with so many hypotheses finds
     length_penalty: float = 1.0  # of the beam search: above 0 favours longer texts, below shorter ones
     repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019, arXiv 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text, typed as start: \n is a new line;
-    # may be given several times
+    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several
+    # times; typed as start: \n is a new line
     seed: int = 1337
     interactive: bool = False  # read prompts from the terminal, one after another
     use_cache: bool = True  # False: compute all keys and values anew for every token, to compare
@@ -458,6 +459,15 @@ def read_prompts(stream):
         yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
 
+def default_prompt(text, tokenizer):
+    """The default `text` of a prompt, or '', the end of text, where the tokenizer cannot write it."""
+    try:
+        ids = tokenizer.encode(text)
+    except UserError:  # a character that is not in the vocabulary
+        return ''
+    return '' if tokenizer.unk in ids else text
+
+
 def encode_prompt(text, tokenizer, cfg, room=None):
     """
     (ids that the decoder goes on from, ids for the encoder or None) of a prompt. It begins with a start token,
@@ -545,10 +555,12 @@ def main():
         print_samples(model, tokenizer, text, s, generator, compile, voices)
     try:
         if s.interactive:
-            print(f'device: {device}, {dtype}; a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
+            print(f'device: {device}, {dtype}')
+            print('a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
             converse(answer)
         else:
-            answer(read_prompt(s.start))
+            text = read_prompt(s.start)
+            answer(text if 'start' in s.given else default_prompt(text, tokenizer))
             print(f'device: {device}, {dtype}', flush=True)
     except NotFinite as error:
         raise UserError(f'{where}: {error}') from None

@@ -518,7 +518,7 @@ def check_template(template):
 
 
 def fill(template, row):
-    """A template, read by typed_text(), with the fields of a row, without paragraphs whose fields are all empty."""
+    """A template, read by typed_text(), with the fields of a row; paragraphs of empty fields are left out."""
     paragraphs = []
     for paragraph in typed_text(template, 'prompt_template').split('\n\n'):
         names = template_fields(paragraph)

@@ -89,7 +89,8 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
 
 @pytest.mark.parametrize('module, cls, names', [
     ('sample', 'Settings', ['start', 'stop']), ('train', 'Settings', ['sample_prompt']),
-    ('prepare', 'Settings', ['prompt_template']), ('evaluate', 'TaskSettings', ['delimiter']), ('evaluate', 'SummarySettings', ['prompt_template'])])
+    ('prepare', 'Settings', ['prompt_template']), ('evaluate', 'TaskSettings', ['delimiter']),
+    ('evaluate', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
     lines = help_text(getattr(importlib.import_module(module), cls)).split('\n')
     for name in names:

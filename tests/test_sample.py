@@ -12,6 +12,7 @@ import torch
 from conftest import one_line, run, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
+from test_export import written
 
 import checkpoint
 import device
@@ -24,7 +25,7 @@ from packed import Packed, pack
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
+from tokenizer import JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
 
@@ -351,6 +352,16 @@ def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):
     assert run('sample.py', *options, r'--start=one\n\\n').stdout.startswith('one\n\\n')
     (tmp_path / 'prompt.txt').write_text(r'one\n')
     assert run('sample.py', *options, f'--start=FILE:{tmp_path}/prompt.txt').stdout.startswith(r'one\n')
+
+
+def test_the_default_prompt_is_the_end_of_text_where_there_is_no_new_line(tmp_path):
+    """Of a given prompt the character is named."""
+    for tokenizer in (new_tokenizer('char', ['ACGT']), char_tokenizer('ACGT', eot=False)):
+        folder = written(tmp_path / f'{tokenizer.eot}', model(vocab_size=tokenizer.vocab_size), tokenizer)
+        options = [f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5']
+        done = run('sample.py', *options)
+        assert done.returncode == 0 and done.stdout == run('sample.py', *options, '--start=').stdout
+        assert "character '\\n' is not among the 4" in one_line(run('sample.py', *options, r'--start=\n'))
 
 
 @pytest.mark.parametrize('args, words', [

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+import runlog
 from configurator import UserError
 from data import Mixture
 from guard import FirstSteps
@@ -27,6 +28,7 @@ from optim import Muon
 from ranks import Ranks
 from run import Batches, compile_all
 from runlog import show_samples
+from tokenizer import new_tokenizer
 from train import Settings
 
 
@@ -523,6 +525,16 @@ def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
     show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert capsys.readouterr().out.startswith('    | one\n    | \\n')
+
+
+def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(dataset, capsys, monkeypatch):
+    monkeypatch.setattr(runlog, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
+    model = Transformer(ModelConfig(vocab_size=5, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
+    for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):
+        s.given = given
+        show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+        assert capsys.readouterr().out.startswith(shown)
 
 
 def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys):
