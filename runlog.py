@@ -157,7 +157,8 @@ def show_samples(model, s, data, ranks, stop=False):
                             generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None)
             written = ''.join(piece for _, piece in takewhile(lambda _: not ranks.any(stop), pieces))
         arrow = '' if s.objective == 'causal' else ' → '
-        ranks.say('    | ' + (text + arrow + written).strip().replace('\n', '\n    | '))
+        shown = text.removeprefix(tokenizer.eot_text)
+        ranks.say('    | ' + (shown + arrow + written).strip().replace('\n', '\n    | '))
     except UserError as error:
         ranks.say(f'no sample: {error}')
     model.train()

@@ -57,8 +57,9 @@ class Settings(DeviceConfig):
     adapter: list[FilePath] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
     # name=DIR each, write num_samples each, together in one batch
     start: str = '\n'  # the prompt; where the tokenizer has no new line, the default is the end of text.
-    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a carriage
-    # return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new
+    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a
+    # carriage return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new. In both the
+    # end of text, as the tokenizer writes it (<|endoftext|>, </s>), is that token
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
     temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
@@ -468,19 +469,33 @@ def default_prompt(text, tokenizer):
     return '' if tokenizer.unk in ids else text
 
 
-def encode_prompt(text, tokenizer, cfg, room=None):
+def encode_typed(text, tokenizer):
+    """The ids of a prompt. Where a user writes the end of text as the tokenizer does, that token is meant."""
+    parts = [text] if tokenizer.eot is None else text.split(tokenizer.eot_text)
+    ids = tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids = [*ids, tokenizer.eot, *tokenizer.encode(part)]
+    return ids
+
+
+def encode_prompt(text, tokenizer, cfg, room=None, is_typed=True):
     """
     (ids that the decoder goes on from, ids for the encoder or None) of a prompt. It begins with a start token,
     if the network was trained with one; else an empty one is the end of the document before. The text that an
     encoder reads is marked as in training, by the end of text after it at least. room: cut the text so that no
-    more than so many tokens are read. Raises UserError for one that does not fit.
+    more than so many tokens are read. is_typed: read by encode_typed(); False: it is data, in which all text is
+    ordinary. Raises UserError for one that does not fit.
     """
     (before, after), end = tokenizer.around, tokenizer.eot or 0
     if cfg.n_encoder_layer:
         after = after or (end,)
     else:
         before = *tokenizer.begin, *before
-    ids = tokenizer.encode(text)
+    ids = encode_typed(text, tokenizer) if is_typed else tokenizer.encode(text)
+    if ids[:1] == [end] and list(before) == [end]:  # a start token that is the end of text is not doubled
+        before = ()
+    if ids[-1:] == [end] and list(after) == [end]:
+        after = ()
     ids = [*before, *(ids if room is None else ids[:max(0, room - len(before) - len(after))]), *after] or [end]
     prompt, source = (list(tokenizer.begin) or [end], ids) if cfg.n_encoder_layer else (ids, None)
     for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
@@ -498,10 +513,13 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
     others after it.
     """
     texts, prompts, sources = [], [], []
+    shown = text.removeprefix(tokenizer.eot_text)  # a document that begins is not announced
     for name, tokenizer.around, tokenizer.begin in voices:
         prompt, source = encode_prompt(text, tokenizer, model.cfg)
         prompts, sources = prompts + [prompt] * s.num_samples, sources + [source] * s.num_samples
-        texts += [f'{name}: ' * (len(voices) > 1) + ('' if source or tokenizer.around[1] else text)] * s.num_samples
+        announced = f'{name}: ' if len(voices) > 1 else ''
+        is_shown = not source and not tokenizer.around[1]
+        texts += [announced + shown if is_shown else announced] * s.num_samples
     print(texts[0], end='', flush=True)
     if s.num_beams:
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:

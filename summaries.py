@@ -75,7 +75,8 @@ def stored_pairs(files, tokenizer):
 def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
     """[text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come first, so that rows of a batch are alike."""
     room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
-    rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room)) for n, source in enumerate(sources)]
+    encoded = [encode_prompt(source, tokenizer, model.cfg, room, is_typed=False) for source in sources]
+    rows = [(n, *ids) for n, ids in enumerate(encoded)]
     rows.sort(key=lambda row: -len(row[2] or row[1]))
     out, size = [''] * len(rows), 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):

@@ -25,7 +25,7 @@ from packed import Packed, pack
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
+from tokenizer import EOT, JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
 
@@ -362,6 +362,31 @@ def test_the_default_prompt_is_the_end_of_text_where_there_is_no_new_line(tmp_pa
         done = run('sample.py', *options)
         assert done.returncode == 0 and done.stdout == run('sample.py', *options, '--start=').stdout
         assert "character '\\n' is not among the 4" in one_line(run('sample.py', *options, r'--start=\n'))
+
+
+def test_the_end_of_text_in_a_prompt_is_the_token():
+    """As in nanoGPT, whose sample.py names this prompt; in data it is ordinary text."""
+    sentencepiece = train_bpe(['some words and some more words'] * 9, 270)
+    fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
+    for tokenizer in (new_tokenizer('byte'), new_tokenizer('char', ['ab']), sentencepiece, fallback):
+        eot, a, b = tokenizer.eot, tokenizer.encode('a'), tokenizer.encode('b')
+        cfg = ModelConfig(block_size=32)
+        wanted = {'': [eot], EOT: [eot], EOT + 'a': [eot, *a], 'a' + EOT + 'b': [*a, eot, *b], 'a': a}
+        for text, ids in wanted.items():
+            assert encode_prompt(text, tokenizer, cfg) == (ids, None)
+        for begin in (eot, 0):
+            tokenizer.begin = (begin,)
+            assert encode_prompt(EOT + 'a', tokenizer, cfg)[0] == [begin] * (begin != eot) + [eot, *a]
+        has_encoder = ModelConfig(block_size=32, n_encoder_layer=1)
+        assert encode_prompt('a' + EOT, tokenizer, has_encoder) == ([0], [*a, eot])
+    assert encode_prompt(EOT, new_tokenizer('byte'), cfg, is_typed=False) == (list(EOT.encode()), None)
+
+
+def test_the_end_of_text_before_a_prompt_is_not_printed(trained):
+    options = [f'--out_dir={trained}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9']
+    alone, empty = (run('sample.py', *options, f'--start={text}').stdout for text in (EOT, ''))
+    assert alone == empty
+    assert run('sample.py', *options, f'--start={EOT}the{EOT}').stdout.startswith(f'the{EOT}')
 
 
 @pytest.mark.parametrize('args, words', [
