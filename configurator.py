@@ -223,6 +223,35 @@ def parse(text, field, where):
         return convert(text, field, where)  # --start=123 and --out_dir=1e5 stay text where text is wanted
 
 
+ESCAPES = {'n': '\n', 't': '\t', 'r': '\r', '\\': '\\'}
+
+
+def typed_text(text, where):
+    r"""
+    The text that the setting `where` means, whether a shell, a config file or a terminal gave it: \n is a
+    new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character of that number. Other
+    backslashes are themselves. Raises UserError as whole_text() does.
+    """
+    def meaning(found):
+        code = found[1]
+        return chr(int(code[1:], 16)) if code[0] == 'u' else ESCAPES[code]
+    return whole_text(re.sub(r'\\([ntr\\]|u[0-9a-fA-F]{4})', meaning, text), where)
+
+
+def whole_text(text, where):
+    """
+    A text that can be written in UTF-8: two halves of a character, as JSON may spell one, become one. Raises
+    UserError, which calls the text `where`, for a half alone. Python reads bytes of a command line or a terminal that
+    are not UTF-8 as such halves.
+    """
+    text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'surrogatepass')
+    half = re.search('[\ud800-\udfff]', text)
+    if half:
+        place = f'{half[0]!r} after {half.start()} characters'
+        raise UserError(f'{where}: not UTF-8: {place} is no character: takes text in UTF-8')
+    return text
+
+
 def expand_home(path):
     """A path with the home directory in place of a ~ at its beginning, also after hf: and after the name= of an adapter."""
     found = re.fullmatch(r'(hf:|[\w-]+=)?(~.*)', path, re.DOTALL)

@@ -19,7 +19,8 @@ IMPORTED = time.perf_counter()
 @dataclass
 class NumericConfig:
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32. auto = bfloat16 where it is faster
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32.
+    # auto = bfloat16 where it is faster; float32 for greedy text, beam searches and evaluate.py
 
 
 @dataclass
@@ -59,6 +60,17 @@ def pick_dtype(name, device):
         if gain < 0.5:
             print(f'dtype=bfloat16: {1 / gain:.0f} times slower than float32 on this CPU, which has no instructions for it: leave it out', flush=True)
     return 'float32' if name == 'auto' else name
+
+
+def pick_exact_dtype(name, device):
+    """
+    pick_dtype() for what rounding would change: evaluations, greedy text, beams. auto is 'float32' there,
+    and float32 is multiplied without tf32.
+    """
+    dtype = 'float32' if name == 'auto' else pick_dtype(name, device)
+    if dtype == 'float32':
+        torch.set_float32_matmul_precision('highest')
+    return dtype
 
 
 def pick_compile(setting, device, flops=0.0):

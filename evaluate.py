@@ -27,9 +27,9 @@ import ngrams
 import sample
 import summaries
 import tasks
-from configurator import FilePath, UserError, configure_command, run_main
+from configurator import FilePath, UserError, configure_command, run_main, typed_text
 from data import TokenFiles, find_folder
-from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_dtype
+from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_exact_dtype
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from picture import figure, save, write_csv
@@ -50,7 +50,7 @@ class LossSettings(DeviceConfig):
 def row_losses(folder, dataset, s):
     """{data set: (Source, nats, targets)} of a checkpoint on every row of the validation split; nats and targets: (rows,)."""
     device = pick_device(s.device)
-    (model, _), dtype = load_model(folder, encoder=True), pick_dtype(s.dtype, device)
+    (model, _), dtype = load_model(folder, encoder=True), pick_exact_dtype(s.dtype, device)
     model.to(device)
     if pick_compile(s.compile, device):
         compile_all([model])
@@ -88,7 +88,8 @@ def show_loss(s):
     for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
         mean, error = loss_and_error(nats, targets)
         bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
-        print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split\n'
+        dtype = 'float32' if s.dtype == 'auto' else s.dtype
+        print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split, in {dtype}\n'
               f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
         cut = source.too_long()
         if cut:
@@ -112,7 +113,9 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
             (_, tokenizer.around, tokenizer.begin), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
-        return model.to(device), tokenizer, device, pick_dtype(self.dtype, device)
+        dtype = pick_exact_dtype(self.dtype, device)
+        print(f'device: {device}, {dtype}', flush=True)
+        return model.to(device), tokenizer, device, dtype
 
 
 @dataclass
@@ -134,7 +137,8 @@ class TextSettings(ModelSettings):
 class TaskSettings(ModelSettings):
     files: list[FilePath] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
     shots: int = 0  # solved examples before each item, from the same file
-    delimiter: str = ' '  # between a query and its choices; a task of Mosaic's shape takes the words that go there: $'\nAnswer: '
+    delimiter: str = ' '  # between a query and its choices; a task of Mosaic's shape takes the words that go
+    # there, '\nAnswer: '; typed as start of sample.py: \n is a new line
     limit: int = 0  # of each task the first so many items; 0 = all
     seed: int = 1337  # of the examples
     csv: FilePath = ''  # file for what became of every item
@@ -145,6 +149,7 @@ class TaskSettings(ModelSettings):
         """Raise ValueError for values that cannot work."""
         if not self.files:
             raise ValueError('files: none is given: python evaluate.py tasks --out_dir=DIR FILE.jsonl')
+        typed_text(self.delimiter, 'delimiter')
         if self.shots < 0 or self.limit < 0:
             raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
 
@@ -168,7 +173,7 @@ class HarnessSettings(ModelSettings):
 class SummarySettings(ModelSettings):
     files: list[FilePath] = field(default_factory=list)  # pairs, JSONL; none = the validation pairs that the run was trained beside
     source: str = 'source'  # the field with what is read
-    prompt_template: str = ''  # in place of it, as in prepare.py
+    prompt_template: str = ''  # in place of it, as in prepare.py: \n is a new line
     target: str = 'target'  # the one with what people wrote, a text or a list of them
     max_new_tokens: int = 100  # of each text
     num_beams: int = 0  # hypotheses of a beam search; 0 = greedy, in batches
@@ -237,7 +242,11 @@ def show_tasks(s):
     """python evaluate.py tasks"""
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a task: give another file')
-    loaded = {path: tasks.with_shots(tasks.read_items(path, s.delimiter), s.shots, s.seed)[:s.limit or None] for path in s.files}
+    delimiter = typed_text(s.delimiter, 'delimiter')
+    loaded = {}
+    for path in s.files:
+        items = tasks.with_shots(tasks.read_items(path, delimiter), s.shots, s.seed)
+        loaded[path] = items[:s.limit or None]
     model, tokenizer, device, dtype = s.load()
     rows, width = [], max(len(os.path.basename(path)) for path in s.files)
     print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')

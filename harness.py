@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import contextmanager
 
-from configurator import UserError
+from configurator import UserError, whole_text
 from cuts import Cuts
 from device import autocast
 from sample import stream
@@ -81,7 +81,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
         tokenizer_name = tokenizer.kind
 
         def tok_encode(self, string, **unused):
-            return tokenizer.encode(string)
+            return tokenizer.encode(whole_text(string, 'tasks'))
 
         def _loglikelihood_tokens(self, requests, **unused):
             pairs = []
@@ -90,7 +90,9 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             return score(model, pairs, device, dtype, cuts=contexts)
 
         def loglikelihood_rolling(self, requests, **unused):
-            return [-score_text(model, tokenizer, request.args[0], model.cfg.block_size, device, dtype)[0] for request in requests]
+            texts = [whole_text(request.args[0], 'tasks') for request in requests]
+            stride = model.cfg.block_size
+            return [-score_text(model, tokenizer, text, stride, device, dtype)[0] for text in texts]
 
         def generate_until(self, requests, **unused):
             return [self.generate(*request.args) for request in requests]
@@ -98,7 +100,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
         def generate(self, context, options):
             asked, stop = options.get('max_gen_toks', 256), options.get('until', [])
             stop = [stop] if isinstance(stop, str) else stop
-            ids = tokenizer.context(tokenizer.encode(context))
+            ids = tokenizer.context(self.tok_encode(context))
             kept, most = fit(len(ids), asked, model.cfg.block_size)
             prompts.add(len(ids), kept)
             limits.add(asked, most)

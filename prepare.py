@@ -72,7 +72,7 @@ class Settings:
     source: str = ''  # for pairs: the field of what is read, and
     target: str = ''  # of what is to be written; a document is then the source, end of text, the target, end of text (objective=seq2seq)
     prompt_template: str = ''  # in place of source: what is read, with fields in braces, '### Instruction:\n{instruction}\n\n{input}\n\n### Response:\n';
-    # a paragraph whose fields are empty is left out
+    # a paragraph whose fields are empty is left out; typed as start of sample.py: \n is a new line
     reserve: int = 0  # further tokens that no text has, for objective=ul2: 100 do for rows of 512 tokens
     val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for shakespeare
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;

@@ -12,13 +12,13 @@ import torch
 
 import checkpoint
 import faults
-from configurator import UserError
+from configurator import UserError, typed_text
 from data import remark
 from device import autocast, process_age
 from files import append, replace_text, writing
 from objectives import around
 from optim import learning_rate
-from sample import encode_prompt, stream
+from sample import default_prompt, encode_prompt, stream
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -153,12 +153,17 @@ def show_samples(model, s, data, ranks, stop=False):
     try:
         tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
         tokenizer.around, tokenizer.begin = around(s.objective, s.denoisers, files.meta), data.begin
-        prompt, source = encode_prompt(s.sample_prompt, tokenizer, model.cfg)
+        text = typed_text(s.sample_prompt, 'sample_prompt')
+        if 'sample_prompt' not in getattr(s, 'given', ()):
+            text = default_prompt(text, tokenizer)
+        prompt, source = encode_prompt(text, tokenizer, model.cfg)
         with autocast(ranks.device, s.dtype), without_compiling(s.compile and ranks.lockstep):
             pieces = stream(model, tokenizer, [prompt], max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
                             generator=torch.Generator().manual_seed(s.seed), sources=[source] if source else None)
-            text = ''.join(piece for _, piece in takewhile(lambda _: not ranks.any(stop), pieces))
-        ranks.say('    | ' + (s.sample_prompt + (' → ' if s.objective != 'causal' else '') + text).strip().replace('\n', '\n    | '))
+            written = ''.join(piece for _, piece in takewhile(lambda _: not ranks.any(stop), pieces))
+        arrow = '' if s.objective == 'causal' else ' → '
+        shown = text.removeprefix(tokenizer.eot_text)
+        ranks.say('    | ' + (shown + arrow + written).strip().replace('\n', '\n    | '))
     except UserError as error:
         ranks.say(f'no sample: {error}')
     model.train()

@@ -30,13 +30,22 @@ import checkpoint
 import hub
 import lora
 import peft_files
-from configurator import FilePath, UserError, configure, run_main
-from device import NOT_FINITE, DeviceConfig, is_out_of_memory, pick_compile, pick_device, pick_dtype
+from configurator import FilePath, UserError, configure, run_main, typed_text
+from device import (
+    NOT_FINITE,
+    DeviceConfig,
+    is_out_of_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    pick_exact_dtype,
+)
 from objectives import around, stored_begin
 from origin import add_adapters, load_model
 from packed import pack
 from tokenizer import load_tokenizer
 
+GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
 COMPILE_FROM = 4000  # tokens of a sample from which compiling pays (10.6M parameters on 2 CPU cores: 7 to 10 s, then 1.9 ms less a token)
 
 
@@ -47,7 +56,10 @@ class Settings(DeviceConfig):
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss, or the newest
     adapter: list[FilePath] = field(default_factory=list)  # low-rank adapters beside it, runs of train.py --lora_rank or folders of PEFT's; several, as
     # name=DIR each, write num_samples each, together in one batch
-    start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file
+    start: str = '\n'  # the prompt; where the tokenizer has no new line, the default is the end of text.
+    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a
+    # carriage return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new. In both the
+    # end of text, as the tokenizer writes it (<|endoftext|>, </s>), is that token
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
     temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
@@ -57,7 +69,8 @@ class Settings(DeviceConfig):
     num_beams: int = 0  # above 0: one text, the likeliest that a beam search with so many hypotheses finds
     length_penalty: float = 1.0  # of the beam search: above 0 favours longer texts, below shorter ones
     repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019, arXiv 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several times
+    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several
+    # times; typed as start: \n is a new line
     seed: int = 1337
     interactive: bool = False  # read prompts from the terminal, one after another
     use_cache: bool = True  # False: compute all keys and values anew for every token, to compare
@@ -80,6 +93,10 @@ class Settings(DeviceConfig):
             raise ValueError(f'num_beams={self.num_beams}: must not be negative')
         if '' in self.stop:
             raise ValueError('stop: an empty text would end every sample at once')
+        for text in self.stop:
+            typed_text(text, 'stop')
+        if not self.start.startswith('FILE:'):
+            typed_text(self.start, 'start')
 
 
 # -----------------------------------------------------------------------------
@@ -216,7 +233,7 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature < 1e-9:  # divided by it, logits would be infinite
+    if temperature < GREEDY_BELOW:
         highest, tokens = logits.max(-1)  # the highest is NaN where any is
         return torch.where(highest.isfinite(), tokens, -1)
     logits = logits / temperature
@@ -427,18 +444,41 @@ def read_text(path):
 
 
 def read_prompt(start):
-    """The text of a prompt; FILE:path reads it."""
-    return read_text(os.path.expanduser(start[5:])) if start.startswith('FILE:') else start
+    """The text of a prompt; FILE:path reads it. Raises UserError for what is not UTF-8."""
+    if start.startswith('FILE:'):
+        return read_text(os.path.expanduser(start[5:]))
+    return typed_text(start, 'start')
 
 
 def read_prompts(stream):
-    """Yield the prompts of a text stream, one a line. Only a newline ends a line: other separators belong to the prompt."""
-    stream.reconfigure(newline='\n')
+    """
+    Yield the prompts of a text stream, one a line. Only a newline ends a line, other separators do not.
+    Bytes that are not UTF-8 come as halves of characters, which read_prompt() refuses.
+    """
+    stream.reconfigure(newline='\n', errors='surrogateescape')
     for line in stream:
         yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
 
 
-def encode_prompt(text, tokenizer, cfg, room=None, cuts=None):
+def default_prompt(text, tokenizer):
+    """The default `text` of a prompt, or '', the end of text, where the tokenizer cannot write it."""
+    try:
+        ids = tokenizer.encode(text)
+    except UserError:  # a character that is not in the vocabulary
+        return ''
+    return '' if tokenizer.unk in ids else text
+
+
+def encode_typed(text, tokenizer):
+    """The ids of a prompt. Where a user writes the end of text as the tokenizer does, that token is meant."""
+    parts = [text] if tokenizer.eot is None else text.split(tokenizer.eot_text)
+    ids = tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids = [*ids, tokenizer.eot, *tokenizer.encode(part)]
+    return ids
+
+
+def encode_prompt(text, tokenizer, cfg, room=None, cuts=None, is_typed=True):
     """
     (ids that the decoder goes on from, ids for the encoder or None) of a prompt. It begins with a start token,
     if the network was trained with one; else an empty one is the end of the document before. The text that an
@@ -446,13 +486,18 @@ def encode_prompt(text, tokenizer, cfg, room=None, cuts=None):
     does not fit.
 
     room: most tokens that are read: a longer text loses its end, and is counted in `cuts`, a Cuts.
+    is_typed: read by encode_typed(); False: it is data, in which all text is ordinary.
     """
     (before, after), end = tokenizer.around, tokenizer.eot or 0
     if cfg.n_encoder_layer:
         after = after or (end,)
     else:
         before = *tokenizer.begin, *before
-    ids = tokenizer.encode(text)
+    ids = encode_typed(text, tokenizer) if is_typed else tokenizer.encode(text)
+    if ids[:1] == [end] and list(before) == [end]:  # a start token that is the end of text is not doubled
+        before = ()
+    if ids[-1:] == [end] and list(after) == [end]:
+        after = ()
     if room is not None:
         if cuts is not None:
             cuts.add(len(before) + len(ids) + len(after), room)
@@ -474,10 +519,13 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
     others after it.
     """
     texts, prompts, sources = [], [], []
+    shown = text.removeprefix(tokenizer.eot_text)  # a document that begins is not announced
     for name, tokenizer.around, tokenizer.begin in voices:
         prompt, source = encode_prompt(text, tokenizer, model.cfg)
         prompts, sources = prompts + [prompt] * s.num_samples, sources + [source] * s.num_samples
-        texts += [f'{name}: ' * (len(voices) > 1) + ('' if source or tokenizer.around[1] else text)] * s.num_samples
+        announced = f'{name}: ' if len(voices) > 1 else ''
+        is_shown = not source and not tokenizer.around[1]
+        texts += [announced + shown if is_shown else announced] * s.num_samples
     print(texts[0], end='', flush=True)
     if s.num_beams:
         if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
@@ -488,7 +536,9 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
         print(''.join(pieces) + row.end() + '\n---------------', flush=True)
         return
     options = {name: getattr(s, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache')}
-    for row, piece in stream(model, tokenizer, prompts, s.stop, generator=generator, compile=compile, sources=sources if source else None, **options):
+    stop = [typed_text(text, 'stop') for text in s.stop]
+    options |= {'generator': generator, 'compile': compile, 'sources': sources if source else None}
+    for row, piece in stream(model, tokenizer, prompts, stop, **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -499,10 +549,9 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
 
 def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
-    print('a prompt a line; Ctrl-D ends', flush=True)
     for text in read_prompts(sys.stdin):
         try:
-            answer(text)
+            answer(typed_text(text, 'start'))
         except NotFinite:  # no other prompt would do
             raise
         except UserError as error:
@@ -517,7 +566,9 @@ def main():
     voices = add_voices(model, tokenizer, s.adapter, where) or [('', tokenizer.around, tokenizer.begin)]
     if len(s.adapter) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
-    pack(model.to(device), pick_dtype(s.dtype, device), 'int8' if s.int8 else '')
+    is_greedy = s.num_beams > 0 or s.temperature < GREEDY_BELOW  # then rounding decides which text it is
+    dtype = (pick_exact_dtype if is_greedy else pick_dtype)(s.dtype, device)
+    pack(model.to(device), dtype, 'int8' if s.int8 else '')
     if len(voices) > 1:
         adapters.select(model, [name for name, *_ in voices for _ in range(s.num_samples)])
     is_long = s.max_new_tokens >= COMPILE_FROM and not lora.adapted(model)
@@ -528,9 +579,13 @@ def main():
         print_samples(model, tokenizer, text, s, generator, compile, voices)
     try:
         if s.interactive:
+            print(f'device: {device}, {dtype}')
+            print('a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
             converse(answer)
         else:
-            answer(read_prompt(s.start))
+            text = read_prompt(s.start)
+            answer(text if 'start' in s.given else default_prompt(text, tokenizer))
+            print(f'device: {device}, {dtype}', flush=True)
     except NotFinite as error:
         raise UserError(f'{where}: {error}') from None
     except (RuntimeError, MemoryError) as error:

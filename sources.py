@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import synthetic
-from configurator import UserError
+from configurator import UserError, typed_text
 from download import CORPORA, download_corpus
 from tokenizer import ANYWHERE, EOT
 
@@ -509,6 +509,7 @@ def template_fields(template):
 
 def check_template(template):
     """Raise ValueError, in one line, for what cannot be the setting prompt_template."""
+    typed_text(template, 'prompt_template')
     try:
         if template and not template_fields(template):
             raise ValueError('has no {FIELD} in it')
@@ -517,9 +518,9 @@ def check_template(template):
 
 
 def fill(template, row):
-    """A template with the fields of a row; \\n is a new line. A paragraph of it whose fields are all empty is left out."""
+    """A template, read by typed_text(), with the fields of a row; paragraphs of empty fields are left out."""
     paragraphs = []
-    for paragraph in template.replace('\\n', '\n').split('\n\n'):
+    for paragraph in typed_text(template, 'prompt_template').split('\n\n'):
         names = template_fields(paragraph)
         if not names or any(row[name].strip() for name in names):
             paragraphs.append(''.join(text + (row[name] if name else '') for text, name, *_ in string.Formatter().parse(paragraph)))

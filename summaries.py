@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, whole_text
 from cuts import Cuts
 from device import autocast
 from sample import beam_search, encode_prompt, generate
@@ -53,7 +53,8 @@ def to_pair(row, source, target, template, where):
     references = row[target] if isinstance(row[target], list) else [row[target]]
     if not all(isinstance(row[key], str) for _, key in read) or not references or not all(isinstance(text, str) for text in references):
         raise UserError(f'{where}: {" and ".join(key for _, key in read)} takes a text, {target} a text or a list of them')
-    return Pair(fill(template, row) if template else row[source], references)
+    text = fill(template, row) if template else row[source]
+    return Pair(whole_text(text, where), [whole_text(reference, where) for reference in references])
 
 
 def stored_pairs(files, tokenizer):
@@ -83,7 +84,8 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     """
     room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
     cuts = Cuts('sources')
-    rows = [(n, *encode_prompt(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
+    encoded = [encode_prompt(source, tokenizer, model.cfg, room, cuts, is_typed=False) for source in sources]
+    rows = [(n, *ids) for n, ids in enumerate(encoded)]
     T = model.cfg.block_size
     if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
         raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '

@@ -13,13 +13,12 @@ of a long context is cut. test_tasks.py holds item by item against it.
 import json
 import math
 import random
-import re
 from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, whole_text
 from cuts import Cuts
 from device import NOT_FINITE, autocast
 
@@ -84,8 +83,9 @@ def to_item(fields, delimiter, where):
     else:
         raise UserError(f'{where}: takes an object with query, choices and gold, with sentence_good and sentence_bad, or with context and continuation')
     for text in (context, *choices):
-        if not isinstance(text, str) or re.search('[\ud800-\udfff]', text):  # halves of a character
+        if not isinstance(text, str):
             raise UserError(f'{where}: {text!r}: takes text')
+        whole_text(text, where)
     if not all(choices):
         raise UserError(f'{where}: a choice or continuation is empty')
     return Item(context + delimiter, choices, gold, where)

@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import faults
 import lora
-from configurator import FilePath, UserError, configure, leave, run_main
+from configurator import FilePath, UserError, configure, leave, run_main, typed_text
 from data import DataConfig, Mixture, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
 from growth import GrowConfig
@@ -65,7 +65,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
     checkpoint_interval: int = 0  # steps between further checkpoints; 0 = only after evaluations
     keep_checkpoints: int = 2  # the newest ones kept, and the best one
     async_save: bool = False  # write checkpoints in a thread while the run goes on: takes memory for a copy of weights and moments
-    sample_prompt: str = '\n'  # what the samples during training begin with
+    sample_prompt: str = '\n'  # what the samples during training begin with, typed as start of sample.py:
+    # \n is a new line
     sample_tokens: int = 100  # their length; 0 = no samples
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = 'minnow'
@@ -79,6 +80,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_checkpoints'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        typed_text(self.sample_prompt, 'sample_prompt')
         for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')

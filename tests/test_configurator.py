@@ -1,5 +1,6 @@
 """Settings: what is accepted, what is refused, and with which words."""
 import errno
+import importlib
 import io
 import os
 import re
@@ -23,6 +24,8 @@ from configurator import (
     options,
     read_config,
     run_main,
+    typed_text,
+    whole_text,
 )
 
 
@@ -74,6 +77,32 @@ def test_a_byte_order_mark_before_a_config_file_is_taken_off(tmp_path):
 def test_values_are_read_as_their_type_wants(arg, name, value):
     got = getattr(configure(Settings, [arg]), name)
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('typed, meant', [
+    (r'a\nb\tc\rd', 'a\nb\tc\rd'), ('a\nb', 'a\nb'), (r'C:\\new', r'C:\new'), (r'\\\n', '\\\n'),
+    (r'\\\\n', r'\\n'), (r'\u00e4 \ud83d\ude00', 'ä 😀'), ('end\\', 'end\\'), ('', ''), ("'\n'", "'\n'"),
+    (r'\alpha\d\ \u12 \x41', r'\alpha\d\ \u12 \x41')])
+def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant):
+    assert typed_text(typed, 'start') == meant
+
+
+@pytest.mark.parametrize('module, cls, names', [
+    ('sample', 'Settings', ['start', 'stop']), ('train', 'Settings', ['sample_prompt']),
+    ('prepare', 'Settings', ['prompt_template']), ('evaluate', 'TaskSettings', ['delimiter']),
+    ('evaluate', 'SummarySettings', ['prompt_template'])])
+def test_help_says_how_a_new_line_is_typed(module, cls, names):
+    lines = help_text(getattr(importlib.import_module(module), cls)).split('\n')
+    for name in names:
+        assert [r'\n is a new line' in line for line in lines if line.startswith(f'  --{name}=')] == [True]
+
+
+def test_half_a_character_is_refused_and_two_halves_are_one():
+    assert whole_text('a\ud83d\ude00b', 'start') == 'a😀b' and whole_text('', 'start') == ''
+    assert whole_text('\ufeffa\0', 'start') == '\ufeffa\0'
+    for text in ('caf\udce9', '\ude00\ud83d', 'a\ud83d'):
+        with pytest.raises(UserError, match="^start: not UTF-8: '.ud.*' after . characters is no character"):
+            whole_text(text, 'start')
 
 
 def test_a_list_is_given_several_times():

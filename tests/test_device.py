@@ -13,6 +13,16 @@ def test_bfloat16_is_taken_on_a_cpu_only_where_a_matmul_is_faster(monkeypatch):
         assert device.pick_dtype('auto', cpu) == choice and device.pick_dtype('float32', cpu) == 'float32'
 
 
+def test_what_rounding_would_change_is_in_float32_unless_another_dtype_is_asked_for(monkeypatch):
+    cpu, speeds = torch.device('cpu'), {torch.bfloat16: 4.0, torch.float32: 1.0}
+    monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype: speeds[dtype])
+    torch.set_float32_matmul_precision('high')
+    assert device.pick_exact_dtype('bfloat16', cpu) == 'bfloat16'
+    assert torch.get_float32_matmul_precision() == 'high'
+    assert device.pick_exact_dtype('auto', cpu) == 'float32'
+    assert torch.get_float32_matmul_precision() == 'highest'
+
+
 def test_who_asks_for_bfloat16_where_it_is_slow_is_told(monkeypatch, capsys):
     for speed, said in ((0.01, 'dtype=bfloat16: 100 times slower than float32 on this CPU'), (0.8, '')):
         monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)

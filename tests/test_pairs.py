@@ -40,6 +40,7 @@ def test_a_template_is_filled_and_its_empty_paragraphs_left_out():
     assert fill(ALPACA, row) == '### Instruction:\nAdd {1} and 2.\n\n### Response:\n'
     assert fill(ALPACA, row | {'input': 'x'}) == '### Instruction:\nAdd {1} and 2.\n\n### Input:\nx\n\n### Response:\n'
     assert fill('{{{input}}}', row | {'input': 'x'}) == '{x}'
+    assert fill(r'\\n{input}\t', row | {'input': r'\n'}) == r'\n\n' + '\t'  # a field is as it is
 
 
 def test_pairs_by_a_template(tmp_path):
@@ -58,6 +59,7 @@ def test_pairs_by_a_template(tmp_path):
 @pytest.mark.parametrize('args, words', [
     (['--prompt_template=hello', '--target=b'], 'has no {FIELD}'), (['--prompt_template={a!r}', '--target=b'], 'braces that are no {FIELD}'),
     (['--prompt_template={a', '--target=b'], "prompt_template='{a'"), (['--prompt_template={}', '--target=b'], 'braces that are no {FIELD}'),
+    (['--prompt_template={a}\udce9', '--target=b'], 'prompt_template: not UTF-8'),
     (['--prompt_template={a}', '--source=a', '--target=b'], 'source=a'), (['--prompt_template={a}'], 'target='),
     (['--prompt_template={c}', '--target=b'], 'no field c; it has a, b: set --prompt_template and --target')])
 def test_templates_that_cannot_be_are_refused(args, words, tmp_path):

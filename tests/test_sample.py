@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from conftest import one_line, run, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
+from test_export import written
 
 import checkpoint
+import device
 import sample
 import tasks
 from configurator import UserError
@@ -22,7 +25,7 @@ from packed import Packed, pack
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import JsonTokenizer, new_tokenizer, train_bpe
+from tokenizer import EOT, JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
 
@@ -342,12 +345,75 @@ def test_only_a_newline_ends_a_prompt(tmp_path):
     assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'a\r\nb\r'
 
 
+def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):
+    options = [f'--out_dir={trained}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9']
+    stopped = run('sample.py', *options, '--start=the quick', r'--stop=zz\n', r'--stop=b\u0072o').stdout
+    assert stopped.split('\n---')[0] == 'the quick '
+    assert run('sample.py', *options, r'--start=one\n\\n').stdout.startswith('one\n\\n')
+    (tmp_path / 'prompt.txt').write_text(r'one\n')
+    assert run('sample.py', *options, f'--start=FILE:{tmp_path}/prompt.txt').stdout.startswith(r'one\n')
+
+
+def test_the_default_prompt_is_the_end_of_text_where_there_is_no_new_line(tmp_path):
+    """Of a given prompt the character is named."""
+    for tokenizer in (new_tokenizer('char', ['ACGT']), char_tokenizer('ACGT', eot=False)):
+        folder = written(tmp_path / f'{tokenizer.eot}', model(vocab_size=tokenizer.vocab_size), tokenizer)
+        options = [f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5']
+        done = run('sample.py', *options)
+        assert done.returncode == 0 and done.stdout == run('sample.py', *options, '--start=').stdout
+        assert "character '\\n' is not among the 4" in one_line(run('sample.py', *options, r'--start=\n'))
+
+
+def test_the_end_of_text_in_a_prompt_is_the_token():
+    """As in nanoGPT, whose sample.py names this prompt; in data it is ordinary text."""
+    sentencepiece = train_bpe(['some words and some more words'] * 9, 270)
+    fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
+    for tokenizer in (new_tokenizer('byte'), new_tokenizer('char', ['ab']), sentencepiece, fallback):
+        eot, a, b = tokenizer.eot, tokenizer.encode('a'), tokenizer.encode('b')
+        cfg = ModelConfig(block_size=32)
+        wanted = {'': [eot], EOT: [eot], EOT + 'a': [eot, *a], 'a' + EOT + 'b': [*a, eot, *b], 'a': a}
+        for text, ids in wanted.items():
+            assert encode_prompt(text, tokenizer, cfg) == (ids, None)
+        for begin in (eot, 0):
+            tokenizer.begin = (begin,)
+            assert encode_prompt(EOT + 'a', tokenizer, cfg)[0] == [begin] * (begin != eot) + [eot, *a]
+        has_encoder = ModelConfig(block_size=32, n_encoder_layer=1)
+        assert encode_prompt('a' + EOT, tokenizer, has_encoder) == ([0], [*a, eot])
+    assert encode_prompt(EOT, new_tokenizer('byte'), cfg, is_typed=False) == (list(EOT.encode()), None)
+
+
+def test_the_end_of_text_before_a_prompt_is_not_printed(trained):
+    options = [f'--out_dir={trained}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9']
+    alone, empty = (run('sample.py', *options, f'--start={text}').stdout for text in (EOT, ''))
+    assert alone == empty
+    assert run('sample.py', *options, f'--start={EOT}the{EOT}').stdout.startswith(f'the{EOT}')
+
+
 @pytest.mark.parametrize('args, words', [
     (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
+    (['--start=caf\udce9'], 'start: not UTF-8'), (['--stop=caf\udce9'], 'stop: not UTF-8'),
     (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'), (['--temprature=1'], 'temperature'),
 ])
 def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
+
+
+def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):
+    speeds = {torch.bfloat16: 4.0, torch.float32: 1.0}
+    monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype: speeds[dtype])
+    (tmp_path / 'text.txt').write_text('the quick')
+    short = ['sample.py', '--num_samples=1', '--max_new_tokens=3']
+    text = ['evaluate.py', 'text', tmp_path / 'text.txt']
+    for args, dtype in ((short, 'bfloat16'),
+                        ([*short, '--temperature=0'], 'float32'),
+                        ([*short, '--num_beams=2'], 'float32'),
+                        ([*short, '--temperature=0', '--dtype=bfloat16'], 'bfloat16'),
+                        (['evaluate.py', 'loss'], 'float32'),
+                        (text, 'float32'),
+                        ([*text, '--dtype=bfloat16'], 'bfloat16')):
+        done = run(*args, f'--out_dir={trained}', '--device=cpu')
+        assert done.returncode == 0, done.stderr
+        assert re.findall('float32|bfloat16', done.stdout) == [dtype], args
 
 
 def test_damaged_weights_are_noticed_wherever_they_are_used(trained, tmp_path):
@@ -373,10 +439,12 @@ def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(mon
         if text == 'damaged':
             raise NotFinite
         print(f'<{text}>')
-    type_in(b'one\nbad\ntwo\ndamaged\nthree\n', monkeypatch)
+    type_in(b'one\nbad\ncaf\xe9\ntwo\ndamaged\nthree\n', monkeypatch)
     with pytest.raises(NotFinite):
         converse(answer)
-    assert capsys.readouterr().out.splitlines()[1:] == ['<one>', 'start: shorten it', '<two>']
+    assert capsys.readouterr().out.splitlines() == [
+        '<one>', 'start: shorten it',
+        "start: not UTF-8: '\\udce9' after 3 characters is no character: takes text in UTF-8", '<two>']
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):

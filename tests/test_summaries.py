@@ -75,7 +75,9 @@ def test_the_command_prints_means_and_writes_a_table(tmp_path):
 
 
 @pytest.mark.parametrize('line, words', [('{"source": 3, "target": "x"}', 'takes a text'), ('{"source": "x", "target": []}', 'or a list of them'),
-                                         ('{"source": "x"}', 'no field target; it has source: set --target'), ('[1]', 'no field source'), ('{', 'JSON')])
+                                         ('{"source": "x"}', 'no field target; it has source: set --target'), ('[1]', 'no field source'), ('{', 'JSON'),
+                                         (r'{"source": "\udce9", "target": "x"}', 'not UTF-8'),
+                                         (r'{"source": "x", "target": "\udce9"}', 'not UTF-8')])
 def test_a_line_that_is_no_pair_is_named(line, words, tmp_path):
     (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}\n' + line + '\n')
     with pytest.raises(UserError, match=r'p\.jsonl:2: ') as caught:

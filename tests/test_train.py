@@ -20,6 +20,7 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+import runlog
 from configurator import UserError
 from data import Mixture, Source, validation_batch, validation_rows
 from guard import FirstSteps
@@ -29,6 +30,7 @@ from optim import Muon
 from ranks import Ranks
 from run import Batches, compile_all
 from runlog import show_samples
+from tokenizer import new_tokenizer
 from train import Settings
 
 
@@ -434,6 +436,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     (['--rank_embed=64'], 'rank_embed=64 is larger'),
     (['--vocab_size=10'], 'vocab_size=10'),
     (['--learning_rate=fast'], 'takes float'),
+    (['--sample_prompt=caf\udce9'], 'sample_prompt: not UTF-8'),
     (['--batch_size=0'], 'batch_size=0'),
     (['--device=tpu'], 'device=tpu'),
     (['--device=cuda:9'], 'device=cuda:9'),
@@ -541,6 +544,24 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
     done = run('hub.py', 'export', '--as=custom', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
     assert done.returncode == 0 and 'no tokenizer is written' in done.stdout and not (tmp_path / 'hf' / 'tokenizer.json').exists()
 
+
+
+def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
+    s = Settings(sample_tokens=1, sample_prompt=r'one\n\\n', dtype='float32')
+    ranks = Ranks('gloo', torch.device('cpu'))
+    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    assert capsys.readouterr().out.startswith('    | one\n    | \\n')
+
+
+def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(dataset, capsys, monkeypatch):
+    monkeypatch.setattr(runlog, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
+    model = Transformer(ModelConfig(vocab_size=5, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
+    for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):
+        s.given = given
+        show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+        assert capsys.readouterr().out.startswith(shown)
 
 
 def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys):
