@@ -5,7 +5,7 @@ Sources of text → documents: what prepare.py reads.
     for task in Reader(files, settings).tasks(cut):      # about 1 MB of text at a time
         for where, text in documents(task, settings):    # 'notes/a.txt:1', 'Once …'
 
-Of the settings of prepare.py it uses text_key, source, target, prompt_template, errors, split and val_fraction. Memory stays the same however much
+Of the settings of prepare.py it uses text_key, source, target, prompt_template, errors, split, val_fraction and chosen. Memory stays the same however much
 text there is, but for the longest line or row, and a longest document that the tokenizer lets nobody part.
 """
 import ast
@@ -565,11 +565,16 @@ def not_utf8(path, offset):
     return UserError(f'{path}: byte {offset} is not UTF-8: convert the file, or use --errors=replace')
 
 
+def hash_of(text):
+    """A number from 0 to 2**64 - 1 that decides the split of a document: of a pair, its source decides."""
+    return int.from_bytes(blake2b(text.partition(PAIR)[0][:HASHED].encode(), digest_size=8).digest(), 'big')
+
+
 def divide(text, s):
     """A document → [(split, its text)]."""
     if s.split == 'document':
-        text, whole = text.partition(PAIR)[0], text  # pairs of one source are on one side
-        number = int.from_bytes(blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big')
-        return [('val' if number < s.val_fraction * 2 ** 64 else 'train', whole)]
+        number = hash_of(text)
+        is_val = number < s.val_fraction * 2 ** 64 if s.chosen is None else number in s.chosen
+        return [('val' if is_val else 'train', text)]
     n = int(len(text) * (1 - s.val_fraction))  # as nanoGPT cuts Shakespeare
     return [(split, part) for split, part in (('train', text[:n]), ('val', text[n:])) if part]

@@ -130,6 +130,71 @@ def test_equal_documents_are_on_one_side_in_any_order(tmp_path):
     assert read(tmp_path / 'b', 'val') == val[::-1]
 
 
+@pytest.mark.parametrize('count', [2, 3, 10, 50, 300])
+def test_few_documents_have_a_fair_share_for_validation(tmp_path, count):
+    texts = [story(n, 5 + n % 40) for n in range(count)] + [story(1, 6)] * (count // 10)
+    path = write_jsonl(tmp_path / 'x.jsonl', texts)
+    do(tmp_path / 'out', path)
+    train, val = (read(tmp_path / 'out', split) for split in ('train', 'val'))
+    assert not set(train) & set(val) and sorted(train + val) == sorted(texts)
+    size = sum(map(len, texts))
+    if count >= 10:
+        assert abs(sum(map(len, val)) / max(0.01 * size, min(0.1 * size, 20_000)) - 1) < 0.3
+    else:
+        assert val == [min(texts, key=len)]
+    s = Settings(split='document', val_fraction=0.01)
+    write_jsonl(tmp_path / 'y.jsonl', texts[::-1])  # in any order
+    assert prepare.choose(s, find_files([path]), True) == prepare.choose(s, find_files([str(tmp_path / 'y.jsonl')]), True)
+
+
+@pytest.mark.parametrize('fraction', [0.05, 0.1, 0.3, 0.45, 0.9, 0.97])
+def test_both_sides_have_some_of_few_documents(tmp_path, fraction):
+    """Hashes alone left one side without any, now and then."""
+    for seed in range(8):
+        sizes = np.random.default_rng(seed).integers(1, 60, 20)
+        texts = [story(1000 * seed + n, size) for n, size in enumerate(sizes)]
+        s = Settings(split='document', val_fraction=fraction)
+        chosen = prepare.choose(s, find_files([write_jsonl(tmp_path / 'x.jsonl', texts)]), False)
+        assert chosen == [number for number in chosen if number in {sources.hash_of(text) for text in texts}]
+        assert 0 < len(chosen) < 20
+        share = sum(len(text) for text in texts if sources.hash_of(text) in chosen) / sum(map(len, texts))
+        assert fraction / 2 - 0.04 < share < 1.26 * fraction
+
+
+def test_one_long_document_among_short_ones_is_not_what_validates(tmp_path):
+    short = [story(n, 20) for n in range(20)]
+    for seed in range(20):
+        long = f'{seed} ' + 'word ' * 5000
+        files = find_files([write_jsonl(tmp_path / 'x.jsonl', [*short, long])])
+        chosen = prepare.choose(Settings(split='document', val_fraction=0.01), files, True)
+        assert 0 < len(chosen) <= 10 and sources.hash_of(long) not in chosen
+
+
+def test_enough_documents_are_divided_by_their_hashes_alone(tmp_path):
+    """Data sets of many documents are what they were before few ones had a rule."""
+    texts = [story(n, 3) for n in range(1000)]
+    files = find_files([write_jsonl(tmp_path / 'x.jsonl', texts)])
+    fewer = find_files([write_jsonl(tmp_path / 'y.jsonl', [*texts[1:], '', ' \n'])])
+    s = Settings(split='document', val_fraction=0.01)
+    assert prepare.choose(s, files, True) is None and prepare.choose(s, fewer, True) is not None
+    assert [divide(text, s)[0][0] for text in texts] == ['val' if sources.hash_of(text) < 0.01 * 2 ** 64 else 'train' for text in texts]
+    assert prepare.choose(Settings(split='document', val_fraction=0.3), fewer, False) is None
+
+
+def test_documents_that_are_all_equal_have_no_split(tmp_path):
+    for count in (1, 7):
+        with pytest.raises(UserError, match=rf'nothing for val of {count} document\(s\) with split=document: give more, that differ, or use --split=tail'):
+            do(tmp_path / 'out', write_jsonl(tmp_path / 'x.jsonl', ['the same'] * count))
+
+
+def test_few_tokens_for_validation_are_said(command):
+    write_jsonl('x.jsonl', [story(n) for n in range(9)])
+    _, out, _ = command('x.jsonl', '--out=d', '--tokenizer=byte')
+    assert ' tokens, few for a loss to rely on: give more text, or a larger --val_fraction\n' in out
+    write_jsonl('y.jsonl', [story(n) for n in range(100)])
+    assert 'rely' not in command('y.jsonl', '--out=e', '--tokenizer=byte')[1]
+
+
 def test_auto_is_tail_for_few_texts_and_document_for_many(tmp_path):
     for n in range(3):
         (tmp_path / f'{n}.txt').write_text(story(n))

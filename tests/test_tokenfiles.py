@@ -79,6 +79,17 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
         assert all(np.array_equal(a, b) for a, b in zip(*(Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
 
 
+def test_parts_of_few_documents_agree_on_who_validates(tmp_path):
+    write_jsonl(tmp_path / 'a.jsonl', [story(n) for n in range(30)])
+    write_jsonl(tmp_path / 'b.jsonl', [story(n) for n in range(20, 50)])
+    given = tmp_path / 'a.jsonl', tmp_path / 'b.jsonl'
+    do(tmp_path / 'whole', *given)
+    in_parts(tmp_path / 'parts', 3, *given)
+    expected, found = stream(tmp_path / 'whole'), stream(tmp_path / 'parts')
+    assert all(np.array_equal(found[split][0], expected[split][0]) and found[split][1] == expected[split][1] for split in found)
+    assert 3 <= len(expected['val'][1]) <= 12
+
+
 def test_what_is_read_before_the_place_in_a_file_moves_is_in_one_part(tmp_path, monkeypatch):
     """As the first of very short rows of a .parquet are."""
     for name in 'ab':
