@@ -22,8 +22,9 @@ given that ends so. Or a source is a named corpus, see download.py, or a Markov 
     python prepare.py 'fineweb/*.parquet' --tokenizer=gpt2 --out=data/fineweb --part=3/64             # a machine for each part: OUT.parts/3_of_64
     python prepare.py --merge=data/fineweb                                                            # then all of them, one after the other
 
-OUT appears when it is whole. A run that was stopped goes on where it was when the same command is given again, and neither that nor
-the number of processes changes a byte of the result. Memory stays the same however much text there is, but for the longest line.
+OUT appears when it is whole; an empty folder of that name is filled. A run that was stopped goes on where it was when the same
+command is given again, and neither that nor the number of processes changes a byte of the result. Memory stays the same however much
+text there is, but for the longest line.
 """
 import heapq
 import json
@@ -50,6 +51,7 @@ from tqdm import tqdm
 
 import synthetic
 from configurator import FilePath, UserError, configure, run_main
+from data import read_meta
 from download import CORPORA
 from files import lock, replace_json
 from sources import (
@@ -67,7 +69,19 @@ from sources import (
     not_read,
     printable,
 )
-from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
+from tokenfiles import (
+    Split,
+    find_parts,
+    is_free,
+    join,
+    move,
+    part_folder,
+    parts_folder,
+    publish,
+    read_parts,
+    totals,
+    work_folder,
+)
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
@@ -236,10 +250,10 @@ def prepare(s):
         source = describe(s, files)
         if s.part:
             out = part_folder(out, *s.place)
-        if os.path.exists(out):
+        if not is_free(out):
             return out, finished(out, source), None
         meta, figures = locked(out, lambda part: run(s, files, source, out, part, by_default))
-        return out, meta, figures | {'not_read': not_read(left_out)}
+        return out, meta, figures and figures | {'not_read': not_read(left_out)}
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
@@ -272,8 +286,8 @@ def finished(out, source):
 
 
 def locked(out, make):
-    """make(OUT.part), a folder for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
-    part = out + '.part'
+    """make(its work folder), for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
+    part = work_folder(out)
     os.makedirs(part, exist_ok=True)
     mine = lock(part)
     if mine is None:
@@ -384,7 +398,12 @@ def progress_bar(what, reader, items, done=0):
 
 
 def run(s, files, source, out, part, by_default):
-    """Tokenize into the folder `part`, then name it `out`; returns (meta.json, figures for the summary)."""
+    """Tokenize into the folder `part`, then make it `out`; returns (meta.json, figures for the summary)."""
+    if os.path.exists(os.path.join(part, 'meta.json')):  # a run was stopped when it was all done
+        meta = read_meta(part)
+        if meta.get('source') == source:
+            move(part, out)
+            return meta, None
     try:
         with open(os.path.join(part, 'progress.json'), encoding='utf-8') as f:
             progress = json.load(f)
@@ -470,10 +489,11 @@ def merge(out):
     Make the data set `out` of the parts of it that were prepared with --part. They stay where they are. Raises UserError.
     Returns (folder, meta.json, figures for the summary).
     """
-    if os.path.exists(out):
+    if not is_free(out):
         raise UserError(f'merge={out}: exists: delete it first')
-    if os.path.exists(os.path.join(out + '.part', 'progress.json')):
-        raise UserError(f'merge={out}: {out}.part holds what a run without --part has done: let it go on, or delete that first')
+    part = work_folder(out)
+    if os.path.exists(os.path.join(part, 'progress.json')):
+        raise UserError(f'merge={out}: {part} holds what a run without --part has done: let it go on, or delete that first')
     folders = find_parts(out)
     metas = read_parts(folders)
 

@@ -582,10 +582,62 @@ def test_a_second_run_finds_it_done_and_refuses_anything_else(tmp_path):
     write_jsonl(path, map(story, range(51)))
     with pytest.raises(UserError, match='prepared from other input files'):
         do(tmp_path / 'out', path, val_fraction=0.3)
-    (tmp_path / 'mine').mkdir()
-    with pytest.raises(UserError, match='exists, and was not made by prepare.py'):
-        do(tmp_path / 'mine', path)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()} and not os.listdir(tmp_path / 'mine')
+    make_files(tmp_path, 'mine/notes.txt')
+    os.symlink('nowhere', tmp_path / 'gone')
+    for name in ('mine', 'mine/notes.txt', 'gone'):
+        with pytest.raises(UserError, match='exists, and was not made by prepare.py'):
+            do(tmp_path / name, path)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()} and os.listdir(tmp_path / 'mine') == ['notes.txt']
+    assert sorted(os.listdir(tmp_path)) == ['gone', 'mine', 'out', 'x.jsonl']
+
+
+@pytest.mark.parametrize('kind', ['empty', 'volume', 'link', 'here'])
+def test_an_empty_folder_is_filled(tmp_path, monkeypatch, kind):
+    """It may be a mounted volume: no folder is renamed onto it, and nothing is written beside it."""
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'ref', path, val_fraction=0.3)
+    (tmp_path / 'place' / 'out').mkdir(parents=True)
+    out = tmp_path / 'place' / 'out'
+    if kind == 'volume':
+        (out / 'lost+found').mkdir()
+    if kind == 'link':
+        os.symlink(out, tmp_path / 'link')
+    if kind == 'here':
+        monkeypatch.chdir(out)
+    given = {'link': tmp_path / 'link', 'here': '.'}.get(kind, out)
+    with pytest.raises(UserError, match='no field story'):
+        do(given, path, val_fraction=0.3, text_key='story')
+    assert set(os.listdir(out)) <= {'lost+found'}
+    before = sorted(os.listdir(tmp_path))
+    meta = do(given, path, val_fraction=0.3)
+    if kind == 'volume':
+        os.rmdir(out / 'lost+found')
+    assert contents(out) == contents(tmp_path / 'ref') and sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / 'place') == ['out']
+    assert do(given, path, val_fraction=0.3) == meta
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_run_that_was_stopped_while_it_put_its_files_in_place_goes_on(tmp_path, monkeypatch, there):
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'ref', path, val_fraction=0.3)
+    out, rename = tmp_path / 'out', os.rename
+    if there:
+        out.mkdir()
+    for _ in range(4):
+        left = [int(there)]  # one file is moved each time, meta.json in the end
+
+        def stopped(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            rename(*args)
+        monkeypatch.setattr(os, 'rename', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            do(out, path, val_fraction=0.3)
+        assert not (out / 'meta.json').exists()
+    monkeypatch.setattr(os, 'rename', rename)
+    do(out, path, val_fraction=0.3)
+    assert contents(out) == contents(tmp_path / 'ref') and not (tmp_path / 'out.part').exists()
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
