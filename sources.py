@@ -291,20 +291,29 @@ class Reader:
         """The bytes of a file, unpacked, about a task's worth at a time. Raises UserError for a damaged one."""
         unpack, fault = decompressor(path)
         stream = unpack and unpack()
+        behind = False  # is this behind the end of a stream, with nothing unpacked yet?
         with open(path, 'rb') as f:
             while block := f.read(TASK_SIZE // 16 if stream else TASK_SIZE):
                 self.position += len(block)
                 while block and stream:
                     if stream.eof:
-                        stream = unpack()  # there may be several streams in a file, as pigz and cat make them
+                        block = block.lstrip(b'\0')  # tapes are padded so
+                        if not block:
+                            break
+                        stream, behind = unpack(), True  # several streams in a file, as pigz and cat make them
                     try:
-                        yield stream.decompress(block)
+                        data = stream.decompress(block)
                     except fault as error:
+                        if behind:
+                            raise UserError(f'{path}: has bytes behind its end that are none of it: cut them off') from None
                         raise UserError(f'{path}: damaged ({error}): restore it') from None
+                    behind = behind and not data
+                    yield data
                     block = stream.unused_data if stream.eof else b''
                 yield block
         if stream and not stream.eof:
-            raise UserError(f'{path}: ends in the middle: it was not copied whole')
+            tail = ', or has bytes behind its end that are none of it' if behind else ''
+            raise UserError(f'{path}: ends in the middle: it was not copied whole{tail}')
 
     def characters(self, path):
         """Yield (text, is it the last) of a file, about a task's worth at a time."""
@@ -439,7 +448,7 @@ def decompressor(path):
     if packed == '.bz2':
         return bz2.BZ2Decompressor, OSError
     if packed == '.xz':
-        return lzma.LZMADecompressor, lzma.LZMAError
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError  # by itself it takes zeros for .lzma
     if packed != '.zst':
         return None, ()
     try:

@@ -230,6 +230,28 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
         assert reader.position == reader.total == path.stat().st_size
 
 
+PACKERS = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress, 'zst': zstandard.compress}
+
+
+@pytest.mark.parametrize('ending', PACKERS)
+def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, monkeypatch, ending):
+    pack, path = PACKERS[ending], tmp_path / f'x.txt.{ending}'
+    one, two, none = pack(b'one ' * 9), pack(b'two'), pack(b'')
+    for size in (16, 2 ** 20):
+        monkeypatch.setattr(sources, 'TASK_SIZE', size)  # a byte at a time, and all at once
+        for data in (one + two, one + bytes(512) + two, none + one + none + two + none, one + two + bytes(1), one + two + bytes(1024),
+                     one + bytes(3) + two + bytes(4)):
+            path.write_bytes(data)
+            reader = Reader([(str(path), 'text')], Settings())
+            assert b''.join(reader.blocks(str(path))) == b'one ' * 9 + b'two' and reader.position == len(data)
+        behind = 'bytes behind its end'
+        for data, words in ((one + b'x', behind), (one + b'some garbage' * 9, behind), (one + bytes(9) + b'{}', behind), (bytes(512), 'damaged'),
+                            (one + two[:-1], f'ends in the middle|{behind}'), (b'', 'ends in the middle')):
+            path.write_bytes(data)
+            with pytest.raises(UserError, match=f'^{path}: .*({words})'):
+                list(Reader([(str(path), 'text')], Settings()).blocks(str(path)))
+
+
 class InBlocks(Reader):
     """Reads the bytes `data` in blocks of these sizes, over and over, whatever the path."""
 
