@@ -85,6 +85,7 @@ from tokenfiles import (
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
+VAL_BYTES = 2_000_000  # of large files that are for validation by default: some 500,000 tokens
 VAL_SIZE = 20_000  # characters for validation that are worth more than val_fraction of little text: some 5,000 tokens
 SAVE_EVERY = 10  # seconds between records of the progress
 
@@ -105,7 +106,7 @@ class Settings:
     # a paragraph whose fields are empty is left out
     reserve: int = 0  # further tokens that no text has, for objective=ul2: 100 do for rows of 512 tokens
     val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for
-    # shakespeare, and more of few documents
+    # shakespeare, more of few documents, and of large files what makes about 2 MB
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal
     # ones are on the same; where that leaves fewer than 10 to expect, some that are together about the share. tail: the last
     # characters of every document; auto = tail for .txt with fewer than 200 documents in all
@@ -242,22 +243,29 @@ def prepare(s):
         find_files([source for source in s.sources if source not in CORPORA])  # a misspelt name is the likelier mistake
         raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
     by_default = s.val_fraction is None
-    s = replace(s, val_fraction=s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01))
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
         left_out = {}
         files = find_files(s.sources, left_out)
+        former = s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01)
+        s = replace(s, val_fraction=capped(former, files) if by_default else former)
         source = describe(s, files)
         if s.part:
             out = part_folder(out, *s.place)
         if not is_free(out):
-            return out, finished(out, source), None
+            return out, finished(out, source, former), None
         meta, figures = locked(out, lambda part: run(s, files, source, out, part, by_default))
         return out, meta, figures and figures | {'not_read': not_read(left_out)}
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
         raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; the same command goes on from there') from None
+
+
+def capped(share, files):
+    """The default val_fraction of these files: `share`, or less if they are large. An evaluation may read the whole split."""
+    size = sum(os.path.getsize(path) for path, _ in files)
+    return min(share, float(f'{VAL_BYTES / max(size, 1):.1g}'))
 
 
 def describe(s, files):
@@ -271,11 +279,16 @@ def describe(s, files):
             **({'part': s.part, 'files': [[os.path.basename(path), stat.st_size] for path, stat in stats]} if s.part else {})}
 
 
-def finished(out, source):
-    """meta.json of an existing folder, if it was made from the same inputs with the same settings. Raises UserError."""
+def finished(out, source, former):
+    """
+    meta.json of an existing folder, if it was made from the same inputs with the same settings, or with the val_fraction
+    `former`, the default before it had a limit. Raises UserError.
+    """
     try:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
+        if meta['source'].get('val_fraction') == former:
+            source = source | {'val_fraction': former}
         changed = next((key for key in source | meta['source'] if meta['source'].get(key) != source.get(key)), None)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out') from None

@@ -195,6 +195,24 @@ def test_few_tokens_for_validation_are_said(command):
     assert 'rely' not in command('y.jsonl', '--out=e', '--tokenizer=byte')[1]
 
 
+def test_of_large_files_about_two_megabytes_are_for_validation(tmp_path, monkeypatch):
+    """By default: an evaluation of the whole split would take as long as the training."""
+    path = write_jsonl(tmp_path / 'x.jsonl', [f'story {n}' for n in range(2500)])
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    meta = do(tmp_path / 'out', path)
+    assert meta['source']['val_fraction'] == 0.005 and 2 <= meta['splits']['val']['documents'] <= 30
+    parts = [do(tmp_path / 'parts', path, part=f'{n}/2')['source']['val_fraction'] for n in (1, 2)]
+    assert parts == [0.005] * 2
+    assert do(tmp_path / 'given', path, val_fraction=0.05)['source']['val_fraction'] == 0.05
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path))
+    old = do(tmp_path / 'old', path)
+    assert old['source']['val_fraction'] == 0.01  # as ever
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    assert do(tmp_path / 'old', path) == old  # what was prepared with the former default is found to be done
+    with pytest.raises(UserError, match='prepared with val_fraction=0.05'):
+        do(tmp_path / 'given', path)
+
+
 def test_auto_is_tail_for_few_texts_and_document_for_many(tmp_path):
     for n in range(3):
         (tmp_path / f'{n}.txt').write_text(story(n))
