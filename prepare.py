@@ -22,8 +22,9 @@ given that ends so. Or a source is a named corpus, see download.py, or a Markov 
     python prepare.py 'fineweb/*.parquet' --tokenizer=gpt2 --out=data/fineweb --part=3/64             # a machine for each part: OUT.parts/3_of_64
     python prepare.py --merge=data/fineweb                                                            # then all of them, one after the other
 
-OUT appears when it is whole. A run that was stopped goes on where it was when the same command is given again, and neither that nor
-the number of processes changes a byte of the result. Memory stays the same however much text there is, but for the longest line.
+OUT appears when it is whole; an empty folder of that name is filled. A run that was stopped goes on where it was when the same
+command is given again, and neither that nor the number of processes changes a byte of the result. Memory stays the same however much
+text there is, but for the longest line.
 """
 import heapq
 import json
@@ -50,19 +51,49 @@ from tqdm import tqdm
 
 import synthetic
 from configurator import FilePath, UserError, configure, run_main
+from data import read_meta
 from download import CORPORA
 from files import lock, replace_json
-from sources import HERE, PAIR, SECTIONS, TASK_SIZE, Reader, check_template, divide, documents, fields_of, find_files, not_read, printable
-from tokenfiles import Split, find_parts, join, part_folder, parts_folder, publish, read_parts, totals
+from sources import (
+    HERE,
+    PAIR,
+    SECTIONS,
+    TASK_SIZE,
+    Reader,
+    check_template,
+    divide,
+    documents,
+    fields_of,
+    find_files,
+    hash_of,
+    not_read,
+    printable,
+)
+from tokenfiles import (
+    Split,
+    find_parts,
+    is_free,
+    join,
+    move,
+    part_folder,
+    parts_folder,
+    publish,
+    read_parts,
+    totals,
+    work_folder,
+)
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
+VAL_BYTES = 2_000_000  # of large files that are for validation by default: some 500,000 tokens
+VAL_SIZE = 20_000  # characters for validation that are worth more than val_fraction of little text: some 5,000 tokens
 SAVE_EVERY = 10  # seconds between records of the progress
 
 
 @dataclass
 class Settings:
     positional = 'sources'
+    chosen = None  # no setting: of few documents, the hashes of those for validation, see choose()
     sources: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
     # stdlib, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
     out: FilePath = ''  # the folder to make; '' = data/NAME for a single named corpus
@@ -74,9 +105,11 @@ class Settings:
     prompt_template: str = ''  # in place of source: what is read, with fields in braces, '### Instruction:\n{instruction}\n\n{input}\n\n### Response:\n';
     # a paragraph whose fields are empty is left out; typed as start of sample.py: \n is a new line
     reserve: int = 0  # further tokens that no text has, for objective=ul2: 100 do for rows of 512 tokens
-    val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for shakespeare
-    split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal ones are on the same;
-    # tail: the last characters of every document; auto = tail for .txt with fewer than 200 documents in all
+    val_fraction: float | None = None  # share for validation; None = 0.01, but 0.05 for stdlib and synthetic, 0.1 for
+    # shakespeare, more of few documents, and of large files what makes about 2 MB
+    split: Literal['auto', 'document', 'tail'] = 'auto'  # document: a hash of a document decides its side, so that equal
+    # ones are on the same; where that leaves fewer than 10 to expect, some that are together about the share. tail: the last
+    # characters of every document; auto = tail for .txt with fewer than 200 documents in all
     errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop and name them, or read them as U+FFFD
     num_proc: int = 0  # processes; 0 = one for every core
     part: str = ''  # 3/64: the third of 64 parts alone, a stretch of the files: each on a machine of its own, perhaps, all with the same --out. bpe:N and
@@ -209,22 +242,30 @@ def prepare(s):
     if not out:
         find_files([source for source in s.sources if source not in CORPORA])  # a misspelt name is the likelier mistake
         raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
-    s = replace(s, val_fraction=s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01))
+    by_default = s.val_fraction is None
     try:
         needs_text(s.tokenizer)  # a wrong name is found before any download
         left_out = {}
         files = find_files(s.sources, left_out)
+        former = s.val_fraction or ({'shakespeare': 0.1} | dict.fromkeys(HERE, 0.05)).get(named, 0.01)
+        s = replace(s, val_fraction=capped(former, files) if by_default else former)
         source = describe(s, files)
         if s.part:
             out = part_folder(out, *s.place)
-        if os.path.exists(out):
-            return out, finished(out, source), None
-        meta, figures = locked(out, lambda part: run(s, files, source, out, part))
-        return out, meta, figures | {'not_read': not_read(left_out)}
+        if not is_free(out):
+            return out, finished(out, source, former), None
+        meta, figures = locked(out, lambda part: run(s, files, source, out, part, by_default))
+        return out, meta, figures and figures | {'not_read': not_read(left_out)}
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, out of memory perhaps: lower --num_proc; the same command goes on from there') from None
     except OSError as error:
         raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; the same command goes on from there') from None
+
+
+def capped(share, files):
+    """The default val_fraction of these files: `share`, or less if they are large. An evaluation may read the whole split."""
+    size = sum(os.path.getsize(path) for path, _ in files)
+    return min(share, float(f'{VAL_BYTES / max(size, 1):.1g}'))
 
 
 def describe(s, files):
@@ -238,11 +279,16 @@ def describe(s, files):
             **({'part': s.part, 'files': [[os.path.basename(path), stat.st_size] for path, stat in stats]} if s.part else {})}
 
 
-def finished(out, source):
-    """meta.json of an existing folder, if it was made from the same inputs with the same settings. Raises UserError."""
+def finished(out, source, former):
+    """
+    meta.json of an existing folder, if it was made from the same inputs with the same settings, or with the val_fraction
+    `former`, the default before it had a limit. Raises UserError.
+    """
     try:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
+        if meta['source'].get('val_fraction') == former:
+            source = source | {'val_fraction': former}
         changed = next((key for key in source | meta['source'] if meta['source'].get(key) != source.get(key)), None)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out') from None
@@ -253,8 +299,8 @@ def finished(out, source):
 
 
 def locked(out, make):
-    """make(OUT.part), a folder for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
-    part = out + '.part'
+    """make(its work folder), for this process alone. Bad input leaves nothing behind, other faults what the next run can use."""
+    part = work_folder(out)
     os.makedirs(part, exist_ok=True)
     mine = lock(part)
     if mine is None:
@@ -271,7 +317,7 @@ def locked(out, make):
         os.close(mine)
 
 
-def begin(s, files, source, part):
+def begin(s, files, source, part, by_default):
     """A new record of progress: how to split is settled, and the tokenizer made."""
     left = os.listdir(part)
     if left:
@@ -283,6 +329,7 @@ def begin(s, files, source, part):
         raise UserError(f'{plain}: has no fields {fields}: pairs are read from .jsonl and .parquet, or from .txt with the sections {", ".join(SECTIONS)}')
     tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before the text is read
     split = s.split if s.split != 'auto' else 'tail' if few_documents(s, files) else 'document'
+    chosen = choose(s, files, by_default) if split == 'document' else None
     if not tokenizer:
         texts = sample(s, files)
         signs = sum(text.count(UNTRAINED) for text in texts)
@@ -292,8 +339,8 @@ def begin(s, files, source, part):
     if s.pairs and tokenizer.eot is None:
         raise UserError(f'tokenizer={s.tokenizer}: has no end of text, which parts the source of a pair from its target: use another')
     tokenizer = Reserved(tokenizer, s.reserve) if s.reserve else tokenizer
-    return {'source': source, 'split': split, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0, 'shards': {'train': [], 'val': []},
-            'empty': 0, 'unknown': 0, 'literal': {}, 'used': '', 'longest': [], 'length': 0}
+    return {'source': source, 'split': split, 'chosen': chosen, 'tokenizer': tokenizer.save(part), 'tasks': 0, 'position': 0,
+            'shards': {'train': [], 'val': []}, 'empty': 0, 'unknown': 0, 'literal': {}, 'used': '', 'longest': [], 'length': 0}
 
 
 def few_documents(s, files):
@@ -302,6 +349,41 @@ def few_documents(s, files):
     if s.pairs or len(files) >= 200 or any(kind != 'text' for _, kind in files):
         return False
     return sum(islice((1 for path, _ in files for _, starts, _ in reader.parts(path, ANYWHERE) if starts), 200)) < 200
+
+
+def choose(s, files, by_default):
+    """
+    Of few documents, the hashes of those for validation; None where there are enough for the hash of each to decide by itself.
+    They have about val_fraction of the text; by default VAL_SIZE characters, if that is more, up to a tenth of the text.
+    Equal documents are on one side, and both sides have one if not all are equal. It is the same for every part.
+    """
+    rarer = min(s.val_fraction, 1 - s.val_fraction)
+    sizes, count = {}, 0  # {hash: characters of the documents that have it}
+    for task in Reader(files, replace(s, split='document')).tasks(ANYWHERE):
+        for _, text in documents(task, s):
+            if task.starts and (task.side or text.strip()):
+                number, count = hash_of(text), count + 1
+                sizes.setdefault(number, 0)
+            if task.side or text.strip():
+                sizes[number] += len(text)
+        if count * rarer >= 10 or count >= 1000:
+            return None
+    if not count or not by_default and count * rarer < 0.5:  # that is asked for
+        return None
+    if len(sizes) == 1:
+        return []  # check_sides() refuses it
+    total = sum(sizes.values())
+    wanted = s.val_fraction * total
+    if by_default:
+        wanted = max(wanted, min(total / 10, VAL_SIZE))
+    most = max(1, int(len(sizes) * max(0.5, s.val_fraction)))
+    room = min(1.25 * wanted, total - min(sizes.values()))  # something is left for train
+    chosen, size = [], 0
+    for number in sorted(sizes):
+        if size < wanted and len(chosen) < most and size + sizes[number] <= room:
+            chosen.append(number)
+            size += sizes[number]
+    return chosen or [min(sizes, key=lambda number: (sizes[number], number))]
 
 
 def sample(s, files):
@@ -328,17 +410,23 @@ def progress_bar(what, reader, items, done=0):
             bar.update(max(0, reader.position - reader.first) - bar.n)
 
 
-def run(s, files, source, out, part):
-    """Tokenize into the folder `part`, then name it `out`; returns (meta.json, figures for the summary)."""
+def run(s, files, source, out, part, by_default):
+    """Tokenize into the folder `part`, then make it `out`; returns (meta.json, figures for the summary)."""
+    if os.path.exists(os.path.join(part, 'meta.json')):  # a run was stopped when it was all done
+        meta = read_meta(part)
+        if meta.get('source') == source:
+            move(part, out)
+            return meta, None
     try:
         with open(os.path.join(part, 'progress.json'), encoding='utf-8') as f:
             progress = json.load(f)
     except (OSError, ValueError):
         progress = {}
     if progress.get('source') != source:
-        progress = begin(s, files, source, part)
+        progress = begin(s, files, source, part, by_default)
     progress.setdefault('literal', {})  # an older run had none
     s = replace(s, split=progress['split'])
+    s.chosen = None if progress.get('chosen') is None else frozenset(progress['chosen'])
     reader = Reader(files, s, s.place)
     if progress['tasks']:
         print(f'{part}: goes on after {(progress["position"] - reader.first) / 1e6:,.1f} of {(reader.last - reader.first) / 1e6:,.1f} MB')
@@ -404,8 +492,11 @@ def check_sides(splits, s, empty=0):
         if not splits[name]['tokens']:
             if not splits[other]['tokens']:
                 raise UserError(f'{" ".join(s.sources)}: no text in it' + f', {empty} empty documents' * (empty > 0))
-            raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {splits[other]["documents"]} document(s) with split={s.split}: '
-                            f'use another --val_fraction' + (', or --split=tail' if s.split == 'document' and not s.pairs else ''))
+            advice = 'use another --val_fraction' if s.chosen is None else 'give more, that differ'
+            if s.split == 'document' and not s.pairs:
+                advice += ', or use --split=tail'
+            raise UserError(f'val_fraction={s.val_fraction}: leaves nothing for {name} of {splits[other]["documents"]} document(s) '
+                            f'with split={s.split}: {advice}')
 
 
 def merge(out):
@@ -413,10 +504,11 @@ def merge(out):
     Make the data set `out` of the parts of it that were prepared with --part. They stay where they are. Raises UserError.
     Returns (folder, meta.json, figures for the summary).
     """
-    if os.path.exists(out):
+    if not is_free(out):
         raise UserError(f'merge={out}: exists: delete it first')
-    if os.path.exists(os.path.join(out + '.part', 'progress.json')):
-        raise UserError(f'merge={out}: {out}.part holds what a run without --part has done: let it go on, or delete that first')
+    part = work_folder(out)
+    if os.path.exists(os.path.join(part, 'progress.json')):
+        raise UserError(f'merge={out}: {part} holds what a run without --part has done: let it go on, or delete that first')
     folders = find_parts(out)
     metas = read_parts(folders)
 
@@ -451,6 +543,8 @@ def summary(out, meta, figures):
         return print('    a part without text')
     rate = f'{tokens / sum(split["documents"] for split in splits.values()):,.0f} tokens a pair' if meta.get('pairs') else f'{size / tokens:.3f} bytes a token'
     print(f'    {rate}; tokenizer {description["kind"]} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
+    if splits['val']['tokens'] < 1000 and not meta['source'].get('part'):
+        print(f'    val has {splits["val"]["tokens"]:,} tokens, few for a loss to rely on: give more text, or a larger --val_fraction')
     if 'entropy' in meta:
         print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
     if figures and not parts:

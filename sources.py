@@ -5,7 +5,7 @@ Sources of text → documents: what prepare.py reads.
     for task in Reader(files, settings).tasks(cut):      # about 1 MB of text at a time
         for where, text in documents(task, settings):    # 'notes/a.txt:1', 'Once …'
 
-Of the settings of prepare.py it uses text_key, source, target, prompt_template, errors, split and val_fraction. Memory stays the same however much
+Of the settings of prepare.py it uses text_key, source, target, prompt_template, errors, split, val_fraction and chosen. Memory stays the same however much
 text there is, but for the longest line or row, and a longest document that the tokenizer lets nobody part.
 """
 import ast
@@ -291,20 +291,29 @@ class Reader:
         """The bytes of a file, unpacked, about a task's worth at a time. Raises UserError for a damaged one."""
         unpack, fault = decompressor(path)
         stream = unpack and unpack()
+        behind = False  # is this behind the end of a stream, with nothing unpacked yet?
         with open(path, 'rb') as f:
             while block := f.read(TASK_SIZE // 16 if stream else TASK_SIZE):
                 self.position += len(block)
                 while block and stream:
                     if stream.eof:
-                        stream = unpack()  # there may be several streams in a file, as pigz and cat make them
+                        block = block.lstrip(b'\0')  # tapes are padded so
+                        if not block:
+                            break
+                        stream, behind = unpack(), True  # several streams in a file, as pigz and cat make them
                     try:
-                        yield stream.decompress(block)
+                        data = stream.decompress(block)
                     except fault as error:
+                        if behind:
+                            raise UserError(f'{path}: has bytes behind its end that are none of it: cut them off') from None
                         raise UserError(f'{path}: damaged ({error}): restore it') from None
+                    behind = behind and not data
+                    yield data
                     block = stream.unused_data if stream.eof else b''
                 yield block
         if stream and not stream.eof:
-            raise UserError(f'{path}: ends in the middle: it was not copied whole')
+            tail = ', or has bytes behind its end that are none of it' if behind else ''
+            raise UserError(f'{path}: ends in the middle: it was not copied whole{tail}')
 
     def characters(self, path):
         """Yield (text, is it the last) of a file, about a task's worth at a time."""
@@ -439,7 +448,7 @@ def decompressor(path):
     if packed == '.bz2':
         return bz2.BZ2Decompressor, OSError
     if packed == '.xz':
-        return lzma.LZMADecompressor, lzma.LZMAError
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError  # by itself it takes zeros for .lzma
     if packed != '.zst':
         return None, ()
     try:
@@ -566,11 +575,16 @@ def not_utf8(path, offset):
     return UserError(f'{path}: byte {offset} is not UTF-8: convert the file, or use --errors=replace')
 
 
+def hash_of(text):
+    """A number from 0 to 2**64 - 1 that decides the split of a document: of a pair, its source decides."""
+    return int.from_bytes(blake2b(text.partition(PAIR)[0][:HASHED].encode(), digest_size=8).digest(), 'big')
+
+
 def divide(text, s):
     """A document → [(split, its text)]."""
     if s.split == 'document':
-        text, whole = text.partition(PAIR)[0], text  # pairs of one source are on one side
-        number = int.from_bytes(blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big')
-        return [('val' if number < s.val_fraction * 2 ** 64 else 'train', whole)]
+        number = hash_of(text)
+        is_val = number < s.val_fraction * 2 ** 64 if s.chosen is None else number in s.chosen
+        return [('val' if is_val else 'train', text)]
     n = int(len(text) * (1 - s.val_fraction))  # as nanoGPT cuts Shakespeare
     return [(split, part) for split, part in (('train', text[:n]), ('val', text[n:])) if part]

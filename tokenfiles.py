@@ -155,12 +155,45 @@ def take(path, to):
         sync(to)
 
 
+# -----------------------------------------------------------------------------
+# The folder that a data set is made in, and its name
+
+def is_free(out):
+    """Whether a data set can be made here: there is nothing, an empty folder, or one in which a run was stopped."""
+    if not os.path.isdir(out):
+        return not os.path.lexists(out)
+    names = os.listdir(out)
+    return 'meta.json' not in names and ('.part' in names or set(names) <= {'lost+found'})  # an empty volume has that
+
+
+def work_folder(out):
+    """
+    Where the data set `out` is made: in a folder beside it, which then gets its name; or inside, if `out` is there already.
+    It may be a mounted volume or a link, which no folder can take the place of.
+    """
+    return os.path.join(out, '.part') if os.path.isdir(out) else f'{out}.part'
+
+
 def publish(part, out, meta, tokenizer_files):
-    """Give the folder `part`, whose token files are flushed, its meta.json and its name."""
+    """Give the folder `part`, whose token files are flushed, its meta.json, and make it the data set `out`."""
     replace_json(os.path.join(part, 'meta.json'), meta)
     for path in [os.path.join(part, name) for name in tokenizer_files] + [part]:
         sync(path)
-    os.rename(part, out)
-    with suppress(FileNotFoundError):
-        os.unlink(os.path.join(out, 'progress.json'))
-    sync(os.path.dirname(os.path.abspath(out)))
+    move(part, out)
+
+
+def move(part, out):
+    """Make a finished folder `part` the data set `out`. Where `out` is there, its meta.json comes last: without it, it is none."""
+    if not os.path.isdir(out):
+        os.rename(part, out)
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(out, 'progress.json'))
+        sync(os.path.dirname(os.path.abspath(out)))
+        return
+    for name in sorted(os.listdir(part), key=lambda name: (name == 'meta.json', name)):
+        if name == 'meta.json':
+            sync(out)
+        if name != 'progress.json':
+            os.rename(os.path.join(part, name), os.path.join(out, name))
+    shutil.rmtree(part)
+    sync(out)

@@ -1,5 +1,5 @@
 # What low rank costs: the base of config/sweeps/lowrank.py, a decoder of 2.65M weights in its blocks and the recipe of config/fast.py.
-#   python prepare.py tinystories --tokenizer=bpe:4096 --val_fraction=0.05 --out=data/stories     # or any text of yours
+#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories    # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python train.py config/lowrank_study.py
 from config.fast import *  # noqa: F403
 

@@ -142,6 +142,89 @@ def test_equal_documents_are_on_one_side_in_any_order(tmp_path):
     assert read(tmp_path / 'b', 'val') == val[::-1]
 
 
+@pytest.mark.parametrize('count', [2, 3, 10, 50, 300])
+def test_few_documents_have_a_fair_share_for_validation(tmp_path, count):
+    texts = [story(n, 5 + n % 40) for n in range(count)] + [story(1, 6)] * (count // 10)
+    path = write_jsonl(tmp_path / 'x.jsonl', texts)
+    do(tmp_path / 'out', path)
+    train, val = (read(tmp_path / 'out', split) for split in ('train', 'val'))
+    assert not set(train) & set(val) and sorted(train + val) == sorted(texts)
+    size = sum(map(len, texts))
+    if count >= 10:
+        assert abs(sum(map(len, val)) / max(0.01 * size, min(0.1 * size, 20_000)) - 1) < 0.3
+    else:
+        assert val == [min(texts, key=len)]
+    s = Settings(split='document', val_fraction=0.01)
+    write_jsonl(tmp_path / 'y.jsonl', texts[::-1])  # in any order
+    assert prepare.choose(s, find_files([path]), True) == prepare.choose(s, find_files([str(tmp_path / 'y.jsonl')]), True)
+
+
+@pytest.mark.parametrize('fraction', [0.05, 0.1, 0.3, 0.45, 0.9, 0.97])
+def test_both_sides_have_some_of_few_documents(tmp_path, fraction):
+    """Hashes alone left one side without any, now and then."""
+    for seed in range(8):
+        sizes = np.random.default_rng(seed).integers(1, 60, 20)
+        texts = [story(1000 * seed + n, size) for n, size in enumerate(sizes)]
+        s = Settings(split='document', val_fraction=fraction)
+        chosen = prepare.choose(s, find_files([write_jsonl(tmp_path / 'x.jsonl', texts)]), False)
+        assert chosen == [number for number in chosen if number in {sources.hash_of(text) for text in texts}]
+        assert 0 < len(chosen) < 20
+        share = sum(len(text) for text in texts if sources.hash_of(text) in chosen) / sum(map(len, texts))
+        assert fraction / 2 - 0.04 < share < 1.26 * fraction
+
+
+def test_one_long_document_among_short_ones_is_not_what_validates(tmp_path):
+    short = [story(n, 20) for n in range(20)]
+    for seed in range(20):
+        long = f'{seed} ' + 'word ' * 5000
+        files = find_files([write_jsonl(tmp_path / 'x.jsonl', [*short, long])])
+        chosen = prepare.choose(Settings(split='document', val_fraction=0.01), files, True)
+        assert 0 < len(chosen) <= 10 and sources.hash_of(long) not in chosen
+
+
+def test_enough_documents_are_divided_by_their_hashes_alone(tmp_path):
+    """Data sets of many documents are what they were before few ones had a rule."""
+    texts = [story(n, 3) for n in range(1000)]
+    files = find_files([write_jsonl(tmp_path / 'x.jsonl', texts)])
+    fewer = find_files([write_jsonl(tmp_path / 'y.jsonl', [*texts[1:], '', ' \n'])])
+    s = Settings(split='document', val_fraction=0.01)
+    assert prepare.choose(s, files, True) is None and prepare.choose(s, fewer, True) is not None
+    assert [divide(text, s)[0][0] for text in texts] == ['val' if sources.hash_of(text) < 0.01 * 2 ** 64 else 'train' for text in texts]
+    assert prepare.choose(Settings(split='document', val_fraction=0.3), fewer, False) is None
+
+
+def test_documents_that_are_all_equal_have_no_split(tmp_path):
+    for count in (1, 7):
+        with pytest.raises(UserError, match=rf'nothing for val of {count} document\(s\) with split=document: give more, that differ, or use --split=tail'):
+            do(tmp_path / 'out', write_jsonl(tmp_path / 'x.jsonl', ['the same'] * count))
+
+
+def test_few_tokens_for_validation_are_said(command):
+    write_jsonl('x.jsonl', [story(n) for n in range(9)])
+    _, out, _ = command('x.jsonl', '--out=d', '--tokenizer=byte')
+    assert ' tokens, few for a loss to rely on: give more text, or a larger --val_fraction\n' in out
+    write_jsonl('y.jsonl', [story(n) for n in range(100)])
+    assert 'rely' not in command('y.jsonl', '--out=e', '--tokenizer=byte')[1]
+
+
+def test_of_large_files_about_two_megabytes_are_for_validation(tmp_path, monkeypatch):
+    """By default: an evaluation of the whole split would take as long as the training."""
+    path = write_jsonl(tmp_path / 'x.jsonl', [f'story {n}' for n in range(2500)])
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    meta = do(tmp_path / 'out', path)
+    assert meta['source']['val_fraction'] == 0.005 and 2 <= meta['splits']['val']['documents'] <= 30
+    parts = [do(tmp_path / 'parts', path, part=f'{n}/2')['source']['val_fraction'] for n in (1, 2)]
+    assert parts == [0.005] * 2
+    assert do(tmp_path / 'given', path, val_fraction=0.05)['source']['val_fraction'] == 0.05
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path))
+    old = do(tmp_path / 'old', path)
+    assert old['source']['val_fraction'] == 0.01  # as ever
+    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    assert do(tmp_path / 'old', path) == old  # what was prepared with the former default is found to be done
+    with pytest.raises(UserError, match='prepared with val_fraction=0.05'):
+        do(tmp_path / 'given', path)
+
+
 def test_auto_is_tail_for_few_texts_and_document_for_many(tmp_path):
     for n in range(3):
         (tmp_path / f'{n}.txt').write_text(story(n))
@@ -175,6 +258,28 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
         stripped = [text.strip('\r\n') for text in texts]
         assert [text.strip('\r\n') for text in found] == stripped, path
         assert reader.position == reader.total == path.stat().st_size
+
+
+PACKERS = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress, 'zst': zstandard.compress}
+
+
+@pytest.mark.parametrize('ending', PACKERS)
+def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, monkeypatch, ending):
+    pack, path = PACKERS[ending], tmp_path / f'x.txt.{ending}'
+    one, two, none = pack(b'one ' * 9), pack(b'two'), pack(b'')
+    for size in (16, 2 ** 20):
+        monkeypatch.setattr(sources, 'TASK_SIZE', size)  # a byte at a time, and all at once
+        for data in (one + two, one + bytes(512) + two, none + one + none + two + none, one + two + bytes(1), one + two + bytes(1024),
+                     one + bytes(3) + two + bytes(4)):
+            path.write_bytes(data)
+            reader = Reader([(str(path), 'text')], Settings())
+            assert b''.join(reader.blocks(str(path))) == b'one ' * 9 + b'two' and reader.position == len(data)
+        behind = 'bytes behind its end'
+        for data, words in ((one + b'x', behind), (one + b'some garbage' * 9, behind), (one + bytes(9) + b'{}', behind), (bytes(512), 'damaged'),
+                            (one + two[:-1], f'ends in the middle|{behind}'), (b'', 'ends in the middle')):
+            path.write_bytes(data)
+            with pytest.raises(UserError, match=f'^{path}: .*({words})'):
+                list(Reader([(str(path), 'text')], Settings()).blocks(str(path)))
 
 
 class InBlocks(Reader):
@@ -529,10 +634,62 @@ def test_a_second_run_finds_it_done_and_refuses_anything_else(tmp_path):
     write_jsonl(path, map(story, range(51)))
     with pytest.raises(UserError, match='prepared from other input files'):
         do(tmp_path / 'out', path, val_fraction=0.3)
-    (tmp_path / 'mine').mkdir()
-    with pytest.raises(UserError, match='exists, and was not made by prepare.py'):
-        do(tmp_path / 'mine', path)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()} and not os.listdir(tmp_path / 'mine')
+    make_files(tmp_path, 'mine/notes.txt')
+    os.symlink('nowhere', tmp_path / 'gone')
+    for name in ('mine', 'mine/notes.txt', 'gone'):
+        with pytest.raises(UserError, match='exists, and was not made by prepare.py'):
+            do(tmp_path / name, path)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()} and os.listdir(tmp_path / 'mine') == ['notes.txt']
+    assert sorted(os.listdir(tmp_path)) == ['gone', 'mine', 'out', 'x.jsonl']
+
+
+@pytest.mark.parametrize('kind', ['empty', 'volume', 'link', 'here'])
+def test_an_empty_folder_is_filled(tmp_path, monkeypatch, kind):
+    """It may be a mounted volume: no folder is renamed onto it, and nothing is written beside it."""
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'ref', path, val_fraction=0.3)
+    (tmp_path / 'place' / 'out').mkdir(parents=True)
+    out = tmp_path / 'place' / 'out'
+    if kind == 'volume':
+        (out / 'lost+found').mkdir()
+    if kind == 'link':
+        os.symlink(out, tmp_path / 'link')
+    if kind == 'here':
+        monkeypatch.chdir(out)
+    given = {'link': tmp_path / 'link', 'here': '.'}.get(kind, out)
+    with pytest.raises(UserError, match='no field story'):
+        do(given, path, val_fraction=0.3, text_key='story')
+    assert set(os.listdir(out)) <= {'lost+found'}
+    before = sorted(os.listdir(tmp_path))
+    meta = do(given, path, val_fraction=0.3)
+    if kind == 'volume':
+        os.rmdir(out / 'lost+found')
+    assert contents(out) == contents(tmp_path / 'ref') and sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / 'place') == ['out']
+    assert do(given, path, val_fraction=0.3) == meta
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_run_that_was_stopped_while_it_put_its_files_in_place_goes_on(tmp_path, monkeypatch, there):
+    path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
+    do(tmp_path / 'ref', path, val_fraction=0.3)
+    out, rename = tmp_path / 'out', os.rename
+    if there:
+        out.mkdir()
+    for _ in range(4):
+        left = [int(there)]  # one file is moved each time, meta.json in the end
+
+        def stopped(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            rename(*args)
+        monkeypatch.setattr(os, 'rename', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            do(out, path, val_fraction=0.3)
+        assert not (out / 'meta.json').exists()
+    monkeypatch.setattr(os, 'rename', rename)
+    do(out, path, val_fraction=0.3)
+    assert contents(out) == contents(tmp_path / 'ref') and not (tmp_path / 'out.part').exists()
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):

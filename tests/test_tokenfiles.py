@@ -79,6 +79,26 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
         assert all(np.array_equal(a, b) for a, b in zip(*(Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
 
 
+def test_an_empty_folder_takes_the_parts(corpus, tmp_path):
+    do(tmp_path / 'whole', corpus, val_fraction=0.2)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out.parts' / '2_of_2').mkdir(parents=True)
+    in_parts(tmp_path / 'out', 2, corpus, val_fraction=0.2)
+    assert len(contents(tmp_path / 'out')) == 9 and '.part' not in os.listdir(tmp_path / 'out')
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
+
+
+def test_parts_of_few_documents_agree_on_who_validates(tmp_path):
+    write_jsonl(tmp_path / 'a.jsonl', [story(n) for n in range(30)])
+    write_jsonl(tmp_path / 'b.jsonl', [story(n) for n in range(20, 50)])
+    given = tmp_path / 'a.jsonl', tmp_path / 'b.jsonl'
+    do(tmp_path / 'whole', *given)
+    in_parts(tmp_path / 'parts', 3, *given)
+    expected, found = stream(tmp_path / 'whole'), stream(tmp_path / 'parts')
+    assert all(np.array_equal(found[split][0], expected[split][0]) and found[split][1] == expected[split][1] for split in found)
+    assert 3 <= len(expected['val'][1]) <= 12
+
+
 def test_what_is_read_before_the_place_in_a_file_moves_is_in_one_part(tmp_path, monkeypatch):
     """As the first of very short rows of a .parquet are."""
     for name in 'ab':
@@ -177,7 +197,7 @@ def otherwise(out, corpus):
     (lambda out, corpus: os.rename(f'{out}.parts/2_of_3', f'{out}.parts/2_of_3.part'), 'part 2 of 3 missing'),
     (lambda out, corpus: os.makedirs(f'{out}.parts/1_of_4'), 'parts of 3 and of 4'),
     (lambda out, corpus: shutil.rmtree(f'{out}.parts'), 'no parts in'),
-    (lambda out, corpus: os.makedirs(out), 'exists'),
+    (lambda out, corpus: os.makedirs(f'{out}/mine'), 'exists'),
     (damaged, '2_of_3/train_00000.bin: its contents do not match'), (of_others, '2_of_3: was prepared from other input files'),
     (otherwise, '3_of_3: was prepared with another val_fraction'), (taken_twice, '2_of_3: is not the part that its name says'),
     (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds what a run without --part has done')])

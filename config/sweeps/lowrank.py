@@ -1,6 +1,6 @@
 # What low rank costs, and where it pays: the rates of every arm on one seed, every arm for the FLOPs of the first. The finalists follow in
 # lowrank_final.py; the same on novels in lowrank_novels.py
-#   python prepare.py tinystories --tokenizer=bpe:4096 --val_fraction=0.05 --out=data/stories
+#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories    # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python compare.py --sweep=config/sweeps/lowrank.py --jobs=2
 base = 'config/lowrank_study.py'
 budget = 'flops'

@@ -1,6 +1,6 @@
 # ROT5's ladder, step by step: T5 → rotary positions → fewer heads with keys → experts → their losses, the three kinds of rotary positions between
 # target and source, and a decoder that reads the source as a prefix. Every arm's rate on one seed, and all arms for the FLOPs of the first
-#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --val_fraction=0.05 --out=data/denoise
+#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise    # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python compare.py --sweep=config/sweeps/rot5.py --jobs=2
 base = 'config/rot5_study.py'
 budget = 'flops'
