@@ -32,6 +32,7 @@ import lora
 from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
 from data import Mixture
 from files import replace_text, writing
+from guard import stop_signals
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
@@ -355,12 +356,12 @@ def places(jobs):
 
 
 def work(queue, free, lock, failed):
-    """Run `queue` in the `free` places; what fails is added to `failed`. Ctrl-C and SIGTERM let the runs save, then end them all."""
+    """Run `queue` in the `free` places; what fails is added to `failed`. Signals to stop let the runs save, then end them all."""
     began, spent, queue, busy, count = time.monotonic(), 0.0, list(queue), {}, len(queue)
 
     def stop(number, frame):
         raise KeyboardInterrupt
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         while queue or busy:
             while queue and free:

@@ -5,7 +5,7 @@ Train a model.
     torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
 
 Run the same command again and it goes on where it was: checkpoints, log.jsonl and settings.json are in out_dir.
-Ctrl-C and SIGTERM save at the end of the step, then stop.
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) save at the end of the step, then stop.
 """
 import dataclasses
 import gc
