@@ -30,7 +30,7 @@ import checkpoint
 import hub
 import lora
 from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
-from data import Mixture
+from data import Mixture, real_folders
 from files import replace_text, writing
 from guard import stop_signals
 from model import ModelConfig, make_model
@@ -267,6 +267,8 @@ def check_folders(runs):
         stored = read_settings(run.out_dir)
         for f in dataclasses.fields(Settings) if stored else ():
             was, now = (json.dumps(getattr(s, f.name)) for s in (stored, run.settings))
+            if f.name == 'dataset' and real_folders(stored.dataset) == real_folders(run.settings.dataset):
+                continue
             if f.name not in BESIDE and was != now and not (f.name == 'dtype' and '"auto"' in (was, now)):  # a run writes down what auto was
                 raise UserError(f'{run.out_dir}: holds a run with {f.name}={was}, the sweep wants {now}: give another out, or move that one away')
 

@@ -5,6 +5,7 @@ nothing, bad input is one line. Every claim of equality is bit for bit.
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -440,6 +441,36 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path):
     (tmp_path / 'd').rename(tmp_path / 'old')
     write_dataset(tmp_path / 'd', seed=2)
     assert 'its files are not those' in one_line(train(tmp_path / 'out', '--max_iters=20', dataset=tmp_path / 'd', check=False))
+
+
+def test_the_same_data_under_another_name_go_on(tmp_path, monkeypatch):
+    """Another spelling, or a copy elsewhere: their fingerprint decides. The log keeps the names of the beginning."""
+    for n in range(2):
+        write_dataset(tmp_path / f'd{n}', seed=n)
+    shutil.copytree(tmp_path / 'd1', tmp_path / 'copy')
+    first, second = str(tmp_path / 'd0'), str(tmp_path / 'd1')
+    train(tmp_path / 'one', '--max_iters=2', dataset=first)
+    for n, name in enumerate((f'{first}/', f'{tmp_path}/./d0', os.path.relpath(first, ROOT)), 3):
+        assert f'resuming {tmp_path}/one' in train(tmp_path / 'one', f'--max_iters={n}', dataset=name).stdout
+    args, mixture = ['--lr_decay_iters=11', '--warmup_iters=0'], {first: 3, second: 1}
+    train(tmp_path / 'two', *args, '--max_iters=5', dataset=mixture)
+    train(tmp_path / 'two', *args, '--max_iters=10', dataset={f'{first}/': 3, str(tmp_path / 'copy'): 1})
+    train(tmp_path / 'two', *args, '--max_iters=11', dataset=mixture)
+    train(tmp_path / 'whole', *args, '--max_iters=11', dataset=mixture)
+    assert read_log(tmp_path / 'two') == read_log(tmp_path / 'whole')
+    assert {name for r in read_log(tmp_path / 'two') for name in r if '/' in name} == {
+        f'val_{what}/{name}' for what in ('loss', 'bpb') for name in (first, second)}
+    for mixture in ({second: 3, first: 1}, {first: 3, second: 2}, {first: 3, first + '/': 1}):
+        said = one_line(train(tmp_path / 'two', '--max_iters=12', dataset=mixture, check=False))
+        assert 'belongs to a run with dataset=' in said, said
+
+
+def test_init_from_may_be_spelled_otherwise_too(dataset, whole, tmp_path):
+    args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY]
+    for n, name in enumerate((whole, f'{whole}/', f'{whole.parent}/./{whole.name}', os.path.relpath(whole, ROOT)), 1):
+        assert run('train.py', *args, f'--init_from={name}', f'--max_iters={n}').returncode == 0
+    said = one_line(run('train.py', *args, f'--init_from={tmp_path}', '--max_iters=9'))
+    assert 'belongs to a run with init_from=' in said
 
 
 def test_two_ranks_say_a_mistake_once(dataset, tmp_path):
