@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +340,73 @@ def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates,
     except UserError as error:
         said = str(error)
     assert said.count('\n') == 0 and (words in said if words else not said)
+
+
+# --- Weights & Biases ---
+
+class Tracker:
+    """What is used of the module wandb, and of the run that its init() returns."""
+    __spec__ = ModuleSpec('wandb', None)
+    Error = type('Error', (Exception,), {})
+
+    def __init__(self):
+        self.given, self.steps, self.step, self.problem = [], [], 0, None
+
+    def login(self, verify):
+        if self.problem:
+            raise self.Error(self.problem)
+
+    def init(self, **given):
+        self.given.append(given)
+        return self
+
+    def log(self, record, step):
+        self.steps.append(step)
+        self.step = step
+        if step == 7:
+            raise self.Error('gone')
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, 'wandb', tracker)
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    return tracker
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb_and_does_without_it_where_it_fails(dataset, tmp_path, tracker):
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=5', dataset=dataset)
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=6', dataset=dataset)
+    assert tracker.steps == [0, 1, 2, 3, 4, 5, 5, 6, 6]  # an evaluation has its step's loss beside it
+    said = train(tmp_path / 'a', '--wandb_log', '--max_iters=8', dataset=dataset).stdout
+    assert said.count('wandb_log: gone: from here on, ') == 1 and 'done: 8 steps' in said and tracker.steps[-1] == 7
+    train(tmp_path / 'b', '--wandb_log', '--max_iters=2', dataset=dataset)
+    ids = [given['id'] for given in tracker.given]
+    assert ids[0] == ids[1] == ids[2] != ids[3] and {given['resume'] for given in tracker.given} == {'allow'}
+    assert (tmp_path / 'a' / 'wandb_id').read_text() == ids[0] + '\n'
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=2', '--init_from=scratch', dataset=dataset)
+    assert tracker.given[-1]['id'] not in ids  # another run
+
+
+def test_nothing_is_written_where_wandb_does_not_know_the_user(dataset, tmp_path, tracker, monkeypatch):
+    tracker.problem = 'No API key configured.'
+    said = one_line(train(tmp_path / 'out', '--wandb_log', dataset=dataset, check=False))
+    assert said.endswith('wandb_log=True: No API key configured: run wandb login, or set WANDB_MODE=offline')
+    assert not (tmp_path / 'out').exists()
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    train(tmp_path / 'out', '--wandb_log', '--max_iters=2', dataset=dataset)
+
+
+@pytest.mark.slow
+def test_two_runs_of_wandb_itself_without_a_network_are_one(dataset, tmp_path):
+    pytest.importorskip('wandb')
+    args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY, '--wandb_log']
+    for max_iters in (5, 10):
+        done = run('train.py', *args, f'--max_iters={max_iters}', env={'WANDB_MODE': 'offline'})
+        assert done.returncode == 0, done.stderr
+    runs = [path.name for path in (tmp_path / 'wandb').glob('offline-run-*')]
+    assert len(runs) == 2 and {name.rpartition('-')[2] for name in runs} == {(tmp_path / 'wandb_id').read_text().strip()}
 
 
 # --- checkpoints ---
