@@ -308,4 +308,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_main(main)
+    run_main(main, output_is_all=True)

@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from configurator import FilePath, UserError, configure, run_main
+from data import real_folders
 from picture import draw, write_csv
 from sweep import BESIDE, Sweep, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
 from sweep import Settings as Training
@@ -255,7 +256,9 @@ def listed(seeds):
 
 def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
-    return str(s.dataset), s.packing, s.block_size, s.eval_iters, s.objective, s.source_context, str(s.denoisers) * (s.objective == 'ul2')
+    data = str(real_folders(s.dataset))
+    denoisers = str(s.denoisers) if s.objective == 'ul2' else ''
+    return data, s.packing, s.block_size, s.eval_iters, s.objective, s.source_context, denoisers
 
 
 # -----------------------------------------------------------------------------

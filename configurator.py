@@ -22,6 +22,7 @@ import time
 import traceback
 import types
 import typing
+from contextlib import suppress
 
 OLDEST_TORCH = '2.11'  # the oldest version with which the tests pass: make test-oldest
 PINNED_TORCH = '2.13.0'  # the version in requirements.txt
@@ -38,25 +39,33 @@ class FilePath(str):
     """
 
 
+# -----------------------------------------------------------------------------
+# The process: how it begins, what it says, how it ends
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def run_main(main):
+def run_main(main, output_is_all=False):
     """
     Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and exit code 2;
     Ctrl-C becomes exit code 130.
+    output_is_all: whether main() makes nothing but what it prints, and so ends when nobody can read that.
     """
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, False)
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
         check_torch()
         main()
+        sys.stdout.flush()
+        if sys.stdout.lost:  # the tables of compare.py, perhaps
+            raise sys.stdout.lost
     except UserError as error:
         refuse(error)
     except KeyboardInterrupt:
         leave(130)
     except BrokenPipeError:  # | head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(stdout)
         leave(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -66,6 +75,54 @@ def run_main(main):
             raise
         traceback.print_exc()
         leave(1)
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
+        for stream in filter(None, (stdout, stderr)):
+            try:
+                stream.flush()
+            except OSError:  # or Python tries once more, and complains
+                silence(stream)
+
+
+class Output:
+    """
+    stdout or stderr, which may be gone: its terminal was closed, the program behind its pipe has ended, its disk is full.
+    is_needed: whether the process is to hear of that as an OSError; else it goes on, and what it says is lost.
+    lost: the OSError of a full disk, to be told in the end.
+    """
+
+    def __init__(self, stream, is_needed):
+        self.stream = stream or open(os.devnull, 'w', encoding='utf-8')  # Python has none where it was closed from the start
+        self.is_needed, self.lost = is_needed, None
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            return act(*args)
+        except OSError as error:
+            error.filename = 'stdout'
+            if self.is_needed:
+                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # there may be room again
+                self.lost = error
+            else:
+                silence(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def silence(stream):
+    """Let a stream that cannot be written to lead nowhere."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def check_torch():

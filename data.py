@@ -179,6 +179,17 @@ def find_folder(name):
     raise UserError(f'dataset={name}: no such data set; first run: python prepare.py {source} --out=data/{os.path.basename(name)}')
 
 
+def real_folders(dataset):
+    """A setting `dataset` with folders in place of names, equal for all spellings: {folder: weight}. A name without a folder stays."""
+    found = {}
+    for name, weight in (dataset if isinstance(dataset, dict) else {dataset: 1}).items():
+        try:
+            found[os.path.realpath(find_folder(name))] = weight
+        except UserError:
+            found[name] = weight
+    return found
+
+
 def read_meta(folder):
     """meta.json of a prepared folder; for nanoGPT's, the same made from train.bin, val.bin and meta.pkl. Raises UserError for what cannot be."""
     path = os.path.join(folder, 'meta.json')

@@ -19,6 +19,8 @@ def writing(what, to_do):
     """Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to do."""
     try:
         yield
+    except BrokenPipeError:  # no file: run_main() knows what to do
+        raise
     except OSError as error:
         reason = error.strerror or error
         if isinstance(error.filename, str):

@@ -31,25 +31,35 @@ class GuardConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
 
 
+def stop_signals():
+    """The signals that ask a run to save and stop."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
 class StopSignal:
     """
-    Remembers the first SIGTERM or Ctrl-C, for the loop to end after its step; a second one ends the process at once. But a SIGTERM within five seconds of
-    another is the same: where a whole job is told to stop, torchrun passes on what its processes have heard themselves.
+    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its step. A second Ctrl-C
+    or SIGTERM ends the process at once. But a SIGTERM within five seconds of another signal is the same: where a whole job is
+    told to stop, torchrun passes on the signals that its processes have received themselves. So is any SIGHUP: a shell and the
+    system send several. A process that was started with SIGHUP ignored, as by nohup, still ignores it.
     """
 
     def __init__(self):
         self.number, self.since = 0, 0.0
 
     def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        if self.number and (number == signal.SIGINT or time.monotonic() - self.since > 5):
+        if not self.number or (number == signal.SIGTERM and self.number == signal.SIGHUP):
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - self.since > 5):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.number:
-            self.number, self.since = number, time.monotonic()
 
     def __bool__(self):
         return self.number > 0

@@ -23,9 +23,9 @@ from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_begin, stored_objective
 from tokenizer import advice
 
-# what a resumed run may not change: the network, and which rows step n sees
+# what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
-IDENTITY += ['dataset', 'mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
+IDENTITY += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
 IDENTITY += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]
 
 
@@ -272,7 +272,7 @@ def build_model(s, data, origin, is_blank=False):
 
 def find_teacher(s, data, ranks):
     """The network of s.teacher in eval mode, to distil from. Raises UserError unless it knows the same tokens and a context as long."""
-    if s.teacher.rstrip('/') == s.out_dir.rstrip('/'):
+    if same_place(s.teacher, s.out_dir):
         raise UserError(f'teacher={s.teacher}: is the out_dir of this run: name another')
     if hub.knows(s.teacher):
         ranks.from_first(lambda: hub.find(s.teacher))  # one rank downloads
@@ -327,6 +327,18 @@ def adopt(s, cfg, where):
         setattr(s, name, value)
 
 
+def same_place(one, other):
+    """Whether two settings name the same run, checkpoint or folder, however they are spelled."""
+    if one.startswith('hf:') and other.startswith('hf:'):
+        return same_place(*(os.path.expanduser(name.removeprefix('hf:')) for name in (one, other)))
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def shares(dataset):
+    """The weights of a mixture, in their order; None of a single data set."""
+    return list(dataset.values()) if isinstance(dataset, dict) else None
+
+
 def check_same_run(s, data, state):
     """Raise UserError unless the stored run is this one: same network, same data in the same order."""
     stored, unset = state['settings'], type(s)()
@@ -339,11 +351,16 @@ def check_same_run(s, data, state):
     rows, old = s.batch_size * s.gradient_accumulation_steps, stored['batch_size'] * stored['gradient_accumulation_steps']
     if rows != old:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows}: out_dir={s.out_dir} belongs to a run with {old} rows a step: {to_do}')
-    if s.init_from not in ('auto', 'resume', expand_home(stored['init_from'])):
+    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, expand_home(stored['init_from'])):
         raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with init_from={stored["init_from"]}: {to_do}')
     if data.begin != stored_begin(state):
         raise UserError(f'packing={s.packing}: rows begin {described(data.begin)} here, those of the run in '
                         f'{s.out_dir} {described(stored_begin(state))}: {to_do}')
-    if data.fingerprint() != state['data']:
+    # in their order, whatever their names: the files of a run may be moved, or copied to another machine
+    is_same = list(data.fingerprint().values()) == list(state['data'].values()) and shares(s.dataset) == shares(stored['dataset'])
+    if not is_same and s.dataset != stored['dataset']:
+        raise UserError(f'dataset={s.dataset}: out_dir={s.out_dir} belongs to a run with dataset={stored["dataset"]}, of other files or '
+                        f'weights: {to_do}')
+    if not is_same:
         raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: {to_do}')
     s.init_from = stored['init_from']  # what it began with, whatever the resuming command says

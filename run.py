@@ -140,6 +140,10 @@ def set_up(s, device, ranks, left_out):
     for source in data.sources:
         val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
     model = build(s, data, origin, ranks)
+    if state and not s.eval_only:  # in the log, its sources keep the names that they had when the run began, wherever they are now
+        names = list(state['data'])
+        for source, name in zip([*data.sources, *val], names + names):
+            source.name = name
     if s.grow_every:
         refuse_unknown(model.cfg, 'grown')  # now, not in the middle of the run
     if s.grow_every and s.grow_to <= s.n_layer:

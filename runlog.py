@@ -3,10 +3,13 @@ What a run says and writes down as it goes: lines on the terminal, samples, log.
 """
 import dataclasses
 import json
+import logging
 import math
 import os
+import secrets
 from contextlib import nullcontext
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 
@@ -44,12 +47,7 @@ class Log:
         self.seconds = self.EARLIER.setdefault(self.path, before)  # which this one has seen already if it goes back to a checkpoint
         self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
         if s.wandb_log:
-            import wandb
-            name = s.wandb_run_name or os.path.basename(s.out_dir)
-            try:
-                self.wandb = wandb.init(project=s.wandb_project, name=name, config=dataclasses.asdict(s), dir=s.out_dir)
-            except wandb.Error as error:
-                raise UserError(f'wandb_log=True: {error}: run wandb login, or set WANDB_MODE=offline') from None
+            self.wandb = start_wandb(s)
 
     def write(self, step, **record):
         """Add a record, without what is None or no number: what was not measured is absent."""
@@ -60,7 +58,17 @@ class Log:
                 faults.at('log', step)
                 append(self.path, json.dumps(record) + '\n')
             if self.wandb:
-                self.wandb.log(record, step=step)
+                self.send(record)
+
+    def send(self, record):
+        """Hand a record to Weights & Biases, without whom the run can go on."""
+        import wandb
+        try:
+            if record['step'] >= self.wandb.step:  # after a resume, it has the ones from before the end already
+                self.wandb.log(record, step=record['step'])
+        except (wandb.Error, OSError) as error:
+            print(f'wandb_log: {error}: from here on, {self.path} alone', flush=True)
+            self.wandb = None
 
 
 def read_records(path):
@@ -75,6 +83,41 @@ def read_records(path):
                 except ValueError:
                     pass
     return records
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases
+
+def log_in():
+    """Raise UserError if Weights & Biases do not know this user. To be called before anything is written."""
+    if os.environ.get('WANDB_MODE') in ('offline', 'disabled', 'dryrun'):
+        return
+    import wandb
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise refused(error) from None
+
+
+def start_wandb(s):
+    """The run of Weights & Biases that belongs to out_dir. Its id is kept there, so that a resumed run goes on in it. Raises UserError."""
+    import wandb
+    logging.raiseExceptions = False  # or wandb's own debug.log prints tracebacks where the disk is full
+    path = Path(s.out_dir, 'wandb_id')
+    if not path.exists():
+        with writing(path, Log.TO_DO):
+            replace_text(path, secrets.token_hex(4) + '\n')
+    name = s.wandb_run_name or os.path.basename(os.path.normpath(s.out_dir))
+    try:
+        return wandb.init(project=s.wandb_project, name=name, id=path.read_text().strip(), resume='allow', dir=s.out_dir,
+                          config=dataclasses.asdict(s), allow_val_change=True)
+    except wandb.Error as error:
+        raise refused(error) from None
+
+
+def refused(error):
+    reason = str(error).rstrip('.')
+    return UserError(f'wandb_log=True: {reason}: run wandb login, or set WANDB_MODE=offline')
 
 
 # -----------------------------------------------------------------------------

@@ -30,8 +30,9 @@ import checkpoint
 import hub
 import lora
 from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
-from data import Mixture
+from data import Mixture, real_folders
 from files import replace_text, writing
+from guard import stop_signals
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
@@ -266,6 +267,8 @@ def check_folders(runs):
         stored = read_settings(run.out_dir)
         for f in dataclasses.fields(Settings) if stored else ():
             was, now = (json.dumps(getattr(s, f.name)) for s in (stored, run.settings))
+            if f.name == 'dataset' and real_folders(stored.dataset) == real_folders(run.settings.dataset):
+                continue
             if f.name not in BESIDE and was != now and not (f.name == 'dtype' and '"auto"' in (was, now)):  # a run writes down what auto was
                 raise UserError(f'{run.out_dir}: holds a run with {f.name}={was}, the sweep wants {now}: give another out, or move that one away')
 
@@ -355,12 +358,12 @@ def places(jobs):
 
 
 def work(queue, free, lock, failed):
-    """Run `queue` in the `free` places; what fails is added to `failed`. Ctrl-C and SIGTERM let the runs save, then end them all."""
+    """Run `queue` in the `free` places; what fails is added to `failed`. Signals to stop let the runs save, then end them all."""
     began, spent, queue, busy, count = time.monotonic(), 0.0, list(queue), {}, len(queue)
 
     def stop(number, frame):
         raise KeyboardInterrupt
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         while queue or busy:
             while queue and free:

@@ -5,7 +5,7 @@ Train a model.
     torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
 
 Run the same command again and it goes on where it was: checkpoints, log.jsonl and settings.json are in out_dir.
-Ctrl-C and SIGTERM save at the end of the step, then stop.
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) save at the end of the step, then stop.
 """
 import dataclasses
 import gc
@@ -37,7 +37,7 @@ from optim import OptimConfig, clip_gradient, set_rates
 from plan import PlanConfig, fit_minutes, show_plan
 from ranks import Ranks, is_lost
 from run import compiling, end_guides, expert_loads, grow_run, save, set_up
-from runlog import Log, describe, report, show_losses, show_samples
+from runlog import Log, describe, log_in, report, show_losses, show_samples
 from shard import share_gradients
 
 
@@ -402,6 +402,8 @@ def main():
         return show_plan(s, s.vocab_size or Mixture(s.dataset, 'train', s.block_size, s.seed).vocab_size, device)
     ranks = Ranks(s.backend, device, s.hang_timeout)
     try:
+        if s.wandb_log and not s.eval_only:
+            ranks.from_first(log_in)
         signal_number = rewinding(s, device, ranks)
     except (RuntimeError, MemoryError) as error:
         if ranks.world > 1 and is_lost(error):

@@ -142,6 +142,10 @@ def test_losses_on_other_tokens_are_called_incomparable(arms, tmp_path):
     assert 'careful' not in table(arms)
     assert 'careful' in table(arms + [Arm('c', {1: read_run(write_run(tmp_path / 'c', eval_iters=7))})])
     assert 'careful' in table(arms + [Arm('d', {1: read_run(write_run(tmp_path / 'd', objective='prefix'))})])
+    (tmp_path / 'data').mkdir()
+    same = [str(tmp_path / 'data'), f'{tmp_path}/./data/']  # two spellings of one folder
+    arms = [Arm(str(n), {1: read_run(write_run(tmp_path / f'same{n}', dataset=name))}) for n, name in enumerate(same)]
+    assert 'careful' not in table(arms)
 
 
 def test_arms_of_unlike_dtypes_are_not_one_and_that_is_said(arms, tmp_path):

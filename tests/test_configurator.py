@@ -3,6 +3,7 @@ import errno
 import importlib
 import io
 import os
+import pty
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
@@ -291,3 +292,51 @@ def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(num
     with pytest.raises(SystemExit, match='2'):
         run_main(main)
     assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, then run the same command\n')
+
+
+def lost_stream(kind):
+    """A stream whose reader has gone, or whose disk is full."""
+    if kind == 'full':
+        return open('/dev/full', 'w')
+    reader, writer = pty.openpty() if kind == 'terminal' else os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, 'w')
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'terminal', 'full'])
+@pytest.mark.parametrize('output_is_all', [False, True])
+def test_output_that_is_lost_ends_only_what_makes_nothing_else(kind, output_is_all, monkeypatch, capsys):
+    done = []
+
+    def main():
+        print('one', flush=True)
+        print('two')
+        done.append(True)
+    with lost_stream(kind) as stream:
+        monkeypatch.setattr('sys.stdout', stream)
+        try:
+            run_main(main, output_is_all)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    assert bool(done) == (not output_is_all)
+    assert code == {'pipe': 1, 'terminal': 2, 'full': 2}[kind] * (output_is_all or kind == 'full')
+    said = capsys.readouterr().err
+    assert said.count('\n') == (code == 2) and ('No space left' in said) == (kind == 'full')
+
+
+def test_an_error_is_exit_code_2_where_neither_stream_is_left(monkeypatch):
+    with lost_stream('terminal') as one, lost_stream('terminal') as other:
+        monkeypatch.setattr('sys.stdout', one)
+        monkeypatch.setattr('sys.stderr', other)
+
+        def main():
+            print('one', flush=True)
+            raise UserError('n_layer')
+        with pytest.raises(SystemExit, match='2'):
+            run_main(main)
+
+
+def test_stdout_that_was_closed_from_the_start_is_none_to_write_to(monkeypatch):
+    monkeypatch.setattr('sys.stdout', None)
+    run_main(lambda: print('one', flush=True))

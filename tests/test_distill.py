@@ -91,3 +91,5 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     assert 'belongs to distillation: set teacher too' in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False))
     assert 'no such directory' in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/nowhere', dataset=dataset, check=False))
     assert not (tmp_path / 'no').exists()
+    done = train(tmp_path / 'teacher', f'--teacher={tmp_path}/./teacher/', dataset=dataset, check=False)
+    assert 'is the out_dir of this run' in one_line(done)

@@ -135,6 +135,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
     reached = read_log(long.out_dir)[-1]['step']
     settings = json.load(open(f'{long.out_dir}/settings.json'))
     made.arms['long']['max_iters'] = settings['max_iters'] = reached + 3  # it would take long
+    settings['dataset'] += '/'  # another spelling is no other data set
     Path(long.out_dir, 'settings.json').write_text(json.dumps(settings))
     run_missing(made)
     assert '2 runs, 1 to do' in capsys.readouterr().out and os.stat(f'{short.out_dir}/log.jsonl').st_mtime_ns == before

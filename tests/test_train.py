@@ -5,11 +5,13 @@ nothing, bad input is one line. Every claim of equality is bit for bit.
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,6 +371,73 @@ def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates,
     assert said.count('\n') == 0 and (words in said if words else not said)
 
 
+# --- Weights & Biases ---
+
+class Tracker:
+    """What is used of the module wandb, and of the run that its init() returns."""
+    __spec__ = ModuleSpec('wandb', None)
+    Error = type('Error', (Exception,), {})
+
+    def __init__(self):
+        self.given, self.steps, self.step, self.problem = [], [], 0, None
+
+    def login(self, verify):
+        if self.problem:
+            raise self.Error(self.problem)
+
+    def init(self, **given):
+        self.given.append(given)
+        return self
+
+    def log(self, record, step):
+        self.steps.append(step)
+        self.step = step
+        if step == 7:
+            raise self.Error('gone')
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, 'wandb', tracker)
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    return tracker
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb_and_does_without_it_where_it_fails(dataset, tmp_path, tracker):
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=5', dataset=dataset)
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=6', dataset=dataset)
+    assert tracker.steps == [0, 1, 2, 3, 4, 5, 5, 6, 6]  # an evaluation has its step's loss beside it
+    said = train(tmp_path / 'a', '--wandb_log', '--max_iters=8', dataset=dataset).stdout
+    assert said.count('wandb_log: gone: from here on, ') == 1 and 'done: 8 steps' in said and tracker.steps[-1] == 7
+    train(tmp_path / 'b', '--wandb_log', '--max_iters=2', dataset=dataset)
+    ids = [given['id'] for given in tracker.given]
+    assert ids[0] == ids[1] == ids[2] != ids[3] and {given['resume'] for given in tracker.given} == {'allow'}
+    assert (tmp_path / 'a' / 'wandb_id').read_text() == ids[0] + '\n'
+    train(tmp_path / 'a', '--wandb_log', '--max_iters=2', '--init_from=scratch', dataset=dataset)
+    assert tracker.given[-1]['id'] not in ids  # another run
+
+
+def test_nothing_is_written_where_wandb_does_not_know_the_user(dataset, tmp_path, tracker, monkeypatch):
+    tracker.problem = 'No API key configured.'
+    said = one_line(train(tmp_path / 'out', '--wandb_log', dataset=dataset, check=False))
+    assert said.endswith('wandb_log=True: No API key configured: run wandb login, or set WANDB_MODE=offline')
+    assert not (tmp_path / 'out').exists()
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    train(tmp_path / 'out', '--wandb_log', '--max_iters=2', dataset=dataset)
+
+
+@pytest.mark.slow
+def test_two_runs_of_wandb_itself_without_a_network_are_one(dataset, tmp_path):
+    pytest.importorskip('wandb')
+    args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY, '--wandb_log']
+    for max_iters in (5, 10):
+        done = run('train.py', *args, f'--max_iters={max_iters}', env={'WANDB_MODE': 'offline'})
+        assert done.returncode == 0, done.stderr
+    runs = [path.name for path in (tmp_path / 'wandb').glob('offline-run-*')]
+    assert len(runs) == 2 and {name.rpartition('-')[2] for name in runs} == {(tmp_path / 'wandb_id').read_text().strip()}
+
+
 # --- checkpoints ---
 
 def test_only_the_newest_and_the_best_are_kept(dataset, tmp_path):
@@ -470,6 +539,36 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path):
     (tmp_path / 'd').rename(tmp_path / 'old')
     write_dataset(tmp_path / 'd', seed=2)
     assert 'its files are not those' in one_line(train(tmp_path / 'out', '--max_iters=20', dataset=tmp_path / 'd', check=False))
+
+
+def test_the_same_data_under_another_name_go_on(tmp_path, monkeypatch):
+    """Another spelling, or a copy elsewhere: their fingerprint decides. The log keeps the names of the beginning."""
+    for n in range(2):
+        write_dataset(tmp_path / f'd{n}', seed=n)
+    shutil.copytree(tmp_path / 'd1', tmp_path / 'copy')
+    first, second = str(tmp_path / 'd0'), str(tmp_path / 'd1')
+    train(tmp_path / 'one', '--max_iters=2', dataset=first)
+    for n, name in enumerate((f'{first}/', f'{tmp_path}/./d0', os.path.relpath(first, ROOT)), 3):
+        assert f'resuming {tmp_path}/one' in train(tmp_path / 'one', f'--max_iters={n}', dataset=name).stdout
+    args, mixture = ['--lr_decay_iters=11', '--warmup_iters=0'], {first: 3, second: 1}
+    train(tmp_path / 'two', *args, '--max_iters=5', dataset=mixture)
+    train(tmp_path / 'two', *args, '--max_iters=10', dataset={f'{first}/': 3, str(tmp_path / 'copy'): 1})
+    train(tmp_path / 'two', *args, '--max_iters=11', dataset=mixture)
+    train(tmp_path / 'whole', *args, '--max_iters=11', dataset=mixture)
+    assert read_log(tmp_path / 'two') == read_log(tmp_path / 'whole')
+    assert {name for r in read_log(tmp_path / 'two') for name in r if '/' in name} == {
+        f'val_{what}/{name}' for what in ('loss', 'bpb') for name in (first, second)}
+    for mixture in ({second: 3, first: 1}, {first: 3, second: 2}, {first: 3, first + '/': 1}):
+        said = one_line(train(tmp_path / 'two', '--max_iters=12', dataset=mixture, check=False))
+        assert 'belongs to a run with dataset=' in said, said
+
+
+def test_init_from_may_be_spelled_otherwise_too(dataset, whole, tmp_path):
+    args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY]
+    for n, name in enumerate((whole, f'{whole}/', f'{whole.parent}/./{whole.name}', os.path.relpath(whole, ROOT)), 1):
+        assert run('train.py', *args, f'--init_from={name}', f'--max_iters={n}').returncode == 0
+    said = one_line(run('train.py', *args, f'--init_from={tmp_path}', '--max_iters=9'))
+    assert 'belongs to a run with init_from=' in said
 
 
 def test_two_ranks_say_a_mistake_once(dataset, tmp_path):

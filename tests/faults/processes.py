@@ -24,11 +24,11 @@ SMALL = [*TINY, '--dropout=0.1', '--hang_timeout=60']
 class Processes:
     """
     A run of `ranks` processes, as torchrun would start them, but not watched over: each ends for itself.
-    `each` has more arguments, `folders` the working folder of each rank.
+    `each` has more arguments, `folders` the working folder of each rank; `output`: a file, pipe or terminal to print to.
     """
 
-    def __init__(self, *args, ranks=1, fault='', each=None, folders=None, **environment):
-        self.output = tempfile.mktemp(prefix='minnow-')
+    def __init__(self, *args, ranks=1, fault='', each=None, folders=None, output=None, **environment):
+        self.output = output or tempfile.mktemp(prefix='minnow-')
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = str(s.getsockname()[1])

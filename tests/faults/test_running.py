@@ -1,7 +1,9 @@
 """Signals, numbers that are not finite, spikes, hangs, restarts and drift while a run goes on."""
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 import checkpoint
 import ranks
 import train
+from guard import StopSignal
 from run import set_up
 
 SLOW = pytest.mark.slow
@@ -70,6 +73,72 @@ def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing_and_a_second_sigter
     processes.kill(number)
     codes, said = processes.wait()
     assert codes == [code] and checkpoint.damage(checkpoint.find(str(tmp_path))) is None, said
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_sighup_saves_as_sigterm_does_however_often_it_comes(dataset, tmp_path, ranks):
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', ranks=ranks, fault='save:manifest=slow')
+    assert processes.wait_for('step 20/')
+    processes.kill(signal.SIGHUP)
+    time.sleep(0.1)
+    processes.kill(signal.SIGHUP)
+    codes, said = processes.wait()
+    assert codes == [128 + signal.SIGHUP] * ranks and f'stopped by SIGHUP after step {step_of(tmp_path)};' in said, said
+    assert checkpoint.damage(checkpoint.find(str(tmp_path))) is None
+
+
+def test_a_terminal_that_is_closed_is_a_sighup_and_nothing_else(dataset, tmp_path):
+    """Every line that is printed after it fails with EIO."""
+    ours, theirs = pty.openpty()
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', output=os.ttyname(theirs))
+    wait_for_line(ours, b'step 20/')
+    os.close(theirs)
+    os.close(ours)
+    step = len(read_log(tmp_path))
+    while len(read_log(tmp_path)) < step + 2:  # it goes on without
+        time.sleep(0.01)
+    processes.kill(signal.SIGHUP)  # the kernel does this to the session of a real one
+    processes.processes[0].join(60)
+    assert processes.processes[0].exitcode == 128 + signal.SIGHUP
+    assert step_of(tmp_path) >= 20 and checkpoint.damage(checkpoint.find(str(tmp_path))) is None
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(dataset, tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--max_iters=60', output=str(tmp_path / 'pipe'))
+    wait_for_line(reader, b'step 5/')
+    os.close(reader)
+    processes.processes[0].join(60)
+    assert processes.processes[0].exitcode == 0 and step_of(tmp_path / 'out') == 60 and read_log(tmp_path / 'out')[-1]['step'] == 60
+
+
+def wait_for_line(descriptor, words):
+    """Read from a terminal or a pipe until these words came."""
+    said, end = b'', time.monotonic() + 60
+    while words not in said and time.monotonic() < end:
+        if select.select([descriptor], [], [], 1)[0]:
+            said += os.read(descriptor, 4096)
+    assert words in said, said
+
+
+def test_who_ignores_sighup_as_nohup_asks_still_ignores_it():
+    stop, numbers = StopSignal(), (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop.listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == stop.remember
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+        os.kill(os.getpid(), signal.SIGTERM)  # the first of its kind
+        assert stop.number == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_signal_in_a_step_that_is_skipped_or_that_spikes_is_heard(dataset, tmp_path):
