@@ -244,7 +244,8 @@ def read_config(cls, path):
     for key, value in namespace.items():
         # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would pass in silence
         if not (key.startswith('_') or isinstance(value, types.ModuleType) or callable(value)):
-            given[key] = convert(value, find_field(cls, key, f'{path}: {key}'), f'{path}: {key}')
+            field = find_field(cls, key, f'{path}: {key}', f'; name it _{key} if it is a variable of this file')
+            given[key] = convert(value, field, f'{path}: {key}')
     return given
 
 
@@ -258,13 +259,14 @@ def from_dict(cls, values, where):
 # -----------------------------------------------------------------------------
 # values
 
-def find_field(cls, key, where):
+def find_field(cls, key, where, hint=''):
+    """The field of `cls` for a setting. Raises UserError, with the nearest name and `hint`, if there is none."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)
-        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all'))
+        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint)
     return fields[key]
 
 

@@ -7,6 +7,7 @@ steps of a config file where tokens or minutes are asked for.
     python train.py --depth=6              # 20 tokens a parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
     python train.py --plan --hours=3       # what the published laws would choose (chinchilla.py), and that network; nothing is trained
+    python train.py config/gpt2.py --plan  # parameters, FLOPs and memory of a network; no data are needed
 """
 import math
 import os
@@ -14,8 +15,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+import lora
 from chinchilla import optima, table
 from configurator import UserError, check, read_config
+from data import GPT2_TOKENS, find_folder, read_meta
 from device import peak_flops, process_age
 from loss import EVAL_ROWS
 from model import ModelConfig, make_model
@@ -34,16 +37,18 @@ class PlanConfig:
     minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts,
     # and max_iters is fitted again at every evaluation
 
-    plan: bool = False  # print what tokens, flops or hours want by several laws, and the network with 20 tokens a parameter, then stop
+    plan: bool = False  # print parameters, FLOPs and memory of the network, then stop; with tokens, flops or hours:
+    # the networks that several laws want for them, and the settings of the one with 20 tokens a parameter
     flops: float = 0.0  # with plan: of the whole run
     hours: float = 0.0  # with plan: of this machine
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        if self.plan and [self.tokens > 0, self.flops > 0, self.hours > 0].count(True) != 1:
+        if self.plan and [self.tokens > 0, self.flops > 0, self.hours > 0].count(True) > 1:
             raise ValueError(f'tokens={self.tokens:g}, flops={self.flops:g}, hours={self.hours:g}: plan takes one of them')
         if self.plan and (self.depth or self.params or self.minutes):
-            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: follow from what plan is given: leave them out')
+            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: plan takes tokens, '
+                             'flops or hours in their place, or the sizes of a network: leave them out')
         if (self.flops or self.hours) and not self.plan:
             raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: belong to --plan; to train for a time, give minutes')
         if self.flops > 1e30 or self.hours > 1e7:
@@ -149,8 +154,63 @@ def plan(s, vocab_size, data_tokens, device, world):
     return derived
 
 
+def find_vocabulary(s):
+    """
+    The size of the vocabulary by the settings, or by the data set where there is one; otherwise that of GPT-2
+    is assumed, and a line says so.
+    """
+    if s.vocab_size:
+        return s.vocab_size
+    name = s.dataset if isinstance(s.dataset, str) else next(iter(s.dataset), '')
+    try:
+        folder = find_folder(name)
+    except UserError:
+        print(f'vocab_size: dataset={name} is not there: GPT-2\'s {GPT2_TOKENS:,} tokens are assumed; '
+              '--vocab_size=N changes that')
+        return GPT2_TOKENS
+    return read_meta(folder)['vocab_size']
+
+
+def show_network(s, vocab_size):
+    """Print the parameters, FLOPs and memory of the network of train.py's Settings, without making it."""
+    s.vocab_size = vocab_size
+    check(s)
+    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
+    with torch.device('meta'):
+        model = make_model(cfg, init=False)
+        total, active, flops = model.num_params(), model.num_params(active=True), model.flops_per_token()
+        blocks = sum(p.numel() for name, p in model.named_parameters() if 'blocks.' in name)
+        trained = total
+        if s.lora_rank:
+            lora.begin(model, s, is_new=False)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            flops = model.flops_per_token()
+    print(f'parameters   {total:,}, {blocks:,} of them in the blocks')
+    if s.n_expert:
+        print(f'             {active:,} for each token, {s.n_expert} experts')
+    if s.lora_rank:
+        print(f'trained      {trained:,}, those of low-rank adapters')
+    if s.arch == 'markov':
+        print(f'network      a Markov chain of {vocab_size:,} tokens')
+        print(f'memory       {4 * total / 1e6:,.1f} MB of weights')
+        return
+    encoder = f'{s.n_encoder_layer} encoder layers, ' * bool(s.n_encoder_layer)
+    print(f'network      {encoder}{s.n_layer} layers of {s.n_embd}, {s.n_head} heads, '
+          f'context {s.block_size}, {vocab_size:,} tokens')
+    step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    print(f'FLOPs        {flops:.3e} a token, {flops * step:.3e} a step of {step:,} tokens, '
+          f'{flops * step * s.max_iters:.3e} in {s.max_iters:,} steps')
+    print(f'memory       {4 * total / 1e6:,.1f} MB of weights, {4 * trained / 1e6:,.1f} MB of gradients, '
+          f'up to {8 * trained / 1e6:,.1f} MB of moments, in float32; activations come on top')
+
+
 def show_plan(s, vocab_size, device):
-    """Print what the laws of chinchilla.py want for s.tokens, s.flops or s.hours, and the network that plan() makes of the last of them."""
+    """
+    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py want
+    for these, and the network that plan() makes of the last law.
+    """
+    if not (s.tokens or s.flops or s.hours):
+        return show_network(s, vocab_size)
     peak = peak_flops(device, s.dtype)
     if s.hours and not peak:
         raise UserError(f'hours={s.hours:g}: the ceiling of this device is not known: give flops')

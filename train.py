@@ -27,14 +27,15 @@ import checkpoint
 import faults
 import lora
 from configurator import FilePath, UserError, configure, leave, run_main, typed_text
-from data import DataConfig, Mixture, splitmix
+from data import DataConfig, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
 from growth import GrowConfig
 from guard import GuardConfig, Losses, Spike, StopSignal, check_alike, not_finite
 from loss import evaluate, reading
 from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
-from plan import PlanConfig, fit_minutes, show_plan
+from origin import adopt, read_model
+from plan import PlanConfig, find_vocabulary, fit_minutes, show_plan
 from ranks import Ranks, is_lost
 from run import compiling, end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, log_in, report, show_losses, show_samples
@@ -117,7 +118,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
         if idle and not self.n_expert and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')
-        if self.n_encoder_layer and self.objective == 'causal':
+        if self.n_encoder_layer and self.objective == 'causal' and not self.plan:
             raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
         if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned and 'plan' not in self.given):
             raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: teacher, grow_every and the dial (depth, params, tokens, minutes) are for decoders: '
@@ -398,8 +399,11 @@ def main():
     if s.wandb_log and find_spec('wandb') is None:
         raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
     if s.plan:
+        if s.init_from not in ('auto', 'scratch', 'resume'):
+            cfg, _, _ = read_model(s.init_from, encoder=True)
+            adopt(s, cfg, s.init_from)
         s.dtype = pick_dtype(s.dtype, device)
-        return show_plan(s, s.vocab_size or Mixture(s.dataset, 'train', s.block_size, s.seed).vocab_size, device)
+        return show_plan(s, find_vocabulary(s), device)
     ranks = Ranks(s.backend, device, s.hang_timeout)
     try:
         if s.wandb_log and not s.eval_only:

@@ -1,8 +1,9 @@
 """The laws have their published numbers, and are the minima that they say they are."""
 import pytest
-from conftest import one_line, run
+from conftest import one_line, run, train
 
 from chinchilla import LAWS, Fit, optima
+from model import ModelConfig, make_model
 
 TASKS = 2 * 684_805_492  # tokens of ROT5's plan: two epochs
 
@@ -39,7 +40,29 @@ def test_train_prints_the_laws_and_a_network_and_trains_nothing(dataset, tmp_pat
     assert 'an encoder of 3' in words
 
 
-@pytest.mark.parametrize('args, words', [(['--plan'], 'plan takes one of them'), (['--plan', '--tokens=1e6', '--flops=1e6'], 'plan takes one of them'),
+def test_a_plan_of_nothing_but_a_network_has_its_numbers_and_needs_no_data(dataset, tmp_path):
+    sizes = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--device=cpu']
+    nowhere = run('train.py', '--plan', *sizes, '--dataset=nowhere')
+    assert 'dataset=nowhere is not there: GPT-2\'s 50,257 tokens are assumed' in nowhere.stdout
+    model = make_model(ModelConfig(vocab_size=50257, n_layer=2, n_head=2, n_embd=32, block_size=32))
+    assert f'parameters   {model.num_params():,}' in nowhere.stdout
+    assert f'{model.flops_per_token():.3e} a token' in nowhere.stdout
+    known = run('train.py', '--plan', *sizes, f'--dataset={dataset}')
+    assert '64 tokens' in known.stdout and 'assumed' not in known.stdout
+    for args, words in ((['--n_expert=4'], 'for each token, 4 experts'),
+                        (['--arch=markov'], 'a Markov chain'),
+                        (['--n_encoder_layer=3'], '3 encoder layers, 2 layers of 32')):
+        done = run('train.py', '--plan', *sizes, '--vocab_size=100', *args)
+        assert done.returncode == 0 and words in done.stdout, done.stderr
+
+
+def test_a_plan_of_weights_that_are_there_has_their_network(dataset, tmp_path):
+    train(tmp_path / 'run', '--max_iters=1', dataset=dataset)
+    done = run('train.py', '--plan', f'--init_from={tmp_path}/run', '--lora_rank=2', '--device=cpu')
+    assert '2 layers of 32' in done.stdout and 'those of low-rank adapters' in done.stdout
+
+
+@pytest.mark.parametrize('args, words', [(['--plan', '--tokens=1e6', '--flops=1e6'], 'plan takes one of them'),
                                          (['--plan', '--tokens=1e6', '--depth=3'], 'depth=3'), (['--hours=1'], 'belong to --plan'),
                                          (['--plan', '--flops=-1'], 'flops=-1')])
 def test_plans_that_cannot_be_are_refused(args, words):

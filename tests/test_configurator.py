@@ -131,6 +131,8 @@ def test_a_mistake_is_named_with_what_would_be_right(arg, words):
 @pytest.mark.parametrize('text, words', [
     ('learning_rat = 1\n', 'did you mean learning_rate'),
     ("max_iters = 'many'\n", "max_iters: got 'many', takes int"),
+    ('width = 64\nmax_iters = 2 * width\n', 'width: no such setting; --help lists all; name it _width if it is a variable of this file'),
+    ('max_iter = 64\n', 'did you mean max_iters?; name it _max_iter if'),
     ('max_iters = \n', 'SyntaxError'),
     ('import nothing_of_that_name\n', 'ModuleNotFoundError'),
 ])
