@@ -131,7 +131,7 @@ MACHINES = {'steady': lambda now: 0.5, 'half as fast midway': lambda now: 0.5 if
 @pytest.mark.parametrize('seconds_per_evaluation', [0.1, 3.3, 8.0])
 def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_per_evaluation):
     now, step, fits, seconds_per_step = 10.0, 0, [], MACHINES[machine]
-    s = Settings(minutes=5, gradient_accumulation_steps=1)
+    s = Settings(minutes=5, gradient_accumulation_steps=1, eval_iters=20)
     pace = Pace(s, lambda: now)
     fit_minutes(s, {'max_iters', 'eval_interval', 'log_interval'}, seconds_per_step(now), now)
     while True:  # as train() does
