@@ -73,13 +73,16 @@ def loss_and_error(nats, targets):
     """
     (nats per token, its standard error) from the sums of consecutive rows or tokens, by batch means: BLOCKS contiguous parts of the split
     are taken as independent. Rows are not, those of one document are alike: the error of unigrams on stdlib is 0.014 by rows of 256, 0.028
-    by documents, 0.026 by parts. With fewer documents than parts it is still too small. No .idx is needed.
+    by documents, 0.026 by parts. With fewer documents than parts it is still too small. No .idx is needed. Of a single part it is None.
     """
     starts = np.unique(np.linspace(0, len(nats), BLOCKS, endpoint=False).astype(int))
     nats, targets = np.add.reduceat(nats, starts), np.add.reduceat(targets, starts)
     mean = nats.sum() / targets.sum()
+    parts = np.count_nonzero(targets)
+    if parts < 2:
+        return mean, None
     apart = nats - mean * targets
-    return mean, math.sqrt(apart @ apart * len(nats) / max(1, len(nats) - 1)) / targets.sum()
+    return mean, math.sqrt(apart @ apart * parts / (parts - 1)) / targets.sum()
 
 
 def show_loss(s):
@@ -90,7 +93,8 @@ def show_loss(s):
         bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
         dtype = 'float32' if s.dtype == 'auto' else s.dtype
         print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split, in {dtype}\n'
-              f'    {mean:.4f} nats a token ± {error:.4f} (standard error: {min(BLOCKS, len(nats))} parts)' + (f', {bits:.4f} bits per byte' if bits else ''))
+              f'    {mean:.4f} nats a token ± {tasks.show_error(error)} (standard error: {min(BLOCKS, len(nats))} parts)'
+              + (f', {bits:.4f} bits per byte' if bits else ''))
         cut = source.too_long()
         if cut:
             print(f'    {cut}')
@@ -212,8 +216,8 @@ def show_summaries(s):
         for pair, text in [*zip(pairs, texts)][:s.show]:
             print(f'source     {" ".join(pair.source.split())[:300]}\nreference  {pair.references[0]}\nwritten    {text}\n')
         shown = {name: tasks.mean_and_error([100 * found[name] for found in scores]) for name in scores[0]}
-        print(f'{os.path.basename(path)}  {len(pairs):,} texts  ' + '  '.join(f'{name} {mean:.2f} ± {error:.2f}' for name, (mean, error) in shown.items()),
-              flush=True)
+        measures = [f'{name} {mean:.2f} ± {tasks.show_error(error, 2)}' for name, (mean, error) in shown.items()]
+        print(f'{os.path.basename(path)}  {len(pairs):,} texts  ' + '  '.join(measures), flush=True)
         rows += [{'file': path, 'item': n, 'written': text, 'reference': pair.references[0], 'source': pair.source} | found
                  for n, (pair, text, found) in enumerate(zip(pairs, texts, scores))]
     if s.csv:
@@ -252,7 +256,7 @@ def show_tasks(s):
     print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')
     for path, items in loaded.items():
         measures, records = tasks.figures(items, tasks.score_items(model, tokenizer, items, device, dtype, what=path))
-        shown = '  '.join(f'{name} {value:.4f} ± {error:.4f}' for name, (value, error) in measures.items())
+        shown = '  '.join(f'{name} {value:.4f} ± {tasks.show_error(error)}' for name, (value, error) in measures.items())
         print(f'{os.path.basename(path):{width}}  {len(items):6,} items  {shown}', flush=True)
         rows += [{'task': path} | dict.fromkeys(('acc', 'acc_norm', 'chosen', 'gold', 'nats'), '') | record for record in records]
     if s.csv:
@@ -288,7 +292,7 @@ class Rung:
     name: str
     kind: str  # one of COLOURS
     loss: float
-    error: float = 0.0  # standard error
+    error: float | None = 0.0  # standard error
 
     def bits(self, files):
         """Bits per byte of text, None where `files` do not know their bytes."""
@@ -349,7 +353,7 @@ def ladder_table(rungs, files, entropy):
     lines = [f'{"":{width}}  nats/token    s.e.  bits/byte' + '  above the entropy' * bool(entropy)]
     for rung in rungs:
         bits = rung.bits(files)
-        lines.append(f'{rung.name:{width}}  {rung.loss:10.4f}  {rung.error:6.4f}  ' + (f'{bits:9.4f}' if bits else '        -')
+        lines.append(f'{rung.name:{width}}  {rung.loss:10.4f}  {tasks.show_error(rung.error):>6}  ' + (f'{bits:9.4f}' if bits else '        -')
                      + (f'  {rung.loss / entropy - 1:17.2%}' if entropy else ''))
     return '\n'.join(lines)
 

@@ -101,7 +101,7 @@ class Run:
     undivided: list = ()  # of a sharded network: the parameters that every rank holds
 
     def tokens(self, step):
-        """How many tokens `step` steps have read."""
+        """How many tokens have led to the weights after `step` steps: those of all steps but the ones that were left out."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
 
 
@@ -178,11 +178,20 @@ def set_up(s, device, ranks, left_out):
     runner = model if s.shard else wrap(model, ranks)
     run = Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
-               origin.get('base'), {*left_out, *s.skip_steps, *begun.get('left_out', ())}, Losses(s.rewind_spikes, begun.get('losses', ())),
+               origin.get('base'), steps_without_data(step, begun.get('left_out', ()), {*left_out, *s.skip_steps}),
+               Losses(s.rewind_spikes, begun.get('losses', ())),
                checkpoint.Writer(s.async_save), Pace(s), undivided=undivided, fits=begun.get('fits', []))
     if s.compile:
         run.to_compile = {'step', 'evaluation'}
     return run
+
+
+def steps_without_data(step, stored, asked):
+    """
+    The steps whose data are left out of a run that goes on at `step`: those that its checkpoint has stored, and of the ones `asked` for now those
+    to come. Earlier ones were trained, and are in the weights: a spike's steps may begin before the checkpoint that the run goes back to.
+    """
+    return {*stored, *(n for n in asked if n >= step)}
 
 
 def compile_all(modules):

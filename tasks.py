@@ -225,13 +225,20 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
 # Figures
 
 def mean_and_error(values):
-    """(mean, its standard error)."""
+    """(mean, its standard error, None of a single value)."""
     n, mean = len(values), sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    if n == 1:
+        return mean, None
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def show_error(error, digits=4):
+    """A standard error as text; n/a: a single value has none."""
+    return 'n/a' if error is None else f'{error:.{digits}f}'
 
 
 def figures(items, scores):
-    """({measure: (value, standard error)}, a record for each item) of a task."""
+    """({measure: (value, standard error)}, a record for each item) of a task; the error of a single item is None."""
     records = []
     for n, (item, found) in enumerate(zip(items, scores)):
         likelihoods = [nats for nats, _ in found]
@@ -245,5 +252,6 @@ def figures(items, scores):
     measures = {name: mean_and_error([r[name] for r in records]) for name in ('acc', 'acc_norm') if name in records[0]}
     if len(scores[0]) == 1:
         mean, error = mean_and_error([-r['nats'] for r in records])
-        measures['perplexity'] = math.exp(min(mean, 700)), math.exp(min(mean, 700)) * error  # of a word; the error by the delta method
+        perplexity = math.exp(min(mean, 700))  # of a word
+        measures['perplexity'] = perplexity, None if error is None else perplexity * error  # by the delta method
     return measures, records

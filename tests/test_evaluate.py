@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_the_error_is_that_of_a_mean_of_documents_not_of_rows():
     alike = np.repeat(rng.normal(3, 1, 320), 10)  # ten rows to a document
     assert loss_and_error(alike * 10, np.full(3200, 10))[1] == pytest.approx(320 ** -0.5, rel=0.25)
     assert loss_and_error(np.array([2.0, 30.0]), np.array([1, 9]))[0] == 3.2  # every token weighs the same
+
+
+def test_a_single_row_has_no_standard_error(trained, tmp_path):
+    assert loss_and_error(np.array([6.0]), np.array([2])) == (3.0, None)
+    assert loss_and_error(np.array([6.0, 0.0]), np.array([2, 0])) == (3.0, None)  # nothing is predicted in the other
+    assert loss_and_error(np.array([6.0, 8.0]), np.array([2, 2]))[1] > 0
+    assert '2.0000     n/a' in ladder_table([Rung('one', 'counts', 2.0, None)], SimpleNamespace(bytes=50, tokens=100), None)
+    write_dataset(tmp_path / 'one', documents=4, shards=1, seed=1)
+    done = run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "one"}', '--device=cpu', '--dtype=float32')
+    assert ' nats a token ± n/a (standard error: 1 parts)' in done.stdout, done.stdout + done.stderr
 
 
 def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):

@@ -3,6 +3,7 @@ ROUGE of what a network writes: the scores are rouge-score's, of several referen
 """
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -70,6 +71,8 @@ def test_the_command_prints_means_and_writes_a_table(tmp_path):
     assert done.returncode == 0 and 'pairs.jsonl  5 texts  rougeL ' in done.stdout and 'reference  a' in done.stdout, done.stdout + done.stderr
     rows = list(csv.DictReader(open(tmp_path / 't.csv', encoding='utf-8')))
     assert len(rows) == 5 and rows[3]['source'] == 'text 3'
+    done = run('evaluate.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=4', '--limit=1', '--device=cpu')
+    assert re.search(r'  1 texts  rougeL [\d.]+ ± n/a', done.stdout), done.stdout + done.stderr
     model, tokenizer = sample.load(folder, encoder=True)
     assert rows[3]['written'] == write(model, tokenizer, ['text 3'], 10, 0, 1, torch.device('cpu'), 'float32')[0]
 

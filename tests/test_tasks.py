@@ -14,7 +14,7 @@ from test_hub import saved, theirs, write_tokenizer
 import harness
 from configurator import UserError
 from sample import generate, load
-from tasks import Item, encode_pair, figures, mean_and_error, read_items, score, score_items, score_text, windows, with_shots
+from tasks import Item, encode_pair, figures, mean_and_error, read_items, score, score_items, score_text, show_error, windows, with_shots
 from tokenizer import ByteTokenizer
 
 LAMBADA = [{'context': f'the {n} small cats sat on a very old mat, and then the {n}', 'continuation': word}
@@ -287,6 +287,12 @@ def test_figures_and_their_errors():
     assert mean_and_error([1, 2, 3, 4]) == (2.5, pytest.approx(math.sqrt(5 / 3 / 4)))
 
 
+def test_a_single_item_has_no_standard_error():
+    assert figures([Item('', ['ab', 'abcd'], 1)], [[(-2.0, False), (-3.0, False)]])[0] == {'acc': (0, None), 'acc_norm': (1, None)}
+    assert figures([Item('', ['x'], 0)], [[(-1.0, True)]])[0] == {'acc': (1, None), 'perplexity': (pytest.approx(math.e), None)}
+    assert (show_error(None), show_error(0.12345), show_error(0.12345, 2)) == ('n/a', '0.1235', '0.12')
+
+
 # --- as a user runs it ---
 
 def test_tasks_and_texts_from_the_command_line(folder, tmp_path):
@@ -298,6 +304,7 @@ def test_tasks_and_texts_from_the_command_line(folder, tmp_path):
     rows = list(csv.DictReader(open(tmp_path / 'items.csv')))
     assert len(rows) == 13 and rows[4]['gold'] == '0' and len(rows[4]['nats'].split()) == 4
     assert ' 2 items' in run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=2', '--shots=1').stdout
+    assert '0 ± n/a  acc_norm' in run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=1').stdout
     (tmp_path / 'a.txt').write_text('naïve cats ' * 30)
     done = run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt')
     assert done.returncode == 0 and '360 tokens, 360 bytes' in done.stdout and 'perplexity' in done.stdout, done.stderr

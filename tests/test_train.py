@@ -22,6 +22,7 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+import faults
 import runlog
 from configurator import UserError
 from data import Mixture, Source, validation_batch, validation_rows
@@ -231,6 +232,23 @@ def test_a_batch_on_two_ranks_is_shared_when_there_is_one_micro_batch(dataset, t
     train(tmp_path / 'one', dataset=dataset)
     ours, one = read_log(tmp_path), read_log(tmp_path / 'one')
     assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(ours, one) if 'train_loss' in a)
+
+
+# --- steps that are left out ---
+
+def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens(dataset, tmp_path, monkeypatch):
+    """A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained the first three."""
+    monkeypatch.setattr(faults, 'FAULTS', [('loss', '46', '', 'large')])
+    monkeypatch.setattr(faults, 'at', faults.happen)
+    args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70', '--warmup_iters=0']
+    done = train(tmp_path, *args, '--max_iters=60', dataset=dataset)
+    assert 'on without steps 41 to 47' in done.stdout
+    tokens = {r['step']: r['tokens'] // (4 * 32) for r in read_log(tmp_path)}
+    assert list(tokens.values()) == sorted(tokens.values())
+    assert [tokens[step] for step in (40, 48, 60)] == [40, 41, 53]
+    train(tmp_path, *args, '--max_iters=70', '--skip_steps=5', '--skip_steps=66', dataset=dataset)  # 5 was trained long ago
+    tokens = {r['step']: r['tokens'] // (4 * 32) for r in read_log(tmp_path)}
+    assert [tokens[step] for step in (60, 61, 70)] == [53, 54, 62]
 
 
 # --- evaluation ---
