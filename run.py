@@ -28,6 +28,7 @@ from optim import make_optimizer, optimizer_flops
 from origin import build_model, find_origin, find_reference, find_teacher
 from packed import pack_frozen
 from plan import Pace, plan
+from runlog import Interval
 from shard import gather, give_numbers, give_out, group_size, shard_model
 
 # -----------------------------------------------------------------------------
@@ -91,10 +92,11 @@ class Run:
     losses: Losses  # of the last steps
     writer: checkpoint.Writer
     pace: Pace
+    interval: Interval
     first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
     fits: list = field(default_factory=list)  # with minutes: [step, the max_iters set there]
     to_compile: set = field(default_factory=set)  # of 'step' and 'evaluation': what is compiled when it first runs
-    skipped: int = 0  # steps of this process whose loss or gradient was not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these, up to now
     saved: int | None = None  # the newest checkpoint
     best_loss: float | None = None  # of all evaluations
@@ -179,8 +181,9 @@ def set_up(s, device, ranks, left_out):
     run = Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
                'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
                origin.get('base'), steps_without_data(step, begun.get('left_out', ()), {*left_out, *s.skip_steps}),
-               Losses(s.rewind_spikes, begun.get('losses', ())),
-               checkpoint.Writer(s.async_save), Pace(s), undivided=undivided, fits=begun.get('fits', []))
+               Losses(s.rewind_spikes, begun.get('losses', ())), checkpoint.Writer(s.async_save), Pace(s),
+               Interval(device, begun.get('interval'), ranks), undivided=undivided, fits=begun.get('fits', []),
+               skipped=begun.get('skipped', 0))
     if s.compile:
         run.to_compile = {'step', 'evaluation'}
     return run
@@ -247,6 +250,7 @@ def save(s, step, run, ranks):
     """Rank 0 writes a checkpoint, or has it written; the others wait for that."""
     tensors = adapters.state(run.model) if s.lora_rank else run.model.state_dict(), run.optimizer.state_dict()
     tensors = gather(tensors, ranks) if s.shard else tensors
+    interval = run.interval.stored(ranks)
 
     def write():
         source = run.data.sources[0].files
@@ -259,6 +263,7 @@ def save(s, step, run, ranks):
             state['fits'] = list(run.fits)
         if s.rewind_spikes or run.left_out:
             state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
+        state |= {'interval': interval, 'skipped': run.skipped}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         run.writer.wait()  # one at a time; what went wrong with the last one is said now
         run.writer(checkpoint.save, s.out_dir, step, *(checkpoint.snapshot(tensors) if s.async_save else tensors), state, tokenizer_files, s.keep_checkpoints)

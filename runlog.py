@@ -17,7 +17,7 @@ import checkpoint
 import faults
 from configurator import UserError, typed_text
 from data import remark
-from device import autocast, process_age
+from device import autocast, process_age, zero
 from files import append, replace_text, writing
 from objectives import around
 from optim import learning_rate
@@ -217,17 +217,60 @@ def without_compiling(needed):
     return torch.compiler.set_stance('force_eager') if needed else nullcontext()
 
 
-def report(s, run, step, loss, norm, loads, steps_per_second, peak, log, ranks):
+class Interval:
+    """
+    Sums over the steps since the last progress line. Checkpoints keep them, so that the line after a resume is about all of its
+    steps. Time is that of this process, without the steps that are slow, as the first one and those that compile: they would
+    tell a wrong speed.
+    """
+
+    def __init__(self, device, stored=None, ranks=None):
+        self.device, self.is_timed = device, False  # is_timed: whether this process has made a step already
+        self.reset()
+        if stored:  # per rank; of another number of ranks, the first one takes all
+            nats = stored['nats']
+            if len(nats) != ranks.world:
+                nats = [sum(nats)] + [0.0] * (ranks.world - 1)
+            self.nats = self.nats + nats[ranks.rank]
+            self.targets = stored['targets']
+            if stored['loads']:
+                self.loads = torch.tensor(stored['loads'], device=device)
+
+    def reset(self):
+        self.nats = zero(self.device)  # of this rank
+        self.targets, self.loads = 0.0, 0  # of all ranks
+        self.steps, self.seconds, self.slow = 0, 0.0, 0.0
+
+    def time(self, seconds, is_slow):
+        """Count the time of a step."""
+        if is_slow or not self.is_timed:
+            self.slow = seconds
+        else:
+            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        self.is_timed = True
+
+    def steps_per_second(self):
+        return self.steps / self.seconds if self.steps else 1 / self.slow
+
+    def stored(self, ranks):
+        """The sums as json can write them: a step for all ranks to take together."""
+        loads = self.loads.tolist() if torch.is_tensor(self.loads) else None
+        return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
+
+
+def report(s, run, step, loss, norm, loads, peak, log, ranks):
     """The progress line and its record in the log; loss: None if all steps were skipped; loads (layers, E): tokens of each expert, None if there are none."""
     lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
+    steps_per_second = run.interval.steps_per_second()
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
+    left = f' | {int(left // 60)}m{int(left % 60):02d}s left' if run.interval.steps else ''  # a step that compiles cannot tell
     mfu = run.flops_per_step * steps_per_second / peak / ranks.world if peak else None
     bpb = None if run.teacher or s.label_smoothing or loss is None else run.data.bits_per_byte(loss)  # with these the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     shares = None if loads is None else loads / loads.sum(1, keepdim=True).clamp(min=1)  # of a layer's tokens
     ranks.say(f'step {step}/{s.max_iters} | loss {"none" if loss is None else f"{loss:.4f}"} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
-              + f' | {int(left // 60)}m{int(left % 60):02d}s left')
+              + left)
     log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr, tokens_per_second=round(rate, 1), grad_norm=norm,
               mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None,
               expert_load=None if loads is None else [[round(share, 4) for share in layer] for layer in shares.tolist()])

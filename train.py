@@ -261,7 +261,7 @@ def train(s, device, ranks, stop, left_out=()):
     evaluated, run.best_loss = ranks.from_first(lambda: (log.evaluated, checkpoint.best(s.out_dir)[1]))
     peak = peak_flops(device, s.dtype) if ranks.first else None
     stopping, run.saved = False, step or None
-    nats, targets, norm, loads, seconds, steps = zero(device), 0.0, torch.zeros(()), 0, 0.0, 0  # since the last progress line
+    interval = run.interval
 
     while True:
         if run.model.cfg.rank_guide:
@@ -279,31 +279,33 @@ def train(s, device, ranks, stop, left_out=()):
             break
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:
             grow_run(run, s, ranks)
-            loads = 0  # of other layers
+            interval.loads = 0  # of other layers
         if step in run.left_out:
             step += 1
             continue
         faults.at('step', step, run.model)
-        began = time.perf_counter()
+        began, is_slow = time.perf_counter(), 'step' in run.to_compile
         with compiling(run, 'step', ranks):
             new_nats, new_targets, norm, stopping, skipped = train_step(run, s, step, ranks, bool(stop))
         count_skipped(run, s, skipped, step, ranks)
         if s.minutes:
             run.pace.end_step()
-        nats, targets, steps, step = nats + new_nats, targets + new_targets, steps + 1, step + 1
-        loads = loads + expert_loads(run, ranks) if s.n_expert else None
+        interval.nats, interval.targets, step = interval.nats + new_nats, interval.targets + new_targets, step + 1
+        if s.n_expert:
+            interval.loads = interval.loads + expert_loads(run, ranks)
         run.flops += run.flops_per_step
         if s.rewind_spikes and new_targets:
             notice_spike(run, s, ranks.sum(new_nats.item())[0] / max(new_targets, 1), step - 1, ranks)
         if s.desync_interval and ranks.world > 1 and step % s.desync_interval == 0:
             check_alike(run.model, ranks, step)
         if step % s.log_interval == 0 or step == 1:
-            total, = ranks.sum(nats.item())  # waits for the device
-            seconds += time.perf_counter() - began
-            report(s, run, step, total / targets if targets else None, norm.item(), loads, steps / seconds, peak, log, ranks)
-            nats, targets, loads, seconds, steps = zero(device), 0.0, 0, 0.0, 0
+            total, = ranks.sum(interval.nats.item())  # waits for the device
+            interval.time(time.perf_counter() - began, is_slow)
+            loss = total / interval.targets if interval.targets else None
+            report(s, run, step, loss, norm.item(), interval.loads if s.n_expert else None, peak, log, ranks)
+            interval.reset()
         else:
-            seconds += time.perf_counter() - began
+            interval.time(time.perf_counter() - began, is_slow)
         highest = max(group['lr'] for group in run.optimizer.param_groups)
         run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
     ranks.from_first(run.writer.wait)

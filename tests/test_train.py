@@ -32,7 +32,7 @@ from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
 from ranks import Ranks
 from run import Batches, compile_all
-from runlog import show_samples
+from runlog import Interval, show_samples
 from tokenizer import new_tokenizer
 from train import Settings
 
@@ -387,6 +387,37 @@ def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates,
     except UserError as error:
         said = str(error)
     assert said.count('\n') == 0 and (words in said if words else not said)
+
+
+# --- the progress line ---
+
+def test_a_progress_line_after_a_resume_is_about_all_of_its_steps(dataset, tmp_path):
+    """Also where the run was stopped between two of them: its loss, and the loads of experts."""
+    args = ['--log_interval=4', '--eval_interval=100', '--lr_decay_iters=12', '--warmup_iters=0', '--n_expert=4']
+    train(tmp_path / 'whole', *args, '--max_iters=12', dataset=dataset)
+    for max_iters in (1, 3, 6, 12):
+        train(tmp_path / 'cut', *args, f'--max_iters={max_iters}', dataset=dataset)
+    records = [[r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('whole', 'cut')]
+    assert records[0] == records[1] and [r['step'] for r in records[0]] == [1, 4, 8, 12]
+
+
+def test_the_speed_is_that_of_steps_which_compile_nothing():
+    interval = Interval(torch.device('cpu'))
+    for seconds in (60.0, 0.5, 0.5):
+        interval.time(seconds, is_slow=False)
+    assert interval.steps_per_second() == 2  # the first of a process is slow in any case
+    interval.reset()
+    interval.time(30.0, is_slow=True)
+    assert interval.steps_per_second() == 1 / 30 and interval.steps == 0  # all that is known
+    interval.time(0.25, is_slow=False)
+    assert interval.steps_per_second() == 4
+
+
+def test_how_long_it_will_take_is_said_after_the_second_step_of_a_process(dataset, tmp_path):
+    for max_iters, first in ((6, 1), (9, 7)):
+        said = train(tmp_path, f'--max_iters={max_iters}', dataset=dataset).stdout
+        lines = [line for line in said.splitlines() if 'tokens/s' in line]
+        assert lines[0].startswith(f'step {first}/') and [line.endswith('left') for line in lines] == [False] + [True] * (len(lines) - 1)
 
 
 # --- Weights & Biases ---

@@ -60,6 +60,17 @@ def test_killed_anywhere_again_and_again_the_end_is_the_same(dataset, tmp_path, 
     assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
 
 
+def test_the_log_of_two_ranks_that_are_stopped_between_two_progress_lines_is_that_of_the_whole(dataset, tmp_path):
+    """Losses that each rank adds up for itself, and how many steps were skipped."""
+    args = [*SMALL, f'--dataset={dataset}', '--log_interval=4', '--eval_interval=100', '--lr_decay_iters=12', '--warmup_iters=0']
+    for name, ends in (('whole', (12,)), ('cut', (6, 12))):
+        for max_iters in ends:
+            codes, said = run_to_end(*args, f'--max_iters={max_iters}', f'--out_dir={tmp_path / name}', ranks=2, fault='loss@4/1=nan')
+            assert codes == [0, 0], said
+    records = [[r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('whole', 'cut')]
+    assert records[0] == records[1] and records[0][-1]['skipped'] == 1
+
+
 def test_resuming_after_the_first_or_last_step_and_twice_without_a_step(dataset, tmp_path):
     args, ends = [*SMALL, '--lr_decay_iters=10', '--warmup_iters=0', '--gradient_accumulation_steps=2'], set()
     for step in (1, 9, 10):
