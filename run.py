@@ -24,7 +24,7 @@ from guard import FirstSteps, Losses, check_same_start
 from model import make_model
 from objectives import make_objective
 from optim import make_optimizer, optimizer_flops
-from origin import build_model, find_origin, find_reference, find_teacher
+from origin import build_model, check_tokenizer, find_origin, find_reference, find_teacher
 from packed import pack_frozen
 from plan import plan
 from shard import gather, give_numbers, give_out, group_size, shard_model
@@ -131,6 +131,9 @@ def set_up(s, device, ranks, left_out):
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective)
     check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
     val = [Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective) for source in data.sources]
+    if 'tokenizer' in origin:
+        compare = partial(check_tokenizer, f'init_from={s.init_from}', s.init_from, origin['tokenizer'], data.sources[0].files)
+        ranks.from_first(compare)
     model = build(s, data, origin, ranks)
     if s.grow_every:
         refuse_unknown(model.cfg, 'grown')  # now, not in the middle of the run
