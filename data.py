@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 from bisect import bisect_left, insort
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -26,7 +27,7 @@ import numpy as np
 from configurator import FilePath, UserError
 from cuts import Cuts
 from objectives import Objective, ObjectiveConfig
-from tokenizer import advice
+from tokenizer import advice, same_ids
 
 LOOK_AT = 5000  # pairs that may be too long: so many are read to say at the start what of them is cut (0.1 s)
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
@@ -610,10 +611,14 @@ class Mixture:
 
 
 def same_tokenizer(sources):
+    """Raise UserError unless the tokens of all sources are the same."""
     first = sources[0]
     for source in sources[1:]:
-        if source.files.meta['tokenizer'] != first.files.meta['tokenizer']:
-            ours, theirs = first.files.meta['tokenizer'], source.files.meta['tokenizer']
+        ours, theirs = first.files.meta['tokenizer'], source.files.meta['tokenizer']
+        is_same = ours == theirs
+        with suppress(UserError):  # not known, or not to be had here
+            is_same = is_same or same_ids((ours, first.files.folder), (theirs, source.files.folder))
+        if not is_same or source.files.vocab_size != first.files.vocab_size:
             raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers ({ours["kind"]}, {theirs["kind"]}): '
                             f'prepare {source.name} with {advice(ours, theirs)}')
         if source.begin != first.begin:

@@ -168,7 +168,9 @@ def tokenizer(where):
     for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            return folder, new_tokenizer(path).describe()
+            description = new_tokenizer(path).describe()
+            sha256, = description['files'].values()
+            return folder, description | {'files': {name: sha256}}  # sentencepiece's files have two names
     raise UserError(f'{folder}: no tokenizer.json, tokenizer.model or spiece.model in it: let transformers write one into a copy of it: python -c '
                     f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from configurator import UserError, check, expand_home, from_dict
 from data import Source, described
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_begin, stored_objective
-from tokenizer import advice
+from tokenizer import advice, same_ids
 
 # what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
@@ -137,6 +138,7 @@ def split_name(entry):
 def read_saved(where, cfg, weights, base):
     """The lora.Saved of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these weights."""
     if peft_files.is_one(where):
+        check_adapter(where, base)
         return peft_files.read(where, cfg)
     folder = checkpoint.find(where, 'best')
     state = checkpoint.load_state(folder)
@@ -144,6 +146,17 @@ def read_saved(where, cfg, weights, base):
         raise UserError(f'adapter={where}: holds a whole network, no adapter: give it as --out_dir or --init_from')
     adapters.check_base(weights, state['base']['weights'], base, where)
     return adapters.described(state['lora'], checkpoint.read_weights(folder))
+
+
+def check_adapter(where, base):
+    """Raise UserError where a folder of PEFT's has a tokenizer beside the adapter, and it is not that of the base."""
+    is_same = True
+    with suppress(UserError):  # most have none
+        theirs = hub.tokenizer(f'hf:{where}')[::-1]
+        folder = '' if hub.knows(base) else checkpoint.find(base, 'best')
+        is_same = same_ids(tokenizer_of(base, folder), theirs, is_padded=True)
+    if not is_same:
+        raise UserError(f'adapter={where}: the tokenizer beside it is not that of {base}: it is for another base')
 
 
 def fill(cfg, weights, where):
@@ -156,9 +169,10 @@ def fill(cfg, weights, where):
 def validation_sources(where, cfg, dataset='', block_size=0):
     """
     The validation split of every corpus that the network of `where` was trained on, or of `dataset`, as data.Sources with rows of block_size, or
-    as long as the network reads. Raises UserError where there is none, or of another tokenizer; of weights of others only the number of tokens is compared.
+    as long as the network reads. Raises UserError where there is none, or one of another tokenizer.
     """
-    state = {} if hub.knows(where) else checkpoint.load_state(checkpoint.find(where, 'best'))
+    folder = hub.find(where) if hub.knows(where) else checkpoint.find(where, 'best')
+    state = {} if hub.knows(where) else checkpoint.load_state(folder)
     settings = state.get('settings', {})
     dataset = dataset or settings.get('dataset')  # surgery.py knows none of the weights of others
     if not dataset:
@@ -168,18 +182,49 @@ def validation_sources(where, cfg, dataset='', block_size=0):
         source = Source(name, 'val', block_size or cfg.block_size, 'stream' if block_size else settings.get('packing', 'stream'),
                         objective=None if block_size else partial(stored_objective, settings, cfg),
                         begin=stored_begin(state))
-        found = source.files.meta['tokenizer']
-        if state and found != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
-            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with '
-                            f'{advice(state.get("tokenizer", {}), found)}')
+        check_tokenizer(f'dataset={name}', where, folder, source.files)
+        if source.files.vocab_size > cfg.vocab_size:
+            raise UserError(f'dataset={name}: has {source.files.vocab_size} tokens, the network of {where} '
+                            f'{cfg.vocab_size}: prepare it with the tokenizer of {where}')
         sources.append(source)
     return sources
+
+
+def check_tokenizer(setting, where, folder, files):
+    """
+    Raise UserError unless a data set (data.TokenFiles) has the tokenizer of a network: `where` it is, and its folder,
+    as read_model() has them. The message begins with `setting`. Prints a line where the two cannot be compared.
+    """
+    found = files.meta['tokenizer'], files.folder
+    try:
+        wanted = tokenizer_of(where, folder)
+        is_same = same_ids(wanted, found, is_padded=hub.knows(where))
+    except UserError as error:
+        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
+              'make sure that they are the same', flush=True)
+        return
+    if not is_same:
+        how = advice(wanted[0], found[0])
+        if hub.knows(where):
+            name, = wanted[0]['files']
+            how = f'--tokenizer={os.path.join(folder, name)}'
+        which = '' if setting.startswith('dataset=') else f'{files.folder} '
+        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
+                        f'prepare it with {how}')
+
+
+def tokenizer_of(where, folder):
+    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer(). Raises UserError."""
+    if hub.knows(where):
+        return hub.tokenizer(where)[::-1]
+    return checkpoint.load_state(folder)['tokenizer'], folder
 
 
 def find_origin(s, ranks):
     """
     What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer', 'step',
-    'flops', 'moments'} trained elsewhere, whose network becomes that of `s`; moments: the folder with them, if they are to be kept.
+    'flops', 'moments'} trained elsewhere, whose network becomes that of `s`; tokenizer: the folder with it; moments: the folder with them, if they
+    are to be kept.
     """
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
@@ -206,12 +251,11 @@ def find_origin(s, ranks):
     if hub.knows(s.init_from):
         ranks.from_first(lambda: hub.find(s.init_from))  # one rank downloads
     cfg, weights, folder = read_model(s.init_from, encoder=True)
-    tokenizer = None if hub.knows(s.init_from) else checkpoint.load_state(folder)['tokenizer']  # None: only the number of tokens is compared
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
-    return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer} | base | kept(s, folder)
+    return {'weights': shorten(weights, model_config(s)), 'tokenizer': folder} | base | kept(s, folder)
 
 
 def kept(s, folder):
@@ -242,9 +286,6 @@ def build_model(s, data, origin, is_blank=False):
     The model on the CPU, from `origin`; is_blank: on the meta device, its shapes alone. Raises UserError where its vocabulary or its run is not that of
     the data.
     """
-    tokenizer = data.sources[0].files.meta['tokenizer']
-    if origin.get('tokenizer') not in (None, tokenizer):
-        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with {advice(origin["tokenizer"], tokenizer)}')
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
         raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
@@ -277,13 +318,12 @@ def find_teacher(s, data, ranks):
     if hub.knows(s.teacher):
         ranks.from_first(lambda: hub.find(s.teacher))  # one rank downloads
     teacher, folder = load_model(s.teacher)
-    cfg, tokenizer = teacher.cfg, data.sources[0].files.meta['tokenizer']
+    cfg = teacher.cfg
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
         raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
-    if not hub.knows(s.teacher) and checkpoint.load_state(folder)['tokenizer'] != tokenizer:
-        raise UserError(f'teacher={s.teacher}: its tokenizer is not that of the data: prepare the data with its tokenizer')
+    ranks.from_first(partial(check_tokenizer, f'teacher={s.teacher}', s.teacher, folder, data.sources[0].files))
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)

@@ -25,7 +25,7 @@ from guard import FirstSteps, Losses, check_same_start
 from model import Block, make_model
 from objectives import make_objective, stored_begin
 from optim import make_optimizer, optimizer_flops
-from origin import build_model, find_origin, find_reference, find_teacher
+from origin import build_model, check_tokenizer, find_origin, find_reference, find_teacher
 from packed import pack_frozen
 from plan import Pace, plan
 from runlog import Interval
@@ -141,6 +141,9 @@ def set_up(s, device, ranks, left_out):
     val = []
     for source in data.sources:
         val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
+    if 'tokenizer' in origin:
+        compare = partial(check_tokenizer, f'init_from={s.init_from}', s.init_from, origin['tokenizer'], data.sources[0].files)
+        ranks.from_first(compare)
     model = build(s, data, origin, ranks)
     if state and not s.eval_only:  # in the log, its sources keep the names that they had when the run began, wherever they are now
         names = list(state['data'])

@@ -19,6 +19,7 @@ import glob
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -41,9 +42,9 @@ from growth import average, grow, grown_layers, layer_names, parse_layers, refus
 from loss import EVAL_ROWS, evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
 from objectives import stored_begin, stored_objective
-from origin import add_adapters, fill, read_model, read_saved, split_name, validation_sources
+from origin import add_adapters, fill, read_model, read_saved, split_name, tokenizer_of, validation_sources
 from ranks import Ranks
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, same_ids
 
 
 @dataclass
@@ -397,7 +398,16 @@ def run_average(s):
     if len(folders) < 2:
         raise UserError(f"from={', '.join(s.from_)}: {len(folders)} found: give two or more, --from=DIR for each or a pattern as --from='out/run/step_*'")
     old = read(s, folders[-1], encoder=True)
-    found = [read_model(folder, encoder=True)[:2] for folder in folders[:-1]] + [(old.model.cfg, old.model.state_dict())]
+    found = []
+    for where in folders[:-1]:
+        cfg, weights, folder = read_model(where, encoder=True)
+        is_same = True
+        with suppress(UserError):  # not known, or not to be had here
+            is_same = same_ids(old.tokenizer, tokenizer_of(where, folder), is_padded=hub.knows(where))
+        if not is_same:
+            raise UserError(f'from={where}: has another tokenizer than {folders[-1]}: average networks of one')
+        found.append((cfg, weights))
+    found.append((old.model.cfg, old.model.state_dict()))
     print(f'the mean of {", ".join(folders)}; beside it, the last of these:')
     write(s, 'average', old, *average(*zip(*found), folders))
 

@@ -104,6 +104,52 @@ def advice(wanted, found):
     return reserved if same[0] == same[1] else 'the same --tokenizer' + f' and {reserved}' * bool(wanted.get('reserved'))
 
 
+PROBE = (
+    'Once upon a time, there was a little girl who lived in a village near the forest.',
+    "It doesn't matter: 12 lazy dogs ran 3.14159 times around the house in 1984!",
+    'for i in range(len(values)): total += values[i] ** 2',
+    'The mitochondria of eukaryotic cells regulate calcium signalling through phosphorylation.',
+    'Über den Fluß führte früher eine schmale Straße.',
+    'Le garçon a déjà mangé la crème brûlée.',
+    'El niño pequeño corría por la montaña.',
+    'В начале было слово.',
+    'Η γάτα κοιμάται.',
+    '你好，世界',
+    'こんにちは世界',
+    '안녕하세요',
+    'مرحبا بالعالم',
+    'नमस्ते दुनिया',
+)
+
+
+def same_ids(wanted, found, is_padded=False):
+    """
+    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. They may be kept in
+    different formats, so both encode PROBE. is_padded: of one format, they may have different numbers of tokens.
+    Raises UserError where one of them is not known or cannot be read.
+    """
+    (one, _), (other, _) = wanted, found
+    if one['kind'] == other['kind']:
+        sizes = {description['vocab_size'] for description in (one, other) if 'vocab_size' in description}
+        if len(sizes) > 1 and not is_padded:
+            return False
+        if one == other or one['kind'] in TIKTOKEN:
+            return True
+    if 'unknown' in (one['kind'], other['kind']):
+        raise UserError('one of them is not known')
+    one, other = load_tokenizer(*wanted), load_tokenizer(*found)
+    chars = [tokenizer.more['chars'] for tokenizer in (one, other) if tokenizer.kind == 'char']
+    if len(chars) == 2:
+        return chars[0] == chars[1]
+    for text in (*PROBE, *''.join(chars)):
+        try:
+            if one.encode(text) != other.encode(text):
+                return False
+        except UserError:  # a character that one of them does not have
+            continue
+    return True
+
+
 def fingerprint(description):
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
@@ -516,7 +562,8 @@ def described(description, files, folder):
     elif kind in TIKTOKEN:
         tokenizer = TiktokenTokenizer(kind)
     elif kind == 'sentencepiece':
-        tokenizer = SentencePieceTokenizer(files['tokenizer.model'], os.path.join(folder, 'tokenizer.model'))
+        (name, data), = files.items()
+        tokenizer = SentencePieceTokenizer(data, os.path.join(folder, name))
     elif kind in ('tokenizers', 'wordpiece'):
         (name, data), = files.items()
         size = description['vocab_size'] - description.get('reserved', 0)

@@ -48,6 +48,14 @@ def write_dataset(folder, vocab_size=64, documents=200, seed=0, splits=('train',
     return texts
 
 
+def give_tokenizer(folder, tokenizer):
+    """Let a data set of write_dataset() be one of this tokenizer, whose first tokens its tokens are. Returns the folder."""
+    path = Path(folder, 'meta.json')
+    meta = json.loads(path.read_text()) | {'tokenizer': tokenizer.save(folder), 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot}
+    path.write_text(json.dumps(meta))
+    return str(folder)
+
+
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import sha256, write_dataset
+from conftest import give_tokenizer, sha256, write_dataset
 
 from configurator import UserError
 from data import Mixture, Source, TokenFiles, permute, read_meta, validation_batch, validation_rows
+from tokenizer import new_tokenizer, train_bpe
+from tokenizer_json import to_json
 
 # --- the shuffle ---
 
@@ -250,6 +252,15 @@ def test_sources_of_different_tokenizers_are_refused(three, tmp_path):
     write_dataset(tmp_path / 'other', vocab_size=65)
     with pytest.raises(UserError, match='different tokenizers'):
         Mixture({three[0]: 1, str(tmp_path / 'other'): 1}, 'train', 16, seed=1)
+
+
+def test_sources_of_one_tokenizer_in_two_formats_are_mixed(three, tmp_path):
+    bpe = train_bpe(['once upon a time there was a cat'] * 20, 300)
+    (tmp_path / 'bpe.json').write_text(to_json(bpe), encoding='utf-8')
+    for name, tokenizer in (('a', bpe), ('b', new_tokenizer(str(tmp_path / 'bpe.json')))):
+        write_dataset(tmp_path / name)
+        give_tokenizer(tmp_path / name, tokenizer)
+    assert Mixture({str(tmp_path / 'a'): 1, str(tmp_path / 'b'): 1}, 'train', 16, seed=1).vocab_size == 300
 
 
 # --- validation ---

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import one_line, run
+from conftest import give_tokenizer, one_line, run, train, write_dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -32,7 +32,8 @@ import sample
 from configurator import UserError
 from model import Transformer
 from sample import generate
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, new_tokenizer, train_bpe
+from tokenizer_json import to_json
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -306,7 +307,6 @@ def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tm
 
 
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
-    from tokenizer import train_bpe
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)
     assert load_tokenizer(*reversed(hub.tokenizer(f'hf:{tmp_path}'))).encode('a cat') == wanted.encode('a cat')
@@ -333,6 +333,78 @@ def test_nothing_is_written_into_the_folder(tmp_path):
     hub.load(f'hf:{tmp_path}')
     load_tokenizer(*reversed(hub.tokenizer(f'hf:{tmp_path}')))
     assert before == {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
+
+
+# --- whose data have to have its tokenizer ---
+
+STORIES = ['once upon a time there was a cat who lived in a house by the river'] * 20
+
+
+@pytest.fixture(scope='module')
+def llama(tmp_path_factory):
+    """A folder with weights of 320 tokens and their tokenizer, and data sets: of the same in another format, and of another with as many tokens."""
+    folder = tmp_path_factory.mktemp('llama')
+    saved(folder / 'hf', 'llama', vocab_size=320)
+    same, other = train_bpe(STORIES, 320), train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320)
+    (folder / 'hf' / 'spiece.model').write_bytes(same.files['tokenizer.model'])
+    (folder / 'same.json').write_text(to_json(same), encoding='utf-8')
+    for name, tokenizer in (('same', new_tokenizer(str(folder / 'same.json'))), ('other', other)):
+        write_dataset(folder / name, documents=40)
+        give_tokenizer(folder / name, tokenizer)
+    return folder
+
+
+SHORT = ['--max_iters=1', '--eval_interval=1', '--eval_iters=1', '--batch_size=2', '--block_size=16', '--device=cpu', '--dtype=float32', '--sample_tokens=0']
+
+
+def test_a_folder_with_spiece_model_alone_is_read(llama):
+    assert sample.load(f'hf:{llama}/hf')[1].encode('a cat') == train_bpe(STORIES, 320).encode('a cat')
+
+
+def test_weights_are_trained_on_data_of_their_own_tokenizer_alone(llama, tmp_path):
+    args = ['train.py', *SHORT, f'--init_from=hf:{llama}/hf']
+    done = run(*args, f'--dataset={llama}/same', f'--out_dir={tmp_path}/run')
+    assert done.returncode == 0 and 'compared' not in done.stdout, done.stderr
+    refused = one_line(run(*args, f'--dataset={llama}/other', f'--out_dir={tmp_path}/no'))
+    assert f'another tokenizer than the one of hf:{llama}/hf' in refused and f'--tokenizer={llama}/hf/spiece.model' in refused
+    assert not (tmp_path / 'no').exists()
+    for more in ([f'--init_from={tmp_path}/run', '--lora_rank=2'], ['--vocab_size=320', f'--teacher=hf:{llama}/hf']):
+        refused = one_line(run('train.py', *SHORT, *more, f'--dataset={llama}/other', f'--out_dir={tmp_path}/no'))
+        assert 'was prepared with another tokenizer' in refused and not (tmp_path / 'no').exists()
+    refused = one_line(run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', f'--dataset={llama}/other'))
+    assert 'other: was prepared with another tokenizer' in refused
+    for command in (['surgery.py', 'inherit', f'--from=hf:{llama}/hf', '--layers=0', f'--out_dir={tmp_path}/no'],
+                    ['analyze.py', 'attention', f'--out_dir=hf:{llama}/hf', '--length=16']):
+        refused = one_line(run(*command, f'--dataset={llama}/other'))
+        assert 'other: was prepared with another tokenizer' in refused
+
+
+def test_where_there_is_no_tokenizer_to_compare_a_line_says_so(llama, tmp_path):
+    saved(tmp_path / 'hf', 'llama', vocab_size=320)
+    done = run('train.py', *SHORT, f'--init_from=hf:{tmp_path}/hf', f'--dataset={llama}/other', f'--out_dir={tmp_path}/run')
+    assert done.returncode == 0 and done.stdout.count('were not compared') == 1 and 'no tokenizer.json' in done.stdout, done.stderr
+
+
+def test_networks_of_different_tokenizers_are_not_averaged(llama, tmp_path):
+    for name in ('same', 'other'):
+        train(tmp_path / name, '--max_iters=1', dataset=llama / name)
+    refused = one_line(run('surgery.py', 'average', f'--from={tmp_path}/same', f'--from={tmp_path}/other', f'--out_dir={tmp_path}/mean'))
+    assert f'from={tmp_path}/same: has another tokenizer' in refused and not (tmp_path / 'mean').exists()
+
+
+def test_an_adapter_with_another_tokenizer_beside_it_is_refused(llama, tmp_path):
+    run('train.py', *SHORT, f'--init_from=hf:{llama}/hf', f'--dataset={llama}/same', '--lora_rank=2', f'--out_dir={tmp_path}/run')
+    done = run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/peft')
+    assert done.returncode == 0, done.stderr
+    command = ['sample.py', f'--init_from=hf:{llama}/hf', f'--adapter={tmp_path}/peft', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    for name, code in (('same.json', 0), ('other', 2)):
+        source = llama / name if name == 'same.json' else llama / 'other' / 'tokenizer.model'
+        place = tmp_path / 'peft' / ('tokenizer.json' if name == 'same.json' else 'tokenizer.model')
+        place.write_bytes(source.read_bytes())
+        done = run(*command)
+        assert done.returncode == code, done.stderr
+        place.unlink()
+    assert 'the tokenizer beside it is not that of' in done.stderr
 
 
 # --- what is refused, in one line that names the field or the file ---

@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import random
 
@@ -14,7 +15,7 @@ from tiktoken_ext import openai_public
 
 import tokenizer as module
 from configurator import UserError
-from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer
+from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
 from tokenizer_json import to_json
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
@@ -235,6 +236,28 @@ def test_documents_of_every_kind_end_with_the_end_of_text(every_kind):
 def test_a_byte_order_mark_before_a_vocabulary_is_no_part_of_its_first_piece(tmp_path):
     (tmp_path / 'vocab.txt').write_bytes(b'\xef\xbb\xbf[PAD]\n[UNK]\n[SEP]\na\n')
     assert new_tokenizer(str(tmp_path / 'vocab.txt')).decode([0, 3]) == '[PAD] a'
+
+
+def test_tokenizers_are_compared_by_what_they_do_not_by_how_they_are_kept(tmp_path):
+    stories = ['once upon a time there was a cat who lived in a house by the river'] * 20
+    made = {'bpe': train_bpe(stories, 320), 'other': train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320),
+            'byte': new_tokenizer('byte'), 'char': new_tokenizer('char', ['the cat']), 'chars': new_tokenizer('char', ['the dog'])}
+    for name in ('bpe', 'byte', 'char'):
+        (tmp_path / f'{name}.json').write_text(to_json(made[name]), encoding='utf-8')
+        made[f'{name}.json'] = new_tokenizer(str(tmp_path / f'{name}.json'))
+    made['reserved'] = Reserved(made['bpe'], 5)
+    known = {}
+    for name, tokenizer in made.items():
+        folder = tmp_path / 'saved' / name
+        folder.mkdir(parents=True)
+        known[name] = tokenizer.save(folder), str(folder)
+    alike = {frozenset(pair) for pair in (('bpe', 'bpe.json'), ('byte', 'byte.json'), ('char', 'char.json'), ('bpe.json', 'reserved'))}
+    for one, other in itertools.combinations(known, 2):
+        assert same_ids(known[one], known[other]) == ({one, other} in alike), (one, other)
+    assert same_ids(known['bpe'], known['reserved'], is_padded=True)
+    assert same_ids(({'kind': 'gpt2'}, ''), ({'kind': 'gpt2', 'vocab_size': 50257, 'eot': 50256}, ''))  # without loading it
+    with pytest.raises(UserError, match='not known'):
+        same_ids(({'kind': 'unknown', 'vocab_size': 320}, ''), known['bpe'])
 
 
 def test_char_ids_are_nanogpt_s():
