@@ -227,6 +227,8 @@ def find_origin(s, ranks):
     are to be kept.
     """
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
+    if found and s.init_from == 'scratch' and was_begun_by(s.out_dir, ranks):
+        s.init_from = 'auto'
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
@@ -256,6 +258,24 @@ def find_origin(s, ranks):
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': folder} | base | kept(s, folder)
+
+
+def was_begun_by(out_dir, ranks):
+    """
+    Whether the run in out_dir was begun by this torchrun job, which has started its processes again after a failure: they are
+    to go on, though their command says --init_from=scratch.
+    """
+    job = ranks.job()
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        return False
+
+    def look():
+        try:
+            state = checkpoint.load_state(checkpoint.find(out_dir))
+        except UserError:  # none is sound
+            return False
+        return bool(set(job) & set(state.get('job', ())))
+    return ranks.from_first(look)
 
 
 def kept(s, folder):

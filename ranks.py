@@ -4,6 +4,7 @@ The processes of a run: torchrun starts several, which share its batches; python
 import gc
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -81,6 +82,10 @@ class Ranks:
             dist.all_gather_object(out, value)
         return out
 
+    def job(self):
+        """Names of the torchrun processes that started the ranks, the same after a restart of the ranks by these; [] without torchrun."""
+        return sorted(set(filter(None, self.gather(agent()))))
+
     def add_up(self, tensor):
         """The same of a tensor on the device, without waiting for it."""
         if self.world > 1:
@@ -106,6 +111,15 @@ class Ranks:
     def say(self, text):
         if self.first:
             print(text, flush=True)
+
+
+def agent():
+    """A name, unique in the world, of the torchrun process that started this one; '' if none did."""
+    if 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
+        return ''
+    # a file of this attempt, in a folder with a random name: …/attempt_0/0/error.json
+    folder = os.environ.get('TORCHELASTIC_ERROR_FILE', '').partition('/attempt_')[0]
+    return f'{socket.gethostname()} {os.environ.get("TORCHELASTIC_RUN_ID", "")} {folder}'
 
 
 def is_lost(error):

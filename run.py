@@ -91,6 +91,7 @@ class Run:
     left_out: set  # steps without data
     losses: Losses  # of the last steps
     writer: checkpoint.Writer
+    job: list  # the torchrun processes that started it
     pace: Pace
     interval: Interval
     first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
@@ -179,14 +180,33 @@ def set_up(s, device, ranks, left_out):
         compile_all(model.blocks if s.shard else [model])
     begun = state or origin
     step = begun.get('step', 0)
-    flops = begun.get('flops', step * flops_per_step)
-    runner = model if s.shard else wrap(model, ranks)
-    run = Run(model, runner, optimizer, scaler, data, val, Batches(data, s, ranks), step, planned, tokens_per_step, flops_per_step, flops,
-               'weights' in origin and not state, parameters, teacher, find_reference(s, model.cfg) if s.grow_from else None,
-               origin.get('base'), steps_without_data(step, begun.get('left_out', ()), {*left_out, *s.skip_steps}),
-               Losses(s.rewind_spikes, begun.get('losses', ())), checkpoint.Writer(s.async_save), Pace(s),
-               Interval(device, begun.get('interval'), ranks), undivided=undivided, fits=begun.get('fits', []),
-               skipped=begun.get('skipped', 0))
+    run = Run(
+        model=model,
+        runner=model if s.shard else wrap(model, ranks),
+        optimizer=optimizer,
+        scaler=scaler,
+        data=data,
+        val=val,
+        batches=Batches(data, s, ranks),
+        step=step,
+        planned=planned,
+        tokens_per_step=tokens_per_step,
+        flops_per_step=flops_per_step,
+        flops=begun.get('flops', step * flops_per_step),
+        borrowed='weights' in origin and not state,
+        parameters=parameters,
+        teacher=teacher,
+        reference=find_reference(s, model.cfg) if s.grow_from else None,
+        base=origin.get('base'),
+        left_out=steps_without_data(step, begun.get('left_out', ()), {*left_out, *s.skip_steps}),
+        losses=Losses(s.rewind_spikes, begun.get('losses', ())),
+        writer=checkpoint.Writer(s.async_save),
+        job=ranks.job(),
+        pace=Pace(s),
+        interval=Interval(device, begun.get('interval'), ranks),
+        fits=begun.get('fits', []),
+        skipped=begun.get('skipped', 0),
+        undivided=undivided)
     if s.compile:
         run.to_compile = {'step', 'evaluation'}
     return run
@@ -266,7 +286,7 @@ def save(s, step, run, ranks):
             state['fits'] = list(run.fits)
         if s.rewind_spikes or run.left_out:
             state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
-        state |= {'interval': interval, 'skipped': run.skipped}
+        state |= {'interval': interval, 'skipped': run.skipped, 'job': run.job}
         tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
         run.writer.wait()  # one at a time; what went wrong with the last one is said now
         run.writer(checkpoint.save, s.out_dir, step, *(checkpoint.snapshot(tensors) if s.async_save else tensors), state, tokenizer_files, s.keep_checkpoints)

@@ -309,8 +309,11 @@ def train(s, device, ranks, stop, left_out=()):
         highest = max(group['lr'] for group in run.optimizer.param_groups)
         run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
     ranks.from_first(run.writer.wait)
-    ranks.say(f'stopped by {signal.Signals(stop.number or signal.SIGTERM).name} after step {step}; the same command goes on from there'
-              if stopping else f'done: {step} steps{", target_val_loss reached" if reached else ""}; python sample.py --out_dir={s.out_dir}')
+    name = signal.Signals(stop.number or signal.SIGTERM).name
+    again = 'the same command' + ' without --init_from=scratch' * (s.init_from == 'scratch' and 'init_from' in s.given)
+    reached = ', target_val_loss reached' if reached else ''
+    ranks.say(f'stopped by {name} after step {step}; {again} goes on from there' if stopping
+              else f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
     return (stop.number or signal.SIGTERM) if stopping else 0
 
 

@@ -13,6 +13,8 @@ import yaml
 from conftest import ROOT, TINY
 
 import checkpoint
+from configurator import configure
+from train import Settings
 
 LAUNCH = sorted((ROOT / 'launch').iterdir())
 SMALL = [*TINY, '--batch_size=4']
@@ -27,6 +29,17 @@ def test_bash_and_yaml_can_read_them():
     sky, job = (yaml.safe_load((ROOT / 'launch' / name).read_text()) for name in ('sky.yaml', 'trainjob.yaml'))
     assert sky['num_nodes'] == 2 and job['kind'] == 'TrainJob' and job['spec']['runtimeRef'] == {'name': 'torch-distributed'}
     subprocess.run(['bash', '-n'], input=sky['run'], text=True, check=True)
+
+
+def test_their_settings_are_some_that_a_job_can_be_started_again_with():
+    """A config that is there, a data set, an out_dir on the disk that all share, and no --init_from=scratch, which begins anew."""
+    sky, job = (yaml.safe_load((ROOT / 'launch' / name).read_text()) for name in ('sky.yaml', 'trainjob.yaml'))
+    sky_args = f'{sky["envs"]["ARGS"]} {sky["run"].split("$ARGS")[1]}'.split()
+    for args in (sky_args, job['spec']['trainer']['args']):
+        s = configure(Settings, args)
+        assert s.out_dir == '/runs/out' and s.dataset.startswith('/runs/') and s.init_from == 'auto'
+    slurm = (ROOT / 'launch/slurm.sbatch').read_text()
+    assert configure(Settings, re.search(r'sbatch launch/slurm.sbatch (.*)', slurm)[1].split()).out_dir.startswith('/shared/')
 
 
 def test_torchrun_has_the_flags_they_give_it():

@@ -357,13 +357,38 @@ def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, t
 
 
 @SLOW
-def test_after_a_crash_torchrun_starts_it_again_and_the_end_is_the_same(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--checkpoint_interval=2']
+@pytest.mark.parametrize('init_from', ['auto', 'scratch'])
+def test_after_a_crash_torchrun_starts_it_again_and_the_end_is_the_same(dataset, tmp_path, init_from):
+    args = [*SMALL, f'--dataset={dataset}', '--checkpoint_interval=2', f'--init_from={init_from}']
     process = torchrun(*args, f'--out_dir={tmp_path / "crash"}', options=['--max_restarts=1'], FAULT='step@5/1=exit', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     said, code = process.communicate(timeout=120)[0], process.wait()
-    assert code == 0 and 'resuming' in said and 'exitcode  : 13' not in said, said
+    assert code == 0 and 'resuming' in said and 'exitcode  : 13' not in said and not (tmp_path / 'crash.old1').exists(), said
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
     assert fingerprint(tmp_path / 'crash') == fingerprint(tmp_path / 'whole')
+
+
+def test_from_scratch_a_job_that_is_started_again_goes_on_with_what_it_began_and_with_nothing_older(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=2', '--init_from=scratch']
+
+    def attempt(number, job, fault=''):
+        log = f'/tmp/torchelastic_x/none_{job}/attempt_{number}/0/error.json'
+        codes, said = run_to_end(*args, fault=fault, TORCHELASTIC_RESTART_COUNT=str(number), TORCHELASTIC_RUN_ID='none', TORCHELASTIC_ERROR_FILE=log)
+        return codes[0], said
+    assert attempt(0, 'a', 'step@7=kill')[0] == -signal.SIGKILL and step_of(tmp_path / 'out') == 6
+    code, said = attempt(1, 'a')
+    assert code == 0 and f'resuming {tmp_path}/out at step 6' in said and os.listdir(tmp_path) == ['out'], said
+    code, said = attempt(1, 'b')  # another job, whose first attempt ended before it began
+    assert code == 0 and 'resuming' not in said and sorted(os.listdir(tmp_path)) == ['out', 'out.old1'], said
+    code, said = attempt(0, 'b')  # as it was told
+    assert code == 0 and 'resuming' not in said and sorted(os.listdir(tmp_path)) == ['out', 'out.old1', 'out.old2'], said
+
+
+def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--eval_interval=100', '--init_from=scratch']
+    codes, said = run_to_end(*args, fault='step@5=term')
+    assert codes == [128 + signal.SIGTERM] and 'the same command without --init_from=scratch goes on from there' in said, said
+    codes, said = run_to_end(*args[:-1], fault='step@8=term')
+    assert codes == [128 + signal.SIGTERM] and '; the same command goes on from there' in said and step_of(tmp_path) == 9, said
 
 
 # --- drift ---
