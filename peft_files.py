@@ -12,8 +12,7 @@ import os
 import re
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 import adapters
 import lora
@@ -194,14 +193,15 @@ def read(folder, cfg):
         raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: this takes a part out of the base; let PEFT convert it to a plain adapter '
                         '(save_pretrained with path_initial_model_for_weight_conversion)')
     try:
-        tensors = {name.removeprefix(ROOT): t.float() for name, t in load_file(weights).items()}
+        file = safe_open(weights, 'pt')
+        tensors = {name.removeprefix(ROOT): file.get_slice(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f'{weights}: not readable as safetensors: {error}') from None
     return Reading(path, config, tensors, cfg).saved()
 
 
 class Reading:
-    """One folder as it is read."""
+    """One folder as it is read. tensors: {name: slice}, whose shapes are compared before anything of them is read."""
 
     def __init__(self, path, config, tensors, cfg):
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
@@ -217,17 +217,25 @@ class Reading:
     def refuse(self, what):
         raise UserError(f'{self.path}: {what}')
 
-    def take(self, name, *shape):
-        """A tensor of the file, of this shape; None for a size: any."""
+    def shape(self, name):
+        """The shape of a tensor, a list, by the header of the file."""
         if name not in self.tensors:
             self.refuse(f'{name}: not in the file, which says that there is an adapter')
-        found = list(self.tensors[name].shape)
-        if not self.tensors[name].isfinite().all():
-            self.refuse(f'{name}: holds what is no number')
+        return self.tensors[name].get_shape()
+
+    def take(self, name, *shape):
+        """A tensor of the file in float32, of this shape; None for a size: any."""
+        found = self.shape(name)
         if len(found) != len(shape) or any(size not in (None, n) for n, size in zip(found, shape)):
             self.refuse(f'{name}: {found}, this network takes {["any" if size is None else size for size in shape]}: it is an adapter for another base')
+        dtype = self.tensors[name].get_dtype()
+        if dtype not in ('F32', 'F16', 'BF16'):
+            self.refuse(f'{name}: {dtype}, takes float32, float16 or bfloat16')
+        t = self.tensors[name][:].float()
+        if not t.isfinite().all():
+            self.refuse(f'{name}: holds what is no number')
         self.left.discard(name)
-        return self.tensors[name]
+        return t
 
     def number(self, field, pattern, module, default):
         """lora_alpha or r of a module."""
@@ -260,10 +268,12 @@ class Reading:
         n_in, n_out = sizes[ours[0]][1], sum(sizes[name][0] for name in ours)
         is_table = ours[0] in ('wte', 'wte_encoder', 'wpe')
         keys = ('lora_embedding_A', 'lora_embedding_B') if is_table else ('lora_A.weight', 'lora_B.weight')
+        rank = self.number('r', 'rank_pattern', module, 8)
+        found = self.shape(f'{module}.{keys[0]}')
+        if found[1:] == [n_in] and found[0] != rank:
+            self.refuse(f'{module}: has rank {found[0]}, the file says {rank}')
         A = self.take(f'{module}.{keys[0]}', None, n_in)
         B = self.take(f'{module}.{keys[1]}', n_out, len(A))
-        if len(A) != self.number('r', 'rank_pattern', module, 8):
-            self.refuse(f'{module}: has rank {len(A)}, the file says {self.number("r", "rank_pattern", module, 8)}')
         length = self.take(f'{module}.lora_magnitude_vector', n_out) if out.is_dora else None
         alpha = self.number('lora_alpha', 'alpha_pattern', module, 8)
         out.places.append(lora.Place(tuple(ours), len(A), alpha / (math.sqrt(len(A)) if self.config.get('use_rslora') else len(A))))
@@ -286,6 +296,7 @@ class Reading:
         for ending in self.config.get('modules_to_save') or ():
             if not any(is_target(name.rpartition('.')[0], [ending]) for name in self.tensors):
                 self.refuse(f'modules_to_save={ending}: not in the file')
+        own = adapters.blank(self.cfg).state_dict()
         for name in sorted(self.left):
             module, _, kind = name.rpartition('.')
             plain = re.sub(r'\.(original_module|modules_to_save)\.', '.', name)
@@ -294,13 +305,10 @@ class Reading:
                 continue
             module = module if kind == 'weight' else module.removesuffix('.base_layer')
             if name.endswith('.base_layer.weight'):  # of an embedding that is adapted, and of its head, PEFT keeps the base too
-                out.beside[self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte') + '.weight'] = self.take(name, None, None)
+                layer = self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte')
+                out.beside[f'{layer}.weight'] = self.take(name, None, self.cfg.n_embd)
                 continue
-            ours = self.modules.get(module, ())
-            if ours and (kind == 'bias' or kind == 'weight' and self.tensors[name].ndim == 1):
-                t = self.take(name, sum(self.rows(ours, 0)) or None)
-                out.tensors |= {f'{part}.{kind}': rows for part, rows in zip(ours, t.split(self.rows(ours, len(t))))}
-
-    def rows(self, ours, length):
-        sizes = adapters.sizes(self.cfg)
-        return [sizes[name][0] for name in ours] if len(ours) > 1 else [length]
+            ours = [f'{part}.{kind}' for part in self.modules.get(module, ())]
+            if ours and len(self.shape(name)) == 1 and all(part in own for part in ours):
+                lengths = [len(own[part]) for part in ours]
+                out.tensors |= zip(ours, self.take(name, sum(lengths)).split(lengths))

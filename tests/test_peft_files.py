@@ -211,6 +211,29 @@ def test_folders_that_are_no_adapter_for_the_network_are_one_line(folders, good,
     assert words in str(refused.value) and str(tmp_path) in str(refused.value) and '\n' not in str(refused.value)
 
 
+@pytest.mark.parametrize('change', [put(A, 10 ** 6, 48), put(A, 4, 10 ** 6), put(A.replace('lora_A', 'lora_B'), 10 ** 6, 4),
+                                    put(A.replace('lora_A', 'lora_C'), 10 ** 6),
+                                    put('base_model.model.transformer.ln_f.weight', 10 ** 6)], ids=range(5))
+def test_shapes_are_compared_before_a_tensor_is_read(folders, good, tmp_path, monkeypatch, change):
+    tensors, float32 = load_file(good / 'adapter_model.safetensors'), torch.Tensor.float
+    change(tensors, {})
+    save_file({name: t.half() for name, t in tensors.items()}, tmp_path / 'adapter_model.safetensors')
+    (tmp_path / 'adapter_config.json').write_bytes((good / 'adapter_config.json').read_bytes())
+    read = []
+    monkeypatch.setattr(torch.Tensor, 'float', lambda t: read.append(t.numel()) or float32(t))
+    with pytest.raises(UserError):
+        peft_files.read(str(tmp_path), ours(folders['gpt2']).cfg)
+    assert max(read, default=0) < 10 ** 6
+
+
+def test_integers_are_no_adapter(folders, good, tmp_path):
+    tensors = load_file(good / 'adapter_model.safetensors')
+    save_file({name: t.int() for name, t in tensors.items()}, tmp_path / 'adapter_model.safetensors')
+    (tmp_path / 'adapter_config.json').write_bytes((good / 'adapter_config.json').read_bytes())
+    with pytest.raises(UserError, match='I32, takes float32, float16 or bfloat16'):
+        peft_files.read(str(tmp_path), ours(folders['gpt2']).cfg)
+
+
 def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
     model = ours(folders['gpt2'])
     for name, text, words in (('adapter_config.json', '{', 'not readable as JSON'), ('adapter_model.safetensors', 'x', 'not readable as safetensors')):
