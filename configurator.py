@@ -228,6 +228,16 @@ def check(settings, where=''):
                 raise UserError(f'{where}: {error}' if where else error) from None
 
 
+def refuse_idle(settings, part, takes, why):
+    """
+    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one that
+    is not among the names `takes`. why: what ignores it.
+    """
+    idle = sorted(getattr(settings, 'given', set()) & {f.name for f in dataclasses.fields(part)} - takes)
+    if idle:
+        raise ValueError(f'{idle[0]}={getattr(settings, idle[0])}: {why} ignores it: leave it out')
+
+
 def read_config(cls, path):
     """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
     path = expand_home(path)

@@ -4,9 +4,10 @@ The machine: which device, which number format, how fast it can multiply. Measur
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -155,6 +156,23 @@ def zero(device):
 def is_out_of_memory(error):
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text or 'out of memory' in text
+
+
+def free_memory(device):
+    """Bytes that this process can still take, of the GPU or of RAM (its container's limit too); None = unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    with suppress(OSError, ValueError, StopIteration):
+        with open('/proc/meminfo') as f:
+            free.append(1024 * next(int(line.split()[1]) for line in f if line.startswith('MemAvailable:')))
+    with suppress(OSError, ValueError, StopIteration):  # no limit: 'max', which is no number
+        limit = int(Path('/sys/fs/cgroup/memory.max').read_text())
+        used = int(Path('/sys/fs/cgroup/memory.current').read_text())
+        with open('/sys/fs/cgroup/memory.stat') as f:  # the page cache is given back
+            cache = next(int(line.split()[1]) for line in f if line.startswith('inactive_file '))
+        free.append(limit - used + cache)
+    return min(free, default=None)
 
 
 def peak_memory(device):

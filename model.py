@@ -12,7 +12,7 @@ H heads, D head_dim, V vocabulary, R rank.
 import itertools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class ModelConfig:
     arch: Literal['decoder', 'markov'] = 'decoder'  # markov: the next token follows from the one before alone; a V x V table of logits, or with
-    # rank_embed an embedding and a head of that width. It knows vocab_size and block_size, and with rank_embed dropout and softcap; the rest is ignored
+    # rank_embed an embedding and a head of that width. It takes vocab_size and block_size, with rank_embed also
+    # dropout and softcap, and no other setting of the network
     vocab_size: int = 0  # number of tokens; 0 = as the data set says
     block_size: int = 1024  # context length in tokens
     n_layer: int = 12
@@ -155,6 +156,14 @@ class ModelConfig:
         """The rank of a matrix of a block, 0 for a dense one: the most particular setting counts."""
         general = 0 if self.first_block_dense and layer == 0 else self.ranks.get(name, getattr(self, RANK_OF[name]))
         return self.ranks.get(f'blocks.{layer}.{name}', general)
+
+    @property
+    def arch_takes(self):
+        """The names of the settings here that have an effect on a network of this arch."""
+        if self.arch != 'markov':
+            return {f.name for f in fields(ModelConfig)}
+        names = {'arch', 'vocab_size', 'block_size', 'rank_embed'}
+        return names | {'dropout', 'softcap'} if self.rank_embed else names
 
     def check_markov(self):
         if self.rank_embed > (self.vocab_size or self.rank_embed):
@@ -985,20 +994,31 @@ class BigramLoss(torch.autograd.Function):
     Sum of -log softmax(table[previous])[target], which reads every row of the table that occurs once, however often it occurs, and holds a few
     rows at a time. Of the gradient, n·softmax(row) - counts of what followed, for n occurrences of a row, the table itself says the softmax:
     backward hands over the counts alone, as a sparse (V, V) tensor of an entry a token, -counts. It adds up over micro-batches and ranks as
-    gradients do, and Muon.count() of optim.py steps by it. At V = 29k and 5,500 targets that is 0.1 MB, the rows would be 170, a dense gradient 3,363.
+    gradients do, and Counts of optim.py steps by it. At V = 29k and 5,500 targets that is 0.1 MB, the rows would be 170, a dense gradient 3,363.
+    With sparse=False it is the dense gradient, for any other optimizer.
     """
     @staticmethod
-    def forward(ctx, table, previous, targets):  # (V, V), (N,), (N,)
+    def forward(ctx, table, previous, targets, sparse):  # (V, V), (N,), (N,)
         rows, which = previous.unique(return_inverse=True)  # (U,), (N,)
-        ctx.save_for_backward(previous, targets)
-        ctx.shape = table.shape
+        ctx.save_for_backward(table, previous, targets)
+        ctx.sparse = sparse
         log_sums = torch.cat([table[some].logsumexp(1) for some in rows.split(64)])  # a few at a time: 7 MB at V = 29k
         return (log_sums[which] - table[previous, targets]).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        entries = torch.stack(ctx.saved_tensors)  # (2, N)
-        return torch.sparse_coo_tensor(entries, -grad.expand(entries.size(1)), ctx.shape, check_invariants=False), None, None
+        table, previous, targets = ctx.saved_tensors
+        minus = -grad.expand(len(targets))  # (N,)
+        if ctx.sparse:
+            entries = torch.stack([previous, targets])  # (2, N)
+            counts = torch.sparse_coo_tensor(entries, minus, table.shape, check_invariants=False)
+            return counts, None, None, None
+        dense = torch.zeros_like(table)
+        rows, counts = previous.unique(return_counts=True)  # (U,), (U,)
+        for some, n in zip(rows.split(64), counts.split(64)):
+            dense[some] = table[some].softmax(1) * (n[:, None] * grad)
+        dense.index_put_((previous, targets), minus, accumulate=True)
+        return dense, None, None, None
 
 
 class Markov(nn.Module):
@@ -1014,8 +1034,9 @@ class Markov(nn.Module):
             raise ValueError('vocab_size=0: set it to the number of tokens of the data')
         self.cfg, self.recompute = cfg, False  # recompute: nothing to compute again
         V, R = cfg.vocab_size, cfg.rank_embed
-        # empty: nn.Embedding would fill it at once, 8 s for 841M numbers; sparse: tells DDP what its gradient will be
-        self.wte = nn.Embedding.from_pretrained(torch.empty(V, R or V), freeze=False, sparse=not R)
+        # empty: nn.Embedding would fill it at once, 8 s for 841M numbers. The gradient of a full table is sparse if
+        # optim.make_optimizer() sets wte.sparse, which DDP asks too
+        self.wte = nn.Embedding.from_pretrained(torch.empty(V, R or V), freeze=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.head = nn.Linear(R, V, bias=False) if R else None
         if init and not self.wte.weight.is_meta:
@@ -1042,8 +1063,8 @@ class Markov(nn.Module):
         idx, targets = idx[real], targets[real]  # (N,)
         if self.head is None:
             if label_smoothing:
-                raise ValueError(f'label_smoothing={label_smoothing}: a full Markov table is smoothed by a lower learning_rate instead: set it to 0')
-            loss = BigramLoss.apply(self.wte.weight, idx, targets)
+                raise ValueError(f'label_smoothing={label_smoothing}: a full Markov table has none: set it to 0')
+            loss = BigramLoss.apply(self.wte.weight, idx, targets, self.wte.sparse)
         else:
             loss = ChunkedCrossEntropy.apply(self.hidden(idx), self.head.weight, targets, self.cfg.vocab_size, self.cfg.softcap, label_smoothing,
                                              torch.is_grad_enabled())

@@ -3,7 +3,7 @@ Parameter groups, the optimizer and the learning rate's schedule.
 """
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from shard import is_divided, part, whole
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = 6e-4  # the highest one; of a full Markov table (arch=markov): targets of a step over pseudo-counts, thousands
+    learning_rate: float = 6e-4  # the highest one
     max_iters: int = 10000  # steps; a step is one update of the weights
     schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # how the rate falls to min_lr; wsd: constant, then linear over the last cooldown
     decay_lr: bool = True  # False: constant from step 0, as in nanoGPT, unless warmup_iters is given
@@ -25,8 +25,11 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices; never on norms and biases, and under Muon not on embeddings and head
     factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of the blocks' low-rank matrices: on each factor, which shrinks the rank (Kobayashi et al.
     # 2024, arXiv 2410.23819), on their product (Khodak et al. 2021, arXiv 2105.01029), or none
-    optimizer: Literal['adamw', 'muon', 'spectron'] = 'adamw'  # muon: all matrices but embeddings and head by Muon, these and the rest by AdamW;
-    # spectron: the same, and the step of low-rank factors is bounded by their norms (arXiv 2602.12429)
+    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: all matrices but embeddings
+    # and head by Muon, these and the rest by AdamW; spectron: the same, and the step of low-rank factors is bounded by
+    # their norms (arXiv 2602.12429); counts: a full Markov table (arch=markov) learns by counting, in a third of
+    # AdamW's memory and without a rate
+    pseudo_counts: float = 100.0  # of counts: as how many observations the random start of each row weighs
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
     embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
     head_lr: float | None = None  # of the head, and of an embedding tied to it
@@ -58,6 +61,8 @@ class OptimConfig:
                 raise ValueError(f'lr_scale: {pattern!r} is no pattern: {error}') from None
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
+        if not 0 < self.pseudo_counts < math.inf:
+            raise ValueError(f'pseudo_counts={self.pseudo_counts}: takes a number above 0')
         if self.decay_lr:
             self.check_decay()
 
@@ -87,11 +92,18 @@ class OptimConfig:
     @property
     def uses_muon(self):
         """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer that has no code here."""
-        if self.optimizer == 'adamw':
+        if self.optimizer in ('adamw', 'counts'):
             return False
         if self.optimizer in ('muon', 'spectron'):
             return True
         raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw, muon or spectron')
+
+    @property
+    def optimizer_takes(self):
+        """The names of the settings here that have an effect on this optimizer."""
+        if self.optimizer == 'counts':
+            return {'optimizer', 'max_iters', 'pseudo_counts'}
+        return {f.name for f in fields(OptimConfig)} - {'pseudo_counts'}  # Muon's too: adamw may be an ablation
 
     @property
     def main_rate(self):
@@ -125,9 +137,6 @@ class Muon(torch.optim.AdamW):
         if self.product_decay:
             self.decay_products()
         for group in self.param_groups:
-            for p in group['params']:
-                if p.grad is not None and p.grad.is_sparse:
-                    self.count(p, group['lr'])
             if group['muon']:
                 self.orthogonal_step([p for p in group['params'] if p.grad is not None], group, bounds)
         return super().step(closure)  # AdamW passes over what has no gradient left
@@ -149,23 +158,6 @@ class Muon(torch.optim.AdamW):
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
                 p.sub_(update.mul_(scale), alpha=group['lr'])
                 p.grad = None
-
-    def count(self, p, rate):
-        """
-        The natural gradient (Amari 1998) of the rows of softmaxes p (V, V), whose p.grad are minus the counts of model.BigramLoss. In the
-        frequencies themselves it leads straight to those of the batch, q ← (1 - η) q + η counts/n, here with η = n·rate/(1 + rate·(all n so far)),
-        as SGD's rates fall (Bottou 2010). So q stays (q₀/rate + all counts)/(1/rate + all n): add-k smoothing, one number of state a row, and
-        where nothing was counted all logits fall alike, which a softmax does not see: only the counted ones are written.
-        """
-        if not self.state[p]:
-            self.state[p].update(seen=p.new_zeros(len(p)), step=torch.zeros(()))
-        grad, seen = p.grad.coalesce(), self.state[p]['seen']
-        (previous, following), counts = grad.indices(), -grad.values()
-        rows, which = previous.unique_consecutive(return_inverse=True)
-        log_sums = torch.cat([p[some].logsumexp(1) for some in rows.split(64)])  # a few rows at a time
-        p[previous, following] = torch.logaddexp(p[previous, following], log_sums[which] + (counts * rate / (1 + rate * seen[previous])).log())
-        seen.index_add_(0, previous, counts)
-        p.grad = None
 
     def momentum_of(self, p):
         state = self.state[p]
@@ -202,6 +194,43 @@ class Muon(torch.optim.AdamW):
             up.sub_(to_up, alpha=rates[up] * self.product_decay)
 
 
+class Counts(torch.optim.Optimizer):
+    """
+    A full Markov table learns by counting: its rows are softmaxes p (V, V), whose p.grad are minus the counts of
+    model.BigramLoss (a sum over targets, no mean).
+
+    This is the natural gradient (Amari 1998). In the frequencies q of a row it leads straight to those of a batch
+    of n observations, q ← (1 - η) q + η counts/n, here with η = n/(pseudo_counts + all n so far), as SGD's rates
+    fall (Bottou 2010). So q is always (pseudo_counts·q₀ + all counts)/(pseudo_counts + all n): add-k smoothing, at
+    the price of one number of state a row. Where nothing was counted all logits of a row fall alike, which a
+    softmax does not see: only the counted ones are written.
+    """
+    pairs, product_decay, dtype = (), 0.0, torch.float32  # as Muon has them
+
+    def __init__(self, params, pseudo_counts):
+        super().__init__([{'params': params, 'muon': False}], {})
+        self.pseudo_counts = pseudo_counts
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None:
+                    self.count(p)
+
+    def count(self, p):
+        if not self.state[p]:
+            self.state[p]['seen'] = p.new_zeros(len(p))
+        grad, seen = p.grad.coalesce(), self.state[p]['seen']
+        (previous, following), counts = grad.indices(), -grad.values()
+        rows, which = previous.unique_consecutive(return_inverse=True)
+        log_sums = torch.cat([p[some].logsumexp(1) for some in rows.split(64)])  # a few rows at a time
+        added = log_sums[which] + (counts / (self.pseudo_counts + seen[previous])).log()
+        p[previous, following] = torch.logaddexp(p[previous, following], added)
+        seen.index_add_(0, previous, counts)
+        p.grad = None
+
+
 def orthogonalize(g, dtype, steps=5):
     """
     The orthogonal factors of matrices g (N, rows, cols), rows <= cols, roughly: singular values end within 0.7…1.2. Five steps of a
@@ -219,9 +248,12 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     """
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on what has two dimensions and is no bias, as in nanoGPT; for optimizer='muon'
     the blocks' matrices by Muon, which multiplies in `dtype`, and no decay on the rest. Groups of tensors with the same settings.
+    For 'counts' a full Markov table is told to hand over its counts.
     Raises UserError for an optimizer that has no code here, for a pattern of lr_scale that no name matches, and for spectron without
     low-rank matrices.
     """
+    if cfg.optimizer == 'counts':
+        return count_table(model, cfg)
     muon, groups, names = cfg.uses_muon, {}, [name for name, _ in model.named_parameters()]
     for pattern in cfg.lr_scale:
         if not any(re.search(pattern, name) or re.search(pattern, name.replace('.down.', '.guide.')) for name in names):  # guides may be gone already
@@ -250,6 +282,15 @@ def make_optimizer(model, cfg, dtype=torch.float32):
                 betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
+def count_table(model, cfg):
+    """The optimizer of a full Markov table that counts. Raises UserError for another network."""
+    if model.cfg.arch != 'markov' or model.cfg.rank_embed:
+        raise UserError('optimizer=counts: counts what follows what in a full Markov table: set arch=markov and '
+                        'rank_embed=0, or use adamw')
+    model.wte.sparse = True  # its loss hands over counts in place of a gradient
+    return Counts(list(model.named_parameters()), cfg.pseudo_counts)
+
+
 def clip_gradient(model, most):
     """Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts (sparse) are no part of it: their step is bounded."""
     dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
@@ -276,6 +317,8 @@ def optimizer_flops(optimizer):
 
 def set_rates(optimizer, step, cfg):
     """The rates of update number `step`, every group in proportion to the schedule of learning_rate; Muon's momentum warms up."""
+    if cfg.optimizer == 'counts':
+        return  # it has no rate
     warm, start = min(1.0, step / cfg.momentum_warmup) if cfg.momentum_warmup else 1.0, min(0.85, cfg.momentum)
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(step, cfg, group['peak'])

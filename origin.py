@@ -26,7 +26,7 @@ from tokenizer import advice, same_ids
 
 # what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
-IDENTITY += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer']
+IDENTITY += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer', 'pseudo_counts']
 IDENTITY += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]
 
 
@@ -285,6 +285,9 @@ def kept(s, folder):
     state = {} if hub.knows(s.init_from) else checkpoint.load_state(folder)
     if not any(checkpoint.read_moments(folder).values() if state else ()):
         raise UserError(f"init_keep={s.init_keep}: {s.init_from} has no optimizer's moments: leave it out")
+    if is_old_table(state['settings']):
+        raise UserError(f'init_keep={s.init_keep}: {s.init_from} holds a Markov table that was counted before '
+                        'there was optimizer=counts, its counts in another unit: leave it out')
     if state['settings']['optimizer'] != s.optimizer:
         raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of {state["settings"]["optimizer"]}: set optimizer to that')
     if s.init_keep == 'optimizer':
@@ -399,10 +402,19 @@ def shares(dataset):
     return list(dataset.values()) if isinstance(dataset, dict) else None
 
 
+def is_old_table(settings):
+    """Whether a run with these settings counted a full Markov table when that was still called adamw."""
+    is_table = settings.get('arch') == 'markov' and not settings.get('rank_embed')
+    return is_table and 'pseudo_counts' not in settings
+
+
 def check_same_run(s, data, state):
     """Raise UserError unless the stored run is this one: same network, same data in the same order."""
     stored, unset = state['settings'], type(s)()
     to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+    if is_old_table(stored):
+        raise UserError(f'out_dir={s.out_dir}: holds a Markov table that was counted before there was '
+                        f'optimizer=counts, its counts in another unit: {to_do}')
     for name in IDENTITY:
         # as text: the order of a mixture counts; a setting that the stored run did not know was at its default
         before = stored.get(name, getattr(unset, name))

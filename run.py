@@ -19,7 +19,7 @@ import checkpoint
 import lora
 from configurator import UserError
 from data import Mixture, Source
-from device import pick_compile, pick_dtype
+from device import free_memory, pick_compile, pick_dtype
 from growth import grow, refuse_unknown
 from guard import FirstSteps, Losses, check_same_start
 from model import Block, make_model
@@ -128,8 +128,9 @@ def set_up(s, device, ranks, left_out):
     state = origin.get('state')
     s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
     planned = derive(s, state, device, ranks) if s.is_planned else {}
-    if ranks.world > 1 and device.type == 'cuda' and s.arch == 'markov' and not s.rank_embed:
-        raise UserError('arch=markov: NCCL cannot add up the sparse counts of a full table: use one process, or --device=cpu')
+    if ranks.world > 1 and device.type == 'cuda' and s.optimizer == 'counts':
+        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: use one process, '
+                        'or --device=cpu')
     rows = s.batch_size * s.gradient_accumulation_steps
     if rows % ranks.world:
         raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
@@ -145,6 +146,8 @@ def set_up(s, device, ranks, left_out):
     if 'tokenizer' in origin:
         compare = partial(check_tokenizer, f'init_from={s.init_from}', s.init_from, origin['tokenizer'], data.sources[0].files)
         ranks.from_first(compare)
+    if s.arch == 'markov' and not s.rank_embed and s.optimizer != 'counts' and not s.eval_only:
+        check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
     model = build(s, data, origin, ranks)
     if state and not s.eval_only:  # in the log, its sources keep the names that they had when the run began, wherever they are now
         names = list(state['data'])
@@ -159,7 +162,7 @@ def set_up(s, device, ranks, left_out):
     model.recompute = s.recompute
     optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
-    if state:
+    if state and not s.eval_only:
         load = partial(checkpoint.load_optimizer, origin['folder'], optimizer)
         _ = ranks.from_first(load) if s.shard else load()
         if scaler.is_enabled() and state['scaler']:
@@ -218,6 +221,21 @@ def steps_without_data(step, stored, asked):
     to come. Earlier ones were trained, and are in the weights: a spike's steps may begin before the checkpoint that the run goes back to.
     """
     return {*stored, *(n for n in asked if n >= step)}
+
+
+def check_table_fits(vocab_size, optimizer, ranks):
+    """Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free."""
+    table = 4 * vocab_size ** 2  # bytes
+    copies = 4 + (ranks.world > 1)  # weights, gradient, two moments; DDP adds gradients up in another one
+    is_shared = ranks.device.type != 'cuda'  # the processes of a machine share its RAM
+    needed = table * copies * (int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if is_shared else 1)
+    ranks.say(f'optimizer={optimizer}: the table of {vocab_size:,} x {vocab_size:,} takes {needed / 1e9:,.1f} GB with '
+              f'its gradient and two moments; optimizer=counts takes {table / 1e9:,.1f} GB a process')
+    free = free_memory(ranks.device)
+    if free is not None and needed > free:
+        raise UserError(f'optimizer={optimizer}: a full Markov table of {vocab_size:,} tokens takes '
+                        f'{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free: set --optimizer=counts, or '
+                        '--rank_embed for a low-rank chain')
 
 
 def compile_all(modules):

@@ -260,7 +260,8 @@ class Interval:
 
 def report(s, run, step, loss, norm, loads, peak, log, ranks):
     """The progress line and its record in the log; loss: None if all steps were skipped; loads (layers, E): tokens of each expert, None if there are none."""
-    lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
+    lr = None if s.optimizer == 'counts' else learning_rate(step - 1, s, getattr(s, s.main_rate))
+    shown = '' if lr is None else f'lr {lr:.2e} | '
     steps_per_second = run.interval.steps_per_second()
     rate, left = run.tokens_per_step * steps_per_second, (s.max_iters - step) / steps_per_second
     left = f' | {int(left // 60)}m{int(left % 60):02d}s left' if run.interval.steps else ''  # a step that compiles cannot tell
@@ -268,7 +269,7 @@ def report(s, run, step, loss, norm, loads, peak, log, ranks):
     bpb = None if run.teacher or s.label_smoothing or loss is None else run.data.bits_per_byte(loss)  # with these the loss is of more than the text
     bits = f'{bpb:.3f} bits/byte | ' if bpb else ''
     shares = None if loads is None else loads / loads.sum(1, keepdim=True).clamp(min=1)  # of a layer's tokens
-    ranks.say(f'step {step}/{s.max_iters} | loss {"none" if loss is None else f"{loss:.4f}"} | {bits}lr {lr:.2e} | {rate:,.0f} tokens/s'
+    ranks.say(f'step {step}/{s.max_iters} | loss {"none" if loss is None else f"{loss:.4f}"} | {bits}{shown}{rate:,.0f} tokens/s'
               + (f' | MFU {mfu:.0%}' if mfu else '') + ('' if loads is None else f' | experts {shares.min():.0%} to {shares.max():.0%}')
               + left)
     log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr, tokens_per_second=round(rate, 1), grad_norm=norm,

@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import faults
 import lora
-from configurator import FilePath, UserError, configure, leave, run_main, typed_text
+from configurator import FilePath, UserError, configure, leave, refuse_idle, run_main, typed_text
 from data import DataConfig, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
 from growth import GrowConfig
@@ -130,7 +130,23 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
         if self.teacher and self.arch == 'markov':
             raise ValueError(f"teacher={self.teacher}: arch='markov' learns from counts alone: leave it out")
         if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
-            raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table is smoothed by a lower learning_rate instead: set it to 0')
+            raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table has none: set it to 0 '
+                             '(optimizer=counts smooths by pseudo_counts)')
+        if self.arch == 'markov' and self.uses_muon:
+            raise ValueError(f'optimizer={self.optimizer}: a Markov chain has no matrices for Muon: use adamw, or '
+                             'counts for a full table')
+        is_new = self.init_from in ('auto', 'scratch')  # else the network is that of init_from
+        if self.optimizer == 'counts' and is_new and (self.arch != 'markov' or self.rank_embed):
+            raise ValueError('optimizer=counts: counts what follows what in a full Markov table: set arch=markov '
+                             'and rank_embed=0, or use adamw')
+        table = 'a full Markov table' if not self.rank_embed else 'a low-rank Markov chain'
+        refuse_idle(self, ModelConfig, self.arch_takes, f'arch={self.arch} ({table})')
+        refuse_idle(self, OptimConfig, self.optimizer_takes, f'optimizer={self.optimizer}')
+        given = getattr(self, 'given', set())
+        idle = sorted(given & {'muon_lr', 'momentum', 'momentum_warmup'})
+        is_chosen = 'optimizer' in given or self.is_planned  # a recipe with adamw in place of Muon is an ablation
+        if idle and not self.uses_muon and not is_chosen:
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to Muon: set optimizer=muon too')
 
 
 # -----------------------------------------------------------------------------
@@ -158,8 +174,9 @@ def train_step(run, s, step, ranks, stop=False):
             loss = faults.at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
         ranks.beat('to compute gradients')
         # the mean over the targets of the global batch; DDP divides by the number of ranks. 0 times a loss that is not finite is NaN, and so are
-        # then the gradients, of all ranks
-        scaler.scale(loss * (ranks.world / max(targets, 1) + 0 * loss.detach())).backward()
+        # then the gradients, of all ranks. Counts are a sum
+        shared = 1 if s.optimizer == 'counts' else max(targets, 1)
+        scaler.scale(loss * (ranks.world / shared + 0 * loss.detach())).backward()
         nats += loss.detach()
     share_gradients(run.undivided, ranks)
     scaler.unscale_(optimizer)

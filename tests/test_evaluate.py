@@ -23,7 +23,7 @@ base = {'block_size': 32, 'batch_size': 8, 'eval_iters': 0, 'device': 'cpu', 'dt
 arms = {
     'bigram_rank_4': {'arch': 'markov', 'rank_embed': 4, 'max_iters': 5},
     'bigram_rank_256': {'arch': 'markov', 'rank_embed': 256, 'max_iters': 5},
-    'bigram': {'arch': 'markov', 'learning_rate': 256.0, 'decay_lr': False, 'warmup_iters': 0, 'grad_clip': 0.0},
+    'bigram': {'arch': 'markov', 'optimizer': 'counts', 'pseudo_counts': 1.0},
     'transformer': {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'max_iters': 5},
 }
 """
