@@ -18,10 +18,9 @@ import hub
 import lora
 import peft_files
 from configurator import UserError, check, expand_home, from_dict
-from data import Source
+from data import Source, advice
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_objective
-from tokenizer import advice
 
 # what a resumed run may not change: the network, and which rows step n sees
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
@@ -158,7 +157,8 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     The validation split of every corpus that the network of `where` was trained on, or of `dataset`, as data.Sources with rows of block_size, or
     as long as the network reads. Raises UserError where there is none, or of another tokenizer; of weights of others only the number of tokens is compared.
     """
-    state = {} if hub.knows(where) else checkpoint.load_state(checkpoint.find(where, 'best'))
+    folder = hub.find(where) if hub.knows(where) else checkpoint.find(where, 'best')
+    state = {} if hub.knows(where) else checkpoint.load_state(folder)
     settings = state.get('settings', {})
     dataset = dataset or settings.get('dataset')  # surgery.py knows none of the weights of others
     if not dataset:
@@ -169,8 +169,8 @@ def validation_sources(where, cfg, dataset='', block_size=0):
                         objective=None if block_size else partial(stored_objective, settings, cfg))
         found = source.files.meta['tokenizer']
         if state and found != state['tokenizer'] or source.files.vocab_size > cfg.vocab_size:
-            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it with '
-                            f'{advice(state.get("tokenizer", {}), found)}')
+            raise UserError(f'dataset={name}: was prepared with another tokenizer than the one of {where}: prepare it '
+                            f'{advice(state.get("tokenizer", {}), folder, source.files)}')
         sources.append(source)
     return sources
 
@@ -178,7 +178,8 @@ def validation_sources(where, cfg, dataset='', block_size=0):
 def find_origin(s, ranks):
     """
     What the run starts from: {} (random weights), {'folder', 'state'} of a checkpoint to go on from, or {'weights', 'tokenizer', 'step',
-    'flops', 'moments'} trained elsewhere, whose network becomes that of `s`; moments: the folder with them, if they are to be kept.
+    'flops', 'moments', 'place'} trained elsewhere, whose network becomes that of `s`; moments: the folder with them, if they are to be kept;
+    place: the folder of the weights and their tokenizer's files.
     """
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
@@ -210,7 +211,7 @@ def find_origin(s, ranks):
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
-    return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer} | base | kept(s, folder)
+    return {'weights': shorten(weights, model_config(s)), 'tokenizer': tokenizer, 'place': folder} | base | kept(s, folder)
 
 
 def kept(s, folder):
@@ -243,11 +244,14 @@ def build_model(s, data, origin, is_blank=False):
     """
     tokenizer = data.sources[0].files.meta['tokenizer']
     if origin.get('tokenizer') not in (None, tokenizer):
-        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data with {advice(origin["tokenizer"], tokenizer)}')
+        raise UserError(f'init_from={s.init_from}: its tokenizer is not the data set\'s: prepare the data '
+                        f'{advice(origin["tokenizer"], origin["place"], data.sources[0].files)}')
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
-        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
-            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
+        to_do = 'leave vocab_size out'
+        if 'place' in origin:
+            to_do = f'prepare it {advice(origin["tokenizer"] or {}, origin["place"], data.sources[0].files)}'
+        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
@@ -277,12 +281,15 @@ def find_teacher(s, data, ranks):
         ranks.from_first(lambda: hub.find(s.teacher))  # one rank downloads
     teacher, folder = load_model(s.teacher)
     cfg, tokenizer = teacher.cfg, data.sources[0].files.meta['tokenizer']
+    theirs = {} if hub.knows(s.teacher) else checkpoint.load_state(folder)['tokenizer']
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
-        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
-    if not hub.knows(s.teacher) and checkpoint.load_state(folder)['tokenizer'] != tokenizer:
-        raise UserError(f'teacher={s.teacher}: its tokenizer is not that of the data: prepare the data with its tokenizer')
+        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: '
+                        f'prepare the data {advice(theirs, folder, data.sources[0].files)}')
+    if not hub.knows(s.teacher) and theirs != tokenizer:
+        raise UserError(f'teacher={s.teacher}: its tokenizer is not that of the data: prepare the data '
+                        f'{advice(theirs, folder, data.sources[0].files)}')
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)
