@@ -19,10 +19,10 @@ import hub
 import lora
 import peft_files
 from configurator import UserError, check, expand_home, from_dict
-from data import Source, described
+from data import Source, advice, described
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_begin, stored_objective
-from tokenizer import advice, same_ids
+from tokenizer import same_ids
 
 # what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
@@ -204,13 +204,9 @@ def check_tokenizer(setting, where, folder, files):
               'make sure that they are the same', flush=True)
         return
     if not is_same:
-        how = advice(wanted[0], found[0])
-        if hub.knows(where):
-            name, = wanted[0]['files']
-            how = f'--tokenizer={os.path.join(folder, name)}'
         which = '' if setting.startswith('dataset=') else f'{files.folder} '
         raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
-                        f'prepare it with {how}')
+                        f'prepare it {advice(*wanted, files)}')
 
 
 def tokenizer_of(where, folder):
@@ -311,8 +307,8 @@ def build_model(s, data, origin, is_blank=False):
     """
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
-        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
-            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
+        to_do = f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'
+        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
