@@ -94,6 +94,8 @@ def describe(s, run, ranks):
     epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(rows * s.max_iters).items())
     ranks.say(f'data: {rows} rows = {rows * s.block_size:,} tokens a step, {s.max_iters:,} steps; epochs: {epochs}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
+    if 'dataset' not in s.given:
+        ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:
         if remark(source.name, source.files):
             ranks.say('data: ' + remark(source.name, source.files))
