@@ -182,6 +182,7 @@ def configure(cls, argv=None):
         print(help_text(cls))
         sys.exit(0)
     positional, given, lists = getattr(cls, 'positional', None), {}, {}
+    from_files = {}
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only at the first '=': --start="a=b" works
@@ -195,9 +196,12 @@ def configure(cls, argv=None):
         elif positional:
             given.setdefault(positional, []).extend(convert([arg], find_field(cls, positional, arg), arg))
         else:
-            given.update(read_config(cls, arg))
+            assigned = read_config(cls, arg)
+            given.update(assigned)
+            from_files |= dict.fromkeys(assigned, arg)
     settings = cls(**given)
     settings.given = set(given)  # what the user asked for, as against what is a default
+    settings.from_files = from_files  # {setting: the last config file that assigns it}
     check(settings)
     return settings
 

@@ -18,7 +18,7 @@ import adapters
 import checkpoint
 import lora
 from configurator import UserError
-from data import Mixture, Source
+from data import Mixture, Source, find_folder
 from device import free_memory, pick_compile, pick_dtype
 from growth import grow, refuse_unknown
 from guard import FirstSteps, Losses, check_same_start
@@ -106,6 +106,23 @@ class Run:
     def tokens(self, step):
         """How many tokens have led to the weights after `step` steps: those of all steps but the ones that were left out."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
+
+
+def check_dataset(s):
+    """
+    Raise UserError where nobody names the data, and the default is not there or would be a guess: a config file that
+    describes a whole run (nanoGPT's for GPT-2 do, and mean openwebtext) was not written for it.
+    """
+    if 'dataset' in s.given or checkpoint.checkpoints(s.out_dir):
+        return
+    file = s.from_files.get('batch_size') or s.from_files.get('init_from')
+    if file:
+        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
+                        'openwebtext in nanoGPT)')
+    try:
+        find_folder(s.dataset)
+    except UserError as error:
+        raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
 
 
 def derive(s, state, device, ranks):

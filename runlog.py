@@ -142,6 +142,8 @@ def describe(s, run, ranks):
             if cut:
                 ranks.say(f'data: {cut}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
+    if 'dataset' not in s.given:
+        ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:
         if remark(source.name, source.files):
             ranks.say('data: ' + remark(source.name, source.files))

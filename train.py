@@ -37,7 +37,7 @@ from optim import OptimConfig, clip_gradient, set_rates
 from origin import adopt, read_model
 from plan import PlanConfig, find_vocabulary, fit_minutes, show_plan
 from ranks import Ranks, is_lost
-from run import compiling, end_guides, expert_loads, grow_run, save, set_up
+from run import check_dataset, compiling, end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, log_in, report, show_losses, show_samples
 from shard import share_gradients
 
@@ -426,6 +426,7 @@ def main():
             adopt(s, cfg, s.init_from)
         s.dtype = pick_dtype(s.dtype, device)
         return show_plan(s, find_vocabulary(s), device)
+    check_dataset(s)
     ranks = Ranks(s.backend, device, s.hang_timeout)
     try:
         if s.wandb_log and not s.eval_only:

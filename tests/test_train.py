@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import chdir
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 import checkpoint
 import faults
 import runlog
+import train as training
 from configurator import UserError
 from data import Mixture, Source, validation_batch, validation_rows
 from guard import FirstSteps
@@ -655,6 +657,40 @@ def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
     for name, text in files.items():
         (tmp_path / f'{name}.py').write_text(textwrap.dedent(text))
         Settings(**read_config(Settings, str(tmp_path / f'{name}.py')))
+
+
+def test_the_default_data_set_is_named_and_not_guessed_for_a_config_file_of_a_whole_run(dataset, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'stdlib').symlink_to(dataset)
+    (tmp_path / 'rates.py').write_text('learning_rate = 1e-2\n')
+    (tmp_path / 'eval_gpt2.py').write_text('batch_size = 8\neval_iters = 1\nwandb_log = False\n')
+    with chdir(tmp_path), pytest.MonkeyPatch.context() as patch:
+        def begin(*args):
+            patch.setattr('sys.argv', ['train.py', *TINY, '--max_iters=1', *args])
+            try:
+                training.main()
+            except SystemExit as stop:
+                assert not stop.code
+        with pytest.raises(UserError, match=r'dataset: eval_gpt2.py names none: give --dataset=NAME'):
+            begin('eval_gpt2.py')
+        assert not (tmp_path / 'out').exists()
+        begin('rates.py')
+        begin('eval_gpt2.py', '--max_iters=2', '--batch_size=4')  # a run that is there goes on
+        (tmp_path / 'data' / 'stdlib').unlink()
+        with pytest.raises(UserError, match=r'prepare.py stdlib .*\(stdlib is the default: --dataset=NAME takes another\)'):
+            begin('--out_dir=new')
+        begin('eval_gpt2.py', '--out_dir=new', f'--dataset={dataset}')
+
+
+def test_the_default_data_set_is_said_to_be_the_default(dataset, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'stdlib').symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)
+    for args, count in (([], 1), (['--dataset=stdlib', '--out_dir=other'], 0)):
+        monkeypatch.setattr('sys.argv', ['train.py', *TINY, '--max_iters=1', *args])
+        with pytest.raises(SystemExit):
+            training.main()
+        assert capsys.readouterr().out.count('dataset=stdlib is the default') == count
 
 
 def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_path):
