@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 from bisect import bisect_left, insort
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ import numpy as np
 
 from configurator import FilePath, UserError
 from cuts import Cuts
+from download import CORPORA
 from objectives import Objective, ObjectiveConfig
-from tokenizer import advice, same_ids
+from sources import HERE
+from tokenizer import options_of, same_ids
 
 LOOK_AT = 5000  # pairs that may be too long: so many are read to say at the start what of them is cut (0.1 s)
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
@@ -176,8 +179,39 @@ def find_folder(name):
     for folder in (os.path.join('data', name), name):
         if os.path.isdir(folder):
             return folder
-    source = name if name.isidentifier() else 'SOURCE'
-    raise UserError(f'dataset={name}: no such data set; first run: python prepare.py {source} --out=data/{os.path.basename(name)}')
+    corpora = {source.removeprefix('synthetic:'): source for source in (*HERE, *CORPORA)}
+    out = name if os.path.dirname(name) else os.path.join('data', name)
+    command = ['python', 'prepare.py', 'FILE_OR_FOLDER', f'--out={out}']
+    if name in corpora:
+        command = ['python', 'prepare.py', corpora[name]]
+    elif name.removesuffix('_char') in corpora:  # nanoGPT's shakespeare_char
+        command = ['python', 'prepare.py', corpora[name.removesuffix('_char')], '--tokenizer=char', f'--out={out}']
+    elif os.path.isfile(name):
+        stem = os.path.basename(name).partition('.')[0] or 'mine'
+        command = ['python', 'prepare.py', name, f'--out=data/{stem}']
+        raise UserError(f'dataset={name}: is a file: first run: {shlex.join(command)}, then give --dataset={stem}')
+    raise UserError(f'dataset={name}: no such data set; first run: {shlex.join(command)}')
+
+
+def advice(wanted, folder, files):
+    """
+    How to prepare the data of the TokenFiles `files` with the tokenizer `wanted`, a description, whose files are in `folder`:
+    'with OPTIONS: COMMAND'.
+    """
+    found, source = files.meta['tokenizer'], files.meta.get('source')
+    same = [{key: value for key, value in d.items() if key not in ('reserved', 'vocab_size', 'sha256')} for d in (wanted, found)]
+    tokenizer, reserve = options_of(wanted, folder)
+    if wanted.get('kind') == 'char' and same[0] != same[1]:  # no file holds its characters
+        return 'together with the text of the other, so that both have the same characters, or both with --tokenizer=byte'
+    options = [tokenizer] * (same[0] != same[1]) + [reserve] * (wanted.get('reserved', 0) != found.get('reserved', 0))
+    source = source if isinstance(source, dict) else {}
+    sources = source.get('sources')
+    if not isinstance(sources, list) or not all(isinstance(path, str) for path in sources):
+        sources = ['FILE_OR_FOLDER']
+    usual = {'text_key': 'text', 'source': '', 'target': '', 'prompt_template': '', 'val_fraction': 0.01, 'split': 'auto', 'errors': 'strict'}
+    kept = [f'--{name}={source[name]}'.replace('\n', '\\n') for name in usual if source.get(name, usual[name]) != usual[name]]
+    command = ['python', 'prepare.py', *sources, *kept, tokenizer, *[reserve] * bool(wanted.get('reserved')), f'--out={files.folder.rstrip("/")}2']
+    return f'with {" and ".join(options or [tokenizer])}: {shlex.join(command)}'
 
 
 def real_folders(dataset):
@@ -620,7 +654,7 @@ def same_tokenizer(sources):
             is_same = is_same or same_ids((ours, first.files.folder), (theirs, source.files.folder))
         if not is_same or source.files.vocab_size != first.files.vocab_size:
             raise UserError(f'dataset: {first.name} and {source.name} were prepared with different tokenizers ({ours["kind"]}, {theirs["kind"]}): '
-                            f'prepare {source.name} with {advice(ours, theirs)}')
+                            f'prepare {source.name} {advice(ours, first.files.folder, source.files)}')
         if source.begin != first.begin:
             raise UserError(f'dataset: documents of {first.name} begin {described(first.begin)}, those of '
                             f'{source.name} {described(source.begin)}: prepare both again')

@@ -19,10 +19,10 @@ import hub
 import lora
 import peft_files
 from configurator import UserError, check, expand_home, from_dict
-from data import Source, described
+from data import Source, advice, described
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_begin, stored_objective
-from tokenizer import advice, same_ids
+from tokenizer import same_ids
 
 # what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
@@ -184,8 +184,9 @@ def validation_sources(where, cfg, dataset='', block_size=0):
                         begin=stored_begin(state))
         check_tokenizer(f'dataset={name}', where, folder, source.files)
         if source.files.vocab_size > cfg.vocab_size:
+            wanted = state.get('tokenizer', {})
             raise UserError(f'dataset={name}: has {source.files.vocab_size} tokens, the network of {where} '
-                            f'{cfg.vocab_size}: prepare it with the tokenizer of {where}')
+                            f'{cfg.vocab_size}: prepare it {advice(wanted, folder, source.files)}')
         sources.append(source)
     return sources
 
@@ -204,13 +205,9 @@ def check_tokenizer(setting, where, folder, files):
               'make sure that they are the same', flush=True)
         return
     if not is_same:
-        how = advice(wanted[0], found[0])
-        if hub.knows(where):
-            name, = wanted[0]['files']
-            how = f'--tokenizer={os.path.join(folder, name)}'
         which = '' if setting.startswith('dataset=') else f'{files.folder} '
         raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
-                        f'prepare it with {how}')
+                        f'prepare it {advice(*wanted, files)}')
 
 
 def tokenizer_of(where, folder):
@@ -218,6 +215,11 @@ def tokenizer_of(where, folder):
     if hub.knows(where):
         return hub.tokenizer(where)[::-1]
     return checkpoint.load_state(folder)['tokenizer'], folder
+
+
+def description_of(where, folder):
+    """The description of a network's tokenizer, {} for weights of others; arguments as in check_tokenizer()."""
+    return {} if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
 
 
 def find_origin(s, ranks):
@@ -288,8 +290,11 @@ def build_model(s, data, origin, is_blank=False):
     """
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
-        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: ' + (
-            f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'))
+        to_do = 'leave vocab_size out'
+        if 'tokenizer' in origin:
+            wanted = description_of(s.init_from, origin['tokenizer'])
+            to_do = f'prepare it {advice(wanted, origin["tokenizer"], data.sources[0].files)}'
+        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if 'state' in origin and not s.eval_only:
         check_same_run(s, data, origin['state'])
@@ -322,7 +327,8 @@ def find_teacher(s, data, ranks):
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
-        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
+        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: '
+                        f'prepare the data {advice(description_of(s.teacher, folder), folder, data.sources[0].files)}')
     ranks.from_first(partial(check_tokenizer, f'teacher={s.teacher}', s.teacher, folder, data.sources[0].files))
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')

@@ -97,11 +97,17 @@ class Tokenizer:
                 raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the {self.kind} tokenizer: the ids are of another one')
 
 
-def advice(wanted, found):
-    """How to prepare data with the tokenizer `wanted`, where that of `found` is another; both are descriptions."""
-    same = [{key: value for key, value in d.items() if key not in ('reserved', 'vocab_size', 'sha256')} for d in (wanted, found)]
-    reserved = f'--reserve={wanted.get("reserved", 0)}'
-    return reserved if same[0] == same[1] else 'the same --tokenizer' + f' and {reserved}' * bool(wanted.get('reserved'))
+def options_of(description, folder):
+    """
+    The options of prepare.py that give data this tokenizer, whose files are in `folder`: ['--tokenizer=…', '--reserve=…']. {}: of
+    weights of others, whatever tokenizer file is there.
+    """
+    kind = description.get('kind', 'unknown').replace('unknown', 'FILE')
+    if description.get('files') or not description:
+        names = [*description.get('files', ()), 'tokenizer.json', 'tokenizer.model', 'spiece.model']
+        paths = [os.path.join(folder, name) for name in names]
+        kind = next((path for path in paths if os.path.isfile(path)), kind)
+    return [f'--tokenizer={kind}', f'--reserve={description.get("reserved", 0)}']
 
 
 PROBE = (

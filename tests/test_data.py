@@ -3,7 +3,9 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import give_tokenizer, sha256, write_dataset
 
+import prepare
 from configurator import UserError
-from data import Mixture, Source, TokenFiles, permute, read_meta, validation_batch, validation_rows
+from data import Mixture, Source, TokenFiles, find_folder, permute, read_meta, validation_batch, validation_rows
 from tokenizer import new_tokenizer, train_bpe
 from tokenizer_json import to_json
 
@@ -236,7 +239,8 @@ def test_weights_count_tokens_or_documents_as_asked(tmp_path, packing, mix_by):
 
 
 @pytest.mark.parametrize('dataset, words', [({'x': 0}, 'a mixture takes'), ({}, 'a mixture takes'), ({'x': 'many'}, 'a mixture takes'),
-                                            ({1: 2}, 'a mixture takes'), ({'x': 1e400}, 'a mixture takes'), ('nowhere', 'python prepare.py nowhere')])
+                                            ({1: 2}, 'a mixture takes'), ({'x': 1e400}, 'a mixture takes'),
+                                            ('nowhere', 'python prepare.py FILE_OR_FOLDER --out=data/nowhere')])
 def test_a_mixture_that_cannot_be_is_refused(dataset, words):
     with pytest.raises(UserError, match=words):
         Mixture(dataset, 'train', 16, seed=1)
@@ -261,6 +265,63 @@ def test_sources_of_one_tokenizer_in_two_formats_are_mixed(three, tmp_path):
         write_dataset(tmp_path / name)
         give_tokenizer(tmp_path / name, tokenizer)
     assert Mixture({str(tmp_path / 'a'): 1, str(tmp_path / 'b'): 1}, 'train', 16, seed=1).vocab_size == 300
+
+
+def refusal(function, *args):
+    with pytest.raises(UserError) as error:
+        function(*args)
+    return str(error.value)
+
+
+@pytest.fixture
+def follow(tmp_path, monkeypatch):
+    """Does what a message says last: runs the command of prepare.py at its end. Returns its settings."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{'story': f'story {n} of many', 'text': f'the text of number {n}, with more words'} for n in range(40)]
+    (tmp_path / 'my text.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+    def follow(message):
+        words = shlex.split(message[message.index('python prepare.py'):].partition(', then')[0])
+        args = [word.replace('FILE_OR_FOLDER', 'my text.jsonl') for word in words[1:]]
+        if not any(word.startswith('--tokenizer') for word in words):
+            args.append('--tokenizer=byte')  # the text is too short for bpe:4096
+        monkeypatch.setattr(sys, 'argv', args)
+        prepare.main()
+        return words[2:]
+    return follow
+
+
+def test_a_missing_data_set_is_told_how_to_be_made(follow):
+    for name in ('mine', 'some where/else', 'data/other', 'my text.jsonl'):
+        message = refusal(find_folder, name)
+        follow(message)
+        assert find_folder(message.partition('--dataset=')[2] or name)
+    for name, command in (('stdlib', 'stdlib'), ('tinystories', 'tinystories'), ('markov2', 'synthetic:markov2'),
+                          ('shakespeare_char', 'shakespeare --tokenizer=char --out=data/shakespeare_char')):
+        assert refusal(find_folder, name) == f'dataset={name}: no such data set; first run: python prepare.py {command}'
+
+
+@pytest.mark.parametrize('first, second, told', [
+    ('--tokenizer=byte', '--tokenizer=bpe:294', '--tokenizer=byte'),
+    ('--tokenizer=bpe:290', '--tokenizer=byte', '--tokenizer=data/first/tokenizer.model'),
+    ('--tokenizer=bpe:290 --reserve=5', '--tokenizer=bpe:294', '--tokenizer=data/first/tokenizer.model and --reserve=5'),
+    ('--tokenizer=byte --reserve=5', '--tokenizer=byte', '--reserve=5'),
+    ('--tokenizer=byte', '--tokenizer=byte --reserve=5', '--reserve=0')])
+def test_data_of_another_tokenizer_are_told_how_to_be_prepared(follow, first, second, told):
+    given = "'my text.jsonl' --val_fraction=0.2"
+    follow(f'python prepare.py {given} {first} --out=data/first')
+    follow(f'python prepare.py {given} {second} --text_key=story --out=data/second')
+    message = refusal(Mixture, {'first': 1, 'second': 1}, 'train', 16, 1)
+    assert f': prepare second with {told}: python prepare.py ' in message and '\n' not in message
+    settings = follow(message)
+    assert '--text_key=story' in settings and settings[-1] == '--out=data/second2'
+    assert Mixture({'first': 1, 'second2': 1}, 'train', 16, 1).vocab_size
+
+
+def test_characters_of_another_text_cannot_be_had(follow):
+    follow("python prepare.py 'my text.jsonl' --tokenizer=char --out=data/first")
+    follow("python prepare.py 'my text.jsonl' --tokenizer=char --text_key=story --out=data/second")
+    assert 'prepare second together with the text of the other' in refusal(Mixture, {'first': 1, 'second': 1}, 'train', 16, 1)
 
 
 # --- validation ---

@@ -75,7 +75,9 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
     folder = str(trained / 'step_00000010')
     (_, nats, targets), = row_losses(folder, str(tmp_path / 'same'), s).values()
     assert targets.sum() == TokenFiles(str(tmp_path / 'same'), 'val').tokens - 1 and nats.min() > 0
-    assert 'other: was prepared with another tokenizer' in one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
+    message = one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
+    assert 'other: was prepared with another tokenizer' in message
+    assert f'prepare it with --tokenizer=byte: python prepare.py FILE_OR_FOLDER --tokenizer=byte --out={tmp_path}/other2' in message
 
 
 def test_weights_that_were_trained_elsewhere_need_a_data_set(dataset, tmp_path):
