@@ -184,8 +184,9 @@ def validation_sources(where, cfg, dataset='', block_size=0):
                         begin=stored_begin(state))
         check_tokenizer(f'dataset={name}', where, folder, source.files)
         if source.files.vocab_size > cfg.vocab_size:
+            wanted = state.get('tokenizer', {})
             raise UserError(f'dataset={name}: has {source.files.vocab_size} tokens, the network of {where} '
-                            f'{cfg.vocab_size}: prepare it with the tokenizer of {where}')
+                            f'{cfg.vocab_size}: prepare it {advice(wanted, folder, source.files)}')
         sources.append(source)
     return sources
 
@@ -214,6 +215,11 @@ def tokenizer_of(where, folder):
     if hub.knows(where):
         return hub.tokenizer(where)[::-1]
     return checkpoint.load_state(folder)['tokenizer'], folder
+
+
+def description_of(where, folder):
+    """The description of a network's tokenizer, {} for weights of others; arguments as in check_tokenizer()."""
+    return {} if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
 
 
 def find_origin(s, ranks):
@@ -307,7 +313,10 @@ def build_model(s, data, origin, is_blank=False):
     """
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
-        to_do = f'prepare it with the tokenizer of {s.init_from}' if 'weights' in origin else 'leave vocab_size out'
+        to_do = 'leave vocab_size out'
+        if 'tokenizer' in origin:
+            wanted = description_of(s.init_from, origin['tokenizer'])
+            to_do = f'prepare it {advice(wanted, origin["tokenizer"], data.sources[0].files)}'
         raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if 'state' in origin and not s.eval_only:
@@ -341,7 +350,8 @@ def find_teacher(s, data, ranks):
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
-        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: prepare the data with its tokenizer')
+        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: '
+                        f'prepare the data {advice(description_of(s.teacher, folder), folder, data.sources[0].files)}')
     ranks.from_first(partial(check_tokenizer, f'teacher={s.teacher}', s.teacher, folder, data.sources[0].files))
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')

@@ -102,10 +102,11 @@ def options_of(description, folder):
     The options of prepare.py that give data this tokenizer, whose files are in `folder`: ['--tokenizer=…', '--reserve=…']. {}: of
     weights of others, whatever tokenizer file is there.
     """
-    names = list(description.get('files', ()))
-    if not description:
-        names = [name for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model') if os.path.isfile(os.path.join(folder, name))]
-    kind = os.path.join(folder, names[0]) if names else description.get('kind', 'FILE')
+    kind = description.get('kind', 'unknown').replace('unknown', 'FILE')
+    if description.get('files') or not description:
+        names = [*description.get('files', ()), 'tokenizer.json', 'tokenizer.model', 'spiece.model']
+        paths = [os.path.join(folder, name) for name in names]
+        kind = next((path for path in paths if os.path.isfile(path)), kind)
     return [f'--tokenizer={kind}', f'--reserve={description.get("reserved", 0)}']
 
 
