@@ -323,8 +323,9 @@ def train(s, device, ranks, stop, left_out=()):
             interval.reset()
         else:
             interval.time(time.perf_counter() - began, is_slow)
-        highest = max(group['lr'] for group in run.optimizer.param_groups)
-        run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
+        if s.optimizer != 'counts':  # counting has neither a rate nor a gradient
+            highest = max(group['lr'] for group in run.optimizer.param_groups)
+            run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
     ranks.from_first(run.writer.wait)
     name = signal.Signals(stop.number or signal.SIGTERM).name
     again = 'the same command' + ' without --init_from=scratch' * (s.init_from == 'scratch' and 'init_from' in s.given)

@@ -199,7 +199,7 @@ def test_no_function_of_ours_changes_its_output_in_place(function):
     if function == 'ChunkedCrossEntropy':
         out = ChunkedCrossEntropy.apply(x, torch.randn(128, 16, requires_grad=True), y, 100, 0.0, 0.1, True)
     elif function == 'BigramLoss':
-        out = BigramLoss.apply(torch.randn(100, 100, requires_grad=True), y, y)
+        out = BigramLoss.apply(torch.randn(100, 100, requires_grad=True), y, y, True)
     else:
         out = FrozenLinear.apply(x, torch.randn(8), torch.randn(8, 16), None, None)
     assert out.requires_grad and out._version == 0
