@@ -3,7 +3,6 @@ import errno
 import importlib
 import io
 import os
-import importlib
 import pty
 import re
 import shlex
@@ -160,6 +159,15 @@ def test_every_script_has_help_for_all_its_settings():
         text = help_text(module.Settings)
         lines = [line for line in text.splitlines() if line.startswith('  --')]
         assert len(lines) == len(module.Settings.__dataclass_fields__)
+
+
+def test_on_windows_a_script_says_in_one_line_where_it_runs():
+    """Simulated: no module fcntl."""
+    start = ("import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
+    assert 'on Windows run it in WSL' in one_line(run('-c', start, ROOT / 'prepare.py', '--help'))
+    for path in ROOT.glob('*.py'):  # or it would fail before configurator.py speaks
+        assert not re.search('^(import|from) (fcntl|resource|pwd|termios)', path.read_text(encoding='utf-8'), re.MULTILINE), path
 
 
 def test_the_commands_of_the_readme_are_accepted(monkeypatch):
