@@ -24,6 +24,13 @@ import types
 import typing
 from contextlib import suppress
 
+try:
+    import fcntl  # noqa: F401 — every script takes locks; Windows has none of these
+except ImportError:
+    print('minnow runs on Linux and macOS; on Windows run it in WSL: wsl --install, then the same commands there',
+          file=sys.stderr)
+    sys.exit(2)
+
 OLDEST_TORCH = '2.11'  # the oldest version with which the tests pass: make test-oldest
 PINNED_TORCH = '2.13.0'  # the version in requirements.txt
 

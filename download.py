@@ -6,7 +6,6 @@ Files and named corpora from the network: streamed, resumed, checked, and never 
 
 What has arrived is kept in PATH.part, so a broken download goes on where it stopped, in this run or the next.
 """
-import fcntl
 import http.client
 import os
 import ssl
@@ -70,6 +69,7 @@ def download(url, path, size=None, sha256=None):
 
 def complete(url, f, path, size, sha256):
     """download() into PATH.part, which is opened as f."""
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     part, tries = f.name, 0
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """
 Files that are there whole or not at all, are on the disk once that is said of them, and belong to one process at a time.
 """
-import fcntl
 import hashlib
 import json
 import os
@@ -171,6 +170,7 @@ def lock(path):
     Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let
     go when a process ends, whatever ends it. Where a file system knows no locks (NFS none of folders), anybody has it.
     """
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:
         fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
         try:

@@ -335,7 +335,7 @@ def run_missing(sweep, jobs=0):
 @contextmanager
 def locked(folder):
     """Hold `folder` for this sweep alone. Its runs inherit the lock: it is held until the last of them has ended, however this process ends."""
-    import fcntl  # here: Windows has none, and compare.py and evaluate.py want it for sweeps only
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, '.lock'), 'a')
