@@ -136,8 +136,8 @@ class FirstSteps:
         if min(losses) < self.SMALLEST_LOSS or not any(self.rates):  # learned already, or asked to stay as it is
             return
         where = f'in steps {self.steps[0]} to {self.steps[-1]}: nothing is learned'
-        is_table = s.arch == 'markov' and not s.rank_embed  # its gradient is counts, which clip_gradient() leaves out
-        if not any(norms) and not is_table:
+        has_norm = s.optimizer != 'counts'  # clip_gradient() leaves counts out
+        if not any(norms) and has_norm:
             cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
             raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, or try another version of torch '
                             f'than {torch.__version__}')

@@ -359,10 +359,6 @@ def test_a_run_that_is_not_to_learn_or_is_too_short_to_tell_goes_on(dataset, tmp
     assert 'done' in train(tmp_path, *args, dataset=dataset).stdout
 
 
-def test_a_table_of_counts_has_no_norm_and_goes_on(dataset, tmp_path):
-    assert 'done' in train(tmp_path, '--arch=markov', '--learning_rate=1000', '--max_iters=12', dataset=dataset).stdout
-
-
 @pytest.mark.parametrize('losses, norms, targets, rates, words', [
     ([3.0] * 10, [0.0] * 10, [5] * 10, [0.1] * 10, 'the gradient of every tensor'),
     (range(10, 20), [0.0] * 10, [5] * 10, [1e-9] * 10, 'the gradient of every tensor'),
