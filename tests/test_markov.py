@@ -240,6 +240,10 @@ def test_micro_batches_and_ranks_see_the_same_counts(tmp_path, dataset, args):
     assert torch.allclose(whole, split, atol=1e-5)
 
 
+def test_counts_have_no_norm_and_go_on(tmp_path, dataset):
+    assert 'done' in train(tmp_path, *MARKOV, '--max_iters=12', dataset=dataset).stdout
+
+
 @pytest.mark.parametrize('args', [MARKOV, ADAMW, LOW], ids=['table', 'adamw', 'low rank'])
 def test_training_learns_what_counting_says_and_sample_reads_the_checkpoint(tmp_path, args):
     write_dataset(tmp_path / 'data', vocab_size=257)  # what the byte tokenizer has
