@@ -27,6 +27,16 @@ def test_what_was_saved_comes_back(run):
     assert sorted(os.listdir(folder)) == ['manifest.json', 'model.safetensors', 'optimizer.pt', 'state.json']
 
 
+def test_a_number_that_is_not_finite_is_found_wherever_it_is():
+    t = torch.zeros(10, 10)
+    assert checkpoint.is_finite(t, 7) and checkpoint.is_finite(torch.zeros(()), 7) and checkpoint.is_finite(torch.zeros(0), 7)
+    for place in (0, 6, 7, 50, 99):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            broken = t.clone()
+            broken.view(-1)[place] = value
+            assert not checkpoint.is_finite(broken, 7) and not checkpoint.is_finite(broken.T, 7)
+
+
 FILES = ['model.safetensors', 'optimizer.pt', 'state.json', 'manifest.json']
 
 
