@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import data
 import model
 import run
 import train
@@ -45,13 +46,13 @@ class Settings(train.Settings):
 
 def last_token(s):
     """Of every row only the last token is a target: logits[:, -1, :] (trainer.py:74)."""
-    rows = train.Mixture.rows
+    rows = data.Mixture.rows
 
     def last_column(self, samples):
         x, y = rows(self, samples)
         y[:, :-1] = -1
         return x, y
-    train.Mixture.rows = last_column
+    data.Mixture.rows = last_column
 
 
 def overlapping(s):

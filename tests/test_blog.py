@@ -21,7 +21,7 @@ from optim import learning_rate, make_optimizer
 @pytest.fixture
 def faulty(monkeypatch, dataset):
     """A function that brings faults in until the end of the test, and returns the settings."""
-    for owner, name in ((training.Mixture, 'rows'), (runs, 'micro_batches'), (runs, 'build_model'), (model.Transformer, 'init_weights'),
+    for owner, name in ((Mixture, 'rows'), (runs, 'micro_batches'), (runs, 'build_model'), (model.Transformer, 'init_weights'),
                         (torch.nn.utils, 'clip_grad_norm_'), (model, 'loss_and_gradient')):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 

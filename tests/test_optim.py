@@ -304,7 +304,7 @@ def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
     model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
     s = Settings(optimizer='lion', max_iters=10)
     run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None, data=SimpleNamespace(bits_per_byte=lambda nats: None))
-    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, 1.0, None, None, None), lambda: not_finite(s, 1)):
+    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None, None, None), lambda: not_finite(s, 1)):
         with pytest.raises(UserError, match='^optimizer=lion: has no code in optim.py: use adamw, muon or spectron$'):
             decide()
 
