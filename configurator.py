@@ -27,7 +27,7 @@ from contextlib import suppress
 try:
     import fcntl  # noqa: F401 — every script takes locks; Windows has none of these
 except ImportError:
-    print('minnow runs on Linux and macOS; on Windows run it in WSL: wsl --install, then the same commands there',
+    print('minnow runs on Linux and macOS; on Windows run it in WSL: wsl --install, then the same commands',
           file=sys.stderr)
     sys.exit(2)
 
@@ -41,8 +41,8 @@ class UserError(Exception):
 
 class FilePath(str):
     """
-    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the home directory: a shell does that at the
-    beginning of a word alone, not after --out=, and a folder named ~ in the current one is never meant.
+    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the home
+    directory: a shell does that at the beginning of a word alone, not after --out=.
     """
 
 
@@ -265,7 +265,8 @@ def read_config(cls, path):
     for key, value in namespace.items():
         # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would pass in silence
         if not (key.startswith('_') or isinstance(value, types.ModuleType) or callable(value)):
-            field = find_field(cls, key, f'{path}: {key}', f'; name it _{key} if it is a variable of this file')
+            hint = f'; name it _{key} if it is a variable of this file'
+            field = find_field(cls, key, f'{path}: {key}', hint)
             given[key] = convert(value, field, f'{path}: {key}')
     return given
 
@@ -281,7 +282,7 @@ def from_dict(cls, values, where):
 # values
 
 def find_field(cls, key, where, hint=''):
-    """The field of `cls` for a setting. Raises UserError, with the nearest name and `hint`, if there is none."""
+    """The field of `cls` for a setting. Raises UserError with the nearest name and `hint` if there is none."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
@@ -333,13 +334,13 @@ def whole_text(text, where):
 
 
 def expand_home(path):
-    """A path with the home directory in place of a ~ at its beginning, also after hf: and after the name= of an adapter."""
+    """A path with the home directory in place of ~ at its beginning, also after hf: and an adapter's name=."""
     found = re.fullmatch(r'(hf:|[\w-]+=)?(~.*)', path, re.DOTALL)
     return (found[1] or '') + os.path.expanduser(found[2]) if found else path
 
 
 def expand_paths(value, field):
-    """The value of a setting whose type is FilePath, alone or among others, with expand_home() of each path: of a dict the keys are paths."""
+    """The value of a setting, with expand_home() of each path if its type has FilePath in it: of a dict the keys are paths."""
     if not any(kind in (FilePath, list[FilePath]) for kind in options(field.type)):
         return value
     if isinstance(value, str):
@@ -364,7 +365,9 @@ def convert(value, field, where):
             return float(value)
         elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
             return int(value)
-        elif kind in (int, bool, str, dict, list) and type(value) is kind or kind is FilePath and type(value) is str:
+        elif kind in (int, bool, str, dict, list) and type(value) is kind:
+            return value
+        elif kind is FilePath and type(value) is str:
             return value
         elif typing.get_origin(kind) is list:
             items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
@@ -389,7 +392,8 @@ def describe(annotation):
         if typing.get_origin(kind) is typing.Literal:
             names += [str(choice) for choice in typing.get_args(kind)]
         elif typing.get_origin(kind) is list:
-            names.append(f'a list of {NAMES.get(typing.get_args(kind)[0], typing.get_args(kind)[0].__name__)}')
+            inner = typing.get_args(kind)[0]
+            names.append(f'a list of {NAMES.get(inner, inner.__name__)}')
         else:
             names.append(NAMES.get(kind, kind.__name__))
     return ' | '.join(names)

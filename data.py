@@ -251,7 +251,7 @@ CLEAR = 256  # different values with small upper halves, from which on a file is
 
 
 def of_nanogpt(folder):
-    """The content of meta.json for a folder of nanoGPT's. Raises UserError for one that cannot be read without a guess."""
+    """The content of meta.json for a folder of nanoGPT's. Raises UserError for one that takes a guess to read."""
     paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
     paths = {split: path for split, path in paths.items() if os.path.isfile(path)}
     if 'train' not in paths:
@@ -265,20 +265,22 @@ def of_nanogpt(folder):
     for split, path in paths.items():
         size = os.path.getsize(path) // width * width
         splits[split] = {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': size}]}
-    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': f'uint{8 * width}', 'splits': splits}
+    dtype = f'uint{8 * width}'
+    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': dtype, 'splits': splits}
 
 
 def nanogpt_tokenizer(path):
     """
-    (description of the tokenizer, vocab_size) by a meta.pkl: its characters where it lists them; GPT-2's where there is no meta.pkl, as nanoGPT
-    has it, or one that names 50,257 tokens and nothing else; otherwise the tokenizer is not known. Raises UserError for a strange meta.pkl.
+    (description of the tokenizer, vocab_size) by a meta.pkl: its characters where it lists them; GPT-2's where there
+    is no meta.pkl, as nanoGPT has it, or one that names 50,257 tokens and nothing else; otherwise the tokenizer is
+    not known. Raises UserError for a strange meta.pkl.
     """
     pkl = read_pickle(path) if os.path.exists(path) else {}
     try:
         itos = pkl.get('itos')
         vocab_size = pkl.get('vocab_size', GPT2_TOKENS if itos is None else len(itos))
         if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 32:
-            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: prepare the data set again')
+            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: prepare the data again')
         names = None if itos is None else [itos[i] for i in range(vocab_size)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f'{path}: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
@@ -286,26 +288,29 @@ def nanogpt_tokenizer(path):
         return GPT2, vocab_size
     if names and all(isinstance(c, str) and len(c) == 1 for c in names) and len(set(names)) == len(names):
         return {'kind': 'char', 'chars': ''.join(names), 'eot': None}, vocab_size
-    return {'kind': 'unknown', 'vocab_size': vocab_size}, vocab_size  # words or pieces: how they are joined is not said
+    # no itos, or one of words or pieces: how they are joined is not said
+    return {'kind': 'unknown', 'vocab_size': vocab_size}, vocab_size
 
 
 def nanogpt_width(paths, vocab_size):
-    """Bytes of a token in all of these files, 2 or 4. Raises UserError where that stays unclear or they differ."""
+    """Bytes of a token in all of these files, 2 or 4. Raises UserError where they differ or that stays unclear."""
     widths = {path: width_of(path, vocab_size) for path in paths}
     known = set(widths.values()) - {0}
     if known == {2, 4}:
         raise UserError(f'{" and ".join(widths)}: one is uint16, the other uint32: prepare the data again')
-    unclear = [path for path, width in widths.items() if not width and os.path.getsize(path) > (64 if known else 0)]
+    few = 64 if known else 0  # bytes that may be unclear by chance, beside a file that is clear
+    unclear = [path for path, width in widths.items() if not width and os.path.getsize(path) > few]
     if unclear and known != {4}:
-        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such a text: prepare it with prepare.py, or '
-                        'write it as uint16 with more text')
+        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such a text: '
+                        'prepare it with prepare.py, or write it as uint16 with more text')
     return max(known, default=2)
 
 
 def width_of(path, vocab_size):
     """
-    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has a small number after every token,
-    uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError where neither fits.
+    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has a small
+    number after every token, uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError where neither
+    fits.
     """
     words = look_into(path)
     highest = {2: max((words & 0xFFFF).max(initial=0), (words >> 16).max(initial=0)), 4: words.max(initial=0)}
@@ -313,7 +318,7 @@ def width_of(path, vocab_size):
     if (words >> 16).max(initial=0) < 8 and len(np.unique(words)) >= CLEAR:
         is_wide = True  # as no text has a token below 8 at every other place
         if not words[1::2].any():
-            raise UserError(f'{path}: every other uint32 in it is 0, as in int64: write it as uint16 or uint32')
+            raise UserError(f'{path}: every other uint32 in it is 0, as in int64: write uint16 or uint32')
     fits = [2] if not is_wide and highest[2] < vocab_size else []
     if highest[4] < vocab_size and os.path.getsize(path) % 4 == 0:
         fits.append(4)
@@ -321,8 +326,10 @@ def width_of(path, vocab_size):
         whose = 'of GPT-2, which is assumed where there is no meta.pkl'
         if os.path.exists(os.path.join(os.path.dirname(path), 'meta.pkl')):
             whose = 'that meta.pkl names'
-        raise UserError(f'{path}: holds token {highest[4 if is_wide else 2]}, beyond the {vocab_size:,} tokens {whose}: '
-                        'write a meta.pkl with the right vocab_size, or prepare the data again' + ', as uint32' * (vocab_size > 2 ** 16))
+        token = highest[4 if is_wide else 2]
+        as_what = ', as uint32' * (vocab_size > 2 ** 16)
+        raise UserError(f'{path}: holds token {token}, beyond the {vocab_size:,} tokens {whose}: '
+                        f'write a meta.pkl with the right vocab_size, or prepare the data again{as_what}')
     return fits[0] if len(fits) == 1 else 0
 
 
@@ -338,7 +345,7 @@ def look_into(path, places=64, size=2 ** 12):
 def remark(name, files):
     """A line about a data set whose tokenizer is assumed or not known, '' for others; files: TokenFiles."""
     if files.meta['tokenizer']['kind'] == 'unknown':
-        return f'{name}: its tokenizer is not known, only that it has {files.vocab_size:,} tokens: no samples are drawn'
+        return f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: no samples are drawn'
     if files.meta['tokenizer'] == GPT2:
         return f'{name}: its tokenizer is taken for GPT-2\'s, as nanoGPT does'
     return ''
@@ -636,7 +643,7 @@ class Mixture:
         """{source: what its files hold, as a hash}, to notice that a data set was changed during a run."""
         def text(source):
             meta = {key: value for key, value in source.files.meta.items() if key != 'bos'}
-            if meta['tokenizer']['kind'] == 'unknown':  # once it was taken for GPT-2's: runs from then still go on
+            if meta['tokenizer']['kind'] == 'unknown':  # once taken for GPT-2's: runs from then still go on
                 meta['tokenizer'] = GPT2
             begin = f'begin {list(source.begin)}' if source.begin else ''
             packed = 'packed' * (source.packing == 'pairs')  # once they were padded

@@ -149,14 +149,14 @@ def read_saved(where, cfg, weights, base):
 
 
 def check_adapter(where, base):
-    """Raise UserError where a folder of PEFT's has a tokenizer beside the adapter, and it is not that of the base."""
+    """Raise UserError where a folder of PEFT's has a tokenizer that is not that of the base."""
     is_same = True
     with suppress(UserError):  # most have none
         theirs = hub.tokenizer(f'hf:{where}')[::-1]
         folder = '' if hub.knows(base) else checkpoint.find(base, 'best')
         is_same = same_ids(tokenizer_of(base, folder), theirs, is_padded=True)
     if not is_same:
-        raise UserError(f'adapter={where}: the tokenizer beside it is not that of {base}: it is for another base')
+        raise UserError(f'adapter={where}: the tokenizer beside it is not that of {base}: give its own base')
 
 
 def fill(cfg, weights, where):
@@ -193,8 +193,9 @@ def validation_sources(where, cfg, dataset='', block_size=0):
 
 def check_tokenizer(setting, where, folder, files):
     """
-    Raise UserError unless a data set (data.TokenFiles) has the tokenizer of a network: `where` it is, and its folder,
-    as read_model() has them. The message begins with `setting`. Prints a line where the two cannot be compared.
+    Raise UserError unless a data set (data.TokenFiles) has the tokenizer of a network: `where` it is, and its
+    folder, as read_model() has them. The message begins with `setting`. Prints a line where the two cannot be
+    compared.
     """
     found = files.meta['tokenizer'], files.folder
     try:
@@ -211,7 +212,7 @@ def check_tokenizer(setting, where, folder, files):
 
 
 def tokenizer_of(where, folder):
-    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer(). Raises UserError."""
+    """(description, folder of its files) of the tokenizer of a network: arguments as in check_tokenizer()."""
     if hub.knows(where):
         return hub.tokenizer(where)[::-1]
     return checkpoint.load_state(folder)['tokenizer'], folder
@@ -352,7 +353,8 @@ def find_teacher(s, data, ranks):
     if cfg.vocab_size != s.vocab_size:
         raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: '
                         f'prepare the data {advice(description_of(s.teacher, folder), folder, data.sources[0].files)}')
-    ranks.from_first(partial(check_tokenizer, f'teacher={s.teacher}', s.teacher, folder, data.sources[0].files))
+    files = data.sources[0].files
+    ranks.from_first(partial(check_tokenizer, f'teacher={s.teacher}', s.teacher, folder, files))
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)

@@ -201,7 +201,7 @@ def read(folder, cfg):
 
 
 class Reading:
-    """One folder as it is read. tensors: {name: slice}, whose shapes are compared before anything of them is read."""
+    """One folder as it is read. tensors: {name: slice}: shapes are compared before a tensor is read."""
 
     def __init__(self, path, config, tensors, cfg):
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg

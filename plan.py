@@ -37,8 +37,8 @@ class PlanConfig:
     minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts,
     # and max_iters is fitted again at every evaluation
 
-    plan: bool = False  # print parameters, FLOPs and memory of the network, then stop; with tokens, flops or hours:
-    # the networks that several laws want for them, and the settings of the one with 20 tokens a parameter
+    plan: bool = False  # print parameters, FLOPs and memory of the network, then stop; with tokens, flops or
+    # hours: the networks that several laws want for them, and the settings of the one with 20 tokens a parameter
     flops: float = 0.0  # with plan: of the whole run
     hours: float = 0.0  # with plan: of this machine
 
@@ -47,8 +47,8 @@ class PlanConfig:
         if self.plan and [self.tokens > 0, self.flops > 0, self.hours > 0].count(True) > 1:
             raise ValueError(f'tokens={self.tokens:g}, flops={self.flops:g}, hours={self.hours:g}: plan takes one of them')
         if self.plan and (self.depth or self.params or self.minutes):
-            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: plan takes tokens, '
-                             'flops or hours in their place, or the sizes of a network: leave them out')
+            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: plan takes '
+                             'tokens, flops or hours in their place, or the sizes of a network: leave them out')
         if (self.flops or self.hours) and not self.plan:
             raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: belong to --plan; to train for a time, give minutes')
         if self.flops > 1e30 or self.hours > 1e7:
@@ -206,8 +206,8 @@ def show_network(s, vocab_size):
 
 def show_plan(s, vocab_size, device):
     """
-    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py want
-    for these, and the network that plan() makes of the last law.
+    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py
+    want for these, and the network that plan() makes of the last law.
     """
     if not (s.tokens or s.flops or s.hours):
         return show_network(s, vocab_size)

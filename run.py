@@ -110,8 +110,8 @@ class Run:
 
 def check_dataset(s):
     """
-    Raise UserError where nobody names the data, and the default is not there or would be a guess: a config file that
-    describes a whole run (nanoGPT's for GPT-2 do, and mean openwebtext) was not written for it.
+    Raise UserError where nobody names the data, and the default is not there or would be a guess: a config file
+    that describes a whole run (nanoGPT's for GPT-2 do, and mean openwebtext) was not written for it.
     """
     if 'dataset' in s.given or checkpoint.checkpoints(s.out_dir):
         return
@@ -161,8 +161,8 @@ def set_up(s, device, ranks, left_out):
     for source in data.sources:
         val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
     if 'tokenizer' in origin:
-        compare = partial(check_tokenizer, f'init_from={s.init_from}', s.init_from, origin['tokenizer'], data.sources[0].files)
-        ranks.from_first(compare)
+        setting, files = f'init_from={s.init_from}', data.sources[0].files
+        ranks.from_first(partial(check_tokenizer, setting, s.init_from, origin['tokenizer'], files))
     if s.arch == 'markov' and not s.rank_embed and s.optimizer != 'counts' and not s.eval_only:
         check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
     model = build(s, data, origin, ranks)

@@ -433,7 +433,7 @@ def add_voices(model, tokenizer, given, where):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, its line ends as they are, without a byte-order mark. Raises UserError where there is none."""
+    """The text of a file in UTF-8 with its line ends, without a byte-order mark. Raises UserError if there is none."""
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()

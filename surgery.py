@@ -405,7 +405,7 @@ def run_average(s):
         with suppress(UserError):  # not known, or not to be had here
             is_same = same_ids(old.tokenizer, tokenizer_of(where, folder), is_padded=hub.knows(where))
         if not is_same:
-            raise UserError(f'from={where}: has another tokenizer than {folders[-1]}: average networks of one')
+            raise UserError(f'from={where}: has another tokenizer than {folders[-1]}: leave it out')
         found.append((cfg, weights))
     found.append((old.model.cfg, old.model.state_dict()))
     print(f'the mean of {", ".join(folders)}; beside it, the last of these:')

@@ -283,7 +283,8 @@ def read_settings(out_dir):
             stored = json.load(f)
     except (OSError, ValueError):
         return None
-    return Settings(**{f.name: expand_paths(stored[f.name], f) for f in dataclasses.fields(Settings) if f.name in stored})
+    known = [f for f in dataclasses.fields(Settings) if f.name in stored]
+    return Settings(**{f.name: expand_paths(stored[f.name], f) for f in known})
 
 
 def read_log(out_dir):

@@ -36,8 +36,8 @@ class Item:
 
 def read_lines(path, convert):
     """
-    [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises UserError, with the line, for what is no
-    JSON, and for an empty file.
+    [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises
+    UserError, with the line, for what is no JSON, and for an empty file.
     """
     out = []
     try:

@@ -130,9 +130,9 @@ PROBE = (
 
 def same_ids(wanted, found, is_padded=False):
     """
-    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. They may be kept in
-    different formats, so both encode PROBE. is_padded: of one format, they may have different numbers of tokens.
-    Raises UserError where one of them is not known or cannot be read.
+    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. They may be kept
+    in different formats, so both encode PROBE. is_padded: of one format, they may have different numbers of
+    tokens. Raises UserError where one of them is not known or cannot be read.
     """
     (one, _), (other, _) = wanted, found
     if one['kind'] == other['kind']:
@@ -450,14 +450,15 @@ class Reserved(Tokenizer):
 
 
 class UnknownTokenizer(Tokenizer):
-    """Stands for a tokenizer that nobody described, only its number of tokens (a meta.pkl of nanoGPT's): it refuses all text and all ids."""
+    """Stands for a tokenizer of which only the number of tokens is known (nanoGPT's meta.pkl): it refuses all text."""
 
     def __init__(self, vocab_size):
         super().__init__('unknown', vocab_size, None, None)
 
     def encode(self, text):
-        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: no text can be read or written with it; '
-                        'prepare the data with prepare.py, or put itos into meta.pkl, and train again')
+        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: no text can be '
+                        'read or written with it; prepare the data with prepare.py, or put itos into meta.pkl, and '
+                        'train again')
 
     decode = encode
 

@@ -49,8 +49,9 @@ def test_a_plan_of_nothing_but_a_network_has_its_numbers_and_needs_no_data(datas
     assert f'{model.flops_per_token():.3e} a token' in nowhere.stdout
     known = run('train.py', '--plan', *sizes, f'--dataset={dataset}')
     assert '64 tokens' in known.stdout and 'assumed' not in known.stdout
+    chain = run('train.py', '--plan', '--arch=markov', '--vocab_size=100', '--device=cpu')
+    assert 'parameters   10,000' in chain.stdout and 'a Markov chain of 100 tokens' in chain.stdout, chain.stderr
     for args, words in ((['--n_expert=4'], 'for each token, 4 experts'),
-                        (['--arch=markov'], 'a Markov chain'),
                         (['--n_encoder_layer=3'], '3 encoder layers, 2 layers of 32')):
         done = run('train.py', '--plan', *sizes, '--vocab_size=100', *args)
         assert done.returncode == 0 and words in done.stdout, done.stderr

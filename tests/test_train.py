@@ -550,7 +550,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
 # --- bad input: one line, exit code 2, nothing written ---
 
 @pytest.mark.parametrize('args, words', [
-    (['--dataset=nowhere'], 'python prepare.py nowhere'),
+    (['--dataset=nowhere'], 'python prepare.py FILE_OR_FOLDER --out=data/nowhere'),
     (['--n_layers=2'], 'did you mean n_layer'),
     (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2'),
     (['--n_kv_head=3'], 'n_kv_head'),
