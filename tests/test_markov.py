@@ -292,6 +292,9 @@ def test_a_recipe_can_be_tried_without_its_muon(tmp_path, dataset):
     s = configure(Settings, [str(ROOT / 'config/fast.py'), '--optimizer=adamw'])
     assert s.muon_lr == 0.03 and not s.uses_muon
     assert configure(Settings, ['--depth=3', '--muon_lr=0.1']).muon_lr == 0.1  # the dial takes Muon
+    chain = [str(ROOT / 'config/markov_pubmed.py')]
+    assert configure(Settings, chain).pseudo_counts == 100
+    assert configure(Settings, [*chain, '--optimizer=adamw', '--learning_rate=0.1']).optimizer == 'adamw'
 
 
 def test_what_a_table_takes_is_said_before_it_is_taken(tmp_path, dataset, monkeypatch):
