@@ -36,7 +36,7 @@ MUTANTS = [
     ('ranks.py', 'join(max(2.0, min(30.0, self.seconds / 4)))', 'join()', 'faults/test_network.py', 'finds_the_run'),
     # ranks
     ('run.py', 'first = (step * world + rank) * rows', 'first = (step + rank * 10 ** 6) * rows', 'faults/test_ranks.py', 'same_order_for_any_split'),
-    ('train.py', 'ranks.world / max(targets, 1)', '1 / max(targets, 1)', 'faults/test_ranks.py', 'two_micro_batches'),
+    ('train.py', 'ranks.world / shared', '1 / shared', 'faults/test_ranks.py', 'two_micro_batches'),
     ('train.py', '    share_gradients(run.undivided, ranks)\n', '', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     ('shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist', '        return torch.zeros_like(like)\n    dist',
      'faults/test_shard.py', 'one_process_to_rounding and scalars'),
