@@ -565,7 +565,8 @@ def summary(out, meta, figures):
     with open(os.path.join(out, 'train_00000.bin'), 'rb') as f:
         ids = np.frombuffer(f.read(60 * dtype.itemsize), dtype)
     print(f'    train begins: {load_tokenizer(description, out).decode(ids)!r}')
-    print(f'next: python train.py --dataset={out.removeprefix("data/")}' + ' --objective=seq2seq' * meta.get('pairs', False))
+    rest = '--objective=seq2seq' if meta.get('pairs') else '--minutes=5'  # the defaults are those of a day on a GPU
+    print(f'next: python train.py --dataset={out.removeprefix("data/")} {rest}')
 
 
 def main():
