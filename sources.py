@@ -306,7 +306,7 @@ class Reader:
                     except fault as error:
                         if behind:
                             raise UserError(f'{path}: has bytes behind its end that are none of it: cut them off') from None
-                        raise UserError(f'{path}: damaged ({error}): restore it') from None
+                        raise UserError(f'{path}: damaged, or not packed as its name says ({error}): restore or rename it') from None
                     behind = behind and not data
                     yield data
                     block = stream.unused_data if stream.eof else b''
