@@ -324,6 +324,14 @@ def test_separators_are_found_wherever_a_block_ends(pieces, sizes, mark):
         assert once == [*whole, rest]
 
 
+def test_documents_of_files_that_were_put_together_have_no_byte_order_mark():
+    end = '<|endoftext|>'
+    text = f'\ufeffone\n{end}\n\ufefftwo\n\ufeff{end}\n\ufeff {end}\nth\ufeffree\n x\ufeff{end}\n\ufeff'
+    expected = ['one', 'two', '', f'th\ufeffree\n x\ufeff{end}\n\ufeff']
+    for size in (1, 2, 3, 5, 13, 14, 50, 1000):
+        assert [part[0] for part in InBlocks(text.encode(), [size]).parts('x.txt', None)] == expected, size
+
+
 def test_texts_parted_by_any_separator_are_as_many_documents(tmp_path):
     for line in ('<|endoftext|>', ' <|endoftext|>', '<|endoftext|>\t', '\t <|endoftext|> '):
         for end in ('\n', '\r\n', '\r'):
