@@ -135,11 +135,11 @@ def expand(pattern, left_out):
     parts = [part for part in pattern.split('/') if part]
     while parts and parts[0] != '**':
         part = parts.pop(0)
-        if glob.has_magic(part):
+        named = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
+        if glob.has_magic(part) and not named:  # a folder 'notes [1]' is itself, though [1] may stand for 1
             folders = [path for path in paths if os.path.isdir(path or '.')]
-            paths = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
-        else:
-            paths = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
+            named = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
+        paths = named
     found = {}
     for path in paths:
         if not os.path.isdir(path or '.'):
