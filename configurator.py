@@ -257,7 +257,7 @@ def read_config(cls, path):
         raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:
-        with open(path, encoding='utf-8-sig') as f:  # as Python reads it: without a byte-order mark
+        with open(path, 'rb') as f:  # bytes: compile() knows a byte-order mark, and a first line with a coding
             exec(compile(f.read(), path, 'exec'), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None
@@ -298,6 +298,8 @@ def parse(text, field, where):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
+    if value in ([], ()) and list[str] in options(field.type):
+        value = text  # --stop=[] ends a sample before these two characters
     try:
         return convert(text if isinstance(value, str) else value, field, where)
     except UserError:

@@ -445,6 +445,8 @@ def read_text(path):
 
 def read_prompt(start):
     """The text of a prompt; FILE:path reads it. Raises UserError for what is not UTF-8."""
+    if start == 'FILE:':
+        raise UserError('start=FILE:: names no file: write --start=FILE:prompt.txt')
     if start.startswith('FILE:'):
         return read_text(os.path.expanduser(start[5:]))
     return typed_text(start, 'start')
@@ -549,6 +551,8 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
 
 def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
+    if sys.stdin is None:  # Python has none where it was closed from the start
+        raise UserError('interactive=True: its input is closed, there are no prompts to read: give --start=TEXT')
     for text in read_prompts(sys.stdin):
         try:
             answer(typed_text(text, 'start'))

@@ -135,11 +135,11 @@ def expand(pattern, left_out):
     parts = [part for part in pattern.split('/') if part]
     while parts and parts[0] != '**':
         part = parts.pop(0)
-        if glob.has_magic(part):
+        named = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
+        if glob.has_magic(part) and not named:  # a folder 'notes [1]' is itself, though [1] may stand for 1
             folders = [path for path in paths if os.path.isdir(path or '.')]
-            paths = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
-        else:
-            paths = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
+            named = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
+        paths = named
     found = {}
     for path in paths:
         if not os.path.isdir(path or '.'):
@@ -330,7 +330,15 @@ class Reader:
             rest, offset = data[used:], offset + used
 
     def parts(self, path, cut):
-        """Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts."""
+        """
+        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files were put one
+        behind another, documents may begin with a byte-order mark: it is taken off.
+        """
+        for text, starts, ends in self.marked_parts(path, cut):
+            yield text.removeprefix('\ufeff') if starts else text, starts, ends
+
+    def marked_parts(self, path, cut):
+        """parts(), with the byte-order marks."""
         text, starts, separated, held = '', True, False, ''
         for block, last in self.characters(path):
             block = held + block
@@ -463,12 +471,14 @@ SEPARATOR = re.compile(rf'{re.escape(EOT)}[ \t]{{0,{BLANKS}}}(?:\r\n|\r|\n|\Z)')
 
 
 def split_at_separators(text):
-    """The parts of a text between its separators, lines of <|endoftext|> with nothing but blanks and tabs beside it."""
+    """The parts of a text between its separators, lines of <|endoftext|> with blanks, tabs and a byte-order mark beside it at most."""
     parts, start = [], 0  # start: where the line after the last separator begins
     for found in SEPARATOR.finditer(text):
         before = text[max(start, found.start() - BLANKS - 1):found.start()]
         blanks = len(before) - len(before.rstrip(' \t'))
         begins = found.start() - blanks
+        if begins > start and text[begins - 1] == '\ufeff':  # of a file that begins with a separator, behind another
+            begins -= 1
         if blanks <= BLANKS and (begins == start or text[begins - 1] in '\r\n'):
             parts.append(text[start:begins])
             start = found.end()

@@ -46,8 +46,10 @@ def read_lines(path, convert):
                 line = line.removeprefix('\ufeff')  # some editors begin a file with a byte-order mark
                 if line.strip():
                     out.append(convert(parse(line, f'{path}:{number}'), f'{path}:{number}'))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: {getattr(error, "strerror", error)}') from None
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path}: not a text in UTF-8: convert it') from None
     if not out:
         raise UserError(f'{path}: no items in it')
     return out
@@ -181,13 +183,16 @@ def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='sc
     """
     [[(log-likelihood, greedy) of every choice] of every Item].
 
-    Raises UserError, with the line, for a choice that has no tokens, has more than the network reads, or
-    leaves one token of a longer context.
+    Raises UserError, with the line, for text that the tokenizer cannot write, and for a choice that has no
+    tokens, has more than the network reads, or leaves one token of a longer context.
     """
     T, pairs = model.cfg.block_size, []
     for item in items:
         for choice in item.choices:
-            context, continuation = encode_pair(tokenizer, item.context, choice)
+            try:
+                context, continuation = encode_pair(tokenizer, item.context, choice)
+            except UserError as error:
+                raise UserError(f'{item.where}: {error}') from None
             pairs.append((context, continuation))
             if not continuation:
                 raise UserError(f'{item.where}: {choice!r} begins inside a token and has none of its own after this context: give another delimiter')
@@ -215,7 +220,10 @@ def windows(ids, first, T, stride):
 
 def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     """(nats, tokens, bytes in UTF-8) of a text, each token given all the tokens that fit before it but for `stride` of them at most."""
-    ids = tokenizer.encode_long(text)
+    try:
+        ids = tokenizer.encode_long(text)
+    except UserError as error:  # a character that is not in the vocabulary
+        raise UserError(f'{what}: {error}') from None
     pairs = windows(ids, tokenizer.context()[0], model.cfg.block_size, stride)
     found = score(model, pairs, device, dtype, what=what)
     return -sum(nats for nats, _ in found), len(ids), len(text.encode())

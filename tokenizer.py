@@ -488,7 +488,7 @@ def wordpiece(tokenizers, data, where, size=None):
 def needs_text(kind):
     """Is this kind made from the text to be tokenized? Raises UserError for a kind that does not exist or a file that is missing."""
     if kind.startswith('bpe:'):
-        if not kind[4:].isdecimal():
+        if not re.fullmatch(r'[1-9]\d{0,8}', kind[4:], re.ASCII):
             raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
         return True
     if kind not in ('byte', 'char', *TIKTOKEN):
@@ -537,8 +537,9 @@ def train_bpe(texts, vocab_size):
     stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
     pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
     first = next(pieces, None)
+    nothing = UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
     if first is None:
-        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
+        raise nothing
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain([first], pieces), model_writer=model,
@@ -553,6 +554,8 @@ def train_bpe(texts, vocab_size):
                             f'use a larger one, bpe:{max(512, 2 * int(low[1]))} for instance') from None
         if high:
             raise UserError(f'tokenizer=bpe:{vocab_size}: too large for so little text: use at most bpe:{high[1]}, or byte') from None
+        if 'sentences_.empty()' in str(error):  # it drops the newlines at the end of a piece
+            raise nothing from None
         raise UserError(f'tokenizer=bpe:{vocab_size}: sentencepiece could not train it ({error})') from None
     return SentencePieceTokenizer(model.getvalue())
 

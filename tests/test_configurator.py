@@ -61,6 +61,20 @@ def test_a_byte_order_mark_before_a_config_file_is_taken_off(tmp_path):
     assert configure(Settings, [str(tmp_path / 'c.py')]).max_iters == 30
 
 
+def test_an_empty_list_is_text_where_texts_are_wanted():
+    for text in ('()', '[]', '( )', '[ ]'):
+        assert configure(Settings, [f'--stop={text}', '--stop=b']).stop == [text, 'b']
+    assert configure(Settings, ["--stop=['a', 'b']"]).stop == ['a', 'b']
+
+
+def test_a_config_file_may_name_its_coding_as_python_files_do(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b"# -*- coding: latin-1 -*-\nstart = '\xe9\x85'\n")
+    assert configure(Settings, [str(tmp_path / 'c.py')]).start == '\xe9\x85'
+    (tmp_path / 'c.py').write_bytes('max_iters = 30\n'.encode('utf-16'))
+    with pytest.raises(UserError, match='c.py: SyntaxError: '):
+        configure(Settings, [str(tmp_path / 'c.py')])
+
+
 @pytest.mark.parametrize('arg, name, value', [
     ('--learning_rate=1', 'learning_rate', 1.0),  # int for float
     ('--learning_rate=1e-3', 'learning_rate', 1e-3),

@@ -324,6 +324,14 @@ def test_separators_are_found_wherever_a_block_ends(pieces, sizes, mark):
         assert once == [*whole, rest]
 
 
+def test_documents_of_files_that_were_put_together_have_no_byte_order_mark():
+    end = '<|endoftext|>'
+    text = f'\ufeffone\n{end}\n\ufefftwo\n\ufeff{end}\n\ufeff {end}\nth\ufeffree\n x\ufeff{end}\n\ufeff'
+    expected = ['one', 'two', '', f'th\ufeffree\n x\ufeff{end}\n\ufeff']
+    for size in (1, 2, 3, 5, 13, 14, 50, 1000):
+        assert [part[0] for part in InBlocks(text.encode(), [size]).parts('x.txt', None)] == expected, size
+
+
 def test_texts_parted_by_any_separator_are_as_many_documents(tmp_path):
     for line in ('<|endoftext|>', ' <|endoftext|>', '<|endoftext|>\t', '\t <|endoftext|> '):
         for end in ('\n', '\r\n', '\r'):
@@ -365,6 +373,15 @@ def test_folders_and_globs_are_taken_in_order_and_by_kind(tmp_path, monkeypatch)
     assert find_files([str(tmp_path / '**' / '?.TXT')]) == [(str(tmp_path / 'd/a/x.TXT'), 'text')]
     with pytest.raises(UserError, match='no such file or folder'):
         find_files(['d/**/*.parquet'])
+
+
+def test_a_folder_with_the_signs_of_a_glob_in_its_name_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, 'd [1]/a.txt', 'd [1]/b/*.txt', 'd 1/a.txt')
+    assert find_files(['d [1]']) == [('d [1]/a.txt', 'text'), ('d [1]/b/*.txt', 'text')]
+    assert find_files(['d [1]/*.txt']) == [('d [1]/a.txt', 'text')]
+    assert find_files(['d [1]/b/*.txt']) == [('d [1]/b/*.txt', 'text')]
+    assert find_files(['d [12]/*.txt']) == [('d 1/a.txt', 'text')]
 
 
 def test_what_is_not_read_is_said(tmp_path, command):
@@ -836,6 +853,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
     assert code == 2 and len(err.splitlines()) == 1 and not out, (code, out, err)
     assert err.startswith('prepare.py: ') and BAD[args] in err, err
     assert sorted(os.listdir()) == before
+
+
+def test_an_empty_source_is_not_the_working_directory(command):
+    Path('x.txt').write_text(story(1))
+    code, _, err = command('', '--out=d', '--tokenizer=byte')
+    assert code == 2 and 'sources: one of them is empty' in err and os.listdir() == ['x.txt']
 
 
 def test_errors_replace_goes_on(command):

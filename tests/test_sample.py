@@ -391,11 +391,18 @@ def test_the_end_of_text_before_a_prompt_is_not_printed(trained):
 
 @pytest.mark.parametrize('args, words', [
     (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
+    (['--start=FILE:'], 'start=FILE:: names no file'),
     (['--start=caf\udce9'], 'start: not UTF-8'), (['--stop=caf\udce9'], 'stop: not UTF-8'),
     (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'), (['--temprature=1'], 'temperature'),
 ])
 def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
+
+
+def test_without_any_input_there_are_no_prompts(monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    with pytest.raises(UserError, match='interactive=True: its input is closed'):
+        sample.converse(print)
 
 
 def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import harness
 from configurator import UserError
 from sample import generate, load
 from tasks import Item, encode_pair, figures, mean_and_error, read_items, score, score_items, score_text, show_error, windows, with_shots
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, new_tokenizer
 
 LAMBADA = [{'context': f'the {n} small cats sat on a very old mat, and then the {n}', 'continuation': word}
            for n, word in enumerate(['cat', 'mat', 'a', 'old dog'])]
@@ -355,6 +355,18 @@ def test_a_choice_without_a_token_of_its_own_is_named(model, tmp_path):
         score_items(model[0], Pairs(), read_items(path, delimiter=''), CPU, 'float32')
     with pytest.raises(UserError, match=f'{path}:1: a continuation of 100 tokens: the network reads 96'):
         score_items(model[0], Pairs(), read_items(write(tmp_path / 'task.jsonl', [{'context': 'o', 'continuation': 'x' * 99}])), CPU, 'float32')
+
+
+def test_text_that_cannot_be_encoded_or_read_is_named(model, tmp_path):
+    path = write(tmp_path / 'task.jsonl', [{'context': 'ab', 'continuation': 'Z'}])
+    tokenizer = new_tokenizer('char', ['ab '])
+    with pytest.raises(UserError, match=f"^{path}:1: character 'Z' is not among"):
+        score_items(model[0], tokenizer, read_items(path), CPU, 'float32')
+    with pytest.raises(UserError, match="^a.txt: character 'Z' is not among"):
+        score_text(model[0], tokenizer, 'aZ', 8, CPU, 'float32', 'a.txt')
+    (tmp_path / 'task.jsonl').write_bytes('{"context": "a", "continuation": "b"}'.encode('utf-16'))
+    with pytest.raises(UserError, match=f'^{path}: not a text in UTF-8: convert it'):
+        read_items(path)
 
 
 def test_damaged_weights_score_nothing(model):

@@ -324,6 +324,8 @@ def test_bpe_is_trained_on_text_with_any_sign(sign):
 def test_bpe_of_nothing_but_its_trainer_s_sign_is_refused():
     with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
         new_tokenizer('bpe:300', ['\u2585\u2585', ''])
+    with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
+        new_tokenizer('bpe:300', ['\u2585\n\u2585\n'])
 
 
 def test_bpe_says_which_sizes_work():
@@ -333,8 +335,9 @@ def test_bpe_says_which_sizes_work():
         new_tokenizer('bpe:50000', [STORY])
     largest = error.value.args[0].partition('at most ')[2].partition(',')[0]
     assert new_tokenizer(largest, [STORY]).vocab_size == int(largest[4:])
-    with pytest.raises(UserError, match='takes the size of the vocabulary'):
-        new_tokenizer('bpe:many', [STORY])
+    for size in ('many', '0', '', '-5', '9' * 20, '9' * 5000):
+        with pytest.raises(UserError, match='takes the size of the vocabulary'):
+            new_tokenizer(f'bpe:{size}', [STORY])
 
 
 # --- saved and loaded ---

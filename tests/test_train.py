@@ -616,6 +616,17 @@ def test_the_same_data_under_another_name_go_on(tmp_path, monkeypatch):
         assert 'belongs to a run with dataset=' in said, said
 
 
+def test_weights_that_are_not_finite_are_not_trained(whole, dataset, tmp_path):
+    folder = checkpoint.find(str(whole))
+    weights = checkpoint.read_weights(folder)
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float('nan')
+    checkpoint.write(str(tmp_path / 'broken'), 1, weights, {}, checkpoint.load_state(folder))
+    refused = train(tmp_path / 'run', f'--init_from={tmp_path}/broken', dataset=dataset, check=False)
+    assert f'init_from={tmp_path}/broken: {name} is not finite' in one_line(refused)
+    assert not (tmp_path / 'run').exists()
+
+
 def test_init_from_may_be_spelled_otherwise_too(dataset, whole, tmp_path):
     args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY]
     for n, name in enumerate((whole, f'{whole}/', f'{whole.parent}/./{whole.name}', os.path.relpath(whole, ROOT)), 1):
