@@ -232,6 +232,8 @@ def find_origin(s, ranks):
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if found and s.init_from == 'scratch' and was_begun_by(s.out_dir, ranks):
         s.init_from = 'auto'
+    if found and s.eval_only and ranks.from_first(partial(began_with_others, s)):
+        found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
@@ -261,6 +263,14 @@ def find_origin(s, ranks):
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': folder} | base | kept(s, folder)
+
+
+def began_with_others(s):
+    """Whether init_from names weights, and the run in out_dir did not begin with them."""
+    if s.init_from in ('auto', 'scratch', 'resume'):
+        return False
+    stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
+    return not same_place(s.init_from, expand_home(stored['init_from']))
 
 
 def was_begun_by(out_dir, ranks):

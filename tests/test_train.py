@@ -288,6 +288,20 @@ def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path
     assert not (tmp_path / 'new').exists()
 
 
+def test_eval_only_is_of_the_weights_that_init_from_names(dataset, tmp_path):
+    """nanoGPT's config/eval_gpt2.py, where out holds another run: its losses are not taken for those of GPT-2."""
+    for name, seed in (('one', 1), ('other', 2)):
+        train(tmp_path / name, f'--seed={seed}', '--max_iters=1', dataset=dataset)
+    train(tmp_path / 'tuned', f'--init_from={tmp_path}/one', '--max_iters=1', dataset=dataset)
+
+    def loss(out_dir, *args):
+        done = train(tmp_path / out_dir, '--eval_only', *args, dataset=dataset)
+        return done.stdout.split('val_loss ')[1].split(',')[0]
+    assert loss('one') != loss('other')
+    assert loss('other', f'--init_from={tmp_path}/one') == loss('one')
+    assert loss('tuned', f'--init_from={tmp_path}/one') == loss('tuned') != loss('one')
+
+
 def test_the_log_has_what_the_design_promises(whole):
     records = [json.loads(line) for line in (whole / 'log.jsonl').read_text().splitlines()]
     training, evaluation = [r for r in records if 'train_loss' in r], [r for r in records if 'val_loss' in r]
