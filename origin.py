@@ -237,7 +237,7 @@ def find_origin(s, ranks):
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
-        for name in ('objective', 'denoisers', 'packing') if s.eval_only else ():  # what the losses of the run are of
+        for name in ('objective', 'denoisers', 'packing', 'dataset') if s.eval_only else ():  # what the losses of the run are of
             if name not in s.given and name in state['settings']:
                 setattr(s, name, state['settings'][name])
         for f in dataclasses.fields(lora.LoraConfig) if 'base' in state else ():
@@ -246,7 +246,7 @@ def find_origin(s, ranks):
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
-        if state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
+        if s.eval_only or state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
             began = {f.name: state['settings'][f.name] for f in dataclasses.fields(ModelConfig) if f.name in state['settings']}
             adopt(s, from_dict(ModelConfig, began, folder), s.out_dir)
         base = {'base': state['base'], 'weights': read_base(state['base'], from_dict(ModelConfig, state['model'], folder), folder)} if 'base' in state else {}
