@@ -232,10 +232,12 @@ def find_origin(s, ranks):
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if found and s.init_from == 'scratch' and was_begun_by(s.out_dir, ranks):
         s.init_from = 'auto'
+    if found and s.eval_only and ranks.from_first(partial(began_with_others, s)):
+        found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
         state = checkpoint.load_state(folder)
-        for name in ('objective', 'denoisers', 'packing') if s.eval_only else ():  # what the losses of the run are of
+        for name in ('objective', 'denoisers', 'packing', 'dataset') if s.eval_only else ():  # what the losses of the run are of
             if name not in s.given and name in state['settings']:
                 setattr(s, name, state['settings'][name])
         for f in dataclasses.fields(lora.LoraConfig) if 'base' in state else ():
@@ -244,7 +246,7 @@ def find_origin(s, ranks):
         if 'surgery' in state:
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
-        if state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
+        if s.eval_only or state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
             began = {f.name: state['settings'][f.name] for f in dataclasses.fields(ModelConfig) if f.name in state['settings']}
             adopt(s, from_dict(ModelConfig, began, folder), s.out_dir)
         base = {'base': state['base'], 'weights': read_base(state['base'], from_dict(ModelConfig, state['model'], folder), folder)} if 'base' in state else {}
@@ -264,6 +266,14 @@ def find_origin(s, ranks):
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': folder} | base | kept(s, folder)
+
+
+def began_with_others(s):
+    """Whether init_from names weights, and the run in out_dir did not begin with them."""
+    if s.init_from in ('auto', 'scratch', 'resume'):
+        return False
+    stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
+    return not same_place(s.init_from, expand_home(stored['init_from']))
 
 
 def was_begun_by(out_dir, ranks):

@@ -163,6 +163,9 @@ def set_up(s, device, ranks, left_out):
     if 'tokenizer' in origin:
         setting, files = f'init_from={s.init_from}', data.sources[0].files
         ranks.from_first(partial(check_tokenizer, setting, s.init_from, origin['tokenizer'], files))
+    elif state and s.eval_only:  # other data than its own, perhaps
+        setting, files = f'dataset={data.sources[0].name}', data.sources[0].files
+        ranks.from_first(partial(check_tokenizer, setting, s.out_dir, origin['folder'], files))
     if s.arch == 'markov' and not s.rank_embed and s.optimizer != 'counts' and not s.eval_only:
         check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
     model = build(s, data, origin, ranks)

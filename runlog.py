@@ -142,7 +142,7 @@ def describe(s, run, ranks):
             if cut:
                 ranks.say(f'data: {cut}')
     compiled, threads = 'compiled' if s.compile else 'not compiled', torch.get_num_threads()
-    if 'dataset' not in s.given:
+    if 'dataset' not in s.given and s.dataset == type(s)().dataset:  # else that of a run which is evaluated
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:
         if remark(source.name, source.files):

@@ -59,7 +59,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
     distill_temperature: float = 1.0  # higher: more of what the teacher thinks of unlikely tokens (Hinton et al. 2015, arXiv 1503.02531)
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint and samples
     eval_iters: int = 200  # batches of 12 rows of the validation split, whatever batch_size is, the same ones each time; 0 = the whole split
-    eval_only: bool = False  # evaluate, then stop
+    eval_only: bool = False  # evaluate, then stop: the weights of init_from, or the run in out_dir if it began with them
     target_val_loss: float = 0.0  # stop when an evaluation reaches this loss; 0 = never
     log_interval: int = 10  # steps between progress lines
     always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at the end)

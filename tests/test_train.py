@@ -5,6 +5,7 @@ nothing, bad input is one line. Every claim of equality is bit for bit.
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -286,6 +287,40 @@ def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path
     assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*')) == before
     train(tmp_path / 'new', '--eval_only=True', dataset=dataset)
     assert not (tmp_path / 'new').exists()
+
+
+def test_eval_only_takes_network_and_data_from_the_run(dataset, tmp_path):
+    """Other heads have the same shapes, other tokenizers as many tokens: neither is evaluated in silence."""
+    train(tmp_path / 'run', '--max_iters=1', dataset=dataset)
+    write_dataset(tmp_path / 'other')
+    meta = json.loads((tmp_path / 'other' / 'meta.json').read_text())
+    meta['tokenizer']['vocab_size'] += 1
+    (tmp_path / 'other' / 'meta.json').write_text(json.dumps(meta))
+    args = [f'--out_dir={tmp_path}/run', '--eval_only', '--device=cpu', '--dtype=float32', '--eval_iters=0']
+
+    def loss(*more):
+        done = run('train.py', *args, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split('val_loss ')[1]
+    assert loss() == loss(f'--dataset={dataset}') == loss(f'--dataset={dataset}', *TINY)
+    for more, words in ((['--n_head=4'], 'n_head=4: the weights in .* have n_head=2'),
+                        ([f'--dataset={tmp_path}/other'], 'prepared with another tokenizer')):
+        done = run('train.py', *args, *more)
+        assert done.returncode == 2 and re.search(words, done.stderr)
+
+
+def test_eval_only_is_of_the_weights_that_init_from_names(dataset, tmp_path):
+    """nanoGPT's config/eval_gpt2.py, where out holds another run: its losses are not taken for those of GPT-2."""
+    for name, seed in (('one', 1), ('other', 2)):
+        train(tmp_path / name, f'--seed={seed}', '--max_iters=1', dataset=dataset)
+    train(tmp_path / 'tuned', f'--init_from={tmp_path}/one', '--max_iters=1', dataset=dataset)
+
+    def loss(out_dir, *args):
+        done = train(tmp_path / out_dir, '--eval_only', *args, dataset=dataset)
+        return done.stdout.split('val_loss ')[1].split(',')[0]
+    assert loss('one') != loss('other')
+    assert loss('other', f'--init_from={tmp_path}/one') == loss('one')
+    assert loss('tuned', f'--init_from={tmp_path}/one') == loss('tuned') != loss('one')
 
 
 def test_the_log_has_what_the_design_promises(whole):
