@@ -257,7 +257,7 @@ def read_config(cls, path):
         raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:
-        with open(path, 'rb') as f:  # bytes: compile() knows a byte-order mark, and a first line with a coding
+        with open(path, 'rb') as f:  # compile() knows byte-order marks and codings
             exec(compile(f.read(), path, 'exec'), namespace)
     except (Exception, SystemExit) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None

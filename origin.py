@@ -262,7 +262,7 @@ def find_origin(s, ranks):
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
     broken = checkpoint.not_finite(weights)
     if broken:
-        raise UserError(f'init_from={s.init_from}: {broken} is not finite: the weights are damaged: give others')
+        raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
     adopt(s, cfg, s.init_from)
     base = {'base': {'from': s.init_from if hub.knows(s.init_from) else folder, 'weights': adapters.fingerprint(weights)}} if s.lora_rank else {}
     return {'weights': shorten(weights, model_config(s)), 'tokenizer': folder} | base | kept(s, folder)

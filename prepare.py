@@ -119,7 +119,7 @@ class Settings:
     def check(self):
         """Raise ValueError for values that cannot work."""
         if '' in self.sources:  # which would be all of the working directory
-            raise ValueError('sources: one of them is empty, a variable of the shell perhaps: name a file or a folder')
+            raise ValueError('sources: one is empty, an unset variable perhaps: name a file or a folder')
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
         if self.source and self.prompt_template:

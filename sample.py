@@ -552,7 +552,7 @@ def print_samples(model, tokenizer, text, s, generator, compile, voices):
 def converse(answer):
     """Call answer() with each line of the terminal. A prompt that cannot be used does not end it."""
     if sys.stdin is None:  # Python has none where it was closed from the start
-        raise UserError('interactive=True: its input is closed, there are no prompts to read: give --start=TEXT')
+        raise UserError('interactive=True: its input is closed: give --start=TEXT in its place')
     for text in read_prompts(sys.stdin):
         try:
             answer(typed_text(text, 'start'))

@@ -138,7 +138,8 @@ def expand(pattern, left_out):
         named = [path for path in (os.path.join(path, part) for path in paths) if os.path.lexists(path)]
         if glob.has_magic(part) and not named:  # a folder 'notes [1]' is itself, though [1] may stand for 1
             folders = [path for path in paths if os.path.isdir(path or '.')]
-            named = [os.path.join(folder, name) for folder in folders for name in names_in(folder) if matches(name, part)]
+            named = [os.path.join(folder, name) for folder in folders for name in names_in(folder)
+                     if matches(name, part)]
         paths = named
     found = {}
     for path in paths:
@@ -331,8 +332,8 @@ class Reader:
 
     def parts(self, path, cut):
         """
-        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files were put one
-        behind another, documents may begin with a byte-order mark: it is taken off.
+        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files
+        were put one behind another, documents may begin with a byte-order mark: it is taken off.
         """
         for text, starts, ends in self.marked_parts(path, cut):
             yield text.removeprefix('\ufeff') if starts else text, starts, ends
@@ -471,13 +472,16 @@ SEPARATOR = re.compile(rf'{re.escape(EOT)}[ \t]{{0,{BLANKS}}}(?:\r\n|\r|\n|\Z)')
 
 
 def split_at_separators(text):
-    """The parts of a text between its separators, lines of <|endoftext|> with blanks, tabs and a byte-order mark beside it at most."""
+    """
+    The parts of a text between its separators, lines of <|endoftext|> with blanks, tabs and a byte-order mark
+    beside it at most.
+    """
     parts, start = [], 0  # start: where the line after the last separator begins
     for found in SEPARATOR.finditer(text):
         before = text[max(start, found.start() - BLANKS - 1):found.start()]
         blanks = len(before) - len(before.rstrip(' \t'))
         begins = found.start() - blanks
-        if begins > start and text[begins - 1] == '\ufeff':  # of a file that begins with a separator, behind another
+        if begins > start and text[begins - 1] == '\ufeff':  # here begins a file that was put behind
             begins -= 1
         if blanks <= BLANKS and (begins == start or text[begins - 1] in '\r\n'):
             parts.append(text[start:begins])

@@ -537,7 +537,8 @@ def train_bpe(texts, vocab_size):
     stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
     pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
     first = next(pieces, None)
-    nothing = UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
+    nothing = UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: '
+                        'use byte')
     if first is None:
         raise nothing
     try:

@@ -858,7 +858,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, args):
 def test_an_empty_source_is_not_the_working_directory(command):
     Path('x.txt').write_text(story(1))
     code, _, err = command('', '--out=d', '--tokenizer=byte')
-    assert code == 2 and 'sources: one of them is empty' in err and os.listdir() == ['x.txt']
+    assert code == 2 and 'sources: one is empty' in err and os.listdir() == ['x.txt']
 
 
 def test_errors_replace_goes_on(command):
