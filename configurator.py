@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import glob
 import inspect
 import keyword
 import math
@@ -253,7 +254,7 @@ def read_config(cls, path):
     """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
     path = expand_home(path)
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, [f'config/{f}' for f in os.listdir('config')] if os.path.isdir('config') else [], 1)
+        near = difflib.get_close_matches(path, glob.glob('config/**/*.py', recursive=True), 1)
         raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:

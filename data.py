@@ -247,7 +247,7 @@ def read_meta(folder):
 
 GPT2 = {'kind': 'gpt2'}  # the tokenizer that nanoGPT assumes where there is no meta.pkl
 GPT2_TOKENS = 50257
-CLEAR = 256  # different values with small upper halves, from which on a file is uint32 for sure
+CLEAR, CLEAR_ZERO = 256, 16  # different values with small upper halves, or with upper halves of 0, that make a file uint32
 
 
 def of_nanogpt(folder):
@@ -315,8 +315,9 @@ def width_of(path, vocab_size):
     words = look_into(path)
     highest = {2: max((words & 0xFFFF).max(initial=0), (words >> 16).max(initial=0)), 4: words.max(initial=0)}
     is_wide = vocab_size > 2 ** 16  # uint32 for sure,
-    if (words >> 16).max(initial=0) < 8 and len(np.unique(words)) >= CLEAR:
-        is_wide = True  # as no text has a token below 8 at every other place
+    upper, values = (words >> 16).max(initial=0), len(np.unique(words))
+    if upper < 8 and values >= CLEAR or upper == 0 and values >= CLEAR_ZERO:
+        is_wide = True  # as no text has a token below 8, or token 0, at every other place
         if not words[1::2].any():
             raise UserError(f'{path}: every other uint32 in it is 0, as in int64: write uint16 or uint32')
     fits = [2] if not is_wide and highest[2] < vocab_size else []

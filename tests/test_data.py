@@ -386,6 +386,8 @@ def write_nanogpt(folder, tokens, dtype, pkl=None):
 @pytest.mark.parametrize('dtype, below, pkl, kind', [
     ('<u4', 100277, {'vocab_size': 100277}, 'unknown'),
     ('<u4', 1500, {'vocab_size': 1500}, 'unknown'),
+    ('<u4', 65, {'vocab_size': 65}, 'unknown'),
+    ('<u4', 65, {'itos': {n: chr(33 + n) for n in range(65)}}, 'char'),
     ('<u4', 50257, None, 'gpt2'),
     ('<u2', 50257, None, 'gpt2'),
     ('<u2', 50257, {'vocab_size': 50257}, 'gpt2'),
