@@ -29,6 +29,8 @@ class GuardConfig:
         for name in ('max_skipped', 'rewind_spikes', 'desync_interval', 'hang_timeout'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if min(self.skip_steps, default=0) < 0:
+            raise ValueError(f'skip_steps={self.skip_steps}: takes steps from 0 on')
 
 
 def stop_signals():

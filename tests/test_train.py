@@ -29,7 +29,7 @@ import runlog
 import train as training
 from configurator import UserError
 from data import Mixture, Source, validation_batch, validation_rows
-from guard import FirstSteps
+from guard import FirstSteps, GuardConfig
 from loss import evaluate
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
@@ -278,6 +278,12 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
         wanted = model(x, y).item()
         assert [val_loss(eval_iters, n) for n in (1, 4, 5, 8, 1000)] == pytest.approx([wanted] * 5, abs=1e-5)
     assert val_loss(1, 8) != pytest.approx(val_loss(3, 8), abs=1e-5)
+
+
+def test_a_step_before_the_first_cannot_be_left_out():
+    with pytest.raises(ValueError, match=r'skip_steps=\[3, -1\]: takes steps from 0 on'):
+        GuardConfig(skip_steps=[3, -1]).check()
+    GuardConfig(skip_steps=[0]).check()
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
