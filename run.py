@@ -110,12 +110,18 @@ class Run:
 
 def check_dataset(s):
     """
-    Raise UserError where nobody names the data, and the default is not there or would be a guess: a config file
-    that describes a whole run (nanoGPT's for GPT-2 do, and mean openwebtext) was not written for it.
+    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our default:
+    nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError where it is not,
+    and where the default is not there.
     """
-    if 'dataset' in s.given or checkpoint.checkpoints(s.out_dir):
+    if 'dataset' in s.given:
         return
     file = s.from_files.get('batch_size') or s.from_files.get('init_from')
+    if file and os.path.isdir('data/openwebtext'):
+        s.dataset = 'openwebtext'
+        return
+    if checkpoint.checkpoints(s.out_dir):
+        return
     if file:
         raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
                         'openwebtext in nanoGPT)')

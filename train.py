@@ -412,6 +412,7 @@ def rewinding(s, device, ranks):
             raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: lower the learning rate')
         gc.collect()  # the network that was
         s = configure(Settings)
+        check_dataset(s)
         if s.init_from == 'scratch' and ranks.from_first(lambda: bool(checkpoint.checkpoints(s.out_dir))):
             s.init_from = 'auto'  # it has begun
 

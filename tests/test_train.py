@@ -734,6 +734,10 @@ def test_the_default_data_set_is_named_and_not_guessed_for_a_config_file_of_a_wh
         with pytest.raises(UserError, match=r'prepare.py stdlib .*\(stdlib is the default: --dataset=NAME takes another\)'):
             begin('--out_dir=new')
         begin('eval_gpt2.py', '--out_dir=new', f'--dataset={dataset}')
+        (tmp_path / 'data' / 'openwebtext').symlink_to(dataset)  # the default of nanoGPT, whose config this is
+        for steps in (1, 2):
+            begin('eval_gpt2.py', '--out_dir=own', '--batch_size=4', f'--max_iters={steps}')
+        assert json.loads((tmp_path / 'own' / 'settings.json').read_text())['dataset'] == 'openwebtext'
 
 
 def test_the_default_data_set_is_said_to_be_the_default(dataset, tmp_path, capsys, monkeypatch):
