@@ -62,6 +62,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     lm_eval's results, a dict, of the tasks of these names; shots: None = as each task has it; include: a folder of tasks of one's own. Raises UserError
     where lm-eval is not installed or has no such task.
     """
+    os.environ.setdefault('DISABLE_MULTIPROC', '1')  # else lm-eval forks beside torch's threads for its bootstrap, which may hang
     try:
         import lm_eval
         from lm_eval.api.model import TemplateLM

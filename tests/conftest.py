@@ -60,6 +60,8 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}  # before they are imported: no test waits for a network
+os.environ['DISABLE_MULTIPROC'] = '1'  # of lm-eval, whose bootstrap forks beside torch's threads, and hung once
 torch.set_num_threads(1)  # beside other processes, two threads make small tensors ten times slower
 
 
