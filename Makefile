@@ -1,7 +1,7 @@
 # make demo   a small dense and a low-rank decoder on the Python standard library, samples, out/demo.png; 6 minutes on 2 CPU cores
 # make test   the test suite; 7 minutes on 2 CPU cores
 # make test-faults   runs that are killed, cut off, poisoned, hung and started again, many times over; 3 minutes
-# make test-oldest   the core's tests with the oldest torch that minnow supports, which it installs into .venv-oldest; 4 minutes on
+# make test-oldest   the core's tests with the oldest torch that minnow supports, which it installs into .venv-oldest; 3 minutes on
 # 2 CPU cores
 # All need only Python 3.11 or later and make; the first run makes .venv and installs requirements.txt into it.
 
