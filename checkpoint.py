@@ -85,12 +85,12 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
 
 def check_finite(weights, where):
     """Raise UserError if a number in {name: tensor} is not finite."""
-    broken = not_finite(weights)
+    broken = first_not_finite(weights)
     if broken:
         raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
 
 
-def not_finite(weights):
+def first_not_finite(weights):
     """The name of the first of {name: tensor} in which a number is not finite; None if there is none."""
     return next((name for name, t in weights.items() if t.is_floating_point() and not is_finite(t)), None)
 

@@ -260,7 +260,7 @@ def find_origin(s, ranks):
     cfg, weights, folder = read_model(s.init_from, encoder=True)
     if cfg.rank_guide:
         raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
-    broken = checkpoint.not_finite(weights)
+    broken = checkpoint.first_not_finite(weights)
     if broken:
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
     adopt(s, cfg, s.init_from)

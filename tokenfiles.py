@@ -107,19 +107,29 @@ def read_parts(folders):
     metas = [read_meta(folder) for folder in folders]
     for n, (folder, meta) in enumerate(zip(folders, metas), 1):
         try:
-            assert meta['source']['part'] == f'{n}/{len(folders)}' and meta['splits'].keys() == {'train', 'val'} and meta['split'] in ('document', 'tail')
-            assert all(isinstance(name, str) for name in (*meta['source']['sources'], meta['source'].get('target', '')))
+            is_sound = is_part(meta, f'{n}/{len(folders)}')
             source, first = ({**m['source'], 'inputs': '', 'part': ''} for m in (meta, metas[0]))  # machines may have copies, which have other times
             changed = next((key for key in first | source if first.get(key) != source.get(key)), None)
             changed = changed or next((key for key in metas[0] | meta if key not in ('source', 'splits') and metas[0].get(key) != meta.get(key)), None)
-            for shard in (shard for split in meta['splits'].values() for shard in split['shards']):
-                assert {'sha256', 'idx_sha256'} <= shard.keys() and all(type(shard.get(name)) is int for name in ('tokens', 'documents', 'bytes'))
-        except (KeyError, TypeError, AssertionError):
-            raise UserError(f'{folder}: is not the part that its name says: make it again') from None
+        except (KeyError, TypeError, AttributeError):
+            is_sound = False
+        if not is_sound:
+            raise UserError(f'{folder}: is not the part that its name says: make it again')
         if changed:
             what = 'from other input files' if changed == 'files' else f'with another {changed}'
             raise UserError(f'{folder}: was prepared {what} than {folders[0]}: make one of them again')
     return metas
+
+
+def is_part(meta, name):
+    """Whether a meta.json is that of the part `name`, as 3/64, with all that join() reads. Raises KeyError and TypeError for missing fields."""
+    if meta['source']['part'] != name or meta['splits'].keys() != {'train', 'val'} or meta['split'] not in ('document', 'tail'):
+        return False
+    if not all(isinstance(text, str) for text in (*meta['source']['sources'], meta['source'].get('target', ''))):
+        return False
+    shards = [shard for split in meta['splits'].values() for shard in split['shards']]
+    counts = [shard.get(field) for shard in shards for field in ('tokens', 'documents', 'bytes')]
+    return all({'sha256', 'idx_sha256'} <= shard.keys() for shard in shards) and all(type(count) is int for count in counts)
 
 
 def join(folders, metas, part):
