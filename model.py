@@ -622,10 +622,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        # in place, to save memory: a second backward pass is then an error. A compiled graph would not notice the change
-        # and would scale twice
-        scale = torch.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
-        return scale(grad_h, grad), None if grad_w is None else scale(grad_w, grad), None, None, None, None, None, None
+        # in place, to save memory: so there is one backward pass
+        return grad_h.mul_(grad), None if grad_w is None else grad_w.mul_(grad), None, None, None, None, None, None
 
 
 def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):
