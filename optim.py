@@ -208,7 +208,7 @@ class Counts(torch.optim.Optimizer):
     pairs, product_decay, dtype = (), 0.0, torch.float32  # as Muon has them
 
     def __init__(self, params, pseudo_counts):
-        super().__init__([{'params': params, 'muon': False, 'lr': 1.0}], {})  # lr: all that is seen is counted
+        super().__init__([{'params': params, 'muon': False}], {})
         self.pseudo_counts = pseudo_counts
 
     @torch.no_grad()

@@ -145,20 +145,12 @@ def derive(s, state, device, ranks):
     return planned
 
 
-def set_up(s, device, ranks, left_out):
-    """The Run that the settings describe, as it stands; left_out: steps whose data are left out, beside those of the settings."""
-    origin = find_origin(s, ranks)
-    state = origin.get('state')
-    s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
-    planned = derive(s, state, device, ranks) if s.is_planned else {}
-    if ranks.world > 1 and device.type == 'cuda' and s.optimizer == 'counts':
-        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: use one process, '
-                        'or --device=cpu')
-    rows = s.batch_size * s.gradient_accumulation_steps
-    if rows % ranks.world:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
-                        f'make it a multiple of {ranks.world}')
-    objective = partial(make_objective, s)
+def open_data(s, origin, ranks):
+    """
+    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where the data of
+    another rank differ, or the tokenizer is not that of the network in `origin`, as find_origin() has it.
+    """
+    state, objective = origin.get('state'), partial(make_objective, s)
     begin = stored_begin(state) if state and s.eval_only else None  # judged on rows as it knows them
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
                    begin)
@@ -172,6 +164,34 @@ def set_up(s, device, ranks, left_out):
     elif state and s.eval_only:  # other data than its own, perhaps
         setting, files = f'dataset={data.sources[0].name}', data.sources[0].files
         ranks.from_first(partial(check_tokenizer, setting, s.out_dir, origin['folder'], files))
+    return data, val
+
+
+def check_growth(s, cfg):
+    """Raise UserError where the network of this ModelConfig cannot grow as the settings ask: now, not in the middle of the run."""
+    if not s.grow_every:
+        return
+    refuse_unknown(cfg, 'grown')
+    if s.grow_to <= s.n_layer:
+        raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
+    if s.grow_every > s.max_iters and not s.minutes:
+        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: the network would never grow: lower it')
+
+
+def set_up(s, device, ranks, left_out):
+    """The Run that the settings describe, as it stands; left_out: steps whose data are left out, beside those of the settings."""
+    origin = find_origin(s, ranks)
+    state = origin.get('state')
+    s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
+    planned = derive(s, state, device, ranks) if s.is_planned else {}
+    if ranks.world > 1 and device.type == 'cuda' and s.optimizer == 'counts':
+        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: use one process, '
+                        'or --device=cpu')
+    rows = s.batch_size * s.gradient_accumulation_steps
+    if rows % ranks.world:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
+                        f'make it a multiple of {ranks.world}')
+    data, val = open_data(s, origin, ranks)
     if s.arch == 'markov' and not s.rank_embed and s.optimizer != 'counts' and not s.eval_only:
         check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
     model = build(s, data, origin, ranks)
@@ -179,12 +199,7 @@ def set_up(s, device, ranks, left_out):
         names = list(state['data'])
         for source, name in zip([*data.sources, *val], names + names):
             source.name = name
-    if s.grow_every:
-        refuse_unknown(model.cfg, 'grown')  # now, not in the middle of the run
-    if s.grow_every and s.grow_to <= s.n_layer:
-        raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
-    if s.grow_every > s.max_iters and not s.minutes:
-        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: the network would never grow: lower it')
+    check_growth(s, model.cfg)
     model.recompute = s.recompute
     optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')

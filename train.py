@@ -315,24 +315,26 @@ def train(s, device, ranks, stop, left_out=()):
             notice_spike(run, s, ranks.sum(new_nats.item())[0] / max(new_targets, 1), step - 1, ranks)
         if s.desync_interval and ranks.world > 1 and step % s.desync_interval == 0:
             check_alike(run.model, ranks, step)
-        if step % s.log_interval == 0 or step == 1:
+        is_due = step % s.log_interval == 0 or step == 1
+        if is_due:
             total, = ranks.sum(interval.nats.item())  # waits for the device
-            interval.time(time.perf_counter() - began, is_slow)
+        interval.time(time.perf_counter() - began, is_slow)
+        if is_due:
             loss = total / interval.targets if interval.targets else None
             report(s, run, step, loss, norm.item(), interval.loads if s.n_expert else None, peak, log, ranks)
             interval.reset()
-        else:
-            interval.time(time.perf_counter() - began, is_slow)
         if s.optimizer != 'counts':  # counting has neither a rate nor a gradient
             highest = max(group['lr'] for group in run.optimizer.param_groups)
             run.first_steps.add(step - 1, new_nats, new_targets, norm, highest, s, ranks)
     ranks.from_first(run.writer.wait)
-    name = signal.Signals(stop.number or signal.SIGTERM).name
-    again = 'the same command' + ' without --init_from=scratch' * (s.init_from == 'scratch' and 'init_from' in s.given)
+    number = stop.number or signal.SIGTERM
+    if stopping:
+        again = 'the same command' + ' without --init_from=scratch' * (s.init_from == 'scratch' and 'init_from' in s.given)
+        ranks.say(f'stopped by {signal.Signals(number).name} after step {step}; {again} goes on from there')
+        return number
     reached = ', target_val_loss reached' if reached else ''
-    ranks.say(f'stopped by {name} after step {step}; {again} goes on from there' if stopping
-              else f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
-    return (stop.number or signal.SIGTERM) if stopping else 0
+    ranks.say(f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
+    return 0
 
 
 def save_once(s, step, run, ranks, most=1):
