@@ -75,7 +75,7 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             os.rename(temporary, final)
             faults.at('save:renamed', step)
             sync(out_dir)
-    except Exception:  # whatever it was, half a checkpoint would only take up room
+    except Exception:  # half a checkpoint only takes up room
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     prune(out_dir, keep)
@@ -96,7 +96,7 @@ def first_not_finite(weights):
 
 
 def is_finite(t, size=2 ** 24):
-    """Whether all numbers of a tensor are finite, so many at a time: isfinite() holds 1.7 times what it looks at."""
+    """Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7 times its input."""
     return all(part.isfinite().all() for part in t.detach().reshape(-1).split(size))
 
 

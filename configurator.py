@@ -57,7 +57,7 @@ def run_main(main, output_is_all=False):
     """
     Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and exit code 2;
     Ctrl-C becomes exit code 130.
-    output_is_all: whether main() makes nothing but what it prints, and so ends when nobody can read that.
+    output_is_all: whether main() only prints: it then ends when nobody can read its output.
     """
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, False)
@@ -95,7 +95,7 @@ def run_main(main, output_is_all=False):
 class Output:
     """
     stdout or stderr, which may be gone: its terminal was closed, the program behind its pipe has ended, its disk is full.
-    is_needed: whether the process is to hear of that as an OSError; else it goes on, and what it says is lost.
+    is_needed: True raises an OSError for that; False drops the output, and the process goes on.
     lost: the OSError of a full disk, to be told in the end.
     """
 

@@ -1,6 +1,6 @@
 """
-What did not fit and was cut. Every place that cuts texts to the context of a network counts them here, and
-says it in one line:
+Counts of the texts that were cut to the context of a network. Every place that cuts texts counts them here and
+prints one line:
 
     cuts = Cuts('sources')
     for ids in sources:
@@ -31,7 +31,7 @@ class Cuts:
         self.cut += 1
 
     def line(self):
-        """What was cut; '' where everything fitted."""
+        """The counts in one line; '' if every text fitted."""
         if not self.cut:
             return ''
         kept = f'{self.most:,}'

@@ -32,7 +32,7 @@ from objectives import Objective, ObjectiveConfig
 from sources import HERE
 from tokenizer import options_of, same_ids
 
-LOOK_AT = 5000  # pairs that may be too long: so many are read to say at the start what of them is cut (0.1 s)
+LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut (0.1 s)
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes
 
 

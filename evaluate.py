@@ -91,7 +91,7 @@ def show_loss(s):
     for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
         mean, error = loss_and_error(nats, targets)
         bits = losses(mean, 1, source.bytes_per_token()).get('val_bpb')
-        dtype = 'float32' if s.dtype == 'auto' else s.dtype
+        dtype = pick_exact_dtype(s.dtype, pick_device(s.device))
         print(f'{folder}: {name}, all {int(targets.sum()):,} targets of its validation split, in {dtype}\n'
               f'    {mean:.4f} nats a token ± {tasks.show_error(error)} (standard error: {min(BLOCKS, len(nats))} parts)'
               + (f', {bits:.4f} bits per byte' if bits else ''))

@@ -228,13 +228,13 @@ class Family:
     wants: Callable = lambda cfg: {}  # ModelConfig → {setting: the only value that has a place here}, over those of PLAIN
 
 
-# The settings of a network that may have any value in every family: config.json and the shapes of the tensors hold them, or the logits do
-# not depend on them (how weights begin, what is for training alone, experts of a network without any, angles of one without rotary positions)
+# Settings that may have any value in every family. config.json or the shapes of the tensors hold them, or the logits do not
+# depend on them: the init, settings of training, settings of experts without experts, rope_theta without rotary positions
 FREE = {'vocab_size', 'block_size', 'source_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'norm_eps', 'tie', 'bias', 'rope_theta',
         'zero_init', 'init_std', 'rank_init', 'dropout',
         'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'}
 
-# The only values that others may have. A setting that is neither here nor in FREE, as one that was added since, has to be at its default
+# The only value that each of these settings may have. A setting that is in neither list, as a new one, must be at its default
 PLAIN = {'n_encoder_layer': 0, 'n_expert': 0, 't5_scale': False, 'qk_norm': False, 'softcap': 0.0, 'value_residual': False, 'mlp_norm': False,
          'embed_norm': False, 'depth_scale': 'none',
          'rank_qk': 0, 'rank_vo': 0, 'rank_mlp': 0, 'ranks': {}, 'rank_act': 'none', 'rank_act_qk': None}

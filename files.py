@@ -115,7 +115,7 @@ def replace_json(path, value):
 
 
 def write_all(f, data):
-    """Write bytes to an unbuffered file, of which the system may take a part at a time."""
+    """Write all bytes to an unbuffered file: the system may take a part of them at a time."""
     data = memoryview(data)
     while data:
         data = data[f.write(data):]

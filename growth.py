@@ -42,8 +42,8 @@ class GrowConfig:
 # -----------------------------------------------------------------------------
 # What is known of a network
 
-# The settings of a network that the functions below take into account. They know nothing of any other one, as one that was added since: it
-# has to be at its default. A new setting is to be added here once every one of them keeps what it promises with it.
+# Settings that the functions below take into account. Any other setting, as a new one, must be at its default. Add a new
+# setting here once all of these functions keep their promises with it.
 KNOWN = {'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'd_ff',
          'position', 'cross_rope', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm', 'qk_norm',
          'n_expert', 'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias',
@@ -53,7 +53,7 @@ KNOWN = {'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size'
 
 
 def refuse_unknown(cfg, what, but=()):
-    """Raise UserError where a setting of a ModelConfig is away from its default and not KNOWN, or one of those that `what` is not made for."""
+    """Raise UserError for a setting of a ModelConfig that is not at its default, and is not KNOWN or is in `but`. what: for the message."""
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if (f.name not in KNOWN or f.name in but) and value != default_of(f):

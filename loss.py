@@ -8,7 +8,7 @@ import torch
 from data import validation_batch, validation_rows
 from device import autocast, zero
 
-EVAL_ROWS = 12  # that eval_iters counts by, nanoGPT's default batch: a loss does not depend on how many rows fit into memory
+EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size
 
 
 @torch.no_grad()

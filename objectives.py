@@ -12,7 +12,7 @@ is masked is a function of the number `noise`, and that of (seed, sample): every
 Pairs that are too long are cut, each side at its end. An encoder reads source_size tokens, and block_size
 tokens are written. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what
 the other leaves. So a long target never takes the place of the source that it answers. train.py says at its
-start what is cut.
+start how many are cut.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -170,7 +170,7 @@ class Objective:
         return int(np.flatnonzero(tokens == self.eot)[0]) + 1
 
     def pair_room(self, source, target):
-        """(room for the source, for the target) in a row, in tokens, of a pair of so many tokens each."""
+        """(room for the source, room for the target) in a row, in tokens. source, target: their lengths."""
         if self.S:
             return self.S, self.T
         row = self.T + 1  # the last token is written, never read

@@ -29,7 +29,7 @@ class OptimConfig:
     # and head by Muon, these and the rest by AdamW; spectron: the same, and the step of low-rank factors is bounded by
     # their norms (arXiv 2602.12429); counts: a full Markov table (arch=markov) learns by counting, in a third of
     # AdamW's memory and without a rate
-    pseudo_counts: float = 100.0  # of counts: as how many observations the random start of each row weighs
+    pseudo_counts: float = 100.0  # counts: weight of each row's random start, in observations
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
     embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
     head_lr: float | None = None  # of the head, and of an embedding tied to it

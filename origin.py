@@ -24,7 +24,7 @@ from model import ONLY_IN_TRAINING, ModelConfig, make_model
 from objectives import stored_begin, stored_objective
 from tokenizer import same_ids
 
-# what a resumed run may not change: the network, and which rows step n sees (which data, their fingerprint says)
+# settings that a resumed run may not change: the network, and which rows step n reads (the data are compared by fingerprint)
 IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
 IDENTITY += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer', 'pseudo_counts']
 IDENTITY += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]

@@ -233,7 +233,7 @@ class Reading:
             self.refuse(f'{name}: {dtype}, takes float32, float16 or bfloat16')
         t = self.tensors[name][:].float()
         if not t.isfinite().all():
-            self.refuse(f'{name}: holds what is no number')
+            self.refuse(f'{name}: holds NaN or infinity')
         self.left.discard(name)
         return t
 

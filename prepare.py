@@ -11,7 +11,7 @@ Any text → token files.
 
 A source is a file, a folder or a glob of .txt (a document each, or several parted by lines of <|endoftext|> alone), .jsonl or .ndjson (a
 document a line) and .parquet (a document a row), all but the last also as .gz, .bz2, .xz or .zst. Folders are read at any depth, linked
-ones too, without what is hidden; what is left out is said. .md, .markdown, .rst and .text are read as .txt where a file or a glob is
+ones too; hidden files are not read. The summary says what was left out. .md, .markdown, .rst and .text are read as .txt where a file or a glob is
 given that ends so. Or a source is a named corpus, see download.py, or a Markov chain of known entropy, see synthetic.py.
 
     OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian, uint16 (uint32 from 65,537 tokens on); a document ends with the
@@ -85,8 +85,8 @@ from tokenfiles import (
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory
-VAL_BYTES = 2_000_000  # of large files that are for validation by default: some 500,000 tokens
-VAL_SIZE = 20_000  # characters for validation that are worth more than val_fraction of little text: some 5,000 tokens
+VAL_BYTES = 2_000_000  # most bytes for validation by default: some 500,000 tokens
+VAL_SIZE = 20_000  # characters for validation of a small corpus, if that is more than val_fraction: some 5,000 tokens
 SAVE_EVERY = 10  # seconds between records of the progress
 
 

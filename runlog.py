@@ -61,7 +61,7 @@ class Log:
                 self.send(record)
 
     def send(self, record):
-        """Hand a record to Weights & Biases, without whom the run can go on."""
+        """Send a record to Weights & Biases. If that fails, the run goes on without it."""
         import wandb
         try:
             if record['step'] >= self.wandb.step:  # after a resume, it has the ones from before the end already
@@ -89,7 +89,7 @@ def read_records(path):
 # Weights & Biases
 
 def log_in():
-    """Raise UserError if Weights & Biases do not know this user. To be called before anything is written."""
+    """Raise UserError if the login to Weights & Biases fails. Call it before anything is written."""
     if os.environ.get('WANDB_MODE') in ('offline', 'disabled', 'dryrun'):
         return
     import wandb
@@ -157,7 +157,7 @@ def describe(s, run, ranks):
 
 
 def short_run(s, n_layer, step):
-    """A line for everything that a run is too short for; n_layer: how many blocks the network has at `step`."""
+    """[a line for each thing that max_iters is too small for]; n_layer: blocks of the network at `step`."""
     lines, rate = [], getattr(s, s.main_rate)
     if s.warmup > s.max_iters > 0:
         highest = learning_rate(s.max_iters - 1, s, rate)

@@ -197,7 +197,7 @@ def say(**fields):
     (put('base_model.model.transformer.ln_f.modules_to_save.weight', 48), 'modules_to_save.weight: this network has no place for it'),
     (put('base_model.model.transformer.h.0.attn.c_attn.base_layer.bias', 10), 'c_attn.base_layer.bias: [10], this network takes [144]'),
     (say(layers_to_transform=[0]), 'h.1.attn.c_attn.lora_A.weight: this network has no place for it'),
-    (lambda tensors, config: tensors[A].fill_(float('nan')), 'lora_A.weight: holds what is no number'),
+    (lambda tensors, config: tensors[A].fill_(float('nan')), 'lora_A.weight: holds NaN or infinity'),
     (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: not in the file'),
     (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
 ])
