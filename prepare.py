@@ -287,7 +287,7 @@ def finished(out, source, former):
     `former`, the default before it had a limit. Raises UserError.
     """
     try:
-        with open(os.path.join(out, 'meta.json'), encoding='utf-8') as f:
+        with open(os.path.join(out, 'meta.json'), encoding='utf-8-sig') as f:
             meta = json.load(f)
         if meta['source'].get('val_fraction') == former:
             source = source | {'val_fraction': former}
