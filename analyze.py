@@ -15,13 +15,13 @@ from statistics import median
 import torch
 import torch.nn as nn
 
-import attention
 import checkpoint
-import experts
 from configurator import FilePath, UserError, configure_command, run_main
+from features.moe import experts
+from features.study import attention
+from features.study.pictures import figure, save, write_csv
 from model import Experts, LowRank
 from origin import fill, read_model
-from picture import figure, save, write_csv
 
 
 @dataclass

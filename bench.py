@@ -39,18 +39,18 @@ import torch.nn.functional as F
 
 import prepare
 import sample
-import sources
 import tokenizer
 import train
-from configurator import FilePath, UserError, configure, run_main
-from data import Mixture
+from batches import Mixture
+from configurator import ROOT, FilePath, UserError, configure, run_main
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
+from features.lora.packed import pack
+from features.study.measure import alternate, run, seconds, section, show, summarize
+from features.text import sources
 from files import replace_json, writing
-from measure import ROOT, alternate, run, seconds, section, show, summarize
 from model import Transformer, make_model
 from optim import make_optimizer
 from origin import model_config
-from packed import pack
 from prepare import cores
 
 MB = 10 ** 6

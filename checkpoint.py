@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_map_only
 
-import faults
 from configurator import UserError
+from features.scale import faults
 from files import is_at, lock, replace_json, sha256, sync, write_json, write_tensors, write_torch, writing
 
 # -----------------------------------------------------------------------------

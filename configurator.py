@@ -32,6 +32,7 @@ except ImportError:
           file=sys.stderr)
     sys.exit(2)
 
+ROOT = os.path.dirname(os.path.realpath(__file__))  # the folder of this repository
 OLDEST_TORCH = '2.11'  # the oldest version with which the tests pass: make test-oldest
 PINNED_TORCH = '2.13.0'  # the version in requirements.txt
 

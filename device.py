@@ -21,7 +21,7 @@ IMPORTED = time.perf_counter()
 class NumericConfig:
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32.
-    # auto = bfloat16 where it is faster; float32 for greedy text, beam searches and evaluate.py
+    # auto = bfloat16 where it is faster; float32 for greedy text, beam searches and eval.py
 
 
 @dataclass

@@ -22,18 +22,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-import adapters
 import checkpoint
-import peft_files
-from configurator import FilePath, UserError, configure_command, from_dict, run_main
-from download import download
-from families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
+from configurator import ROOT, FilePath, UserError, configure_command, from_dict, run_main
+from features.growth.networks import fold
+from features.hf.families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
+from features.hf.tokenizer_json import spelling, to_json
+from features.lora import adapters, peft_files
+from features.t5.objectives import stored_begin
+from features.text.download import download
 from files import new_folder, write_json, write_tensors
-from growth import fold
 from model import ModelConfig, make_model
-from objectives import stored_begin
 from tokenizer import load_tokenizer, new_tokenizer
-from tokenizer_json import spelling, to_json
 
 # -----------------------------------------------------------------------------
 # Where the folder is
@@ -274,8 +273,9 @@ def export(s):
         if text:
             with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)
-        for name in ('modeling_minnow.py', 'model.py') if s.as_ == 'custom' else ():
-            shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), folder)
+        if s.as_ == 'custom':
+            shutil.copy(os.path.join(ROOT, 'features/hf/modeling_minnow.py'), folder)
+            shutil.copy(os.path.join(ROOT, 'model.py'), folder)
     return fields['model_type']
 
 

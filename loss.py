@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from data import validation_batch, validation_rows
+from batches import validation_batch, validation_rows
 from device import autocast, zero
 
 EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from configurator import UserError
-from shard import is_divided, part, whole
+from features.scale.shard import is_divided, part, whole
 
 
 @dataclass

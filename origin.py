@@ -13,15 +13,14 @@ from functools import partial
 
 import torch
 
-import adapters
 import checkpoint
 import hub
-import lora
-import peft_files
+from batches import Source, advice, described
 from configurator import UserError, check, expand_home, from_dict
-from data import Source, advice, described
+from features.lora import adapters, peft_files
+from features.lora import layers as lora
+from features.t5.objectives import stored_begin, stored_objective
 from model import ONLY_IN_TRAINING, ModelConfig, make_model
-from objectives import stored_begin, stored_objective
 from tokenizer import same_ids
 
 # settings that a resumed run may not change: the network, and which rows step n reads (the data are compared by fingerprint)

@@ -49,12 +49,11 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-import synthetic
+from batches import read_meta
 from configurator import FilePath, UserError, configure, run_main
-from data import read_meta
-from download import CORPORA
-from files import lock, replace_json
-from sources import (
+from features.text import synthetic
+from features.text.download import CORPORA
+from features.text.sources import (
     HERE,
     PAIR,
     SECTIONS,
@@ -69,7 +68,7 @@ from sources import (
     not_read,
     printable,
 )
-from tokenfiles import (
+from features.text.tokenfiles import (
     Split,
     find_parts,
     is_free,
@@ -82,6 +81,7 @@ from tokenfiles import (
     totals,
     work_folder,
 )
+from files import lock, replace_json
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory

@@ -14,22 +14,22 @@ from functools import partial
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import adapters
 import checkpoint
-import lora
+from batches import Mixture, Source, find_folder
 from configurator import UserError
-from data import Mixture, Source, find_folder
 from device import free_memory, pick_compile, pick_dtype
-from growth import grow, refuse_unknown
-from guard import FirstSteps, Losses, check_same_start
+from features.growth.networks import grow, refuse_unknown
+from features.lora import adapters
+from features.lora import layers as lora
+from features.lora.packed import pack_frozen
+from features.plan.dial import Pace, plan
+from features.scale.guard import FirstSteps, Losses, check_same_start
+from features.scale.shard import gather, give_numbers, give_out, group_size, shard_model
+from features.t5.objectives import make_objective, stored_begin
 from model import Block, make_model
-from objectives import make_objective, stored_begin
 from optim import make_optimizer, optimizer_flops
 from origin import build_model, check_tokenizer, find_origin, find_reference, find_teacher
-from packed import pack_frozen
-from plan import Pace, plan
 from runlog import Interval
-from shard import gather, give_numbers, give_out, group_size, shard_model
 
 # -----------------------------------------------------------------------------
 # The data of a step

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import faults
+from batches import remark
 from configurator import UserError, typed_text
-from data import remark
 from device import autocast, process_age, zero
+from features.scale import faults
+from features.t5.objectives import around
 from files import append, replace_text, writing
-from objectives import around
 from optim import learning_rate
 from sample import default_prompt, encode_prompt, stream
 from tokenizer import load_tokenizer

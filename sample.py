@@ -25,11 +25,8 @@ os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # befor
 import torch
 import torch.nn as nn
 
-import adapters
 import checkpoint
 import hub
-import lora
-import peft_files
 from configurator import FilePath, UserError, configure, run_main, typed_text
 from device import (
     NOT_FINITE,
@@ -40,9 +37,11 @@ from device import (
     pick_dtype,
     pick_exact_dtype,
 )
-from objectives import around, stored_begin
+from features.lora import adapters, peft_files
+from features.lora import layers as lora
+from features.lora.packed import pack
+from features.t5.objectives import around, stored_begin
 from origin import add_adapters, load_model
-from packed import pack
 from tokenizer import load_tokenizer
 
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite

@@ -29,21 +29,20 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-import adapters
 import checkpoint
 import hub
-import lora
-import peft_files
 from analyze import rank_for
+from batches import Mixture
 from configurator import FilePath, UserError, check, configure_command, run_main
-from data import Mixture
+from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
+from features.lora import adapters, peft_files
+from features.lora import layers as lora
+from features.scale.ranks import Ranks
+from features.t5.objectives import stored_begin, stored_objective
 from files import append, new_folder, write_json
-from growth import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from loss import EVAL_ROWS, evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
-from objectives import stored_begin, stored_objective
 from origin import add_adapters, fill, read_model, read_saved, split_name, tokenizer_of, validation_sources
-from ranks import Ranks
 from tokenizer import load_tokenizer, same_ids
 
 

@@ -24,22 +24,22 @@ os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # befor
 import torch
 
 import checkpoint
-import faults
-import lora
+from batches import DataConfig, splitmix
 from configurator import FilePath, UserError, configure, leave, refuse_idle, run_main, typed_text
-from data import DataConfig, splitmix
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
-from growth import GrowConfig
-from guard import GuardConfig, Losses, Spike, StopSignal, check_alike, not_finite
+from features.growth.networks import GrowConfig
+from features.lora import layers as lora
+from features.plan.dial import PlanConfig, find_vocabulary, fit_minutes, show_plan
+from features.scale import faults
+from features.scale.guard import GuardConfig, Losses, Spike, StopSignal, check_alike, not_finite
+from features.scale.ranks import Ranks, is_lost
+from features.scale.shard import share_gradients
 from loss import evaluate, reading
 from model import ModelConfig, Teacher
 from optim import OptimConfig, clip_gradient, set_rates
 from origin import adopt, read_model
-from plan import PlanConfig, find_vocabulary, fit_minutes, show_plan
-from ranks import Ranks, is_lost
 from run import check_dataset, compiling, end_guides, expert_loads, grow_run, save, set_up
 from runlog import Log, describe, log_in, report, show_losses, show_samples
-from shard import share_gradients
 
 
 @dataclass

@@ -19,15 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import lora
 import prepare
 import train
 from analyze import measure, merged_model
 from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
 from configurator import FilePath, UserError, configure, run_main
-from evaluate import row_losses
+from eval import row_losses
+from features.lora import layers as lora
+from features.study.pictures import figure, save
 from files import replace_text
-from picture import figure, save
 
 ROOT = Path(__file__).parent.parent
 SHARES = (1, 4, 16, 64)  # ranks of which it is said how much of what full training changes they could hold

@@ -23,14 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
+import batches
 import model
 import run
 import train
 from compare import read_run
 from configurator import FilePath, UserError, configure, run_main
+from features.study.pictures import figure, save
 from files import replace_text
-from picture import figure, save
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Settings(train.Settings):
 
 def last_token(s):
     """Of every row only the last token is a target: logits[:, -1, :] (trainer.py:74)."""
-    rows = data.Mixture.rows
+    rows = batches.Mixture.rows
 
     def last_column(self, samples):
         x, y = rows(self, samples)
         y[:, :-1] = -1
         return x, y
-    data.Mixture.rows = last_column
+    batches.Mixture.rows = last_column
 
 
 def overlapping(s):

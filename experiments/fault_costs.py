@@ -22,8 +22,8 @@ import checkpoint
 import train
 from configurator import configure, run_main
 from device import peak_memory, pick_device
-from guard import check_alike
-from ranks import Ranks
+from features.scale.guard import check_alike
+from features.scale.ranks import Ranks
 from run import save, set_up
 
 

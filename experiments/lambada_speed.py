@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import tasks
 import train
 from configurator import FilePath, UserError, configure, run_main
 from device import NumericConfig, autocast, pick_device, pick_dtype
-from measure import alternate, section, show
+from features.study import tasks
+from features.study.measure import alternate, section, show
 from model import make_model
 from origin import model_config
 from tokenizer import new_tokenizer

@@ -16,16 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import adapters
-import lora
 import train
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, autocast, peak_memory, pick_compile, pick_device, pick_dtype
-from measure import alternate, run, section, show
+from features.lora import adapters
+from features.lora import layers as lora
+from features.lora.packed import pack_frozen
+from features.study.measure import alternate, run, section, show
 from model import make_model
 from optim import make_optimizer
 from origin import model_config
-from packed import pack_frozen
 from sample import generate
 
 VOCAB, TARGETS = 50257, 'c_attn,c_proj,c_fc'

@@ -21,15 +21,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import prepare
-import summaries
 import train
 from compare import mean_and_error, paired_values, plus_minus, tuned
 from configurator import FilePath, UserError, configure, run_main
 from device import pick_device, pick_dtype
+from features.study import summaries
+from features.study.pictures import write_csv
+from features.text.sources import PAIR, Reader, find_files
 from files import replace_text, replacing
-from picture import write_csv
 from sample import load
-from sources import PAIR, Reader, find_files
 
 ROOT = Path(__file__).parent.parent
 RATES = ('muon_lr', 'embed_lr', 'head_lr', 'scalar_lr')

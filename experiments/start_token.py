@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+from batches import TokenFiles, find_folder
 from configurator import UserError, configure, run_main
-from data import TokenFiles, find_folder
 from origin import load_model
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from configurator import UserError, configure, run_main
 from device import DeviceConfig, autocast, pick_compile, pick_device, pick_dtype
-from measure import alternate, section, show
+from features.study.measure import alternate, section, show
 from model import make_model
 from optim import make_optimizer
 from origin import model_config

@@ -73,7 +73,7 @@ def dataset(tmp_path_factory):
     return str(folder)
 
 
-SCRIPTS = ('train.py', 'sample.py', 'evaluate.py', 'surgery.py', 'compare.py', 'hub.py', 'analyze.py')
+SCRIPTS = ('train.py', 'sample.py', 'eval.py', 'surgery.py', 'compare.py', 'hub.py', 'analyze.py')
 
 
 def run(*args, nproc=1, cwd=ROOT, env=None, typed=None, timeout=300):
@@ -122,7 +122,7 @@ def train(out_dir, *args, dataset, nproc=1, check=True, **options):
 def runs_here(patch):
     """What does in this process what sweep.run_missing(sweep, jobs) does in others: starting each takes seconds."""
     import train as training
-    from sweep import expand, state
+    from features.study.sweep import expand, state
 
     def run_missing(sweep, jobs):
         for run in expand(sweep):

@@ -12,9 +12,9 @@ from conftest import read_log, runs_here, write_dataset
 import compare
 from checkpoint import read_weights
 from experiments import adapting
-from lora import LoraConfig
+from features.lora.layers import LoraConfig
+from features.study.sweep import read_settings
 from origin import read_model
-from sweep import read_settings
 
 SIZES = dict(block_size=32, batch_size=4, max_iters=4, eval_interval=4, eval_iters=2, dtype='float32', lora_rank=2)
 ARMS = ('full', 'r1', 'r4', 'attention', 'everywhere', 'rs', 'dora')

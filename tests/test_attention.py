@@ -8,7 +8,7 @@ from test_hub import ours, theirs, tokens
 from test_surgery import ids, random_model
 
 import model as networks
-from attention import gradient_norms, least, mass, measure, nulls, rank, watching
+from features.study.attention import gradient_norms, least, mass, measure, nulls, rank, watching
 from model import Transformer
 
 

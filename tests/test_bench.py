@@ -9,9 +9,9 @@ import torch
 from conftest import one_line, run, train
 
 import bench
-import measure
 from configurator import UserError
 from device import memory_bandwidth
+from features.study import measure
 
 
 def test_the_sides_take_turns():

@@ -13,7 +13,7 @@ import checkpoint
 import model
 import run as runs
 import train as training
-from data import Mixture, validation_batch
+from batches import Mixture, validation_batch
 from experiments import blog
 from optim import learning_rate, make_optimizer
 

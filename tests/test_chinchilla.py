@@ -2,7 +2,7 @@
 import pytest
 from conftest import one_line, run, train
 
-from chinchilla import LAWS, Fit, optima
+from features.plan.chinchilla import LAWS, Fit, optima
 from model import ModelConfig, make_model
 
 TASKS = 2 * 684_805_492  # tokens of ROT5's plan: two epochs

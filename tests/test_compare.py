@@ -13,8 +13,8 @@ from conftest import one_line, run, train
 import compare
 from compare import Arm, best, beyond, find_runs, group, read_run, row, t_quantile, table
 from configurator import UserError
-from picture import short
-from sweep import expand
+from features.study.pictures import short
+from features.study.sweep import expand
 from train import Settings
 
 LOSSES = {'a': {1: 4.00, 2: 4.10, 3: 4.30}, 'b': {1: 3.97, 2: 4.06, 3: 4.29}}

@@ -105,8 +105,8 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
 
 @pytest.mark.parametrize('module, cls, names', [
     ('sample', 'Settings', ['start', 'stop']), ('train', 'Settings', ['sample_prompt']),
-    ('prepare', 'Settings', ['prompt_template']), ('evaluate', 'TaskSettings', ['delimiter']),
-    ('evaluate', 'SummarySettings', ['prompt_template'])])
+    ('prepare', 'Settings', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
+    ('eval', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
     lines = help_text(getattr(importlib.import_module(module), cls)).split('\n')
     for name in names:
@@ -241,20 +241,18 @@ def test_a_tilde_in_a_config_file_and_before_its_name_is_the_home_directory(monk
 def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     """By its comment: a setting that is added and speaks of a file has to be a FilePath."""
     import analyze
-    import attention
     import bench
     import compare
-    import evaluate
-    import experts
     import hub
     import prepare
     import sample
     import surgery
-    import sweep
     import train
+    from features.moe import experts
+    from features.study import attention, sweep
     texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers', 'which', 'init_keep', 'stop', 'part', 'split', 'errors', 'reference',
              'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
-    for module in (analyze, attention, bench, compare, evaluate, experts, hub, prepare, sample, surgery, sweep, train):
+    for module in (analyze, attention, bench, compare, eval, experts, hub, prepare, sample, surgery, sweep, train):
         for cls in vars(module).values():
             for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__ else ()):
                 comments = comments_of(part) if is_dataclass(part) else {}

@@ -14,10 +14,10 @@ import pytest
 from conftest import give_tokenizer, sha256, write_dataset
 
 import prepare
+from batches import Mixture, Source, TokenFiles, find_folder, permute, read_meta, validation_batch, validation_rows
 from configurator import UserError
-from data import Mixture, Source, TokenFiles, find_folder, permute, read_meta, validation_batch, validation_rows
+from features.hf.tokenizer_json import to_json
 from tokenizer import new_tokenizer, train_bpe
-from tokenizer_json import to_json
 
 # --- the shuffle ---
 
@@ -77,7 +77,7 @@ def test_an_epoch_of_the_stream_has_every_token_as_a_target_exactly_once(corpus,
 
 
 def key_of(data, epoch):
-    from data import splitmix
+    from batches import splitmix
     return splitmix(data.seed, 0, epoch)
 
 
@@ -248,7 +248,7 @@ def test_a_mixture_that_cannot_be_is_refused(dataset, words):
 
 @pytest.mark.parametrize('name', ['packing', 'mix_by'])
 def test_a_choice_without_code_does_not_work_as_another_one(dataset, name):
-    with pytest.raises(UserError, match=f'^{name}=new: has no code in data.py: '):
+    with pytest.raises(UserError, match=f'^{name}=new: has no code in batches.py: '):
         Mixture(dataset, 'train', 8, 0, **{name: 'new'})
 
 

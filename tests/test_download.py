@@ -4,11 +4,11 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import download as module
 import pytest
 
-import download as module
 from configurator import UserError
-from download import CORPORA, download, download_corpus
+from features.text.download import CORPORA, download, download_corpus
 
 BODY = bytes(range(256)) * 4096  # 1 MB
 

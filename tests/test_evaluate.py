@@ -12,10 +12,10 @@ import pytest
 from conftest import one_line, read_log, run, train, write_dataset
 
 import checkpoint
-import ngrams
+from batches import Source, TokenFiles
 from configurator import UserError
-from data import Source, TokenFiles
-from evaluate import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, plan_training, row_losses
+from eval import LadderSettings, LossSettings, Rung, count_rungs, ladder, ladder_table, loss_and_error, main, plan_training, row_losses
+from features.markov import ngrams
 from model import ModelConfig, Transformer
 
 SWEEP = """
@@ -41,7 +41,7 @@ def trained(dataset, tmp_path_factory):
 
 def test_it_is_the_loss_that_training_saw_on_the_whole_split(trained, dataset):
     last = read_log(trained)[-1]
-    done = run('evaluate.py', 'loss', f'--out_dir={trained}', '--which=last', '--device=cpu', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={trained}', '--which=last', '--device=cpu', '--dtype=float32')
     assert done.returncode == 0, done.stderr
     found = re.search(r'([\d.]+) nats a token ± ([\d.]+) .* ([\d.]+) bits per byte', done.stdout).groups()
     assert float(found[0]) == pytest.approx(last['val_loss'], abs=2e-4) and float(found[2]) == pytest.approx(last['val_bpb'], abs=2e-4)
@@ -64,7 +64,7 @@ def test_a_single_row_has_no_standard_error(trained, tmp_path):
     assert loss_and_error(np.array([6.0, 8.0]), np.array([2, 2]))[1] > 0
     assert '2.0000     n/a' in ladder_table([Rung('one', 'counts', 2.0, None)], SimpleNamespace(bytes=50, tokens=100), None)
     write_dataset(tmp_path / 'one', documents=4, shards=1, seed=1)
-    done = run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "one"}', '--device=cpu', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "one"}', '--device=cpu', '--dtype=float32')
     assert ' nats a token ± n/a (standard error: 1 parts)' in done.stdout, done.stdout + done.stderr
 
 
@@ -75,7 +75,7 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
     folder = str(trained / 'step_00000010')
     (_, nats, targets), = row_losses(folder, str(tmp_path / 'same'), s).values()
     assert targets.sum() == TokenFiles(str(tmp_path / 'same'), 'val').tokens - 1 and nats.min() > 0
-    message = one_line(run('evaluate.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
+    message = one_line(run('eval.py', 'loss', f'--out_dir={trained}', f'--dataset={tmp_path / "other"}'))
     assert 'other: was prepared with another tokenizer' in message
     assert f'prepare it with --tokenizer=byte: python prepare.py FILE_OR_FOLDER --tokenizer=byte --out={tmp_path}/other2' in message
 
@@ -169,7 +169,7 @@ def test_every_rung_has_the_same_targets(dataset, tmp_path):
     (['ladder', '--dataset=DATA', '--sweep=nope.py'], 'nope.py: no such config file'),
     (['ladder', '--dataset=DATA', '--sweep=', '--picture=/proc/x/y.png'], 'picture=/proc/x/y.png')])
 def test_bad_input_is_refused(dataset, args, expected, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['evaluate.py', *[arg.replace('DATA', dataset) for arg in args]])
+    monkeypatch.setattr(sys, 'argv', ['eval.py', *[arg.replace('DATA', dataset) for arg in args]])
     with pytest.raises(UserError, match=re.escape(expected)):
         main()
 
@@ -181,6 +181,6 @@ def test_a_data_set_without_documents_climbs_too(tmp_path):
     folder.mkdir()
     for split in ('train', 'val'):
         (folder / f'{split}.bin').write_bytes((tmp_path / 'counting' / f'{split}_00000.bin').read_bytes())
-    done = run('evaluate.py', 'ladder', f'--dataset={folder}', '--sweep=', f'--picture={tmp_path / "p.png"}')
+    done = run('eval.py', 'ladder', f'--dataset={folder}', '--sweep=', f'--picture={tmp_path / "p.png"}')
     assert done.returncode == 0 and Path(tmp_path / 'p.png').exists(), done.stderr
     assert re.search(r'uniform +10.8249 +0.0000 +-\n', done.stdout)

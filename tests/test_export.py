@@ -18,8 +18,8 @@ import checkpoint
 import hub
 import sample
 from configurator import UserError
-from families import FAMILIES, name_rows, nearest
-from growth import fold
+from features.growth.networks import fold
+from features.hf.families import FAMILIES, name_rows, nearest
 from model import ModelConfig, make_model
 from origin import load_model
 from sample import generate

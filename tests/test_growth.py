@@ -10,7 +10,7 @@ from test_surgery import ids, operate, random_model
 
 import checkpoint
 from configurator import UserError, read_config
-from growth import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
+from features.growth.networks import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
 from model import ModelConfig, Places, make_model
 from origin import fill, model_config
 from run import compile_all

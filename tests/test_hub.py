@@ -30,10 +30,10 @@ import checkpoint
 import hub
 import sample
 from configurator import UserError
+from features.hf.tokenizer_json import to_json
 from model import Transformer
 from sample import generate
 from tokenizer import load_tokenizer, new_tokenizer, train_bpe
-from tokenizer_json import to_json
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -371,7 +371,7 @@ def test_weights_are_trained_on_data_of_their_own_tokenizer_alone(llama, tmp_pat
     for more in ([f'--init_from={tmp_path}/run', '--lora_rank=2'], ['--vocab_size=320', f'--teacher=hf:{llama}/hf']):
         refused = one_line(run('train.py', *SHORT, *more, f'--dataset={llama}/other', f'--out_dir={tmp_path}/no'))
         assert 'was prepared with another tokenizer' in refused and not (tmp_path / 'no').exists()
-    refused = one_line(run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', f'--dataset={llama}/other'))
+    refused = one_line(run('eval.py', 'loss', f'--out_dir={tmp_path}/run', f'--dataset={llama}/other'))
     assert 'other: was prepared with another tokenizer' in refused
     for command in (['surgery.py', 'inherit', f'--from=hf:{llama}/hf', '--layers=0', f'--out_dir={tmp_path}/no'],
                     ['analyze.py', 'attention', f'--out_dir=hf:{llama}/hf', '--length=16']):

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
-import adapters
 import checkpoint
-import lora
 from configurator import UserError, configure
-from lora import LoraConfig
+from features.lora import adapters
+from features.lora import layers as lora
+from features.lora.layers import LoraConfig
+from features.lora.packed import pack
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import load_model, read_model
-from packed import pack
 from sample import generate
 from train import Settings
 
@@ -397,13 +397,13 @@ def test_two_ranks_train_what_one_does(tmp_path, base, dataset):
 def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset):
     train(tmp_path / 'run', f'--init_from={base}', '--lora_rank=4', '--learning_rate=3e-2', dataset=dataset)
     said = read_log(tmp_path / 'run')[-1]['val_loss']
-    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
     assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
     (tmp_path / 'text.txt').write_text('abcdefghij' * 20)
-    said = [run('evaluate.py', 'text', *args, f'{tmp_path}/text.txt', '--dtype=float32').stdout.split(': ', 1)[-1] for args in (
+    said = [run('eval.py', 'text', *args, f'{tmp_path}/text.txt', '--dtype=float32').stdout.split(': ', 1)[-1] for args in (
         [f'--out_dir={tmp_path}/run'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'], [f'--out_dir={base}'])]
     assert said[0] == said[1] != said[2] and 'nats' in said[0]
-    assert 'holds a whole network' in one_line(run('evaluate.py', 'text', f'--out_dir={base}', f'--adapter={base}', f'{tmp_path}/text.txt'))
+    assert 'holds a whole network' in one_line(run('eval.py', 'text', f'--out_dir={base}', f'--adapter={base}', f'{tmp_path}/text.txt'))
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/merged')
     assert done.returncode == 0, done.stderr
     (_, merged, _), (_, before, _) = read_model(str(tmp_path / 'merged')), read_model(base)
@@ -426,7 +426,7 @@ def test_a_base_with_more_positions_and_a_router_that_stays(tmp_path, dataset):
     assert (cfg.block_size, model.cfg.block_size, len(after['wpe.weight'])) == (32, 16, 16)
     assert before['blocks.0.mlp.expert_bias'].any() and torch.equal(after['blocks.0.mlp.expert_bias'], before['blocks.0.mlp.expert_bias'])
     said = read_log(tmp_path / 'run')[-1]['val_loss']
-    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
     assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
 
 
@@ -435,7 +435,7 @@ def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, da
     train(tmp_path / 'run', f'--init_from={tmp_path}/base', *LORA, dataset=dataset)
     shutil.rmtree(tmp_path / 'base')
     train(tmp_path / 'base', '--seed=2', dataset=dataset)
-    for args in (['evaluate.py', 'loss', f'--out_dir={tmp_path}/run'], ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
+    for args in (['eval.py', 'loss', f'--out_dir={tmp_path}/run'], ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
         assert 'is an adapter for another base' in (line := one_line(run(*args))) and 'blocks.0.attn.k.weight differs' in line
     shutil.rmtree(tmp_path / 'base')
     assert f'is an adapter beside {tmp_path}/base/step_00000010, which is not there' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
@@ -481,7 +481,7 @@ def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_pa
     done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run', f'--adapter=b={tmp_path}/run', '--shares=[2, 0.5]',
                f'--out_dir={tmp_path}/both')
     assert done.returncode == 0, done.stderr
-    loss = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/both')  # it knows its data
+    loss = run('eval.py', 'loss', f'--out_dir={tmp_path}/both')  # it knows its data
     assert loss.returncode == 0, loss.stderr
     merged = lora_delta(load_model(str(tmp_path / 'both'))[0])
     assert torch.allclose(merged, 2.5 * lora_delta(load_model(str(tmp_path / 'run'))[0]), atol=1e-6)

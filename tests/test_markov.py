@@ -12,9 +12,9 @@ from conftest import ROOT, one_line, read_log, run, write_dataset
 import checkpoint
 from configurator import configure
 from device import free_memory
+from features.lora.packed import pack
 from model import ModelConfig, make_model
 from optim import OptimConfig, clip_gradient, make_optimizer
-from packed import pack
 from sample import generate
 from train import Settings
 

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import options, read_config
+from features.lora.packed import FrozenLinear
 from model import BigramLoss, ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
 from origin import model_config
-from packed import FrozenLinear
 from sample import KVCache
 from train import Settings
 

@@ -17,12 +17,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import checkpoint
 from configurator import UserError, read_config
-from experts import in_use
-from growth import upcycle
+from features.growth.networks import upcycle
+from features.lora.packed import pack
+from features.moe.experts import in_use
 from model import ModelConfig, MoE, make_model
 from optim import OptimConfig, make_optimizer
 from origin import fill, model_config
-from packed import pack
 from train import Settings
 
 KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True), dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),

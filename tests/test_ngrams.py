@@ -5,7 +5,7 @@ from math import log
 import numpy as np
 import pytest
 
-from ngrams import bigram, count_ngrams, discounts, interpolated_bigram, kneser_ney, low_rank_bigrams, pair_counts, tuned, unigram
+from features.markov.ngrams import bigram, count_ngrams, discounts, interpolated_bigram, kneser_ney, low_rank_bigrams, pair_counts, tuned, unigram
 
 
 def stream(length, vocab_size, seed=0):

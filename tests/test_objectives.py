@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import one_line, read_log, run, sha256, train, write_dataset
 
-import objectives
+from batches import Mixture, Source, validation_batch
 from configurator import UserError
-from data import Mixture, Source, validation_batch
+from features.hf.tokenizer_json import to_json
+from features.t5 import objectives
+from features.t5.objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
 from model import ModelConfig, Transformer
-from objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
 from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
 from tokenizer import ByteTokenizer, Reserved, load_tokenizer
-from tokenizer_json import to_json
 from train import Settings
 
 EOT, RESERVED = 1, (100, 149)
@@ -231,7 +231,7 @@ def test_pairs_that_do_not_fit_are_counted(tmp_path, monkeypatch):
         f'{where}: 4 of {count} pairs do not fit block_size=40, source_size=55: '
         f'4 of {count} targets cut to 40 tokens, losing up to 21')
     assert as_pairs(folder, 0, 'val').too_long() == ''
-    monkeypatch.setattr('data.LOOK_AT', 2)
+    monkeypatch.setattr('batches.LOOK_AT', 2)
     assert f'{where}: 2 of the first ' in as_pairs(folder, 0).too_long()
 
 
@@ -241,7 +241,7 @@ def test_training_says_at_its_start_what_of_pairs_is_cut(tmp_path):
     lines = [line for line in done.stdout.splitlines() if 'do not fit' in line]
     assert len(lines) == 2 and f'data: {folder}, train: ' in lines[0] and f'data: {folder}, val: ' in lines[1]
     assert 'pairs do not fit block_size=32: ' in lines[0] and 'sources cut' not in lines[0]
-    loss = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/run', '--device=cpu').stdout
+    loss = run('eval.py', 'loss', f'--out_dir={tmp_path}/run', '--device=cpu').stdout
     assert lines[1].removeprefix('data: ') in loss
 
 
@@ -326,7 +326,7 @@ def test_two_processes_are_one(reserved, tmp_path):
 
 def test_evaluate_has_the_loss_of_the_run(reserved, tmp_path):
     train(tmp_path / 'out', *SETUPS['decoder'], dataset=reserved)
-    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/out', '--device=cpu', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={tmp_path}/out', '--device=cpu', '--dtype=float32')
     assert f'{read_log(tmp_path / "out")[-1]["val_loss"]:.4f}' in done.stdout, done.stdout + done.stderr
 
 

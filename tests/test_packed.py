@@ -8,8 +8,8 @@ from conftest import one_line, read_log, train
 from test_lora import adapted, ids, network
 
 import checkpoint
-from lora import how_stored
-from packed import BLOCK, Packed, nf4_pairs, pack_frozen
+from features.lora.layers import how_stored
+from features.lora.packed import BLOCK, Packed, nf4_pairs, pack_frozen
 from train import Settings
 
 QLORA = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

@@ -7,9 +7,9 @@ import torch
 from conftest import read_log, run, train
 
 import surgery
-from data import Mixture, Source, fill
+from batches import Mixture, Source, fill
+from features.t5.objectives import Objective
 from model import ModelConfig, make_model
-from objectives import Objective
 from prepare import Settings, prepare
 
 KINDS = {'rope': dict(position='rope', value_residual=True, qk_norm=True), 'learned': dict(position='learned', bias=True, norm='layernorm'),
@@ -102,7 +102,7 @@ def test_a_run_on_packed_pairs_learns_and_is_judged_as_one_on_padded_ones(pairs,
     assert logs['stream'][-1] < logs['stream'][0] - 2 and logs['document'][-1] < logs['document'][0] - 2
     train(tmp_path / 'next', *args, f'--init_from={tmp_path}/stream', '--max_iters=1', dataset=pairs)
     assert read_log(tmp_path / 'next')[0]['val_loss'] == pytest.approx(logs['stream'][-1], abs=1e-5)
-    done = run('evaluate.py', 'loss', f'--out_dir={tmp_path}/stream', '--dtype=float32')
+    done = run('eval.py', 'loss', f'--out_dir={tmp_path}/stream', '--dtype=float32')
     assert float(done.stdout.split(' nats a token')[0].split()[-1]) == pytest.approx(logs['stream'][-1], abs=1e-4)
     done = run('surgery.py', 'factorize', f'--from={tmp_path}/stream', f'--out_dir={tmp_path}/low', '--rank_qk=16')
     assert done.returncode == 0, done.stderr

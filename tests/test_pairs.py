@@ -9,8 +9,8 @@ from conftest import one_line, run, train
 
 import prepare
 from configurator import UserError
-from sources import Reader, documents, fill, find_files, sections, text_of
-from summaries import read_pairs
+from features.study.summaries import read_pairs
+from features.text.sources import Reader, documents, fill, find_files, sections, text_of
 from tokenizer import ByteTokenizer
 
 ALPACA = r'### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n'
@@ -94,7 +94,7 @@ def test_a_network_is_held_against_its_own_validation_pairs(tmp_path):
     (tmp_path / 'tales.txt').write_text('<|endoftext|>\n'.join(f'Summary: {n} is it.\nStory: A tale of {n}.\n' for n in range(30)))
     found = prepared(tmp_path, tmp_path / 'tales.txt', '--source=Story', '--target=Summary')
     train(tmp_path / 'run', '--objective=seq2seq', '--n_encoder_layer=1', '--block_size=16', '--source_size=24', '--max_iters=2', dataset=tmp_path / 'data')
-    done = run('evaluate.py', 'summaries', f'--out_dir={tmp_path}/run', '--max_new_tokens=8', f'--csv={tmp_path}/t.csv', '--device=cpu')
+    done = run('eval.py', 'summaries', f'--out_dir={tmp_path}/run', '--max_new_tokens=8', f'--csv={tmp_path}/t.csv', '--device=cpu')
     rows = list(csv.DictReader(open(tmp_path / 't.csv', encoding='utf-8')))
     assert done.returncode == 0 and f'{len(rows)} texts' in done.stdout and 1 < len(rows) < 30
     assert all(found[row['source']] == row['reference'] for row in rows)

@@ -22,12 +22,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import adapters
 import hub
-import lora
-import peft_files
 from configurator import UserError
-from lora import LoraConfig
+from features.lora import adapters, peft_files
+from features.lora import layers as lora
+from features.lora.layers import LoraConfig
 from origin import add_adapters, fill, load_model
 
 transformers.logging.set_verbosity_error()

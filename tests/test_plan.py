@@ -11,11 +11,11 @@ import torch
 from conftest import one_line, read_log, run, run_here, sha256
 
 import checkpoint
-import faults
 import train as training
 from configurator import UserError
+from features.plan.dial import Pace, batch_tokens, fit_minutes, plan, shape, size
+from features.scale import faults
 from loss import EVAL_ROWS
-from plan import Pace, batch_tokens, fit_minutes, plan, shape, size
 from runlog import Log
 from train import Settings
 
@@ -52,13 +52,13 @@ def test_parameters_and_tokens_are_met_as_nearly_as_depths_allow():
 
 
 def test_more_minutes_make_a_larger_network(monkeypatch):
-    monkeypatch.setattr('plan.peak_flops', lambda device, dtype: 1e11)
+    monkeypatch.setattr('features.plan.dial.peak_flops', lambda device, dtype: 1e11)
     depths = [planned(minutes=m)[0].n_layer for m in (1, 60, 6000)]
     assert depths == sorted(depths) and depths[0] < depths[2]
 
 
 def test_little_data_makes_a_larger_network_rather_than_more_than_four_epochs(monkeypatch):
-    monkeypatch.setattr('plan.peak_flops', lambda device, dtype: 1e12)
+    monkeypatch.setattr('features.plan.dial.peak_flops', lambda device, dtype: 1e12)
     much, little = (planned(minutes=5, data_tokens=tokens)[0] for tokens in (1e12, 1e6))
     assert little.n_layer > much.n_layer
     assert planned(tokens=1e7, data_tokens=1e4)[0].n_layer == planned(tokens=1e7)[0].n_layer  # tokens that are given are given
@@ -170,7 +170,7 @@ class Machine:
     """Runs train.py with a clock that only its steps move."""
     def __init__(self, patch, seconds_per_step):
         self.now = 0.0
-        for module in ('plan', 'runlog'):
+        for module in ('features.plan.dial', 'runlog'):
             patch.setattr(f'{module}.process_age', lambda: self.now)
         train_step = training.train_step
 

@@ -24,11 +24,11 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
 import prepare
-import sources
+from batches import Source, TokenFiles
 from configurator import UserError, run_main
-from data import Source, TokenFiles
+from features.text import sources
+from features.text.sources import Reader, divide, documents, find_files
 from prepare import Settings
-from sources import Reader, divide, documents, find_files
 from tokenizer import load_tokenizer, new_tokenizer
 
 WORDS = sorted(set(inspect.getsource(argparse).split(' '))) + ['très', '中文', '😀']
@@ -58,7 +58,7 @@ def data_files(folder):
 
 
 def read(folder, split):
-    """The texts of a split, through data.py and the tokenizer."""
+    """The texts of a split, through batches.py and the tokenizer."""
     files = TokenFiles(str(folder), split, verify=True)
     tokenizer = load_tokenizer(files.meta['tokenizer'], folder)
     ends = [files.read(files.document(n)[1] - 1, 1)[0] for n in range(files.documents)]
@@ -510,7 +510,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         (tmp_path / f'{size}.txt').write_text((story(size, 2000) + '\n') * (size * 10))
         write_jsonl(tmp_path / f'{size}.jsonl', [story(size, 300)] * (size * 100))
         args = [tmp_path / f'{size}.txt', tmp_path / f'{size}.jsonl', f'--out={tmp_path / str(size)}', '--tokenizer=byte', '--num_proc=1', '--split=tail']
-        done = run('-c', 'import sources, prepare; sources.TASK_SIZE = 2 ** 17; prepare.main(); print(open("/proc/self/status").read())', *args)
+        code = ('import prepare; from features.text import sources; sources.TASK_SIZE = 2 ** 17; prepare.main(); '
+                'print(open("/proc/self/status").read())')
+        done = run('-c', code, *args)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.partition('VmHWM:')[2].split()[0]) / 1024)
     assert peaks[1] < peaks[0] + 15, peaks
@@ -519,7 +521,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 # --- whatever the processes and the interruptions ---
 
 # small tasks, and a record of progress after each: what a large corpus meets in hours happens in a second
-SMALL = ('import sources, tokenfiles, prepare; sources.TASK_SIZE = 4000; tokenfiles.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; '
+SMALL = ('import prepare; from features.text import sources, tokenfiles; sources.TASK_SIZE = 4000; tokenfiles.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; '
          'prepare.run_main(prepare.main)')
 
 

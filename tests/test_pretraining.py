@@ -12,8 +12,8 @@ from conftest import read_log, runs_here
 import compare
 from configurator import UserError
 from experiments import pretraining
-from summaries import scorer
-from sweep import read_settings
+from features.study.summaries import scorer
+from features.study.sweep import read_settings
 
 SIZES = dict(n_encoder_layer=1, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, source_size=48, block_size=64, batch_size=4, max_iters=4, tuning_iters=4,
              eval_interval=2, eval_iters=1, dtype='float32')

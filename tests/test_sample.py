@@ -17,16 +17,16 @@ from test_export import written
 import checkpoint
 import device
 import sample
-import tasks
+from batches import TokenFiles, read_meta
 from configurator import UserError
-from data import TokenFiles, read_meta
+from features.hf.tokenizer_json import to_json
+from features.lora.packed import Packed, pack
+from features.study import tasks
 from model import ModelConfig, Transformer
-from packed import Packed, pack
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
 from tokenizer import EOT, JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
-from tokenizer_json import to_json
 
 
 def model(**settings):
@@ -410,12 +410,12 @@ def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(tra
     monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype: speeds[dtype])
     (tmp_path / 'text.txt').write_text('the quick')
     short = ['sample.py', '--num_samples=1', '--max_new_tokens=3']
-    text = ['evaluate.py', 'text', tmp_path / 'text.txt']
+    text = ['eval.py', 'text', tmp_path / 'text.txt']
     for args, dtype in ((short, 'bfloat16'),
                         ([*short, '--temperature=0'], 'float32'),
                         ([*short, '--num_beams=2'], 'float32'),
                         ([*short, '--temperature=0', '--dtype=bfloat16'], 'bfloat16'),
-                        (['evaluate.py', 'loss'], 'float32'),
+                        (['eval.py', 'loss'], 'float32'),
                         (text, 'float32'),
                         ([*text, '--dtype=bfloat16'], 'bfloat16')):
         done = run(*args, f'--out_dir={trained}', '--device=cpu')
@@ -429,8 +429,8 @@ def test_damaged_weights_are_noticed_wherever_they_are_used(trained, tmp_path):
     weights['norm_f.weight'][:] = 3e38  # a checkpoint with NaN in it is not written
     folder = checkpoint.save(str(tmp_path), 1, weights, {}, checkpoint.load_state(folder))
     (tmp_path / 'text.txt').write_text('the quick')
-    for args in (['sample.py'], ['sample.py', '--num_beams=2', '--max_new_tokens=9'], ['evaluate.py', 'loss'],
-                 ['evaluate.py', 'text', tmp_path / 'text.txt']):
+    for args in (['sample.py'], ['sample.py', '--num_beams=2', '--max_new_tokens=9'], ['eval.py', 'loss'],
+                 ['eval.py', 'text', tmp_path / 'text.txt']):
         assert 'the weights are damaged' in one_line(run(*args, f'--out_dir={folder}', '--device=cpu')), args
 
 
@@ -518,7 +518,7 @@ def test_a_checkpoint_from_before_start_tokens_is_read_as_it_was_trained(documen
     assert tasks.encode_pair(tokenizer, 'ZA', 'B') == ([90, 65], [66]) and tasks.encode_pair(tokenizer, '', 'Z') == ([256], [90])
     files = TokenFiles(f'{documents.parent}/data', 'val')
     for folder, targets in ((documents, files.tokens), (old, files.tokens - files.documents)):
-        assert f'all {targets:,} targets' in run('evaluate.py', 'loss', f'--out_dir={folder}').stdout
+        assert f'all {targets:,} targets' in run('eval.py', 'loss', f'--out_dir={folder}').stdout
     args = ['--packing=document', '--max_iters=70', '--eval_interval=30']
     error = one_line(train(old, *args, dataset=documents.parent / 'data', check=False))
     assert f'packing=document: rows begin with token 256 here, those of the run in {old} without a start token: give another --out_dir' in error

@@ -12,9 +12,9 @@ from test_export import written
 from test_model import tiny
 
 import sample
-import summaries
 from configurator import UserError
-from summaries import read_pairs, scorer, strip, write
+from features.study import summaries
+from features.study.summaries import read_pairs, scorer, strip, write
 from tokenizer import ByteTokenizer
 
 
@@ -66,12 +66,12 @@ def test_the_command_prints_means_and_writes_a_table(tmp_path):
     folder = written(tmp_path / 'run', tiny(vocab_size=257, block_size=48, n_encoder_layer=2, source_size=64, zero_init=False), ByteTokenizer())
     path = tmp_path / 'pairs.jsonl'
     path.write_text(''.join(json.dumps({'text': f'text {n}', 'short': ['a', f'b {n}']}) + '\n' for n in range(5)))
-    done = run('evaluate.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=10', f'--csv={tmp_path}/t.csv',
+    done = run('eval.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=10', f'--csv={tmp_path}/t.csv',
                '--stripped=True', '--device=cpu', '--dtype=float32')
     assert done.returncode == 0 and 'pairs.jsonl  5 texts  rougeL ' in done.stdout and 'reference  a' in done.stdout, done.stdout + done.stderr
     rows = list(csv.DictReader(open(tmp_path / 't.csv', encoding='utf-8')))
     assert len(rows) == 5 and rows[3]['source'] == 'text 3'
-    done = run('evaluate.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=4', '--limit=1', '--device=cpu')
+    done = run('eval.py', 'summaries', f'--out_dir={folder}', path, '--source=text', '--target=short', '--max_new_tokens=4', '--limit=1', '--device=cpu')
     assert re.search(r'  1 texts  rougeL [\d.]+ ± n/a', done.stdout), done.stdout + done.stderr
     model, tokenizer = sample.load(folder, encoder=True)
     assert rows[3]['written'] == write(model, tokenizer, ['text 3'], 10, 0, 1, torch.device('cpu'), 'float32')[0]
@@ -97,6 +97,6 @@ def test_only_a_newline_ends_a_line_of_pairs_and_a_byte_order_mark_is_no_text(tm
 def test_more_than_the_network_writes_is_refused(tmp_path):
     folder = written(tmp_path / 'run', tiny(vocab_size=257, n_encoder_layer=2), ByteTokenizer())
     (tmp_path / 'p.jsonl').write_text('{"source": "x", "target": "y"}')
-    assert 'max_new_tokens=100' in one_line(run('evaluate.py', 'summaries', f'--out_dir={folder}', tmp_path / 'p.jsonl'))
-    assert 'no-such.jsonl' in one_line(run('evaluate.py', 'summaries', f'--out_dir={folder}', 'no-such.jsonl'))
+    assert 'max_new_tokens=100' in one_line(run('eval.py', 'summaries', f'--out_dir={folder}', tmp_path / 'p.jsonl'))
+    assert 'no-such.jsonl' in one_line(run('eval.py', 'summaries', f'--out_dir={folder}', 'no-such.jsonl'))
     assert summaries.STOP_WORDS >= {'the', 'not'}

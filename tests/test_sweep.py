@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, one_line, run, write_dataset
 
-import sweep
 from configurator import UserError
-from sweep import Sweep, expand, locked, outcome, places, read_log, read_sweep, run_missing, sizes, start, state
+from features.study import sweep
+from features.study.sweep import Sweep, expand, locked, outcome, places, read_log, read_sweep, run_missing, sizes, start, state
 
 BASE = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4, 'device': 'cpu', 'dtype': 'float32', 'max_iters': 10, 'learning_rate': 1e-2,
         'log_interval': 1, 'eval_interval': 5, 'eval_iters': 4}

@@ -6,9 +6,9 @@ import pytest
 from conftest import one_line, run
 
 import prepare
-import synthetic
-from data import TokenFiles
-from synthetic import entropy_rate, follow, generate, transitions
+from batches import TokenFiles
+from features.text import synthetic
+from features.text.synthetic import entropy_rate, follow, generate, transitions
 
 
 def test_the_entropy_of_a_chain_of_two_letters_by_hand():

@@ -19,9 +19,9 @@ import checkpoint
 import hub
 from configurator import UserError, read_config
 from device import autocast
+from features.lora.packed import pack
 from model import RelativeBias, Transformer
 from origin import model_config
-from packed import pack
 from sample import KVCache, beam_search, generate, pad, step
 from tokenizer import ByteTokenizer
 from train import Settings
@@ -307,7 +307,7 @@ def test_sample_writes_what_transformers_writes(tmp_path):
     (['sample.py', '--init_from=hf:{}', '--start=' + 'x' * 40], 'what the encoder reads has 41 tokens'),
     (['sample.py', '--init_from=hf:{}', '--num_beams=2'], 'max_new_tokens=300'),
     (['hub.py', 'export', '--out_dir={}/../run', '--to={}x', '--as=custom'], 'is an encoder-decoder'),
-    (['evaluate.py', 'text', '--out_dir=hf:{}', '{}/../text.txt'], 'is an encoder-decoder'),
+    (['eval.py', 'text', '--out_dir=hf:{}', '{}/../text.txt'], 'is an encoder-decoder'),
     (['surgery.py', 'inherit', '--from=hf:{}', '--layers=0', '--out_dir={}/x'], 'is an encoder-decoder'),
     (['train.py', '--init_from=hf:{}', '--dataset={}/../pairs'], 'objective=causal')], ids=str)
 def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):

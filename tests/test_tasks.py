@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT, one_line, run
 from test_hub import saved, theirs, write_tokenizer
 
-import harness
 from configurator import UserError
+from features.study import harness
+from features.study.tasks import Item, encode_pair, figures, mean_and_error, read_items, score, score_items, score_text, show_error, windows, with_shots
 from sample import generate, load
-from tasks import Item, encode_pair, figures, mean_and_error, read_items, score, score_items, score_text, show_error, windows, with_shots
 from tokenizer import ByteTokenizer, new_tokenizer
 
 LAMBADA = [{'context': f'the {n} small cats sat on a very old mat, and then the {n}', 'continuation': word}
@@ -95,7 +95,7 @@ def test_item_by_item_the_numbers_are_those_of_the_harness(folder, model, tmp_pa
 
 def run_harness(folder, tmp_path, tasks, **options):
     args = ['harness', f'--out_dir=hf:{folder}', f'--include={tmp_path}', '--device=cpu', '--dtype=float32']
-    return run('evaluate.py', *args, f'--tasks={tasks}', **options)
+    return run('eval.py', *args, f'--tasks={tasks}', **options)
 
 
 def test_the_harness_runs_on_our_models_by_itself(folder, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_the_harness_runs_on_our_models_by_itself(folder, tmp_path, monkeypatch)
     monkeypatch.setattr('lm_eval.tasks.TaskManager', ours_alone)  # lm-eval's own are thousands of files: 20 seconds
     done = run_harness(folder, tmp_path, 'ours_choices,ours_lambada')
     assert done.returncode == 0, done.stderr
-    ours = run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', '--dtype=float32', '--delimiter=\nAnswer: ', f'{tmp_path}/ours_choices.jsonl')
+    ours = run('eval.py', 'tasks', f'--out_dir=hf:{folder}', '--dtype=float32', '--delimiter=\nAnswer: ', f'{tmp_path}/ours_choices.jsonl')
     found = {line.split('|')[5].strip(): float(line.split('|')[7]) for line in done.stdout.splitlines() if line.startswith(('|ours_choices', '|    '))}
     assert f'acc {found["acc"]:.4f}' in ours.stdout
     assert "lm-eval has no such task" in run_harness(folder, tmp_path, 'ours_choices,nothing').stderr
@@ -156,29 +156,11 @@ def test_the_harness_lets_our_models_write(model, tmp_path):
         assert sample['resps'][0][0] == tokenizer.decode(prompt + [int(i) for i in ids])[len(tokenizer.decode(prompt)):]
 
 
-def test_libraries_are_imported_before_files_of_ours_with_their_name(tmp_path, monkeypatch):
-    """evaluate.py hid the package evaluate: a plain script has its own folder first on sys.path."""
-    (tmp_path / 'evaluate').mkdir()
-    (tmp_path / 'evaluate' / '__init__.py').write_text('from evaluate.loading import load')
-    (tmp_path / 'evaluate' / 'loading.py').write_text('def load(name):\n    return name')
-    ours = {name: importlib.import_module(name) for name in ('evaluate', 'tasks', 'harness')}
-    monkeypatch.setattr(harness, 'THEIRS', {})
-    monkeypatch.setattr(sys, 'path', [str(ROOT), str(tmp_path), *sys.path])
-    path, found = sys.path[:], []
-    for _ in range(2):
-        with harness.libraries_first():
-            found.append(importlib.import_module('evaluate'))
-            assert found[-1].load('rouge') == 'rouge' and found[-1].loading.load is found[-1].load
-        assert sys.path == path and 'evaluate.loading' not in sys.modules
-        assert {name: importlib.import_module(name) for name in ours} == ours
-    assert found[0] is found[1] is not ours['evaluate']
-
-
-def test_no_file_of_ours_is_called_as_a_library_but_for_one():
-    """What harness.libraries_first() is there for: no second one may come to need it."""
+def test_no_file_of_ours_hides_a_library():
+    """The folder of a script is first on sys.path: evaluate.py once hid the package that lm-eval imports."""
     names = {path.stem for path in ROOT.glob('*.py')}
     libraries = importlib.metadata.packages_distributions().keys() | sys.stdlib_module_names
-    assert 'torch' in libraries and names & libraries <= {'evaluate'}, names & libraries
+    assert 'torch' in libraries and not names & libraries, names & libraries
 
 
 def harness_task(folder, texts, **generation):
@@ -201,7 +183,6 @@ def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, 
 
     def stream(model, tokenizer, prompts, stop, max_new_tokens, temperature):
         read.append((len(prompts[0]), max_new_tokens))
-        assert sys.path[-1] == str(ROOT)  # libraries_first(), for what tasks import
         return [(0, 'x')] * max_new_tokens
     monkeypatch.setattr(harness, 'stream', stream)
     harness_task(tmp_path, ['a' * 30, 'b' * 90, 'c' * 200], until=['\n\n'])
@@ -314,16 +295,16 @@ def test_a_single_item_has_no_standard_error():
 
 def test_tasks_and_texts_from_the_command_line(folder, tmp_path):
     files = [write(tmp_path / 'lambada.jsonl', LAMBADA), write(tmp_path / 'choices.jsonl', CHOICES), write(tmp_path / 'pairs.jsonl', PAIRS)]
-    done = run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', *files, '--dtype=float32', f'--csv={tmp_path}/items.csv')
+    done = run('eval.py', 'tasks', f'--out_dir=hf:{folder}', *files, '--dtype=float32', f'--csv={tmp_path}/items.csv')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any('lambada.jsonl' in line and 'perplexity' in line for line in lines) and any('choices.jsonl' in line and 'acc_norm' in line for line in lines)
     rows = list(csv.DictReader(open(tmp_path / 'items.csv')))
     assert len(rows) == 13 and rows[4]['gold'] == '0' and len(rows[4]['nats'].split()) == 4
-    assert ' 2 items' in run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=2', '--shots=1').stdout
-    assert '0 ± n/a  acc_norm' in run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=1').stdout
+    assert ' 2 items' in run('eval.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=2', '--shots=1').stdout
+    assert '0 ± n/a  acc_norm' in run('eval.py', 'tasks', f'--out_dir=hf:{folder}', files[1], '--limit=1').stdout
     (tmp_path / 'a.txt').write_text('naïve cats ' * 30)
-    done = run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt')
+    done = run('eval.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt')
     assert done.returncode == 0 and '360 tokens, 360 bytes' in done.stdout and 'perplexity' in done.stdout, done.stderr
 
 
@@ -379,14 +360,14 @@ def test_damaged_weights_score_nothing(model):
 def test_examples_come_from_the_whole_file_whatever_the_limit(folder, tmp_path):
     task, tables = write(tmp_path / 'task.jsonl', CHOICES), []
     for limit in (0, 1):
-        run('evaluate.py', 'tasks', f'--out_dir=hf:{folder}', task, '--shots=2', f'--limit={limit}', f'--csv={tmp_path}/{limit}.csv', '--dtype=float32')
+        run('eval.py', 'tasks', f'--out_dir=hf:{folder}', task, '--shots=2', f'--limit={limit}', f'--csv={tmp_path}/{limit}.csv', '--dtype=float32')
         tables.append(list(csv.DictReader(open(tmp_path / f'{limit}.csv'))))
     assert len(tables[1]) == 1 < len(tables[0]) and tables[0][0]['nats'][:6] == tables[1][0]['nats'][:6]
 
 
 def test_line_ends_and_a_byte_order_mark_are_read_as_they_are(folder, tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'one\r\ntwo\r\n')
-    assert ' 10 bytes' in run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt').stdout
+    assert ' 10 bytes' in run('eval.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt').stdout
     (tmp_path / 'task.jsonl').write_bytes(b'\xef\xbb\xbf' + json.dumps(LAMBADA[0]).encode() + b'\r\n')
     assert len(read_items(f'{tmp_path}/task.jsonl')) == 1
 
@@ -402,7 +383,7 @@ def test_a_byte_order_mark_is_no_text(folder, tmp_path):
     shown = []
     for mark in (b'', b'\xef\xbb\xbf'):
         (tmp_path / 'a.txt').write_bytes(mark + b'one two')
-        shown.append(run('evaluate.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt', '--device=cpu', '--dtype=float32').stdout)
+        shown.append(run('eval.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt', '--device=cpu', '--dtype=float32').stdout)
     assert shown[0] == shown[1] and ' 7 bytes' in shown[0]
 
 
@@ -413,4 +394,4 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
                                  ('text', [f'{tmp_path}/no.txt'], 'No such file'), ('text', [task, '--stride=97'], 'stride=97'),
                                  ('text', ['/dev/null'], '/dev/null: is empty'), ('tasks', [task, f'--csv={task}'], 'is a task'),
                                  ('harness', [], 'tasks: none is given'), ('harness', ['--tasks=a', '--shots=-1'], 'shots=-1')]:
-        assert words in one_line(run('evaluate.py', command, f'--out_dir=hf:{folder}', *args))
+        assert words in one_line(run('eval.py', command, f'--out_dir=hf:{folder}', *args))

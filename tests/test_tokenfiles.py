@@ -13,12 +13,11 @@ from conftest import ROOT, run
 from test_prepare import contents, do, read, story, write_jsonl
 
 import prepare
-import sources
-import tokenfiles
+from batches import Mixture, TokenFiles
 from configurator import UserError
-from data import Mixture, TokenFiles
-from sources import Reader, Task, find_files
-from tokenfiles import part_folder
+from features.text import sources, tokenfiles
+from features.text.sources import Reader, Task, find_files
+from features.text.tokenfiles import part_folder
 
 
 def test_shards_hold_whole_documents_and_together_the_same(tmp_path, monkeypatch):
@@ -128,7 +127,7 @@ def test_a_machine_for_each_part_one_of_which_is_killed(corpus, tmp_path):
         shutil.copytree(corpus, copy)
         for path in copy.iterdir():
             os.utime(path, (n, n))  # copied at another time
-    code = 'import sources, prepare; sources.TASK_SIZE = 3000; prepare.SAVE_EVERY = 0\n{}\nprepare.run_main(prepare.main)'
+    code = 'import prepare; from features.text import sources; sources.TASK_SIZE = 3000; prepare.SAVE_EVERY = 0\n{}\nprepare.run_main(prepare.main)'
     killed = ('import os, signal; replace = prepare.replace_json\n'
               'prepare.replace_json = lambda path, value: (replace(path, value), value.get("tasks") == 9 and os.kill(os.getpid(), signal.SIGKILL))')
     command = [sys.executable, '-c', code.format('pass'), 'corpus', '--tokenizer=bpe:700', '--val_fraction=0.2', f'--out={tmp_path / "out"}', '--num_proc=1']

@@ -15,8 +15,8 @@ from tiktoken_ext import openai_public
 
 import tokenizer as module
 from configurator import UserError
+from features.hf.tokenizer_json import to_json
 from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
-from tokenizer_json import to_json
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
@@ -265,7 +265,7 @@ def test_char_ids_are_nanogpt_s():
     t = new_tokenizer('char', ['hello', 'world'])
     assert t.encode('hold') == [sorted(set('helloworld')).index(c) for c in 'hold'] and (t.vocab_size, t.eot) == (8, 7)
     assert t.decode([*t.encode('hold'), t.eot]) == 'hold<|endoftext|>'
-    old = load_tokenizer({'kind': 'char', 'chars': 'dehlorw', 'eot': None}, '.')  # what data.py makes of a meta.pkl
+    old = load_tokenizer({'kind': 'char', 'chars': 'dehlorw', 'eot': None}, '.')  # what batches.py makes of a meta.pkl
     assert old.encode('hold') == t.encode('hold') and (old.vocab_size, old.eot) == (7, None)
     with pytest.raises(UserError, match="character 'é' is not among the 7 characters"):
         t.encode('héllo')

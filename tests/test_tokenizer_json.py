@@ -3,8 +3,8 @@ import pytest
 import tokenizers
 
 from configurator import UserError
+from features.hf.tokenizer_json import last_merge, to_json
 from tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, char_tokenizer, new_tokenizer, train_bpe
-from tokenizer_json import last_merge, to_json
 
 TEXTS = ['Once upon a time there was a cat.', '  two  blanks,\n\n\ttabs   ', "it's 12345 <|endof", 'naïve façade — 你好 🙂', '\r\n \x00', '']
 

@@ -24,16 +24,16 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
-import faults
 import runlog
 import train as training
+from batches import Mixture, Source, validation_batch, validation_rows
 from configurator import UserError
-from data import Mixture, Source, validation_batch, validation_rows
-from guard import FirstSteps, GuardConfig
+from features.scale import faults
+from features.scale.guard import FirstSteps, GuardConfig
+from features.scale.ranks import Ranks
 from loss import evaluate
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
-from ranks import Ranks
 from run import Batches, compile_all
 from runlog import Interval, show_samples
 from tokenizer import new_tokenizer
@@ -781,8 +781,8 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
     done = train(out, '--max_iters=1', '--n_layer=1', '--n_embd=8', '--sample_tokens=5', dataset=folder)
     assert done.stdout.count('its tokenizer is not known') == 1 and '\n    |' not in done.stdout and '\nno sample' not in done.stdout
     assert 'tokenizer of this network is not known' in one_line(run('sample.py', f'--out_dir={out}', '--device=cpu'))
-    assert 'tokenizer of this network is not known' in one_line(run('evaluate.py', 'text', f'--out_dir={out}', ROOT / 'README.md', '--device=cpu'))
-    assert run('evaluate.py', 'loss', f'--out_dir={out}', '--device=cpu').returncode == 0
+    assert 'tokenizer of this network is not known' in one_line(run('eval.py', 'text', f'--out_dir={out}', ROOT / 'README.md', '--device=cpu'))
+    assert run('eval.py', 'loss', f'--out_dir={out}', '--device=cpu').returncode == 0
     done = run('hub.py', 'export', '--as=custom', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
     assert done.returncode == 0 and 'no tokenizer is written' in done.stdout and not (tmp_path / 'hf' / 'tokenizer.json').exists()
 

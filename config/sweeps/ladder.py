@@ -1,5 +1,5 @@
 # The rungs of the ladder that are trained: bigrams by gradient, of full and of low rank, and a small transformer
-#   python evaluate.py ladder --dataset=tinystories
+#   python eval.py ladder --dataset=tinystories
 import config.fast
 
 base = {'block_size': 256, 'batch_size': 16, 'eval_iters': 0}  # 4,096 tokens a step

@@ -16,7 +16,7 @@ def child(root, args, environment, output, folder):
     sys.argv = ['train.py', *args]
     import torch
     torch.set_num_threads(1)
-    import faults
+    from features.scale import faults
     faults.FAULTS.clear()  # a script that was imported again to get here may have read another environment
     faults.arm()
     import train

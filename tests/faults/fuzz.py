@@ -28,12 +28,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hub
-import peft_files
 import prepare
-import sources
+from batches import Mixture, read_meta
 from configurator import UserError, configure, from_dict
-from data import Mixture, read_meta
-from lora import LoraConfig, begin
+from features.lora import peft_files
+from features.lora.layers import LoraConfig, begin
+from features.text import sources
 from model import make_model
 from tokenizer import load_tokenizer
 from train import Settings
@@ -170,7 +170,7 @@ def llama():
         model = make_model(cfg, init=False)
         model.load_state_dict(weights)
         begin(model, LoraConfig(lora_rank=2), is_new=True)
-        import adapters
+        from features.lora import adapters
         saved = adapters.described(model.lora.known['default'].description(), adapters.state(model))
         peft_files.write(f'{folder}/adapter', cfg, saved, 'llama')
         read = [{path.name: path.read_bytes() for path in Path(folder, name).iterdir()} for name in ('base', 'adapter')]
@@ -209,7 +209,7 @@ def adapter_case(case):
         changed_folder(folder, files, 'adapter_config.json', 'adapter_model.safetensors', case)
         saved = right_or_refused(lambda: peft_files.read(folder, cfg))
         if saved is not None:
-            import adapters
+            from features.lora import adapters
             model = make_model(cfg, init=False)
             right_or_refused(lambda: adapters.add(model, saved, folder, 'default'))
 

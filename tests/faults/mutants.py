@@ -31,21 +31,22 @@ MUTANTS = [
     ('train.py', 'finite = math.isfinite(norm)', 'finite = True', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
     ('train.py', 'targets, stop = ranks.sum(targets, stop)', 'targets, = ranks.sum(targets)', 'faults/test_running.py', 'leaves_one_checkpoint and 20/'),
     ('train.py', '        if step in run.left_out:', '        if False:', 'faults/test_running.py', 'left_those_steps_out'),
-    ('guard.py', '            if theirs[name] != one:', '            if False:', 'faults/test_running.py', 'weights_that_differ'),
-    ('guard.py', '        if data != starts[0][1]:', '        if False:', 'faults/test_running.py', 'other_data_or_settings'),
-    ('ranks.py', 'join(max(2.0, min(30.0, self.seconds / 4)))', 'join()', 'faults/test_network.py', 'finds_the_run'),
+    ('features/scale/guard.py', '            if theirs[name] != one:', '            if False:', 'faults/test_running.py', 'weights_that_differ'),
+    ('features/scale/guard.py', '        if data != starts[0][1]:', '        if False:', 'faults/test_running.py', 'other_data_or_settings'),
+    ('features/scale/ranks.py', 'join(max(2.0, min(30.0, self.seconds / 4)))', 'join()', 'faults/test_network.py', 'finds_the_run'),
     # ranks
     ('run.py', 'first = (step * world + rank) * rows', 'first = (step + rank * 10 ** 6) * rows', 'faults/test_ranks.py', 'same_order_for_any_split'),
     ('train.py', 'ranks.world / shared', '1 / shared', 'faults/test_ranks.py', 'two_micro_batches'),
     ('train.py', '    share_gradients(run.undivided, ranks)\n', '', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
-    ('shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist', '        return torch.zeros_like(like)\n    dist',
-     'faults/test_shard.py', 'one_process_to_rounding and scalars'),
+    ('features/scale/shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist',
+     '        return torch.zeros_like(like)\n    dist', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     # input
-    ('data.py', 'if n and int(part.max()) >= self.vocab_size:', 'if False:', 'test_data.py', 'damaged_data_set or fuzz'),
-    ('data.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_data.py',
+    ('batches.py', 'if n and int(part.max()) >= self.vocab_size:', 'if False:', 'test_data.py', 'damaged_data_set or fuzz'),
+    ('batches.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_data.py',
      'without_running_its_pickle'),
     ('origin.py', "list(data.fingerprint().values()) == list(state['data'].values())", 'True', 'test_train.py', 'data'),
-    ('sources.py', 'self.part_at(self.position)) if task.starts else at', 'self.part_at(self.position))', 'test_tokenfiles.py', 'together_the_whole'),
+    ('features/text/sources.py', 'self.part_at(self.position)) if task.starts else at', 'self.part_at(self.position))',
+     'test_tokenfiles.py', 'together_the_whole'),
 ]
 
 

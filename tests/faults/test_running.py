@@ -15,9 +15,9 @@ from conftest import ROOT, read_log, run_here, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
-import ranks
 import train
-from guard import StopSignal
+from features.scale import ranks
+from features.scale.guard import StopSignal
 from run import set_up
 
 SLOW = pytest.mark.slow

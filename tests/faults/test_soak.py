@@ -19,7 +19,7 @@ HUGE = """
 import os, sys, time
 began = time.perf_counter()
 sys.path.insert(0, sys.argv[1])
-from data import Mixture
+from batches import Mixture
 mixture = Mixture(sys.argv[2], 'train', 16, seed=1)
 started, times = time.perf_counter() - began, []
 for i in range(100):

@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 import model as networks
+from batches import validation_batch, validation_rows
 from configurator import FilePath, UserError
-from data import validation_batch, validation_rows
+from features.study.pictures import figure, save, write_csv
 from origin import load_model, validation_sources
-from picture import figure, save, write_csv
 
 
 @dataclass

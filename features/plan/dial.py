@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-import lora
-from chinchilla import optima, table
-from configurator import UserError, check, read_config
-from data import GPT2_TOKENS, find_folder, read_meta
+from batches import GPT2_TOKENS, find_folder, read_meta
+from configurator import ROOT, UserError, check, read_config
 from device import peak_flops, process_age
+from features.lora import layers as lora
+from features.plan.chinchilla import optima, table
 from loss import EVAL_ROWS
 from model import ModelConfig, make_model
 
@@ -122,7 +122,7 @@ def plan(s, vocab_size, data_tokens, device, world):
                 setattr(s, name, value)
                 derived[name] = value
 
-    derive(read_config(type(s), os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'fast.py')))
+    derive(read_config(type(s), os.path.join(ROOT, 'config', 'fast.py')))
     budget = s.minutes * 60 * REACHED * world * (peak_flops(device, s.dtype) or 1e14)  # FLOPs
     sizes, problem = {}, None
     for depth in [s.depth] if s.depth else range(1, DEEPEST + 1):

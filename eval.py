@@ -1,15 +1,15 @@
 """
 How good a model is.
 
-    python evaluate.py loss --out_dir=out/tinystories_cpu              # nats per token and bits per byte of a checkpoint, on the whole validation split
-    python evaluate.py text --out_dir=out/tinystories_cpu FILE.txt     # the same and the perplexity of any text
-    python evaluate.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl                   # zero- and few-shot tasks from files (tasks.py)
-    python evaluate.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy          # those of lm-evaluation-harness
-    python evaluate.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target     # ROUGE of what it writes (summaries.py);
+    python eval.py loss --out_dir=out/tinystories_cpu              # nats per token and bits per byte of a checkpoint, on the whole validation split
+    python eval.py text --out_dir=out/tinystories_cpu FILE.txt     # the same and the perplexity of any text
+    python eval.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl                   # zero- and few-shot tasks from files (tasks.py)
+    python eval.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy          # those of lm-evaluation-harness
+    python eval.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target     # ROUGE of what it writes (summaries.py);
                                                                        # without a file, for its own validation pairs
-    python evaluate.py ladder --dataset=tinystories                    # from uniform guesses over counts to a transformer, on the same tokens
+    python eval.py ladder --dataset=tinystories                    # from uniform guesses over counts to a transformer, on the same tokens
 
-`python evaluate.py loss --help` prints the settings of one of them.
+`python eval.py loss --help` prints the settings of one of them.
 """
 import math
 import os
@@ -22,20 +22,18 @@ import numpy as np
 import torch
 
 import checkpoint
-import harness
-import ngrams
 import sample
-import summaries
-import tasks
+from batches import TokenFiles, find_folder
 from configurator import FilePath, UserError, configure_command, run_main, typed_text
-from data import TokenFiles, find_folder
 from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_exact_dtype
+from features.markov import ngrams
+from features.study import harness, summaries, tasks
+from features.study.pictures import figure, save, write_csv
+from features.study.sweep import expand, read_sweep, run_missing
+from features.text.sources import check_template
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
-from picture import figure, save, write_csv
 from run import compile_all
-from sources import check_template
-from sweep import expand, read_sweep, run_missing
 
 # -----------------------------------------------------------------------------
 # The loss of a checkpoint
@@ -86,7 +84,7 @@ def loss_and_error(nats, targets):
 
 
 def show_loss(s):
-    """python evaluate.py loss"""
+    """python eval.py loss"""
     folder = checkpoint.find(s.out_dir, s.which)
     for name, (source, nats, targets) in row_losses(folder, s.dataset, s).items():
         mean, error = loss_and_error(nats, targets)
@@ -116,7 +114,7 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
         if self.adapter:
             (_, tokenizer.around, tokenizer.begin), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
-            raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: evaluate.py loss is for it')
+            raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: eval.py loss is for it')
         dtype = pick_exact_dtype(self.dtype, device)
         print(f'device: {device}, {dtype}', flush=True)
         return model.to(device), tokenizer, device, dtype
@@ -132,7 +130,7 @@ class TextSettings(ModelSettings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         if not self.files:
-            raise ValueError('files: none is given: python evaluate.py text --out_dir=DIR FILE.txt')
+            raise ValueError('files: none is given: python eval.py text --out_dir=DIR FILE.txt')
         if self.stride < 0:
             raise ValueError(f'stride={self.stride}: must not be negative')
 
@@ -152,7 +150,7 @@ class TaskSettings(ModelSettings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         if not self.files:
-            raise ValueError('files: none is given: python evaluate.py tasks --out_dir=DIR FILE.jsonl')
+            raise ValueError('files: none is given: python eval.py tasks --out_dir=DIR FILE.jsonl')
         typed_text(self.delimiter, 'delimiter')
         if self.shots < 0 or self.limit < 0:
             raise ValueError(f'shots={self.shots}, limit={self.limit}: must not be negative')
@@ -198,7 +196,7 @@ class SummarySettings(ModelSettings):
 
 
 def show_summaries(s):
-    """python evaluate.py summaries"""
+    """python eval.py summaries"""
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a file of pairs: give another')
     score = summaries.scorer(s.stripped)  # found missing before anything is written
@@ -226,7 +224,7 @@ def show_summaries(s):
 
 
 def show_texts(s):
-    """python evaluate.py text"""
+    """python eval.py text"""
     texts = {path: sample.read_text(path) for path in s.files}
     for path, text in texts.items():
         if not text:
@@ -243,7 +241,7 @@ def show_texts(s):
 
 
 def show_tasks(s):
-    """python evaluate.py tasks"""
+    """python eval.py tasks"""
     if s.csv in s.files:
         raise UserError(f'csv={s.csv}: is a task: give another file')
     delimiter = typed_text(s.delimiter, 'delimiter')
@@ -265,7 +263,7 @@ def show_tasks(s):
 
 
 def show_harness(s):
-    """python evaluate.py harness"""
+    """python eval.py harness"""
     model, tokenizer, device, dtype = s.load()
     results = harness.evaluate(model, tokenizer, s.tasks.split(','), s.shots, s.limit, device, dtype, s.include)
     print(harness.table(results))
@@ -382,7 +380,7 @@ def draw_ladder(rungs, files, title, path):
 
 
 def ladder(s):
-    """python evaluate.py ladder"""
+    """python eval.py ladder"""
     files = {split: TokenFiles(find_folder(s.dataset), split) for split in ('train', 'val')}
     name = os.path.basename(os.path.normpath(s.dataset))
     s.out = s.out or os.path.join('out', 'ladder', name)

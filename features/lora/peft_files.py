@@ -14,10 +14,10 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-import adapters
-import lora
 from configurator import UserError
-from families import FAMILIES, HEAD, nearest, read_json
+from features.hf.families import FAMILIES, HEAD, nearest, read_json
+from features.lora import adapters
+from features.lora import layers as lora
 from files import new_folder, write_json, write_tensors
 
 ROOT = 'base_model.model.'

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from configurator import FilePath, UserError
-from picture import figure, save, write_csv
-from sweep import read_log
+from features.study.pictures import figure, save, write_csv
+from features.study.sweep import read_log
 
 
 @dataclass

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, whole_text
-from cuts import Cuts
 from device import NOT_FINITE, autocast
+from features.text.cuts import Cuts
 
 # -----------------------------------------------------------------------------
 # Items

@@ -28,11 +28,11 @@ import torch
 
 import checkpoint
 import hub
-import lora
-from configurator import FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
-from data import Mixture, real_folders
+from batches import Mixture, real_folders
+from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
+from features.lora import layers as lora
+from features.scale.guard import stop_signals
 from files import replace_text, writing
-from guard import stop_signals
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
@@ -397,7 +397,7 @@ def work(queue, free, lock, failed):
 def start(run, place, lock):
     """The process of a run. In a session of its own, so that a Ctrl-C reaches it once, from work()."""
     os.makedirs(run.out_dir, exist_ok=True)
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), *run.args]
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *run.args]
     with open(os.path.join(run.out_dir, 'output.txt'), 'a', encoding='utf-8') as output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | place,
                                 start_new_session=True, pass_fds=[lock.fileno()])

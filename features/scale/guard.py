@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from configurator import UserError
-from shard import is_divided
+from features.scale.shard import is_divided
 
 
 @dataclass

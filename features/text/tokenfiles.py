@@ -1,5 +1,5 @@
 """
-Tokens → shards, and the parts of a corpus that several machines prepared → one data set (python prepare.py --merge=OUT). data.py reads them.
+Tokens → shards, and the parts of a corpus that several machines prepared → one data set (python prepare.py --merge=OUT). batches.py reads them.
 """
 import os
 import re
@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
+from batches import read_meta
 from configurator import UserError
-from data import read_meta
 from files import replace_json, sha256, sync, write_all
 from tokenizer import load_tokenizer
 

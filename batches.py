@@ -26,10 +26,10 @@ from typing import Literal
 import numpy as np
 
 from configurator import FilePath, UserError
-from cuts import Cuts
-from download import CORPORA
-from objectives import Objective, ObjectiveConfig
-from sources import HERE
+from features.t5.objectives import Objective, ObjectiveConfig
+from features.text.cuts import Cuts
+from features.text.download import CORPORA
+from features.text.sources import HERE
 from tokenizer import options_of, same_ids
 
 LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut (0.1 s)
@@ -421,7 +421,7 @@ class Source:
         except UserError as error:
             raise UserError(f'dataset={name}: {error}') from None
         if packing not in ('stream', 'aligned', 'document'):
-            raise UserError(f'packing={packing}: has no code in data.py: use stream, aligned or document')
+            raise UserError(f'packing={packing}: has no code in batches.py: use stream, aligned or document')
         if self.objective.is_pairs:
             packing = 'document' if self.objective.S or packing == 'document' else 'pairs'
         self.packing = packing
@@ -576,7 +576,7 @@ class Mixture:
             if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)) or not 1e-6 <= w <= 1e6:
                 raise UserError(f'dataset={dataset}: a mixture takes names, and for each a number between 1e-6 and 1e6')
         if mix_by not in ('tokens', 'documents'):
-            raise UserError(f'mix_by={mix_by}: has no code in data.py: use tokens or documents')
+            raise UserError(f'mix_by={mix_by}: has no code in batches.py: use tokens or documents')
         self.seed = seed
         self.sources = []
         for name in weights:

@@ -1,62 +1,19 @@
 """
 A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: pip install lm-eval.
 
-    python evaluate.py harness --out_dir=out/run --tasks=lambada_openai,arc_easy
+    python eval.py harness --out_dir=out/run --tasks=lambada_openai,arc_easy
 """
 import os
-import sys
-from contextlib import contextmanager
 
 from configurator import UserError, whole_text
-from cuts import Cuts
 from device import autocast
+from features.study.tasks import CONTEXTS, score, score_text
+from features.text.cuts import Cuts
 from sample import stream
-from tasks import CONTEXTS, score, score_text
-
-# -----------------------------------------------------------------------------
-# Imports of lm-eval
-
-HERE = os.path.dirname(os.path.realpath(__file__))
-THEIRS = {}  # {name: module} of libraries that are called as a file of ours, for the next time
-
-
-@contextmanager
-def libraries_first():
-    """
-    Let imports find a library before a file of ours with its name. The folder of a script is first on sys.path,
-    so evaluate.py hides Hugging Face's package evaluate, which lm-eval's tasks import. Here the folder is last,
-    and our modules are not in sys.modules. Afterwards both are as they were.
-    """
-    names = {name.removesuffix('.py') for name in os.listdir(HERE) if name.endswith('.py')}
-    path = sys.path[:]
-    sys.path.sort(key=is_here)  # ours last, the others in their order
-    ours = {name: sys.modules.pop(name) for name in names if is_here(folder_of(name))}
-    before = set(sys.modules)
-    sys.modules.update(THEIRS)
-    try:
-        yield
-    finally:
-        for name in set(sys.modules) - before:
-            if name.partition('.')[0] in names:
-                THEIRS[name] = sys.modules.pop(name)
-        sys.modules.update(ours)
-        sys.path[:] = path + [entry for entry in sys.path if entry not in path]
-
-
-def is_here(folder):
-    return folder is not None and os.path.realpath(folder) == HERE
-
-
-def folder_of(name):
-    """The folder that a loaded module is from; None if it is not loaded, or from no file."""
-    file = getattr(sys.modules.get(name), '__file__', None)
-    return None if file is None else os.path.dirname(file)
-
 
 # -----------------------------------------------------------------------------
 # A network as lm-eval sees it
 
-@libraries_first()
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
     """
     lm_eval's results, a dict, of the tasks of these names; shots: None = as each task has it; include: a folder of tasks of one's own. Raises UserError
@@ -127,7 +84,6 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     return results
 
 
-@libraries_first()
 def table(results):
     """What evaluate() returns, as lm-eval prints it."""
     from lm_eval.utils import make_table

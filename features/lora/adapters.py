@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from lora import OF_TOKENS, Place, Saved, adapted, attach, layers_of, share_table
+from features.lora.layers import OF_TOKENS, Place, Saved, adapted, attach, layers_of, share_table
 from model import Experts, make_model
 
 # -----------------------------------------------------------------------------

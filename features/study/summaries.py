@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from configurator import UserError, whole_text
-from cuts import Cuts
 from device import autocast
+from features.study.tasks import read_lines
+from features.text.cuts import Cuts
+from features.text.sources import fill, template_fields
 from sample import beam_search, encode_prompt, generate
-from sources import fill, template_fields
-from tasks import read_lines
 
 # English function words: what carries no topic
 STOP_WORDS = set('''a about above after again against all am an and any are aren as at be because been before being below between both but by can could couldn d
@@ -60,7 +60,7 @@ def to_pair(row, source, target, template, where):
 def stored_pairs(files, tokenizer):
     """The Pairs of a split that prepare.py made (data.TokenFiles), read back from their tokens. Raises UserError if they are none."""
     if not files.meta.get('pairs'):
-        raise UserError(f'files: none is given, and {files.folder} has no pairs: python evaluate.py summaries --out_dir=DIR FILE.jsonl')
+        raise UserError(f'files: none is given, and {files.folder} has no pairs: python eval.py summaries --out_dir=DIR FILE.jsonl')
     pairs = []
     for number in range(files.documents):
         begin, end = files.document(number)

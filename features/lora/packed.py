@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lora
 from configurator import UserError
+from features.lora import layers as lora
 from model import MLP, Experts
 
 # -----------------------------------------------------------------------------

@@ -28,9 +28,9 @@ import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import synthetic
 from configurator import UserError, typed_text
-from download import CORPORA, download_corpus
+from features.text import synthetic
+from features.text.download import CORPORA, download_corpus
 from tokenizer import ANYWHERE, EOT
 
 TASK_SIZE = 2 ** 20  # bytes or characters of text in a task

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from families import GPT2, LLAMA, t5_names
+from features.hf.families import GPT2, LLAMA, t5_names
 from model import Experts, ModelConfig, grouped_linear
 
 # -----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class LoraConfig:
     lora_whole: str = ''  # what else is trained, whole: a pattern of names, as norm
     lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the matrices of the blocks that stay as they are are kept;
     # auto = as they are multiplied, in dtype: the same numbers from half the memory; int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round, and
-    # the losses are of the rounded network then, while sample.py and evaluate.py put the adapter beside the exact one
+    # the losses are of the rounded network then, while sample.py and eval.py put the adapter beside the exact one
     lora_tokens: list[int] = field(default_factory=list)  # and these rows of the embedding (and of a tied head): for new special tokens
 
     def check(self):

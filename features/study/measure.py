@@ -14,10 +14,7 @@ import time
 
 import torch
 
-from configurator import UserError
-
-ROOT = os.path.dirname(os.path.abspath(__file__))
-
+from configurator import ROOT, UserError
 
 # -----------------------------------------------------------------------------
 # Time and memory

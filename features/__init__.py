@@ -1,0 +1,1 @@
+"""What the core does without: one folder a feature, each of which can be deleted. See docs/change.md."""
