@@ -4,15 +4,18 @@ Settings: defaults < config file < --key=value.
     python train.py config/lowrank.py --n_layer=6 --learning_rate=1e-3 --start="a=b"
 
 A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it; a script's
-Settings inherits the dataclasses it needs. A config file is a small Python file of assignments (nanoGPT's run
-unchanged). It is code and runs with your rights: read a stranger's before you use it. `--help` prints every
-setting with its default and its comment.
+Settings inherits the dataclasses it needs. The settings of a feature stand in features/NAME/settings.py and are
+added when one of them is used. A config file is a small Python file of assignments (nanoGPT's run unchanged). It is
+code and runs with your rights: read a stranger's before you use it. `--help` prints the settings with their defaults
+and comments, `--help=NAME` those of a feature.
 """
 import ast
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
+import importlib
 import inspect
 import keyword
 import math
@@ -187,11 +190,12 @@ def configure(cls, argv=None):
     Raises UserError for an unknown key, a wrong type or a bad choice, and whatever cls.check() finds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(help_text(cls))
-        sys.exit(0)
-    positional, given, lists = getattr(cls, 'positional', None), {}, {}
-    from_files = {}
+    for arg in argv:
+        if arg in ('--help', '-h') or arg.startswith('--help='):
+            print(help_text(cls, arg.partition('=')[2]))
+            sys.exit(0)
+    positional = getattr(cls, 'positional', None)
+    given, lists, from_files = {}, {}, {}
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only at the first '=': --start="a=b" works
@@ -208,7 +212,7 @@ def configure(cls, argv=None):
             assigned = read_config(cls, arg)
             given.update(assigned)
             from_files |= dict.fromkeys(assigned, arg)
-    settings = cls(**given)
+    settings = build(cls, **given)
     settings.given = set(given)  # what the user asked for, as against what is a default
     settings.from_files = from_files  # {setting: the last config file that assigns it}
     check(settings)
@@ -274,10 +278,132 @@ def read_config(cls, path):
 
 
 def from_dict(cls, values, where):
-    """An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are."""
-    settings = cls(**{key: convert(value, find_field(cls, key, f'{where}: {key}'), f'{where}: {key}') for key, value in values.items()})
+    """
+    An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are. Settings of
+    a feature that is not used are left out: checkpoints of before features had folders hold all of them.
+    """
+    converted = {}
+    for key, value in values.items():
+        field = find_field(cls, key, f'{where}: {key}')
+        value = convert(value, field, f'{where}: {key}')
+        if field.name in core_fields(cls) or value != default_of(field):
+            converted[field.name] = value
+    settings = build(cls, **converted)
     check(settings, where)
     return settings
+
+
+# -----------------------------------------------------------------------------
+# Settings of features
+#
+# features/NAME/settings.py holds dataclasses. One that inherits a dataclass of the core (MoEConfig of ModelConfig) is
+# added to whatever inherits that one too; one that inherits none is added to the settings of train.py, which say
+# `features = ()`. A core field whose comment begins with [NAME] is the feature's switch: the core asks for it, and
+# any value but its default brings in the feature's other settings.
+
+def build(cls, **values):
+    """
+    An instance of `cls` with these values and with the other settings of each feature that they use:
+    build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError for a switch whose feature is not there.
+    """
+    return with_features(cls, *features_used(cls, values))(**values)
+
+
+def features_used(cls, values):
+    """The names of the features to which these settings, {name: value}, belong, sorted."""
+    used, core = set(), core_fields(cls)
+    for key, value in values.items():
+        if key not in core:
+            used.add(feature_of(cls, key))
+        elif switch_of(cls, key) and value != default_of(core[key]):
+            used.add(switch_of(cls, key))
+            if not os.path.isdir(os.path.join(ROOT, 'features', switch_of(cls, key))):
+                raise UserError(f'{key}={value}: belongs to features/{switch_of(cls, key)}, which is not here: '
+                                'leave it out')
+    return sorted(used - {None})
+
+
+def with_features(cls, *names):
+    """The dataclass `cls` with the settings of these features, beside those it has already."""
+    core = getattr(cls, 'core', cls)
+    names = {*names, *getattr(cls, 'features', ())}
+    return join(core, tuple(sorted(names)))
+
+
+@functools.cache
+def join(core, names):
+    parts = [part for name in names for part in feature_classes(core, name)]
+    if not parts:
+        return core
+    joined = type(core.__name__, (core, *parts), {'__module__': core.__module__, '__doc__': core.__doc__})
+    joined.core, joined.features = core, names
+    return dataclasses.dataclass(joined)
+
+
+def feature_classes(core, name):
+    """The dataclasses in features/NAME/settings.py that belong to the dataclass `core`."""
+    if not os.path.exists(os.path.join(ROOT, 'features', name, 'settings.py')):
+        return []
+    module = importlib.import_module(f'features.{name}.settings')
+    found = [part for part in vars(module).values() if dataclasses.is_dataclass(part)
+             and part.__module__ == module.__name__]
+    return [part for part in found if belongs(part, core)]
+
+
+def belongs(part, core):
+    """Whether a feature's dataclass `part` is to be added to the settings `core`."""
+    bases = [base for base in part.__mro__[1:] if dataclasses.is_dataclass(base)]
+    return issubclass(core, bases[0]) if bases else hasattr(core, 'features')
+
+
+def feature_names():
+    """The features that have settings, sorted."""
+    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{ROOT}/features/*/settings.py'))
+
+
+def feature_of(cls, key):
+    """The feature that has the setting `key` for `cls`; None if there is none."""
+    core = getattr(cls, 'core', cls)
+    for name in feature_names():
+        for part in feature_classes(core, name):
+            if key in own_fields(part):
+                return name
+    return None
+
+
+def own_fields(part):
+    """The names that a dataclass declares itself, without those that it inherits."""
+    return vars(part).get('__annotations__', {})
+
+
+def core_fields(cls):
+    """{name: field} of the settings that `cls` has without features."""
+    return {field.name: field for field in dataclasses.fields(getattr(cls, 'core', cls))}
+
+
+@functools.cache
+def switch_of(cls, key):
+    """The feature whose switch the core field `key` of `cls` is: the NAME of a comment that begins with [NAME]."""
+    for part in cls.__mro__:
+        if key in own_fields(part):
+            found = re.match(r'\[(\w+)\]', comments_of(part).get(key, ''))
+            return found[1] if found else None
+    return None
+
+
+def extend(settings, *names):
+    """Add the settings of these features to `settings`, in place, each at its default."""
+    wider = with_features(type(settings), *names)
+    for field in dataclasses.fields(wider):
+        if field.name not in vars(settings):
+            setattr(settings, field.name, default_of(field))
+    settings.__class__ = wider
+
+
+def part_of(settings, cls):
+    """The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), features included."""
+    cls = with_features(cls, *getattr(settings, 'features', ()))
+    return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
 # -----------------------------------------------------------------------------
@@ -285,12 +411,17 @@ def from_dict(cls, values, where):
 
 def find_field(cls, key, where, hint=''):
     """The field of `cls` for a setting. Raises UserError with the nearest name and `hint` if there is none."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if key not in fields:
+        for name in feature_names():
+            for part in feature_classes(getattr(cls, 'core', cls), name):
+                fields |= {field.name: field for field in dataclasses.fields(part)}
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)
-        raise UserError(f'{where}: no such setting' + (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint)
+        hint = (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint
+        raise UserError(f'{where}: no such setting{hint}')
     return fields[key]
 
 
@@ -406,16 +537,61 @@ def describe(annotation):
 # -----------------------------------------------------------------------------
 # --help
 
-def help_text(cls):
-    """Every setting with its default and the comment beside it, grouped by the dataclass that declares it."""
+def help_text(cls, which=''):
+    """
+    The text of --help: the settings of `cls` that people set first, in the groups of cls.help_first, if it has some,
+    else all; then the features. which='all': all of the core; which=NAME: those of the feature NAME.
+    Raises UserError for another name.
+    """
+    parts = [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
+    features = {name: settings for name in feature_names() if (settings := settings_of(cls, name))}
+    if which in features:
+        return '\n'.join([about_feature(name=which), '', *(help_line(*setting) for setting in features[which])])
+    if which not in ('', 'all'):
+        raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
     lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
-    for part in reversed(cls.__mro__):
-        comments = comments_of(part) if dataclasses.is_dataclass(part) else {}
-        fields = [f for f in dataclasses.fields(cls) if f.name in comments]
-        if fields:
-            lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
-            lines += [f'  --{f.name.rstrip("_")}={default_of(f)!r}'.ljust(44) + f'  {choices(f.type)}{comments[f.name]}'.rstrip() for f in fields]
+    groups = getattr(cls, 'help_first', None)
+    if groups and not which:
+        own = {field.name: (field, comments_of(part).get(field.name)) for part in parts
+               for field in dataclasses.fields(part) if field.name in own_fields(part)}
+        for title, names in groups.items():
+            lines += ['', title, *(help_line(*own[name]) for name in names)]
+    else:
+        for part in parts:
+            fields = [field for field in dataclasses.fields(part) if field.name in own_fields(part)]
+            if fields:
+                lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
+                lines += [help_line(field, comments_of(part).get(field.name)) for field in fields]
+    if features:
+        lines += ['', 'Features: --help=NAME lists their settings']
+        lines += [f'  {name}'.ljust(44) + f'  {about_feature(name)}' for name in features]
+    if groups and not which:
+        lines += ['', '--help=all lists every setting of the core']
     return '\n'.join(lines)
+
+
+def settings_of(cls, name):
+    """[(field, comment)] of the feature `name` for `cls`: its switches in the core, then its own."""
+    found = []
+    for part in (*cls.__mro__, *feature_classes(getattr(cls, 'core', cls), name)):
+        if dataclasses.is_dataclass(part):
+            is_core = part in cls.__mro__
+            for field in dataclasses.fields(part):
+                if field.name in own_fields(part) and (not is_core or switch_of(cls, field.name) == name):
+                    found.append((field, comments_of(part).get(field.name)))
+    return found
+
+
+def about_feature(name):
+    """The first paragraph of the docstring of a feature's settings, in one line."""
+    module = importlib.import_module(f'features.{name}.settings')
+    return ' '.join((module.__doc__ or name).strip().partition('\n\n')[0].split())
+
+
+def help_line(field, comment):
+    kinds = choices(field.type)
+    comment = re.sub(r'^\[\w+\] ', '', comment or '')
+    return f'  --{field.name.rstrip("_")}={default_of(field)!r}'.ljust(44) + f'  {kinds}{comment}'.rstrip()
 
 
 def choices(annotation):
@@ -426,6 +602,7 @@ def default_of(field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+@functools.cache
 def comments_of(part):
     """{field: comment beside it} for the fields declared in the body of the dataclass `part` itself, read from its source."""
     comments, name = {}, None

@@ -243,6 +243,7 @@ def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     import analyze
     import bench
     import compare
+    import eval
     import hub
     import prepare
     import sample
