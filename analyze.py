@@ -16,12 +16,12 @@ import torch
 import torch.nn as nn
 
 import checkpoint
+from checkpoint import fill, read_model
 from configurator import FilePath, UserError, configure_command, run_main
 from features.moe import experts
 from features.study import attention
 from features.study.pictures import figure, save, write_csv
 from model import Experts, LowRank
-from origin import fill, read_model
 
 
 @dataclass

@@ -8,26 +8,217 @@ Checkpoints: atomic, verified, without pickle.
                           tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-One is written under a temporary name, flushed to the disk, then renamed, so that a directory named step_… is whole or
-was damaged later; loading checks it and falls back to the newest that is sound. at() names the points where tests kill the process.
+A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is whole, or
+was damaged later; loading verifies it and falls back to the newest sound one. fault() names the points where tests kill
+the process.
 """
+import hashlib
 import json
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch.utils._pytree import tree_map_only
+from configurator import UserError, from_dict
 
-from configurator import UserError
-from features.scale import faults
-from files import is_at, lock, replace_json, sha256, sync, write_json, write_tensors, write_torch, writing
+# -----------------------------------------------------------------------------
+# Files that are there whole or not at all
+#
+# Every function here raises OSError where the system refuses: a full disk, a quota, a limit, a broken disk. torch is
+# imported where it is needed: the processes of prepare.py do without it, as it takes seconds to import.
+
+@contextmanager
+def writing(what, to_do):
+    """Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to do."""
+    try:
+        yield
+    except BrokenPipeError:  # no file: run_main() knows what to do
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        if isinstance(error.filename, str):
+            reason = f'{error.filename}: {reason}'
+        raise UserError(f'{what}: could not be written ({reason}): {to_do}') from None
+
+
+def sync(path):
+    """Flush a file or a folder to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path, value):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as safetensors."""
+    import safetensors.torch
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:  # it has the number of the system's error in its text alone
+        found = re.search(r'\(os error (\d+)\)', str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+
+
+def write_torch(path, value):
+    """torch.save() to a file."""
+    import torch
+    with open(path, 'wb') as f:
+        watched = Watched(f)
+        try:
+            torch.save(value, watched)
+        except RuntimeError:  # "unexpected pos": torch does not say what went wrong
+            if watched.error is None:
+                raise
+            raise watched.error from None
+
+
+class Watched:
+    """An open file that remembers the OSError which its last write ended with."""
+
+    def __init__(self, file):
+        self.file, self.error, self.flush = file, None, file.flush
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def replacing(path, mode='w', suffix='.tmp'):
+    """
+    An opened file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk. If anything
+    goes wrong before that, the old file stays and nothing else does. suffix: of its name until then.
+    """
+    encoding, newline = (None, None) if 'b' in mode else ('utf-8', '')
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
+        with open(path, mode, encoding=encoding, newline=newline) as f:
+            yield f
+        return
+    path = os.path.realpath(path)  # a link stays a link
+    temporary = path + suffix
+    try:
+        with open(temporary, mode, encoding=encoding, newline=newline) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def replace_text(path, text):
+    with replacing(path) as f:
+        f.write(text)
+
+
+def replace_json(path, value):
+    replace_text(path, json.dumps(value, indent=1))
+
+
+def write_all(f, data):
+    """Write all bytes to an unbuffered file: the system may take a part of them at a time."""
+    data = memoryview(data)
+    while data:
+        data = data[f.write(data):]
+
+
+def append(path, text):
+    """Add text to the end of a file: all of it, or nothing."""
+    with open(path, 'ab', buffering=0) as f:
+        size = f.tell()
+        try:
+            write_all(f, text.encode())
+        except OSError:
+            with suppress(OSError):
+                f.truncate(size)
+            raise
+
+
+def sha256(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Folders
+
+@contextmanager
+def new_folder(path, setting='to'):
+    """
+    A folder to write into, which takes the name `path` once it is whole. Raises UserError, which calls it by its setting, where
+    there is something already or it cannot be written.
+    """
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f'{setting}={path}: is there already: give a new folder')
+    parent = os.path.dirname(os.path.abspath(path))
+    with writing(f'{setting}={path}', 'give another folder, or make room'):
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            folder = os.path.join(temporary, 'folder')
+            os.mkdir(folder)
+            yield folder
+            for name in (*os.listdir(folder), '.'):
+                sync(os.path.join(folder, name))
+            os.rename(folder, path)
+            sync(parent)
+
+
+# -----------------------------------------------------------------------------
+# Belong to one process
+
+def lock(path):
+    """
+    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let
+    go when a process ends, whatever ends it. Where a file system knows no locks (NFS none of folders), anybody has it.
+    """
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
+    while True:
+        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return fd
+        if is_at(fd, path):
+            return fd
+        os.close(fd)  # another process let it go and removed it in between
+
+
+def is_at(fd, path):
+    """Whether an opened file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
 
 # -----------------------------------------------------------------------------
 # Save
+
+def fault(point, step=None, value=None):
+    """Do nothing and return `value`; with FAULT in the environment, what that says happens at this point (tests)."""
+    if 'FAULT' in os.environ:  # scale
+        from features.scale import faults  # scale
+        return faults.at(point, step, value)  # scale
+    return value
+
 
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
@@ -35,14 +226,14 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
     json can write; other_files: paths to copy. Raises OSError.
     """
     os.makedirs(folder)
-    faults.at('save:begin', step)
+    fault('save:begin', step)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
     write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
-    faults.at('save:weights', step)
+    fault('save:weights', step)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
-    faults.at('save:optimizer', step)
+    fault('save:optimizer', step)
     write_json(os.path.join(folder, 'state.json'), state)
-    faults.at('save:state', step)
+    fault('save:state', step)
     for path in other_files:
         shutil.copy(path, folder)
     files = {}
@@ -50,11 +241,11 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
         path = os.path.join(folder, name)
         sync(path)
         files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
-    faults.at('save:manifest', step)
+    fault('save:manifest', step)
     write_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
     sync(os.path.join(folder, 'manifest.json'))
     sync(folder)
-    faults.at('save:flushed', step)
+    fault('save:flushed', step)
 
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
@@ -73,13 +264,13 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             write(temporary, step, weights, optimizer_state, state, other_files)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
             os.rename(temporary, final)
-            faults.at('save:renamed', step)
+            fault('save:renamed', step)
             sync(out_dir)
     except Exception:  # half a checkpoint only takes up room
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     prune(out_dir, keep)
-    faults.at('save:end', step)
+    fault('save:end', step)
     return final
 
 
@@ -105,7 +296,7 @@ def prune(out_dir, keep):
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
-            faults.at('save:prune')
+            fault('save:prune')
             shutil.rmtree(folder, ignore_errors=True)
         elif is_sound(folder):
             sound += 1
@@ -134,36 +325,6 @@ def mark_best(out_dir, step, val_loss, keep=2):
     with writing(path, 'make room, then run the same command to resume'):
         replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
     prune(out_dir, keep)
-
-
-WRITERS = []  # of this process, for release()
-
-
-class Writer:
-    """
-    Calls functions that write, one after the other: at once, or in a thread of its own, while the run goes on. What went wrong in it, wait() raises.
-    What is written in the background has to be a copy: see snapshot().
-    """
-
-    def __init__(self, in_background):
-        self.thread, self.pending = ThreadPoolExecutor(1) if in_background else None, []
-        WRITERS.append(self)
-
-    def __call__(self, write, *args):
-        if self.thread:
-            self.pending.append(self.thread.submit(write, *args))
-        else:
-            write(*args)
-
-    def wait(self):
-        """Until all is written."""
-        while self.pending:
-            self.pending.pop(0).result()
-
-
-def snapshot(tree):
-    """A nest of dicts and lists with its tensors copied into the memory of the CPU, so that what the next step does to them is not seen."""
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to('cpu', copy=True), tree)
 
 
 def prepare_out_dir(out_dir, step, settings):
@@ -204,10 +365,6 @@ def claim(out_dir):
 
 def release(out_dir):
     """Let others train in out_dir, once all is written."""
-    for writer in WRITERS:
-        if writer.thread:
-            writer.thread.shutdown()
-    WRITERS.clear()
     if out_dir in CLAIMED:
         path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):
@@ -304,6 +461,7 @@ def load_state(folder):
 
 def read_weights(folder):
     """{name: tensor} of a checkpoint."""
+    import safetensors.torch
     return safetensors.torch.load_file(os.path.join(folder, 'model.safetensors'))
 
 
@@ -319,6 +477,7 @@ def load_weights(model, weights, where):
 
 def read_moments(folder):
     """{name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet."""
+    import torch
     stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
     return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
@@ -349,3 +508,123 @@ def load_optimizer(folder, optimizer):
     moments = read_moments(folder)
     if moments.keys() != moments_of(optimizer).keys() or give_moments(optimizer, moments) < sum(map(bool, moments.values())):
         raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
+
+
+# -----------------------------------------------------------------------------
+# Networks
+
+def read_model(where, which='best', encoder=False, untie=False):
+    """
+    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of hf:FOLDER. An
+    adapter is merged into its base; untie=True gives the head a matrix of its own first. encoder: whether the caller can
+    work with an encoder-decoder. Raises UserError otherwise, and for an adapter that cannot be merged.
+    """
+    if is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        cfg, weights = reading.load(where)  # hf
+        check_kind(where, cfg, encoder)  # hf
+        return cfg, weights, reading.find(where)  # hf
+    from model import ModelConfig
+    folder = find(where, which)
+    state = load_state(folder)
+    if 'base' in state:  # lora
+        from features.lora import load  # lora
+        cfg, weights = load.read_merged(where, folder, state, untie)  # lora
+        check_kind(where, cfg, encoder)  # lora
+        return cfg, weights, folder  # lora
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    check_kind(where, cfg, encoder)
+    return cfg, read_weights(folder), folder
+
+
+def load_model(where, which='best', encoder=False):
+    """
+    (the network in eval mode, its folder) of what read_model() reads. An adapter that cannot be merged stays beside its
+    base.
+    """
+    if not is_foreign(where):
+        folder = find(where, which)
+        state = load_state(folder)
+        if 'base' in state:  # lora
+            from features.lora import load  # lora
+            model = load.load_adapted(state, folder)  # lora
+            check_kind(where, model.cfg, encoder)  # lora
+            return model, folder  # lora
+    cfg, weights, folder = read_model(where, which, encoder)
+    return fill(cfg, weights, folder), folder
+
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's init_from has them
+
+
+def is_foreign(where):
+    """Whether `where` names a network of Hugging Face's kind: hf:FOLDER, or a published GPT-2."""
+    return where.startswith('hf:') or where in GPT2_NAMES
+
+
+def shorten(weights, cfg):
+    """Weights with no more learned positions than a network of this ModelConfig has."""
+    if cfg.position == 'learned':
+        longest = cfg.block_size
+        if cfg.n_encoder_layer:  # t5
+            longest = max(longest, cfg.source_context)  # t5
+        weights['wpe.weight'] = weights['wpe.weight'][:longest]
+    return weights
+
+
+def fill(cfg, weights, where):
+    """The network of a ModelConfig in eval mode, with these weights. Raises UserError where they are not its own."""
+    from model import make_model
+    model = make_model(cfg, init=False)
+    load_weights(model, weights, where)
+    return model.eval()
+
+
+def check_kind(where, cfg, encoder):
+    if cfg.n_encoder_layer and not encoder:
+        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), this takes a decoder '
+                        'alone: sample.py runs it')
+
+
+def tokenizer_of(where, folder):
+    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer()."""
+    if is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        path, description = reading.tokenizer(where)  # hf
+        return description, path  # hf
+    return load_state(folder)['tokenizer'], folder
+
+
+def description_of(where, folder):
+    """The description of a network's tokenizer, {} for Hugging Face's; arguments as in check_tokenizer()."""
+    return {} if is_foreign(where) else load_state(folder)['tokenizer']
+
+
+def check_tokenizer(setting, where, folder, files):
+    """
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model() read from
+    `where` and `folder`. setting: what the message begins with. Print a line where the two cannot be compared.
+    """
+    from tokenizer import same_ids
+    found = files.meta['tokenizer'], files.folder
+    try:
+        wanted = tokenizer_of(where, folder)
+        is_same = same_ids(wanted, found, is_padded=is_foreign(where))
+    except UserError as error:
+        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
+              'make sure that they are the same', flush=True)
+        return
+    if not is_same:
+        which = '' if setting.startswith('dataset=') else f'{files.folder} '
+        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
+                        f'prepare it {how_to_prepare(*wanted, files)}')
+
+
+def how_to_prepare(wanted, folder, files):
+    """
+    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in `folder`:
+    'with OPTIONS: COMMAND'.
+    """
+    from batches import advice  # text
+    return advice(wanted, folder, files)  # text
+    return 'with that tokenizer'

@@ -255,6 +255,15 @@ def refuse_idle(settings, part, takes, why):
         raise ValueError(f'{idle[0]}={getattr(settings, idle[0])}: {why} ignores it: leave it out')
 
 
+def refuse_beside(settings, name, **plain):
+    """Raise ValueError for a setting that does not go with the setting `name`: one that is not at this plain value."""
+    for other, value in plain.items():
+        found = getattr(settings, other, value)
+        if found != value:
+            raise ValueError(f'{name}={getattr(settings, name)}: goes with {other}={value} alone, not {found}: '
+                             'leave it out')
+
+
 def read_config(cls, path):
     """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
     path = expand_home(path)
@@ -371,6 +380,13 @@ def feature_of(cls, key):
     return None
 
 
+def feature_parts(cls):
+    """The dataclasses of features that were added to the core dataclass `cls`."""
+    core = getattr(cls, 'core', cls)
+    return [part for part in cls.__mro__ if dataclasses.is_dataclass(part) and part is not cls
+            and not issubclass(core, part)]
+
+
 def own_fields(part):
     """The names that a dataclass declares itself, without those that it inherits."""
     return vars(part).get('__annotations__', {})
@@ -392,8 +408,8 @@ def switch_of(cls, key):
 
 
 def extend(settings, *names):
-    """Add the settings of these features to `settings`, in place, each at its default."""
-    wider = with_features(type(settings), *names)
+    """Add the settings of these features to `settings`, in place, each at its default. None stands for no feature."""
+    wider = with_features(type(settings), *(name for name in names if name))
     for field in dataclasses.fields(wider):
         if field.name not in vars(settings):
             setattr(settings, field.name, default_of(field))

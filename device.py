@@ -3,6 +3,7 @@ The machine: which device, which number format, how fast it can multiply. Measur
 """
 import os
 import shutil
+import signal
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -185,3 +186,119 @@ def peak_memory(device):
     import resource  # not on Windows
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# -----------------------------------------------------------------------------
+# The process
+
+def stop_signals():
+    """The signals that ask a run to save and stop."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
+class StopSignal:
+    """
+    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its step. A second Ctrl-C
+    or SIGTERM ends the process at once. But a SIGTERM within five seconds of another signal is the same: where a whole job is
+    told to stop, torchrun passes on the signals that its processes have received themselves. So is any SIGHUP: a shell and the
+    system send several. A process that was started with SIGHUP ignored, as by nohup, still ignores it.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+
+    def listen(self):
+        for number in stop_signals():
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        if not self.number or (number == signal.SIGTERM and self.number == signal.SIGHUP):
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - self.since > 5):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def __bool__(self):
+        return self.number > 0
+
+
+class OneProcess:
+    """
+    A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun started;
+    those that take a number, a flag or a value work on all of them together.
+    """
+    rank, world = 0, 1
+    first = True  # whether this is rank 0
+    lockstep = False  # whether all ranks must make the same passes through the network, as sharded ones do
+
+    def __init__(self, device):
+        self.device = device
+
+    def say(self, text):
+        """Print on rank 0."""
+        print(text, flush=True)
+
+    def sum(self, *values):
+        """The sums of some numbers over all ranks, as a list of floats."""
+        return torch.tensor(values, dtype=torch.float64).tolist()
+
+    def add_up(self, tensor):
+        """The sum of a tensor over all ranks, in place."""
+        return tensor
+
+    def any(self, flag):
+        """Whether `flag` is true: here, or where all go in lockstep, on any rank."""
+        return bool(flag)
+
+    def gather(self, value):
+        """What every rank gives, as a list."""
+        return [value]
+
+    def from_first(self, compute):
+        """What compute() returns on rank 0; its UserError too."""
+        return compute()
+
+    def beat(self, doing):
+        """Say that this rank goes on, and with what."""
+
+    def alive(self, doing=None):
+        """Say that this rank is still at work."""
+
+    def patient(self, is_compiling):
+        """Context of a step or an evaluation; if it compiles, the other ranks wait longer."""
+        return nullcontext()
+
+    def wrap(self, model):
+        """The model as it is trained: with DDP around it on several ranks."""
+        return model
+
+    def job(self):
+        """Names of the torchrun processes that started the ranks."""
+        return []
+
+    def was_restarted(self, out_dir):
+        """Whether torchrun restarted these ranks after they began the run in out_dir."""
+        return False
+
+    def has_lost_one(self, error):
+        """Whether an error means that another rank has gone."""
+        return False
+
+    def end(self):
+        """Part from the other ranks."""
+
+
+def compile_all(model, by_block=False):
+    """
+    Let a network, or each of its blocks, be compiled when it is first called. Forget what was compiled before, which
+    belongs to a network that has changed or gone: torch counts the variants of every function, and beyond its limit a
+    function runs uncompiled. Blocks share their code, each with constants of its own.
+    """
+    torch._dynamo.reset()
+    blocks = [*getattr(model, 'blocks', ()), *(getattr(model, 'encoder', None) or ())]
+    torch._dynamo.config.recompile_limit = 8 * max(1, len(blocks))
+    for module in model.blocks if by_block else [model]:
+        module.compile(dynamic=False)

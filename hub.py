@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
+from checkpoint import new_folder, write_json, write_tensors
 from configurator import ROOT, FilePath, UserError, configure_command, from_dict, run_main
 from features.growth.networks import fold
 from features.hf.families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
@@ -30,7 +31,6 @@ from features.hf.tokenizer_json import spelling, to_json
 from features.lora import adapters, peft_files
 from features.t5.objectives import stored_begin
 from features.text.download import download
-from files import new_folder, write_json, write_tensors
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
 

@@ -50,6 +50,7 @@ import numpy as np
 from tqdm import tqdm
 
 from batches import read_meta
+from checkpoint import lock, replace_json
 from configurator import FilePath, UserError, configure, run_main
 from features.text import synthetic
 from features.text.download import CORPORA
@@ -81,7 +82,6 @@ from features.text.tokenfiles import (
     totals,
     work_folder,
 )
-from files import lock, replace_json
 from tokenizer import ANYWHERE, EOT, UNTRAINED, Reserved, load_tokenizer, needs_text, new_tokenizer
 
 SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the input: 3 s and 200 MB of memory

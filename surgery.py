@@ -32,17 +32,17 @@ import torch.nn as nn
 import checkpoint
 import hub
 from analyze import rank_for
-from batches import Mixture
+from batches import EVAL_ROWS, Mixture, evaluate, reading
+from checkpoint import append, fill, new_folder, read_model, tokenizer_of, write_json
 from configurator import FilePath, UserError, check, configure_command, run_main
 from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
 from features.lora import adapters, peft_files
-from features.lora import layers as lora
+from features.lora.load import add_adapters, read_saved, split_name
+from features.lora.settings import LoraConfig
 from features.scale.ranks import Ranks
+from features.study.validation import validation_sources
 from features.t5.objectives import stored_begin, stored_objective
-from files import append, new_folder, write_json
-from loss import EVAL_ROWS, evaluate, reading
 from model import LowRank, ModelConfig, Transformer, make_model
-from origin import add_adapters, fill, read_model, read_saved, split_name, tokenizer_of, validation_sources
 from tokenizer import load_tokenizer, same_ids
 
 
@@ -329,7 +329,7 @@ def write(s, command, old, cfg, weights, names=None):
         print(f'{what:24}{size(old.model):14,} → {size(new):14,}  {size(new) / size(old.model) - 1:+.1%}')
     for name in after:
         print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
-    plain = dataclasses.asdict(lora.LoraConfig())  # whatever there was is merged
+    plain = dataclasses.asdict(LoraConfig())  # whatever there was is merged
     settings = old.settings | plain | dataclasses.asdict(cfg) | {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data:  # so that compare.py knows what the loss is of
         settings |= validation(cfg, old.data[1]) | ({} if s.dataset == 'auto' else {'dataset': s.dataset})

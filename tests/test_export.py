@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import hub
 import sample
+from checkpoint import load_model
 from configurator import UserError
 from features.growth.networks import fold
 from features.hf.families import FAMILIES, name_rows, nearest
 from model import ModelConfig, make_model
-from origin import load_model
 from sample import generate
 from tokenizer import ByteTokenizer
 

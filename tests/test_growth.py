@@ -9,11 +9,11 @@ from conftest import TINY, one_line, read_log, run_here, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
-from configurator import UserError, read_config
+from checkpoint import fill
+from configurator import UserError, build, part_of, read_config
+from device import compile_all
 from features.growth.networks import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
 from model import ModelConfig, Places, make_model
-from origin import fill, model_config
-from run import compile_all
 from surgery import factorize
 from train import Settings
 
@@ -113,7 +113,7 @@ def test_moments_follow_their_tensors():
                                                    ('gpt2_large', 16, 380_314_880), ('gpt2_xl', 24, 819_483_200)])
 def test_inherited_networks_have_the_published_number_of_parameters(config, layers, count):
     """originals: 12·d² + 2·d a layer, and the table of tokens, the positions and the final norm once."""
-    cfg = model_config(Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': 50304}))
+    cfg = part_of(build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': 50304}), ModelConfig)
     with torch.device('meta'):
         cfg, weights = take_layers(cfg, make_model(cfg).state_dict(), range(layers))
     assert sum(t.numel() for t in weights.values()) == count

@@ -13,6 +13,7 @@ from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+from checkpoint import load_model, read_model
 from configurator import UserError, configure
 from features.lora import adapters
 from features.lora import layers as lora
@@ -20,7 +21,6 @@ from features.lora.layers import LoraConfig
 from features.lora.packed import pack
 from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import load_model, read_model
 from sample import generate
 from train import Settings
 

@@ -8,11 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError, read_config
-from features.scale.guard import not_finite
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
-from runlog import report, short_run
-from train import Settings
+from run import report, short_run
+from train import Settings, not_finite
 
 
 def test_cosine_is_nanogpts():

@@ -23,11 +23,12 @@ from transformers import (
 )
 
 import hub
+from checkpoint import fill, load_model
 from configurator import UserError
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
 from features.lora.layers import LoraConfig
-from origin import add_adapters, fill, load_model
+from features.lora.load import add_adapters
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -12,11 +12,11 @@ from conftest import one_line, read_log, run, run_here, sha256
 
 import checkpoint
 import train as training
+from batches import EVAL_ROWS
 from configurator import UserError
 from features.plan.dial import Pace, batch_tokens, fit_minutes, plan, shape, size
 from features.scale import faults
-from loss import EVAL_ROWS
-from runlog import Log
+from run import Log
 from train import Settings
 
 CPU = torch.device('cpu')
@@ -170,7 +170,7 @@ class Machine:
     """Runs train.py with a clock that only its steps move."""
     def __init__(self, patch, seconds_per_step):
         self.now = 0.0
-        for module in ('features.plan.dial', 'runlog'):
+        for module in ('features.plan.minutes', 'run'):
             patch.setattr(f'{module}.process_age', lambda: self.now)
         train_step = training.train_step
 

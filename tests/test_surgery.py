@@ -14,10 +14,10 @@ from test_hub import saved
 import checkpoint
 import hub
 from batches import Mixture
+from checkpoint import fill, load_model
 from compare import group, read_run, table
 from configurator import UserError, configure_command
 from model import LowRank, ModelConfig, Transformer, make_model
-from origin import fill, load_model
 from surgery import FactorizeSettings, decompose, factorize, factors, input_moments, run_factorize
 
 

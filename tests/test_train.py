@@ -24,18 +24,17 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
-import runlog
+import sample
 import train as training
-from batches import Mixture, Source, validation_batch, validation_rows
-from configurator import UserError
+from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
+from configurator import UserError, build
+from device import compile_all
 from features.scale import faults
-from features.scale.guard import FirstSteps, GuardConfig
+from features.scale.guard import FirstSteps
 from features.scale.ranks import Ranks
-from loss import evaluate
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
-from run import Batches, compile_all
-from runlog import Interval, show_samples
+from run import Interval, show_samples
 from tokenizer import new_tokenizer
 from train import Settings
 
@@ -282,8 +281,8 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
 
 def test_a_step_before_the_first_cannot_be_left_out():
     with pytest.raises(ValueError, match=r'skip_steps=\[3, -1\]: takes steps from 0 on'):
-        GuardConfig(skip_steps=[3, -1]).check()
-    GuardConfig(skip_steps=[0]).check()
+        build(training.Settings, skip_steps=[3, -1]).check()
+    build(training.Settings, skip_steps=[0]).check()
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
@@ -797,7 +796,7 @@ def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
 
 
 def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(dataset, capsys, monkeypatch):
-    monkeypatch.setattr(runlog, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
+    monkeypatch.setattr(sample, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
     model = Transformer(ModelConfig(vocab_size=5, block_size=32, n_layer=1, n_head=2, n_embd=16))
     s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):

@@ -11,33 +11,11 @@ moments can follow.
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from configurator import FilePath, UserError, check, default_of
+from configurator import UserError, check, default_of
 from model import ONLY_IN_TRAINING, LowRank, make_model
-
-
-@dataclass
-class GrowConfig:
-    grow_every: int = 0  # steps after which the network gets more blocks and goes on, again and again; 0 = never
-    grow_to: int = 0  # until it has so many; n_layer is what it begins with
-    grow_by: int = 2  # so many at a time, as Inheritune does (Sanyal et al. 2024, arXiv 2404.08634)
-    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # where they are from, as in surgery.py grow
-    grow_from: FilePath = ''  # or: from this network, a run, a checkpoint or hf:FOLDER, of which the blocks that follow are inherited
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        for name, least in (('grow_every', 0), ('grow_to', 0), ('grow_by', 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f'{name}={getattr(self, name)}: takes {least} or more')
-        if bool(self.grow_every) != bool(self.grow_to):
-            raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}: give both or none')
-        if self.grow_from and not self.grow_every:
-            raise ValueError(f'grow_from={self.grow_from}: is where blocks come from with grow_every and grow_to: give these too')
-
 
 # -----------------------------------------------------------------------------
 # What is known of a network

@@ -14,11 +14,11 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint import new_folder, write_json, write_tensors
 from configurator import UserError
 from features.hf.families import FAMILIES, HEAD, nearest, read_json
 from features.lora import adapters
 from features.lora import layers as lora
-from files import new_folder, write_json, write_tensors
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow

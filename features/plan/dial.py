@@ -11,63 +11,18 @@ steps of a config file where tokens or minutes are asked for.
 """
 import math
 import os
-from dataclasses import dataclass, fields
 
 import torch
 
-from batches import GPT2_TOKENS, find_folder, read_meta
-from configurator import ROOT, UserError, check, read_config
-from device import peak_flops, process_age
-from features.lora import layers as lora
-from features.plan.chinchilla import optima, table
-from loss import EVAL_ROWS
+from batches import EVAL_ROWS, Mixture
+from configurator import ROOT, UserError, check, part_of, read_config
+from device import peak_flops
+from features.plan.settings import DEEPEST
 from model import ModelConfig, make_model
 
 TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
 EPOCHS = 4  # more are worth little (Muennighoff et al. 2023, arXiv 2305.16264): from there on a larger network is
 REACHED = 0.5  # share of the ceiling of matmuls that training reaches, to choose a size by; the steps are timed
-DEEPEST = 48
-
-
-@dataclass
-class PlanConfig:
-    depth: int = 0  # layers; one of these four settings, or several, and the rest is derived and printed. 0 = not set, here and below
-    params: float = 0.0  # about so many parameters
-    tokens: float = 0.0  # about so many tokens to train on, by default 20 a parameter
-    minutes: float = 0.0  # of the whole run, from the start of the process: the steps are timed before the first one counts,
-    # and max_iters is fitted again at every evaluation
-
-    plan: bool = False  # print parameters, FLOPs and memory of the network, then stop; with tokens, flops or
-    # hours: the networks that several laws want for them, and the settings of the one with 20 tokens a parameter
-    flops: float = 0.0  # with plan: of the whole run
-    hours: float = 0.0  # with plan: of this machine
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        if self.plan and [self.tokens > 0, self.flops > 0, self.hours > 0].count(True) > 1:
-            raise ValueError(f'tokens={self.tokens:g}, flops={self.flops:g}, hours={self.hours:g}: plan takes one of them')
-        if self.plan and (self.depth or self.params or self.minutes):
-            raise ValueError(f'depth={self.depth}, params={self.params:g}, minutes={self.minutes:g}: plan takes '
-                             'tokens, flops or hours in their place, or the sizes of a network: leave them out')
-        if (self.flops or self.hours) and not self.plan:
-            raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: belong to --plan; to train for a time, give minutes')
-        if self.flops > 1e30 or self.hours > 1e7:
-            raise ValueError(f'flops={self.flops:g}, hours={self.hours:g}: takes at most 1e30, 1e7')
-        for name in ('depth', 'params', 'tokens', 'minutes', 'flops', 'hours'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
-        if self.depth and self.params:
-            raise ValueError(f'depth={self.depth}, params={self.params:g}: give one of them, the other follows')
-        if self.tokens and self.minutes:
-            raise ValueError(f'tokens={self.tokens:g}, minutes={self.minutes:g}: give one of them, the other follows')
-        if self.depth > DEEPEST:
-            raise ValueError(f'depth={self.depth}: takes at most {DEEPEST}')
-        if self.tokens > 1e15:
-            raise ValueError(f'tokens={self.tokens:g}: takes at most 1e15')
-
-    @property
-    def is_planned(self):
-        return bool(self.depth or self.params or self.tokens or self.minutes)
 
 
 # -----------------------------------------------------------------------------
@@ -94,7 +49,9 @@ def rates(width):
 
 def size(s, vocab_size):
     """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
-    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size, 'rank_guide': 0})
+    cfg = part_of(s, ModelConfig)
+    cfg.vocab_size = s.vocab_size or vocab_size
+    cfg.rank_guide = 0
     with torch.device('meta'):
         model = make_model(cfg, init=False)
     return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()
@@ -154,143 +111,24 @@ def plan(s, vocab_size, data_tokens, device, world):
     return derived
 
 
-def find_vocabulary(s):
-    """
-    The size of the vocabulary by the settings, or by the data set where there is one; otherwise that of GPT-2
-    is assumed, and a line says so.
-    """
-    if s.vocab_size:
-        return s.vocab_size
-    name = s.dataset if isinstance(s.dataset, str) else next(iter(s.dataset), '')
-    try:
-        folder = find_folder(name)
-    except UserError:
-        print(f'vocab_size: dataset={name} is not there: GPT-2\'s {GPT2_TOKENS:,} tokens are assumed; '
-              '--vocab_size=N changes that')
-        return GPT2_TOKENS
-    return read_meta(folder)['vocab_size']
-
-
-def show_network(s, vocab_size):
-    """Print the parameters, FLOPs and memory of the network of train.py's Settings, without making it."""
-    s.vocab_size = vocab_size
-    check(s)
-    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
-    with torch.device('meta'):
-        model = make_model(cfg, init=False)
-        total, active, flops = model.num_params(), model.num_params(active=True), model.flops_per_token()
-        blocks = sum(p.numel() for name, p in model.named_parameters() if 'blocks.' in name)
-        trained = total
-        if s.lora_rank:
-            lora.begin(model, s, is_new=False)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            flops = model.flops_per_token()
-    print(f'parameters   {total:,}, {blocks:,} of them in the blocks')
-    if s.n_expert:
-        print(f'             {active:,} for each token, {s.n_expert} experts')
-    if s.lora_rank:
-        print(f'trained      {trained:,}, those of low-rank adapters')
-    if s.arch == 'markov':
-        print(f'network      a Markov chain of {vocab_size:,} tokens')
-        print(f'memory       {4 * total / 1e6:,.1f} MB of weights')
-        return
-    encoder = f'{s.n_encoder_layer} encoder layers, ' * bool(s.n_encoder_layer)
-    print(f'network      {encoder}{s.n_layer} layers of {s.n_embd}, {s.n_head} heads, '
-          f'context {s.block_size}, {vocab_size:,} tokens')
-    step = s.batch_size * s.gradient_accumulation_steps * s.block_size
-    print(f'FLOPs        {flops:.3e} a token, {flops * step:.3e} a step of {step:,} tokens, '
-          f'{flops * step * s.max_iters:.3e} in {s.max_iters:,} steps')
-    print(f'memory       {4 * total / 1e6:,.1f} MB of weights, {4 * trained / 1e6:,.1f} MB of gradients, '
-          f'up to {8 * trained / 1e6:,.1f} MB of moments, in float32; activations come on top')
-
-
-def show_plan(s, vocab_size, device):
-    """
-    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py
-    want for these, and the network that plan() makes of the last law.
-    """
-    if not (s.tokens or s.flops or s.hours):
-        return show_network(s, vocab_size)
-    peak = peak_flops(device, s.dtype)
-    if s.hours and not peak:
-        raise UserError(f'hours={s.hours:g}: the ceiling of this device is not known: give flops')
-    flops = s.flops or s.hours * 3600 * REACHED * (peak or 0)
-    if s.hours:
-        print(f'{s.hours:g} hours at {REACHED:.0%} of {peak / 1e12:.2f} TFLOP/s are {flops:.3e} FLOPs')
-    found = optima(s.tokens, flops)
-    print(table(found))
-    (s.params, s.tokens, _), s.flops, s.hours, s.plan = found['20 tokens a parameter'], 0.0, 0.0, False
-    given = s.params
-    derived = plan(s, vocab_size, s.tokens, device, 1)
-    params, _, per_token = size(s, vocab_size)
-    stacks = f', an encoder of {s.n_encoder_layer}, {s.source_context} tokens read for {s.block_size} written' * bool(s.n_encoder_layer)
-    print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, {s.n_layer} layers of {s.n_embd}{stacks}\n'
-          f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'
-          + ' '.join(f'--{name}={value}' for name, value in derived.items()))
-
-
 def intervals(count, batch_size):
     """How often a run of `count` steps evaluates, on about 20 micro-batches of rows, and reports."""
     return {'eval_interval': -(-count // 5), 'eval_iters': -(-20 * batch_size // EVAL_ROWS), 'log_interval': max(1, count // 50)}
 
 
-# -----------------------------------------------------------------------------
-# The minutes
-
-def evaluation_steps(s):
-    """The work of an evaluation, in steps of training: a row is a third of the work of a training row."""
-    return EVAL_ROWS * s.eval_iters / (s.batch_size * s.gradient_accumulation_steps) / 3
-
-
-def fit_minutes(s, derived, seconds_per_step, elapsed):
-    """Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and the intervals that follow."""
-    evaluations = 6 * evaluation_steps(s)
-    count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
-    if count < 10:
-        raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
-                        'give more minutes, or a smaller --depth')
-    for name, value in ({'max_iters': round(count)} | intervals(round(count), s.batch_size)).items():
-        if name in derived:
-            setattr(s, name, value)
-
-
-class Pace:
+def derive(s, state, device, ranks):
     """
-    How fast a run of s.minutes goes, and how many steps are left: the machine may slow down or be free again after the
-    first fit. clock() returns the seconds since this process began, `earlier` are those of the run's processes before it.
+    Set what follows from the dial, on all ranks alike; a run that goes on keeps what was derived when it began. Returns
+    {setting: value} of what was derived.
     """
-    SMALL = 0.02  # a change of max_iters by less is not worth a bend in the schedule
-
-    def __init__(self, s, clock=None):
-        self.s, self.clock, self.earlier = s, clock or process_age, 0.0
-        self.ends = []  # when the last evaluation ended, and every step since then
-        self.evaluation = None  # seconds that the last one took, with checkpoint and samples
-
-    def elapsed(self):
-        """Seconds of the run."""
-        return self.earlier + self.clock()
-
-    def end_step(self):
-        self.ends.append(self.elapsed())
-
-    def end_evaluation(self, began, compiled):
-        """began: elapsed() then; compiled: whether it had to be compiled first."""
-        if not compiled:
-            self.evaluation = self.elapsed() - began
-        self.ends = [self.elapsed()]
-
-    def fit(self, step):
-        """The max_iters with which the run ends after s.minutes, as seen from an evaluation at `step` that is to come."""
-        steps = len(self.ends) - 1
-        if steps < 1:  # the run has gone on from a checkpoint of this step, whose fit it keeps
-            return self.s.max_iters
-        recent = max(min(5, steps), steps // 4)
-        per_step = (self.ends[-1] - self.ends[-1 - recent]) / recent
-        evaluation = self.evaluation
-        if evaluation is None:
-            evaluation = evaluation_steps(self.s) * per_step
-        left = max(0.0, 60 * self.s.minutes - self.elapsed() - evaluation)
-        intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
-        more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)  # the end is an evaluation too
-        count = max(step + round(more), self.s.rank_guide)
-        return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count
+    dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
+    if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
+        given = ', '.join(f'{name}={value:g}' for name, value in dial.items() if value)
+        raise UserError(f'{given}: out_dir={s.out_dir} belongs to a run with another dial: give another --out_dir, or '
+                        '--init_from=scratch to begin anew (the old run is moved aside)')
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed)
+    tokens = sum(source.files.tokens for source in data.sources)
+    planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
+    for name in planned:
+        setattr(s, name, state['settings'][name] if state else planned[name])
+    return planned

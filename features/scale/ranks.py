@@ -9,17 +9,20 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 from configurator import UserError
 
 
 class Ranks:
-    """This process among those that torchrun started, or alone."""
+    """This process among those that torchrun started, with the methods of device.OneProcess."""
 
     def __init__(self, backend, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -112,6 +115,37 @@ class Ranks:
         if self.first:
             print(text, flush=True)
 
+    def wrap(self, model):
+        """The model with DDP around it; a sharded one exchanges its gradients itself."""
+        if self.world == 1 or self.lockstep:
+            return model
+        with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
+            warnings.simplefilter('ignore', FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def was_restarted(self, out_dir):
+        """
+        Whether the run in out_dir was begun by this torchrun job, which has started its processes again after a failure:
+        they are to go on, though their command says --init_from=scratch.
+        """
+        job = self.job()
+        if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+            return False
+
+        def look():
+            try:
+                state = checkpoint.load_state(checkpoint.find(out_dir))
+            except UserError:  # none is sound
+                return False
+            return bool(set(job) & set(state.get('job', ())))
+        return self.from_first(look)
+
+    def has_lost_one(self, error):
+        """Whether an error is what gloo or NCCL raise when another process has gone."""
+        signs = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
+                 'NCCL communicator was aborted', 'remote process exited')
+        return self.world > 1 and any(words in str(error) for words in signs)
+
 
 def agent():
     """A name, unique in the world, of the torchrun process that started this one; '' if none did."""
@@ -120,12 +154,6 @@ def agent():
     # a file of this attempt, in a folder with a random name: …/attempt_0/0/error.json
     folder = os.environ.get('TORCHELASTIC_ERROR_FILE', '').partition('/attempt_')[0]
     return f'{socket.gethostname()} {os.environ.get("TORCHELASTIC_RUN_ID", "")} {folder}'
-
-
-def is_lost(error):
-    """Whether an error is what gloo or NCCL raise when another process has gone."""
-    return any(words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL communicator was aborted',
-                                                 'remote process exited'))
 
 
 def where_it_stands():

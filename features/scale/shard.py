@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+import checkpoint
 from configurator import UserError
 
 
@@ -99,3 +100,33 @@ def group_size(shard, world):
     if world == 1 or size < 2 or world % size:
         raise UserError(f'shard={shard}: divides the network among that many of {world} processes: start more with torchrun, or give a divisor of at least 2')
     return size
+
+
+def build_divided(build_model, s, data, start, ranks):
+    """What build_model() makes: the network on rank 0's CPU, and its shapes alone on the others."""
+    built = []
+    ranks.from_first(lambda: built.append(build_model(s, data, start)))
+    return built[0] if ranks.first else build_model(s, data, start, is_blank=True)
+
+
+def divide(run, build_model, s, start, ranks):
+    """Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks. s: the optimizer's settings."""
+    from optim import make_optimizer  # optim.py imports this file
+    tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
+    moments = checkpoint.moments_of(run.optimizer)
+    recompute = run.model.recompute
+    if ranks.first:
+        run.model = build_model(s, run.data, start, is_blank=True)
+        run.model.recompute = recompute
+
+    def shapes_of_moments():
+        return {name: {what: torch.empty_like(t, device='meta') for what, t in own.items()}
+                for name, own in moments.items()}
+    shapes = ranks.from_first(shapes_of_moments)
+    run.undivided = shard_model(run.model, group_size(s.shard, ranks.world), s.dtype, ranks)
+    give_numbers(run.model, tensors, ranks)
+    run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
+
+    def give_part(t, parameter):
+        return give_out(t, parameter, ranks)
+    checkpoint.give_moments(run.optimizer, moments if ranks.first else shapes, give_part)

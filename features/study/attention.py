@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import model as networks
 from batches import validation_batch, validation_rows
+from checkpoint import load_model
 from configurator import FilePath, UserError
 from features.study.pictures import figure, save, write_csv
-from origin import load_model, validation_sources
+from features.study.validation import validation_sources
 
 
 @dataclass

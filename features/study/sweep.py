@@ -29,16 +29,14 @@ import torch
 import checkpoint
 import hub
 from batches import Mixture, real_folders
-from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
+from checkpoint import replace_text, writing
+from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, part_of, read_config
+from device import stop_signals
 from features.lora import layers as lora
-from features.scale.guard import stop_signals
-from files import replace_text, writing
 from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import adopt, model_config
 from prepare import cores
-from run import step_flops
-from runlog import read_records
+from run import adopt, read_records, step_flops
 from train import Settings
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
@@ -210,7 +208,7 @@ def vocabulary(dataset):
 def blank(s, **changes):
     """The network of a run, without its numbers."""
     with torch.device('meta'):
-        model = make_model(dataclasses.replace(model_config(s), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+        model = make_model(dataclasses.replace(part_of(s, ModelConfig), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
         if s.lora_rank:
             lora.begin(model, s, is_new=False)
         return model

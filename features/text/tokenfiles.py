@@ -9,8 +9,8 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from batches import read_meta
+from checkpoint import replace_json, sha256, sync, write_all
 from configurator import UserError
-from files import replace_json, sha256, sync, write_all
 from tokenizer import load_tokenizer
 
 SHARD_TOKENS = 100_000_000  # a shard is closed by the task that brings it here

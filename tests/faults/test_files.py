@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
+from checkpoint import append, replace_text, write_torch
 from configurator import UserError
-from files import append, replace_text, write_torch
 
 OFTEN = ['--checkpoint_interval=2', '--eval_interval=100']
 POINTS = re.findall(r"at\('(save:\w+)'", (ROOT / 'checkpoint.py').read_text())

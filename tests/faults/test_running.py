@@ -16,8 +16,8 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
 import train
+from device import StopSignal
 from features.scale import ranks
-from features.scale.guard import StopSignal
 from run import set_up
 
 SLOW = pytest.mark.slow

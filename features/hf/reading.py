@@ -1,0 +1,1 @@
+from hub import decoder_start, find, knows, load, tokenizer  # noqa: F401
