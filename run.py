@@ -635,19 +635,27 @@ def describe(s, run, ranks):
     compiled = 'compiled' if s.compile else 'not compiled'
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: '
               f'{torch.get_num_threads()}')
-    rate = getattr(s, s.main_rate)
-    if s.warmup > s.max_iters > 0:
-        highest = learning_rate(s.max_iters - 1, s, rate)
-        ranks.say(f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to {highest:.2e} '
-                  f'and never reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there')
+    for line in short_warmup(s):
+        ranks.say(line)
     if s.grow_every:  # growth
-        from features.growth.during import describe_growth  # growth
-        describe_growth(s, cfg.n_layer, run.step, ranks)  # growth
+        from features.growth.during import short_growth  # growth
+        for line in short_growth(s, cfg.n_layer, run.step):  # growth
+            ranks.say(line)  # growth
     if run.planned:  # plan
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))  # plan
     if run.step:
         verb = f'going on with {s.init_from}' if run.is_borrowed else f'resuming {s.out_dir}'
         ranks.say(f'{verb} at step {run.step}')
+
+
+def short_warmup(s):
+    """[a line that says so, if the warm-up is longer than the run]."""
+    if not s.warmup > s.max_iters > 0:
+        return []
+    rate = getattr(s, s.main_rate)
+    highest = learning_rate(s.max_iters - 1, s, rate)
+    return [f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to {highest:.2e} and never '
+            f'reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there']
 
 
 def show_losses(step, result, ranks):

@@ -12,7 +12,7 @@ from conftest import read_log, runs_here, write_dataset
 import compare
 from checkpoint import read_model, read_weights
 from experiments import adapting
-from features.lora.layers import LoraConfig
+from features.lora.settings import LoraConfig
 from features.study.sweep import read_settings
 
 SIZES = dict(block_size=32, batch_size=4, max_iters=4, eval_interval=4, eval_iters=2, dtype='float32', lora_rank=2)

@@ -108,7 +108,7 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
     ('prepare', 'Settings', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
     ('eval', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
-    lines = help_text(getattr(importlib.import_module(module), cls)).split('\n')
+    lines = help_text(getattr(importlib.import_module(module), cls), 'all').split('\n')
     for name in names:
         assert [r'\n is a new line' in line for line in lines if line.startswith(f'  --{name}=')] == [True]
 
@@ -170,7 +170,7 @@ def test_every_script_has_help_for_all_its_settings():
     import sample
     import train
     for module in (train, sample, prepare):
-        text = help_text(module.Settings)
+        text = help_text(module.Settings, 'all')
         lines = [line for line in text.splitlines() if line.startswith('  --')]
         assert len(lines) == len(module.Settings.__dataclass_fields__)
 

@@ -6,7 +6,9 @@ from conftest import one_line, read_log, train, write_dataset
 from test_surgery import random_model
 
 import model as model_module
-from train import Settings, ask
+from configurator import build
+from features.distill.teacher import ask
+from train import Settings
 
 MIX, TEMPERATURE = 0.3, 2.0
 V = 50
@@ -36,7 +38,7 @@ def by_definition(student, teacher):
 
 def in_chunks(student, teacher, mix=MIX):
     x, y = batch()
-    return student(x, y, teacher=ask(teacher, x, Settings(distill_mix=mix, distill_temperature=TEMPERATURE)))
+    return student(x, y, teacher=ask(teacher, x, build(Settings, distill_mix=mix, distill_temperature=TEMPERATURE)))
 
 
 @pytest.mark.parametrize('chunk, block', [(2 ** 25, 2 ** 20), (64 * 20, 64 * 7)])  # all at once; 20 rows at a time, of which 7

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import load_model, read_model
-from configurator import UserError, configure
+from configurator import UserError, build, configure
 from features.lora import adapters
 from features.lora import layers as lora
-from features.lora.layers import LoraConfig
 from features.lora.packed import pack
+from features.lora.settings import LoraConfig
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from sample import generate
@@ -39,7 +39,7 @@ def network(**changes):
 
 def adapted(model, is_moved=True, **settings):
     """`model` with adapters, away from where they begin."""
-    s = LoraConfig(**{'lora_rank': 4} | settings)
+    s = build(Settings, **{'lora_rank': 4} | settings)
     s.check()
     lora.begin(model, s)
     for p in model.parameters() if is_moved else ():
@@ -242,7 +242,7 @@ def test_what_a_network_has_not_is_named(settings, words):
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
-        LoraConfig(**{'lora_rank': 4} | settings).check()
+        LoraConfig.check(build(Settings, **{'lora_rank': 4} | settings))
 
 
 def test_merging_what_cannot_be_merged_is_refused():

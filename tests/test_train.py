@@ -34,7 +34,7 @@ from features.scale.guard import FirstSteps
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
-from run import Interval, show_samples
+from run import Interval, show_sample
 from tokenizer import new_tokenizer
 from train import Settings
 
@@ -241,6 +241,7 @@ def test_a_batch_on_two_ranks_is_shared_when_there_is_one_micro_batch(dataset, t
 def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens(dataset, tmp_path, monkeypatch):
     """A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained the first three."""
     monkeypatch.setattr(faults, 'FAULTS', [('loss', '46', '', 'large')])
+    monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)
     args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70', '--warmup_iters=0']
     done = train(tmp_path, *args, '--max_iters=60', dataset=dataset)
@@ -791,7 +792,7 @@ def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
     s = Settings(sample_tokens=1, sample_prompt=r'one\n\\n', dtype='float32')
     ranks = Ranks('gloo', torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
-    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert capsys.readouterr().out.startswith('    | one\n    | \\n')
 
 
@@ -801,7 +802,7 @@ def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(d
     s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):
         s.given = given
-        show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+        show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
         assert capsys.readouterr().out.startswith(shown)
 
 
@@ -809,7 +810,7 @@ def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys
     s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
     model.norm_f.weight.data[0] = torch.nan
-    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert 'no sample: the logits are NaN or infinite' in capsys.readouterr().out and model.training
 
 
@@ -831,7 +832,7 @@ def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch
     s, ranks, data = Settings(compile=True, sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1)
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16, depth_scale='norm'))
     x, ranks.lockstep = torch.arange(64).view(2, 32), True
-    compile_all(model.blocks)
+    compile_all(model, by_block=True)
     assert blocks_run() == 9
-    show_samples(model, s, data, ranks)
+    show_sample(model, s, data, ranks)
     assert len(made) == 9 and blocks_run() == 9

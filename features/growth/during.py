@@ -21,13 +21,14 @@ def check_growth(s, cfg):
                         'lower it')
 
 
-def describe_growth(s, n_layer, step, ranks):
-    """Say so where the run ends before the network is grown. n_layer: number of blocks at `step`."""
+def short_growth(s, n_layer, step):
+    """[a line that says so, if the run ends before the network is grown]. n_layer: number of blocks at `step`."""
     times = (s.max_iters - 1) // s.grow_every - max(0, step - 1) // s.grow_every  # at a checkpoint it has not grown yet
     reached = min(s.grow_to, n_layer + times * s.grow_by)
-    if reached < s.grow_to:
-        ranks.say(f'max_iters={s.max_iters}: ends before the network has grown to grow_to={s.grow_to}: it ends with '
-                  f'{reached} layers')
+    if reached == s.grow_to:
+        return []
+    return [f'max_iters={s.max_iters}: ends before the network has grown to grow_to={s.grow_to}: it ends with {reached} '
+            'layers']
 
 
 def grow_run(run, s, ranks):

@@ -4,8 +4,30 @@ Markov chains: the next token follows from the one before alone (--arch=markov),
     python train.py config/markov_pubmed.py
 """
 import os
+from dataclasses import dataclass
 
-from configurator import UserError
+from configurator import UserError, refuse_beside, refuse_idle
+from model import ModelConfig
+from optim import OptimConfig
+
+
+@dataclass
+class MarkovRun:
+
+    def check(self):
+        """Raise ValueError for settings that a run of a Markov chain cannot have."""
+        if self.arch != 'markov':
+            return
+        refuse_beside(self, 'arch', objective='causal', teacher='', grow_every=0, lora_rank=0)
+        if self.label_smoothing and not self.rank_embed:
+            raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table has none: set it to 0 '
+                             '(optimizer=counts smooths by pseudo_counts)')
+        if self.uses_muon:
+            raise ValueError(f'optimizer={self.optimizer}: a Markov chain has no matrices for Muon: use adamw, or counts '
+                             'for a full table')
+        table = 'a low-rank Markov chain' if self.rank_embed else 'a full Markov table'
+        refuse_idle(self, ModelConfig, self.arch_takes, f'arch=markov ({table})')
+        refuse_idle(self, OptimConfig, self.optimizer_takes, f'optimizer={self.optimizer}')
 
 
 def check_machine(s, data, ranks):

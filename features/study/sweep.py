@@ -208,7 +208,7 @@ def vocabulary(dataset):
 def blank(s, **changes):
     """The network of a run, without its numbers."""
     with torch.device('meta'):
-        model = make_model(dataclasses.replace(part_of(s, ModelConfig), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+        model = make_model(dataclasses.replace(part_of(s, ModelConfig), **{'rank_guide': 0, 'n_layer': s.grow_to if s.grow_every else s.n_layer} | changes), init=False)
         if s.lora_rank:
             lora.begin(model, s, is_new=False)
         return model

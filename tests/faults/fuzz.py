@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 import hub
 import prepare
 from batches import Mixture, read_meta
-from configurator import UserError, configure, from_dict
+from configurator import UserError, build, configure, from_dict
 from features.lora import peft_files
-from features.lora.layers import LoraConfig, begin
+from features.lora.layers import begin
 from features.text import sources
 from model import make_model
 from tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ def llama():
         cfg, weights = hub.load(f'hf:{folder}/base')
         model = make_model(cfg, init=False)
         model.load_state_dict(weights)
-        begin(model, LoraConfig(lora_rank=2), is_new=True)
+        begin(model, build(Settings, lora_rank=2), is_new=True)
         from features.lora import adapters
         saved = adapters.described(model.lora.known['default'].description(), adapters.state(model))
         peft_files.write(f'{folder}/adapter', cfg, saved, 'llama')
