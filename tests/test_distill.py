@@ -87,7 +87,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     write_dataset(tmp_path / 'other', vocab_size=70)
     for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'), (['--block_size=64'], dataset, 'knows 32 positions'),
                               (['--distill_mix=0'], dataset, 'takes 0 < distill_mix <= 1'),
-                              (['--arch=markov'], dataset, "arch='markov' learns from counts alone"),
+                              (['--arch=markov'], dataset, 'goes with arch=decoder alone, not markov'),
                               (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
         assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data, check=False))
     assert 'belongs to distillation: set teacher too' in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False))

@@ -284,8 +284,8 @@ def test_a_trial_of_a_long_run_is_not_refused(settings):
 def test_every_config_goes_with_its_own_rates_and_with_a_trial_of_a_few_steps():
     for path in glob.glob('config/*.py'):
         given = read_config(Settings, path)
-        OptimConfig.check(Settings(**given))
-        OptimConfig.check(Settings(**given | {'max_iters': 30}))
+        OptimConfig.check(build(Settings, **given))
+        OptimConfig.check(build(Settings, **given | {'max_iters': 30}))
 
 
 def test_a_run_that_is_too_short_says_so():

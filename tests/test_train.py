@@ -32,6 +32,7 @@ from device import compile_all
 from features.scale import faults
 from features.scale.guard import FirstSteps
 from features.scale.ranks import Ranks
+from features.scale.settings import ScaleConfig
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
 from run import Interval, show_sample
@@ -282,8 +283,8 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
 
 def test_a_step_before_the_first_cannot_be_left_out():
     with pytest.raises(ValueError, match=r'skip_steps=\[3, -1\]: takes steps from 0 on'):
-        build(training.Settings, skip_steps=[3, -1]).check()
-    build(training.Settings, skip_steps=[0]).check()
+        ScaleConfig.check(build(Settings, skip_steps=[3, -1]))
+    ScaleConfig.check(build(Settings, skip_steps=[0]))
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
