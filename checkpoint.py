@@ -568,7 +568,7 @@ def shorten(weights, cfg):
         longest = cfg.block_size
         if cfg.n_encoder_layer:  # t5
             longest = max(longest, cfg.source_context)  # t5
-        weights['wpe.weight'] = weights['wpe.weight'][:longest]
+        return weights | {'wpe.weight': weights['wpe.weight'][:longest]}
     return weights
 
 
