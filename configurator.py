@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -580,7 +581,7 @@ def help_text(cls, which=''):
                 lines += [help_line(field, comments_of(part).get(field.name)) for field in fields]
     if features:
         lines += ['', 'Features: --help=NAME lists their settings']
-        lines += [f'  {name}'.ljust(44) + f'  {about_feature(name)}' for name in features]
+        lines += [two_columns(name, about_feature(name)) for name in features]
     if groups and not which:
         lines += ['', '--help=all lists every setting of the core']
     return '\n'.join(lines)
@@ -605,9 +606,15 @@ def about_feature(name):
 
 
 def help_line(field, comment):
-    kinds = choices(field.type)
     comment = re.sub(r'^\[\w+\] ', '', comment or '')
-    return f'  --{field.name.rstrip("_")}={default_of(field)!r}'.ljust(44) + f'  {kinds}{comment}'.rstrip()
+    return two_columns(f'--{field.name.rstrip("_")}={default_of(field)!r}', choices(field.type) + comment)
+
+
+def two_columns(name, text):
+    """A name and its explanation, wrapped beside it."""
+    lines = textwrap.wrap(text, 72, break_long_words=False, break_on_hyphens=False) or ['']
+    first = f'  {name}'.ljust(36) + '  ' + lines[0]
+    return '\n'.join([first.rstrip(), *(38 * ' ' + line for line in lines[1:])])
 
 
 def choices(annotation):
