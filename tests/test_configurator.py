@@ -108,9 +108,10 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
     ('prepare', 'Settings', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
     ('eval', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
-    text = ' '.join(help_text(getattr(importlib.import_module(module), cls), 'all').split())
+    settings = help_text(getattr(importlib.import_module(module), cls), 'all').split('\n  --')
     for name in names:
-        assert r'\n is a new line' in text.partition(f' --{name}=')[2].partition(' --')[0]
+        about, = [' '.join(setting.split()) for setting in settings if setting.startswith(f'{name}=')]
+        assert r'\n is a new line' in about
 
 
 def test_half_a_character_is_refused_and_two_halves_are_one():
