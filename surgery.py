@@ -30,12 +30,12 @@ import torch
 import torch.nn as nn
 
 import checkpoint
-import hub
 from analyze import rank_for
 from batches import EVAL_ROWS, Mixture, evaluate, reading
 from checkpoint import append, fill, new_folder, read_model, tokenizer_of, write_json
 from configurator import FilePath, UserError, check, configure_command, run_main
 from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
+from features.hf import reading as hub
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters, read_saved, split_name
 from features.lora.settings import LoraConfig
@@ -277,7 +277,7 @@ def read(s, where, encoder=False, untie=False):
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
     if cfg.rank_guide:
         raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): let that run go on to the end of it')
-    known = hub.knows(where)
+    known = checkpoint.is_foreign(where)
     state, moments = ({}, {}) if known else (checkpoint.load_state(folder), checkpoint.read_moments(folder))
     data = open_data(s, where, cfg, state)
     files = data[0].sources[0].files if data else None
@@ -402,7 +402,7 @@ def run_average(s):
         cfg, weights, folder = read_model(where, encoder=True)
         is_same = True
         with suppress(UserError):  # not known, or not to be had here
-            is_same = same_ids(old.tokenizer, tokenizer_of(where, folder), is_padded=hub.knows(where))
+            is_same = same_ids(old.tokenizer, tokenizer_of(where, folder), is_padded=checkpoint.is_foreign(where))
         if not is_same:
             raise UserError(f'from={where}: has another tokenizer than {folders[-1]}: leave it out')
         found.append((cfg, weights))

@@ -12,7 +12,8 @@ import checkpoint
 from checkpoint import fill
 from configurator import UserError, build, part_of, read_config
 from device import compile_all
-from features.growth.networks import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
+from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
+from features.hf.folding import fold
 from model import ModelConfig, Places, make_model
 from surgery import factorize
 from train import Settings

@@ -15,7 +15,7 @@ import re
 import torch
 
 from configurator import UserError, check, default_of
-from model import ONLY_IN_TRAINING, LowRank, make_model
+from model import ONLY_IN_TRAINING, make_model
 
 # -----------------------------------------------------------------------------
 # What is known of a network
@@ -220,48 +220,6 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
             out[f'{block}.mlp.router'] = 1e-6 * torch.randn(n_expert, cfg.n_embd)
             out |= {f'{block}.mlp.expert_bias': torch.zeros(n_expert)} if expert_bias else {}
     return new, out
-
-
-# -----------------------------------------------------------------------------
-# The same function in plainer settings
-
-@torch.no_grad()
-def fold(model):
-    """
-    (ModelConfig, weights) of the same function with fewer settings: factors without an activation multiplied out, depth_scale a part of
-    the weights, a norm of the embedding a part of it. What cannot be folded stays as it is. Raises UserError for a network with settings
-    that are not known here.
-    """
-    refuse_unknown(model.cfg, 'written as a class of transformers: --as=custom takes any decoder')
-    cfg, weights, plain = model.cfg, model.state_dict(), {}
-    low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
-    if all(layer.is_linear() for layer in low_rank.values()):
-        for name, layer in low_rank.items():
-            weights = {key: t for key, t in weights.items() if not key.startswith(f'{name}.')} | {f'{name}.weight': layer.matrix()}
-            if layer.up.bias is not None:
-                weights[f'{name}.bias'] = layer.up.bias
-        plain |= {name: type(getattr(cfg, name))() for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'ranks', 'first_block_dense', 'rank_identity', 'rank_blocks')}
-        plain |= {'rank_act': 'none', 'rank_act_qk': None}
-    if cfg.rank_embed:
-        weights['wte.weight'] = model.wte.weight @ weights.pop('wte_up.weight').T
-    if model.head_down is not None:
-        weights['head.weight'] = model.head.weight @ weights.pop('head_down.weight')
-    plain |= {'rank_embed': 0, 'rank_head': 0}
-    if cfg.embed_norm and cfg.position != 'learned':
-        if cfg.tie:
-            weights['head.weight'] = weights['wte.weight'] * (cfg.n_embd ** -0.5 if cfg.t5_scale else 1)
-        weights['wte.weight'] = model.norm_e(weights['wte.weight'])
-        weights['wte.weight'][cfg.vocab_size:] = 0
-        weights = {name: t for name, t in weights.items() if not name.startswith('norm_e.')}
-        plain |= {'embed_norm': False, 'tie': False}
-    by = {'attn': (r'(?:attn|cross)\.q\.(?:up\.)?(?:weight|bias)', 1.0), 'norm': (r'norm_[12x]\.(?:weight|bias)', 0.5)}.get(cfg.depth_scale)
-    if by and not (cfg.depth_scale == 'attn' and cfg.qk_norm):
-        for name in weights:
-            found = re.fullmatch(r'(?:blocks|encoder)\.(\d+)\.' + by[0], name)
-            if found:
-                weights[name] = weights[name] / (int(found[1]) + 1) ** by[1]
-        plain['depth_scale'] = 'none'
-    return dataclasses.replace(cfg, **plain), weights
 
 
 # -----------------------------------------------------------------------------
