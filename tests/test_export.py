@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import sample
-from checkpoint import load_model
+from checkpoint import fill, load_model
 from configurator import UserError
 from features.hf import reading
 from features.hf.export import export, stock
@@ -160,11 +160,39 @@ def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
         plain = dataclasses.asdict(model.cfg)
         model.cfg = later(**plain, scale=1.8)
         assert nearest(model.cfg)[1] == ['scale=1.8']
-        with pytest.raises(UserError, match='^scale=1.8: '):
+        with pytest.raises(UserError, match='^scale=1.8: a network with it cannot be written as a class of transformers: --as=custom takes'):
             stock(*fold(model), 'run')
         model.cfg = later(**plain, scale=1.0)
         assert stock(*fold(model), 'run')
 
+
+# --- the same function with fewer settings ---
+
+RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
+FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
+          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
+          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8), dict(depth_scale='norm', norm='layernorm', bias=True),
+          dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
+
+
+@pytest.mark.parametrize('settings', FOLDED, ids=str)
+def test_folding_keeps_the_function_and_leaves_no_setting(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert not any(getattr(cfg, name) for name in (*RANKS, 'embed_norm')) and cfg.depth_scale == 'none'
+    torch.testing.assert_close(fill(cfg, weights, 'test')(ids()), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'), dict(embed_norm=True, position='learned')], ids=str)
+def test_what_cannot_be_folded_stays(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert all(getattr(cfg, name) == value for name, value in settings.items())
+    torch.testing.assert_close(fill(cfg, weights, 'test')(ids()), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+# --- what has no place ---
 
 def test_a_tensor_that_a_family_has_no_place_for_is_refused_by_name():
     cfg, weights = fold(network(**LLAMA))

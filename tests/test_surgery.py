@@ -16,9 +16,11 @@ from batches import Mixture
 from checkpoint import fill, load_model
 from compare import group, read_run, table
 from configurator import UserError, configure_command
+from features.growth.commands import run_factorize
+from features.growth.factorize import decompose, factorize, factors, input_moments
 from features.hf import reading
 from model import LowRank, ModelConfig, Transformer, make_model
-from surgery import FactorizeSettings, decompose, factorize, factors, input_moments, run_factorize
+from surgery import FactorizeSettings
 
 
 def random_model(**settings):
