@@ -27,7 +27,6 @@ import torch
 import torch.nn as nn
 
 import checkpoint
-import hub
 from checkpoint import load_model
 from configurator import FilePath, UserError, configure, run_main, typed_text
 from device import (
@@ -40,6 +39,7 @@ from device import (
     pick_dtype,
     pick_exact_dtype,
 )
+from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
 from features.lora.load import add_adapters
@@ -399,15 +399,15 @@ def load(where, which='best', encoder=False):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; encoder as read_model()."""
     model, folder = load_model(where, which, encoder)
     cfg = model.cfg
-    description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
+    description = reading.tokenizer(where)[1] if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
-    if not hub.knows(where):
+    if not checkpoint.is_foreign(where):
         tokenizer.around = stored_around(folder, tokenizer)
         tokenizer.begin = stored_begin(checkpoint.load_state(folder))
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
-    if hub.knows(where):
-        tokenizer.begin = (hub.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
+    if checkpoint.is_foreign(where):
+        tokenizer.begin = (reading.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
     return model, tokenizer
 
 

@@ -250,11 +250,13 @@ def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     import sample
     import surgery
     import train
-    from features.moe import experts
+    from features.lora import combine
+    from features.moe import experts, upcycle
     from features.study import attention, sweep
     texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers', 'which', 'init_keep', 'stop', 'part', 'split', 'errors', 'reference',
              'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
-    for module in (analyze, attention, bench, compare, eval, experts, hub, prepare, sample, surgery, sweep, train):
+    modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, surgery, sweep, train, upcycle)
+    for module in modules:
         for cls in vars(module).values():
             for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__ else ()):
                 comments = comments_of(part) if is_dataclass(part) else {}

@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import new_folder, write_json, write_tensors
 from configurator import UserError
-from features.hf.families import FAMILIES, HEAD, nearest, read_json
+from features.hf.config_json import read_json
+from features.hf.families import FAMILIES, nearest
+from features.hf.names import HEAD
 from features.lora import adapters
 from features.lora import layers as lora
 
