@@ -1,6 +1,6 @@
 """
-README.md, docs/ and the features' READMEs: links lead somewhere, commands name scripts and settings that exist,
-lines are short.
+README.md, docs/ and the features' READMEs: links lead somewhere, commands name scripts and settings that
+exist, lines are short.
 
 A fenced block that begins with ```sh nanogpt holds commands for a clone of nanoGPT, which are not ours.
 """
@@ -66,8 +66,8 @@ def links(text):
 
 def commands(text):
     """
-    The commands of a page, as lists of words: lines of its fenced blocks that begin with python, torchrun or make,
-    and the same between backquotes in its prose, unless a … there leaves something out or no script is named.
+    The commands of a page, as lists of words: lines of its fenced blocks that begin with python, torchrun or
+    make, and the same between backquotes in its prose, unless a … leaves something out or no script is named.
     """
     prose, blocks = split(text)
     lines = []
@@ -96,7 +96,8 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 def test_anchors_are_those_of_github():
     text = ('# A data set of 10^11 windows\n## `eval.py`, twice: why?\n## Same\n## Same\n'
             '```sh\n# a comment\n```\n### See [this page](x.md)')
-    assert anchors(text) == {'a-data-set-of-1011-windows', 'evalpy-twice-why', 'same', 'same-1', 'see-this-page'}
+    expected = {'a-data-set-of-1011-windows', 'evalpy-twice-why', 'same', 'same-1', 'see-this-page'}
+    assert anchors(text) == expected
 
 
 def test_every_page_is_linked_from_an_index():
@@ -126,7 +127,7 @@ class Accepted(Exception):
 
 def accept(patch, script, args):
     """
-    Let a script read its settings from `args`, and do nothing with them. Raises UserError for what it does not take.
+    Let a script read its settings from `args`, and do nothing with them. Raises UserError for wrong ones.
     Scripts in tests/ have no settings.
     """
     path = ROOT / script
@@ -151,7 +152,7 @@ def accept(patch, script, args):
 
 
 def check_command(words):
-    """Raise AssertionError or UserError if a command names a script, a target or a setting that is not there."""
+    """Raise AssertionError or UserError for a script, a make target or a setting that does not exist."""
     if words[0] == 'make':
         targets = re.findall(r'^([\w-]+):', read(ROOT / 'Makefile'), re.MULTILINE)
         assert words[1] in targets, f'make {words[1]}: no such target'
