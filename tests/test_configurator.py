@@ -5,7 +5,6 @@ import io
 import os
 import pty
 import re
-import shlex
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
@@ -183,18 +182,6 @@ def test_on_windows_a_script_says_in_one_line_where_it_runs():
     assert 'on Windows run it in WSL' in one_line(run('-c', start, ROOT / 'prepare.py', '--help'))
     for path in ROOT.glob('*.py'):  # or it would fail before configurator.py speaks
         assert not re.search('^(import|from) (fcntl|resource|pwd|termios)', path.read_text(encoding='utf-8'), re.MULTILINE), path
-
-
-def test_the_commands_of_the_readme_are_accepted(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    count = 0
-    for line in (ROOT / 'README.md').read_text(encoding='utf-8').replace('\\\n', '').split('\n'):
-        command = shlex.split(line, comments=True) if line.startswith('    python ') else []
-        if len(command) > 2 and '…' not in line and command[1] in ('train.py', 'sample.py', 'prepare.py', 'compare.py'):
-            module = importlib.import_module(command[1].removesuffix('.py'))
-            configure(module.Settings, command[2:])
-            count += 1
-    assert count > 30
 
 
 def test_stored_settings_come_back_strictly():
