@@ -36,7 +36,7 @@ def shape(depth, device):
 
 def batch_tokens(tokens):
     """
-    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200 thousand (RESULTS.md), about
+    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200 thousand (docs/results), about
     2^18 are for 1.5 billion (modded-nanogpt, track 1); a power law between the two.
     """
     return 2 ** round(math.log2(768 * (tokens / 2e5) ** 0.65))
