@@ -35,7 +35,7 @@ test-faults: .venv/test
 # The oldest torch that is supported (OLDEST_TORCH in configurator.py), without lm-eval, which these tests do not need.
 OLDEST := .venv-oldest
 CORE := model train data optim checkpoint sample configurator growth lora moe packed device objectives markov distill packing \
-        evaluate prepare tokenizer
+        eval prepare tokenizer
 
 $(OLDEST)/ready: requirements.txt requirements-test.txt Makefile
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

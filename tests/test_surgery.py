@@ -14,11 +14,12 @@ from test_hub import saved
 import checkpoint
 from batches import Mixture
 from checkpoint import fill, load_model
-from compare import group, read_run, table
 from configurator import UserError, configure_command
 from features.growth.commands import run_factorize
 from features.growth.factorize import decompose, factorize, factors, input_moments
 from features.hf import reading
+from features.study.runs import group, read_run
+from features.study.tables import table
 from model import LowRank, ModelConfig, Transformer, make_model
 from surgery import FactorizeSettings
 
