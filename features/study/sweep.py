@@ -2,7 +2,7 @@
 Many training runs from one small file: arms (what is compared), the settings swept inside each, and seeds.
 
     python compare.py --sweep=config/sweeps/demo.py       # runs what is missing, then reports
-    run_missing(Sweep(base='config/demo_dense.py', arms={'dense': {'learning_rate': [1e-3, 2e-3]}}, out='out/mine'))
+    run_missing(Sweep(base='config/stdlib_dense.py', arms={'dense': {'learning_rate': [1e-3, 2e-3]}}, out='out/mine'))
 
 Each run is train.py in a process and a folder of its own, so a sweep that was stopped goes on where it was. compare.py imports
 this file, not the other way round: running needs no tables, and other scripts want runs without a report.
