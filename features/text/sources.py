@@ -63,7 +63,7 @@ def find_files(sources, left_out=None):
         elif source == 'stdlib_docstrings':
             found += [(path, 'docstrings') for path, kind in stdlib_files() if kind == 'text']
         elif source == 'stdlib_docs':
-            found += [(path, 'docs' if kind == 'text' else kind) for path, kind in stdlib_files()]
+            found += [(path, 'docs') for path, _ in stdlib_files()]
         elif source in synthetic.NAMES:
             found.append((synthetic.write_text(source), 'text'))
         elif source in CORPORA:
@@ -415,11 +415,10 @@ class Reader:
                 yield Task([(f'{path}:{node.lineno}', textwrap.dedent('\n'.join(source)) + PAIR + said.partition('\n')[0])])
 
     def docs(self, path, cut):
-        """The docstrings of a Python file, a document."""
+        """The docstrings of a Python file, or pydoc's chapters, each a document."""
         self.position += os.path.getsize(path)
-        text = docs.docstrings_of(path)
-        if text:
-            yield Task([(path, text)])
+        for document in docs.documents_of(path):
+            yield Task([document])
 
     def lines(self, path, cut):
         """The lines of a .jsonl, about a task's worth at a time."""
