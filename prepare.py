@@ -95,7 +95,8 @@ class Settings:
     positional = 'sources'
     chosen = None  # no setting: of few documents, the hashes of those for validation, see choose()
     sources: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of
-    # stdlib, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov, synthetic:markov2, synthetic:markov3
+    # stdlib, stdlib_docs, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed, synthetic:markov,
+    # synthetic:markov2, synthetic:markov3
     out: FilePath = ''  # the folder to make; '' = data/NAME for a single named corpus
     tokenizer: FilePath = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT
     # vocabulary), or bpe:N, trained on the text itself: 4096 suits models of a few million parameters, and downloads nothing

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from configurator import UserError, typed_text
-from features.text import synthetic
+from features.text import docs, synthetic
 from features.text.download import CORPORA, download_corpus
 from tokenizer import ANYWHERE, EOT
 
@@ -37,7 +37,7 @@ TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 HASHED = 2 ** 16  # characters of a document that decide its split
 PAIR = '\x1e<|target|>\x1e'  # between the source and the target of a pair, until they are tokens
 SECTIONS = ('Features', 'Words', 'Random sentence', 'Summary', 'Story')  # of a document of TinyStories-Instruct, in any order: fields for pairs
-HERE = ('stdlib', 'stdlib_docstrings', *synthetic.NAMES)  # named corpora that are not downloaded
+HERE = ('stdlib', 'stdlib_docs', 'stdlib_docstrings', *synthetic.NAMES)  # named corpora that are not downloaded
 
 
 # -----------------------------------------------------------------------------
@@ -62,6 +62,8 @@ def find_files(sources, left_out=None):
             found += stdlib_files()
         elif source == 'stdlib_docstrings':
             found += [(path, 'docstrings') for path, kind in stdlib_files() if kind == 'text']
+        elif source == 'stdlib_docs':
+            found += [(path, 'docs') for path, _ in stdlib_files()]
         elif source in synthetic.NAMES:
             found.append((synthetic.write_text(source), 'text'))
         elif source in CORPORA:
@@ -264,7 +266,7 @@ class Reader:
         """Yield the tasks of the part. cut: where the tokenizer lets long texts be parted, see tokenizer.py."""
         end, at, batch, size = 0, 0, [], 0
         read = {'text': self.text, 'lines': self.lines, 'parquet': self.parquet, 'topics': self.topics,
-                'docstrings': self.docstrings}
+                'docstrings': self.docstrings, 'docs': self.docs}
         for path, kind in self.files:
             self.position, end = end, end + os.path.getsize(path)
             begins = self.part_at(min(self.position + 1, end))
@@ -411,6 +413,12 @@ class Reader:
             if said and len(node.body) > 1 and node.lineno < node.body[0].lineno and node.body[0].end_lineno < node.body[1].lineno:
                 source = lines[node.lineno - 1:node.body[0].lineno - 1] + lines[node.body[0].end_lineno:node.end_lineno]
                 yield Task([(f'{path}:{node.lineno}', textwrap.dedent('\n'.join(source)) + PAIR + said.partition('\n')[0])])
+
+    def docs(self, path, cut):
+        """The docstrings of a Python file, or pydoc's chapters, each a document."""
+        self.position += os.path.getsize(path)
+        for document in docs.documents_of(path):
+            yield Task([document])
 
     def lines(self, path, cut):
         """The lines of a .jsonl, about a task's worth at a time."""
