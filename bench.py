@@ -46,12 +46,12 @@ from configurator import ROOT, FilePath, UserError, configure, run_main
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
 from features.lora.packed import pack
 from features.study.measure import alternate, run, seconds, section, show, summarize
-from features.text import sources
+from features.text import reader, sources
+from features.text.workers import cores
 from files import replace_json, writing
 from model import Transformer, make_model
 from optim import make_optimizer
 from origin import model_config
-from prepare import cores
 
 MB = 10 ** 6
 
@@ -348,7 +348,7 @@ def bench_prepare(s, device, machine):
 def write_text(s, folder, mb, txt=True):
     """`mb` MB of documents as text.jsonl (and all in one .txt): random pieces of s.text, as long as a page of the web. Returns (bytes, documents)."""
     reading = prepare.Settings(split='document', val_fraction=0.01)
-    texts = [text for task in sources.Reader(sources.find_files(s.text), reading).tasks(None) for _, text in sources.documents(task, reading) if text]
+    texts = [text for task in reader.Reader(sources.find_files(s.text), reading).tasks(None) for _, text in reader.documents(task, reading) if text]
     rng, size, count, longest = random.Random(0), 0, 0, 800 if s.quick else 5000
     with open(os.path.join(folder, 'text.jsonl'), 'w') as lines, open(os.path.join(folder, 'text.txt'), 'w') as whole:
         for text in itertools.cycle(texts):

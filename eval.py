@@ -30,7 +30,7 @@ from features.markov import ngrams
 from features.study import harness, summaries, tasks
 from features.study.pictures import figure, save, write_csv
 from features.study.sweep import expand, read_sweep, run_missing
-from features.text.sources import check_template
+from features.text.pairs import check_template
 from loss import batch_losses, losses
 from origin import load_model, validation_sources
 from run import compile_all

@@ -27,7 +27,9 @@ from configurator import FilePath, UserError, configure, run_main
 from device import pick_device, pick_dtype
 from features.study import summaries
 from features.study.pictures import write_csv
-from features.text.sources import PAIR, Reader, find_files
+from features.text.pairs import PAIR
+from features.text.reader import Reader
+from features.text.sources import find_files
 from files import replace_text, replacing
 from sample import load
 

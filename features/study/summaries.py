@@ -16,7 +16,7 @@ from configurator import UserError, whole_text
 from device import autocast
 from features.study.tasks import read_lines
 from features.text.cuts import Cuts
-from features.text.sources import fill, template_fields
+from features.text.pairs import fill, template_fields
 from sample import beam_search, encode_prompt, generate
 
 # English function words: what carries no topic

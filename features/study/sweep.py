@@ -32,11 +32,11 @@ from batches import Mixture, real_folders
 from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
 from features.lora import layers as lora
 from features.scale.guard import stop_signals
+from features.text.workers import cores
 from files import replace_text, writing
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from origin import adopt, model_config
-from prepare import cores
 from run import step_flops
 from runlog import read_records
 from train import Settings

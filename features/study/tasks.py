@@ -21,6 +21,7 @@ from tqdm import tqdm
 from configurator import UserError, whole_text
 from device import NOT_FINITE, autocast
 from features.text.cuts import Cuts
+from features.text.pieces import encode_long
 
 # -----------------------------------------------------------------------------
 # Items
@@ -221,7 +222,7 @@ def windows(ids, first, T, stride):
 def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     """(nats, tokens, bytes in UTF-8) of a text, each token given all the tokens that fit before it but for `stride` of them at most."""
     try:
-        ids = tokenizer.encode_long(text)
+        ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary
         raise UserError(f'{what}: {error}') from None
     pairs = windows(ids, tokenizer.context()[0], model.cfg.block_size, stride)
