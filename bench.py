@@ -42,16 +42,15 @@ import sample
 import tokenizer
 import train
 from batches import Mixture
-from configurator import ROOT, FilePath, UserError, configure, run_main
+from checkpoint import replace_json, writing
+from configurator import ROOT, FilePath, UserError, configure, part_of, run_main
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
 from features.lora.packed import pack
 from features.study.measure import alternate, run, seconds, section, show, summarize
 from features.text import reader, sources
 from features.text.workers import cores
-from files import replace_json, writing
-from model import Transformer, make_model
+from model import ModelConfig, Transformer, make_model
 from optim import make_optimizer
-from origin import model_config
 
 MB = 10 ** 6
 
@@ -139,7 +138,7 @@ def bench_train(s, device, machine):
 
 def flops_per_token(sizes):
     with torch.device('meta'):
-        return make_model(model_config(settings_of(sizes))).flops_per_token()
+        return make_model(part_of(settings_of(sizes), ModelConfig)).flops_per_token()
 
 
 def settings_of(sizes):
@@ -197,7 +196,7 @@ def bench_loss(s, device, machine):
     dtype, rows, width = pick_dtype('auto', device), 8, 64 if s.quick else 768
     length = 32 if s.quick else 256 if device.type == 'cpu' else 2048
     for vocab_size in (64, 1024) if s.quick else (4096, 50304, 131072):
-        model = HeadAlone(model_config(settings_of({'n_layer': 1, 'n_head': 2, 'n_embd': width, 'vocab_size': vocab_size}))).to(device)
+        model = HeadAlone(part_of(settings_of({'n_layer': 1, 'n_head': 2, 'n_embd': width, 'vocab_size': vocab_size}), ModelConfig)).to(device)
         model.h = torch.randn(rows, length, width, device=device, requires_grad=True)
         y = torch.randint(vocab_size, (rows, length), device=device)
 
@@ -241,7 +240,7 @@ def two_steps(kind, sizes, device, peer, **more):
         optimizer, step = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type), torch.compile(model)
         dtype = 'float32' if device.type != 'cuda' else 'bfloat16'
     else:
-        model, dtype = make_model(model_config(s)).to(device), pick_dtype(s.dtype, device)
+        model, dtype = make_model(part_of(s, ModelConfig)).to(device), pick_dtype(s.dtype, device)
         optimizer = make_optimizer(model, s)
         if pick_compile(True, device):  # as in any run of some minutes
             model.compile(dynamic=False)
@@ -271,7 +270,7 @@ def peer_model(peer, sizes):
 def bench_sample(s, device, machine):
     """Text from random weights, a row at a time; the limit is reading all weights from memory once a token."""
     sizes, count = NETWORKS['tiny' if s.quick else '10.6M'], 50 if s.quick else 500
-    model, dtype = make_model(model_config(settings_of(sizes))).to(device).eval(), pick_dtype('auto', device)
+    model, dtype = make_model(part_of(settings_of(sizes), ModelConfig)).to(device).eval(), pick_dtype('auto', device)
     as_they_do = autocast(device, 'float32' if device.type == 'cpu' else dtype)  # nanoGPT's sample.py: float32 on a CPU
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
 
@@ -450,7 +449,7 @@ def scale_data(folder, device, quick):
 def training_step(sizes, tokens, device):
     """(a function that does one training step of a network of these sizes, the tokens in it)."""
     s = settings_of(sizes)
-    model, dtype = make_model(model_config(s)).to(device), pick_dtype('auto', device)
+    model, dtype = make_model(part_of(s, ModelConfig)).to(device), pick_dtype('auto', device)
     optimizer, rows = make_optimizer(model, s), max(1, tokens // s.block_size)
     idx = torch.randint(s.vocab_size, (rows, s.block_size), device=device)
 

@@ -5,44 +5,245 @@ Checkpoints: atomic, verified, without pickle.
                           optimizer.pt        tensors only, loaded with weights_only=True
                           state.json          step, settings, tokenizer: whatever else resuming needs
                           manifest.json       sizes and sha256 of the rest, written last
-                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved alone
+                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved
+                                              alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-One is written under a temporary name, flushed to the disk, then renamed, so that a directory named step_… is whole or
-was damaged later; loading checks it and falls back to the newest that is sound. at() names the points where tests kill the process.
+A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
+whole, or was damaged later; loading verifies it and falls back to the newest sound one. fault() names the
+points where tests kill the process.
 """
+import hashlib
 import json
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch.utils._pytree import tree_map_only
+from configurator import UserError, from_dict
 
-from configurator import UserError
-from features.scale import faults
-from files import is_at, lock, replace_json, sha256, sync, write_json, write_tensors, write_torch, writing
+# -----------------------------------------------------------------------------
+# Files that are there whole or not at all
+#
+# Every function here raises OSError where the system refuses: a full disk, a quota, a limit, a broken disk.
+# torch is imported where it is needed: the processes of prepare.py do without it, as it takes seconds to
+# import.
+
+@contextmanager
+def writing(what, to_do):
+    """
+    Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to
+    do.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # no file: run_main() knows what to do
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        if isinstance(error.filename, str):
+            reason = f'{error.filename}: {reason}'
+        raise UserError(f'{what}: could not be written ({reason}): {to_do}') from None
+
+
+def sync(path):
+    """Flush a file or a folder to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path, value):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as safetensors."""
+    import safetensors.torch
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:  # it has the number of the system's error in its text alone
+        found = re.search(r'\(os error (\d+)\)', str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+
+
+def write_torch(path, value):
+    """torch.save() to a file."""
+    import torch
+    with open(path, 'wb') as f:
+        watched = Watched(f)
+        try:
+            torch.save(value, watched)
+        except RuntimeError:  # "unexpected pos": torch does not say what went wrong
+            if watched.error is None:
+                raise
+            raise watched.error from None
+
+
+class Watched:
+    """An open file that remembers the OSError which its last write ended with."""
+
+    def __init__(self, file):
+        self.file, self.error, self.flush = file, None, file.flush
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def replacing(path, mode='w', suffix='.tmp'):
+    """
+    An opened file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk.
+    If anything goes wrong before that, the old file stays and nothing else does. suffix: of its name until
+    then.
+    """
+    encoding, newline = (None, None) if 'b' in mode else ('utf-8', '')
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
+        with open(path, mode, encoding=encoding, newline=newline) as f:
+            yield f
+        return
+    path = os.path.realpath(path)  # a link stays a link
+    temporary = path + suffix
+    try:
+        with open(temporary, mode, encoding=encoding, newline=newline) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def replace_text(path, text):
+    with replacing(path) as f:
+        f.write(text)
+
+
+def replace_json(path, value):
+    replace_text(path, json.dumps(value, indent=1))
+
+
+def write_all(f, data):
+    """Write all bytes to an unbuffered file: the system may take a part of them at a time."""
+    data = memoryview(data)
+    while data:
+        data = data[f.write(data):]
+
+
+def append(path, text):
+    """Add text to the end of a file: all of it, or nothing."""
+    with open(path, 'ab', buffering=0) as f:
+        size = f.tell()
+        try:
+            write_all(f, text.encode())
+        except OSError:
+            with suppress(OSError):
+                f.truncate(size)
+            raise
+
+
+def sha256(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Folders
+
+@contextmanager
+def new_folder(path, setting='to'):
+    """
+    A folder to write into, which takes the name `path` once it is whole. Raises UserError, which calls it by
+    its setting, where there is something already or it cannot be written.
+    """
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f'{setting}={path}: is there already: give a new folder')
+    parent = os.path.dirname(os.path.abspath(path))
+    with writing(f'{setting}={path}', 'give another folder, or make room'):
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            folder = os.path.join(temporary, 'folder')
+            os.mkdir(folder)
+            yield folder
+            for name in (*os.listdir(folder), '.'):
+                sync(os.path.join(folder, name))
+            os.rename(folder, path)
+            sync(parent)
+
+
+# -----------------------------------------------------------------------------
+# Belong to one process
+
+def lock(path):
+    """
+    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the
+    end, or None if another process has it. It is let go when a process ends, whatever ends it. Where a file
+    system knows no locks (NFS none of folders), anybody has it.
+    """
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
+    while True:
+        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return fd
+        if is_at(fd, path):
+            return fd
+        os.close(fd)  # another process let it go and removed it in between
+
+
+def is_at(fd, path):
+    """Whether an opened file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
 
 # -----------------------------------------------------------------------------
 # Save
 
+def fault(point, step=None, value=None):
+    """
+    Do nothing and return `value`; with FAULT in the environment, what that says happens at this point
+    (tests).
+    """
+    if 'FAULT' in os.environ:  # scale
+        from features.scale import faults  # scale
+        return faults.at(point, step, value)  # scale
+    return value
+
+
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
-    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor}; state: whatever
-    json can write; other_files: paths to copy. Raises OSError.
+    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor};
+    state: whatever json can write; other_files: paths to copy. Raises OSError.
     """
     os.makedirs(folder)
-    faults.at('save:begin', step)
+    fault('save:begin', step)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
     write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
-    faults.at('save:weights', step)
+    fault('save:weights', step)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
-    faults.at('save:optimizer', step)
+    fault('save:optimizer', step)
     write_json(os.path.join(folder, 'state.json'), state)
-    faults.at('save:state', step)
+    fault('save:state', step)
     for path in other_files:
         shutil.copy(path, folder)
     files = {}
@@ -50,18 +251,18 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
         path = os.path.join(folder, name)
         sync(path)
         files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
-    faults.at('save:manifest', step)
+    fault('save:manifest', step)
     write_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
     sync(os.path.join(folder, 'manifest.json'))
     sync(folder)
-    faults.at('save:flushed', step)
+    fault('save:flushed', step)
 
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
     Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
-    The arguments are those of write(). Returns the directory. Raises UserError where that could not be written, and for
-    weights that are not finite.
+    The arguments are those of write(). Returns the directory. Raises UserError where that could not be
+    written, and for weights that are not finite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
@@ -73,13 +274,13 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             write(temporary, step, weights, optimizer_state, state, other_files)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
             os.rename(temporary, final)
-            faults.at('save:renamed', step)
+            fault('save:renamed', step)
             sync(out_dir)
     except Exception:  # half a checkpoint only takes up room
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     prune(out_dir, keep)
-    faults.at('save:end', step)
+    fault('save:end', step)
     return final
 
 
@@ -87,7 +288,8 @@ def check_finite(weights, where):
     """Raise UserError if a number in {name: tensor} is not finite."""
     broken = first_not_finite(weights)
     if broken:
-        raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
+        raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; '
+                        'older checkpoints are untouched')
 
 
 def first_not_finite(weights):
@@ -96,16 +298,22 @@ def first_not_finite(weights):
 
 
 def is_finite(t, size=2 ** 24):
-    """Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7 times its input."""
+    """
+    Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7
+    times its input.
+    """
     return all(part.isfinite().all() for part in t.detach().reshape(-1).split(size))
 
 
 def prune(out_dir, keep):
-    """Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash left half-written."""
+    """
+    Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash
+    left half-written.
+    """
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
-            faults.at('save:prune')
+            fault('save:prune')
             shutil.rmtree(folder, ignore_errors=True)
         elif is_sound(folder):
             sound += 1
@@ -115,7 +323,10 @@ def prune(out_dir, keep):
 
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
-    """Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of it is as dear as writing it."""
+    """
+    Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of
+    it is as dear as writing it.
+    """
     try:
         with os.scandir(folder) as entries:
             look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
@@ -127,7 +338,9 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
-    """Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go."""
+    """
+    Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go.
+    """
     path = os.path.join(out_dir, 'best')
     if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
         return
@@ -136,40 +349,11 @@ def mark_best(out_dir, step, val_loss, keep=2):
     prune(out_dir, keep)
 
 
-WRITERS = []  # of this process, for release()
-
-
-class Writer:
-    """
-    Calls functions that write, one after the other: at once, or in a thread of its own, while the run goes on. What went wrong in it, wait() raises.
-    What is written in the background has to be a copy: see snapshot().
-    """
-
-    def __init__(self, in_background):
-        self.thread, self.pending = ThreadPoolExecutor(1) if in_background else None, []
-        WRITERS.append(self)
-
-    def __call__(self, write, *args):
-        if self.thread:
-            self.pending.append(self.thread.submit(write, *args))
-        else:
-            write(*args)
-
-    def wait(self):
-        """Until all is written."""
-        while self.pending:
-            self.pending.pop(0).result()
-
-
-def snapshot(tree):
-    """A nest of dicts and lists with its tensors copied into the memory of the CPU, so that what the next step does to them is not seen."""
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to('cpu', copy=True), tree)
-
-
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to out_dir.old1 and so on; one
-    that goes on after `step` sets later checkpoints, which were found damaged, aside as step_….damaged.
+    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to
+    out_dir.old1 and so on; one that goes on after `step` sets later checkpoints, which were found damaged,
+    aside as step_….damaged.
     """
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
         set_aside(out_dir, step, settings)
@@ -187,7 +371,9 @@ CLAIMED = {}  # out_dir: its lock
 
 
 def claim(out_dir):
-    """Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does."""
+    """
+    Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does.
+    """
     path = os.path.join(out_dir, 'lock')
     if not os.path.isdir(out_dir) or out_dir in CLAIMED and is_at(CLAIMED[out_dir], path):
         return
@@ -196,7 +382,8 @@ def claim(out_dir):
     except OSError as error:
         raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
     if held is None:
-        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, or give another')
+        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, '
+                        'or give another')
     if out_dir in CLAIMED:  # the folder that it was of was moved aside
         os.close(CLAIMED[out_dir])
     CLAIMED[out_dir] = held
@@ -204,10 +391,6 @@ def claim(out_dir):
 
 def release(out_dir):
     """Let others train in out_dir, once all is written."""
-    for writer in WRITERS:
-        if writer.thread:
-            writer.thread.shutdown()
-    WRITERS.clear()
     if out_dir in CLAIMED:
         path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):
@@ -228,7 +411,8 @@ def set_aside(out_dir, step, settings):
     except (OSError, ValueError):
         other_run = False
     if checkpoints(out_dir) or other_run:
-        aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
+        aside = next(path for n in range(1, 10 ** 6)
+                     if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
         os.rename(out_dir, aside)
         Path(aside, 'lock').unlink(missing_ok=True)  # that of this process, which takes one of the new folder
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
@@ -239,7 +423,8 @@ def set_aside(out_dir, step, settings):
 
 def checkpoints(out_dir):
     """Checkpoint directories of a run, newest first."""
-    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
+    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)),
+                   key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
     return [os.path.join(out_dir, n) for n in names]
 
 
@@ -272,8 +457,9 @@ def damage(folder):
 
 def find(where, which='last'):
     """
-    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken: 'last', or 'best'
-    (the last if there is none). A damaged one is reported and the newest sound one taken. Raises UserError when none is sound.
+    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken:
+    'last', or 'best' (the last if there is none). A damaged one is reported and the newest sound one taken.
+    Raises UserError when none is sound.
     """
     if which not in ('last', 'best'):
         raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
@@ -286,14 +472,15 @@ def find(where, which='last'):
     if where.startswith('hf:'):
         raise UserError(f'{where}: takes a training run or a checkpoint of ours here')
     if not candidates:
-        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where) else f'{where}: no such directory; give the out_dir of a training run')
+        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where)
+                        else f'{where}: no such directory; give the out_dir of a training run')
     for folder in candidates:
         problem = damage(folder)
         if problem is None:
             return folder
         print(f'{folder}: {problem}; skipped', flush=True)
-    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: {damage(candidates[0])}): '
-                    'restore one from a copy, or choose another --out_dir')
+    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: '
+                    f'{damage(candidates[0])}): restore one from a copy, or choose another --out_dir')
 
 
 def load_state(folder):
@@ -304,21 +491,30 @@ def load_state(folder):
 
 def read_weights(folder):
     """{name: tensor} of a checkpoint."""
+    import safetensors.torch
     return safetensors.torch.load_file(os.path.join(folder, 'model.safetensors'))
 
 
 def load_weights(model, weights, where):
-    """Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that names the first that is not."""
+    """
+    Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that
+    names the first that is not.
+    """
     own = model.state_dict()
     for name in sorted(weights.keys() | own.keys()):
-        found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor' for tensors in (weights, own))
+        found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor'
+                         for tensors in (weights, own))
         if found != wanted:
-            raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: these are the weights of another network')
+            raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: '
+                            'these are the weights of another network')
     model.load_state_dict(weights)
 
 
 def read_moments(folder):
-    """{name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet."""
+    """
+    {name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet.
+    """
+    import torch
     stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
     return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
@@ -331,21 +527,156 @@ def pack_moments(moments):
 
 def moments_of(optimizer):
     """The same of an optimizer."""
-    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])}
+    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups
+            for name, p in zip(group['param_names'], group['params'])}
 
 
 def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
-    """Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay as they are. Returns how many did.
-    place(tensor, parameter): what is kept of a moment."""
-    params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
+    """
+    Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay
+    as they are. Returns how many did. place(tensor, parameter): what is kept of a moment.
+    """
+    params = [(name, p) for group in optimizer.param_groups
+              for name, p in zip(group['param_names'], group['params'])]
     fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
-           if moments.get(name) and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
+           if moments.get(name)
+           and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
     optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
     return len(fit)
 
 
 def load_optimizer(folder, optimizer):
-    """The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other tensors."""
+    """
+    The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other
+    tensors.
+    """
     moments = read_moments(folder)
-    if moments.keys() != moments_of(optimizer).keys() or give_moments(optimizer, moments) < sum(map(bool, moments.values())):
-        raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
+    if (moments.keys() != moments_of(optimizer).keys()
+            or give_moments(optimizer, moments) < sum(map(bool, moments.values()))):
+        raise UserError(f'{folder}: its optimizer has the moments of other tensors: '
+                        f'give another --out_dir with --init_from={folder}')
+
+
+# -----------------------------------------------------------------------------
+# Networks
+
+def read_model(where, which='best', encoder=False, untie=False):
+    """
+    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of
+    hf:FOLDER. An adapter is merged into its base; untie=True gives the head a matrix of its own first.
+    encoder: whether the caller can work with an encoder-decoder. Raises UserError otherwise, and for an
+    adapter that cannot be merged.
+    """
+    if is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        cfg, weights = reading.load(where)  # hf
+        check_kind(where, cfg, encoder)  # hf
+        return cfg, weights, reading.find(where)  # hf
+    from model import ModelConfig
+    folder = find(where, which)
+    state = load_state(folder)
+    if 'base' in state:  # lora
+        from features.lora import load  # lora
+        cfg, weights = load.read_merged(where, folder, state, untie)  # lora
+        check_kind(where, cfg, encoder)  # lora
+        return cfg, weights, folder  # lora
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    check_kind(where, cfg, encoder)
+    return cfg, read_weights(folder), folder
+
+
+def load_model(where, which='best', encoder=False):
+    """
+    (the network in eval mode, its folder) of what read_model() reads. An adapter that cannot be merged stays
+    beside its base.
+    """
+    if not is_foreign(where):
+        folder = find(where, which)
+        state = load_state(folder)
+        if 'base' in state:  # lora
+            from features.lora import load  # lora
+            model = load.load_adapted(state, folder)  # lora
+            check_kind(where, model.cfg, encoder)  # lora
+            return model, folder  # lora
+    cfg, weights, folder = read_model(where, which, encoder)
+    return fill(cfg, weights, folder), folder
+
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's init_from has them
+
+
+def is_foreign(where):
+    """Whether `where` names a network of Hugging Face's kind: hf:FOLDER, or a published GPT-2."""
+    return where.startswith('hf:') or where in GPT2_NAMES
+
+
+def shorten(weights, cfg):
+    """Weights with no more learned positions than a network of this ModelConfig has."""
+    if cfg.position == 'learned':
+        longest = cfg.block_size
+        if cfg.n_encoder_layer:  # t5
+            longest = max(longest, cfg.source_context)  # t5
+        return weights | {'wpe.weight': weights['wpe.weight'][:longest]}
+    return weights
+
+
+def fill(cfg, weights, where):
+    """
+    The network of a ModelConfig in eval mode, with these weights. Raises UserError where they are not its
+    own.
+    """
+    from model import make_model
+    model = make_model(cfg, init=False)
+    load_weights(model, weights, where)
+    return model.eval()
+
+
+def check_kind(where, cfg, encoder):
+    if cfg.n_encoder_layer and not encoder:
+        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
+                        'this takes a decoder alone: sample.py runs it')
+
+
+def tokenizer_of(where, folder):
+    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer()."""
+    if is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        path, description = reading.tokenizer(where)  # hf
+        return description, path  # hf
+    return load_state(folder)['tokenizer'], folder
+
+
+def description_of(where, folder):
+    """The description of a network's tokenizer, {} for Hugging Face's; arguments as in check_tokenizer()."""
+    return {} if is_foreign(where) else load_state(folder)['tokenizer']
+
+
+def check_tokenizer(setting, where, folder, files):
+    """
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
+    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
+    be compared.
+    """
+    from tokenizer import same_ids
+    found = files.meta['tokenizer'], files.folder
+    try:
+        wanted = tokenizer_of(where, folder)
+        is_same = same_ids(wanted, found, is_padded=is_foreign(where))
+    except UserError as error:
+        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
+              'make sure that they are the same', flush=True)
+        return
+    if not is_same:
+        which = '' if setting.startswith('dataset=') else f'{files.folder} '
+        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
+                        f'prepare it {how_to_prepare(*wanted, files)}')
+
+
+def how_to_prepare(wanted, folder, files):
+    """
+    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
+    `folder`: 'with OPTIONS: COMMAND'.
+    """
+    from batches import advice  # text
+    return advice(wanted, folder, files)  # text
+    return 'with that tokenizer'

@@ -23,17 +23,16 @@ import torch
 
 import checkpoint
 import sample
-from batches import TokenFiles, find_folder
+from batches import TokenFiles, batch_losses, find_folder, losses
+from checkpoint import load_model
 from configurator import FilePath, UserError, configure_command, run_main, typed_text
-from device import NOT_FINITE, DeviceConfig, NumericConfig, pick_compile, pick_device, pick_exact_dtype
+from device import NOT_FINITE, DeviceConfig, NumericConfig, compile_all, pick_compile, pick_device, pick_exact_dtype
 from features.markov import ngrams
 from features.study import harness, summaries, tasks
 from features.study.pictures import figure, save, write_csv
 from features.study.sweep import expand, read_sweep, run_missing
+from features.study.validation import validation_sources
 from features.text.pairs import check_template
-from loss import batch_losses, losses
-from origin import load_model, validation_sources
-from run import compile_all
 
 # -----------------------------------------------------------------------------
 # The loss of a checkpoint

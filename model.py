@@ -209,6 +209,12 @@ class ModelConfig:
 
 ONLY_IN_TRAINING = ('dropout', 'expert_aux', 'expert_z')  # settings that a network's function does not depend on
 
+
+def only_in_training(cfg):
+    """The settings of a network that its function does not depend on."""
+    return ONLY_IN_TRAINING
+
+
 RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.o': 'rank_vo',
            'mlp.up': 'rank_mlp', 'mlp.gate': 'rank_mlp', 'mlp.down': 'rank_mlp'}  # which setting each matrix follows
 

@@ -29,8 +29,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from checkpoint import new_folder, replace_json, sha256
 from configurator import FilePath, UserError, configure, run_main
-from files import new_folder, replace_json, sha256
 from tokenizer import EOT, load_tokenizer, needs_text, new_tokenizer
 
 BATCH = 250  # documents that are tokenized at a time

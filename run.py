@@ -1,118 +1,277 @@
 """
-A training run: what it works with, how it is set up and saved, and how its network changes on the way. train.py makes the steps.
+A training run: what it works with, where it starts, what it logs. train.py makes the steps.
 
-`s` is train.py's Settings, `ranks` the Ranks.
+`s` is train.py's Settings, `ranks` the processes of the run: device.OneProcess, or features/scale's Ranks.
 """
-import dataclasses
+import json
+import math
 import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from batches import Mixture, Source, find_folder
-from configurator import UserError
-from device import free_memory, pick_compile, pick_dtype
-from features.growth.networks import grow, refuse_unknown
-from features.lora import adapters
-from features.lora import layers as lora
-from features.lora.packed import pack_frozen
-from features.plan.dial import Pace, plan
-from features.scale.guard import FirstSteps, Losses, check_same_start
-from features.scale.shard import gather, give_numbers, give_out, group_size, shard_model
-from features.t5.objectives import make_objective, stored_begin
-from model import Block, make_model
-from optim import make_optimizer, optimizer_flops
-from origin import build_model, check_tokenizer, find_origin, find_reference, find_teacher
-from runlog import Interval
+from batches import Batches, Mixture, Source, described, find_folder, remark
+from checkpoint import fault
+from configurator import (
+    UserError,
+    check,
+    default_of,
+    expand_home,
+    extend,
+    feature_of,
+    feature_parts,
+    from_dict,
+    own_fields,
+    part_of,
+)
+from device import compile_all, pick_compile, pick_dtype, process_age, zero
+from model import ModelConfig, make_model, only_in_training
+from optim import learning_rate, make_optimizer, optimizer_flops
 
-# -----------------------------------------------------------------------------
-# The data of a step
-
-def micro_batches(s, step, rank, world):
-    """The global sample numbers of this rank's micro-batches in a step: contiguous, so any split of the same rows is the same batch."""
-    rows = s.batch_size * s.gradient_accumulation_steps // world
-    size = next(n for n in range(min(s.batch_size, rows), 0, -1) if rows % n == 0)
-    first = (step * world + rank) * rows
-    return [range(i, i + size) for i in range(first, first + rows, size)]
-
-
-class Batches:
-    """The micro-batches of a step, [(first sample number, x, y[, source]), …], the next step's read by a thread while this one is computed."""
-
-    def __init__(self, data, s, ranks):
-        self.data, self.s, self.ranks = data, s, ranks
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}
-
-    def read(self, step):
-        out = []
-        for samples in micro_batches(self.s, step, self.ranks.rank, self.ranks.world):
-            arrays = [torch.from_numpy(a) for a in self.data.rows(samples)]
-            if self.ranks.device.type == 'cuda':
-                arrays = [a.pin_memory() for a in arrays]  # then the copy to the GPU waits for nothing
-            out.append((samples[0], *arrays))
-        return out, sum(int((y >= 0).sum()) for _, _, y, *_ in out)
-
-    def __call__(self, step):
-        """(the micro-batches of this rank, how many targets are in them)."""
-        now = self.ahead.pop(step, None) or self.thread.submit(self.read, step)
-        self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
-        return now.result()
-
-
-# -----------------------------------------------------------------------------
-# What a run works with
 
 @dataclass
 class Run:
     """What a training run works with."""
     model: torch.nn.Module
-    runner: torch.nn.Module  # the model, or DDP around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     data: Mixture
     val: list[Source]
     batches: Batches
+    interval: 'Interval'
     step: int  # where it goes on: 0 at its beginning
-    planned: dict  # what plan.py derived
+    flops: float  # spent so far
     tokens_per_step: int
-    flops_per_step: float
-    flops: float  # so far
-    borrowed: bool  # whether it begins with the weights of another
-    parameters: tuple  # how many there are, and how many a token meets
-    teacher: torch.nn.Module | None
-    reference: tuple | None  # (ModelConfig, weights) to inherit further blocks from
-    base: dict | None  # what an adapter is trained beside: where it is, and its fingerprint
     left_out: set  # steps without data
-    losses: Losses  # of the last steps
-    writer: checkpoint.Writer
-    job: list  # the torchrun processes that started it
-    pace: Pace
-    interval: Interval
-    first_steps: FirstSteps = field(default_factory=FirstSteps)  # of this process
-    fits: list = field(default_factory=list)  # with minutes: [step, the max_iters set there]
-    to_compile: set = field(default_factory=set)  # of 'step' and 'evaluation': what is compiled when it first runs
-    skipped: int = 0  # steps whose loss or gradient was not finite
+    is_borrowed: bool  # whether it begins with the weights of another run
+    skipped: int = 0  # steps whose loss or gradient was NaN or infinite
     in_a_row: int = 0  # of these, up to now
-    saved: int | None = None  # the newest checkpoint
+    saved: int | None = None  # step of the newest checkpoint
     best_loss: float | None = None  # of all evaluations
-    undivided: list = ()  # of a sharded network: the parameters that every rank holds
+    to_compile: set = field(default_factory=set)  # 'step', 'evaluation': compiled when it first runs
+    job: list = ()  # the torchrun processes that started it
+    log: 'Log' = None
+    runner: torch.nn.Module = None  # the model, or DDP around it
+    undivided: list = ()  # scale: parameters of a sharded network that every rank holds
+    losses: object = None  # scale: of the last steps, to notice a spike
+    first_steps: object = None  # scale: of this process
+    planned: dict = ()  # plan: what was derived
+    pace: object = None  # plan: how fast it goes, with minutes
+    teacher: torch.nn.Module = None  # distill
+    reference: tuple = None  # growth: (ModelConfig, weights) to inherit further blocks from
+    base: dict = None  # lora: where the frozen network is, and its fingerprint
 
     def tokens(self, step):
-        """How many tokens have led to the weights after `step` steps: those of all steps but the ones that were left out."""
+        """The tokens of the first `step` steps, without those of the steps that were left out."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
+
+    def network_changed(self, s, ranks):
+        """Compile, wrap and count anew: the network is another one from this step on."""
+        if s.compile:
+            compile_all(self.model)
+            self.to_compile = {'step', 'evaluation'}
+        self.runner = ranks.wrap(self.model)
+        self.count_flops()
+
+    def count_flops(self):
+        self.parameters = self.model.num_params()
+        # of a mixture of experts: those one token meets
+        self.active_parameters = self.model.num_params(active=True)
+        self.flops_per_step = step_flops(self.model, self.optimizer, self.teacher, self.tokens_per_step)
+
+
+def step_flops(model, optimizer, teacher, tokens):
+    """Floating-point operations of one step of so many tokens, the optimizer and a teacher included."""
+    per_token = model.flops_per_token()
+    if teacher:  # distill
+        per_token += teacher.flops_per_token()  # distill
+    return per_token * tokens + optimizer_flops(optimizer)
+
+
+# -----------------------------------------------------------------------------
+# Set up
+
+def set_up(s, device, ranks, left_out=()):
+    """The Run that the settings describe, as it stands. left_out: steps without data, after a rewind."""
+    # 1) Where it starts
+    start = find_start(s, ranks)
+    state = start.state
+    if state and s.dtype == 'auto':
+        s.dtype = state['settings']['dtype']
+    else:
+        s.dtype = ranks.from_first(lambda: pick_dtype(s.dtype, device))
+    planned = {}
+    if s.is_planned:  # plan
+        from features.plan.dial import derive  # plan
+        planned = derive(s, state, device, ranks)  # plan
+    if s.rows_per_step % ranks.world:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step} rows cannot be shared '
+                        f'by {ranks.world} processes: make it a multiple of {ranks.world}')
+
+    # 2) Data, network and optimizer
+    data, val = open_data(s, start, ranks)
+    if s.optimizer == 'counts' or s.arch == 'markov':  # markov
+        from features.markov.settings import check_machine  # markov
+        check_machine(s, data, ranks)  # markov
+    if s.shard:  # scale
+        from features.scale.shard import build_divided  # scale
+        model = build_divided(build_model, s, data, start, ranks)  # scale
+    else:
+        model = build_model(s, data, start).to(device)
+    model.recompute = s.recompute
+    if s.grow_every:  # growth
+        from features.growth.during import check_growth  # growth
+        check_growth(s, model.cfg)  # growth
+    newton_schulz_dtype = torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32
+    optim_settings = s
+    if s.lora_rank:  # lora
+        from features.lora.layers import faster  # lora
+        optim_settings = faster(s)  # lora: B learns at another rate than A
+    optimizer = make_optimizer(model, optim_settings, newton_schulz_dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
+
+    # 3) The state of a run that goes on
+    if state and not s.eval_only:
+        if s.shard:  # scale
+            ranks.from_first(lambda: checkpoint.load_optimizer(start.folder, optimizer))  # scale
+        else:
+            checkpoint.load_optimizer(start.folder, optimizer)
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
+        # In the log, its sources keep the names they had when the run began, wherever they are now
+        for source, name in zip([*data.sources, *val], [*state['data'], *state['data']]):
+            source.name = name
+    elif start.moments:  # growth
+        from features.growth.during import load_moments  # growth
+        load_moments(s, start, model, optimizer, ranks)  # growth
+    begun = state or {'step': start.step}
+    if start.moments and start.flops:  # growth
+        begun['flops'] = start.flops  # growth
+    asked = set(left_out)
+    if 'skip_steps' in s.given:  # scale
+        asked.update(s.skip_steps)  # scale
+    run = Run(
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        data=data,
+        val=val,
+        batches=Batches(data, s, ranks),
+        interval=Interval(device, begun.get('interval'), ranks),
+        step=begun['step'],
+        flops=0.0,
+        tokens_per_step=s.rows_per_step * s.block_size,
+        # Earlier steps were trained and are in the weights: a spike's steps may begin before the checkpoint
+        left_out={*begun.get('left_out', ()), *(n for n in asked if n >= begun['step'])},
+        is_borrowed=start.weights is not None and not state,
+        skipped=begun.get('skipped', 0),
+        job=ranks.job(),
+        planned=planned,
+        base=start.base,
+    )
+    if s.teacher:  # distill
+        from features.distill.teacher import find_teacher  # distill
+        run.teacher = find_teacher(s, data, ranks).to(device)  # distill
+    if s.grow_every and s.grow_from:  # growth
+        from features.growth.during import find_reference  # growth
+        run.reference = find_reference(s, model.cfg)  # growth
+    run.count_flops()
+    run.flops = begun.get('flops', run.step * run.flops_per_step)
+
+    # 4) How it is computed
+    if s.lora_rank:  # lora
+        from features.lora.packed import pack_frozen_of  # lora
+        pack_frozen_of(model, s)  # lora
+    s.compile = pick_compile(s.compile, device, run.flops_per_step * s.max_iters / ranks.world)
+    if s.shard:  # scale
+        from features.scale.shard import divide  # scale
+        divide(run, build_model, optim_settings, start, ranks)  # scale
+    if s.compile:
+        compile_all(run.model, by_block=bool(s.shard))
+        run.to_compile = {'step', 'evaluation'}
+    run.runner = ranks.wrap(run.model)
+    if s.minutes:  # plan
+        from features.plan.minutes import Pace  # plan
+        run.pace = Pace(s, begun.get('fits'))  # plan
+    if s.rewind_spikes:  # scale
+        from features.scale.rewind import Losses  # scale
+        run.losses = Losses(s.rewind_spikes, begun.get('losses', ()))  # scale
+    return run
+
+
+def open_data(s, start, ranks):
+    """
+    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where
+    another rank has other data, or the tokenizer is not that of the network to start with.
+    """
+    objective = None
+    if s.objective != 'causal':  # t5
+        from features.t5.objectives import objective_of  # t5
+        objective = objective_of(s)  # t5
+    begin = None
+    if start.state and s.eval_only:  # judged on rows as it knows them
+        begin = tuple(start.state.get('begin', ()))
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
+                   begin)
+    val = []
+    for source in data.sources:
+        val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
+    if ranks.world > 1:  # scale
+        from features.scale.guard import check_same_start  # scale
+        check_same_start(ranks, asdict(s), data.fingerprint())  # scale
+
+    files = data.sources[0].files
+    if start.weights is not None and not start.state:
+        setting = f'init_from={s.init_from}'
+        ranks.from_first(lambda: checkpoint.check_tokenizer(setting, s.init_from, start.folder, files))
+    elif start.state and s.eval_only:  # on other data than its own, perhaps
+        setting = f'dataset={data.sources[0].name}'
+        ranks.from_first(lambda: checkpoint.check_tokenizer(setting, s.out_dir, start.folder, files))
+    return data, val
+
+
+def build_model(s, data, start, is_blank=False):
+    """
+    The network on the CPU. is_blank: its shapes alone, on the meta device. Raises UserError where its
+    vocabulary or its run is not that of the data.
+    """
+    s.vocab_size = s.vocab_size or data.vocab_size
+    if s.vocab_size < data.vocab_size:
+        to_do = 'leave vocab_size out'
+        if start.weights is not None and not start.state:
+            wanted = checkpoint.description_of(s.init_from, start.folder)
+            to_do = f'prepare it {checkpoint.how_to_prepare(wanted, start.folder, data.sources[0].files)}'
+        raise UserError(f'vocab_size={s.vocab_size}: '
+                        f'the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
+    check(s)  # once more, now that the vocabulary is known
+    if start.state and not s.eval_only:
+        check_same_run(s, data, start.state)
+    torch.manual_seed(s.seed)
+    cfg = part_of(s, ModelConfig)
+    if start.state:  # it may have changed on the way: grown, or past its guided start
+        cfg.n_layer = start.state['model']['n_layer']
+        cfg.ranks = start.state['model'].get('ranks', {})
+        cfg.rank_guide = start.state['model'].get('rank_guide', 0)
+    with torch.device('meta' if is_blank else 'cpu'):
+        model = make_model(cfg, init=start.is_random)
+    if start.weights is not None and not is_blank:
+        checkpoint.load_weights(model, start.weights, s.init_from)
+    if s.lora_rank:  # lora
+        from features.lora.load import begin  # lora
+        begin(model, s, start, is_blank)  # lora
+        return model  # lora
+    if start.state and not is_blank:
+        checkpoint.load_weights(model, checkpoint.read_weights(start.folder), start.folder)
+    return model
 
 
 def check_dataset(s):
     """
-    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our default:
-    nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError where it is not,
-    and where the default is not there.
+    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our
+    default: nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError
+    where it is not, and where the default is not there.
     """
     if 'dataset' in s.given:
         return
@@ -131,279 +290,437 @@ def check_dataset(s):
         raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
 
 
-def derive(s, state, device, ranks):
-    """Set what plan.py derives from the dial, on all ranks alike; a run that goes on keeps what was derived when it began."""
-    dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
-    if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
-        raise UserError(f'{", ".join(f"{name}={value:g}" for name, value in dial.items() if value)}: out_dir={s.out_dir} belongs to a run with another dial: '
-                        'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed)
-    tokens = sum(source.files.tokens for source in data.sources)
-    planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
-    for name in planned:
-        setattr(s, name, state['settings'][name] if state else planned[name])
-    return planned
+# -----------------------------------------------------------------------------
+# Where a run starts
 
-
-def open_data(s, origin, ranks):
+@dataclass
+class Start:
     """
-    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where the data of
-    another rank differ, or the tokenizer is not that of the network in `origin`, as find_origin() has it.
+    What a run begins with: random weights, its own newest checkpoint, or weights that were trained elsewhere.
     """
-    state, objective = origin.get('state'), partial(make_objective, s)
-    begin = stored_begin(state) if state and s.eval_only else None  # judged on rows as it knows them
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
-                   begin)
-    check_same_start(ranks, dataclasses.asdict(s), data.fingerprint())
-    val = []
-    for source in data.sources:
-        val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
-    if 'tokenizer' in origin:
-        setting, files = f'init_from={s.init_from}', data.sources[0].files
-        ranks.from_first(partial(check_tokenizer, setting, s.init_from, origin['tokenizer'], files))
-    elif state and s.eval_only:  # other data than its own, perhaps
-        setting, files = f'dataset={data.sources[0].name}', data.sources[0].files
-        ranks.from_first(partial(check_tokenizer, setting, s.out_dir, origin['folder'], files))
-    return data, val
+    folder: str = ''  # of the checkpoint, or of the weights and their tokenizer
+    state: dict = None  # state.json of the checkpoint that the run goes on from
+    weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
+    base: dict = None  # lora: state.json's entry for the base
+    moments: str = ''  # growth: the folder of the optimizer's moments that are kept
+    step: int = 0  # growth: where schedule and data go on
+    flops: float = 0.0  # growth
+
+    @property
+    def is_random(self):
+        return self.state is None and self.weights is None
 
 
-def check_growth(s, cfg):
-    """Raise UserError where the network of this ModelConfig cannot grow as the settings ask: now, not in the middle of the run."""
-    if not s.grow_every:
-        return
-    refuse_unknown(cfg, 'grown')
-    if s.grow_to <= s.n_layer:
-        raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
-    if s.grow_every > s.max_iters and not s.minutes:
-        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: the network would never grow: lower it')
+def find_start(s, ranks):
+    """The Start of the run of these settings, whose network becomes that of `s`. Raises UserError."""
+    found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
+    if found and s.init_from == 'scratch' and ranks.was_restarted(s.out_dir):
+        s.init_from = 'auto'
+    if found and s.eval_only and ranks.from_first(lambda: began_with_others(s)):
+        found = []
+    if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
+        return resume(s, ranks)
+    if s.is_new:
+        if s.lora_rank:  # lora
+            raise UserError(f'lora_rank={s.lora_rank}: adapters are trained beside weights that are there: '  # lora
+                            'give --init_from=DIR')  # lora
+        return Start()
+    return begin_with_others(s, ranks)
 
 
-def set_up(s, device, ranks, left_out):
-    """The Run that the settings describe, as it stands; left_out: steps whose data are left out, beside those of the settings."""
-    origin = find_origin(s, ranks)
-    state = origin.get('state')
-    s.dtype = state['settings']['dtype'] if state and s.dtype == 'auto' else ranks.from_first(lambda: pick_dtype(s.dtype, device))
-    planned = derive(s, state, device, ranks) if s.is_planned else {}
-    if ranks.world > 1 and device.type == 'cuda' and s.optimizer == 'counts':
-        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: use one process, '
-                        'or --device=cpu')
-    rows = s.batch_size * s.gradient_accumulation_steps
-    if rows % ranks.world:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {rows} rows cannot be shared by {ranks.world} processes: '
-                        f'make it a multiple of {ranks.world}')
-    data, val = open_data(s, origin, ranks)
-    if s.arch == 'markov' and not s.rank_embed and s.optimizer != 'counts' and not s.eval_only:
-        check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
-    model = build(s, data, origin, ranks)
-    if state and not s.eval_only:  # in the log, its sources keep the names that they had when the run began, wherever they are now
-        names = list(state['data'])
-        for source, name in zip([*data.sources, *val], names + names):
-            source.name = name
-    check_growth(s, model.cfg)
-    model.recompute = s.recompute
-    optimizer = make_optimizer(model, lora.faster(s), torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
-    if state and not s.eval_only:
-        load = partial(checkpoint.load_optimizer, origin['folder'], optimizer)
-        _ = ranks.from_first(load) if s.shard else load()
-        if scaler.is_enabled() and state['scaler']:
-            scaler.load_state_dict(state['scaler'])
-    elif 'moments' in origin:
-        count = 0 if s.shard and not ranks.first else checkpoint.give_moments(optimizer, checkpoint.read_moments(origin['moments']))
-        ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')
-    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
-    teacher = find_teacher(s, data, ranks).to(device) if s.teacher else None
-    flops_per_step, parameters = step_flops(model, optimizer, teacher, tokens_per_step), (model.num_params(), model.num_params(active=True))
-    if s.lora_rank and lora.how_stored(s) != 'float32' and not s.shard:
-        pack_frozen(model, lora.how_stored(s))
-    s.compile = pick_compile(s.compile, device, flops_per_step * s.max_iters / ranks.world)
-    undivided = []
-    if s.shard:
-        model, optimizer, undivided = divide(model, optimizer, s, data, origin, ranks)
-    if s.compile:
-        compile_all(model.blocks if s.shard else [model])
-    begun = state or origin
-    step = begun.get('step', 0)
-    run = Run(
-        model=model,
-        runner=model if s.shard else wrap(model, ranks),
-        optimizer=optimizer,
-        scaler=scaler,
-        data=data,
-        val=val,
-        batches=Batches(data, s, ranks),
-        step=step,
-        planned=planned,
-        tokens_per_step=tokens_per_step,
-        flops_per_step=flops_per_step,
-        flops=begun.get('flops', step * flops_per_step),
-        borrowed='weights' in origin and not state,
-        parameters=parameters,
-        teacher=teacher,
-        reference=find_reference(s, model.cfg) if s.grow_from else None,
-        base=origin.get('base'),
-        left_out=steps_without_data(step, begun.get('left_out', ()), {*left_out, *s.skip_steps}),
-        losses=Losses(s.rewind_spikes, begun.get('losses', ())),
-        writer=checkpoint.Writer(s.async_save),
-        job=ranks.job(),
-        pace=Pace(s),
-        interval=Interval(device, begun.get('interval'), ranks),
-        fits=begun.get('fits', []),
-        skipped=begun.get('skipped', 0),
-        undivided=undivided)
-    if s.compile:
-        run.to_compile = {'step', 'evaluation'}
-    return run
+def resume(s, ranks):
+    """The Start at the newest sound checkpoint in out_dir."""
+    folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
+    state = checkpoint.load_state(folder)
+    stored = state['settings']
+    if s.eval_only:  # what the losses of the run are of
+        take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])
+    if 'base' in state:
+        take_over(s, stored, [name for name in stored if name.startswith('lora_')])
+    if 'surgery' in state:
+        raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
+                        f'not a run to go on with: give --init_from={s.out_dir} and another --out_dir')
+    if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
+        adopt(s, from_dict(ModelConfig, stored_model(stored, state), folder), s.out_dir)
+    start = Start(folder, state)
+    if 'base' in state:  # lora
+        from features.lora.load import read_base  # lora
+        cfg = from_dict(ModelConfig, state['model'], folder)  # lora
+        start.base = state['base']  # lora
+        start.weights = read_base(state['base'], cfg, folder)  # lora
+    return start
 
 
-def steps_without_data(step, stored, asked):
+def take_over(s, stored, names):
+    """Take the stored settings of these names that the user did not give."""
+    for name in names:
+        if name not in s.given and name in stored:
+            extend(s, feature_of(type(s), name))
+            setattr(s, name, stored[name])
+
+
+def begin_with_others(s, ranks):
+    """The Start with the weights that init_from names."""
+    if checkpoint.is_foreign(s.init_from):  # hf
+        from features.hf import reading  # hf
+        ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
+    cfg, weights, folder = checkpoint.read_model(s.init_from, encoder=True)
+    if cfg.rank_guide:
+        raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): '
+                        'let that run go on to the end of it')
+    broken = checkpoint.first_not_finite(weights)
+    if broken:
+        raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
+    adopt(s, cfg, s.init_from)
+    start = Start(folder, weights=checkpoint.shorten(weights, part_of(s, ModelConfig)))
+    if s.lora_rank:  # lora
+        from features.lora.adapters import fingerprint  # lora
+        where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora
+        start.base = {'from': where, 'weights': fingerprint(weights)}  # lora
+    if getattr(s, 'init_keep', 'weights') != 'weights':  # growth
+        from features.growth.during import keep_moments  # growth
+        keep_moments(s, start)  # growth
+    return start
+
+
+def stored_model(stored, state):
+    """The network's settings among those of a run: as it began, and so perhaps smaller than it is by now."""
+    return {name: stored[name] for name in state['model'] if name in stored}
+
+
+def began_with_others(s):
+    """Whether init_from names weights, and the run in out_dir did not begin with them."""
+    if s.init_from in ('auto', 'scratch', 'resume'):
+        return False
+    stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
+    return not same_place(s.init_from, expand_home(stored['init_from']))
+
+
+def same_place(one, other):
+    """Whether two settings name the same run, checkpoint or folder, however they are spelled."""
+    if one.startswith('hf:') and other.startswith('hf:'):
+        one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
+        return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def adopt(s, cfg, where):
     """
-    The steps whose data are left out of a run that goes on at `step`: those that its checkpoint has stored, and of the ones `asked` for now those
-    to come. Earlier ones were trained, and are in the weights: a spike's steps may begin before the checkpoint that the run goes back to.
+    Take the network's settings from the ModelConfig of weights that were trained elsewhere. The user may
+    choose a shorter context, and what matters in training only. Raises UserError for any other setting that
+    differs.
     """
-    return {*stored, *(n for n in asked if n >= step)}
+    if s.block_size > cfg.block_size and 'block_size' in s.given:
+        raise UserError(f'block_size={s.block_size}: '
+                        f'the weights in {where} know {cfg.block_size} positions: lower it')
+    extend(s, *getattr(cfg, 'features', ()))
+    chosen = set(only_in_training(cfg))
+    if 'block_size' in s.given:
+        chosen.add('block_size')
+    if cfg.n_expert:  # moe
+        from features.moe.settings import may_choose  # moe
+        chosen |= may_choose(s, cfg)  # moe
+    if cfg.n_encoder_layer:  # t5
+        from features.t5.settings import adopt_source_size  # t5
+        adopt_source_size(s, cfg, where)  # t5
+        chosen.add('source_size')  # t5
+    for setting in fields(part_of(s, ModelConfig)):
+        name = setting.name
+        value = getattr(cfg, name, default_of(setting))
+        if name in chosen:
+            continue
+        if name in s.given and getattr(s, name) != value:
+            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: '
+                            'leave it out')
+        setattr(s, name, value)
 
 
-def check_table_fits(vocab_size, optimizer, ranks):
-    """Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free."""
-    table = 4 * vocab_size ** 2  # bytes
-    copies = 4 + (ranks.world > 1)  # weights, gradient, two moments; DDP adds gradients up in another one
-    is_shared = ranks.device.type != 'cuda'  # the processes of a machine share its RAM
-    needed = table * copies * (int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if is_shared else 1)
-    ranks.say(f'optimizer={optimizer}: the table of {vocab_size:,} x {vocab_size:,} takes {needed / 1e9:,.1f} GB with '
-              f'its gradient and two moments; optimizer=counts takes {table / 1e9:,.1f} GB a process')
-    free = free_memory(ranks.device)
-    if free is not None and needed > free:
-        raise UserError(f'optimizer={optimizer}: a full Markov table of {vocab_size:,} tokens takes '
-                        f'{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free: set --optimizer=counts, or '
-                        '--rank_embed for a low-rank chain')
+# settings that a resumed run may not change, beside the network's and those of features that do not say so
+IDENTITY = ['mix_by', 'packing', 'objective', 'seed', 'optimizer', 'lora_rank']
 
 
-def compile_all(modules):
+def identity(s):
     """
-    Let these modules of one network be compiled when they are first called, and forget what was compiled before, which
-    belongs to a network that has changed or gone: torch counts the variants of every function, and past its limit a
-    function runs uncompiled. Blocks share their code, each with constants of its own.
+    The names of the settings that a resumed run may not change: the network, and which rows step n reads.
     """
-    torch._dynamo.reset()
-    blocks = sum(isinstance(part, Block) for module in modules for part in module.modules())
-    torch._dynamo.config.recompile_limit = 8 * max(1, blocks)
-    for module in modules:
-        module.compile(dynamic=False)
+    network = part_of(s, ModelConfig)
+    names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
+    names += IDENTITY
+    for part in feature_parts(type(s)):
+        if not issubclass(part, ModelConfig):
+            names += [name for name in own_fields(part) if name not in getattr(part, 'may_change', ())]
+    return names
 
 
-def compile_again(run):
-    """compile_all() for a run whose network has changed."""
-    compile_all([run.model])
-    run.to_compile = {'step', 'evaluation'}
+def check_same_run(s, data, state):
+    """Raise UserError unless the stored run is this one: same network, same data in the same order."""
+    stored = state['settings']
+    unset = type(s)()
+    to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+    if s.arch == 'markov':  # markov
+        from features.markov.settings import refuse_old_table  # markov
+        refuse_old_table(stored, f'out_dir={s.out_dir}: holds', to_do)  # markov
+    for name in identity(s):
+        if name == 'denoisers' and s.objective != 'ul2':
+            continue
+        # As text: the order of a mixture counts. A setting that the stored run did not know was at its
+        # default
+        before = stored.get(name, getattr(unset, name))
+        if json.dumps(getattr(s, name)) != json.dumps(before):
+            raise UserError(f'{name}={getattr(s, name)}: '
+                            f'out_dir={s.out_dir} belongs to a run with {name}={before}: {to_do}')
+    rows = stored['batch_size'] * stored['gradient_accumulation_steps']
+    if s.rows_per_step != rows:
+        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: '
+                        f'out_dir={s.out_dir} belongs to a run with {rows} rows a step: {to_do}')
+    began = expand_home(stored['init_from'])
+    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
+        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with '
+                        f'init_from={stored["init_from"]}: {to_do}')
+    begin = tuple(state.get('begin', ()))
+    if data.begin != begin:
+        raise UserError(f'packing={s.packing}: rows begin {described(data.begin)} here, '
+                        f'those of the run in {s.out_dir} {described(begin)}: {to_do}')
+    # In their order, whatever their names: the files of a run may be moved, or copied to another machine
+    same_files = list(data.fingerprint().values()) == list(state['data'].values())
+    if not same_files or shares(s.dataset) != shares(stored['dataset']):
+        if s.dataset != stored['dataset']:
+            raise UserError(f'dataset={s.dataset}: out_dir={s.out_dir} belongs to a run with '
+                            f'dataset={stored["dataset"]}, of other files or weights: {to_do}')
+        raise UserError(f'dataset={s.dataset}: '
+                        f'its files are not those that the run in {s.out_dir} was trained on: {to_do}')
+    s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
 
 
-@contextmanager
-def compiling(run, what, ranks):
-    """Around a 'step' or an 'evaluation': the first one takes as long as compiling does, for which all ranks wait."""
-    with ranks.patient(what in run.to_compile):
-        yield
-    run.to_compile.discard(what)
-
-
-def build(s, data, origin, ranks):
-    """The network; of a sharded run it is on rank 0's CPU, and the others have its shapes alone."""
-    if not s.shard:
-        return build_model(s, data, origin).to(ranks.device)
-    built = []
-    ranks.from_first(lambda: built.append(build_model(s, data, origin)))
-    return built[0] if ranks.first else build_model(s, data, origin, is_blank=True)
-
-
-def divide(model, optimizer, s, data, origin, ranks):
-    """What rank 0 has built, divided among all (shard.py): network, optimizer, and the parameters that every rank holds whole."""
-    tensors, moments = dict([*model.named_parameters(), *model.named_buffers()]), checkpoint.moments_of(optimizer)
-    blank = build_model(s, data, origin, is_blank=True) if ranks.first else model
-    blank.recompute = s.recompute
-    shapes = ranks.from_first(lambda: {name: {what: torch.empty_like(t, device='meta') for what, t in own.items()} for name, own in moments.items()})
-    undivided = shard_model(blank, group_size(s.shard, ranks.world), s.dtype, ranks)
-    give_numbers(blank, tensors, ranks)
-    optimizer = make_optimizer(blank, lora.faster(s), optimizer.dtype)
-    checkpoint.give_moments(optimizer, moments if ranks.first else shapes, partial(give_out, ranks=ranks))
-    return blank, optimizer, undivided
-
-
-def save(s, step, run, ranks):
-    """Rank 0 writes a checkpoint, or has it written; the others wait for that."""
-    tensors = adapters.state(run.model) if s.lora_rank else run.model.state_dict(), run.optimizer.state_dict()
-    tensors = gather(tensors, ranks) if s.shard else tensors
-    interval = run.interval.stored(ranks)
-
-    def write():
-        source = run.data.sources[0].files
-        state = {'step': step, 'flops': run.flops, 'model': dataclasses.asdict(run.model.cfg), 'settings': dataclasses.asdict(s),
-                 'tokenizer': source.meta['tokenizer'], 'begin': list(run.data.begin),
-                 'data': run.data.fingerprint(), 'scaler': run.scaler.state_dict(), 'torch': torch.__version__}
-        if s.lora_rank:
-            state |= {'base': run.base, 'lora': run.model.lora.known['default'].description()}
-        if s.minutes:
-            state['fits'] = list(run.fits)
-        if s.rewind_spikes or run.left_out:
-            state |= {'left_out': sorted(run.left_out), 'losses': run.losses.recent}
-        state |= {'interval': interval, 'skipped': run.skipped, 'job': run.job}
-        tokenizer_files = [os.path.join(source.folder, name) for name in source.meta['tokenizer'].get('files', ())]
-        run.writer.wait()  # one at a time; what went wrong with the last one is said now
-        run.writer(checkpoint.save, s.out_dir, step, *(checkpoint.snapshot(tensors) if s.async_save else tensors), state, tokenizer_files, s.keep_checkpoints)
-    ranks.from_first(write)
+def shares(dataset):
+    """The weights of a mixture, in their order; None of a single data set."""
+    return list(dataset.values()) if isinstance(dataset, dict) else None
 
 
 # -----------------------------------------------------------------------------
-# What changes on the way
+# Log
 
-def expert_loads(run, ranks):
-    """How many tokens of all ranks every expert was given in the last step, (layers, E) int64; with expert_bias they are drawn towards equal loads."""
-    loads = ranks.add_up(run.model.take_loads())
-    if run.base is None and not run.in_a_row:  # beside adapters the rest stays as it is, and so does all in a step that is skipped
-        run.model.balance(loads)
-    return loads
+class Log:
+    """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
+    EARLIER = {}  # path: seconds of the run before this process
+    TO_DO = 'make room, then run the same command to resume'
+
+    def __init__(self, s, step, ranks):
+        self.is_on = ranks.first
+        self.wandb = None
+        self.seconds = 0.0
+        self.evaluated = -1  # step of the last evaluation
+        if not self.is_on:
+            return
+        self.path = os.path.join(s.out_dir, 'log.jsonl')
+        records = []
+        if step:  # what came after the checkpoint happens again
+            records = [record for record in read_records(self.path) if record['step'] <= step]
+        # So does the evaluation of that step if it was the best one, and a full disk kept out_dir/best from
+        # saying so
+        best = checkpoint.best(s.out_dir)[1]
+        best = math.inf if best is None else best
+        records = [r for r in records if not (r['step'] == step and r.get('val_loss', math.inf) < best)]
+        with checkpoint.writing(self.path, self.TO_DO):
+            checkpoint.replace_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
+        before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
+        self.seconds = self.EARLIER.setdefault(self.path, before)  # which a rewound run has counted already
+        self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
+        if s.wandb_log:  # study
+            from features.study import wandb_log  # study
+            self.wandb = wandb_log.start(s)  # study
+
+    def write(self, step, **values):
+        """Add a record; values that are None, NaN or infinite are left out."""
+        if not self.is_on:
+            return
+        record = {'step': step}
+        for name, value in values.items():
+            if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+                record[name] = value
+        record['seconds'] = round(self.seconds + process_age(), 3)
+        with checkpoint.writing(self.path, self.TO_DO):
+            fault('log', step)
+            checkpoint.append(self.path, json.dumps(record) + '\n')
+        if self.wandb:  # study
+            self.wandb.send(record)  # study
 
 
-def step_flops(model, optimizer, teacher, tokens):
-    return (model.flops_per_token() + (teacher.flops_per_token() if teacher else 0)) * tokens + optimizer_flops(optimizer)
+def read_records(path):
+    """The records of a log.jsonl, without lines that are cut off or damaged; [] where there is no file."""
+    if not os.path.exists(path):
+        return []
+    records = []
+    with open(path, encoding='utf-8', errors='replace', newline='\n') as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and 'step' in record:
+                records.append(record)
+    return records
 
 
-def grow_run(run, s, ranks):
-    """More blocks, and the run goes on with them: the same tokens, the same schedule, the moments of what there was."""
-    n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
-    cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
-    moments, device = checkpoint.moments_of(run.optimizer), run.model.wte.weight.device
-    run.model = make_model(cfg, init=False)
-    run.model.load_state_dict(weights)
-    run.model.to(device).recompute = s.recompute
-    run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
-    checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
-    if s.compile:
-        compile_again(run)
-    run.runner = wrap(run.model, ranks)
-    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
-    run.losses.recent.clear()  # what follows is not to be compared with what was
-    ranks.say(f'grown to {n_layer} layers, {run.model.num_params():,} parameters')
+class Interval:
+    """
+    Sums over the steps since the last progress line. Checkpoints hold them, so that the line after a resume
+    covers all of its steps. Time is that of this process, without slow steps: the first one, and those that
+    compile.
+    """
+
+    def __init__(self, device, stored=None, ranks=None):
+        self.device = device
+        self.is_timed = False  # whether this process has made a step already
+        self.reset()
+        if stored:
+            nats = stored['nats']  # per rank
+            if len(nats) != ranks.world:  # of another number of ranks: the first one takes all
+                nats = [sum(nats)] + [0.0] * (ranks.world - 1)
+            self.nats = self.nats + nats[ranks.rank]
+            self.targets = stored['targets']
+            if stored['loads']:  # moe
+                self.loads = torch.tensor(stored['loads'], device=device)  # moe
+
+    def reset(self):
+        self.nats = zero(self.device)  # of this rank
+        self.targets = 0.0  # of all ranks
+        self.loads = None  # tokens of each expert, (layers, E), of all ranks
+        self.steps = 0
+        self.seconds = 0.0
+        self.slow = 0.0
+
+    def add(self, done):
+        self.nats = self.nats + done.nats
+        self.targets += done.targets
+
+    def time(self, seconds, is_slow):
+        """Count the time of a step."""
+        if is_slow or not self.is_timed:
+            self.slow = seconds
+        else:
+            self.steps += 1
+            self.seconds += seconds
+        self.is_timed = True
+
+    def steps_per_second(self):
+        return self.steps / self.seconds if self.steps else 1 / self.slow
+
+    def stored(self, ranks):
+        """The sums as JSON can hold them; all ranks must call it together."""
+        loads = None if self.loads is None else self.loads.tolist()
+        return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
 
 
-def end_guides(run, s, ranks):
-    """Their share has fallen to nothing: low-rank layers go on alone."""
-    run.model.drop_guides()
-    if s.compile:
-        compile_again(run)
-    left = set(run.model.parameters())
-    for group in run.optimizer.param_groups:
-        kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]
-        for p in set(group['params']) - left:
-            run.optimizer.state.pop(p, None)
-        group['params'], group['param_names'] = map(list, zip(*kept)) if kept else ([], [])
-    run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
-    run.runner = wrap(run.model, ranks)
-    run.flops_per_step = step_flops(run.model, run.optimizer, run.teacher, run.tokens_per_step)
+RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks')
 
 
-def wrap(model, ranks):
-    if ranks.world == 1:
-        return model
-    with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
-        warnings.simplefilter('ignore', FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+def describe(s, run, ranks):
+    """Print what is about to be trained, in a few lines."""
+    cfg = run.model.cfg
+    parts = [f'{cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads']
+    if s.n_encoder_layer:  # t5
+        parts[0] = f'{s.n_encoder_layer} encoder layers, {parts[0]}'  # t5
+    if s.arch == 'markov':  # markov
+        parts = ['a Markov chain']  # markov
+    if s.n_expert:  # moe
+        parts.append(f'{s.n_expert} experts, {run.active_parameters:,} parameters a token')  # moe
+    low_rank = [f'{name} {getattr(s, name)}' for name in RANKS if getattr(s, name)]
+    if low_rank:
+        parts.append(', '.join(low_rank))
+    ranks.say(f'model: {run.parameters:,} parameters ({"; ".join(parts)}), {s.vocab_size:,} tokens, '
+              f'context {s.block_size}')
+    if s.lora_rank:  # lora
+        from features.lora.layers import memory  # lora
+        ranks.say(memory(run.model, run.parameters))  # lora
+    epochs = ', '.join(f'{name} {n:.2f}'
+                       for name, n in run.data.epochs(s.rows_per_step * s.max_iters).items())
+    ranks.say(f'data: {s.rows_per_step} rows = {s.rows_per_step * s.block_size:,} tokens a step, '
+              f'{s.max_iters:,} steps; epochs: {epochs}')
+    if ranks.first:
+        for source in (*run.data.sources, *run.val):
+            if source.too_long():
+                ranks.say(f'data: {source.too_long()}')
+    # else it is that of a run which is evaluated
+    if 'dataset' not in s.given and s.dataset == type(s)().dataset:
+        ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
+    for source in run.data.sources:
+        if remark(source.name, source.files):
+            ranks.say('data: ' + remark(source.name, source.files))
+    compiled = 'compiled' if s.compile else 'not compiled'
+    ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: '
+              f'{torch.get_num_threads()}')
+    for line in short_warmup(s):
+        ranks.say(line)
+    if s.grow_every:  # growth
+        from features.growth.during import short_growth  # growth
+        for line in short_growth(s, cfg.n_layer, run.step):  # growth
+            ranks.say(line)  # growth
+    if run.planned:  # plan
+        ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))  # plan
+    if run.step:
+        verb = f'going on with {s.init_from}' if run.is_borrowed else f'resuming {s.out_dir}'
+        ranks.say(f'{verb} at step {run.step}')
+
+
+def short_warmup(s):
+    """[a line that says so, if the warm-up is longer than the run]."""
+    if not s.warmup > s.max_iters > 0:
+        return []
+    rate = getattr(s, s.main_rate)
+    highest = learning_rate(s.max_iters - 1, s, rate)
+    return [f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to '
+            f'{highest:.2e} and never reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there']
+
+
+def show_losses(step, result, ranks):
+    ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
+
+
+def report(s, run, step, loss, norm, peak, ranks):
+    """Print the progress line and log it. loss: mean since the last one, None if all steps were skipped."""
+    speed = run.interval.steps_per_second()
+    tokens_per_second = run.tokens_per_step * speed
+    parts = [f'step {step}/{s.max_iters}', 'loss none' if loss is None else f'loss {loss:.4f}']
+    # with a teacher or smoothing the loss is of more than the text
+    if not run.teacher and not s.label_smoothing and loss is not None and run.data.bits_per_byte(loss):
+        parts.append(f'{run.data.bits_per_byte(loss):.3f} bits/byte')
+    lr = None
+    if s.optimizer != 'counts':  # markov: counting has no rate
+        lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
+        parts.append(f'lr {lr:.2e}')
+    parts.append(f'{tokens_per_second:,.0f} tokens/s')
+    mfu = run.flops_per_step * speed / peak / ranks.world if peak else None
+    if mfu:
+        parts.append(f'MFU {mfu:.0%}')
+    expert_load = None
+    if s.n_expert:  # moe
+        from features.moe.balance import shares_of  # moe
+        expert_load, shown = shares_of(run.interval.loads)  # moe
+        parts.append(shown)  # moe
+    if run.interval.steps:  # a step that compiles cannot tell
+        left = (s.max_iters - step) / speed
+        parts.append(f'{int(left // 60)}m{int(left % 60):02d}s left')
+    ranks.say(' | '.join(parts))
+    run.log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
+                  tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,
+                  mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None, expert_load=expert_load)
+
+
+def show_sample(model, s, data, ranks, stop=False):
+    """
+    Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice
+    it. stop: true as soon as it is to be left.
+    """
+    is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
+    if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it
+        return
+    from sample import sample_of_training
+    model.eval()
+    try:
+        text, pieces = sample_of_training(model, s, data, ranks)
+        written = ''.join(takewhile(lambda _: not ranks.any(stop), pieces))
+        ranks.say('    | ' + (text + written).strip().replace('\n', '\n    | '))
+    except UserError as error:
+        ranks.say(f'no sample: {error}')
+    model.train()

@@ -16,32 +16,35 @@ import functools
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')  # before torch is loaded: its threads wait for one another
-# a moment, not for milliseconds, or two runs on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, RESULTS.md)
+# a moment, not for milliseconds, or two runs on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, docs/results)
 
 import torch
 import torch.nn as nn
 
 import checkpoint
-import hub
+from checkpoint import load_model
 from configurator import FilePath, UserError, configure, run_main, typed_text
 from device import (
     NOT_FINITE,
     DeviceConfig,
+    autocast,
     is_out_of_memory,
     pick_compile,
     pick_device,
     pick_dtype,
     pick_exact_dtype,
 )
+from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
+from features.lora.load import add_adapters
 from features.lora.packed import pack
 from features.t5.objectives import around, stored_begin
-from origin import add_adapters, load_model
 from tokenizer import load_tokenizer
 
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
@@ -396,15 +399,15 @@ def load(where, which='best', encoder=False):
     """(model in eval mode, tokenizer) of a checkpoint directory, of a run's `which` checkpoint, or of what hub.py knows; encoder as read_model()."""
     model, folder = load_model(where, which, encoder)
     cfg = model.cfg
-    description = hub.tokenizer(where)[1] if hub.knows(where) else checkpoint.load_state(folder)['tokenizer']
+    description = reading.tokenizer(where)[1] if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
     tokenizer = load_tokenizer(description, folder)
-    if not hub.knows(where):
+    if not checkpoint.is_foreign(where):
         tokenizer.around = stored_around(folder, tokenizer)
         tokenizer.begin = stored_begin(checkpoint.load_state(folder))
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {cfg.vocab_size}: they do not belong together')
-    if hub.knows(where):
-        tokenizer.begin = (hub.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
+    if checkpoint.is_foreign(where):
+        tokenizer.begin = (reading.decoder_start(where),) if cfg.n_encoder_layer else tokenizer.bos()
     return model, tokenizer
 
 
@@ -559,6 +562,37 @@ def converse(answer):
             raise
         except UserError as error:
             print(error, flush=True)
+
+
+def sample_of_training(model, s, data, ranks):
+    """
+    (the prompt, an iterator of pieces of text that follow) for a run of train.py's settings. The stream of random numbers
+    is its own. Raises UserError where there can be none.
+    """
+    files = data.sources[0].files
+    tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
+    tokenizer.around, tokenizer.begin = around(s.objective, s.denoisers, files.meta), data.begin
+    text = typed_text(s.sample_prompt, 'sample_prompt')
+    if 'sample_prompt' not in getattr(s, 'given', ()):
+        text = default_prompt(text, tokenizer)
+    prompt, source = encode_prompt(text, tokenizer, model.cfg)
+    options = {'max_new_tokens': s.sample_tokens, 'temperature': 0.8, 'top_k': 200,
+               'generator': torch.Generator().manual_seed(s.seed), 'sources': [source] if source else None}
+
+    def pieces():
+        with autocast(ranks.device, s.dtype), without_compiling(s.compile and ranks.lockstep):
+            for _, piece in stream(model, tokenizer, [prompt], **options):
+                yield piece
+    arrow = '' if s.objective == 'causal' else ' → '
+    return text.removeprefix(tokenizer.eot_text) + arrow, pieces()
+
+
+def without_compiling(is_needed):
+    """
+    Context in which compiled blocks run as they are: blocks that are compiled one by one would be compiled for every
+    length of a sample, up to the limit beyond which nothing is compiled any more.
+    """
+    return torch.compiler.set_stance('force_eager') if is_needed else nullcontext()
 
 
 def main():

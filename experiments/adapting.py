@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import prepare
 import train
-from analyze import measure, merged_model
+from checkpoint import replace_text
 from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
 from configurator import FilePath, UserError, configure, run_main
 from eval import row_losses
-from features.lora import layers as lora
+from features.lora.settings import LoraConfig
 from features.study.pictures import figure, save
-from files import replace_text
+from features.study.spectra import measure, merged_model
 
 ROOT = Path(__file__).parent.parent
 SHARES = (1, 4, 16, 64)  # ranks of which it is said how much of what full training changes they could hold
@@ -55,7 +55,7 @@ def make_data(s):
 
 def adapters(s):
     """{arm: its settings} of those with adapters."""
-    one = {f.name: getattr(s, f.name) for f in fields(lora.LoraConfig) if f.name in s.given}
+    one = {f.name: getattr(s, f.name) for f in fields(LoraConfig) if f.name in s.given}
     return {f'r{rank}': one | {'lora_rank': rank} for rank in s.ranks_tried} | {
         'attention': one | {'lora_targets': 'attn'},
         'everywhere': one | {'lora_targets': 'attn,mlp,embed,head'},
@@ -147,7 +147,7 @@ def main():
     s = configure(Settings, [str(ROOT / 'config' / 'lora_code.py'), '--out_dir=out/adapting', *sys.argv[1:]])
     if not (s.novels and s.stories):
         raise UserError('novels, stories: give a folder of texts and a file of stories: --novels=FOLDER --stories=tinystories.jsonl')
-    shared = {f.name for f in fields(train.Settings)} - {f.name for f in fields(lora.LoraConfig)} - {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate'}
+    shared = {f.name for f in fields(train.Settings)} - {f.name for f in fields(LoraConfig)} - {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate'}
     base = {name: getattr(s, name) for name in s.given if name in shared}
     sets = make_data(s)
     bases = tuned(s.base_config, lambda seed: {'base': {'dataset': sets['novels']}}, [{}], s.seeds, f'{s.out_dir}/bases', s.jobs)['base']

@@ -27,10 +27,10 @@ import batches
 import model
 import run
 import train
+from checkpoint import replace_text
 from compare import read_run
 from configurator import FilePath, UserError, configure, run_main
 from features.study.pictures import figure, save
-from files import replace_text
 
 
 @dataclass

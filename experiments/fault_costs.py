@@ -24,7 +24,8 @@ from configurator import configure, run_main
 from device import peak_memory, pick_device
 from features.scale.guard import check_alike
 from features.scale.ranks import Ranks
-from run import save, set_up
+from run import set_up
+from train import save
 
 
 @dataclass

@@ -13,13 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
 import train
-from configurator import FilePath, UserError, configure, run_main
+from configurator import FilePath, UserError, configure, part_of, run_main
 from device import NumericConfig, autocast, pick_device, pick_dtype
 from features.study import tasks
 from features.study.measure import alternate, section, show
-from model import make_model
-from origin import model_config
+from model import ModelConfig, make_model
 from tokenizer import new_tokenizer
 
 
@@ -54,7 +54,7 @@ def main():
     items, tokenizer, device = tasks.read_items(s.files[0])[:s.limit or None], new_tokenizer(s.tokenizer), pick_device(s.device)
     sizes = configure(train.Settings, [str(Path(__file__).parent.parent / 'config' / 'llama_15m.py'), f'--vocab_size={tokenizer.vocab_size}'])
     torch.manual_seed(1)
-    model, dtype = make_model(model_config(sizes)).to(device).eval(), pick_dtype(s.dtype, device)
+    model, dtype = make_model(part_of(sizes, ModelConfig)).to(device).eval(), pick_dtype(s.dtype, device)
     found = {}
 
     def timed(name, score, **options):

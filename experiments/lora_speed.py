@@ -16,16 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
 import train
-from configurator import UserError, configure, run_main
+from configurator import UserError, configure, part_of, run_main
 from device import DeviceConfig, autocast, peak_memory, pick_compile, pick_device, pick_dtype
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack_frozen
 from features.study.measure import alternate, run, section, show
-from model import make_model
+from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import model_config
 from sample import generate
 
 VOCAB, TARGETS = 50257, 'c_attn,c_proj,c_fc'
@@ -48,7 +48,7 @@ def ours(s, **changes):
     """Our network of GPT-2's size and its settings."""
     given = {'vocab_size': VOCAB, 'n_layer': s.layers, 'dropout': 0.0, 'learning_rate': 1e-3} | changes
     settings = configure(train.Settings, [str(Path(__file__).parent.parent / 'config' / 'gpt2.py'), *(f'--{k}={v}' for k, v in given.items())])
-    return make_model(model_config(settings)), settings
+    return make_model(part_of(settings, ModelConfig)), settings
 
 
 def theirs(s):

@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from batches import TokenFiles, find_folder, start_token
+from checkpoint import load_model
 from configurator import configure, run_main
 from features.markov.ngrams import look_up
-from origin import load_model
 
 
 @dataclass

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import prepare
 import train
+from checkpoint import replace_text, replacing
 from compare import mean_and_error, paired_values, plus_minus, tuned
 from configurator import FilePath, UserError, configure, run_main
 from device import pick_device, pick_dtype
@@ -30,7 +31,6 @@ from features.study.pictures import write_csv
 from features.text.pairs import PAIR
 from features.text.reader import Reader
 from features.text.sources import find_files
-from files import replace_text, replacing
 from sample import load
 
 ROOT = Path(__file__).parent.parent

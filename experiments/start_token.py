@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 from batches import TokenFiles, find_folder
+from checkpoint import load_model
 from configurator import UserError, configure, run_main
-from origin import load_model
 
 ROOT = Path(__file__).parent.parent
 

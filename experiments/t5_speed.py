@@ -13,13 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
 import train
-from configurator import UserError, configure, run_main
+from configurator import UserError, configure, part_of, run_main
 from device import DeviceConfig, autocast, pick_compile, pick_device, pick_dtype
 from features.study.measure import alternate, section, show
-from model import make_model
+from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import model_config
 
 VOCAB = 32502
 
@@ -55,7 +55,7 @@ def main():
 
     def ours(**changes):
         sizes = configure(train.Settings, [config, f'--vocab_size={VOCAB}', '--dropout=0', '--objective=ul2', *(f'--{k}={v}' for k, v in changes.items())])
-        model = make_model(model_config(sizes)).to(device)
+        model = make_model(part_of(sizes, ModelConfig)).to(device)
         if pick_compile(s.compile, device):
             model.compile(dynamic=False)
         return model, make_optimizer(model, sizes), lambda: model(x, y, source=source)

@@ -10,11 +10,10 @@ import torch
 from conftest import read_log, runs_here, write_dataset
 
 import compare
-from checkpoint import read_weights
+from checkpoint import read_model, read_weights
 from experiments import adapting
-from features.lora.layers import LoraConfig
+from features.lora.settings import LoraConfig
 from features.study.sweep import read_settings
-from origin import read_model
 
 SIZES = dict(block_size=32, batch_size=4, max_iters=4, eval_interval=4, eval_iters=2, dtype='float32', lora_rank=2)
 ARMS = ('full', 'r1', 'r4', 'attention', 'everywhere', 'rs', 'dora')

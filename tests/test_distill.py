@@ -6,7 +6,9 @@ from conftest import one_line, read_log, train, write_dataset
 from test_surgery import random_model
 
 import model as model_module
-from train import Settings, ask
+from configurator import build
+from features.distill.teacher import ask
+from train import Settings
 
 MIX, TEMPERATURE = 0.3, 2.0
 V = 50
@@ -36,7 +38,7 @@ def by_definition(student, teacher):
 
 def in_chunks(student, teacher, mix=MIX):
     x, y = batch()
-    return student(x, y, teacher=ask(teacher, x, Settings(distill_mix=mix, distill_temperature=TEMPERATURE)))
+    return student(x, y, teacher=ask(teacher, x, build(Settings, distill_mix=mix, distill_temperature=TEMPERATURE)))
 
 
 @pytest.mark.parametrize('chunk, block', [(2 ** 25, 2 ** 20), (64 * 20, 64 * 7)])  # all at once; 20 rows at a time, of which 7
@@ -85,7 +87,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     write_dataset(tmp_path / 'other', vocab_size=70)
     for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'), (['--block_size=64'], dataset, 'knows 32 positions'),
                               (['--distill_mix=0'], dataset, 'takes 0 < distill_mix <= 1'),
-                              (['--arch=markov'], dataset, "arch='markov' learns from counts alone"),
+                              (['--arch=markov'], dataset, 'goes with arch=decoder alone, not markov'),
                               (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
         assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data, check=False))
     assert 'belongs to distillation: set teacher too' in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False))

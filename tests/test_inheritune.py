@@ -7,9 +7,9 @@ import pytest
 from conftest import read_log, runs_here, write_dataset
 
 import compare
+from checkpoint import read_model
 from experiments import inheritune
 from features.study.sweep import read_settings
-from origin import read_model
 
 SIZES = dict(n_layer=4, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=4, eval_interval=2, eval_iters=2, dtype='float32')
 

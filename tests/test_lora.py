@@ -13,14 +13,14 @@ from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
-from configurator import UserError, configure
+from checkpoint import load_model, read_model
+from configurator import UserError, build, configure
 from features.lora import adapters
 from features.lora import layers as lora
-from features.lora.layers import LoraConfig
 from features.lora.packed import pack
+from features.lora.settings import LoraConfig
 from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import load_model, read_model
 from sample import generate
 from train import Settings
 
@@ -39,7 +39,7 @@ def network(**changes):
 
 def adapted(model, is_moved=True, **settings):
     """`model` with adapters, away from where they begin."""
-    s = LoraConfig(**{'lora_rank': 4} | settings)
+    s = build(Settings, **{'lora_rank': 4} | settings)
     s.check()
     lora.begin(model, s)
     for p in model.parameters() if is_moved else ():
@@ -206,7 +206,7 @@ def test_which_biases_are_trained():
 
 
 def test_the_second_factor_learns_faster():
-    s = Settings(lora_rank=4, lora_plus=8.0, learning_rate=1e-3, lora_targets='attn,embed')
+    s = build(Settings, lora_rank=4, lora_plus=8.0, learning_rate=1e-3, lora_targets='attn,embed')
     optimizer = make_optimizer(adapted(network(), lora_targets='attn,embed', lora_plus=8.0), lora.faster(s))
     rates = {name: group['lr'] for group in optimizer.param_groups for name in group['param_names']}
     assert len(rates) == 18 and all(rate == pytest.approx(8e-3 if name.endswith('.B') else 1e-3) for name, rate in rates.items())
@@ -242,7 +242,7 @@ def test_what_a_network_has_not_is_named(settings, words):
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
-        LoraConfig(**{'lora_rank': 4} | settings).check()
+        LoraConfig.check(build(Settings, **{'lora_rank': 4} | settings))
 
 
 def test_merging_what_cannot_be_merged_is_refused():
@@ -455,7 +455,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, base, dataset):
     (['--init_from=BASE', '--lora_targets=attn'], 'lora_targets=attn: belongs to adapters: set lora_rank too'),
     (['--init_from=BASE', '--lora_rank=4', '--lora_targets=atn'], "lora_targets: 'atn' matches nothing"),
     (['--init_from=BASE', '--lora_rank=64'], 'lora_rank=64: is more than'),
-    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: adapters go with grow_every=0 alone, not 2'),
+    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: goes with grow_every=0 alone, not 2'),
 ])
 def test_bad_runs_are_one_line_and_leave_nothing(tmp_path, base, dataset, args, words):
     done = train(tmp_path / 'run', *(arg.replace('BASE', base) for arg in args), dataset=dataset, check=False)

@@ -301,7 +301,7 @@ def test_what_a_table_takes_is_said_before_it_is_taken(tmp_path, dataset, monkey
     said = 'the table of 64 x 64 takes 0.0 GB with its gradient and two moments'
     assert said in train(tmp_path / 'adamw', '--max_iters=1', dataset=dataset).stdout
     assert said not in train(tmp_path / 'counts', *MARKOV, '--max_iters=1', dataset=dataset).stdout
-    import run as running
+    import device as running
     monkeypatch.setattr(running, 'free_memory', lambda device: 4 * 64 ** 2 * 4 - 1)
     refused = one_line(train(tmp_path / 'none', '--max_iters=1', dataset=dataset, check=False))
     assert 'optimizer=adamw: a full Markov table of 64 tokens takes 0.0 GB' in refused and '--optimizer=counts' in refused

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import options, read_config
+from configurator import options, part_of, read_config
 from features.lora.packed import FrozenLinear
 from model import BigramLoss, ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
-from origin import model_config
 from sample import KVCache
 from train import Settings
 
@@ -67,7 +66,7 @@ VARIANTS = [
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     s = Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})
     with torch.device('meta'):
-        model = Transformer(model_config(s))
+        model = Transformer(part_of(s, ModelConfig))
     assert model.num_params() == count
     blocks = {'lowrank28m_dense': 28_317_696, 'lowrank28m': 25_972_992}
     if config in blocks:

@@ -16,13 +16,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func, router_z_loss_func
 
 import checkpoint
-from configurator import UserError, read_config
-from features.growth.networks import upcycle
+from checkpoint import fill
+from configurator import UserError, part_of, read_config
 from features.lora.packed import pack
 from features.moe.experts import in_use
+from features.moe.upcycle import upcycle
 from model import ModelConfig, MoE, make_model
 from optim import OptimConfig, make_optimizer
-from origin import fill, model_config
 from train import Settings
 
 KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True), dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
@@ -230,7 +230,7 @@ def test_flops_and_active_parameters_count_the_experts_that_work(settings, layer
 def test_rot5s_mixture_has_its_parameters():
     s = Settings(**read_config(Settings, 'config/rot5_moe.py') | {'vocab_size': 32502})
     with torch.device('meta'):
-        model = make_model(model_config(s))
+        model = make_model(part_of(s, ModelConfig))
     assert model.num_params() == 987_749_376 and 194_000_000 < model.num_params(active=True) < 196_000_000
 
 

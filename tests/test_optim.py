@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError, read_config
-from features.scale.guard import not_finite
+from configurator import UserError, build, read_config
+from features.growth.during import short_growth
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
-from runlog import report, short_run
-from train import Settings
+from run import report, short_warmup
+from train import Settings, not_finite
 
 
 def test_cosine_is_nanogpts():
@@ -284,27 +284,29 @@ def test_a_trial_of_a_long_run_is_not_refused(settings):
 def test_every_config_goes_with_its_own_rates_and_with_a_trial_of_a_few_steps():
     for path in glob.glob('config/*.py'):
         given = read_config(Settings, path)
-        OptimConfig.check(Settings(**given))
-        OptimConfig.check(Settings(**given | {'max_iters': 30}))
+        OptimConfig.check(build(Settings, **given))
+        OptimConfig.check(build(Settings, **given | {'max_iters': 30}))
 
 
 def test_a_run_that_is_too_short_says_so():
-    assert short_run(Settings(max_iters=2000, warmup_iters=2000), 12, 0) == short_run(Settings(max_iters=30), 12, 0) == []
-    assert short_run(Settings(max_iters=30, warmup_iters=2000, learning_rate=6e-4), 12, 0) == [
+    assert short_warmup(Settings(max_iters=2000, warmup_iters=2000)) == short_warmup(Settings(max_iters=30)) == []
+    assert short_warmup(Settings(max_iters=30, warmup_iters=2000, learning_rate=6e-4)) == [
         'warmup_iters=2000: is longer than max_iters=30: the rate rises to 9.00e-06 and never reaches learning_rate=0.0006; '
         '--warmup_iters=0 begins there']
     growing = dict(n_layer=2, grow_every=4, grow_to=8, grow_by=2)
-    assert short_run(Settings(max_iters=13, **growing), 2, 0) == short_run(Settings(max_iters=13, **growing), 4, 8) == []
+    assert short_growth(build(Settings, max_iters=13, **growing), 2, 0) == []
+    assert short_growth(build(Settings, max_iters=13, **growing), 4, 8) == []
     for layers, step in (2, 0), (2, 4), (4, 5), (4, 8):
-        assert short_run(Settings(max_iters=12, **growing), layers, step) == [
+        assert short_growth(build(Settings, max_iters=12, **growing), layers, step) == [
             'max_iters=12: ends before the network has grown to grow_to=8: it ends with 6 layers']
 
 
 def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
     model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
     s = Settings(optimizer='lion', max_iters=10)
-    run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None, data=SimpleNamespace(bits_per_byte=lambda nats: None))
-    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None, None, None), lambda: not_finite(s, 1)):
+    run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None, data=SimpleNamespace(bits_per_byte=lambda nats: None),
+                          interval=SimpleNamespace(steps_per_second=lambda: 1.0))
+    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None), lambda: not_finite(s, 1)):
         with pytest.raises(UserError, match='^optimizer=lion: has no code in optim.py: use adamw, muon or spectron$'):
             decide()
 

@@ -22,12 +22,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import hub
-from configurator import UserError
+from checkpoint import fill, load_model
+from configurator import UserError, build
+from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
-from features.lora.layers import LoraConfig
-from origin import add_adapters, fill, load_model
+from features.lora.load import add_adapters
+from train import Settings
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -65,7 +66,7 @@ def theirs(folder, kind):
 
 
 def ours(folder):
-    cfg, weights = hub.load(f'hf:{folder}')
+    cfg, weights = reading.load(f'hf:{folder}')
     return fill(cfg, weights, folder)
 
 
@@ -138,7 +139,7 @@ SETTINGS = {
 def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     if kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant) or kind == 't5' and variant == 'tokens':
         pytest.skip('they have no such thing')
-    mine, s = ours(folders[kind]), LoraConfig(**{'lora_rank': 4, 'lora_alpha': 6.0} | SETTINGS[variant])
+    mine, s = ours(folders[kind]), build(Settings, **{'lora_rank': 4, 'lora_alpha': 6.0} | SETTINGS[variant])
     other = theirs(folders[kind], kind)
     base, _ = same(mine, other, kind)
     torch.manual_seed(2)
@@ -251,7 +252,7 @@ def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
 
 def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
     mine = ours(folders['gpt2'])
-    lora.begin(mine, LoraConfig(lora_rank=2, lora_targets='attn', lora_whole='mlp.up.weight'))
+    lora.begin(mine, build(Settings, lora_rank=2, lora_targets='attn', lora_whole='mlp.up.weight'))
     with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
         peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0

@@ -12,11 +12,12 @@ from conftest import one_line, read_log, run, run_here, sha256
 
 import checkpoint
 import train as training
+from batches import EVAL_ROWS
 from configurator import UserError
-from features.plan.dial import Pace, batch_tokens, fit_minutes, plan, shape, size
+from features.plan.dial import batch_tokens, plan, shape, size
+from features.plan.minutes import Pace, fit_minutes
 from features.scale import faults
-from loss import EVAL_ROWS
-from runlog import Log
+from run import Log
 from train import Settings
 
 CPU = torch.device('cpu')
@@ -132,16 +133,16 @@ MACHINES = {'steady': lambda now: 0.5, 'half as fast midway': lambda now: 0.5 if
 def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_per_evaluation):
     now, step, fits, seconds_per_step = 10.0, 0, [], MACHINES[machine]
     s = Settings(minutes=5, gradient_accumulation_steps=1, eval_iters=20)
-    pace = Pace(s, lambda: now)
+    pace = Pace(s, clock=lambda: now)
     fit_minutes(s, {'max_iters', 'eval_interval', 'log_interval'}, seconds_per_step(now), now)
     while True:  # as train() does
         if step % s.eval_interval == 0 or step >= s.max_iters:
-            began = now
+            pace.began = now
             if step < s.max_iters:
                 fits.append(pace.fit(step))
                 s.max_iters = fits[-1]
             now += seconds_per_evaluation
-            pace.end_evaluation(began, compiled=False)
+            pace.end_evaluation()
         if step >= s.max_iters:
             break
         now, step = now + seconds_per_step(now), step + 1
@@ -153,11 +154,11 @@ def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_p
 def test_a_compilation_is_not_the_pace_of_what_follows():
     now = 0.0
     s = Settings(minutes=1, max_iters=100, eval_interval=20, gradient_accumulation_steps=1)
-    pace = Pace(s, lambda: now)
+    pace = Pace(s, clock=lambda: now)
     assert pace.fit(0) == 100  # nothing is known yet
     for seconds in (20.0, 0.1):  # to compile, to evaluate
-        began, now = now, now + seconds
-        pace.end_evaluation(began, compiled=seconds > 1)
+        pace.began, pace.is_compiling, now = now, seconds > 1, now + seconds
+        pace.end_evaluation()
     for _ in range(20):
         now += 0.5
         pace.end_step()
@@ -170,7 +171,7 @@ class Machine:
     """Runs train.py with a clock that only its steps move."""
     def __init__(self, patch, seconds_per_step):
         self.now = 0.0
-        for module in ('features.plan.dial', 'runlog'):
+        for module in ('features.plan.minutes', 'run'):
             patch.setattr(f'{module}.process_age', lambda: self.now)
         train_step = training.train_step
 
@@ -202,6 +203,7 @@ def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, t
     assert f'max_iters={fits[-1][1]} in place of {fits[-2][1]}' in done.stdout
     losses = {r['step']: r['train_loss'] for r in read_log(tmp_path / 'whole') if 'train_loss' in r}
 
+    monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)  # after the last evaluation that could fit again
     interval = settings['eval_interval']
     monkeypatch.setattr(faults, 'FAULTS', [('step', str((state['step'] - 1) // interval * interval + 1), '', 'term')])
@@ -217,6 +219,7 @@ def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, t
 def test_an_older_run_of_minutes_goes_on(dataset, tmp_path, monkeypatch):
     """Its checkpoint knows nothing of fits."""
     machine = Machine(monkeypatch, lambda now: 0.3)
+    monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)
     monkeypatch.setattr(faults, 'FAULTS', [('step', '5', '', 'term')])
     assert machine.run(dataset, tmp_path).returncode == 128 + signal.SIGTERM

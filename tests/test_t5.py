@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 import checkpoint
-import hub
-from configurator import UserError, read_config
+from configurator import UserError, build, part_of, read_config
 from device import autocast
+from features.hf import reading
 from features.lora.packed import pack
-from model import RelativeBias, Transformer
-from origin import model_config
+from model import ModelConfig, RelativeBias, Transformer
 from sample import KVCache, beam_search, generate, pad, step
 from tokenizer import ByteTokenizer
 from train import Settings
@@ -46,7 +45,7 @@ def theirs(std=0.15, **settings):
 
 
 def ours(folder):
-    cfg, weights = hub.load(f'hf:{folder}')
+    cfg, weights = reading.load(f'hf:{folder}')
     model = Transformer(cfg).eval()
     checkpoint.load_weights(model, weights, str(folder))
     return model
@@ -248,7 +247,7 @@ def test_recomputing_changes_no_gradient():
 def test_t5s_init_has_logits_of_deviation_one():
     """Embedding of deviation 1, normed stream, head over sqrt(n_embd); attention's logits too, without 1/sqrt(head_dim)."""
     torch.manual_seed(0)
-    cfg = model_config(Settings(**read_config(Settings, 'config/t5_base.py') | dict(vocab_size=500, n_layer=2, n_encoder_layer=2)))
+    cfg = part_of(build(Settings, **read_config(Settings, 'config/t5_base.py') | dict(vocab_size=500, n_layer=2, n_encoder_layer=2)), ModelConfig)
     model = Transformer(cfg)
     source, x = torch.randint(500, (2, 30)), torch.randint(500, (2, 30))
     with torch.no_grad():
@@ -285,7 +284,7 @@ def test_a_hidden_layer_beyond_float16_goes_on_in_float32(mlp, up, down):
     ('rot5_rope_gqa', 32502, 194_878_464), ('rot5_mini', 32502, 46_814_208)])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     with torch.device('meta'):
-        model = Transformer(model_config(Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})))
+        model = Transformer(part_of(build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size}), ModelConfig))
     assert model.num_params() == count
 
 

@@ -24,18 +24,18 @@ from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
-import runlog
+import sample
 import train as training
-from batches import Mixture, Source, validation_batch, validation_rows
-from configurator import UserError
+from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
+from configurator import UserError, build
+from device import compile_all
 from features.scale import faults
-from features.scale.guard import FirstSteps, GuardConfig
+from features.scale.guard import FirstSteps
 from features.scale.ranks import Ranks
-from loss import evaluate
+from features.scale.settings import ScaleConfig
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
-from run import Batches, compile_all
-from runlog import Interval, show_samples
+from run import Interval, show_sample
 from tokenizer import new_tokenizer
 from train import Settings
 
@@ -242,6 +242,7 @@ def test_a_batch_on_two_ranks_is_shared_when_there_is_one_micro_batch(dataset, t
 def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens(dataset, tmp_path, monkeypatch):
     """A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained the first three."""
     monkeypatch.setattr(faults, 'FAULTS', [('loss', '46', '', 'large')])
+    monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)
     args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70', '--warmup_iters=0']
     done = train(tmp_path, *args, '--max_iters=60', dataset=dataset)
@@ -282,8 +283,8 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
 
 def test_a_step_before_the_first_cannot_be_left_out():
     with pytest.raises(ValueError, match=r'skip_steps=\[3, -1\]: takes steps from 0 on'):
-        GuardConfig(skip_steps=[3, -1]).check()
-    GuardConfig(skip_steps=[0]).check()
+        ScaleConfig.check(build(Settings, skip_steps=[3, -1]))
+    ScaleConfig.check(build(Settings, skip_steps=[0]))
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
@@ -792,17 +793,17 @@ def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
     s = Settings(sample_tokens=1, sample_prompt=r'one\n\\n', dtype='float32')
     ranks = Ranks('gloo', torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
-    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert capsys.readouterr().out.startswith('    | one\n    | \\n')
 
 
 def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(dataset, capsys, monkeypatch):
-    monkeypatch.setattr(runlog, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
+    monkeypatch.setattr(sample, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
     model = Transformer(ModelConfig(vocab_size=5, block_size=32, n_layer=1, n_head=2, n_embd=16))
     s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):
         s.given = given
-        show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+        show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
         assert capsys.readouterr().out.startswith(shown)
 
 
@@ -810,7 +811,7 @@ def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys
     s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
     model.norm_f.weight.data[0] = torch.nan
-    show_samples(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
+    show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert 'no sample: the logits are NaN or infinite' in capsys.readouterr().out and model.training
 
 
@@ -832,7 +833,7 @@ def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch
     s, ranks, data = Settings(compile=True, sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1)
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16, depth_scale='norm'))
     x, ranks.lockstep = torch.arange(64).view(2, 32), True
-    compile_all(model.blocks)
+    compile_all(model, by_block=True)
     assert blocks_run() == 9
-    show_samples(model, s, data, ranks)
+    show_sample(model, s, data, ranks)
     assert len(made) == 9 and blocks_run() == 9

@@ -10,63 +10,15 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from features.hf.families import GPT2, LLAMA, t5_names
+from features.hf.names import GPT2, LLAMA, t5_names
 from model import Experts, ModelConfig, grouped_linear
-
-# -----------------------------------------------------------------------------
-# Settings
-
-@dataclass
-class LoraConfig:
-    lora_rank: int = 0  # of adapters to be trained beside the weights of init_from, which stay as they are; 0 = train the weights
-    lora_alpha: float = 16.0  # what an adapter says counts alpha / rank times
-    lora_rs: bool = False  # alpha / sqrt(rank) times instead: high ranks then learn as fast as low ones (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
-    lora_targets: str = 'attn,mlp'  # what they are beside: attn, mlp, embed, head, or matrices by name, ours (q, attn.o, up, wte, …) or those of Hugging
-    # Face's families (c_attn, q_proj, wi, …); c_attn is one adapter for q, k and v, as theirs is
-    lora_layers: str = ''  # in these blocks alone: 8:12, or 0,5; '' = in all
-    lora_ranks: dict = field(default_factory=dict)  # other ranks, by a pattern of names: {'mlp': 4, 'blocks.0.': 0}; 0 = no adapter there
-    lora_alphas: dict = field(default_factory=dict)  # other alphas, likewise
-    lora_dropout: float = 0.0  # of what an adapter reads
-    lora_dora: bool = False  # length and direction of every row of a matrix are learned apart (DoRA, Liu et al. 2024, arXiv 2402.09353); slower
-    lora_pissa: bool = False  # begin with the largest singular values of the weights instead of zero (PiSSA, Meng et al. 2024, arXiv 2404.02948)
-    lora_plus: float = 1.0  # how many times the rate of A that of B is (LoRA+, Hayou et al. 2024, arXiv 2402.12354: about 16), in embeddings too
-    lora_bias: Literal['none', 'lora_only', 'all'] = 'none'  # whose biases are trained too
-    lora_whole: str = ''  # what else is trained, whole: a pattern of names, as norm
-    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the matrices of the blocks that stay as they are are kept;
-    # auto = as they are multiplied, in dtype: the same numbers from half the memory; int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round, and
-    # the losses are of the rounded network then, while sample.py and eval.py put the adapter beside the exact one
-    lora_tokens: list[int] = field(default_factory=list)  # and these rows of the embedding (and of a tied head): for new special tokens
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        idle = sorted(name for name in getattr(self, 'given', ()) if name.startswith('lora_') and name != 'lora_rank')
-        if idle and not self.lora_rank:
-            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to adapters: set lora_rank too')
-        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1 or not 0 < self.lora_plus < math.inf or not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f'lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, lora_plus={self.lora_plus}: '
-                             'takes a rank of at least 0, an alpha above 0, 0 <= dropout < 1 and a rate above 0')
-        if len(set(self.lora_tokens)) < len(self.lora_tokens):
-            raise ValueError(f'lora_tokens={self.lora_tokens}: takes each once')
-        for name in ('lora_ranks', 'lora_alphas'):
-            for pattern, value in getattr(self, name).items():
-                kinds = int if name == 'lora_ranks' else (int, float)
-                if not isinstance(pattern, str) or isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
-                    raise ValueError(f'{name}={getattr(self, name)}: takes patterns of names, and for each a number of at least 0')
-        for name, pattern in [('lora_whole', self.lora_whole), *(('lora_ranks', p) for p in self.lora_ranks), *(('lora_alphas', p) for p in self.lora_alphas)]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f'{name}: {pattern!r} is no pattern: {error}') from None
-        if self.lora_layers and not re.fullmatch(r'\d*:\d*|\d+(,\d+)*', self.lora_layers):
-            raise ValueError(f'lora_layers={self.lora_layers}: takes a range as 8:12, or blocks as 0,5')
-
 
 # -----------------------------------------------------------------------------
 # One adapter
@@ -417,4 +369,22 @@ def how_stored(s):
 
 def faster(s):
     """The settings of a run as its optimizer is to have them: B learns lora_plus times as fast."""
-    return replace(s, lr_scale=s.lr_scale | {r'\.lora\.\w+\.B$': s.lora_plus}) if s.lora_rank and s.lora_plus != 1 else s
+    if s.lora_plus == 1:
+        return s
+    return replace(s, lr_scale=s.lr_scale | {r'\.lora\.\w+\.B$': s.lora_plus})
+
+
+def memory(model, total):
+    """
+    A line on the memory that training the adapters of a network of `total` parameters takes, beside that of training all
+    weights: gradients in float32, two moments of AdamW.
+    """
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = total - sum(p.numel() for name, p in model.named_parameters() if '.lora.' in name)
+
+    def in_words(weights, gradients, moments):
+        return (f'{weights / 1e6:,.1f} MB of weights, {gradients / 1e6:,.1f} MB of gradients, '
+                f'{moments / 1e6:,.1f} MB of moments')
+    return (f'lora: {trained:,} of {total:,} parameters are trained ({trained / total:.4%}): '
+            f'{in_words(held, 4 * trained, 8 * trained)}; all weights would be {in_words(4 * base, 4 * base, 8 * base)}')

@@ -147,3 +147,10 @@ def pack_frozen(model, kind):
                 raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, takes multiples of {BLOCK}: use int8')
     for blocks in filter(None, (model.blocks, model.encoder)):
         replace_layers(model, blocks, 'float32', kind, lambda layer: not layer.weight.requires_grad)
+
+
+def pack_frozen_of(model, s):
+    """Store the frozen weights of a run with adapters as lora_store says; float32 and sharded ones stay as they are."""
+    kind = lora.how_stored(s)
+    if kind != 'float32' and not s.shard:
+        pack_frozen(model, kind)

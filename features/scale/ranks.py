@@ -9,25 +9,30 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 from configurator import UserError
 
 
 class Ranks:
-    """This process among those that torchrun started, or alone."""
+    """This process among those that torchrun started, with the methods of device.OneProcess."""
 
     def __init__(self, backend, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.device, self.watch = device, None
         self.lockstep = False  # whether all have to make the same passes through the network (shard.py)
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
-            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
-            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))  # the watch is to speak first
+            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                    'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
+            # the watch is to speak first
+            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
             self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property
@@ -46,7 +51,10 @@ class Ranks:
 
     @contextmanager
     def patient(self, compiles):
-        """Around a step or an evaluation, of all ranks: if it compiles, the others wait for it ten times as long."""
+        """
+        Around a step or an evaluation, of all ranks: if it compiles, the others wait for it ten times as
+        long.
+        """
         if self.watch:
             self.watch.compiles = compiles
         yield
@@ -55,7 +63,10 @@ class Ranks:
             self.watch.compiles = False
 
     def end(self):
-        """Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its connections closed."""
+        """
+        Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its
+        connections closed.
+        """
         if self.world > 1:
             if self.watch:
                 self.watch.store = None  # rank 0 may be gone before this one
@@ -83,7 +94,10 @@ class Ranks:
         return out
 
     def job(self):
-        """Names of the torchrun processes that started the ranks, the same after a restart of the ranks by these; [] without torchrun."""
+        """
+        Names of the torchrun processes that started the ranks, the same after a restart of the ranks by
+        these; [] without torchrun.
+        """
         return sorted(set(filter(None, self.gather(agent()))))
 
     def add_up(self, tensor):
@@ -112,6 +126,37 @@ class Ranks:
         if self.first:
             print(text, flush=True)
 
+    def wrap(self, model):
+        """The model with DDP around it; a sharded one exchanges its gradients itself."""
+        if self.world == 1 or self.lockstep:
+            return model
+        with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
+            warnings.simplefilter('ignore', FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def was_restarted(self, out_dir):
+        """
+        Whether the run in out_dir was begun by this torchrun job, which has started its processes again after
+        a failure: they are to go on, though their command says --init_from=scratch.
+        """
+        job = self.job()
+        if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+            return False
+
+        def look():
+            try:
+                state = checkpoint.load_state(checkpoint.find(out_dir))
+            except UserError:  # none is sound
+                return False
+            return bool(set(job) & set(state.get('job', ())))
+        return self.from_first(look)
+
+    def has_lost_one(self, error):
+        """Whether an error is what gloo or NCCL raise when another process has gone."""
+        signs = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
+                 'NCCL communicator was aborted', 'remote process exited')
+        return self.world > 1 and any(words in str(error) for words in signs)
+
 
 def agent():
     """A name, unique in the world, of the torchrun process that started this one; '' if none did."""
@@ -122,24 +167,19 @@ def agent():
     return f'{socket.gethostname()} {os.environ.get("TORCHELASTIC_RUN_ID", "")} {folder}'
 
 
-def is_lost(error):
-    """Whether an error is what gloo or NCCL raise when another process has gone."""
-    return any(words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'NCCL communicator was aborted',
-                                                 'remote process exited'))
-
-
 def where_it_stands():
     """The stacks of all other threads of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()
-                   if ident != threading.get_ident())
+    return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame))
+                   for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
 
 
 class Watch:
     """
-    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is behind and where every thread stands: where one
-    rank hangs, the others wait for it. All ranks pass the same beats in the same order, so the one with the fewest is the one that hangs. It counts
-    its own ticks, not the clock: a run that was suspended has not stood still.
+    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is
+    behind and where every thread stands: where one rank hangs, the others wait for it. All ranks pass the
+    same beats in the same order, so the one with the fewest is the one that hangs. It counts its own ticks,
+    not the clock: a run that was suspended has not stood still.
     """
     BUSY = 'to work for all'  # of rank 0, as saving: may take ten times as long,
     COMPILING = ', compiling'  # and so may this
@@ -148,7 +188,8 @@ class Watch:
         self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
         self.count, self.doing, self.quiet, self.compiles = 0, 'to begin', 0.0, False
         self.asking, self.answered = None, True
-        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()  # a connection of its own: the other may be waiting
+        # a connection of its own: the other may be waiting
+        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()
         threading.Thread(target=self.look, daemon=True).start()
 
     def beat(self, doing):
@@ -165,13 +206,17 @@ class Watch:
             time.sleep(self.tick)
             self.quiet += self.tick
             if self.quiet >= self.seconds:
-                found = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
+                found = self.reach(lambda store: {rank: json.loads(store.get(str(rank)))
+                                                  for rank in range(self.world) if store.check([str(rank)])})
                 known = found or known or {self.rank: said}
         least = min(count for count, _ in known.values())
-        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least)
+        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items()
+                           if count == least)
         behind = behind if self.answered else 'not known, rank 0 is gone or cut off'
-        sys.stderr.write(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on '
-                         f'from the newest checkpoint. Where this rank stands:\n{where_it_stands()}')  # in one go: the others speak at the same time
+        # in one go: the others speak at the same time
+        sys.stderr.write(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last '
+                         f'to move on: {behind}. Run the same command to go on from the newest checkpoint. '
+                         f'Where this rank stands:\n{where_it_stands()}')
         sys.stderr.flush()
         time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
         os._exit(1)
@@ -182,14 +227,17 @@ class Watch:
         return doing == self.BUSY or doing.endswith(self.COMPILING)
 
     def reach(self, ask):
-        """What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off."""
+        """
+        What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off.
+        """
         store, found = self.store, []
 
         def wait():
             with suppress(RuntimeError):
                 found.append(ask(store))
         if store and not (self.asking and self.asking.is_alive()):
-            self.asking = threading.Thread(target=wait, daemon=True)  # on a network that is gone it may wait for hours
+            # on a network that is gone it may wait for hours
+            self.asking = threading.Thread(target=wait, daemon=True)
             self.asking.start()
             self.asking.join(max(2.0, min(30.0, self.seconds / 4)))
         self.answered = bool(found)

@@ -5,8 +5,8 @@ they ended. compare.py does the reading and the counting.
 import csv
 import os
 
+from checkpoint import replacing, writing
 from configurator import UserError
-from files import replacing, writing
 
 # -----------------------------------------------------------------------------
 # For all scripts

@@ -27,18 +27,16 @@ from typing import Literal
 import torch
 
 import checkpoint
-import hub
 from batches import Mixture, real_folders
-from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
+from checkpoint import replace_text, writing
+from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, part_of, read_config
+from device import stop_signals
+from features.hf import reading
 from features.lora import layers as lora
-from features.scale.guard import stop_signals
 from features.text.workers import cores
-from files import replace_text, writing
 from model import ModelConfig, make_model
 from optim import make_optimizer
-from origin import adopt, model_config
-from run import step_flops
-from runlog import read_records
+from run import adopt, read_records, step_flops
 from train import Settings
 
 # what may differ between two runs of the same arm: it changes nothing of what is learned
@@ -197,8 +195,8 @@ def settle(files, given):
 @lru_cache
 def network(init_from):
     """The ModelConfig of weights that were trained elsewhere."""
-    if hub.knows(init_from):
-        return hub.load(init_from)[0]
+    if checkpoint.is_foreign(init_from):
+        return reading.load(init_from)[0]
     return from_dict(ModelConfig, checkpoint.load_state(checkpoint.find(init_from, 'best'))['model'], init_from)
 
 
@@ -210,7 +208,7 @@ def vocabulary(dataset):
 def blank(s, **changes):
     """The network of a run, without its numbers."""
     with torch.device('meta'):
-        model = make_model(dataclasses.replace(model_config(s), **{'rank_guide': 0, 'n_layer': s.grow_to or s.n_layer} | changes), init=False)
+        model = make_model(dataclasses.replace(part_of(s, ModelConfig), **{'rank_guide': 0, 'n_layer': s.grow_to if s.grow_every else s.n_layer} | changes), init=False)
         if s.lora_rank:
             lora.begin(model, s, is_new=False)
         return model

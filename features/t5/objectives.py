@@ -246,3 +246,16 @@ def make_objective(s, meta):
 def stored_objective(settings, cfg, meta):
     """The same of a network's ModelConfig and the settings that its run stored; one from before there were objectives is causal."""
     return Objective(settings.get('objective', 'causal'), cfg.block_size, cfg.source_context, settings.get('denoisers', 'ul2r'), meta)
+
+
+def objective_of(s):
+    """The function that makes the Objective of train.py's settings for a data set, from its meta.json."""
+    return lambda meta: make_objective(s, meta)
+
+
+def more_inputs(model, more):
+    """
+    The arguments of a network's forward pass beside x and y, of what a batch has beside them: the source for an encoder,
+    or the numbers of the pairs that share a row.
+    """
+    return {'pieces' if getattr(model, 'encoder', None) is None else 'source': more[0]}

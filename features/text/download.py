@@ -17,8 +17,8 @@ from hashlib import file_digest
 
 from tqdm import tqdm
 
+from checkpoint import write_all, writing
 from configurator import UserError
-from files import write_all, writing
 
 TRIES = 5  # in a row without a new byte, some 15 s in all with the waits between them
 WAIT = 1.0  # seconds before the second try, doubled each time

@@ -14,11 +14,11 @@ import shutil
 from tqdm import tqdm
 
 import prepare
+from checkpoint import sha256, sync
 from configurator import UserError
 from features.text.figures import print_figures
 from features.text.splits import check_sides
 from features.text.tokenfiles import files_of, is_free, locked, publish, totals, work_folder
-from files import sha256, sync
 from tokenizer import load_tokenizer
 
 

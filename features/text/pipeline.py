@@ -14,6 +14,7 @@ from itertools import islice
 from tqdm import tqdm
 
 import prepare as core
+from checkpoint import replace_json
 from configurator import UserError
 from features.text.figures import Figures, say_untrained
 from features.text.pairs import PAIR, check_end_of_text, check_sections, has_pairs
@@ -26,7 +27,6 @@ from features.text.synthetic import entropy_of
 from features.text.tokenfiles import Split, is_free, locked, move, publish, totals
 from features.text.tokenizers import Reserved
 from features.text.workers import cores, in_order
-from files import replace_json
 from tokenizer import load_tokenizer, needs_text, new_tokenizer
 
 IN_MEMORY = 2 ** 24  # bytes of plain text that prepare.py itself reads into memory: more pays for a second process

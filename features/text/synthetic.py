@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from files import replacing
+from checkpoint import replacing
 
 SYMBOLS = 26
 MEAN_LENGTH = 200  # letters of a document

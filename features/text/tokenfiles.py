@@ -5,8 +5,8 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 
+from checkpoint import lock, replace_json, sha256, sync, write_all
 from configurator import UserError
-from files import lock, replace_json, sha256, sync, write_all
 
 SHARD_TOKENS = 100_000_000  # the task that reaches it closes the shard
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, read_log
 from processes import SMALL, fingerprint, run_to_end
 
-from run import micro_batches
+from batches import micro_batches
 
 
 def samples(ranks, accumulation, step, rows=12):

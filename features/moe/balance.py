@@ -1,0 +1,19 @@
+"""
+The loads of experts while a network trains: counted, drawn towards equal ones (expert_bias), reported.
+"""
+
+
+def count_loads(run, ranks):
+    """Add the tokens that each expert was given in the last step, by all ranks, to the interval's; step expert_bias."""
+    loads = ranks.add_up(run.model.take_loads())  # (layers, E) int64
+    is_frozen = run.base is not None  # beside adapters
+    if not is_frozen and not run.in_a_row:  # a skipped step changes nothing
+        run.model.balance(loads)
+    run.interval.loads = loads if run.interval.loads is None else run.interval.loads + loads
+
+
+def shares_of(loads):
+    """(each expert's share of its layer's tokens as nested lists, the same in words) of loads (layers, E)."""
+    shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
+    rounded = [[round(share, 4) for share in layer] for layer in shares.tolist()]
+    return rounded, f'experts {shares.min():.0%} to {shares.max():.0%}'

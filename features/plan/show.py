@@ -1,0 +1,96 @@
+"""
+--plan: the parameters, FLOPs and memory of a network, or the networks that scaling laws want. Nothing is
+trained.
+"""
+import torch
+
+import checkpoint
+from batches import GPT2_TOKENS, find_folder, read_meta
+from configurator import UserError, check, part_of
+from device import peak_flops, pick_dtype
+from features.plan.chinchilla import optima, table
+from features.plan.dial import REACHED, plan, size
+from model import ModelConfig, make_model
+from run import adopt
+
+
+def find_vocabulary(s):
+    """
+    The size of the vocabulary by the settings, or by the data set where there is one; otherwise that of GPT-2
+    is assumed, and a line says so.
+    """
+    if s.vocab_size:
+        return s.vocab_size
+    name = s.dataset if isinstance(s.dataset, str) else next(iter(s.dataset), '')
+    try:
+        folder = find_folder(name)
+    except UserError:
+        print(f'vocab_size: dataset={name} is not there: GPT-2\'s {GPT2_TOKENS:,} tokens are assumed; '
+              '--vocab_size=N changes that')
+        return GPT2_TOKENS
+    return read_meta(folder)['vocab_size']
+
+
+def show_network(s, vocab_size):
+    """Print the parameters, FLOPs and memory of the network of train.py's Settings, without making it."""
+    s.vocab_size = vocab_size
+    check(s)
+    with torch.device('meta'):
+        model = make_model(part_of(s, ModelConfig), init=False)
+        total, active, flops = model.num_params(), model.num_params(active=True), model.flops_per_token()
+        blocks = sum(p.numel() for name, p in model.named_parameters() if 'blocks.' in name)
+        trained = total
+        if s.lora_rank:
+            from features.lora.layers import begin
+            begin(model, s, is_new=False)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            flops = model.flops_per_token()
+    print(f'parameters   {total:,}, {blocks:,} of them in the blocks')
+    if s.n_expert:
+        print(f'             {active:,} for each token, {s.n_expert} experts')
+    if s.lora_rank:
+        print(f'trained      {trained:,}, those of low-rank adapters')
+    if s.arch == 'markov':
+        print(f'network      a Markov chain of {vocab_size:,} tokens')
+        print(f'memory       {4 * total / 1e6:,.1f} MB of weights')
+        return
+    encoder = f'{s.n_encoder_layer} encoder layers, ' * bool(s.n_encoder_layer)
+    print(f'network      {encoder}{s.n_layer} layers of {s.n_embd}, {s.n_head} heads, '
+          f'context {s.block_size}, {vocab_size:,} tokens')
+    step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    print(f'FLOPs        {flops:.3e} a token, {flops * step:.3e} a step of {step:,} tokens, '
+          f'{flops * step * s.max_iters:.3e} in {s.max_iters:,} steps')
+    print(f'memory       {4 * total / 1e6:,.1f} MB of weights, {4 * trained / 1e6:,.1f} MB of gradients, '
+          f'up to {8 * trained / 1e6:,.1f} MB of moments, in float32; activations come on top')
+
+
+def show_plan(s, device):
+    """
+    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py
+    want for these, and the network that plan() makes of the last law.
+    """
+    if s.init_from not in ('auto', 'scratch', 'resume'):
+        cfg, _, _ = checkpoint.read_model(s.init_from, encoder=True)
+        adopt(s, cfg, s.init_from)
+    s.dtype = pick_dtype(s.dtype, device)
+    vocab_size = find_vocabulary(s)
+    if not (s.tokens or s.flops or s.hours):
+        return show_network(s, vocab_size)
+    peak = peak_flops(device, s.dtype)
+    if s.hours and not peak:
+        raise UserError(f'hours={s.hours:g}: the ceiling of this device is not known: give flops')
+    flops = s.flops or s.hours * 3600 * REACHED * (peak or 0)
+    if s.hours:
+        print(f'{s.hours:g} hours at {REACHED:.0%} of {peak / 1e12:.2f} TFLOP/s are {flops:.3e} FLOPs')
+    found = optima(s.tokens, flops)
+    print(table(found))
+    (s.params, s.tokens, _), s.flops, s.hours, s.plan = found['20 tokens a parameter'], 0.0, 0.0, False
+    given = s.params
+    derived = plan(s, vocab_size, s.tokens, device, 1)
+    params, _, per_token = size(s, vocab_size)
+    stacks = (f', an encoder of {s.n_encoder_layer}, '
+              f'{s.source_context} tokens read for {s.block_size} written' * bool(s.n_encoder_layer))
+    print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, '
+          f'{s.n_layer} layers of {s.n_embd}{stacks}\n'
+          f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'
+          + ' '.join(f'--{name}={value}' for name, value in derived.items()))

@@ -1,0 +1,45 @@
+"""
+The validation data of a network: what it was trained on, or another data set of its tokenizer.
+"""
+import checkpoint
+from batches import Source
+from checkpoint import check_tokenizer, how_to_prepare
+from configurator import UserError
+from features.t5.objectives import stored_objective
+
+
+def validation_sources(where, cfg, dataset='', block_size=0):
+    """
+    The validation split of every corpus that the network of `where` was trained on, or of `dataset`, as
+    batches.Sources with rows of block_size, or as long as the network reads. Raises UserError where there is
+    none, or one of another tokenizer.
+    """
+    state = {}
+    if checkpoint.is_foreign(where):
+        from features.hf import reading
+        folder = reading.find(where)
+    else:
+        folder = checkpoint.find(where, 'best')
+        state = checkpoint.load_state(folder)
+    settings = state.get('settings', {})
+    dataset = dataset or settings.get('dataset')  # surgery.py knows none of the weights of others
+    if not dataset:
+        raise UserError(f'dataset: {where} does not say what it was trained on: give --dataset=NAME')
+    packing = settings.get('packing', 'stream')
+    objective = None
+    if block_size:
+        packing = 'stream'
+    else:
+        def objective(meta):
+            return stored_objective(settings, cfg, meta)
+    begin = tuple(state.get('begin', ()))
+    sources = []
+    for name in dataset if isinstance(dataset, dict) else [dataset]:
+        source = Source(name, 'val', block_size or cfg.block_size, packing, objective=objective, begin=begin)
+        check_tokenizer(f'dataset={name}', where, folder, source.files)
+        if source.files.vocab_size > cfg.vocab_size:
+            to_do = how_to_prepare(state.get('tokenizer', {}), folder, source.files)
+            raise UserError(f'dataset={name}: has {source.files.vocab_size} tokens, the network of {where} '
+                            f'{cfg.vocab_size}: prepare it {to_do}')
+        sources.append(source)
+    return sources
