@@ -34,7 +34,8 @@ from features.t5.objectives import Objective, ObjectiveConfig
 from features.text.cuts import Cuts
 from features.text.download import CORPORA
 from features.text.sources import HERE
-from tokenizer import options_of, same_ids
+from features.text.tokenizers import options_of
+from tokenizer import same_ids
 
 LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut (0.1 s)
 VERIFY_UP_TO = 2 ** 28  # bytes: smaller data sets have their hashes checked at every start (0.2 s), larger ones their sizes

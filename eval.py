@@ -129,7 +129,7 @@ class SummarySettings(ModelSettings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         if self.prompt_template:
-            from features.text.sources import check_template
+            from features.text.pairs import check_template
             check_template(self.prompt_template)
         for name, least in (('max_new_tokens', 1), ('batch_size', 1), ('num_beams', 0), ('show', 0),
                             ('limit', 0)):

@@ -33,7 +33,9 @@ from features.study import summaries
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, paired_difference, show_interval, show_mean
 from features.study.tuning import tuned
-from features.text.sources import PAIR, Reader, find_files
+from features.text.pairs import PAIR
+from features.text.reader import Reader
+from features.text.sources import find_files
 from sample import load
 
 ROOT = Path(__file__).parent.parent

@@ -4,10 +4,10 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import download as module
 import pytest
 
 from configurator import UserError
+from features.text import download as module
 from features.text.download import CORPORA, download, download_corpus
 
 BODY = bytes(range(256)) * 4096  # 1 MB

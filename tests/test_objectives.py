@@ -14,11 +14,12 @@ from configurator import UserError
 from features.hf.tokenizer_json import to_json
 from features.t5 import objectives
 from features.t5.objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
+from features.text.tokenizers import Reserved
 from model import ModelConfig, Transformer
 from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
-from tokenizer import ByteTokenizer, Reserved, load_tokenizer
+from tokenizer import ByteTokenizer, load_tokenizer
 from train import Settings
 
 EOT, RESERVED = 1, (100, 149)

@@ -10,7 +10,9 @@ from conftest import one_line, run, train
 import prepare
 from configurator import UserError
 from features.study.summaries import read_pairs
-from features.text.sources import Reader, documents, fill, find_files, sections, text_of
+from features.text.pairs import fill, sections, text_of
+from features.text.reader import Reader, documents
+from features.text.sources import find_files
 from tokenizer import ByteTokenizer
 
 ALPACA = r'### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n'

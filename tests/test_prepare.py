@@ -26,9 +26,13 @@ from hypothesis import strategies as st
 import prepare
 from batches import Source, TokenFiles
 from configurator import UserError, run_main
-from features.text import sources
-from features.text.sources import Reader, divide, documents, find_files
-from prepare import Settings
+from features.text import pipeline
+from features.text import reader as reading
+from features.text.pieces import cut_of
+from features.text.reader import Reader, documents
+from features.text.sources import find_files
+from features.text.splits import choose_from, tasks_to_choose_from
+from prepare import Settings, divide, hash_of
 from tokenizer import load_tokenizer, new_tokenizer
 
 WORDS = sorted(set(inspect.getsource(argparse).split(' '))) + ['très', '中文', '😀']
@@ -112,8 +116,8 @@ def test_large_vocabularies_take_32_bits_and_small_ones_16(tmp_path):
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.new_tokenizer('byte').__class__, 'encode', lambda self, text: [70_000])
-    write_jsonl(tmp_path / 'x.jsonl', ['hello'])
-    with pytest.raises(UserError, match='a token beyond its vocabulary of 257'):
+    write_jsonl(tmp_path / 'x.jsonl', ['hello', 'world'])
+    with pytest.raises(UserError, match='gave a token beyond its vocabulary of 257'):
         do(tmp_path / 'out', tmp_path / 'x.jsonl')
 
 
@@ -142,6 +146,10 @@ def test_equal_documents_are_on_one_side_in_any_order(tmp_path):
     assert read(tmp_path / 'b', 'val') == val[::-1]
 
 
+def choose(s, files, by_default):
+    return choose_from(tasks_to_choose_from(files, s), s, by_default)
+
+
 @pytest.mark.parametrize('count', [2, 3, 10, 50, 300])
 def test_few_documents_have_a_fair_share_for_validation(tmp_path, count):
     texts = [story(n, 5 + n % 40) for n in range(count)] + [story(1, 6)] * (count // 10)
@@ -156,7 +164,7 @@ def test_few_documents_have_a_fair_share_for_validation(tmp_path, count):
         assert val == [min(texts, key=len)]
     s = Settings(split='document', val_fraction=0.01)
     write_jsonl(tmp_path / 'y.jsonl', texts[::-1])  # in any order
-    assert prepare.choose(s, find_files([path]), True) == prepare.choose(s, find_files([str(tmp_path / 'y.jsonl')]), True)
+    assert choose(s, find_files([path]), True) == choose(s, find_files([str(tmp_path / 'y.jsonl')]), True)
 
 
 @pytest.mark.parametrize('fraction', [0.05, 0.1, 0.3, 0.45, 0.9, 0.97])
@@ -166,10 +174,10 @@ def test_both_sides_have_some_of_few_documents(tmp_path, fraction):
         sizes = np.random.default_rng(seed).integers(1, 60, 20)
         texts = [story(1000 * seed + n, size) for n, size in enumerate(sizes)]
         s = Settings(split='document', val_fraction=fraction)
-        chosen = prepare.choose(s, find_files([write_jsonl(tmp_path / 'x.jsonl', texts)]), False)
-        assert chosen == [number for number in chosen if number in {sources.hash_of(text) for text in texts}]
+        chosen = choose(s, find_files([write_jsonl(tmp_path / 'x.jsonl', texts)]), False)
+        assert chosen == [number for number in chosen if number in {hash_of(text) for text in texts}]
         assert 0 < len(chosen) < 20
-        share = sum(len(text) for text in texts if sources.hash_of(text) in chosen) / sum(map(len, texts))
+        share = sum(len(text) for text in texts if hash_of(text) in chosen) / sum(map(len, texts))
         assert fraction / 2 - 0.04 < share < 1.26 * fraction
 
 
@@ -178,8 +186,8 @@ def test_one_long_document_among_short_ones_is_not_what_validates(tmp_path):
     for seed in range(20):
         long = f'{seed} ' + 'word ' * 5000
         files = find_files([write_jsonl(tmp_path / 'x.jsonl', [*short, long])])
-        chosen = prepare.choose(Settings(split='document', val_fraction=0.01), files, True)
-        assert 0 < len(chosen) <= 10 and sources.hash_of(long) not in chosen
+        chosen = choose(Settings(split='document', val_fraction=0.01), files, True)
+        assert 0 < len(chosen) <= 10 and hash_of(long) not in chosen
 
 
 def test_enough_documents_are_divided_by_their_hashes_alone(tmp_path):
@@ -188,14 +196,15 @@ def test_enough_documents_are_divided_by_their_hashes_alone(tmp_path):
     files = find_files([write_jsonl(tmp_path / 'x.jsonl', texts)])
     fewer = find_files([write_jsonl(tmp_path / 'y.jsonl', [*texts[1:], '', ' \n'])])
     s = Settings(split='document', val_fraction=0.01)
-    assert prepare.choose(s, files, True) is None and prepare.choose(s, fewer, True) is not None
-    assert [divide(text, s)[0][0] for text in texts] == ['val' if sources.hash_of(text) < 0.01 * 2 ** 64 else 'train' for text in texts]
-    assert prepare.choose(Settings(split='document', val_fraction=0.3), fewer, False) is None
+    assert choose(s, files, True) is None and choose(s, fewer, True) is not None
+    assert [divide(text, s)[0][0] for text in texts] == ['val' if hash_of(text) < 0.01 * 2 ** 64 else 'train' for text in texts]
+    assert choose(Settings(split='document', val_fraction=0.3), fewer, False) is None
 
 
 def test_documents_that_are_all_equal_have_no_split(tmp_path):
     for count in (1, 7):
-        with pytest.raises(UserError, match=rf'nothing for val of {count} document\(s\) with split=document: give more, that differ, or use --split=tail'):
+        words = 'with split=document: give more documents that differ, or use --split=tail'
+        with pytest.raises(UserError, match=rf'nothing for val of {count} document\(s\) {words}'):
             do(tmp_path / 'out', write_jsonl(tmp_path / 'x.jsonl', ['the same'] * count))
 
 
@@ -210,16 +219,17 @@ def test_few_tokens_for_validation_are_said(command):
 def test_of_large_files_about_two_megabytes_are_for_validation(tmp_path, monkeypatch):
     """By default: an evaluation of the whole split would take as long as the training."""
     path = write_jsonl(tmp_path / 'x.jsonl', [f'story {n}' for n in range(2500)])
-    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    monkeypatch.setattr(pipeline, 'IN_MEMORY', 0)
+    monkeypatch.setattr(pipeline, 'VAL_BYTES', os.path.getsize(path) / 200)
     meta = do(tmp_path / 'out', path)
     assert meta['source']['val_fraction'] == 0.005 and 2 <= meta['splits']['val']['documents'] <= 30
     parts = [do(tmp_path / 'parts', path, part=f'{n}/2')['source']['val_fraction'] for n in (1, 2)]
     assert parts == [0.005] * 2
     assert do(tmp_path / 'given', path, val_fraction=0.05)['source']['val_fraction'] == 0.05
-    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path))
+    monkeypatch.setattr(pipeline, 'VAL_BYTES', os.path.getsize(path))
     old = do(tmp_path / 'old', path)
     assert old['source']['val_fraction'] == 0.01  # as ever
-    monkeypatch.setattr(prepare, 'VAL_BYTES', os.path.getsize(path) / 200)
+    monkeypatch.setattr(pipeline, 'VAL_BYTES', os.path.getsize(path) / 200)
     assert do(tmp_path / 'old', path) == old  # what was prepared with the former default is found to be done
     with pytest.raises(UserError, match='prepared with val_fraction=0.05'):
         do(tmp_path / 'given', path)
@@ -238,7 +248,7 @@ def test_auto_is_tail_for_few_texts_and_document_for_many(tmp_path):
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
-    monkeypatch.setattr(sources, 'TASK_SIZE', 700)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 700)
     texts = [story(n) for n in range(60)]
     plain = Path(write_jsonl(tmp_path / 'x.jsonl', texts)).read_bytes()
     half = plain.index(b'\n', len(plain) // 2) - 5  # two streams in a file, joined in the middle of a line
@@ -268,7 +278,7 @@ def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, m
     pack, path = PACKERS[ending], tmp_path / f'x.txt.{ending}'
     one, two, none = pack(b'one ' * 9), pack(b'two'), pack(b'')
     for size in (16, 2 ** 20):
-        monkeypatch.setattr(sources, 'TASK_SIZE', size)  # a byte at a time, and all at once
+        monkeypatch.setattr(reading, 'TASK_SIZE', size)  # a byte at a time, and all at once
         for data in (one + two, one + bytes(512) + two, none + one + none + two + none, one + two + bytes(1), one + two + bytes(1024),
                      one + bytes(3) + two + bytes(4)):
             path.write_bytes(data)
@@ -456,7 +466,7 @@ def test_several_fields_are_joined_and_empty_ones_left_out(tmp_path):
 @pytest.mark.parametrize('size', [10, 1000])
 def test_lines_of_jsonl_end_at_a_newline_alone(tmp_path, monkeypatch, size):
     """Signs that Python's splitlines() takes for an end are text; a byte order mark is none, wherever files were joined."""
-    monkeypatch.setattr(sources, 'TASK_SIZE', size)
+    monkeypatch.setattr(reading, 'TASK_SIZE', size)
     texts = [f'a{sign}b' for sign in '\u2028\u2029\x85']
     lines = [json.dumps({'text': text}, ensure_ascii=False) for text in texts]
     (tmp_path / 'x.jsonl').write_bytes(f'\ufeff{lines[0]}\r\n\x0c\r\n\ufeff{lines[1]}\n\n\ufeff{lines[2]}'.encode())
@@ -489,10 +499,10 @@ def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch, kind
         kind = str(tmp_path / 'tokenizer.model')
     s = Settings(split=split, val_fraction=0.45)
     do(tmp_path / 'whole', tmp_path / '*.txt', tokenizer=kind, split=split, val_fraction=0.45)
-    monkeypatch.setattr(sources, 'TASK_SIZE', 512)
-    tasks = list(Reader(find_files([str(tmp_path / '*.txt')]), s).tasks(new_tokenizer(kind).cut))
+    monkeypatch.setattr(reading, 'TASK_SIZE', 512)
+    tasks = list(Reader(find_files([str(tmp_path / '*.txt')]), s).tasks(cut_of(new_tokenizer(kind))))
     assert sum(bool(task.side) for task in tasks) > 20
-    monkeypatch.setattr(sources, 'HASHED', 256)  # at most what the first part holds
+    monkeypatch.setattr(prepare, 'HASHED', 256)  # at most what the first part holds
     meta = do(tmp_path / 'parts', tmp_path / '*.txt', tokenizer=kind, split=split.replace('tail', 'auto'), val_fraction=0.45)
     if split == 'tail':
         assert data_files(tmp_path / 'whole') == data_files(tmp_path / 'parts')
@@ -510,7 +520,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         (tmp_path / f'{size}.txt').write_text((story(size, 2000) + '\n') * (size * 10))
         write_jsonl(tmp_path / f'{size}.jsonl', [story(size, 300)] * (size * 100))
         args = [tmp_path / f'{size}.txt', tmp_path / f'{size}.jsonl', f'--out={tmp_path / str(size)}', '--tokenizer=byte', '--num_proc=1', '--split=tail']
-        code = ('import prepare; from features.text import sources; sources.TASK_SIZE = 2 ** 17; prepare.main(); '
+        code = ('import prepare; from features.text import pipeline, reader; reader.TASK_SIZE = pipeline.IN_MEMORY = 2 ** 17; prepare.main(); '
                 'print(open("/proc/self/status").read())')
         done = run('-c', code, *args)
         assert done.returncode == 0, done.stderr
@@ -521,7 +531,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 # --- whatever the processes and the interruptions ---
 
 # small tasks, and a record of progress after each: what a large corpus meets in hours happens in a second
-SMALL = ('import prepare; from features.text import sources, tokenfiles; sources.TASK_SIZE = 4000; tokenfiles.SHARD_TOKENS = 30_000; prepare.SAVE_EVERY = 0; '
+SMALL = ('import prepare; from features.text import pipeline, reader, tokenfiles; reader.TASK_SIZE = 4000; tokenfiles.SHARD_TOKENS = 30_000; '
+         'pipeline.SAVE_EVERY = 0; '
          'prepare.run_main(prepare.main)')
 
 
@@ -570,7 +581,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus, tmp_path, num_proc):
 
 
 # the same with a rest after each record of the progress, so that a signal meets it at work however busy the machine is
-UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = prepare.replace_json; prepare.replace_json = lambda *a: (write(*a), time.sleep(0.05)); "
+UNHURRIED = SMALL.replace('prepare.run_main', "import time; write = pipeline.replace_json; pipeline.replace_json = lambda *a: (write(*a), time.sleep(0.05)); "
                           'prepare.run_main')
 
 
@@ -600,7 +611,7 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
     began = time.time()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and time.time() - began < 5
-    assert errors == 'prepare.py: stopped; the same command goes on from here\n'
+    assert errors == 'prepare.py: stopped; run the same command to go on\n'
     assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
     assert contents(tmp_path / 'out') == expected
 
@@ -615,7 +626,8 @@ def test_a_killed_worker_is_one_line_and_loses_nothing(corpus, tmp_path):
         workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
         os.kill(int(workers[-1]), signal.SIGKILL)  # as the kernel does when memory runs out
         errors = process.stderr.read()
-    assert process.returncode == 2 and len(errors.splitlines()) == 1 and 'a worker was killed, out of memory perhaps: lower --num_proc' in errors, errors
+    assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
+    assert 'a worker was killed, perhaps because memory ran out: lower --num_proc' in errors
     assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
     assert contents(tmp_path / 'out') == expected
 
@@ -745,10 +757,10 @@ def test_what_bpe_is_trained_without_is_said(command):
 
 
 def test_a_large_text_is_sampled_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
-    monkeypatch.setattr(prepare, 'SAMPLE_SIZE', 10_000)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 1000)
+    monkeypatch.setattr(pipeline, 'SAMPLE_SIZE', 10_000)
     path = write_jsonl(tmp_path / 'x.jsonl', [f'{n} ' * 50 for n in range(1000)])
-    numbers = [int(text.split()[0]) for text in prepare.sample(Settings(), [(path, 'lines')])]
+    numbers = [int(text.split()[0]) for text in pipeline.sample(Reader([(path, 'lines')], Settings()), Settings())]
     assert sum(len(f'{n} ' * 50) for n in numbers) <= 10_000 and len(numbers) > 20
     assert np.histogram(numbers, 4, (0, 1000))[0].min() > 0
 
@@ -801,10 +813,10 @@ BAD = {  # command line → what the one line says
     'latin.jsonl --out=d': r'latin.jsonl: byte 33 is not UTF-8',
     'cut.txt --out=d': 'cut.txt: byte 4 is not UTF-8',
     'broken.jsonl --out=d': 'broken.jsonl:3: broken JSON',
-    'list.jsonl --out=d': 'list.jsonl:1: takes an object with the field text, got a list',
+    'list.jsonl --out=d': 'list.jsonl:1: takes an object with a field for the text, got a list',
     'x.jsonl --out=d --text_key=story': 'x.jsonl:1: no field story; it has text: set --text_key',
     'number.jsonl --out=d': 'number.jsonl:1: field text holds a int, not text',
-    'half.jsonl --out=d': 'half.jsonl:1: field text holds half a surrogate pair',
+    'half.jsonl --out=d': 'half.jsonl:1: text has half a surrogate pair',
     'x.parquet --out=d --text_key=story': 'x.parquet: no column story; it has text: set --text_key',
     'broken.parquet --out=d': 'broken.parquet: not a sound .parquet',
     'cut.txt.gz --out=d': 'cut.txt.gz: ends in the middle',

@@ -19,14 +19,14 @@ import device
 import sample
 from batches import TokenFiles, read_meta
 from configurator import UserError
-from features.hf.tokenizer_json import to_json
+from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, pack
 from features.study import tasks
 from model import ModelConfig, Transformer
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import EOT, JsonTokenizer, char_tokenizer, new_tokenizer, train_bpe
+from tokenizer import EOT, CharTokenizer, new_tokenizer, train_bpe
 
 
 def model(**settings):
@@ -356,7 +356,7 @@ def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):
 
 def test_the_default_prompt_is_the_end_of_text_where_there_is_no_new_line(tmp_path):
     """Of a given prompt the character is named."""
-    for tokenizer in (new_tokenizer('char', ['ACGT']), char_tokenizer('ACGT', eot=False)):
+    for tokenizer in (new_tokenizer('char', ['ACGT']), CharTokenizer('ACGT', eot=False)):
         folder = written(tmp_path / f'{tokenizer.eot}', model(vocab_size=tokenizer.vocab_size), tokenizer)
         options = [f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5']
         done = run('sample.py', *options)

@@ -15,17 +15,20 @@ from test_prepare import contents, do, read, story, write_jsonl
 import prepare
 from batches import Mixture, TokenFiles
 from configurator import UserError
-from features.text import sources, tokenfiles
-from features.text.sources import Reader, Task, find_files
-from features.text.tokenfiles import part_folder
+from features.text import parts, pipeline, tokenfiles
+from features.text import reader as reading
+from features.text.parts import part_folder
+from features.text.reader import Reader, Task
+from features.text.sources import find_files
 
 
 def test_shards_hold_whole_documents_and_together_the_same(tmp_path, monkeypatch):
     given = write_jsonl(tmp_path / 'x.jsonl', [story(n) for n in range(300)]), tmp_path / 'long.txt'
     given[1].write_text(story(300, 3000))
     do(tmp_path / 'one', *given, val_fraction=0.1)
-    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 1000)
     monkeypatch.setattr(tokenfiles, 'SHARD_TOKENS', 5000)
+    monkeypatch.setattr(pipeline, 'IN_MEMORY', 0)
     meta = do(tmp_path / 'many', *given, val_fraction=0.1)
     assert len(meta['splits']['train']['shards']) > 5 and len(meta['splits']['val']['shards']) > 1
     assert all(5000 <= shard['tokens'] < 5000 + 3000 for shard in meta['splits']['train']['shards'][:-1])  # the long one is in the last
@@ -60,12 +63,12 @@ def stream(folder):
 def in_parts(out, count, *given, **settings):
     for n in range(1, count + 1):
         do(out, *given, part=f'{n}/{count}', **settings)
-    return prepare.merge(str(out))[1]
+    return parts.merge(str(out))[1]
 
 
 @pytest.mark.parametrize('split', ['document', 'tail'])
 def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch, split):
-    monkeypatch.setattr(sources, 'TASK_SIZE', 3000)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 3000)
     whole = do(tmp_path / 'whole', corpus, split=split, val_fraction=0.2)
     expected = stream(tmp_path / 'whole')
     for count in (1, 2, 3, 8, 60):
@@ -127,9 +130,10 @@ def test_a_machine_for_each_part_one_of_which_is_killed(corpus, tmp_path):
         shutil.copytree(corpus, copy)
         for path in copy.iterdir():
             os.utime(path, (n, n))  # copied at another time
-    code = 'import prepare; from features.text import sources; sources.TASK_SIZE = 3000; prepare.SAVE_EVERY = 0\n{}\nprepare.run_main(prepare.main)'
-    killed = ('import os, signal; replace = prepare.replace_json\n'
-              'prepare.replace_json = lambda path, value: (replace(path, value), value.get("tasks") == 9 and os.kill(os.getpid(), signal.SIGKILL))')
+    code = ('import prepare; from features.text import pipeline, reader; reader.TASK_SIZE = 3000; pipeline.SAVE_EVERY = 0\n{}\n'
+            'prepare.run_main(prepare.main)')
+    killed = ('import os, signal; replace = pipeline.replace_json\n'
+              'pipeline.replace_json = lambda path, value: (replace(path, value), value.get("tasks") == 9 and os.kill(os.getpid(), signal.SIGKILL))')
     command = [sys.executable, '-c', code.format('pass'), 'corpus', '--tokenizer=bpe:700', '--val_fraction=0.2', f'--out={tmp_path / "out"}', '--num_proc=1']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     dies = subprocess.run([*command[:2], code.format(killed), *command[3:], '--part=2/3'], cwd=copies[1].parent, env=environment)
@@ -199,7 +203,7 @@ def otherwise(out, corpus):
     (lambda out, corpus: os.makedirs(f'{out}/mine'), 'exists'),
     (damaged, '2_of_3/train_00000.bin: its contents do not match'), (of_others, '2_of_3: was prepared from other input files'),
     (otherwise, '3_of_3: was prepared with another val_fraction'), (taken_twice, '2_of_3: is not the part that its name says'),
-    (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds what a run without --part has done')])
+    (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds an interrupted run without --part')])
 def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words):
     own = shutil.copytree(corpus, tmp_path / 'corpus')
     for n in (1, 2, 3):
@@ -207,7 +211,7 @@ def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words)
     harm(str(tmp_path / 'out'), own)
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(UserError) as error:
-        prepare.merge(str(tmp_path / 'out'))
+        parts.merge(str(tmp_path / 'out'))
     assert words in str(error.value) and '\n' not in str(error.value) and sorted(tmp_path.rglob('*')) == before
 
 

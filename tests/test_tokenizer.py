@@ -13,10 +13,12 @@ import tiktoken
 import tokenizers
 from tiktoken_ext import openai_public
 
-import tokenizer as module
 from configurator import UserError
-from features.hf.tokenizer_json import to_json
-from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
+from features.hf.tokenizer_json import JsonTokenizer, to_json
+from features.text import pieces as module
+from features.text.pieces import cut_of, encode_long
+from features.text.tokenizers import Reserved
+from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
 
 STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
@@ -70,7 +72,7 @@ def every_kind(files, toy_tiktoken):
     names = 't5.model', 'mistral.model', 'tokenizer.json', 'cased.txt', 'uncased.txt'
     return {**{kind: new_tokenizer(kind) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base')},
             **{name: new_tokenizer(str(files / name)) for name in names},
-            'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]), 'no eot': char_tokenizer('abc', eot=False)}
+            'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]), 'no eot': CharTokenizer('abc', eot=False)}
 
 
 # --- the start of a document ---
@@ -171,8 +173,8 @@ def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, re
     expected, t = kinds
     assert t.describe()['files'] == {'tokenizer.json': hashlib.sha256((tmp_path / 'drawn.json').read_bytes()).hexdigest()}  # it is kept as it came
     t = load_tokenizer(t.save(tmp_path), tmp_path)
-    t = module.Reserved(t, reserve) if reserve else t
-    assert (t.cut, t.bos()) == (expected.cut, expected.bos())
+    t = Reserved(t, reserve) if reserve else t
+    assert (cut_of(t), t.bos()) == (cut_of(expected), expected.bos())
     for text in [STORY, *HARD[:9]]:
         assert t.encode(text) == t.encode(text) == expected.encode(text)
     ids, _ = t.encode_documents([STORY] * 3)
@@ -202,9 +204,9 @@ def test_a_piece_of_a_bert_vocabulary_is_a_line(tmp_path, end, mark, last):
 def test_a_vocabulary_that_was_read_in_more_lines_still_loads(tmp_path):
     """Before, U+2028 made two lines: what was prepared or trained so keeps its ids."""
     data = '\n'.join(PIECES).encode()
-    old = module.JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
+    old = JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
     for reserve in (0, 5):
-        tokenizer = module.Reserved(old, reserve) if reserve else old
+        tokenizer = Reserved(old, reserve) if reserve else old
         tokenizer.files = {'vocab.txt': data}
         again = load_tokenizer(tokenizer.save(tmp_path), tmp_path)
         assert again.describe() == tokenizer.describe() and again.encode('the cat') == old.encode('the cat') != new_tokenizer(
@@ -280,9 +282,9 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(every_kind, monkeypatch
         if kind in ('char', 'no eot'):
             continue
         for text in [STORY, *HARD] + [random_text(rng, 80) for _ in range(100)]:
-            assert t.encode_long(text) == t.encode(text), (kind, text)
-    assert all([every_kind[kind].cut for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 't5.model', 'bpe', 'cased.txt', 'tokenizer.json')])
-    assert every_kind['mistral.model'].cut is None  # it puts a space before every text, so that pieces would gain one
+            assert encode_long(t, text) == t.encode(text), (kind, text)
+    assert all([cut_of(every_kind[kind]) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 't5.model', 'bpe', 'cased.txt', 'tokenizer.json')])
+    assert cut_of(every_kind['mistral.model']) is None  # it puts a space before every text, so that pieces would gain one
 
 
 # --- bpe:N ---

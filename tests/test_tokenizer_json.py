@@ -3,8 +3,8 @@ import pytest
 import tokenizers
 
 from configurator import UserError
-from features.hf.tokenizer_json import last_merge, to_json
-from tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, char_tokenizer, new_tokenizer, train_bpe
+from features.hf.tokenizer_json import JsonTokenizer, last_merge, to_json
+from tokenizer import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, TiktokenTokenizer, new_tokenizer, train_bpe
 
 TEXTS = ['Once upon a time there was a cat.', '  two  blanks,\n\n\ttabs   ', "it's 12345 <|endof", 'naïve façade — 你好 🙂', '\r\n \x00', '']
 
@@ -23,8 +23,8 @@ def test_bytes():
 
 
 def test_characters():
-    same(char_tokenizer('\n abcdeé🙂'), ['a bad cab', 'é🙂\n', ''])
-    without_end = char_tokenizer('abc', eot=False)
+    same(CharTokenizer('\n abcdeé🙂'), ['a bad cab', 'é🙂\n', ''])
+    without_end = CharTokenizer('abc', eot=False)
     assert tokenizers.Tokenizer.from_str(to_json(without_end)).encode('cab', add_special_tokens=False).ids == [2, 0, 1]
 
 
@@ -69,7 +69,7 @@ def test_tiktoken_of_any_ranks():
     ours = TiktokenTokenizer.__new__(TiktokenTokenizer)
     ours.encoding = tiktoken.Encoding(
         'tiny', pat_str=r" ?\p{L}+| ?\p{N}+|\s+|[^\s\p{L}\p{N}]+", mergeable_ranks=ranks, special_tokens={'<|endoftext|>': len(ranks)})
-    super(TiktokenTokenizer, ours).__init__('tiny', len(ranks) + 1, len(ranks), None)
+    super(TiktokenTokenizer, ours).__init__('tiny', len(ranks) + 1, len(ranks))
     same(ours)
     same(ours, ['the thing, théthe   things'])
     assert last_merge(b' the', ranks[b' the'], ranks) == (b' ', b'the') and last_merge(b'the', ranks[b'the'], ranks) == (b'th', b'e')

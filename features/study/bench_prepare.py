@@ -17,7 +17,8 @@ from configurator import ROOT, UserError
 from features.study import bench_peers
 from features.study.measure import alternate, run, section
 from features.text import sources
-from prepare import cores
+from features.text.reader import Reader, documents
+from features.text.workers import cores
 
 MB = 10 ** 6
 
@@ -88,10 +89,10 @@ def write_text(s, folder, mb, txt=True):
 def source_texts(s):
     """The documents of the sources s.text that are not empty, a list of texts."""
     settings = prepare.Settings(split='document', val_fraction=0.01)
-    reader = sources.Reader(sources.find_files(s.text), settings)
+    reader = Reader(sources.find_files(s.text), settings)
     texts = []
     for task in reader.tasks(None):
-        for _, text in sources.documents(task, settings):
+        for _, text in documents(task, settings):
             if text:
                 texts.append(text)
     return texts

@@ -21,7 +21,7 @@ from configurator import ROOT, UserError
 from device import stop_signals
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
-from prepare import cores
+from features.text.workers import cores
 
 
 def run_missing(sweep, jobs=0):

@@ -18,7 +18,7 @@ import torch
 
 from configurator import ROOT, UserError
 from device import matmul_flops, memory_bandwidth
-from prepare import cores
+from features.text.workers import cores
 
 # -----------------------------------------------------------------------------
 # The machine

@@ -24,7 +24,7 @@ from features.study.stats import mean_and_error, show_error
 from features.study.tasks import read_lines
 from features.study.validation import validation_sources
 from features.text.cuts import Cuts
-from features.text.sources import fill, template_fields
+from features.text.pairs import fill, template_fields
 from sample import beam_search, encode_prompt, generate
 
 # English function words, which carry no topic
