@@ -17,11 +17,11 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
-from batches import real_folders
 from configurator import FilePath, UserError, configure, run_main
 from features.study.pictures import draw, write_csv
 from features.study.sweep import BESIDE, Sweep, expand, list_runs, read_log, read_settings, read_sweep, run_missing, sizes, state
 from features.study.sweep import Settings as Training
+from features.text.folders import real_folders
 
 
 @dataclass

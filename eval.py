@@ -23,10 +23,11 @@ import torch
 
 import checkpoint
 import sample
-from batches import TokenFiles, batch_losses, find_folder, losses
+from batches import TokenFiles, batch_loss, find_folder, losses
 from checkpoint import load_model
 from configurator import FilePath, UserError, configure_command, run_main, typed_text
 from device import NOT_FINITE, DeviceConfig, NumericConfig, compile_all, pick_compile, pick_device, pick_exact_dtype
+from features.lora.sampling import add_adapters
 from features.markov import ngrams
 from features.study import harness, summaries, tasks
 from features.study.pictures import figure, save, write_csv
@@ -54,7 +55,10 @@ def row_losses(folder, dataset, s):
     out = {}
     for source in validation_sources(folder, model.cfg, dataset):
         with torch.no_grad():
-            pairs = [(loss.item(), count) for loss, count in batch_losses(model, source, np.arange(source.rows), 1, device, dtype)]
+            pairs = []
+            for row in range(source.rows):
+                loss, count = batch_loss(model, source, [row], 1, device, dtype)
+                pairs.append((loss.item(), count))
         nats, targets = np.array(pairs).T
         if not np.isfinite(nats).all():
             row = int(np.isfinite(nats).argmin())
@@ -111,7 +115,7 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
         device = pick_device(self.device)
         model, tokenizer = sample.load(self.out_dir, self.which, encoder)
         if self.adapter:
-            (_, tokenizer.around, tokenizer.begin), = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
+            [(_, tokenizer)] = add_adapters(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: eval.py loss is for it')
         dtype = pick_exact_dtype(self.dtype, device)

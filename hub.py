@@ -29,7 +29,6 @@ from features.growth.networks import fold
 from features.hf.families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from features.hf.tokenizer_json import spelling, to_json
 from features.lora import adapters, peft_files
-from features.t5.objectives import stored_begin
 from features.text.download import download
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer, new_tokenizer
@@ -251,7 +250,7 @@ def export(s):
     checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
     tokenizer = load_tokenizer(state['tokenizer'], folder)
     fields, tensors = custom(cfg, model.state_dict()) if s.as_ == 'custom' else stock(*fold(model), folder)
-    begin = stored_begin(state)
+    begin = tuple(state.get('begin', ()))
     bos = begin[0] if begin else tokenizer.eot
     ends = {'bos_token_id': bos, 'eos_token_id': tokenizer.eot}
     ends |= {'decoder_start_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot} if cfg.n_encoder_layer else {}

@@ -49,7 +49,6 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from batches import read_meta
 from checkpoint import lock, replace_json
 from configurator import FilePath, UserError, configure, run_main
 from features.text import synthetic
@@ -415,6 +414,7 @@ def progress_bar(what, reader, items, done=0):
 def run(s, files, source, out, part, by_default):
     """Tokenize into the folder `part`, then make it `out`; returns (meta.json, figures for the summary)."""
     if os.path.exists(os.path.join(part, 'meta.json')):  # a run was stopped when it was all done
+        from batches import read_meta
         meta = read_meta(part)
         if meta.get('source') == source:
             move(part, out)

@@ -21,7 +21,6 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Literal
@@ -32,7 +31,7 @@ import torch.nn as nn
 import checkpoint
 import hub
 from analyze import rank_for
-from batches import EVAL_ROWS, Mixture, evaluate, reading
+from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, tokenizer_of, write_json
 from configurator import FilePath, UserError, check, configure_command, run_main
 from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, refuse_unknown, take_layers, upcycle, widen
@@ -41,7 +40,7 @@ from features.lora.load import add_adapters, read_saved, split_name
 from features.lora.settings import LoraConfig
 from features.scale.ranks import Ranks
 from features.study.validation import validation_sources
-from features.t5.objectives import stored_begin, stored_objective
+from features.t5.objectives import find_objective, more_inputs
 from model import LowRank, ModelConfig, Transformer, make_model
 from tokenizer import load_tokenizer, same_ids
 
@@ -186,7 +185,7 @@ def input_moments(model, data):
         x, y, *more = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
         real = y >= 0  # for watch()
         tokens += int(real.sum())
-        model.hidden(x, **reading(model, more))
+        model.hidden(x, **more_inputs(model, more))
     for handle in handles:
         handle.remove()
     return {name: total / tokens for name, total in sums.items()}
@@ -283,7 +282,7 @@ def read(s, where, encoder=False, untie=False):
     files = data[0].sources[0].files if data else None
     # weights of others go with the tokenizer of the data where there are any
     tokenizer = (state['tokenizer'], folder) if state else (files.meta['tokenizer'], files.folder) if files else hub.tokenizer(where)[::-1]
-    begin = stored_begin(state)
+    begin = tuple(state.get('begin', ()))
     if known and not files and not cfg.n_encoder_layer:
         begin = load_tokenizer(*tokenizer).bos()  # as sample.load() has it
     return Old(fill(cfg, weights, where), state.get('settings', {}), moments, state, data, tokenizer, begin)
@@ -298,7 +297,7 @@ def open_data(s, where, cfg, state):
         return None
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'), settings.get('mix_by', 'tokens'),
-                       objective=partial(stored_objective, settings, cfg), begin=stored_begin(state))
+                       objective=find_objective(settings, cfg), bos=tuple(state.get('begin', ())))
     except UserError as error:
         if s.dataset != 'auto':
             raise
@@ -452,7 +451,7 @@ def run_merge(s):
 
 def common_begin(states):
     """The start token of several runs, from their state.json; () where they differ."""
-    found = {stored_begin(state) for state in states}
+    found = {tuple(state.get('begin', ())) for state in states}
     return found.pop() if len(found) == 1 else ()
 
 

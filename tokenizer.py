@@ -10,12 +10,14 @@ Text ↔ token ids: bytes, characters, tiktoken, sentencepiece, tokenizer.json a
 
 What a library does well is left to it; this file makes the six kinds answer alike. Reserved() gives any of them tokens that no text has.
 """
+import copy
 import hashlib
 import io
 import itertools
 import json
 import os
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,14 +37,30 @@ WORD_END, LAST_WORD, NOT_ASCII = re.compile(r'(?<=[A-Za-z])(?=[ \n])'), re.compi
 BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= )')
 
 
+@dataclass(frozen=True)
+class PromptFormat:
+    """The token ids that a network saw around a text in training, and so takes around a prompt."""
+    bos: tuple = ()  # (id,) before the first token of a document
+    prefix: tuple = ()  # before a text that is read before another is written,
+    suffix: tuple = ()  # and after it
+
+    def add_to(self, ids, eot):
+        """The ids with these around them, eot if there is nothing; a bos or suffix of eot is not doubled."""
+        before, after = [*self.bos, *self.prefix], list(self.suffix)
+        if before == [eot] and ids[:1] == [eot]:
+            before = []
+        if after == [eot] and ids[-1:] == [eot]:
+            after = []
+        return [*before, *ids, *after] or [eot]
+
+
 class Tokenizer:
     """
     What all kinds share. cut: one of the rules above, None = never part a text; files: {name: bytes} to keep with the data;
     unk: the token for what the tokenizer cannot write, -1 = it can write anything.
     """
-    around = (), ()  # ids before and after a text that is read before another is written (objectives.around)
     eot_text = EOT  # how the library writes the end of text; the same letters in a document are ordinary text
-    begin = ()  # the start token before a text, (id,), if the network was trained with one (sample.load)
+    prompt_format = PromptFormat()  # sample.load() gives the tokenizer of a network that of its training
 
     def __init__(self, kind, vocab_size, eot, cut, files=None, unk=-1, **more):
         self.kind, self.vocab_size, self.eot, self.cut, self.unk = kind, vocab_size, eot, cut, unk
@@ -88,7 +106,13 @@ class Tokenizer:
 
     def context(self, ids=()):
         """The ids that a network reads before it predicts what follows a text with these ids: never none."""
-        return [*self.begin, *ids] or [self.eot or 0]
+        return [*self.prompt_format.bos, *ids] or [self.eot or 0]
+
+    def with_format(self, prompt_format):
+        """The same tokenizer with another prompt format."""
+        other = copy.copy(self)
+        other.prompt_format = prompt_format
+        return other
 
     def check_ids(self, ids):
         """Raise UserError for an id outside the vocabulary, where libraries wrap around or crash."""

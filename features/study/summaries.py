@@ -15,9 +15,11 @@ from tqdm import tqdm
 from configurator import UserError, whole_text
 from device import autocast
 from features.study.tasks import read_lines
+from features.t5.beams import beam_search
+from features.t5.sampling import read_sources, source_format
 from features.text.cuts import Cuts
 from features.text.sources import fill, template_fields
-from sample import beam_search, encode_prompt, generate
+from sample import generate
 
 # English function words: what carries no topic
 STOP_WORDS = set('''a about above after again against all am an and any are aren as at be because been before being below between both but by can could couldn d
@@ -84,30 +86,45 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     """
     room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
     cuts = Cuts('sources')
-    encoded = [encode_prompt(source, tokenizer, model.cfg, room, cuts, is_typed=False) for source in sources]
-    rows = [(n, *ids) for n, ids in enumerate(encoded)]
+    rows = [(n, encode_source(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
     T = model.cfg.block_size
     if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
         raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
                         f'reads: {cuts.line()}: lower it to {T // 2} or less')
     if cuts.cut:
         print(f'{what}: {cuts.line()}', flush=True)
-    rows.sort(key=lambda row: -len(row[2] or row[1]))
+    rows.sort(key=lambda row: -len(row[1]))
     out, size = [''] * len(rows), 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):
         for i in range(0, len(rows), size):
             batch = rows[i:i + size]
+            network, prompts = model, [ids for _, ids in batch]
+            if model.cfg.n_encoder_layer:
+                network, prompts = read_sources(model, tokenizer, prompts)
             if num_beams:
-                (_, prompt, source), = batch
-                written = [beam_search(model, prompt, max_new_tokens, num_beams, 1.0, tokenizer.eot, tokenizer.vocab_size, source)]
+                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.eot, tokenizer.vocab_size)]
             else:
-                drawn = generate(model, [prompt for _, prompt, _ in batch], max_new_tokens, temperature=0, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size,
-                                 sources=[source for *_, source in batch] if model.cfg.n_encoder_layer else None)
+                drawn = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
                 written = zip(*(tokens.tolist() for tokens in drawn))
             for (n, *_), ids in zip(batch, written):
                 out[n] = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot]).strip()
             bar.update(len(batch))
     return out
+
+
+def encode_source(text, tokenizer, cfg, room, cuts):
+    """
+    The ids of a source with the tokens around it that the network knows from training. One of more than `room` tokens
+    loses the end of its text; cuts (a Cuts) counts it.
+    """
+    form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
+    ids, eot = tokenizer.encode(text), tokenizer.eot or 0
+    whole = form.add_to(ids, eot)
+    cuts.add(len(whole), room)
+    if len(whole) <= room:
+        return whole
+    around = len(whole) - len(ids)
+    return form.add_to(ids[:max(0, room - around)], eot)
 
 
 # -----------------------------------------------------------------------------

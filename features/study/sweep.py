@@ -28,11 +28,12 @@ import torch
 
 import checkpoint
 import hub
-from batches import Mixture, real_folders
+from batches import Mixture
 from checkpoint import replace_text, writing
 from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, part_of, read_config
 from device import stop_signals
 from features.lora import layers as lora
+from features.text.folders import real_folders
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from prepare import cores

@@ -8,7 +8,6 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
-from batches import read_meta
 from checkpoint import replace_json, sha256, sync, write_all
 from configurator import UserError
 from tokenizer import load_tokenizer
@@ -104,6 +103,7 @@ def find_parts(out):
 
 def read_parts(folders):
     """meta.json of the parts, which have to be of one corpus. Raises UserError that names the setting in which one is not."""
+    from batches import read_meta
     metas = [read_meta(folder) for folder in folders]
     for n, (folder, meta) in enumerate(zip(folders, metas), 1):
         try:
