@@ -5,12 +5,13 @@ Checkpoints: atomic, verified, without pickle.
                           optimizer.pt        tensors only, loaded with weights_only=True
                           state.json          step, settings, tokenizer: whatever else resuming needs
                           manifest.json       sizes and sha256 of the rest, written last
-                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved alone
+                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved
+                                              alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is whole, or
-was damaged later; loading verifies it and falls back to the newest sound one. fault() names the points where tests kill
-the process.
+A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
+whole, or was damaged later; loading verifies it and falls back to the newest sound one. fault() names the
+points where tests kill the process.
 """
 import hashlib
 import json
@@ -26,12 +27,16 @@ from configurator import UserError, from_dict
 # -----------------------------------------------------------------------------
 # Files that are there whole or not at all
 #
-# Every function here raises OSError where the system refuses: a full disk, a quota, a limit, a broken disk. torch is
-# imported where it is needed: the processes of prepare.py do without it, as it takes seconds to import.
+# Every function here raises OSError where the system refuses: a full disk, a quota, a limit, a broken disk.
+# torch is imported where it is needed: the processes of prepare.py do without it, as it takes seconds to
+# import.
 
 @contextmanager
 def writing(what, to_do):
-    """Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to do."""
+    """
+    Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to
+    do.
+    """
     try:
         yield
     except BrokenPipeError:  # no file: run_main() knows what to do
@@ -99,8 +104,9 @@ class Watched:
 @contextmanager
 def replacing(path, mode='w', suffix='.tmp'):
     """
-    An opened file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk. If anything
-    goes wrong before that, the old file stays and nothing else does. suffix: of its name until then.
+    An opened file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk.
+    If anything goes wrong before that, the old file stays and nothing else does. suffix: of its name until
+    then.
     """
     encoding, newline = (None, None) if 'b' in mode else ('utf-8', '')
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
@@ -160,8 +166,8 @@ def sha256(path):
 @contextmanager
 def new_folder(path, setting='to'):
     """
-    A folder to write into, which takes the name `path` once it is whole. Raises UserError, which calls it by its setting, where
-    there is something already or it cannot be written.
+    A folder to write into, which takes the name `path` once it is whole. Raises UserError, which calls it by
+    its setting, where there is something already or it cannot be written.
     """
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise UserError(f'{setting}={path}: is there already: give a new folder')
@@ -183,8 +189,9 @@ def new_folder(path, setting='to'):
 
 def lock(path):
     """
-    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the end, or None if another process has it. It is let
-    go when a process ends, whatever ends it. Where a file system knows no locks (NFS none of folders), anybody has it.
+    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the
+    end, or None if another process has it. It is let go when a process ends, whatever ends it. Where a file
+    system knows no locks (NFS none of folders), anybody has it.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:
@@ -213,7 +220,10 @@ def is_at(fd, path):
 # Save
 
 def fault(point, step=None, value=None):
-    """Do nothing and return `value`; with FAULT in the environment, what that says happens at this point (tests)."""
+    """
+    Do nothing and return `value`; with FAULT in the environment, what that says happens at this point
+    (tests).
+    """
     if 'FAULT' in os.environ:  # scale
         from features.scale import faults  # scale
         return faults.at(point, step, value)  # scale
@@ -222,8 +232,8 @@ def fault(point, step=None, value=None):
 
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
-    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor}; state: whatever
-    json can write; other_files: paths to copy. Raises OSError.
+    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor};
+    state: whatever json can write; other_files: paths to copy. Raises OSError.
     """
     os.makedirs(folder)
     fault('save:begin', step)
@@ -251,8 +261,8 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
     Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
-    The arguments are those of write(). Returns the directory. Raises UserError where that could not be written, and for
-    weights that are not finite.
+    The arguments are those of write(). Returns the directory. Raises UserError where that could not be
+    written, and for weights that are not finite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
@@ -278,7 +288,8 @@ def check_finite(weights, where):
     """Raise UserError if a number in {name: tensor} is not finite."""
     broken = first_not_finite(weights)
     if broken:
-        raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; older checkpoints are untouched')
+        raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; '
+                        'older checkpoints are untouched')
 
 
 def first_not_finite(weights):
@@ -287,12 +298,18 @@ def first_not_finite(weights):
 
 
 def is_finite(t, size=2 ** 24):
-    """Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7 times its input."""
+    """
+    Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7
+    times its input.
+    """
     return all(part.isfinite().all() for part in t.detach().reshape(-1).split(size))
 
 
 def prune(out_dir, keep):
-    """Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash left half-written."""
+    """
+    Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash
+    left half-written.
+    """
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
@@ -306,7 +323,10 @@ def prune(out_dir, keep):
 
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
-    """Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of it is as dear as writing it."""
+    """
+    Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of
+    it is as dear as writing it.
+    """
     try:
         with os.scandir(folder) as entries:
             look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
@@ -318,7 +338,9 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
-    """Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go."""
+    """
+    Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go.
+    """
     path = os.path.join(out_dir, 'best')
     if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
         return
@@ -329,8 +351,9 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to out_dir.old1 and so on; one
-    that goes on after `step` sets later checkpoints, which were found damaged, aside as step_….damaged.
+    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to
+    out_dir.old1 and so on; one that goes on after `step` sets later checkpoints, which were found damaged,
+    aside as step_….damaged.
     """
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
         set_aside(out_dir, step, settings)
@@ -348,7 +371,9 @@ CLAIMED = {}  # out_dir: its lock
 
 
 def claim(out_dir):
-    """Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does."""
+    """
+    Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does.
+    """
     path = os.path.join(out_dir, 'lock')
     if not os.path.isdir(out_dir) or out_dir in CLAIMED and is_at(CLAIMED[out_dir], path):
         return
@@ -357,7 +382,8 @@ def claim(out_dir):
     except OSError as error:
         raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
     if held is None:
-        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, or give another')
+        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, '
+                        'or give another')
     if out_dir in CLAIMED:  # the folder that it was of was moved aside
         os.close(CLAIMED[out_dir])
     CLAIMED[out_dir] = held
@@ -385,7 +411,8 @@ def set_aside(out_dir, step, settings):
     except (OSError, ValueError):
         other_run = False
     if checkpoints(out_dir) or other_run:
-        aside = next(path for n in range(1, 10 ** 6) if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
+        aside = next(path for n in range(1, 10 ** 6)
+                     if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
         os.rename(out_dir, aside)
         Path(aside, 'lock').unlink(missing_ok=True)  # that of this process, which takes one of the new folder
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
@@ -396,7 +423,8 @@ def set_aside(out_dir, step, settings):
 
 def checkpoints(out_dir):
     """Checkpoint directories of a run, newest first."""
-    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
+    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)),
+                   key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
     return [os.path.join(out_dir, n) for n in names]
 
 
@@ -429,8 +457,9 @@ def damage(folder):
 
 def find(where, which='last'):
     """
-    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken: 'last', or 'best'
-    (the last if there is none). A damaged one is reported and the newest sound one taken. Raises UserError when none is sound.
+    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken:
+    'last', or 'best' (the last if there is none). A damaged one is reported and the newest sound one taken.
+    Raises UserError when none is sound.
     """
     if which not in ('last', 'best'):
         raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
@@ -443,14 +472,15 @@ def find(where, which='last'):
     if where.startswith('hf:'):
         raise UserError(f'{where}: takes a training run or a checkpoint of ours here')
     if not candidates:
-        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where) else f'{where}: no such directory; give the out_dir of a training run')
+        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where)
+                        else f'{where}: no such directory; give the out_dir of a training run')
     for folder in candidates:
         problem = damage(folder)
         if problem is None:
             return folder
         print(f'{folder}: {problem}; skipped', flush=True)
-    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: {damage(candidates[0])}): '
-                    'restore one from a copy, or choose another --out_dir')
+    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: '
+                    f'{damage(candidates[0])}): restore one from a copy, or choose another --out_dir')
 
 
 def load_state(folder):
@@ -466,17 +496,24 @@ def read_weights(folder):
 
 
 def load_weights(model, weights, where):
-    """Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that names the first that is not."""
+    """
+    Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that
+    names the first that is not.
+    """
     own = model.state_dict()
     for name in sorted(weights.keys() | own.keys()):
-        found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor' for tensors in (weights, own))
+        found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor'
+                         for tensors in (weights, own))
         if found != wanted:
-            raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: these are the weights of another network')
+            raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: '
+                            'these are the weights of another network')
     model.load_state_dict(weights)
 
 
 def read_moments(folder):
-    """{name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet."""
+    """
+    {name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet.
+    """
     import torch
     stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
@@ -490,24 +527,34 @@ def pack_moments(moments):
 
 def moments_of(optimizer):
     """The same of an optimizer."""
-    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])}
+    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups
+            for name, p in zip(group['param_names'], group['params'])}
 
 
 def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
-    """Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay as they are. Returns how many did.
-    place(tensor, parameter): what is kept of a moment."""
-    params = [(name, p) for group in optimizer.param_groups for name, p in zip(group['param_names'], group['params'])]
+    """
+    Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay
+    as they are. Returns how many did. place(tensor, parameter): what is kept of a moment.
+    """
+    params = [(name, p) for group in optimizer.param_groups
+              for name, p in zip(group['param_names'], group['params'])]
     fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
-           if moments.get(name) and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
+           if moments.get(name)
+           and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
     optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
     return len(fit)
 
 
 def load_optimizer(folder, optimizer):
-    """The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other tensors."""
+    """
+    The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other
+    tensors.
+    """
     moments = read_moments(folder)
-    if moments.keys() != moments_of(optimizer).keys() or give_moments(optimizer, moments) < sum(map(bool, moments.values())):
-        raise UserError(f'{folder}: its optimizer has the moments of other tensors: give another --out_dir with --init_from={folder}')
+    if (moments.keys() != moments_of(optimizer).keys()
+            or give_moments(optimizer, moments) < sum(map(bool, moments.values()))):
+        raise UserError(f'{folder}: its optimizer has the moments of other tensors: '
+                        f'give another --out_dir with --init_from={folder}')
 
 
 # -----------------------------------------------------------------------------
@@ -515,9 +562,10 @@ def load_optimizer(folder, optimizer):
 
 def read_model(where, which='best', encoder=False, untie=False):
     """
-    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of hf:FOLDER. An
-    adapter is merged into its base; untie=True gives the head a matrix of its own first. encoder: whether the caller can
-    work with an encoder-decoder. Raises UserError otherwise, and for an adapter that cannot be merged.
+    (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of
+    hf:FOLDER. An adapter is merged into its base; untie=True gives the head a matrix of its own first.
+    encoder: whether the caller can work with an encoder-decoder. Raises UserError otherwise, and for an
+    adapter that cannot be merged.
     """
     if is_foreign(where):  # hf
         from features.hf import reading  # hf
@@ -539,8 +587,8 @@ def read_model(where, which='best', encoder=False, untie=False):
 
 def load_model(where, which='best', encoder=False):
     """
-    (the network in eval mode, its folder) of what read_model() reads. An adapter that cannot be merged stays beside its
-    base.
+    (the network in eval mode, its folder) of what read_model() reads. An adapter that cannot be merged stays
+    beside its base.
     """
     if not is_foreign(where):
         folder = find(where, which)
@@ -573,7 +621,10 @@ def shorten(weights, cfg):
 
 
 def fill(cfg, weights, where):
-    """The network of a ModelConfig in eval mode, with these weights. Raises UserError where they are not its own."""
+    """
+    The network of a ModelConfig in eval mode, with these weights. Raises UserError where they are not its
+    own.
+    """
     from model import make_model
     model = make_model(cfg, init=False)
     load_weights(model, weights, where)
@@ -582,8 +633,8 @@ def fill(cfg, weights, where):
 
 def check_kind(where, cfg, encoder):
     if cfg.n_encoder_layer and not encoder:
-        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), this takes a decoder '
-                        'alone: sample.py runs it')
+        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
+                        'this takes a decoder alone: sample.py runs it')
 
 
 def tokenizer_of(where, folder):
@@ -602,8 +653,9 @@ def description_of(where, folder):
 
 def check_tokenizer(setting, where, folder, files):
     """
-    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model() read from
-    `where` and `folder`. setting: what the message begins with. Print a line where the two cannot be compared.
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
+    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
+    be compared.
     """
     from tokenizer import same_ids
     found = files.meta['tokenizer'], files.folder
@@ -622,8 +674,8 @@ def check_tokenizer(setting, where, folder, files):
 
 def how_to_prepare(wanted, folder, files):
     """
-    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in `folder`:
-    'with OPTIONS: COMMAND'.
+    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
+    `folder`: 'with OPTIONS: COMMAND'.
     """
     from features.text import folders  # text
     return folders.how_to_prepare(wanted, folder, files)  # text

@@ -3,11 +3,11 @@ Settings: defaults < config file < --key=value.
 
     python train.py config/lowrank.py --n_layer=6 --learning_rate=1e-3 --start="a=b"
 
-A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it; a script's
-Settings inherits the dataclasses it needs. The settings of a feature stand in features/NAME/settings.py and are
-added when one of them is used. A config file is a small Python file of assignments (nanoGPT's run unchanged). It is
-code and runs with your rights: read a stranger's before you use it. `--help` prints the settings with their defaults
-and comments, `--help=NAME` those of a feature.
+A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it; a
+script's Settings inherits the dataclasses it needs. The settings of a feature stand in
+features/NAME/settings.py and are added when one of them is used. A config file is a small Python file of
+assignments (nanoGPT's run unchanged). It is code and runs with your rights: read a stranger's before you use
+it. `--help` prints the settings with their defaults and comments, `--help=NAME` those of a feature.
 """
 import ast
 import dataclasses
@@ -42,13 +42,15 @@ PINNED_TORCH = '2.13.0'  # the version in requirements.txt
 
 
 class UserError(Exception):
-    """Something the user can mend. The text is one line that names the setting or the file and what to change."""
+    """
+    Something the user can mend. The text is one line that names the setting or the file and what to change.
+    """
 
 
 class FilePath(str):
     """
-    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the home
-    directory: a shell does that at the beginning of a word alone, not after --out=.
+    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the
+    home directory: a shell does that at the beginning of a word alone, not after --out=.
     """
 
 
@@ -60,8 +62,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def run_main(main, output_is_all=False):
     """
-    Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and exit code 2;
-    Ctrl-C becomes exit code 130.
+    Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and
+    exit code 2; Ctrl-C becomes exit code 130.
     output_is_all: whether main() only prints: it then ends when nobody can read its output.
     """
     stdout, stderr = sys.stdout, sys.stderr
@@ -99,13 +101,15 @@ def run_main(main, output_is_all=False):
 
 class Output:
     """
-    stdout or stderr, which may be gone: its terminal was closed, the program behind its pipe has ended, its disk is full.
+    stdout or stderr, which may be gone: its terminal was closed, the program behind its pipe has ended, its
+    disk is full.
     is_needed: True raises an OSError for that; False drops the output, and the process goes on.
     lost: the OSError of a full disk, to be told in the end.
     """
 
     def __init__(self, stream, is_needed):
-        self.stream = stream or open(os.devnull, 'w', encoding='utf-8')  # Python has none where it was closed from the start
+        # Python has none where it was closed from the start
+        self.stream = stream or open(os.devnull, 'w', encoding='utf-8')
         self.is_needed, self.lost = is_needed, None
 
     def write(self, text):
@@ -144,7 +148,8 @@ def check_torch():
         return
     found = sys.modules['torch'].__version__  # as 2.13.0+cpu, 2.12.0a0+git123
     if parse_version(found) < parse_version(OLDEST_TORCH):
-        raise UserError(f'torch {found}: minnow needs torch {OLDEST_TORCH} or later: pip install torch=={PINNED_TORCH}')
+        raise UserError(f'torch {found}: minnow needs torch {OLDEST_TORCH} or later: '
+                        f'pip install torch=={PINNED_TORCH}')
 
 
 def parse_version(text):
@@ -155,7 +160,9 @@ def parse_version(text):
 def refuse(reason):
     """Say in one line why this process ends, and exit with code 2."""
     rank = os.environ.get('RANK', '0')
-    if rank != '0':  # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they speak up
+    # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they
+    # speak up
+    if rank != '0':
         time.sleep(3)
     name = os.path.basename(sys.argv[0])
     prefix = f'{name}: rank {rank}: ' if rank != '0' else f'{name}: '
@@ -169,7 +176,10 @@ def among_others():
 
 
 def leave(code):
-    """Exit. One of several ranks does without tidying up: NCCL would wait for the others, and gloo's threads, now and then, abort or wait for ever."""
+    """
+    Exit. One of several ranks does without tidying up: NCCL would wait for the others, and gloo's threads,
+    now and then, abort or wait for ever.
+    """
     if among_others():
         if 'wandb' in sys.modules:
             sys.modules['wandb'].finish(exit_code=code)
@@ -184,7 +194,8 @@ def leave(code):
 
 def configure(cls, argv=None):
     """
-    An instance of the dataclass `cls` from its defaults, then config files, then --key=value, in the order given.
+    An instance of the dataclass `cls` from its defaults, then config files, then --key=value, in the order
+    given.
 
     A bare argument is a config file, unless cls.positional names a list setting that collects the bare ones.
     A list setting may be given several times (--stop=a --stop=b); a bare --flag means True.
@@ -222,8 +233,10 @@ def configure(cls, argv=None):
 
 def configure_command(commands, argv=None):
     """
-    (function, its settings) of the command that the first argument names: `python surgery.py factorize --from=DIR`.
-    commands: {name: (function, its dataclass)}. Raises UserError as configure() does, and for no such command.
+    (function, its settings) of the command that the first argument names: `python surgery.py factorize
+    --from=DIR`.
+    commands: {name: (function, its dataclass)}. Raises UserError as configure() does, and for no such
+    command.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands:
@@ -231,13 +244,17 @@ def configure_command(commands, argv=None):
         return function, configure(cls, argv[1:])
     takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
     if argv and argv[0] in ('--help', '-h'):
-        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip() + f'\n\nThe first argument {takes}')
+        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip()
+              + f'\n\nThe first argument {takes}')
         sys.exit(0)
     raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
 
 
 def check(settings, where=''):
-    """Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors, after `where` the settings are from."""
+    """
+    Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors, after
+    `where` the settings are from.
+    """
     for part in type(settings).__mro__:
         if 'check' in vars(part):
             try:
@@ -248,8 +265,8 @@ def check(settings, where=''):
 
 def refuse_idle(settings, part, takes, why):
     """
-    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one that
-    is not among the names `takes`. why: what ignores it.
+    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one
+    that is not among the names `takes`. why: what ignores it.
     """
     idle = sorted(getattr(settings, 'given', set()) & {f.name for f in dataclasses.fields(part)} - takes)
     if idle:
@@ -257,12 +274,15 @@ def refuse_idle(settings, part, takes, why):
 
 
 def refuse_beside(settings, name, **plain):
-    """Raise ValueError for a setting that does not go with the setting `name`: one that is not at this plain value."""
+    """
+    Raise ValueError for a setting that does not go with the setting `name`: one that is not at this plain
+    value.
+    """
     for other, value in plain.items():
         found = getattr(settings, other, value)
         if found != value:
-            raise ValueError(f'{name}={getattr(settings, name)}: goes with {other}={value} alone, not {found}: '
-                             'leave it out')
+            raise ValueError(f'{name}={getattr(settings, name)}: goes with {other}={value} alone, '
+                             f'not {found}: leave it out')
 
 
 def read_config(cls, path):
@@ -270,7 +290,8 @@ def read_config(cls, path):
     path = expand_home(path)
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, glob.glob('config/**/*.py', recursive=True), 1)
-        raise UserError(f'{path}: no such config file' + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
+        raise UserError(f'{path}: no such config file'
+                        + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
     namespace = {'__file__': path, '__name__': 'config'}
     try:
         with open(path, 'rb') as f:  # compile() knows byte-order marks and codings
@@ -279,7 +300,8 @@ def read_config(cls, path):
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None
     given = {}
     for key, value in namespace.items():
-        # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would pass in silence
+        # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would
+        # pass in silence
         if not (key.startswith('_') or isinstance(value, types.ModuleType) or callable(value)):
             hint = f'; name it _{key} if it is a variable of this file'
             field = find_field(cls, key, f'{path}: {key}', hint)
@@ -289,8 +311,9 @@ def read_config(cls, path):
 
 def from_dict(cls, values, where):
     """
-    An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are. Settings of
-    a feature that is not used are left out: checkpoints of before features had folders hold all of them.
+    An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are.
+    Settings of a feature that is not used are left out: checkpoints of before features had folders hold all
+    of them.
     """
     converted = {}
     for key, value in values.items():
@@ -306,15 +329,16 @@ def from_dict(cls, values, where):
 # -----------------------------------------------------------------------------
 # Settings of features
 #
-# features/NAME/settings.py holds dataclasses. One that inherits a dataclass of the core (MoEConfig of ModelConfig) is
-# added to whatever inherits that one too; one that inherits none is added to the settings of train.py, which say
-# `features = ()`. A core field whose comment begins with [NAME] is the feature's switch: the core asks for it, and
-# any value but its default brings in the feature's other settings.
+# features/NAME/settings.py holds dataclasses. One that inherits a dataclass of the core (MoEConfig of
+# ModelConfig) is added to whatever inherits that one too; one that inherits none is added to the settings of
+# train.py, which say `features = ()`. A core field whose comment begins with [NAME] is the feature's switch:
+# the core asks for it, and any value but its default brings in the feature's other settings.
 
 def build(cls, **values):
     """
     An instance of `cls` with these values and with the other settings of each feature that they use:
-    build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError for a switch whose feature is not there.
+    build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError for a switch whose feature is not
+    there.
     """
     return with_features(cls, *features_used(cls, values))(**values)
 
@@ -328,8 +352,8 @@ def features_used(cls, values):
         elif switch_of(cls, key) and value != default_of(core[key]):
             used.add(switch_of(cls, key))
             if not os.path.isdir(os.path.join(ROOT, 'features', switch_of(cls, key))):
-                raise UserError(f'{key}={value}: belongs to features/{switch_of(cls, key)}, which is not here: '
-                                'leave it out')
+                raise UserError(f'{key}={value}: belongs to features/{switch_of(cls, key)}, '
+                                'which is not here: leave it out')
     return sorted(used - {None})
 
 
@@ -368,7 +392,8 @@ def belongs(part, core):
 
 def feature_names():
     """The features that have settings, sorted."""
-    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{ROOT}/features/*/settings.py'))
+    return sorted(os.path.basename(os.path.dirname(path))
+                  for path in glob.glob(f'{ROOT}/features/*/settings.py'))
 
 
 def feature_of(cls, key):
@@ -400,7 +425,9 @@ def core_fields(cls):
 
 @functools.cache
 def switch_of(cls, key):
-    """The feature whose switch the core field `key` of `cls` is: the NAME of a comment that begins with [NAME]."""
+    """
+    The feature whose switch the core field `key` of `cls` is: the NAME of a comment that begins with [NAME].
+    """
     for part in cls.__mro__:
         if key in own_fields(part):
             found = re.match(r'\[(\w+)\]', comments_of(part).get(key, ''))
@@ -409,7 +436,10 @@ def switch_of(cls, key):
 
 
 def extend(settings, *names):
-    """Add the settings of these features to `settings`, in place, each at its default. None stands for no feature."""
+    """
+    Add the settings of these features to `settings`, in place, each at its default. None stands for no
+    feature.
+    """
     wider = with_features(type(settings), *(name for name in names if name))
     for field in dataclasses.fields(wider):
         if field.name not in vars(settings):
@@ -418,7 +448,9 @@ def extend(settings, *names):
 
 
 def part_of(settings, cls):
-    """The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), features included."""
+    """
+    The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), features included.
+    """
     cls = with_features(cls, *getattr(settings, 'features', ()))
     return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
@@ -427,7 +459,9 @@ def part_of(settings, cls):
 # values
 
 def find_field(cls, key, where, hint=''):
-    """The field of `cls` for a setting. Raises UserError with the nearest name and `hint` if there is none."""
+    """
+    The field of `cls` for a setting. Raises UserError with the nearest name and `hint` if there is none.
+    """
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -443,7 +477,10 @@ def find_field(cls, key, where, hint=''):
 
 
 def parse(text, field, where):
-    """The value that `text` of a command line has for `field`: a Python literal where that fits, else the text itself."""
+    """
+    The value that `text` of a command line has for `field`: a Python literal where that fits, else the text
+    itself.
+    """
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -474,8 +511,8 @@ def typed_text(text, where):
 def whole_text(text, where):
     """
     A text that can be written in UTF-8: two halves of a character, as JSON may spell one, become one. Raises
-    UserError, which calls the text `where`, for a half alone. Python reads bytes of a command line or a terminal that
-    are not UTF-8 as such halves.
+    UserError, which calls the text `where`, for a half alone. Python reads bytes of a command line or a
+    terminal that are not UTF-8 as such halves.
     """
     text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'surrogatepass')
     half = re.search('[\ud800-\udfff]', text)
@@ -486,13 +523,18 @@ def whole_text(text, where):
 
 
 def expand_home(path):
-    """A path with the home directory in place of ~ at its beginning, also after hf: and an adapter's name=."""
+    """
+    A path with the home directory in place of ~ at its beginning, also after hf: and an adapter's name=.
+    """
     found = re.fullmatch(r'(hf:|[\w-]+=)?(~.*)', path, re.DOTALL)
     return (found[1] or '') + os.path.expanduser(found[2]) if found else path
 
 
 def expand_paths(value, field):
-    """The value of a setting, with expand_home() of each path if its type has FilePath in it: of a dict the keys are paths."""
+    """
+    The value of a setting, with expand_home() of each path if its type has FilePath in it: of a dict the keys
+    are paths.
+    """
     if not any(kind in (FilePath, list[FilePath]) for kind in options(field.type)):
         return value
     if isinstance(value, str):
@@ -505,7 +547,10 @@ def expand_paths(value, field):
 
 
 def convert(value, field, where):
-    """`value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and what it takes."""
+    """
+    `value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and
+    what it takes.
+    """
     value = expand_paths(value, field)
     for kind in options(field.type):
         if kind is type(None) and value is None:
@@ -513,7 +558,8 @@ def convert(value, field, where):
         if typing.get_origin(kind) is typing.Literal:
             if any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind)):
                 return value
-        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        elif (kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
+              and math.isfinite(value)):
             return float(value)
         elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
             return int(value)
@@ -532,7 +578,8 @@ def convert(value, field, where):
 
 def options(annotation):
     """int | None → (int, NoneType); Literal['a', 'b'] → (Literal['a', 'b'],)"""
-    return typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+    return (typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union)
+            else (annotation,))
 
 
 NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a path'}
@@ -556,14 +603,15 @@ def describe(annotation):
 
 def help_text(cls, which=''):
     """
-    The text of --help: the settings of `cls` that people set first, in the groups of cls.help_first, if it has some,
-    else all; then the features. which='all': all of the core; which=NAME: those of the feature NAME.
-    Raises UserError for another name.
+    The text of --help: the settings of `cls` that people set first, in the groups of cls.help_first, if it
+    has some, else all; then the features. which='all': all of the core; which=NAME: those of the feature
+    NAME. Raises UserError for another name.
     """
     parts = [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
     features = {name: settings for name in feature_names() if (settings := settings_of(cls, name))}
     if which in features:
-        return '\n'.join([about_feature(name=which), '', *(help_line(*setting) for setting in features[which])])
+        return '\n'.join([about_feature(name=which), '',
+                          *(help_line(*setting) for setting in features[which])])
     if which not in ('', 'all'):
         raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
     lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
@@ -618,7 +666,8 @@ def two_columns(name, text):
 
 
 def choices(annotation):
-    return describe(annotation) + ': ' if any(typing.get_origin(kind) is typing.Literal for kind in options(annotation)) else ''
+    return (describe(annotation) + ': '
+            if any(typing.get_origin(kind) is typing.Literal for kind in options(annotation)) else '')
 
 
 def default_of(field):
@@ -627,7 +676,10 @@ def default_of(field):
 
 @functools.cache
 def comments_of(part):
-    """{field: comment beside it} for the fields declared in the body of the dataclass `part` itself, read from its source."""
+    """
+    {field: comment beside it} for the fields declared in the body of the dataclass `part` itself, read from
+    its source.
+    """
     comments, name = {}, None
     for line in inspect.getsource(part).split('\n')[1:]:
         code, _, comment = line.partition('  # ')

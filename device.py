@@ -1,5 +1,6 @@
 """
-The machine: which device, which number format, how fast it can multiply. Measured where the documentation misleads.
+The machine: which device, which number format, how fast it can multiply. Measured where the documentation
+misleads.
 """
 import os
 import shutil
@@ -27,7 +28,8 @@ class NumericConfig:
 
 @dataclass
 class DeviceConfig(NumericConfig):
-    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = where it pays: training on CUDA, or on a CPU for minutes; samples of 4,000 tokens
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = where it pays: training on CUDA, or on a
+    # CPU for minutes; samples of 4,000 tokens
 
 
 def pick_device(name):
@@ -35,12 +37,14 @@ def pick_device(name):
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, number = name.partition(':')
-    count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind)
+    count = {'cpu': 1, 'cuda': torch.cuda.device_count(),
+             'mps': int(torch.backends.mps.is_available())}.get(kind)
     if count is None or (number and not number.isdigit()):
         raise UserError(f'device={name}: takes auto, cpu, cuda, cuda:N or mps')
     number = number or (os.environ.get('LOCAL_RANK', '0') if kind == 'cuda' else '0')  # torchrun: a GPU each
     if int(number) >= count:
-        raise UserError(f'device={name}: this machine has {count} {kind} device(s), number {number} was asked for; --device=cpu works everywhere')
+        raise UserError(f'device={name}: this machine has {count} {kind} device(s), '
+                        f'number {number} was asked for; --device=cpu works everywhere')
     if kind == 'cuda':
         name = f'cuda:{number}'
         torch.cuda.set_device(name)
@@ -50,8 +54,8 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """
-    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower there, and who asks for the
-    latter is told so.
+    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower
+    there, and who asks for the latter is told so.
     """
     if device.type == 'cuda' and name == 'auto':
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -60,7 +64,8 @@ def pick_dtype(name, device):
         if name == 'auto':
             return 'bfloat16' if gain > 1.5 else 'float32'
         if gain < 0.5:
-            print(f'dtype=bfloat16: {1 / gain:.0f} times slower than float32 on this CPU, which has no instructions for it: leave it out', flush=True)
+            print(f'dtype=bfloat16: {1 / gain:.0f} times slower than float32 on this CPU, '
+                  'which has no instructions for it: leave it out', flush=True)
     return 'float32' if name == 'auto' else name
 
 
@@ -77,10 +82,12 @@ def pick_exact_dtype(name, device):
 
 def pick_compile(setting, device, flops=0.0):
     """
-    Whether to compile; where that cannot work, one line says so. auto: on CUDA, and on a CPU for a run of 5e13 `flops` or more, two
-    minutes: compiling takes 20 s there and saves a fourth of the time (10.6M parameters in bfloat16: 8,900 against 6,400 tokens/s).
+    Whether to compile; where that cannot work, one line says so. auto: on CUDA, and on a CPU for a run of
+    5e13 `flops` or more, two minutes: compiling takes 20 s there and saves a fourth of the time (10.6M
+    parameters in bfloat16: 8,900 against 6,400 tokens/s).
     """
-    wanted = (device.type == 'cuda' or device.type == 'cpu' and flops >= 5e13) if setting == 'auto' else setting
+    wanted = ((device.type == 'cuda' or device.type == 'cpu' and flops >= 5e13) if setting == 'auto'
+              else setting)
     missing = None
     if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
         missing = 'no C++ compiler'
@@ -106,8 +113,12 @@ def matmul_flops(device, dtype, n=512, seconds=0.02):
 
 
 def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
-    """Bytes/s of a copy of `size` bytes, read and written, the best of those that fit into `seconds`: more than any cache holds."""
-    a, b = torch.zeros(size, dtype=torch.uint8, device=device), torch.ones(size, dtype=torch.uint8, device=device)
+    """
+    Bytes/s of a copy of `size` bytes, read and written, the best of those that fit into `seconds`: more than
+    any cache holds.
+    """
+    a, b = (torch.zeros(size, dtype=torch.uint8, device=device),
+            torch.ones(size, dtype=torch.uint8, device=device))
     times, end = [], time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
@@ -117,24 +128,33 @@ def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
 
 
 # dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12,
-              'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12,
+              'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+              'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 
 
 def peak_flops(device, dtype):
-    """FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not known."""
+    """
+    FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not
+    known.
+    """
     if device.type == 'cpu':
         return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
     if device.type == 'cuda' and dtype != 'float32':
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)),
+                    None)
     return None
 
 
 def process_age():
-    """Seconds since this process began, the imports included; where the system does not tell, since this file was imported."""
+    """
+    Seconds since this process began, the imports included; where the system does not tell, since this file
+    was imported.
+    """
     try:
         with open('/proc/self/stat', encoding='utf-8') as f:
-            ticks = int(f.read().rpartition(')')[2].split()[19])  # field 22: when it began, in clock ticks since the machine did
+            # field 22: when it began, in clock ticks since the machine did
+            ticks = int(f.read().rpartition(')')[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
     except (OSError, AttributeError):
         return time.perf_counter() - IMPORTED
@@ -150,17 +170,23 @@ NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --
 
 
 def zero(device):
-    """A zero to sum losses in: in float64, where a sum of many float32s does not depend on how they are grouped; MPS has none."""
+    """
+    A zero to sum losses in: in float64, where a sum of many float32s does not depend on how they are grouped;
+    MPS has none.
+    """
     return torch.zeros((), device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
 
 
 def is_out_of_memory(error):
     text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text or 'out of memory' in text
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+            or 'out of memory' in text)
 
 
 def free_memory(device):
-    """Bytes that this process can still take, of the GPU or of RAM (its container's limit too); None = unknown."""
+    """
+    Bytes that this process can still take, of the GPU or of RAM (its container's limit too); None = unknown.
+    """
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     free = []
@@ -180,7 +206,8 @@ def peak_memory(device):
     """The most bytes this process has held: on the GPU, else in RAM."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists('/proc/self/status'):  # Linux: getrusage() would count what the process that started this one held
+    # Linux: getrusage() would count what the process that started this one held
+    if os.path.exists('/proc/self/status'):
         with open('/proc/self/status') as f:
             return 1024 * next(int(line.split()[1]) for line in f if line.startswith('VmHWM:'))
     import resource  # not on Windows
@@ -201,10 +228,11 @@ def stop_signals():
 
 class StopSignal:
     """
-    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its step. A second Ctrl-C
-    or SIGTERM ends the process at once. But a SIGTERM within five seconds of another signal is the same: where a whole job is
-    told to stop, torchrun passes on the signals that its processes have received themselves. So is any SIGHUP: a shell and the
-    system send several. A process that was started with SIGHUP ignored, as by nohup, still ignores it.
+    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its
+    step. A second Ctrl-C or SIGTERM ends the process at once. But a SIGTERM within five seconds of another
+    signal is the same: where a whole job is told to stop, torchrun passes on the signals that its processes
+    have received themselves. So is any SIGHUP: a shell and the system send several. A process that was
+    started with SIGHUP ignored, as by nohup, still ignores it.
     """
 
     def __init__(self):
@@ -227,8 +255,8 @@ class StopSignal:
 
 class OneProcess:
     """
-    A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun started;
-    those that take a number, a flag or a value work on all of them together.
+    A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun
+    started; those that take a number, a flag or a value work on all of them together.
     """
     rank, world = 0, 1
     first = True  # whether this is rank 0
@@ -293,9 +321,9 @@ class OneProcess:
 
 def compile_all(model, by_block=False):
     """
-    Let a network, or each of its blocks, be compiled when it is first called. Forget what was compiled before, which
-    belongs to a network that has changed or gone: torch counts the variants of every function, and beyond its limit a
-    function runs uncompiled. Blocks share their code, each with constants of its own.
+    Let a network, or each of its blocks, be compiled when it is first called. Forget what was compiled
+    before, which belongs to a network that has changed or gone: torch counts the variants of every function,
+    and beyond its limit a function runs uncompiled. Blocks share their code, each with constants of its own.
     """
     torch._dynamo.reset()
     blocks = [*getattr(model, 'blocks', ()), *(getattr(model, 'encoder', None) or ())]

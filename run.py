@@ -77,7 +77,8 @@ class Run:
 
     def count_flops(self):
         self.parameters = self.model.num_params()
-        self.active_parameters = self.model.num_params(active=True)  # of a mixture of experts: those one token meets
+        # of a mixture of experts: those one token meets
+        self.active_parameters = self.model.num_params(active=True)
         self.flops_per_step = step_flops(self.model, self.optimizer, self.teacher, self.tokens_per_step)
 
 
@@ -106,8 +107,8 @@ def set_up(s, device, ranks, left_out=()):
         from features.plan.dial import derive  # plan
         planned = derive(s, state, device, ranks)  # plan
     if s.rows_per_step % ranks.world:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step} rows cannot be shared by '
-                        f'{ranks.world} processes: make it a multiple of {ranks.world}')
+        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step} rows cannot be shared '
+                        f'by {ranks.world} processes: make it a multiple of {ranks.world}')
 
     # 2) Data, network and optimizer
     data, val = open_data(s, start, ranks)
@@ -202,8 +203,8 @@ def set_up(s, device, ranks, left_out=()):
 
 def open_data(s, start, ranks):
     """
-    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where another rank
-    has other data, or the tokenizer is not that of the network to start with.
+    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where
+    another rank has other data, or the tokenizer is not that of the network to start with.
     """
     objective = None
     if s.objective != 'causal' or s.n_encoder_layer:  # t5
@@ -232,8 +233,8 @@ def open_data(s, start, ranks):
 
 def build_model(s, data, start, is_blank=False):
     """
-    The network on the CPU. is_blank: its shapes alone, on the meta device. Raises UserError where its vocabulary or its
-    run is not that of the data.
+    The network on the CPU. is_blank: its shapes alone, on the meta device. Raises UserError where its
+    vocabulary or its run is not that of the data.
     """
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
@@ -241,7 +242,8 @@ def build_model(s, data, start, is_blank=False):
         if start.weights is not None and not start.state:
             wanted = checkpoint.description_of(s.init_from, start.folder)
             to_do = f'prepare it {checkpoint.how_to_prepare(wanted, start.folder, data.sources[0].files)}'
-        raise UserError(f'vocab_size={s.vocab_size}: the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
+        raise UserError(f'vocab_size={s.vocab_size}: '
+                        f'the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if start.state and not s.eval_only:
         check_same_run(s, data, start.state)
@@ -266,9 +268,9 @@ def build_model(s, data, start, is_blank=False):
 
 def check_dataset(s):
     """
-    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our default:
-    nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError where it is not, and
-    where the default is not there.
+    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our
+    default: nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError
+    where it is not, and where the default is not there.
     """
     if 'dataset' in s.given:
         return
@@ -279,8 +281,8 @@ def check_dataset(s):
     if checkpoint.checkpoints(s.out_dir):
         return
     if file:
-        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, openwebtext '
-                        'in nanoGPT)')
+        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
+                        'openwebtext in nanoGPT)')
     try:
         find_folder(s.dataset)
     except UserError as error:
@@ -292,7 +294,9 @@ def check_dataset(s):
 
 @dataclass
 class Start:
-    """What a run begins with: random weights, its own newest checkpoint, or weights that were trained elsewhere."""
+    """
+    What a run begins with: random weights, its own newest checkpoint, or weights that were trained elsewhere.
+    """
     folder: str = ''  # of the checkpoint, or of the weights and their tokenizer
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
@@ -333,8 +337,8 @@ def resume(s, ranks):
     if 'base' in state:
         take_over(s, stored, [name for name in stored if name.startswith('lora_')])
     if 'surgery' in state:
-        raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
-                        f'give --init_from={s.out_dir} and another --out_dir')
+        raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
+                        f'not a run to go on with: give --init_from={s.out_dir} and another --out_dir')
     if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
         adopt(s, from_dict(ModelConfig, stored_model(stored, state), folder), s.out_dir)
     start = Start(folder, state)
@@ -361,8 +365,8 @@ def begin_with_others(s, ranks):
         ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
     cfg, weights, folder = checkpoint.read_model(s.init_from, encoder=True)
     if cfg.rank_guide:
-        raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): let that run '
-                        'go on to the end of it')
+        raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): '
+                        'let that run go on to the end of it')
     broken = checkpoint.first_not_finite(weights)
     if broken:
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
@@ -401,11 +405,13 @@ def same_place(one, other):
 
 def adopt(s, cfg, where):
     """
-    Take the network's settings from the ModelConfig of weights that were trained elsewhere. The user may choose a shorter
-    context, and what matters in training only. Raises UserError for any other setting that differs.
+    Take the network's settings from the ModelConfig of weights that were trained elsewhere. The user may
+    choose a shorter context, and what matters in training only. Raises UserError for any other setting that
+    differs.
     """
     if s.block_size > cfg.block_size and 'block_size' in s.given:
-        raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
+        raise UserError(f'block_size={s.block_size}: '
+                        f'the weights in {where} know {cfg.block_size} positions: lower it')
     extend(s, *getattr(cfg, 'features', ()))
     chosen = set(only_in_training(cfg))
     if 'block_size' in s.given:
@@ -423,7 +429,8 @@ def adopt(s, cfg, where):
         if name in chosen:
             continue
         if name in s.given and getattr(s, name) != value:
-            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: leave it out')
+            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: '
+                            'leave it out')
         setattr(s, name, value)
 
 
@@ -432,7 +439,9 @@ IDENTITY = ['mix_by', 'packing', 'objective', 'seed', 'optimizer', 'lora_rank']
 
 
 def identity(s):
-    """The names of the settings that a resumed run may not change: the network, and which rows step n reads."""
+    """
+    The names of the settings that a resumed run may not change: the network, and which rows step n reads.
+    """
     network = part_of(s, ModelConfig)
     names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
     names += IDENTITY
@@ -453,31 +462,32 @@ def check_same_run(s, data, state):
     for name in identity(s):
         if name == 'denoisers' and s.objective != 'ul2':
             continue
-        # As text: the order of a mixture counts. A setting that the stored run did not know was at its default
+        # As text: the order of a mixture counts. A setting that the stored run did not know was at its
+        # default
         before = stored.get(name, getattr(unset, name))
         if json.dumps(getattr(s, name)) != json.dumps(before):
-            raise UserError(f'{name}={getattr(s, name)}: out_dir={s.out_dir} belongs to a run with {name}={before}: '
-                            f'{to_do}')
+            raise UserError(f'{name}={getattr(s, name)}: '
+                            f'out_dir={s.out_dir} belongs to a run with {name}={before}: {to_do}')
     rows = stored['batch_size'] * stored['gradient_accumulation_steps']
     if s.rows_per_step != rows:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: out_dir={s.out_dir} belongs to a '
-                        f'run with {rows} rows a step: {to_do}')
+        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: '
+                        f'out_dir={s.out_dir} belongs to a run with {rows} rows a step: {to_do}')
     began = expand_home(stored['init_from'])
     if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
         raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with '
                         f'init_from={stored["init_from"]}: {to_do}')
     bos = tuple(state.get('begin', ()))
     if data.bos != bos:
-        raise UserError(f'packing={s.packing}: rows begin {describe_bos(data.bos)} here, those of the run in {s.out_dir} '
-                        f'{describe_bos(bos)}: {to_do}')
+        raise UserError(f'packing={s.packing}: rows begin {describe_bos(data.bos)} here, '
+                        f'those of the run in {s.out_dir} {describe_bos(bos)}: {to_do}')
     # In their order, whatever their names: the files of a run may be moved, or copied to another machine
     same_files = list(data.fingerprint().values()) == list(state['data'].values())
     if not same_files or shares(s.dataset) != shares(stored['dataset']):
         if s.dataset != stored['dataset']:
             raise UserError(f'dataset={s.dataset}: out_dir={s.out_dir} belongs to a run with '
                             f'dataset={stored["dataset"]}, of other files or weights: {to_do}')
-        raise UserError(f'dataset={s.dataset}: its files are not those that the run in {s.out_dir} was trained on: '
-                        f'{to_do}')
+        raise UserError(f'dataset={s.dataset}: '
+                        f'its files are not those that the run in {s.out_dir} was trained on: {to_do}')
     s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
 
 
@@ -505,7 +515,8 @@ class Log:
         records = []
         if step:  # what came after the checkpoint happens again
             records = [record for record in read_records(self.path) if record['step'] <= step]
-        # So does the evaluation of that step if it was the best one, and a full disk kept out_dir/best from saying so
+        # So does the evaluation of that step if it was the best one, and a full disk kept out_dir/best from
+        # saying so
         best = checkpoint.best(s.out_dir)[1]
         best = math.inf if best is None else best
         records = [r for r in records if not (r['step'] == step and r.get('val_loss', math.inf) < best)]
@@ -552,8 +563,9 @@ def read_records(path):
 
 class Interval:
     """
-    Sums over the steps since the last progress line. Checkpoints hold them, so that the line after a resume covers all
-    of its steps. Time is that of this process, without slow steps: the first one, and those that compile.
+    Sums over the steps since the last progress line. Checkpoints hold them, so that the line after a resume
+    covers all of its steps. Time is that of this process, without slow steps: the first one, and those that
+    compile.
     """
 
     def __init__(self, device, stored=None, ranks=None):
@@ -620,14 +632,16 @@ def describe(s, run, ranks):
     if s.lora_rank:  # lora
         from features.lora.layers import memory  # lora
         ranks.say(memory(run.model, run.parameters))  # lora
-    epochs = ', '.join(f'{name} {n:.2f}' for name, n in run.data.epochs(s.rows_per_step * s.max_iters).items())
-    ranks.say(f'data: {s.rows_per_step} rows = {s.rows_per_step * s.block_size:,} tokens a step, {s.max_iters:,} steps; '
-              f'epochs: {epochs}')
+    epochs = ', '.join(f'{name} {n:.2f}'
+                       for name, n in run.data.epochs(s.rows_per_step * s.max_iters).items())
+    ranks.say(f'data: {s.rows_per_step} rows = {s.rows_per_step * s.block_size:,} tokens a step, '
+              f'{s.max_iters:,} steps; epochs: {epochs}')
     if ranks.first:
         for source in (*run.data.sources, *run.val):
             if source.too_long():
                 ranks.say(f'data: {source.too_long()}')
-    if 'dataset' not in s.given and s.dataset == type(s)().dataset:  # else it is that of a run which is evaluated
+    # else it is that of a run which is evaluated
+    if 'dataset' not in s.given and s.dataset == type(s)().dataset:
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:
         if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
@@ -656,8 +670,8 @@ def short_warmup(s):
         return []
     rate = getattr(s, s.main_rate)
     highest = learning_rate(s.max_iters - 1, s, rate)
-    return [f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to {highest:.2e} and never '
-            f'reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there']
+    return [f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to '
+            f'{highest:.2e} and never reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there']
 
 
 def show_losses(step, result, ranks):
@@ -690,14 +704,14 @@ def report(s, run, step, loss, norm, peak, ranks):
         parts.append(f'{int(left // 60)}m{int(left % 60):02d}s left')
     ranks.say(' | '.join(parts))
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
-                  tokens_per_second=round(tokens_per_second, 1), grad_norm=norm, mfu=round(mfu, 4) if mfu else None,
-                  skipped=run.skipped or None, expert_load=expert_load)
+                  tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,
+                  mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None, expert_load=expert_load)
 
 
 def show_sample(model, s, data, ranks, stop=False):
     """
-    Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice it. stop:
-    true as soon as it is to be left.
+    Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice
+    it. stop: true as soon as it is to be left.
     """
     is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
     if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it

@@ -4,13 +4,13 @@ Train a model.
     python train.py config/tinystories_cpu.py --learning_rate=2e-3          # one process
     torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
 
-Run the same command again and the run goes on where it was: checkpoints, log.jsonl and settings.json are in out_dir.
-Ctrl-C, SIGTERM and a closed terminal (SIGHUP) save at the end of the step, then stop.
+Run the same command again and the run goes on where it was: checkpoints, log.jsonl and settings.json are in
+out_dir. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) save at the end of the step, then stop.
 """
 import os
 
-# Before torch is loaded: its threads wait for one another a moment, not for milliseconds. Otherwise two runs on one
-# machine slow each other down a hundredfold (120 against 8,800 tokens/s, docs/results)
+# Before torch is loaded: its threads wait for one another a moment, not for milliseconds. Otherwise two runs
+# on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, docs/results)
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import math
@@ -45,65 +45,73 @@ from run import Log, check_dataset, describe, report, set_up, show_losses, show_
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     out_dir: FilePath = 'out'  # folder of the run: checkpoints, log.jsonl, settings.json
-    init_from: FilePath = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir
-    # is moved aside); or weights to begin a new run with: a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind),
-    # gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init_from: FilePath = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run
+    # in out_dir is moved aside); or weights to begin a new run with: a run or checkpoint DIR, hf:FOLDER (of
+    # Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl
     seed: int = 1337  # seed for the weight init, data order and dropout
     batch_size: int = 12  # rows of a micro-batch: what has to fit into memory
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always batch_size
-    # times this many rows
-    recompute: bool = False  # activation checkpointing: the backward pass runs the blocks again, a third slower, for a
-    # fraction of the memory
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always
+    # batch_size times this many rows
+    recompute: bool = False  # activation checkpointing: the backward pass runs the blocks again, a third
+    # slower, for a fraction of the memory
     label_smoothing: float = 0.0  # in the training loss only
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint and a sample
-    eval_iters: int = 200  # batches of 12 rows of the validation split, whatever batch_size is, the same ones each time;
-    # 0 = the whole split
-    eval_only: bool = False  # evaluate, then stop: the weights of init_from, or the run in out_dir if it began with them
+    eval_iters: int = 200  # batches of 12 rows of the validation split, whatever batch_size is, the same ones
+    # each time; 0 = the whole split
+    eval_only: bool = False  # evaluate, then stop: the weights of init_from, or the run in out_dir if it
+    # began with them
     target_val_loss: float = 0.0  # stop when an evaluation reaches this loss; 0 = never
     log_interval: int = 10  # steps between progress lines
-    always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at the end)
+    always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at
+    # the end)
     checkpoint_interval: int = 0  # steps between further checkpoints; 0 = only after evaluations
     keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best one
-    max_skipped: int = 10  # steps in a row whose loss or gradient may be NaN or infinite; they are skipped, one more ends
-    # the run
-    sample_prompt: str = '\n'  # what the samples during training begin with, typed as start of sample.py: \n is a new line
+    max_skipped: int = 10  # steps in a row whose loss or gradient may be NaN or infinite; they are skipped,
+    # one more ends the run
+    sample_prompt: str = '\n'  # what the samples during training begin with, typed as start of sample.py: \n
+    # is a new line
     sample_tokens: int = 100  # length of these samples; 0 = no samples
     wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = 'minnow'
     wandb_run_name: str = ''  # '' = the name of out_dir
-    lora_rank: int = 0  # [lora] rank of adapters that are trained beside the frozen weights of init_from; 0 = train the
-    # weights themselves
-    teacher: FilePath = ''  # [distill] learn from this network too: a run (its best checkpoint), a checkpoint or hf:FOLDER
+    lora_rank: int = 0  # [lora] rank of adapters that are trained beside the frozen weights of init_from;
+    # 0 = train the weights themselves
+    teacher: FilePath = ''  # [distill] learn from this network too: a run (its best checkpoint), a checkpoint
+    # or hf:FOLDER
     grow_every: int = 0  # [growth] steps after which the network gets more blocks, again and again; 0 = never
-    depth: int = 0  # [plan] layers; set one or several of depth, params, tokens and minutes, and the rest is derived and
-    # printed; 0 = not set, here and below
+    depth: int = 0  # [plan] layers; set one or several of depth, params, tokens and minutes, and the rest is
+    # derived and printed; 0 = not set, here and below
     params: float = 0.0  # [plan] about this many parameters
     tokens: float = 0.0  # [plan] about this many tokens to train on, by default 20 a parameter
-    minutes: float = 0.0  # [plan] minutes of the whole run, from the start of the process: the steps are timed before the
-    # first one counts, and max_iters is fitted again at every evaluation
-    plan: bool = False  # [plan] print parameters, FLOPs and memory of the network, then stop; with tokens, flops or hours:
-    # the networks that several laws want for them, and the settings of the one with 20 tokens a parameter
-    shard: bool | int = False  # [scale] divide weights, gradients and moments among all processes (FSDP2), or among groups
-    # of this many, which hold the same (HSDP); False: every process has all (DDP)
-    async_save: bool = False  # [scale] write checkpoints in a thread while the run goes on: takes memory for a copy of
-    # weights and moments
-    rewind_spikes: float = 0.0  # [scale] go back to the last checkpoint after a loss this many standard deviations above
-    # the mean of the 128 before it (6 is a good number), and leave out the data of the 10 steps up to it (PaLM, arXiv
-    # 2204.02311, section 5.1); 0 = never
+    minutes: float = 0.0  # [plan] minutes of the whole run, from the start of the process: the steps are
+    # timed before the first one counts, and max_iters is fitted again at every evaluation
+    plan: bool = False  # [plan] print parameters, FLOPs and memory of the network, then stop; with tokens,
+    # flops or hours: the networks that several laws want for them, and the settings of the one with 20 tokens
+    # a parameter
+    shard: bool | int = False  # [scale] divide weights, gradients and moments among all processes (FSDP2), or
+    # among groups of this many, which hold the same (HSDP); False: every process has all (DDP)
+    async_save: bool = False  # [scale] write checkpoints in a thread while the run goes on: takes memory for
+    # a copy of weights and moments
+    rewind_spikes: float = 0.0  # [scale] go back to the last checkpoint after a loss this many standard
+    # deviations above the mean of the 128 before it (6 is a good number), and leave out the data of the 10
+    # steps up to it (PaLM, arXiv 2204.02311, section 5.1); 0 = never
 
     features = ()  # settings of features are added when one of them is used: configurator.py
     help_first = {
-        'What to train on': ['dataset', 'packing', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'seed'],
-        'The network': ['n_layer', 'n_head', 'n_kv_head', 'n_embd', 'position', 'norm', 'mlp', 'tie', 'dropout',
-                        'rank_qk', 'rank_mlp'],
+        'What to train on': ['dataset', 'packing', 'block_size', 'batch_size', 'gradient_accumulation_steps',
+                             'seed'],
+        'The network': ['n_layer', 'n_head', 'n_kv_head', 'n_embd', 'position', 'norm', 'mlp', 'tie',
+                        'dropout', 'rank_qk', 'rank_mlp'],
         'The optimizer': ['optimizer', 'learning_rate', 'muon_lr', 'max_iters', 'warmup_iters', 'schedule',
                           'weight_decay'],
-        'The run': ['out_dir', 'init_from', 'device', 'dtype', 'compile', 'eval_interval', 'log_interval', 'minutes'],
+        'The run': ['out_dir', 'init_from', 'device', 'dtype', 'compile', 'eval_interval', 'log_interval',
+                    'minutes'],
     }
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_checkpoints'):
+        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
+                     'keep_checkpoints'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss', 'max_skipped'):
@@ -114,8 +122,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
         if self.rank_guide > self.max_iters:
-            raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: the guides would '
-                             'never go: lower it')
+            raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: '
+                             'the guides would never go: lower it')
         typed_text(self.sample_prompt, 'sample_prompt')
         is_table = self.arch == 'markov' and not self.rank_embed  # markov
         if self.optimizer == 'counts' and self.is_new and not is_table:  # markov
@@ -138,7 +146,9 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
 
     @property
     def is_new(self):
-        """Whether the run begins with random weights, unless out_dir holds a run: init_from names no others."""
+        """
+        Whether the run begins with random weights, unless out_dir holds a run: init_from names no others.
+        """
         return self.init_from in ('auto', 'scratch')
 
 
@@ -157,8 +167,8 @@ class Step:
 
 def train_step(run, s, step, ranks, stop=False):
     """
-    Update the weights once. If the loss or a gradient is NaN or infinite on any rank, all ranks skip the update: no
-    weight and no moment changes, and the Step has no targets.
+    Update the weights once. If the loss or a gradient is NaN or infinite on any rank, all ranks skip the
+    update: no weight and no moment changes, and the Step has no targets.
     """
     optimizer, scaler = run.optimizer, run.scaler
     set_rates(optimizer, step, s)
@@ -170,7 +180,8 @@ def train_step(run, s, step, ranks, stop=False):
     for n, (sample, *arrays) in enumerate(micro_batches):
         torch.manual_seed(splitmix(s.seed, sample) % 2 ** 63)  # dropout is a function of the sample number
         if ranks.world > 1 and not ranks.lockstep:  # scale
-            run.runner.require_backward_grad_sync = n == len(micro_batches) - 1  # scale: exchange gradients once a step
+            # scale: exchange gradients once a step
+            run.runner.require_backward_grad_sync = n == len(micro_batches) - 1  # scale
         x, y, *more = (array.to(ranks.device, non_blocking=True) for array in arrays)  # (B, T) each
         inputs = {}
         if more:  # t5
@@ -213,8 +224,8 @@ def train_step(run, s, step, ranks, stop=False):
 
 def train(s, device, ranks, stop, left_out=()):
     """
-    Run the training that the settings describe, from where it stands to its end or to a signal. Returns the signal's
-    number, 0 at the end. left_out: steps without data, after a rewind.
+    Run the training that the settings describe, from where it stands to its end or to a signal. Returns the
+    signal's number, 0 at the end. left_out: steps without data, after a rewind.
     """
     # 1) Set up
     if not s.eval_only:
@@ -258,7 +269,8 @@ def train(s, device, ranks, stop, left_out=()):
             stopping = not evaluation(s, step, run, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save_once(s, step, run, ranks, most=0)
-        is_reached = bool(s.target_val_loss) and run.best_loss is not None and run.best_loss <= s.target_val_loss
+        is_reached = (bool(s.target_val_loss) and run.best_loss is not None
+                      and run.best_loss <= s.target_val_loss)
         is_last = step >= s.max_iters  # with minutes, max_iters may have changed
         if is_last or is_reached or stopping:
             save_once(s, step, run, ranks, most=run.in_a_row)
@@ -335,12 +347,15 @@ def count_skipped(run, s, is_skipped, step, ranks):
 
 def not_finite(s, step):
     rate = f'{s.main_rate}={getattr(s, s.main_rate)}'
-    return UserError(f'the loss or its gradient is not finite at step {step}: lower {rate} or raise warmup_iters; '
-                     f'the newest checkpoint in {s.out_dir} is from before')
+    return UserError(f'the loss or its gradient is not finite at step {step}: lower {rate} or raise '
+                     f'warmup_iters; the newest checkpoint in {s.out_dir} is from before')
 
 
 def compiling(run, what, ranks):
-    """Context of a 'step' or an 'evaluation': the first one takes as long as compiling does, and all ranks wait for it."""
+    """
+    Context of a 'step' or an 'evaluation': the first one takes as long as compiling does, and all ranks wait
+    for it.
+    """
     is_compiled_now = what in run.to_compile
     run.to_compile.discard(what)
     return ranks.patient(is_compiled_now)
@@ -365,13 +380,14 @@ def end_guides(run, s, ranks):
 
 def evaluation(s, step, run, ranks, stop):
     """
-    Do what is due every eval_interval steps: the validation loss, a checkpoint, a sample. Returns False where a signal
-    ended the evaluation.
+    Do what is due every eval_interval steps: the validation loss, a checkpoint, a sample. Returns False where
+    a signal ended the evaluation.
     """
     if run.pace:  # plan
         run.pace.begin_evaluation(step, run, ranks)  # plan: fits max_iters again
     if step and s.always_save_checkpoint:
-        save_once(s, step, run, ranks, most=0)  # first, so that nothing that goes wrong in an evaluation can lose it
+        # first, so that nothing that goes wrong in an evaluation can lose it
+        save_once(s, step, run, ranks, most=0)
     fault('evaluation', step)
     with compiling(run, 'evaluation', ranks):
         result = evaluate(run.model, run.val, s, ranks, stop)
@@ -387,7 +403,8 @@ def evaluation(s, step, run, ranks, stop):
         save_once(s, step, run, ranks)
         write = partial(checkpoint.mark_best, s.out_dir, step, run.best_loss, s.keep_checkpoints)
         ranks.from_first(partial(in_order, s, write))
-    run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result, peak_memory_bytes=peak_memory(ranks.device))
+    run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result,
+                  peak_memory_bytes=peak_memory(ranks.device))
     fault('sample', step)
     show_sample(run.model, s, run.data, ranks, stop)
     if run.pace:  # plan
@@ -397,8 +414,8 @@ def evaluation(s, step, run, ranks, stop):
 
 def save_once(s, step, run, ranks, most=1):
     """
-    Save, unless that is done. most: how many skipped steps in a row there may be up to now. Weights that gave no finite
-    loss or gradient again and again are broken.
+    Save, unless that is done. most: how many skipped steps in a row there may be up to now. Weights that gave
+    no finite loss or gradient again and again are broken.
     """
     if run.saved != step and run.in_a_row <= most:
         save(s, step, run, ranks)
@@ -425,12 +442,15 @@ def save(s, step, run, ranks):
             from features.scale import background  # scale
             background.wait()  # scale: one at a time; what went wrong with the last one is said now
             copy = background.snapshot(tensors)  # scale
-        in_order(s, partial(checkpoint.save, s.out_dir, step, *copy, state, tokenizer_files, s.keep_checkpoints))
+        in_order(s,
+                 partial(checkpoint.save, s.out_dir, step, *copy, state, tokenizer_files, s.keep_checkpoints))
     ranks.from_first(write)
 
 
 def in_order(s, write):
-    """Call write(); with async_save in the thread that writes checkpoints, after what it has to write already."""
+    """
+    Call write(); with async_save in the thread that writes checkpoints, after what it has to write already.
+    """
     if s.async_save:  # scale
         from features.scale import background  # scale
         return background.submit(write)  # scale
@@ -506,13 +526,14 @@ def main():
             number = train(s, device, ranks, StopSignal())
     except (RuntimeError, MemoryError) as error:
         if ranks.has_lost_one(error):
-            raise UserError('another rank has ended: what it said is above; the same command goes on from the newest '
-                            'checkpoint') from None
+            raise UserError('another rank has ended: what it said is above; '
+                            'the same command goes on from the newest checkpoint') from None
         if not is_out_of_memory(error):
             raise
-        raise UserError(f'out of memory: lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
-                        f'{s.gradient_accumulation_steps} as much to keep the step), block_size={s.block_size}, '
-                        f'n_embd={s.n_embd} or n_layer={s.n_layer}') from None
+        raise UserError('out of memory: '
+                        f'lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
+                        f'{s.gradient_accumulation_steps} as much to keep the step), '
+                        f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
         if s.async_save:  # scale
             from features.scale import background  # scale

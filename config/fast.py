@@ -1,4 +1,4 @@
-# The recipe: the same loss in a fraction of the tokens. Each part is a flag; what each is worth stands in RESULTS.md. A config file
+# The recipe: the same loss in a fraction of the tokens. Each part is a flag; what each is worth stands in docs/results. A config file
 # begins with `from config.fast import *` and adds the data and the sizes; where it says nothing, train.py --depth=N derives them
 optimizer = 'muon'  # for the matrices of the blocks, AdamW for the rest
 muon_lr, embed_lr, head_lr, scalar_lr = 0.03, 0.3, 0.01, 0.015

@@ -11,4 +11,4 @@ block_size, batch_size = 256, 16  # 4,096 tokens a step
 max_iters = 500
 eval_interval, eval_iters = 500, 0  # the whole split, at the end: schedules that end are not compared in their middle
 sample_tokens = 0
-compile = False  # the same for every arm; dtype: bfloat16 where the machine has it, as for the figures in RESULTS.md
+compile = False  # the same for every arm; dtype: bfloat16 where the machine has it, as for the figures in docs/results

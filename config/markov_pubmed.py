@@ -9,7 +9,7 @@ arch = 'markov'
 packing, block_size = 'document', 512  # an abstract a row
 batch_size = 16  # 5,500 targets a step; an epoch of 827 abstracts is 52 steps (of the original's 45,000: 2,812)
 max_iters = 104
-optimizer = 'counts'  # the original's AdamW takes four copies of the table, 13.5 GB; its run is in RESULTS.md.
+optimizer = 'counts'  # the original's AdamW takes four copies of the table, 13.5 GB; its run is in docs/results.
 # pseudo_counts=100: the random start of each row weighs as 100 observations. With 1 the table comes within 0.01 nats of
 # the training text's own frequencies in five epochs, and is 0.6 worse on other text
 eval_interval, eval_iters = 52, 0

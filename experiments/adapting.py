@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import prepare
 import train
-from analyze import measure, merged_model
 from checkpoint import replace_text
 from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
 from configurator import FilePath, UserError, configure, run_main
 from eval import row_losses
 from features.lora.settings import LoraConfig
 from features.study.pictures import figure, save
+from features.study.spectra import measure, merged_model
 
 ROOT = Path(__file__).parent.parent
 SHARES = (1, 4, 16, 64)  # ranks of which it is said how much of what full training changes they could hold

@@ -21,9 +21,10 @@ import train
 from checkpoint import replace_text
 from compare import mean_and_error, paired, plus_minus, tuned
 from configurator import configure, run_main
+from features.growth.commands import run_inherit
 from features.study.attention import AttentionSettings, look
 from features.study.pictures import draw_arm, figure, label_ends, save
-from surgery import InheritSettings, run_inherit
+from surgery import InheritSettings
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,12 @@ import torch
 from conftest import one_line, run, train
 from test_hub import saved
 
-import analyze
 import checkpoint
-from analyze import WeightsSettings, figures, gaussian, matrices, measure, product, rank_for, singular_values, table, weights
+from analyze import WeightsSettings
 from configurator import UserError
+from features.growth.factorize import rank_for
+from features.study import spectra
+from features.study.spectra import figures, gaussian, matrices, measure, product, singular_values, table
 from model import LowRank, ModelConfig, Transformer, make_model
 
 
@@ -142,12 +144,12 @@ def test_of_a_markov_chain_the_table_is_measured(rank, tmp_path, capsys, monkeyp
     close(record['s'], torch.linalg.svdvals(model(torch.arange(40)[None])[0].double().detach()))
     assert record['full_rank'] == (rank or 40)
     write_checkpoint(tmp_path / 'run', model)
-    weights(WeightsSettings(str(tmp_path / 'run'), picture=str(tmp_path / 'p.png')))
+    spectra.run(WeightsSettings(str(tmp_path / 'run'), picture=str(tmp_path / 'p.png')))
     assert re.search(r'table x1 +40x40', capsys.readouterr().out) and (tmp_path / 'p.png').stat().st_size > 5000
-    monkeypatch.setattr(analyze, 'LARGEST_TABLE', 39)
+    monkeypatch.setattr(spectra, 'LARGEST_TABLE', 39)
     if not rank:
         with pytest.raises(UserError, match='too large to decompose'):
-            weights(WeightsSettings(str(tmp_path / 'run'), picture=''))
+            spectra.run(WeightsSettings(str(tmp_path / 'run'), picture=''))
 
 
 # --- differences ---
@@ -203,12 +205,12 @@ def test_a_run_its_changes_and_a_folder_of_transformers(dataset, tmp_path, capsy
     assert len(list(csv.DictReader((tmp_path / 'all.csv').open()))) == 2 * (6 + 4) + 1
 
     run_, files = f'{tmp_path}/run', dict(csv=f'{tmp_path}/all.csv', picture=f'{tmp_path}/along.png')
-    weights(WeightsSettings(run_, along=True, against=f'{run_}/step_00000005', **files))
+    spectra.run(WeightsSettings(run_, along=True, against=f'{run_}/step_00000005', **files))
     rows = list(csv.DictReader((tmp_path / 'all.csv').open()))
     assert {r['step'] for r in rows} == {'5', '10'} and (tmp_path / 'along.png').stat().st_size > 20000
     assert all((float(r['spectral']) == 0) == (r['step'] == '5') for r in rows)  # at step 5 nothing differs from step 5
 
-    weights(WeightsSettings(f'hf:{saved(tmp_path / "gpt2")}', picture=''))
+    spectra.run(WeightsSettings(f'hf:{saved(tmp_path / "gpt2")}', picture=''))
     assert 'wpe x1' in capsys.readouterr().out
 
 
@@ -219,6 +221,6 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
                             (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True), 'no checkpoints in it to go along'),
                             (dict(picture='/proc/x/y.png'), 'picture=/proc/x/y.png'), (dict(csv='/proc/x/y.csv'), 'csv=/proc/x/y.csv')]:
         with pytest.raises(UserError, match=words):
-            weights(WeightsSettings(**dict(out_dir=f'{tmp_path}/a', picture=f'{tmp_path}/p.png') | settings))
+            spectra.run(WeightsSettings(**dict(out_dir=f'{tmp_path}/a', picture=f'{tmp_path}/p.png') | settings))
     assert not (tmp_path / 'p.png').exists()
     assert 'weight: takes weights' in one_line(run('analyze.py', 'weight', f'--out_dir={tmp_path}/a'))

@@ -15,12 +15,15 @@ from test_surgery import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-import hub
 import sample
-from checkpoint import load_model
+from checkpoint import fill, load_model
 from configurator import UserError
-from features.growth.networks import fold
-from features.hf.families import FAMILIES, name_rows, nearest
+from features.hf import reading
+from features.hf.export import export, stock
+from features.hf.families import FAMILIES, nearest
+from features.hf.folding import fold
+from features.hf.names import name_rows
+from hub import ExportSettings
 from model import ModelConfig, make_model
 from sample import generate
 from tokenizer import ByteTokenizer, PromptFormat
@@ -38,7 +41,7 @@ def written(out_dir, model, tokenizer, **more):
 
 def exported(tmp_path, model, **settings):
     """Folder of an exported model; its tokenizer has bytes."""
-    hub.export(hub.ExportSettings(written(tmp_path / 'run', model, ByteTokenizer()), f'{tmp_path}/hf', **settings))
+    export(ExportSettings(written(tmp_path / 'run', model, ByteTokenizer()), f'{tmp_path}/hf', **settings))
     return f'{tmp_path}/hf'
 
 
@@ -137,7 +140,7 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
         return
     model = network(**family | change)
     try:
-        fields, tensors = hub.stock(*fold(model), 'run')
+        fields, tensors = stock(*fold(model), 'run')
     except UserError as error:
         named = any(f'{name}=' in str(error) for name in change) or 'n_encoder_layer' in change  # T5 without its encoder: all the rest is wrong
         assert named and '\n' not in str(error)
@@ -157,16 +160,44 @@ def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
         plain = dataclasses.asdict(model.cfg)
         model.cfg = later(**plain, scale=1.8)
         assert nearest(model.cfg)[1] == ['scale=1.8']
-        with pytest.raises(UserError, match='^scale=1.8: '):
-            hub.stock(*fold(model), 'run')
+        with pytest.raises(UserError, match='^scale=1.8: a network with it cannot be written as a class of transformers: --as=custom takes'):
+            stock(*fold(model), 'run')
         model.cfg = later(**plain, scale=1.0)
-        assert hub.stock(*fold(model), 'run')
+        assert stock(*fold(model), 'run')
 
+
+# --- the same function with fewer settings ---
+
+RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
+FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
+          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
+          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8), dict(depth_scale='norm', norm='layernorm', bias=True),
+          dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
+
+
+@pytest.mark.parametrize('settings', FOLDED, ids=str)
+def test_folding_keeps_the_function_and_leaves_no_setting(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert not any(getattr(cfg, name) for name in (*RANKS, 'embed_norm')) and cfg.depth_scale == 'none'
+    torch.testing.assert_close(fill(cfg, weights, 'test')(ids()), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'), dict(embed_norm=True, position='learned')], ids=str)
+def test_what_cannot_be_folded_stays(settings):
+    old = network(**settings)
+    cfg, weights = fold(old)
+    assert all(getattr(cfg, name) == value for name, value in settings.items())
+    torch.testing.assert_close(fill(cfg, weights, 'test')(ids()), old(ids()), rtol=1e-5, atol=1e-4)
+
+
+# --- what has no place ---
 
 def test_a_tensor_that_a_family_has_no_place_for_is_refused_by_name():
     cfg, weights = fold(network(**LLAMA))
     with pytest.raises(UserError, match='^run: gain: the family llama has no such tensor: --as=custom takes any decoder$'):
-        hub.stock(cfg, weights | {'gain': torch.ones(1)}, 'run')
+        stock(cfg, weights | {'gain': torch.ones(1)}, 'run')
     with pytest.raises(UserError, match='^blocks.N.mlp.gate.weight: this network has no such tensor'):
         list(name_rows(FAMILIES['llama'], dataclasses.replace(cfg, mlp='relu')))
 
@@ -201,7 +232,7 @@ def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
     config = json.loads((tmp_path / 'hf/config.json').read_text())
     (tmp_path / 'hf/config.json').write_text(json.dumps(config | {'minnow': config['minnow'] | fields}))
     with pytest.raises(UserError, match=words):
-        hub.load(f'hf:{folder}')
+        reading.load(f'hf:{folder}')
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
@@ -222,10 +253,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
 def test_a_text_begins_with_the_start_token_there_too(tmp_path):
     """A network that was trained on documents: transformers puts the token before a text, and so do we when we read the folder."""
     model = network(**LLAMA)
-    hub.export(hub.ExportSettings(written(tmp_path / 'run', model, ByteTokenizer(), begin=[256]), f'{tmp_path}/hf'))
+    export(ExportSettings(written(tmp_path / 'run', model, ByteTokenizer(), begin=[256]), f'{tmp_path}/hf'))
     assert AutoTokenizer.from_pretrained(f'{tmp_path}/hf')('ab').input_ids == [256, 97, 98]
     assert all(sample.load(where)[1].prompt_format == PromptFormat((256,)) for where in (f'hf:{tmp_path}/hf', f'{tmp_path}/run'))
     for begin in ([], [10]):
-        hub.export(hub.ExportSettings(written(tmp_path / f'run{begin}', model, ByteTokenizer(), begin=begin), f'{tmp_path}/hf{begin}'))
+        export(ExportSettings(written(tmp_path / f'run{begin}', model, ByteTokenizer(), begin=begin), f'{tmp_path}/hf{begin}'))
         theirs_ = AutoTokenizer.from_pretrained(f'{tmp_path}/hf{begin}')
         assert theirs_('ab').input_ids == [*begin, 97, 98] and theirs_.bos_token_id == (begin or [256])[0] and theirs_.eos_token_id == 256

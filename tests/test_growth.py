@@ -12,9 +12,10 @@ import checkpoint
 from checkpoint import fill
 from configurator import UserError, build, part_of, read_config
 from device import compile_all
-from features.growth.networks import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
+from features.growth.factorize import factorize
+from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
+from features.moe.upcycle import upcycle
 from model import ModelConfig, Places, make_model
-from surgery import factorize
 from train import Settings
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
@@ -22,9 +23,6 @@ KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned
          dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu+rmsnorm', first_block_dense=True),
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True), dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
 EXPERTS = dict(n_expert=4, expert_shared=True, expert_bias=0.1)
-
-
-RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
 
 
 def network(**settings):
@@ -98,7 +96,7 @@ def test_layers_that_are_not_there_are_refused(text):
 
 
 def test_a_choice_without_code_does_not_work_as_another_one():
-    with pytest.raises(UserError, match='^how=new: has no code in growth.py: '):
+    with pytest.raises(UserError, match='^how=new: has no code in features/growth: '):
         grown_layers(ModelConfig(n_layer=2), 4, 'new')
 
 
@@ -176,9 +174,8 @@ def later(scale, **settings):
     (lambda old, weights: widen(old.cfg, weights, n_embd=48), 'widened and keep its function'),
     (lambda old, weights: upcycle(old.cfg, weights, 4), 'made a mixture of experts and keep its function'),
     (lambda old, weights: average([old.cfg] * 2, [weights] * 2, 'ab'), 'averaged'),
-    (lambda old, weights: factorize(old, {}), 'factorized'),
-    (lambda old, weights: fold(old), 'written as a class of transformers: --as=custom takes any decoder')],
-    ids=['grow', 'take_layers', 'widen', 'upcycle', 'average', 'factorize', 'fold'])
+    (lambda old, weights: factorize(old, {}), 'factorized')],
+    ids=['grow', 'take_layers', 'widen', 'upcycle', 'average', 'factorize'])
 def test_a_setting_that_is_not_known_has_to_be_at_its_default(change, words):
     old = later(1.8)
     with pytest.raises(UserError, match=f'^scale=1.8: a network with it cannot be {words}$'):
@@ -216,32 +213,6 @@ def test_every_setting_keeps_the_function_or_is_refused_by_name(beside, settings
             assert any(name in str(error) for name in beside | settings)
         else:
             torch.testing.assert_close(fill(cfg, weights, 'test')(x), old(x), rtol=1e-5, atol=1e-4)
-
-
-# --- the same in plainer settings ---
-# --- the same in plainer settings ---
-
-FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
-          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
-          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8), dict(depth_scale='norm', norm='layernorm', bias=True),
-          dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
-
-
-@pytest.mark.parametrize('settings', FOLDED, ids=str)
-def test_folding_keeps_the_function_and_leaves_no_setting(settings):
-    old = network(**settings)
-    cfg, weights = fold(old)
-    assert not any(getattr(cfg, name) for name in (*RANKS, 'embed_norm')) and cfg.depth_scale == 'none'
-    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize('settings', [
-    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'), dict(embed_norm=True, position='learned')], ids=str)
-def test_what_cannot_be_folded_stays(settings):
-    old = network(**settings)
-    cfg, weights = fold(old)
-    assert all(getattr(cfg, name) == value for name, value in settings.items())
-    torch.testing.assert_close(logits(cfg, weights), old(ids()), rtol=1e-5, atol=1e-4)
 
 
 # --- the mean, and the scale by depth ---

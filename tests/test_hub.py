@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import checkpoint
-import hub
 import sample
 from configurator import UserError
+from features.hf import reading
 from features.hf.tokenizer_json import to_json
 from model import Transformer
 from sample import generate
@@ -75,7 +75,7 @@ def saved(folder, kind='gpt2', **settings):
 
 def ours(folder):
     """Our network with the weights of a folder; every parameter has to be among them."""
-    cfg, weights = hub.load(f'hf:{folder}')
+    cfg, weights = reading.load(f'hf:{folder}')
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in weights.values())
     model = Transformer(cfg).eval()
     checkpoint.load_weights(model, weights, str(folder))
@@ -112,7 +112,7 @@ def rewrite(folder, change, file='model.safetensors'):
 def refusal(where):
     """The one line that load() refuses with."""
     with pytest.raises(UserError) as caught:
-        hub.load(where if where.startswith('gpt2') else f'hf:{where}')
+        reading.load(where if where.startswith('gpt2') else f'hf:{where}')
     assert '\n' not in str(caught.value)
     return str(caught.value)
 
@@ -131,7 +131,7 @@ def test_starcoder_has_the_logits_of_transformers(tmp_path):
     """GPTBigCode: GPT-2 with one head of keys and values, and matrices that are not flipped."""
     model = theirs('gpt_bigcode', n_inner=80)
     model.save_pretrained(tmp_path)
-    assert difference(model, tmp_path) < 1e-5 and hub.load(f'hf:{tmp_path}')[0].n_kv_head == 1
+    assert difference(model, tmp_path) < 1e-5 and reading.load(f'hf:{tmp_path}')[0].n_kv_head == 1
     edit(tmp_path, multi_query=False)
     assert 'multi_query=False: takes True' in refusal(str(tmp_path))
 
@@ -154,7 +154,7 @@ def test_a_long_context_has_the_logits_of_transformers(tmp_path):
 def test_mistral_has_the_logits_of_transformers_within_its_window(tmp_path):
     model = theirs('mistral', num_key_value_heads=2, sliding_window=8)
     model.save_pretrained(tmp_path)
-    assert hub.load(f'hf:{tmp_path}')[0].block_size == 8  # beyond it the window would hide tokens, and ours has none
+    assert reading.load(f'hf:{tmp_path}')[0].block_size == 8  # beyond it the window would hide tokens, and ours has none
     assert difference(model, tmp_path, length=8) < 1e-5
 
 
@@ -163,7 +163,7 @@ def test_a_window_that_hides_nothing_leaves_the_context(window, context, tmp_pat
     model = theirs('mistral', num_key_value_heads=2)
     model.save_pretrained(tmp_path)
     edit(tmp_path, **window)
-    assert hub.load(f'hf:{tmp_path}')[0].block_size == context and difference(model, tmp_path) < 1e-5
+    assert reading.load(f'hf:{tmp_path}')[0].block_size == context and difference(model, tmp_path) < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'gpt_bigcode', 'llama'])
@@ -179,7 +179,7 @@ def test_greedy_text_is_that_of_transformers(kind, tmp_path):
 
 
 def test_the_padding_of_the_vocabulary_is_zero_and_gets_no_logit(tmp_path):
-    cfg, weights = hub.load(f'hf:{saved(tmp_path, "llama")}')
+    cfg, weights = reading.load(f'hf:{saved(tmp_path, "llama")}')
     assert (cfg.vocab_size, cfg.padded_vocab) == (100, 128)
     for name in ('wte.weight', 'head.weight'):
         assert weights[name].shape == (128, 48) and not weights[name][100:].any() and weights[name][:100].any(1).all()
@@ -202,7 +202,7 @@ def test_shards_are_the_whole(kind, tmp_path):
     theirs(kind).save_pretrained(tmp_path / 'whole')
     theirs(kind).save_pretrained(tmp_path / 'shards', max_shard_size='40KB')
     assert len(list((tmp_path / 'shards').glob('model-*.safetensors'))) > 2
-    whole, shards = (hub.load(f'hf:{tmp_path / name}')[1] for name in ('whole', 'shards'))
+    whole, shards = (reading.load(f'hf:{tmp_path / name}')[1] for name in ('whole', 'shards'))
     assert whole.keys() == shards.keys() and all(torch.equal(whole[name], shards[name]) for name in whole)
 
 
@@ -241,7 +241,7 @@ def test_the_buffers_and_fields_of_old_files_are_understood(tmp_path):
 @pytest.fixture
 def endpoint(tmp_path, monkeypatch):
     """A server of tiny files in place of the hub; the list of the paths that were asked for."""
-    folder = tmp_path / 'server' / 'openai-community' / 'gpt2' / 'resolve' / hub.PINNED['gpt2']
+    folder = tmp_path / 'server' / 'openai-community' / 'gpt2' / 'resolve' / reading.PINNED['gpt2']
     theirs('gpt2').save_pretrained(folder)
     write_tokenizer(folder)
     asked = []
@@ -264,13 +264,13 @@ def endpoint(tmp_path, monkeypatch):
 
 
 def test_gpt2_is_fetched_once_at_a_pinned_revision(endpoint):
-    first, second = hub.load('gpt2')[1], hub.load('gpt2')[1]
+    first, second = reading.load('gpt2')[1], reading.load('gpt2')[1]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {path.rsplit('/', 1)[1] for path in endpoint} == {'config.json', 'model.safetensors', 'tokenizer.json'}
     assert all(path.startswith('/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/') for path in endpoint)
     assert len(os.listdir('data/downloads/hf/gpt2')) == 3
     asked = len(endpoint)
-    assert hub.tokenizer('gpt2')[0] == os.path.join('data', 'downloads', 'hf', 'gpt2') and len(endpoint) == asked
+    assert reading.tokenizer('gpt2')[0] == os.path.join('data', 'downloads', 'hf', 'gpt2') and len(endpoint) == asked
 
 
 def test_a_file_that_the_server_does_not_have_is_one_line(endpoint):
@@ -291,7 +291,7 @@ def write_tokenizer(folder, vocab_size=100):
 
 def test_the_tokenizer_of_a_folder_is_read_from_there(tmp_path):
     write_tokenizer(tmp_path)
-    folder, description = hub.tokenizer(f'hf:{tmp_path}')
+    folder, description = reading.tokenizer(f'hf:{tmp_path}')
     tokenizer = load_tokenizer(description, folder)
     assert (folder, tokenizer.vocab_size, tokenizer.eot) == (str(tmp_path), 100, 99)
     assert tokenizer.decode(tokenizer.encode('Hello')) == 'Hello'
@@ -309,7 +309,7 @@ def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tm
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)
-    assert load_tokenizer(*reversed(hub.tokenizer(f'hf:{tmp_path}'))).encode('a cat') == wanted.encode('a cat')
+    assert load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}'))).encode('a cat') == wanted.encode('a cat')
 
 
 @pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', []), ('$A <|endoftext|>', [])], ids=['llama', 'gpt2', 'bert', 't5'])
@@ -330,8 +330,8 @@ def test_nothing_is_written_into_the_folder(tmp_path):
     saved(tmp_path, 'llama')
     write_tokenizer(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
-    hub.load(f'hf:{tmp_path}')
-    load_tokenizer(*reversed(hub.tokenizer(f'hf:{tmp_path}')))
+    reading.load(f'hf:{tmp_path}')
+    load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}')))
     assert before == {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
 
 

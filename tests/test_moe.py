@@ -18,9 +18,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 import checkpoint
 from checkpoint import fill
 from configurator import UserError, part_of, read_config
-from features.growth.networks import upcycle
 from features.lora.packed import pack
 from features.moe.experts import in_use
+from features.moe.upcycle import upcycle
 from model import ModelConfig, MoE, make_model
 from optim import OptimConfig, make_optimizer
 from train import Settings

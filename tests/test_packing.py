@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import read_log, run, train
 
-import surgery
 from batches import Mixture, open_source, validation_batch
+from features.growth import factorize
 from features.t5.objectives import Objective
 from features.t5.pairs import pack
 from model import ModelConfig, make_model
@@ -125,8 +125,8 @@ def test_a_step_on_all_pairs_is_the_same_packed_and_padded_with_a_teacher_too(pa
 def test_moments_of_packed_pairs_are_those_of_padded_ones(pairs, monkeypatch):
     def moments(packing):
         data = Mixture(pairs, 'train', 64, seed=1, packing=packing, objective=Objective('seq2seq'))
-        monkeypatch.setattr(surgery, 'SAMPLE', data.sources[0].rows * 64)
-        return surgery.input_moments(network(), data)
+        monkeypatch.setattr(factorize, 'SAMPLE', data.sources[0].rows * 64)
+        return factorize.input_moments(network(), data)
     packed, padded = moments('stream'), moments('document')
     assert all(torch.allclose(t, padded[name], atol=1e-6 * t.abs().max()) for name, t in packed.items())
 

@@ -22,9 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import hub
 from checkpoint import fill, load_model
 from configurator import UserError, build
+from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
 from features.lora.load import add_adapters
@@ -66,7 +66,7 @@ def theirs(folder, kind):
 
 
 def ours(folder):
-    cfg, weights = hub.load(f'hf:{folder}')
+    cfg, weights = reading.load(f'hf:{folder}')
     return fill(cfg, weights, folder)
 
 

@@ -12,13 +12,15 @@ from conftest import one_line, read_log, run, train, write_dataset
 from test_hub import saved
 
 import checkpoint
-import hub
 from batches import Mixture
 from checkpoint import fill, load_model
 from compare import group, read_run, table
 from configurator import UserError, configure_command
+from features.growth.commands import run_factorize
+from features.growth.factorize import decompose, factorize, factors, input_moments
+from features.hf import reading
 from model import LowRank, ModelConfig, Transformer, make_model
-from surgery import FactorizeSettings, decompose, factorize, factors, input_moments, run_factorize
+from surgery import FactorizeSettings
 
 
 def random_model(**settings):
@@ -149,7 +151,7 @@ def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
     assert (tmp_path / 'low/step_00000000/tokenizer.json').exists()
     low = fill(ModelConfig(**checkpoint.load_state(written)['model']), checkpoint.read_weights(written), written).eval()
     assert low.blocks[0].attn.q.up.bias.abs().sum() > 0 and low.blocks[0].attn.q.down.bias is None
-    torch.testing.assert_close(low(ids()), fill(*hub.load(f'hf:{folder}'), folder).eval()(ids()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(low(ids()), fill(*reading.load(f'hf:{folder}'), folder).eval()(ids()), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_path):

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 import checkpoint
-import hub
 from configurator import UserError, build, part_of, read_config
 from device import autocast
+from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search
 from features.t5.sampling import Decoder, pad
@@ -47,7 +47,7 @@ def theirs(std=0.15, **settings):
 
 
 def ours(folder):
-    cfg, weights = hub.load(f'hf:{folder}')
+    cfg, weights = reading.load(f'hf:{folder}')
     model = Transformer(cfg).eval()
     checkpoint.load_weights(model, weights, str(folder))
     return model

@@ -1,6 +1,6 @@
 """
-A network that gets more blocks while it trains (--grow_every), and runs that go on with the moments of another
-(--init_keep).
+A network that gets more blocks while it trains (--grow_every), and runs that go on with the moments of
+another (--init_keep).
 """
 from dataclasses import fields
 
@@ -17,22 +17,28 @@ def check_growth(s, cfg):
     if s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     if s.grow_every > s.max_iters and not s.minutes:
-        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: the network would never grow: '
-                        'lower it')
+        raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: '
+                        'the network would never grow: lower it')
 
 
 def short_growth(s, n_layer, step):
-    """[a line that says so, if the run ends before the network is grown]. n_layer: number of blocks at `step`."""
-    times = (s.max_iters - 1) // s.grow_every - max(0, step - 1) // s.grow_every  # at a checkpoint it has not grown yet
+    """
+    [a line that says so, if the run ends before the network is grown]. n_layer: number of blocks at `step`.
+    """
+    # at a checkpoint it has not grown yet
+    times = (s.max_iters - 1) // s.grow_every - max(0, step - 1) // s.grow_every
     reached = min(s.grow_to, n_layer + times * s.grow_by)
     if reached == s.grow_to:
         return []
-    return [f'max_iters={s.max_iters}: ends before the network has grown to grow_to={s.grow_to}: it ends with {reached} '
-            'layers']
+    return [f'max_iters={s.max_iters}: ends before the network has grown to grow_to={s.grow_to}: '
+            f'it ends with {reached} layers']
 
 
 def grow_run(run, s, ranks):
-    """Add blocks to the network of a Run. It goes on with the same schedule, and with the moments of the old blocks."""
+    """
+    Add blocks to the network of a Run. It goes on with the same schedule, and with the moments of the old
+    blocks.
+    """
     n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
     cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
     moments = checkpoint.moments_of(run.optimizer)
@@ -51,26 +57,31 @@ def grow_run(run, s, ranks):
 
 
 def find_reference(s, cfg):
-    """(ModelConfig, weights) of s.grow_from, whose blocks this network is to get. Raises UserError if they do not fit."""
+    """
+    (ModelConfig, weights) of s.grow_from, whose blocks this network is to get. Raises UserError if they do
+    not fit.
+    """
     other, weights, _ = checkpoint.read_model(s.grow_from)
     if other.n_layer < s.grow_to:
-        raise UserError(f'grow_from={s.grow_from}: has {other.n_layer} blocks, fewer than grow_to={s.grow_to}: lower it')
+        raise UserError(f'grow_from={s.grow_from}: has {other.n_layer} blocks, '
+                        f'fewer than grow_to={s.grow_to}: lower it')
     if cfg.sizes() != other.sizes():
-        raise UserError(f'grow_from={s.grow_from}: its matrices are {other.sizes()}, of this network {cfg.sizes()}: its '
-                        'blocks do not fit')
+        raise UserError(f'grow_from={s.grow_from}: its matrices are {other.sizes()}, '
+                        f'of this network {cfg.sizes()}: its blocks do not fit')
     for n in range(cfg.n_layer):
         for name in cfg.sizes():
             if cfg.rank(n, name) != other.rank(n, name):
-                raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, in this '
-                                f'network {cfg.rank(n, name)}: its blocks do not fit')
-    free = {*only_in_training(cfg), 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim',
-            'd_ff', 'zero_init', 'init_std', 'rank_init'}
+                raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, '
+                                f'in this network {cfg.rank(n, name)}: its blocks do not fit')
+    free = {*only_in_training(cfg), 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head',
+            'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init'}
     names = {field.name for config in (cfg, other) for field in fields(config)} - free
     for name in sorted(names):
         found = getattr(other, name, None)
         own = getattr(cfg, name, None)
         if found != own:
-            raise UserError(f'grow_from={s.grow_from}: has {name}={found}, this network {own}: its blocks do not fit')
+            raise UserError(f'grow_from={s.grow_from}: has {name}={found}, this network {own}: '
+                            'its blocks do not fit')
     return other, weights
 
 
@@ -85,22 +96,23 @@ def keep_moments(s, start):
         from features.markov.settings import refuse_old_table
         refuse_old_table(stored, f'init_keep={s.init_keep}: {s.init_from} holds', 'leave it out')
     if stored['optimizer'] != s.optimizer:
-        raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of {stored["optimizer"]}: set '
-                        'optimizer to that')
+        raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of '
+                        f'{stored["optimizer"]}: set optimizer to that')
     start.moments = start.folder
     if s.init_keep == 'optimizer':
         return
     if s.init_keep != 'schedule':
-        raise UserError(f'init_keep={s.init_keep}: has no code in during.py: use weights, optimizer or schedule')
+        raise UserError(f'init_keep={s.init_keep}: has no code in during.py: use weights, '
+                        'optimizer or schedule')
     rows = stored['batch_size'] * stored['gradient_accumulation_steps']
     if s.rows_per_step != rows and 'surgery' not in state:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: init_keep=schedule goes on in the '
-                        f'data of {s.init_from}, which had {rows} rows a step: give as many')
+        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: init_keep=schedule '
+                        f'goes on in the data of {s.init_from}, which had {rows} rows a step: give as many')
     start.step = state.get('of_step', state['step'])
     start.flops = state['flops']
     if start.step >= s.max_iters:
-        raise UserError(f'max_iters={s.max_iters}: the weights in {s.init_from} are at step {start.step} of their '
-                        'schedule: raise it')
+        raise UserError(f'max_iters={s.max_iters}: '
+                        f'the weights in {s.init_from} are at step {start.step} of their schedule: raise it')
 
 
 def load_moments(s, start, model, optimizer, ranks):

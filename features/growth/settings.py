@@ -13,12 +13,16 @@ from configurator import FilePath, refuse_beside
 class GrowConfig:
     grow_to: int = 0  # number of blocks at which growth ends; n_layer is the number it begins with
     grow_by: int = 2  # blocks added at a time, as in Inheritune (Sanyal et al. 2024, arXiv 2404.08634)
-    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # which blocks are copied, as in surgery.py grow
-    grow_from: FilePath = ''  # inherit the new blocks from this network instead: a run, a checkpoint or hf:FOLDER
-    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep of init_from=DIR: its weights; the
-    # optimizer's moments too, with a fresh schedule; or all, so that the run goes on at its step of schedule and data
+    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # which blocks are copied, as in surgery.py
+    # grow
+    grow_from: FilePath = ''  # inherit the new blocks from this network instead: a run, a checkpoint or
+    # hf:FOLDER
+    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep of init_from=DIR: its
+    # weights; the optimizer's moments too, with a fresh schedule; or all, so that the run goes on at its step
+    # of schedule and data
 
-    may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from', 'init_keep')  # a resumed run may change these
+    # a resumed run may change these
+    may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from', 'init_keep')
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -28,8 +32,8 @@ class GrowConfig:
         if bool(self.grow_every) != bool(self.grow_to):
             raise ValueError(f'grow_every={self.grow_every}, grow_to={self.grow_to}: give both or none')
         if self.grow_from and not self.grow_every:
-            raise ValueError(f'grow_from={self.grow_from}: is where blocks come from with grow_every and grow_to: '
-                             'give these too')
+            raise ValueError(f'grow_from={self.grow_from}: '
+                             'is where blocks come from with grow_every and grow_to: give these too')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: '
                              'give --init_from=DIR')

@@ -1,9 +1,11 @@
 """
-What becomes of trained adapters (lora.py): saved and loaded, known to be for this base, added up, merged into the weights, one for every row of a batch.
+What becomes of trained adapters (lora.py): saved and loaded, known to be for this base, added up, merged into
+the weights, one for every row of a batch.
 
-    python sample.py --out_dir=out/lora                                           # the base is found again
-    python sample.py --out_dir=out/base --adapter=out/lora --adapter=law=FOLDER   # several beside one base, PEFT's too (peft_files.py)
-    python surgery.py merge --from=out/lora --out_dir=out/merged                  # one network again
+    python sample.py --out_dir=out/lora                            # the base is found again
+    # several beside one base, PEFT's too (peft_files.py)
+    python sample.py --out_dir=out/base --adapter=out/lora --adapter=law=FOLDER
+    python surgery.py merge --from=out/lora --out_dir=out/merged   # one network again
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both
 """
 import zlib
@@ -19,14 +21,20 @@ from model import Experts, make_model
 # Saved and loaded
 
 def described(description, tensors):
-    """The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank then, beside the weights as they were."""
-    out = Saved(**description | {'places': [Place(tuple(names), rank, scale) for names, rank, scale in description['places']]}, tensors=dict(tensors))
+    """
+    The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank
+    then, beside the weights as they were.
+    """
+    out = Saved(**description | {'places': [Place(tuple(names), rank, scale)
+                                            for names, rank, scale in description['places']]},
+                tensors=dict(tensors))
     for n, (names, rank, scale) in enumerate(out.places if out.is_pissa else ()):
         for name in names:
             begun = {factor: out.tensors.pop(f'{name}.lora.{factor}0', None) for factor in 'AB'}
             if begun['B'] is not None:
                 out.places[n] = Place(names, 2 * rank, scale)
-                out.tensors[f'{name}.lora.B'] = torch.cat([out.tensors[f'{name}.lora.B'], -begun['B']], dim=-1)
+                out.tensors[f'{name}.lora.B'] = torch.cat([out.tensors[f'{name}.lora.B'], -begun['B']],
+                                                          dim=-1)
             if f'{name}.lora.A' in out.tensors and begun['A'] is not None:
                 out.tensors[f'{name}.lora.A'] = torch.cat([out.tensors[f'{name}.lora.A'], begun['A']], dim=-2)
     out.is_pissa = False
@@ -40,20 +48,28 @@ def take(model, name='default'):
 
 def state(model, name='default'):
     """{name: tensor} of what the adapter of this name is: all that is trained, and where PiSSA began."""
-    kept = {tensor: t for tensor, t in (*model.named_parameters(), *model.named_buffers()) if f'.lora.{name}.' in tensor}
-    kept |= {tensor: p for tensor, p in model.named_parameters() if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
+    kept = {tensor: t for tensor, t in (*model.named_parameters(), *model.named_buffers())
+            if f'.lora.{name}.' in tensor}
+    kept |= {tensor: p for tensor, p in model.named_parameters()
+             if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
     return {tensor.replace(f'.lora.{name}.', '.lora.'): t for tensor, t in kept.items()}
 
 
 @torch.no_grad()
 def load_state(model, tensors, where, name='default'):
-    """Copy what state() returned: every tensor, no other. Raises UserError that names the first one that has no place."""
-    whole = {tensor: p for tensor, p in model.named_parameters() if tensor in tensors and '.lora.' not in tensor}
+    """
+    Copy what state() returned: every tensor, no other. Raises UserError that names the first one that has no
+    place.
+    """
+    whole = {tensor: p for tensor, p in model.named_parameters()
+             if tensor in tensors and '.lora.' not in tensor}
     own = state(model, name) | whole
     for tensor in sorted(own.keys() | tensors.keys()):
-        found, wanted = (list(some[tensor].shape) if tensor in some else 'no such tensor' for some in (tensors, own))
+        found, wanted = (list(some[tensor].shape) if tensor in some else 'no such tensor'
+                         for some in (tensors, own))
         if found != wanted:
-            raise UserError(f'{where}: {tensor}: found {found}, the adapter of this network has {wanted}: it belongs to another base')
+            raise UserError(f'{where}: {tensor}: found {found}, the adapter of this network has {wanted}: '
+                            'it belongs to another base')
         own[tensor].copy_(tensors[tensor])
     for _, layer in adapted(model):
         if name in layer.lora and layer.lora[name].A0 is not None:
@@ -80,14 +96,20 @@ def sizes(cfg):
 
 
 def add(model, saved, where, name):
-    """Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one for another."""
+    """
+    Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one
+    for another.
+    """
     others = list(model.lora.known.values()) if hasattr(model, 'lora') else []
     if others and any('.lora.' not in tensor for each in (saved, *others) for tensor in each.tensors):
-        raise UserError(f'{where}: weights were trained whole beside it, or beside the one before: such an adapter can be used alone only')
+        raise UserError(f'{where}: weights were trained whole beside it, or beside the one before: '
+                        'such an adapter can be used alone only')
     for tensor, t in saved.beside.items():
         found = model.get_parameter(tensor)[:len(t)]
-        if found.shape != t.shape or not torch.allclose(found.float(), t, rtol=1e-2, atol=1e-4):  # in half precision, perhaps
-            raise UserError(f'{where}: {tensor}: the one that came along is not that of this network: it is an adapter for another base')
+        # in half precision, perhaps
+        if found.shape != t.shape or not torch.allclose(found.float(), t, rtol=1e-2, atol=1e-4):
+            raise UserError(f'{where}: {tensor}: the one that came along is not that of this network: '
+                            'it is an adapter for another base')
     model.requires_grad_(False)
     share_table(model)
     attach(model, saved, name)
@@ -104,22 +126,28 @@ def check_base(weights, known, where, adapter):
     found = fingerprint(weights)
     for name in sorted(known.keys() | found.keys()):
         if found.get(name) != known.get(name):
-            raise UserError(f'{adapter}: is an adapter for another base than what is in {where} now: {name} differs: restore that, or train it again')
+            raise UserError(f'{adapter}: is an adapter for another base than what is in {where} now: '
+                            f'{name} differs: restore that, or train it again')
 
 
 # -----------------------------------------------------------------------------
 # Added up, and merged: one network again
 
 def combine(adapters, shares):
-    """One Saved that says what several say, each so many times: their factors side by side, exact, its rank the sum of theirs. Raises UserError."""
+    """
+    One Saved that says what several say, each so many times: their factors side by side, exact, its rank the
+    sum of theirs. Raises UserError.
+    """
     for each in adapters:
         if each.is_dora or each.tokens or any('.lora.' not in tensor for tensor in each.tensors):
-            raise UserError('adapter: those of DoRA, and weights trained whole beside one, do not add up: merge one, then train the next beside that')
+            raise UserError('adapter: those of DoRA, and weights trained whole beside one, do not add up: '
+                            'merge one, then train the next beside that')
     groups = {}  # {layer: layers that share its A}, alone where adapters differ
     for names in (place.names for each in adapters for place in each.places):
         for name in names:
             groups[name] = names if groups.get(name, names) == names else (name,)
-    groups = {name: names if all(groups[other] == names for other in names) else (name,) for name, names in groups.items()}
+    groups = {name: names if all(groups[other] == names for other in names) else (name,)
+              for name, names in groups.items()}
     out = Saved([])
     for names in dict.fromkeys(groups.values()):
         As, Bs = [], {name: [] for name in names}
@@ -130,31 +158,36 @@ def combine(adapters, shares):
                 for name in names:
                     Bs[name].append(share * place.scale * each.tensors[f'{name}.lora.B'])
         out.places.append(Place(names, sum(A.size(-2) for A in As), 1.0))
-        out.tensors |= {f'{names[0]}.lora.A': torch.cat(As, dim=-2)} | {f'{name}.lora.B': torch.cat(B, dim=-1) for name, B in Bs.items()}
+        out.tensors |= ({f'{names[0]}.lora.A': torch.cat(As, dim=-2)}
+                        | {f'{name}.lora.B': torch.cat(B, dim=-1) for name, B in Bs.items()})
     return out
 
 
 def obstacle(model):
     """Why the adapters of a network cannot become part of its weights, '' if they can."""
-    if model.wte_encoder is not None and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder)):
-        return 'encoder and decoder have adapters of their own beside one embedding: leave it out of lora_targets'
+    if (model.wte_encoder is not None
+            and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder))):
+        return ('encoder and decoder have adapters of their own beside one embedding: '
+                'leave it out of lora_targets')
     if model.cfg.tie and hasattr(model.wte, 'lora'):
-        return 'the embedding is the head too, which has no adapter: surgery.py merge --untie=True makes them two'
+        return ('the embedding is the head too, which has no adapter: '
+                'surgery.py merge --untie=True makes them two')
     return ''
 
 
 @torch.no_grad()
 def merge(model):
     """
-    Add what the adapters say to the weights, in float32, and silence them. Returns {layer: its weight before}, for unmerge(). Raises UserError where
-    one weight cannot say it.
+    Add what the adapters say to the weights, in float32, and silence them. Returns {layer: its weight
+    before}, for unmerge(). Raises UserError where one weight cannot say it.
     """
     if obstacle(model):
         raise UserError(f'adapters cannot be merged: {obstacle(model)}')
     before = {}
     for name, layer in adapted(model):
         before[name] = layer.weight.clone()
-        changes = [share * layer.lora[n].change(layer) for n, share in model.lora.shares.items() if n in layer.lora]
+        changes = [share * layer.lora[n].change(layer) for n, share in model.lora.shares.items()
+                   if n in layer.lora]
         layer.weight.copy_(layer.weight.float() + sum(changes))
     if hasattr(model.wte, 'tokens'):
         before.setdefault('wte', model.wte.weight.clone())
@@ -188,7 +221,8 @@ def untie(model):
 
 def base_state(model):
     """{name: tensor} of a network without its adapters."""
-    return {name: t for name, t in model.state_dict().items() if '.lora.' not in name and not name.startswith(('wte_encoder.', 'wte.tokens.'))}
+    return {name: t for name, t in model.state_dict().items()
+            if '.lora.' not in name and not name.startswith(('wte_encoder.', 'wte.tokens.'))}
 
 
 # -----------------------------------------------------------------------------
@@ -196,7 +230,10 @@ def base_state(model):
 
 @torch.no_grad()
 def select(model, names):
-    """Let row n of every batch have the adapter names[n], or none if that is ''; select(model, []) lets all of them speak in all rows again."""
+    """
+    Let row n of every batch have the adapter names[n], or none if that is ''; select(model, []) lets all of
+    them speak in all rows again.
+    """
     model.lora.rows = {}
     for layer_name, layer in adapted(model) if names else ():
         of_rows = [layer.lora[name] if name in layer.lora else None for name in names]
@@ -209,5 +246,6 @@ def select(model, names):
         A, B = some.A.new_zeros(len(names), rank, some.A.size(1)), some.B.new_zeros(len(names), n_out, rank)
         for n, adapter in enumerate(of_rows):
             if adapter is not None:
-                A[n, :len(adapter.A)], B[n, :len(adapter.B), :len(adapter.A)] = adapter.A, adapter.scale * adapter.B
+                A[n, :len(adapter.A)], B[n, :len(adapter.B), :len(adapter.A)] = (adapter.A,
+                                                                                 adapter.scale * adapter.B)
         model.lora.rows[layer] = A, B

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from features.hf.families import GPT2, LLAMA, t5_names
+from features.hf.names import GPT2, LLAMA, t5_names
 from model import Experts, ModelConfig, grouped_linear
 
 # -----------------------------------------------------------------------------

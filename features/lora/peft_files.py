@@ -4,8 +4,8 @@ Adapters as PEFT keeps them, in and out: a folder with adapter_config.json and a
     write('FOLDER', cfg, saved, family='gpt2')    # a lora.Saved, for a network of this ModelConfig
     saved = read('FOLDER', cfg)                   # and out of such a folder, for adapters.add()
 
-PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an adapter that says nothing. Here every
-tensor must have its place, and every place its tensor.
+PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an
+adapter that says nothing. Here every tensor must have its place, and every place its tensor.
 """
 import math
 import os
@@ -16,29 +16,39 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import new_folder, write_json, write_tensors
 from configurator import UserError
-from features.hf.families import FAMILIES, HEAD, nearest, read_json
+from features.hf.config_json import read_json
+from features.hf.families import FAMILIES, nearest
+from features.hf.names import HEAD
 from features.lora import adapters
 from features.lora import layers as lora
 
 ROOT = 'base_model.model.'
 EXACT = {  # fields that change what an adapter does, and the only value that we follow
-    'lora_bias': False, 'use_qalora': False, 'use_bdlora': None, 'layer_replication': None, 'alora_invocation_tokens': None, 'target_parameters': None,
-    'megatron_config': None, 'kasa_config': None, 'velora_config': None, 'monteclora_config': None, 'arrow_config': None,
+         'lora_bias': False, 'use_qalora': False, 'use_bdlora': None, 'layer_replication': None,
+         'alora_invocation_tokens': None, 'target_parameters': None,
+         'megatron_config': None, 'kasa_config': None, 'velora_config': None, 'monteclora_config': None,
+         'arrow_config': None,
 }
 KINDS = {  # of the fields that are read; null is none
-    'r': int, 'lora_alpha': (int, float), 'lora_dropout': (int, float), 'use_dora': bool, 'use_rslora': bool, 'target_modules': (list, str),
-    'exclude_modules': (list, str), 'modules_to_save': list, 'layers_to_transform': (int, list), 'rank_pattern': dict, 'alpha_pattern': dict,
-    'trainable_token_indices': (list, dict),
+         'r': int, 'lora_alpha': (int, float), 'lora_dropout': (int, float), 'use_dora': bool,
+         'use_rslora': bool, 'target_modules': (list, str),
+         'exclude_modules': (list, str), 'modules_to_save': list, 'layers_to_transform': (int, list),
+         'rank_pattern': dict, 'alpha_pattern': dict,
+         'trainable_token_indices': (list, dict),
 }
 PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take something out of the weights
 
 
 def modules(family, cfg):
-    """{their module: [ours, …]} of all matrices, tables and norms of a network; several of ours are one of theirs, one below the other."""
+    """
+    {their module: [ours, …]} of all matrices, tables and norms of a network; several of ours are one of
+    theirs, one below the other.
+    """
     family, found = FAMILIES[family], {}
     for theirs, ours in (family.names(cfg) | {HEAD: 'head'}).items():
         theirs = theirs if theirs == HEAD else family.prefix + theirs
-        if theirs == 'shared':  # an adapter there says nothing in transformers 5: the stacks' own names for it are looked at
+        # an adapter there says nothing in transformers 5: the stacks' own names for it are looked at
+        if theirs == 'shared':
             found |= {'encoder.embed_tokens': ['wte_encoder'], 'decoder.embed_tokens': ['wte']}
             continue
         count = cfg.n_encoder_layer if ours.startswith('encoder.') else cfg.n_layer
@@ -58,7 +68,10 @@ def is_target(module, wanted):
 # Out
 
 def fuse(layers, name):
-    """(A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an adapter, in float32."""
+    """
+    (A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an
+    adapter, in float32.
+    """
     with_adapter = {layer: layer.lora[name] for layer in layers if name in getattr(layer, 'lora', ())}
     some = list(with_adapter.values())
     is_one, scale = len({id(adapter.A) for adapter in some}) == 1, some[0].scale
@@ -71,11 +84,13 @@ def fuse(layers, name):
         elif is_one:
             rows.append(adapter.B)
         else:  # a block of columns for each
-            rows.append(torch.nn.functional.pad(adapter.B * (adapter.scale / scale), (begin, sum(map(len, As)) - begin - len(adapter.A))))
+            rows.append(torch.nn.functional.pad(adapter.B * (adapter.scale / scale),
+                                                (begin, sum(map(len, As)) - begin - len(adapter.A))))
             begin += len(adapter.A)
         if some[0].length is not None:
             if adapter is None:
-                raise UserError('lora_dora=True: q, k and v are one matrix there: give adapters to all of them, or to none')
+                raise UserError('lora_dora=True: q, k and v are one matrix there: '
+                                'give adapters to all of them, or to none')
             lengths.append(adapter.length)
     return torch.cat(As), torch.cat(rows), torch.cat(lengths) if lengths else None, scale
 
@@ -83,8 +98,8 @@ def fuse(layers, name):
 @torch.no_grad()
 def write(folder, cfg, saved, family, base=''):
     """
-    Write a lora.Saved, for a network of this ModelConfig, as PEFT reads it beside that network of transformers' `family`: a new folder, whole or not at
-    all. Raises UserError for what has no place in PEFT.
+    Write a lora.Saved, for a network of this ModelConfig, as PEFT reads it beside that network of
+    transformers' `family`: a new folder, whole or not at all. Raises UserError for what has no place in PEFT.
     """
     model, name = adapters.blank(cfg), 'default'
     for tensor, t in saved.tensors.items():  # trained whole
@@ -99,26 +114,34 @@ def write(folder, cfg, saved, family, base=''):
     places = {ours: theirs for theirs, parts in known.items() for ours in parts}
     for layer_name in (layer_name for layer_name, layer in lora.adapted(model) if name in layer.lora):
         if layer_name not in places:
-            raise UserError(f'{layer_name}: has an adapter, and no place in a network of the family {family}: leave it out of lora_targets')
+            raise UserError(f'{layer_name}: has an adapter, '
+                            f'and no place in a network of the family {family}: leave it out of lora_targets')
     for theirs, ours in known.items():
         layers = [named[part] for part in ours if part in named]
         if not any(name in getattr(layer, 'lora', ()) for layer in layers):
             continue
         A, B, length, scales[theirs] = fuse(layers, name)
         ranks[theirs] = len(A)
-        keys = ('lora_embedding_A', 'lora_embedding_B') if isinstance(layers[0], torch.nn.Embedding) else ('lora_A.weight', 'lora_B.weight')
-        tensors |= {f'{theirs}.{keys[0]}': A, f'{theirs}.{keys[1]}': B} | ({} if length is None else {f'{theirs}.lora_magnitude_vector': length})
+        keys = (('lora_embedding_A', 'lora_embedding_B') if isinstance(layers[0], torch.nn.Embedding)
+                else ('lora_A.weight', 'lora_B.weight'))
+        tensors |= {f'{theirs}.{keys[0]}': A, f'{theirs}.{keys[1]}': B} | (
+            {} if length is None else {f'{theirs}.lora_magnitude_vector': length})
     whole = write_whole(model, known, ranks, tensors)
     r, alpha = next(iter(ranks.values())), {module: scales[module] * rank for module, rank in ranks.items()}
     endings = sorted({module.rsplit('.', 1)[-1] for module in ranks})
     config = {
-        'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if cfg.n_encoder_layer else 'CAUSAL_LM', 'base_model_name_or_path': base,
-        'inference_mode': True, 'r': r, 'lora_alpha': alpha[next(iter(ranks))], 'lora_dropout': saved.dropout, 'use_rslora': False,  # alpha says it
-        'use_dora': saved.is_dora, 'bias': 'all' if any(tensor.endswith('.bias') for tensor in tensors) else 'none', 'fan_in_fan_out': family == 'gpt2',
+        'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if cfg.n_encoder_layer else 'CAUSAL_LM',
+        'base_model_name_or_path': base,
+        # alpha says it
+        'inference_mode': True, 'r': r, 'lora_alpha': alpha[next(iter(ranks))], 'lora_dropout': saved.dropout,
+        'use_rslora': False,
+        'use_dora': saved.is_dora, 'bias': 'all' if any(tensor.endswith('.bias') for tensor in tensors)
+        else 'none', 'fan_in_fan_out': family == 'gpt2',
         'init_lora_weights': True, 'modules_to_save': whole or None,
         'rank_pattern': {module: rank for module, rank in ranks.items() if rank != r},
         'alpha_pattern': {module: a for module, a in alpha.items() if a != alpha[next(iter(ranks))]},
-        'target_modules': endings if {module for module in known if is_target(module, endings)} == ranks.keys() else sorted(ranks),
+        'target_modules': endings
+        if {module for module in known if is_target(module, endings)} == ranks.keys() else sorted(ranks),
         'trainable_token_indices': {places['wte'].rsplit('.', 1)[-1]: saved.tokens} if saved.tokens else None,
     }
     if saved.tokens:
@@ -130,31 +153,39 @@ def write(folder, cfg, saved, family, base=''):
 
 
 def write_whole(model, known, ranks, tensors):
-    """Add what is trained whole to the tensors; returns the endings of the modules that PEFT is to keep whole."""
-    trained, whole = {name: p for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
+    """
+    Add what is trained whole to the tensors; returns the endings of the modules that PEFT is to keep whole.
+    """
+    trained, whole = {name: p for name, p in model.named_parameters()
+                      if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
     for theirs, ours in known.items():
         for kind in ('weight', 'bias'):
             parts = [trained.pop(f'{part}.{kind}', None) for part in ours]
             if all(part is None for part in parts):
                 continue
-            if any(part is None for part in parts) or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1):
-                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here: leave it out of lora_whole and lora_bias')
+            if (any(part is None for part in parts)
+                    or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1)):
+                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here: '
+                                'leave it out of lora_whole and lora_bias')
             tensors[f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'] = torch.cat(parts)
             whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
     if trained:
-        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT: leave it out of lora_whole and lora_bias')
+        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT: '
+                        'leave it out of lora_whole and lora_bias')
     return sorted(whole)
 
 
 def family_of(cfg, base):
     """The family by whose names a network of this ModelConfig goes. Raises UserError if there is none."""
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
-    if os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES and FAMILIES[kind].names(cfg):
+    if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
+            and FAMILIES[kind].names(cfg)):
         return kind
     kind, in_the_way = nearest(cfg)
     if in_the_way:
-        raise UserError(f'{", ".join(in_the_way)}: no class of transformers has this (the nearest is {kind}), so PEFT has no place for the adapter: '
-                        'surgery.py merge, then hub.py export --as=custom')
+        raise UserError(f'{", ".join(in_the_way)}: no class of transformers has this (the nearest '
+                        f'is {kind}), so PEFT has no place for the adapter: surgery.py merge, '
+                        'then hub.py export --as=custom')
     return kind
 
 
@@ -167,8 +198,12 @@ def is_one(folder):
 
 
 def read(folder, cfg):
-    """The lora.Saved of a folder, for a network of this ModelConfig. Raises UserError, in one line, for whatever is not exactly an adapter for it."""
-    path, weights = (os.path.join(folder, name) for name in ('adapter_config.json', 'adapter_model.safetensors'))
+    """
+    The lora.Saved of a folder, for a network of this ModelConfig. Raises UserError, in one line, for whatever
+    is not exactly an adapter for it.
+    """
+    path, weights = (os.path.join(folder, name)
+                     for name in ('adapter_config.json', 'adapter_model.safetensors'))
     config = read_json(path)
     if config.get('peft_type') != 'LORA':
         raise UserError(f'{path}: peft_type={config.get("peft_type")!r}: takes LORA')
@@ -179,18 +214,22 @@ def read(folder, cfg):
         value = config.get(field)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
-        if isinstance(value, list) and not all(type(item) is (int if field in ('layers_to_transform', 'trainable_token_indices') else str) for item in value):
+        if (isinstance(value, list)
+                and not all(type(item) is (int if field in ('layers_to_transform', 'trainable_token_indices')
+                                           else str) for item in value)):
             raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
     if not 0 <= (config.get('lora_dropout') or 0) < 1:
         raise UserError(f'{path}: lora_dropout={config["lora_dropout"]}: takes 0 <= lora_dropout < 1')
-    patterns = [config.get(field) for field in ('target_modules', 'exclude_modules') if isinstance(config.get(field), str)]
+    patterns = [config.get(field) for field in ('target_modules', 'exclude_modules')
+                if isinstance(config.get(field), str)]
     for pattern in (*patterns, *(config.get('rank_pattern') or ()), *(config.get('alpha_pattern') or ())):
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f'{path}: {pattern!r} is no pattern: {error}') from None
     if config.get('init_lora_weights', True) not in PLAIN_STARTS:
-        raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: this takes a part out of the base; let PEFT convert it to a plain adapter '
+        raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: '
+                        'this takes a part out of the base; let PEFT convert it to a plain adapter '
                         '(save_pretrained with path_initial_model_for_weight_conversion)')
     try:
         file = safe_open(weights, 'pt')
@@ -206,12 +245,16 @@ class Reading:
     def __init__(self, path, config, tensors, cfg):
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
         self.left = set(tensors)
-        stems = {re.sub(r'\.(lora_|token_adapter\.|base_layer\.|original_module\.|modules_to_save\.|weight$|bias$).*', '', name) for name in tensors}
-        fits = {kind: len(stems - modules(kind, cfg).keys()) for kind, family in FAMILIES.items() if family.names(cfg)}
+        stems = {re.sub(
+            r'\.(lora_|token_adapter\.|base_layer\.|original_module\.|modules_to_save\.|weight$|bias$).*', '',
+            name) for name in tensors}
+        fits = {kind: len(stems - modules(kind, cfg).keys()) for kind, family in FAMILIES.items()
+                if family.names(cfg)}
         kind = min(fits, key=fits.get)
         if fits[kind] or not stems:
             stray = min(stems - modules(kind, cfg).keys(), default='no tensor')
-            raise UserError(f'{path}: {stray}: no family that we know ({", ".join(fits)}) has this: it is an adapter for another network')
+            raise UserError(f'{path}: {stray}: no family that we know ({", ".join(fits)}) has this: '
+                            'it is an adapter for another network')
         self.modules = modules(kind, cfg)
 
     def refuse(self, what):
@@ -227,7 +270,9 @@ class Reading:
         """A tensor of the file in float32, of this shape; None for a size: any."""
         found = self.shape(name)
         if len(found) != len(shape) or any(size not in (None, n) for n, size in zip(found, shape)):
-            self.refuse(f'{name}: {found}, this network takes {["any" if size is None else size for size in shape]}: it is an adapter for another base')
+            self.refuse(f'{name}: {found}, '
+                        f'this network takes {["any" if size is None else size for size in shape]}: '
+                        'it is an adapter for another base')
         dtype = self.tensors[name].get_dtype()
         if dtype not in ('F32', 'F16', 'BF16'):
             self.refuse(f'{name}: {dtype}, takes float32, float16 or bfloat16')
@@ -239,7 +284,8 @@ class Reading:
 
     def number(self, field, pattern, module, default):
         """lora_alpha or r of a module."""
-        over = next((value for key, value in (self.config.get(pattern) or {}).items() if re.match(rf'(.*\.)?({key})$', module)), None)
+        over = next((value for key, value in (self.config.get(pattern) or {}).items()
+                     if re.match(rf'(.*\.)?({key})$', module)), None)
         value = over if over is not None else self.config.get(field, default)
         if type(value) not in (int, float) or not math.isfinite(value):  # one of a pattern, perhaps
             self.refuse(f'{field}={value!r}: takes a number')
@@ -254,8 +300,9 @@ class Reading:
             if not all(name in sizes for name in ours):
                 continue
             number = re.search(r'\.(\d+)\.', module)
-            meant = is_target(module, targets) and not is_target(module, self.config.get('exclude_modules') or []) and (
-                blocks is None or number and int(number[1]) in blocks)
+            meant = (is_target(module, targets)
+                     and not is_target(module, self.config.get('exclude_modules') or [])
+                     and (blocks is None or number and int(number[1]) in blocks))
             has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
             if has and (meant or targets == 'all-linear') or meant and not isinstance(targets, str):
                 self.adapter(module, ours, sizes, out)
@@ -276,7 +323,8 @@ class Reading:
         B = self.take(f'{module}.{keys[1]}', n_out, len(A))
         length = self.take(f'{module}.lora_magnitude_vector', n_out) if out.is_dora else None
         alpha = self.number('lora_alpha', 'alpha_pattern', module, 8)
-        out.places.append(lora.Place(tuple(ours), len(A), alpha / (math.sqrt(len(A)) if self.config.get('use_rslora') else len(A))))
+        out.places.append(lora.Place(tuple(ours), len(A), alpha / (
+            math.sqrt(len(A)) if self.config.get('use_rslora') else len(A))))
         out.tensors[f'{ours[0]}.lora.A'] = A
         rows = [sizes[name][0] for name in ours]
         for name, part in zip(ours, B.split(rows)):
@@ -289,10 +337,13 @@ class Reading:
         tokens = self.config.get('trainable_token_indices')
         if tokens:
             out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
-            if not isinstance(out.tokens, list) or not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens):
-                self.refuse(f'trainable_token_indices={tokens}: takes tokens from 0 to {self.cfg.vocab_size - 1}')
+            if (not isinstance(out.tokens, list)
+                    or not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens)):
+                self.refuse(f'trainable_token_indices={tokens}: '
+                            f'takes tokens from 0 to {self.cfg.vocab_size - 1}')
             module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
-            out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta', len(out.tokens), self.cfg.n_embd)
+            out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta',
+                                                         len(out.tokens), self.cfg.n_embd)
         for ending in self.config.get('modules_to_save') or ():
             if not any(is_target(name.rpartition('.')[0], [ending]) for name in self.tensors):
                 self.refuse(f'modules_to_save={ending}: not in the file')
@@ -304,7 +355,8 @@ class Reading:
                 self.left.discard(name)
                 continue
             module = module if kind == 'weight' else module.removesuffix('.base_layer')
-            if name.endswith('.base_layer.weight'):  # of an embedding that is adapted, and of its head, PEFT keeps the base too
+            # of an embedding that is adapted, and of its head, PEFT keeps the base too
+            if name.endswith('.base_layer.weight'):
                 layer = self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte')
                 out.beside[f'{layer}.weight'] = self.take(name, None, self.cfg.n_embd)
                 continue

@@ -1,8 +1,11 @@
 """
-How the tokens of a mixture of experts were shared out while it was trained: python analyze.py experts.
+How the tokens were shared out to the experts of a mixture while it was trained.
 
-A router that has fallen for a few experts leaves the others without training; one that treats all alike has not learned what is whose. The
-log of train.py says which share of the tokens every expert was given, layer by layer, padding left out.
+    python analyze.py experts --out_dir=out/moe
+
+A router that has fallen for a few experts leaves the others without training; one that treats all experts
+alike has not learned which tokens are whose. The log of train.py has the share of the tokens that each expert
+got, layer by layer, padding left out.
 """
 from dataclasses import dataclass
 
@@ -21,30 +24,43 @@ class ExpertsSettings:
 
 
 def in_use(shares):
-    """How many experts shares (…, E) of the tokens amount to: exp of their entropy, E where all have as many, 1 where one has all."""
+    """
+    shares (…, E) of the tokens → (…): how many experts are in use, exp(entropy): E if all have as many
+    tokens, 1 if one has them all.
+    """
     return torch.special.entr(shares).sum(-1).exp()
 
 
 def read_shares(out_dir):
-    """(steps [n], shares (n, layers, E) of the tokens since the record before each) out of a run's log. Raises UserError where there are none."""
-    records = [r for r in read_log(out_dir) if 'expert_load' in r]
+    """
+    (steps [n], shares (n, layers, E) of the tokens since the record before) out of a run's log. Raises
+    UserError where there are none.
+    """
+    records = [record for record in read_log(out_dir) if 'expert_load' in record]
     if not records:
-        raise UserError(f'out_dir={out_dir}: no expert_load in its log.jsonl: give a run that was trained with n_expert')
-    records = [r for r in records if len(r['expert_load']) == len(records[-1]['expert_load'])]  # since the network last grew
-    return [r['step'] for r in records], torch.tensor([r['expert_load'] for r in records], dtype=torch.float64)
+        raise UserError(f'out_dir={out_dir}: no expert_load in its log.jsonl: '
+                        'give a run that was trained with n_expert')
+    layers = len(records[-1]['expert_load'])
+    # since the network last grew
+    records = [record for record in records if len(record['expert_load']) == layers]
+    steps = [record['step'] for record in records]
+    shares = [record['expert_load'] for record in records]
+    return steps, torch.tensor(shares, dtype=torch.float64)
 
 
 def table(shares):
     """A line for every layer: the shares (layers, E) of its experts, the largest first."""
     lines = [f'{"layer":>5}  {"in use":>6}  shares of the tokens, largest first']
-    for n, (layer, number) in enumerate(zip(shares, in_use(shares))):
-        lines.append(f'{n:5}  {number:6.2f}  ' + ' '.join(f'{share:5.1%}' for share in layer.sort(descending=True).values))
+    for n, layer in enumerate(shares):
+        largest_first = layer.sort(descending=True).values
+        line = f'{n:5}  {in_use(layer):6.2f}  '
+        lines.append(line + ' '.join(f'{share:5.1%}' for share in largest_first))
     return '\n'.join(lines)
 
 
 def draw(steps, shares, title):
-    """Every layer's shares at the end, and how many experts were in use at every step."""
-    page = figure(11, 4.5)  # first, as it says what to install
+    """Each layer's shares (n, layers, E) at the end, and how many experts were in use at every step."""
+    page = figure(11, 4.5)  # before the import: it says what to install
     from matplotlib.ticker import MaxNLocator
     left, right = page.subplots(1, 2)
     image = left.imshow(shares[-1], aspect='auto', cmap='viridis', vmin=0)
@@ -52,7 +68,8 @@ def draw(steps, shares, title):
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     page.colorbar(image, ax=left)
     for n, numbers in enumerate(in_use(shares).T):
-        right.plot(steps, numbers, color=f'C{n % 10}', linestyle='-' if n < 10 else '--', label=f'layer {n}')
+        style = '-' if n < 10 else '--'
+        right.plot(steps, numbers, color=f'C{n % 10}', linestyle=style, label=f'layer {n}')
     right.set(xlabel='step', ylabel='experts in use', ylim=(0, shares.size(2) + 0.3))
     right.grid(alpha=0.3)
     right.legend(fontsize=8, ncols=2)
@@ -64,11 +81,22 @@ def run(s):
     """python analyze.py experts"""
     steps, shares = read_shares(s.out_dir)
     began = f'steps {steps[-2] + 1:,} to' if len(steps) > 1 else 'the steps up to'
-    print(f'{s.out_dir}: {shares.size(2)} experts, tokens of {began} {steps[-1]:,}; an encoder\'s layers come first\n\n{table(shares[-1])}')
+    print(f'{s.out_dir}: {shares.size(2)} experts, tokens of {began} {steps[-1]:,}; '
+          'an encoder\'s layers come first\n\n'
+          f'{table(shares[-1])}')
     if s.csv:
-        write_csv([{'step': step, 'layer': n, 'expert': e, 'share': share} for step, layers in zip(steps, shares.tolist())
-                   for n, layer in enumerate(layers) for e, share in enumerate(layer)], s.csv)
+        write_csv(rows_of(steps, shares), s.csv)
         print(f'written: {s.csv}')
     if s.picture:
         save(draw(steps, shares, s.out_dir), s.picture)
         print(f'written: {s.picture}')
+
+
+def rows_of(steps, shares):
+    """The rows of the csv: step, layer, expert, share."""
+    rows = []
+    for step, layers in zip(steps, shares.tolist()):
+        for n, layer in enumerate(layers):
+            for e, share in enumerate(layer):
+                rows.append({'step': step, 'layer': n, 'expert': e, 'share': share})
+    return rows

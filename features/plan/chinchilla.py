@@ -1,5 +1,6 @@
 """
-How large a network so many tokens, FLOPs or hours want, by the laws that people quote, side by side: they differ by a factor of 1.4.
+How large a network so many tokens, FLOPs or hours want, by the laws that people quote, side by side: they
+differ by a factor of 1.4.
 
     python train.py --plan --tokens=1.37e9
     python train.py --plan --flops=1e18
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Fit:
     """
-    L = E + A/N^alpha + B/D^beta for N parameters and D tokens, at the cost of 6 N D FLOPs. Its minimum for C FLOPs is at N = G (C/6)^a and
-    D = (C/6)^b / G with G = (alpha A / (beta B))^(1/(alpha + beta)), a = beta/(alpha + beta), b = 1 - a (Hoffmann et al. 2022, arXiv 2203.15556, 3.3).
+    L = E + A/N^alpha + B/D^beta for N parameters and D tokens, at the cost of 6 N D FLOPs. Its minimum for C
+    FLOPs is at N = G (C/6)^a and D = (C/6)^b / G with G = (alpha A / (beta B))^(1/(alpha + beta)),
+    a = beta/(alpha + beta), b = 1 - a (Hoffmann et al. 2022, arXiv 2203.15556, 3.3).
     """
     A: float
     B: float
@@ -30,7 +32,8 @@ class Fit:
 LAWS = {
     'Chinchilla, rounded': (0.6, 0.45, 0.3, 0.55),  # as it is often quoted
     'Chinchilla, third fit': Fit(406.4, 410.7, 0.34, 0.28).law,  # Hoffmann et al. 2022, equation 10
-    'the same data, fitted again': Fit(482.01, 2085.43, 0.3478, 0.3658).law,  # Besiroglu et al. 2024, arXiv 2404.10102
+    # Besiroglu et al. 2024, arXiv 2404.10102
+    'the same data, fitted again': Fit(482.01, 2085.43, 0.3478, 0.3658).law,
     '20 tokens a parameter': (1 / 120 ** 0.5, 0.5, (20 / 6) ** 0.5, 0.5),  # C = 6 N D with D = 20 N
 }
 
@@ -47,5 +50,6 @@ def optima(tokens=0.0, flops=0.0):
 def table(found):
     """The optima as lines of text."""
     lines = [f'{"":28}{"parameters":>12}{"tokens":>12}{"FLOPs":>12}']
-    lines += [f'{name:28}{params / 1e6:>11,.1f}M{tokens / 1e6:>11,.1f}M{flops:>12.3e}' for name, (params, tokens, flops) in found.items()]
+    lines += [f'{name:28}{params / 1e6:>11,.1f}M{tokens / 1e6:>11,.1f}M{flops:>12.3e}'
+              for name, (params, tokens, flops) in found.items()]
     return '\n'.join(lines)

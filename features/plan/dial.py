@@ -1,13 +1,14 @@
 """
-One dial. Of the depth, the parameters, the tokens or the minutes wanted, train.py derives everything else: the network, the batch,
-the rates and the steps, with the recipe of config/fast.py. It prints what it derived; what is given stays as it is given, but for the
-steps of a config file where tokens or minutes are asked for.
+One dial. Of the depth, the parameters, the tokens or the minutes wanted, train.py derives everything else:
+the network, the batch, the rates and the steps, with the recipe of config/fast.py. It prints what it derived;
+what is given stays as it is given, but for the steps of a config file where tokens or minutes are asked for.
 
-    python train.py --minutes=5            # the best model that this machine can train in five minutes
-    python train.py --depth=6              # 20 tokens a parameter
+    python train.py --minutes=5             # the best model that this machine can train in five minutes
+    python train.py --depth=6               # 20 tokens a parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
-    python train.py --plan --hours=3       # what the published laws would choose (chinchilla.py), and that network; nothing is trained
-    python train.py config/gpt2.py --plan  # parameters, FLOPs and memory of a network; no data are needed
+    # what the published laws would choose (chinchilla.py), and that network; nothing is trained
+    python train.py --plan --hours=3
+    python train.py config/gpt2.py --plan   # parameters, FLOPs and memory of a network; no data are needed
 """
 import math
 import os
@@ -20,35 +21,50 @@ from device import peak_flops
 from features.plan.settings import DEEPEST
 from model import ModelConfig, make_model
 
-TOKENS_PER_PARAM = 20  # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a small network
-EPOCHS = 4  # more are worth little (Muennighoff et al. 2023, arXiv 2305.16264): from there on a larger network is
-REACHED = 0.5  # share of the ceiling of matmuls that training reaches, to choose a size by; the steps are timed
+# Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a
+# small network
+TOKENS_PER_PARAM = 20
+# more are worth little (Muennighoff et al. 2023, arXiv 2305.16264): from there on a larger network is
+EPOCHS = 4
+# share of the ceiling of matmuls that training reaches, to choose a size by; the steps are timed
+REACHED = 0.5
 
 
 # -----------------------------------------------------------------------------
 # What follows from what
 
 def shape(depth, device):
-    """The network of a depth: 64 wide for each layer, as nanochat has it, and heads of 64 where there are four of them."""
+    """
+    The network of a depth: 64 wide for each layer, as nanochat has it, and heads of 64 where there are four
+    of them.
+    """
     width = max(128, 64 * depth)
-    return {'n_layer': depth, 'n_embd': width, 'n_head': max(4, width // 64), 'block_size': 1024 if device.type == 'cuda' else 256}
+    return {'n_layer': depth, 'n_embd': width, 'n_head': max(4, width // 64),
+            'block_size': 1024 if device.type == 'cuda' else 256}
 
 
 def batch_tokens(tokens):
     """
-    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200 thousand (RESULTS.md), about
-    2^18 are for 1.5 billion (modded-nanogpt, track 1); a power law between the two.
+    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200
+    thousand (docs/results), about 2^18 are for 1.5 billion (modded-nanogpt, track 1); a power law between the
+    two.
     """
     return 2 ** round(math.log2(768 * (tokens / 2e5) ** 0.65))
 
 
 def rates(width):
-    """AdamW's rates for a width: the head's falls with its root (nanochat). Muon's and the embedding's hold for all."""
+    """
+    AdamW's rates for a width: the head's falls with its root (nanochat). Muon's and the embedding's hold for
+    all.
+    """
     return {'head_lr': 0.004 * (768 / width) ** 0.5}
 
 
 def size(s, vocab_size):
-    """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
+    """
+    (parameters, those of the blocks, floating-point operations a token) of the network that `s` describes,
+    without making it.
+    """
     cfg = part_of(s, ModelConfig)
     cfg.vocab_size = s.vocab_size or vocab_size
     cfg.rank_guide = 0
@@ -62,16 +78,20 @@ def size(s, vocab_size):
 
 def plan(s, vocab_size, data_tokens, device, world):
     """
-    Derive what the dial of `s` (train.py's Settings) leaves open, in place, for data of so many tokens. Returns {setting: value} of what
-    was derived. For minutes, max_iters is a guess until fit_minutes() knows the time of a step.
+    Derive what the dial of `s` (train.py's Settings) leaves open, in place, for data of so many tokens.
+    Returns {setting: value} of what was derived. For minutes, max_iters is a guess until fit_minutes() knows
+    the time of a step.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
-        raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, tokens and minutes out, and set max_iters')
+        raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, '
+                        'tokens and minutes out, and set max_iters')
     if s.arch == 'markov':
-        raise UserError('arch=markov: has no depth to derive: leave depth, params, tokens and minutes out, and set max_iters')
+        raise UserError('arch=markov: has no depth to derive: leave depth, params, tokens and minutes out, '
+                        'and set max_iters')
     if 'n_layer' in s.given and (s.depth or s.params):
         raise UserError(f'n_layer={s.n_layer}: depth and params choose it: leave one of them out')
-    derived, kept = {}, s.given - ({'max_iters'} if s.tokens else {'max_iters', 'eval_interval', 'eval_iters'} if s.minutes else set())
+    derived, kept = {}, s.given - ({'max_iters'} if s.tokens
+                                   else {'max_iters', 'eval_interval', 'eval_iters'} if s.minutes else set())
 
     def derive(settings):
         for name, value in settings.items():
@@ -97,15 +117,19 @@ def plan(s, vocab_size, data_tokens, device, world):
         depth = s.depth
     else:  # the deepest network that gets its tokens, or whose minutes bring it through the data often enough
         most = math.inf if s.tokens else EPOCHS * data_tokens
-        depth = max([d for d, (_, blocks, flops) in sizes.items() if (s.tokens or budget / flops) >= min(TOKENS_PER_PARAM * blocks, most)], default=min(sizes))
+        depth = max([d for d, (_, blocks, flops) in sizes.items() if (s.tokens or budget / flops)
+                     >= min(TOKENS_PER_PARAM * blocks, most)], default=min(sizes))
     derive(shape(depth, device))
     _, blocks, flops = sizes[depth]
     tokens = s.tokens or budget / flops or TOKENS_PER_PARAM * blocks
     rows = max(1, batch_tokens(tokens) // s.block_size // world)  # of each process
-    limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))  # rows whose activations fit into memory
-    micro = s.batch_size if 'batch_size' in kept else max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0)
+    # rows whose activations fit into memory
+    limit = max(1, (2 ** 22 if device.type == 'cpu' else 2 ** 26) // (s.block_size * s.n_embd))
+    micro = (s.batch_size if 'batch_size' in kept
+             else max(n for n in range(1, min(rows, limit) + 1) if rows % n == 0))
     derive({'batch_size': micro, 'gradient_accumulation_steps': max(1, round(rows / micro)) * world})
-    derive(rates(s.n_embd) | {'max_iters': max(1, round(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))})
+    derive(rates(s.n_embd) | {
+        'max_iters': max(1, round(tokens / (s.batch_size * s.gradient_accumulation_steps * s.block_size)))})
     derive(intervals(s.max_iters, s.batch_size))
     check(s)
     return derived
@@ -113,19 +137,20 @@ def plan(s, vocab_size, data_tokens, device, world):
 
 def intervals(count, batch_size):
     """How often a run of `count` steps evaluates, on about 20 micro-batches of rows, and reports."""
-    return {'eval_interval': -(-count // 5), 'eval_iters': -(-20 * batch_size // EVAL_ROWS), 'log_interval': max(1, count // 50)}
+    return {'eval_interval': -(-count // 5), 'eval_iters': -(-20 * batch_size // EVAL_ROWS),
+            'log_interval': max(1, count // 50)}
 
 
 def derive(s, state, device, ranks):
     """
-    Set what follows from the dial, on all ranks alike; a run that goes on keeps what was derived when it began. Returns
-    {setting: value} of what was derived.
+    Set what follows from the dial, on all ranks alike; a run that goes on keeps what was derived when it
+    began. Returns {setting: value} of what was derived.
     """
     dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
     if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):
         given = ', '.join(f'{name}={value:g}' for name, value in dial.items() if value)
-        raise UserError(f'{given}: out_dir={s.out_dir} belongs to a run with another dial: give another --out_dir, or '
-                        '--init_from=scratch to begin anew (the old run is moved aside)')
+        raise UserError(f'{given}: out_dir={s.out_dir} belongs to a run with another dial: give another '
+                        '--out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
     data = Mixture(s.dataset, 'train', s.block_size, s.seed)
     tokens = sum(source.files.tokens for source in data.sources)
     planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))

@@ -1,6 +1,6 @@
 """
---minutes: a run that ends after a time. Five steps are timed before the first one counts, and max_iters is fitted again
-at every evaluation.
+--minutes: a run that ends after a time. Five steps are timed before the first one counts, and max_iters is
+fitted again at every evaluation.
 """
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,12 +18,15 @@ def evaluation_steps(s):
 
 
 def fit_minutes(s, derived, seconds_per_step, elapsed):
-    """Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and the intervals that follow."""
+    """
+    Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and
+    the intervals that follow.
+    """
     evaluations = 6 * evaluation_steps(s)
     count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
     if count < 10:
-        raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, and {elapsed:.0f} s went by already: '
-                        'give more minutes, or a smaller --depth')
+        raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, '
+                        f'and {elapsed:.0f} s went by already: give more minutes, or a smaller --depth')
     for name, value in ({'max_iters': round(count)} | intervals(round(count), s.batch_size)).items():
         if name in derived:
             setattr(s, name, value)
@@ -31,8 +34,9 @@ def fit_minutes(s, derived, seconds_per_step, elapsed):
 
 class Pace:
     """
-    How fast a run of s.minutes goes, and how many steps are left: the machine may slow down or be free again after the
-    first fit. clock() returns the seconds since this process began, `earlier` are those of the run's processes before it.
+    How fast a run of s.minutes goes, and how many steps are left: the machine may slow down or be free again
+    after the first fit. clock() returns the seconds since this process began, `earlier` are those of the
+    run's processes before it.
     """
     SMALL = 0.02  # a change of max_iters by less is not worth a bend in the schedule
 
@@ -54,7 +58,10 @@ class Pace:
         self.ends.append(self.elapsed())
 
     def begin_evaluation(self, step, run, ranks):
-        """Fit max_iters again, before the checkpoint of this step is written: a run that goes on there has it too."""
+        """
+        Fit max_iters again, before the checkpoint of this step is written: a run that goes on there has it
+        too.
+        """
         self.began = self.elapsed()
         self.is_compiling = 'evaluation' in run.to_compile
         before = self.s.max_iters
@@ -73,7 +80,10 @@ class Pace:
         self.ends = [self.elapsed()]
 
     def fit(self, step):
-        """The max_iters with which the run ends after s.minutes, as seen from an evaluation at `step` that is to come."""
+        """
+        The max_iters with which the run ends after s.minutes, as seen from an evaluation at `step` that is to
+        come.
+        """
         steps = len(self.ends) - 1
         if steps < 1:  # the run has gone on from a checkpoint of this step, whose fit it keeps
             return self.s.max_iters
@@ -84,15 +94,16 @@ class Pace:
             evaluation = evaluation_steps(self.s) * per_step
         left = max(0.0, 60 * self.s.minutes - self.elapsed() - evaluation)
         intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
-        more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)  # the end is an evaluation too
+        # the end is an evaluation too
+        more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)
         count = max(step + round(more), self.s.rank_guide)
         return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count
 
 
 def spend_minutes(run, s, ranks, stop, train_step):
     """
-    Compile what is to be compiled, time five steps after three, leave no trace of them, and set max_iters so that the
-    whole process takes s.minutes. Returns False where a signal ended that.
+    Compile what is to be compiled, time five steps after three, leave no trace of them, and set max_iters so
+    that the whole process takes s.minutes. Returns False where a signal ended that.
     """
     weights = {name: t.clone() for name, t in run.model.state_dict().items()}
     times = []

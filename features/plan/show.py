@@ -1,5 +1,6 @@
 """
---plan: the parameters, FLOPs and memory of a network, or the networks that scaling laws want. Nothing is trained.
+--plan: the parameters, FLOPs and memory of a network, or the networks that scaling laws want. Nothing is
+trained.
 """
 import torch
 
@@ -88,7 +89,9 @@ def show_plan(s, device):
     given = s.params
     derived = plan(s, vocab_size, s.tokens, device, 1)
     params, _, per_token = size(s, vocab_size)
-    stacks = f', an encoder of {s.n_encoder_layer}, {s.source_context} tokens read for {s.block_size} written' * bool(s.n_encoder_layer)
-    print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, {s.n_layer} layers of {s.n_embd}{stacks}\n'
+    stacks = (f', an encoder of {s.n_encoder_layer}, '
+              f'{s.source_context} tokens read for {s.block_size} written' * bool(s.n_encoder_layer))
+    print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, '
+          f'{s.n_layer} layers of {s.n_embd}{stacks}\n'
           f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'
           + ' '.join(f'--{name}={value}' for name, value in derived.items()))

@@ -1,5 +1,6 @@
 """
-Checkpoints written by a thread while the run goes on (--async_save). What is written must be a copy: snapshot().
+Checkpoints written by a thread while the run goes on (--async_save). What is written must be a copy:
+snapshot().
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,5 +34,8 @@ def close():
 
 
 def snapshot(tree):
-    """A copy of a nest of dicts and lists, its tensors in the memory of the CPU: the next step does not change it."""
+    """
+    A copy of a nest of dicts and lists, its tensors in the memory of the CPU: the next step does not change
+    it.
+    """
     return tree_map_only(torch.Tensor, lambda t: t.detach().to('cpu', copy=True), tree)

@@ -1,11 +1,13 @@
 """
-Where tests make things go wrong. The code names points, as faults.at('save:renamed'); FAULT says what happens at some of them:
+Where tests make things go wrong. The code names points, as faults.at('save:renamed'); FAULT says what happens
+at some of them:
 
     FAULT='save:renamed=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
 
-kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a second, full is a disk with no room. The others are
-done to the value that is handed over: nan, inf and large to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty
-function. After a restart by torchrun no fault happens again.
+kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a
+second, full is a disk with no room. The others are done to the value that is handed over: nan, inf and large
+to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function.
+After a restart by torchrun no fault happens again.
 """
 import errno
 import os

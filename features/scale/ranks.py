@@ -29,8 +29,10 @@ class Ranks:
         self.device, self.watch = device, None
         self.lockstep = False  # whether all have to make the same passes through the network (shard.py)
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
-            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
-            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))  # the watch is to speak first
+            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                    'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
+            # the watch is to speak first
+            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
             self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property
@@ -49,7 +51,10 @@ class Ranks:
 
     @contextmanager
     def patient(self, compiles):
-        """Around a step or an evaluation, of all ranks: if it compiles, the others wait for it ten times as long."""
+        """
+        Around a step or an evaluation, of all ranks: if it compiles, the others wait for it ten times as
+        long.
+        """
         if self.watch:
             self.watch.compiles = compiles
         yield
@@ -58,7 +63,10 @@ class Ranks:
             self.watch.compiles = False
 
     def end(self):
-        """Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its connections closed."""
+        """
+        Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its
+        connections closed.
+        """
         if self.world > 1:
             if self.watch:
                 self.watch.store = None  # rank 0 may be gone before this one
@@ -86,7 +94,10 @@ class Ranks:
         return out
 
     def job(self):
-        """Names of the torchrun processes that started the ranks, the same after a restart of the ranks by these; [] without torchrun."""
+        """
+        Names of the torchrun processes that started the ranks, the same after a restart of the ranks by
+        these; [] without torchrun.
+        """
         return sorted(set(filter(None, self.gather(agent()))))
 
     def add_up(self, tensor):
@@ -125,8 +136,8 @@ class Ranks:
 
     def was_restarted(self, out_dir):
         """
-        Whether the run in out_dir was begun by this torchrun job, which has started its processes again after a failure:
-        they are to go on, though their command says --init_from=scratch.
+        Whether the run in out_dir was begun by this torchrun job, which has started its processes again after
+        a failure: they are to go on, though their command says --init_from=scratch.
         """
         job = self.job()
         if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
@@ -159,15 +170,16 @@ def agent():
 def where_it_stands():
     """The stacks of all other threads of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()
-                   if ident != threading.get_ident())
+    return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame))
+                   for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
 
 
 class Watch:
     """
-    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is behind and where every thread stands: where one
-    rank hangs, the others wait for it. All ranks pass the same beats in the same order, so the one with the fewest is the one that hangs. It counts
-    its own ticks, not the clock: a run that was suspended has not stood still.
+    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is
+    behind and where every thread stands: where one rank hangs, the others wait for it. All ranks pass the
+    same beats in the same order, so the one with the fewest is the one that hangs. It counts its own ticks,
+    not the clock: a run that was suspended has not stood still.
     """
     BUSY = 'to work for all'  # of rank 0, as saving: may take ten times as long,
     COMPILING = ', compiling'  # and so may this
@@ -176,7 +188,8 @@ class Watch:
         self.rank, self.world, self.seconds, self.tick = rank, world, seconds, min(1.0, seconds / 10)
         self.count, self.doing, self.quiet, self.compiles = 0, 'to begin', 0.0, False
         self.asking, self.answered = None, True
-        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()  # a connection of its own: the other may be waiting
+        # a connection of its own: the other may be waiting
+        self.store = dist.PrefixStore('watch', dist.distributed_c10d._get_default_store()).clone()
         threading.Thread(target=self.look, daemon=True).start()
 
     def beat(self, doing):
@@ -193,13 +206,17 @@ class Watch:
             time.sleep(self.tick)
             self.quiet += self.tick
             if self.quiet >= self.seconds:
-                found = self.reach(lambda store: {rank: json.loads(store.get(str(rank))) for rank in range(self.world) if store.check([str(rank)])})
+                found = self.reach(lambda store: {rank: json.loads(store.get(str(rank)))
+                                                  for rank in range(self.world) if store.check([str(rank)])})
                 known = found or known or {self.rank: said}
         least = min(count for count, _ in known.values())
-        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items() if count == least)
+        behind = ', '.join(f'rank {rank} ({doing})' for rank, (count, doing) in known.items()
+                           if count == least)
         behind = behind if self.answered else 'not known, rank 0 is gone or cut off'
-        sys.stderr.write(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last to move on: {behind}. Run the same command to go on '
-                         f'from the newest checkpoint. Where this rank stands:\n{where_it_stands()}')  # in one go: the others speak at the same time
+        # in one go: the others speak at the same time
+        sys.stderr.write(f'rank {self.rank}: no progress for hang_timeout={self.seconds:g} seconds; last '
+                         f'to move on: {behind}. Run the same command to go on from the newest checkpoint. '
+                         f'Where this rank stands:\n{where_it_stands()}')
         sys.stderr.flush()
         time.sleep(5 * self.tick)  # torchrun ends the others when one has gone: let them speak too
         os._exit(1)
@@ -210,14 +227,17 @@ class Watch:
         return doing == self.BUSY or doing.endswith(self.COMPILING)
 
     def reach(self, ask):
-        """What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off."""
+        """
+        What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off.
+        """
         store, found = self.store, []
 
         def wait():
             with suppress(RuntimeError):
                 found.append(ask(store))
         if store and not (self.asking and self.asking.is_alive()):
-            self.asking = threading.Thread(target=wait, daemon=True)  # on a network that is gone it may wait for hours
+            # on a network that is gone it may wait for hours
+            self.asking = threading.Thread(target=wait, daemon=True)
             self.asking.start()
             self.asking.join(max(2.0, min(30.0, self.seconds / 4)))
         self.answered = bool(found)

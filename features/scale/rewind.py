@@ -1,5 +1,6 @@
 """
---rewind_spikes: back to the last checkpoint after a loss that jumps, and on without the data of the steps up to it.
+--rewind_spikes: back to the last checkpoint after a loss that jumps, and on without the data of the steps up
+to it.
 """
 import gc
 import statistics
@@ -11,7 +12,10 @@ REWINDS = 5  # a run is given up after this many spikes, one soon after another
 
 
 class Spike(Exception):
-    """The loss of update number `step` was far above those before it. .steps: whose data are to be left out, as what did the harm may be some steps back."""
+    """
+    The loss of update number `step` was far above those before it. .steps: whose data are to be left out, as
+    what did the harm may be some steps back.
+    """
     WIDTH = 10
 
     def __init__(self, step):
@@ -27,8 +31,12 @@ class Losses:
         self.most, self.recent = most, list(recent)
 
     def add(self, loss):
-        """Whether a loss is more than `most` standard deviations above the mean of those before it; if not, it is one of them from now on."""
-        if len(self.recent) >= self.ENOUGH and loss > statistics.fmean(self.recent) + self.most * statistics.stdev(self.recent):
+        """
+        Whether a loss is more than `most` standard deviations above the mean of those before it; if not, it
+        is one of them from now on.
+        """
+        if (len(self.recent) >= self.ENOUGH
+                and loss > statistics.fmean(self.recent) + self.most * statistics.stdev(self.recent)):
             return True
         self.recent = [*self.recent, loss][-self.SPAN:]
         return False
@@ -45,16 +53,16 @@ def notice_spike(run, s, loss, step, ranks):
     rows = s.rows_per_step
     newest = next(iter(checkpoint.checkpoints(s.out_dir)), 'step_0')
     first = max(spike.steps[0], int(newest.rpartition('_')[2]))  # what was before it stays
-    ranks.say(f'step {step + 1}: loss {loss:.4f} is more than {s.rewind_spikes:g} standard deviations above those before: '
-              f'back to the last checkpoint, and on without steps {first + 1} to {step + 1} (samples {first * rows} to '
-              f'{(step + 1) * rows - 1})')
+    ranks.say(f'step {step + 1}: loss {loss:.4f} is more than {s.rewind_spikes:g} standard deviations above '
+              f'those before: back to the last checkpoint, and on without steps {first + 1} to {step + 1} '
+              f'(samples {first * rows} to {(step + 1) * rows - 1})')
     raise spike
 
 
 def rewinding(train, s, read_settings, device, ranks, stop):
     """
-    train(s, device, ranks, stop, left_out), begun again after every spike with the settings that read_settings()
-    returns. Raises UserError when there are too many spikes, one soon after another.
+    train(s, device, ranks, stop, left_out), begun again after every spike with the settings that
+    read_settings() returns. Raises UserError when there are too many spikes, one soon after another.
     """
     left_out = set()
     count = 0
@@ -66,7 +74,8 @@ def rewinding(train, s, read_settings, device, ranks, stop):
             count = count + 1 if is_near else 1
             left_out.update(spike.steps)
         if count > REWINDS:
-            raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: lower the learning rate')
+            raise UserError(f'rewind_spikes={s.rewind_spikes:g}: {REWINDS} rewinds did not help: '
+                            'lower the learning rate')
         gc.collect()  # the network that was
         s = read_settings()
         if s.init_from == 'scratch' and ranks.from_first(lambda s=s: bool(checkpoint.checkpoints(s.out_dir))):

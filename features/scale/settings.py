@@ -1,6 +1,6 @@
 """
-Many processes and long runs: data-parallel or sharded training, checkpoints in the background, guards against loss
-spikes, hanging ranks and ranks that drift apart.
+Many processes and long runs: data-parallel or sharded training, checkpoints in the background, guards against
+loss spikes, hanging ranks and ranks that drift apart.
 
     torchrun --nproc_per_node=2 train.py config/lowrank.py
 """
@@ -13,14 +13,15 @@ from configurator import refuse_beside
 @dataclass
 class ScaleConfig:
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto = nccl on CUDA
-    skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the schedule goes on,
-    # no weight changes
+    skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the
+    # schedule goes on, no weight changes
     desync_interval: int = 100  # steps between comparisons of all ranks' weights, bit for bit; 0 = never
-    hang_timeout: float = 600.0  # seconds without progress of a rank after which all end and say which one is behind; ten
-    # times that while rank 0 works for all, as when saving, and while the network is compiled; 0 = never, until
-    # torch.distributed gives up after half an hour
+    hang_timeout: float = 600.0  # seconds without progress of a rank after which all end and say which one is
+    # behind; ten times that while rank 0 works for all, as when saving, and while the network is compiled;
+    # 0 = never, until torch.distributed gives up after half an hour
 
-    may_change = ('backend', 'skip_steps', 'desync_interval', 'hang_timeout')  # a resumed run may change these
+    # a resumed run may change these
+    may_change = ('backend', 'skip_steps', 'desync_interval', 'hang_timeout')
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -35,4 +36,5 @@ class ScaleConfig:
         if self.dtype == 'float16':
             raise ValueError(f'shard={self.shard}: does not go with dtype=float16: leave it out')
         if self.optimizer not in ('adamw', 'muon'):
-            raise ValueError(f'shard={self.shard}: goes with optimizer=adamw or muon, not {self.optimizer}: leave it out')
+            raise ValueError(f'shard={self.shard}: goes with optimizer=adamw or muon, not {self.optimizer}: '
+                             'leave it out')

@@ -1,13 +1,16 @@
 """
-Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054), so that a
-network may be as large as all devices together hold. A block's weights are put together for its own forward and backward pass, then let go.
+Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023, arXiv 2304.11277; Rajbhandari
+et al. 2020, arXiv 1910.02054), so that a network may be as large as all devices together hold. A block's
+weights are put together for its own forward and backward pass, then let go.
 
-What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads it, sharded or not, and so do sample.py and
-the rest. torch.distributed.checkpoint would let every process write its part, but its files are pickles and notice no damage. The price: the CPU's memory
-of rank 0 has to hold the network and its moments, 12 bytes a parameter, when it writes, and at the start, when it builds them or reads them (moments twice for
-a moment) as an undivided run does and gives every rank its part, a tensor at a time. The others begin with shapes alone (the meta device), but for what they
-read, and let go, of weights that were trained elsewhere (init_from). With several micro-batches gradients are exchanged after each, or all of them would
-be held whole.
+What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads
+it, sharded or not, and so do sample.py and the rest. torch.distributed.checkpoint would let every process
+write its part, but its files are pickles and notice no damage. The price: the CPU's memory of rank 0 has to
+hold the network and its moments, 12 bytes a parameter, when it writes, and at the start, when it builds them
+or reads them (moments twice for a moment) as an undivided run does and gives every rank its part, a tensor at
+a time. The others begin with shapes alone (the meta device), but for what they read, and let go, of weights
+that were trained elsewhere (init_from). With several micro-batches gradients are exchanged after each, or all
+of them would be held whole.
 """
 import torch
 import torch.distributed as dist
@@ -19,17 +22,22 @@ from configurator import UserError
 
 def shard_model(model, size, dtype, ranks):
     """
-    Divide a Transformer of shapes alone, on the meta device, among groups of `size` ranks, on whose devices it then waits for its numbers (give_numbers);
-    groups hold the same (HSDP). Norms, biases and routers stay whole on every rank, in float32: returns these parameters, whose gradients
-    share_gradients() has to average.
+    Divide a Transformer of shapes alone, on the meta device, among groups of `size` ranks, on whose devices
+    it then waits for its numbers (give_numbers); groups hold the same (HSDP). Norms, biases and routers stay
+    whole on every rank, in float32: returns these parameters, whose gradients share_gradients() has to
+    average.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # here, as they take a second to import, which a run on one device need not wait for
+    # here, as they take a second to import, which a run on one device need not wait for
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    shape, names = ((ranks.world,), ('shard',)) if size == ranks.world else ((ranks.world // size, size), ('replicate', 'shard'))
+    shape, names = (((ranks.world,), ('shard',)) if size == ranks.world
+                    else ((ranks.world // size, size), ('replicate', 'shard')))
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     small = {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')}
-    # bfloat16 halves what is sent; autocast would round the same weights to it. Embedding and head stay in float32, and with them the residual stream
-    policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32, cast_forward_inputs=False)
+    # bfloat16 halves what is sent; autocast would round the same weights to it. Embedding and head stay in
+    # float32, and with them the residual stream
+    policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32,
+                                  cast_forward_inputs=False)
     for block in (*model.blocks, *(model.encoder or ())):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=small)
     fully_shard(model, mesh=mesh, ignored_params=small)
@@ -48,7 +56,10 @@ def give_numbers(model, tensors, ranks):
 
 
 def give_out(t, like, ranks):
-    """This rank's part of the tensor t of rank 0, of which the others know the shape alone; it is divided as `like` is, if that has its shape."""
+    """
+    This rank's part of the tensor t of rank 0, of which the others know the shape alone; it is divided as
+    `like` is, if that has its shape.
+    """
     ranks.alive('to hand out the network')
     device = like.device if t.ndim else 'cpu'  # counts of an optimizer's steps
     t = t.to(device).contiguous() if ranks.first else torch.empty(t.shape, dtype=t.dtype, device=device)
@@ -87,7 +98,10 @@ def part(t, like):
 
 
 def gather(tree, ranks):
-    """A nest of dicts and lists whose divided tensors are put together one after the other, in the CPU's memory of rank 0; empty ones elsewhere."""
+    """
+    A nest of dicts and lists whose divided tensors are put together one after the other, in the CPU's memory
+    of rank 0; empty ones elsewhere.
+    """
     def put_together(t):
         full = whole(t)
         return full.cpu() if ranks.first else full.new_empty(0)
@@ -98,7 +112,8 @@ def group_size(shard, world):
     """How many ranks share one copy: all for shard=True. Raises UserError."""
     size = world if shard is True else int(shard)
     if world == 1 or size < 2 or world % size:
-        raise UserError(f'shard={shard}: divides the network among that many of {world} processes: start more with torchrun, or give a divisor of at least 2')
+        raise UserError(f'shard={shard}: divides the network among that many of {world} processes: '
+                        'start more with torchrun, or give a divisor of at least 2')
     return size
 
 
@@ -110,7 +125,10 @@ def build_divided(build_model, s, data, start, ranks):
 
 
 def divide(run, build_model, s, start, ranks):
-    """Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks. s: the optimizer's settings."""
+    """
+    Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks. s: the optimizer's
+    settings.
+    """
     from optim import make_optimizer  # optim.py imports this file
     tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
     moments = checkpoint.moments_of(run.optimizer)

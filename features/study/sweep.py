@@ -27,11 +27,11 @@ from typing import Literal
 import torch
 
 import checkpoint
-import hub
 from batches import Mixture
 from checkpoint import replace_text, writing
 from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, part_of, read_config
 from device import stop_signals
+from features.hf import reading
 from features.lora import layers as lora
 from features.text.folders import real_folders
 from model import ModelConfig, make_model
@@ -196,8 +196,8 @@ def settle(files, given):
 @lru_cache
 def network(init_from):
     """The ModelConfig of weights that were trained elsewhere."""
-    if hub.knows(init_from):
-        return hub.load(init_from)[0]
+    if checkpoint.is_foreign(init_from):
+        return reading.load(init_from)[0]
     return from_dict(ModelConfig, checkpoint.load_state(checkpoint.find(init_from, 'best'))['model'], init_from)
 
 

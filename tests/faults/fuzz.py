@@ -27,10 +27,10 @@ from conftest import write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hub
 import prepare
 from batches import Mixture, read_meta
 from configurator import UserError, build, configure, from_dict
+from features.hf import reading
 from features.lora import peft_files
 from features.lora.layers import begin
 from features.text import sources
@@ -166,7 +166,7 @@ def llama():
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
                                      max_position_embeddings=16, bos_token_id=1, eos_token_id=2)).save_pretrained(f'{folder}/base')
-        cfg, weights = hub.load(f'hf:{folder}/base')
+        cfg, weights = reading.load(f'hf:{folder}/base')
         model = make_model(cfg, init=False)
         model.load_state_dict(weights)
         begin(model, build(Settings, lora_rank=2), is_new=True)
@@ -194,7 +194,7 @@ def hub_case(case):
     """A folder gives exactly the tensors of the network that its config.json asks for, or is refused."""
     with tempfile.TemporaryDirectory() as folder:
         changed_folder(folder, llama()[0], 'config.json', 'model.safetensors', case)
-        found = right_or_refused(lambda: hub.load(f'hf:{folder}'))
+        found = right_or_refused(lambda: reading.load(f'hf:{folder}'))
     if found:
         cfg, weights = found
         with torch.device('meta'):

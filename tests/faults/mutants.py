@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # file, what is there, what is there instead, and the tests: a file and what -k takes
 MUTANTS = [
     # resume
-    ('train.py', "torch.manual_seed(splitmix(s.seed, first) % 2 ** 63)", 'pass', 'faults/test_resume.py', 'five_and_five'),
+    ('train.py', "torch.manual_seed(splitmix(s.seed, sample) % 2 ** 63)", 'pass', 'faults/test_resume.py', 'five_and_five'),
     ('checkpoint.py', 'give_moments(optimizer, moments) < sum(map(bool, moments.values()))', 'False', 'faults/test_resume.py', 'every_moment'),
     # checkpoints
     ('checkpoint.py', " or sha256(path) != entry['sha256']:", ':', 'test_checkpoint.py', 'damaged_file'),
@@ -23,21 +23,21 @@ MUTANTS = [
     ('checkpoint.py', "    temporary = final + '.tmp'", '    temporary = final', 'faults/test_files.py', 'killed_at_a_point'),
     ('checkpoint.py', 'elif is_sound(folder):', 'else:', 'faults/test_files.py', 'never_removed'),
     ('checkpoint.py', ' and folder != best(out_dir)[0]:', ':', 'faults/test_files.py', 'never_removed'),
-    ('checkpoint.py', "t.detach().to('cpu', copy=True)", 't.detach()', 'faults/test_files.py', 'background_is_what_was_there'),
+    ('features/scale/background.py', "t.detach().to('cpu', copy=True)", 't.detach()', 'faults/test_files.py', 'background_is_what_was_there'),
     ('checkpoint.py', '    if broken:', '    if False:', 'faults/test_running.py', 'never_written'),
     ('checkpoint.py', 'held = lock(path)', 'held = os.open(os.devnull, os.O_RDONLY)', 'faults/test_running.py', 'second_process'),
     # what goes wrong while a run goes on
     ('train.py', ' + 0 * loss.detach()', '', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
-    ('train.py', 'finite = math.isfinite(norm)', 'finite = True', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
-    ('train.py', 'targets, stop = ranks.sum(targets, stop)', 'targets, = ranks.sum(targets)', 'faults/test_running.py', 'leaves_one_checkpoint and 20/'),
+    ('train.py', 'is_finite = math.isfinite(norm)', 'is_finite = True', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
+    ('train.py', 'targets, stops = ranks.sum(targets, stop)', '(targets,), stops = ranks.sum(targets), stop', 'faults/test_running.py', 'leaves_one_checkpoint and 20/'),
     ('train.py', '        if step in run.left_out:', '        if False:', 'faults/test_running.py', 'left_those_steps_out'),
     ('features/scale/guard.py', '            if theirs[name] != one:', '            if False:', 'faults/test_running.py', 'weights_that_differ'),
     ('features/scale/guard.py', '        if data != starts[0][1]:', '        if False:', 'faults/test_running.py', 'other_data_or_settings'),
     ('features/scale/ranks.py', 'join(max(2.0, min(30.0, self.seconds / 4)))', 'join()', 'faults/test_network.py', 'finds_the_run'),
     # ranks
-    ('run.py', 'first = (step * world + rank) * rows', 'first = (step + rank * 10 ** 6) * rows', 'faults/test_ranks.py', 'same_order_for_any_split'),
-    ('train.py', 'ranks.world / shared', '1 / shared', 'faults/test_ranks.py', 'two_micro_batches'),
-    ('train.py', '    share_gradients(run.undivided, ranks)\n', '', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
+    ('batches.py', 'first = (step * world + rank) * rows', 'first = (step + rank * 10 ** 6) * rows', 'faults/test_ranks.py', 'same_order_for_any_split'),
+    ('train.py', 'scale = ranks.world / max(targets, 1)', 'scale = 1 / max(targets, 1)', 'faults/test_ranks.py', 'two_micro_batches'),
+    ('train.py', '        share_gradients(run.undivided, ranks)  # scale\n', '', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     ('features/scale/shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist',
      '        return torch.zeros_like(like)\n    dist', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     # input

@@ -21,9 +21,10 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 import checkpoint
 from checkpoint import append, replace_text, write_torch
 from configurator import UserError
+from features.scale import background
 
 OFTEN = ['--checkpoint_interval=2', '--eval_interval=100']
-POINTS = re.findall(r"at\('(save:\w+)'", (ROOT / 'checkpoint.py').read_text())
+POINTS = re.findall(r"fault\('(save:\w+)'", (ROOT / 'checkpoint.py').read_text())
 
 
 # --- killed while it saves ---
@@ -249,22 +250,21 @@ def test_the_best_and_the_last_sound_ones_are_never_removed(tmp_path_factory, ke
 # --- in the background ---
 
 def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path):
-    writer, weights, moments = checkpoint.Writer(True), {'w': torch.ones(1000)}, {'state': {0: {'m': torch.ones(1000)}}, 'param_groups': []}
-    writer(time.sleep, 0.2)  # the thread has something to do first
-    writer(checkpoint.save, str(tmp_path), 1, *checkpoint.snapshot((weights, moments)), {})
+    weights, moments = {'w': torch.ones(1000)}, {'state': {0: {'m': torch.ones(1000)}}, 'param_groups': []}
+    background.submit(time.sleep, 0.2)  # the thread has something to do first
+    background.submit(checkpoint.save, str(tmp_path), 1, *background.snapshot((weights, moments)), {})
     weights['w'].zero_()
     moments['state'][0]['m'].zero_()
-    writer.wait()
+    background.wait()
     assert checkpoint.read_weights(f'{tmp_path}/step_00000001')['w'].sum() == 1000
     assert torch.load(f'{tmp_path}/step_00000001/optimizer.pt', weights_only=True)['state'][0]['m'].sum() == 1000
 
 
-def test_out_dir_is_let_go_once_all_is_written(tmp_path):
+def test_the_thread_ends_once_all_is_written(tmp_path):
     """Also where a run ends with an error: what is being written then is the newest checkpoint."""
-    writer = checkpoint.Writer(True)
-    writer(time.sleep, 0.2)
-    writer(checkpoint.save, str(tmp_path), 1, {'w': torch.ones(1000)}, {}, {})
-    checkpoint.release(str(tmp_path))
+    background.submit(time.sleep, 0.2)
+    background.submit(checkpoint.save, str(tmp_path), 1, {'w': torch.ones(1000)}, {}, {})
+    background.close()
     assert checkpoint.find(str(tmp_path)).endswith('step_00000001')
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT, read_log, run_here, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
+import device
 import train
 from device import StopSignal
 from features.scale import ranks
@@ -341,12 +342,12 @@ def test_a_compilation_may_take_ten_times_hang_timeout(compiles, other, ends_at,
 
 
 def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, tmp_path, monkeypatch):
-    done, patient = [], ranks.Ranks.patient
+    done, patient = [], device.OneProcess.patient
 
     def noted(self, compiles):
         done.append(compiles)
         return patient(self, compiles)
-    monkeypatch.setattr(ranks.Ranks, 'patient', noted)
+    monkeypatch.setattr(device.OneProcess, 'patient', noted)
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: None)
     args = ['train.py', *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--grow_every=3', '--grow_to=4', '--eval_interval=2', '--max_iters=6']
     assert run_here([*args, '--compile=True']).returncode == 0

@@ -1,0 +1,216 @@
+"""
+A trained network in, a new run out: what each command of surgery.py does before and after its own arithmetic.
+
+    old = read(s, s.from_)
+    cfg, weights = widen(old.model.cfg, old.model.state_dict(), n_embd=512)
+    write(s, 'widen', old, cfg, weights)
+
+`s` is the command's settings. The new run is a checkpoint at step 0, with settings and a log as train.py
+writes them.
+"""
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+import checkpoint
+from batches import EVAL_ROWS, Mixture, evaluate
+from checkpoint import append, fill, new_folder, read_model, write_json
+from configurator import FilePath, UserError
+from device import OneProcess
+from features.study.validation import validation_sources
+from model import Transformer
+from tokenizer import load_tokenizer
+
+SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
+
+
+@dataclass
+class SurgerySettings:
+    from_: FilePath = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # where the new one goes: a new directory
+    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = the data it was trained on, if
+    # they are there; none = no losses
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        for name in ('from_', 'out_dir'):
+            if not getattr(self, name):
+                raise ValueError(f'{name.rstrip("_")}: is not given: '
+                                 'python surgery.py COMMAND --from=DIR --out_dir=NEW …')
+
+
+@dataclass
+class Old:
+    """The network to operate on, and what belongs to it."""
+    model: Transformer
+    settings: dict  # of its run; {} for weights of others
+    state: dict  # its state.json; {} for weights of others
+    moments: dict  # {name: {what: tensor}} of its optimizer
+    data: Mixture | None  # to measure inputs on
+    val: list  # the batches.Sources to measure losses on; [] = none
+    tokenizer: dict  # its description
+    tokenizer_folder: str  # where the files of the tokenizer are
+    begin: tuple  # (id,) of the start token before a text, or ()
+
+
+# -----------------------------------------------------------------------------
+# In
+
+def read(s, where, encoder=False, untie=False):
+    """
+    The Old network of `where`. encoder: whether the command takes an encoder-decoder too; untie: as in
+    checkpoint.read_model(). Raises UserError for a network without layers, one in the middle of a guided
+    start, and data of another tokenizer.
+    """
+    if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
+        raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
+    cfg, weights, folder = read_model(where, encoder=encoder, untie=untie)
+    if cfg.arch == 'markov':
+        raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
+    if cfg.rank_guide:
+        raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): '
+                        'let that run go on to the end of it')
+    state, moments = {}, {}
+    if not checkpoint.is_foreign(where):
+        state = checkpoint.load_state(folder)
+        moments = checkpoint.read_moments(folder)
+    data, val = open_data(s, where, cfg, state)
+
+    if state:
+        tokenizer, tokenizer_folder = state['tokenizer'], folder
+        begin = tuple(state.get('begin', ()))
+    elif data is not None:  # weights of others: the data have their tokenizer
+        files = data.sources[0].files
+        tokenizer, tokenizer_folder = files.meta['tokenizer'], files.folder
+        begin = ()
+    else:
+        tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
+        begin = ()
+        if not cfg.n_encoder_layer:
+            begin = load_tokenizer(tokenizer, tokenizer_folder).bos()  # as sample.load() has it
+    model = fill(cfg, weights, where)
+    return Old(model, state.get('settings', {}), state, moments, data, val, tokenizer, tokenizer_folder,
+               begin)
+
+
+def open_data(s, where, cfg, state):
+    """
+    (the training Mixture, the validation Sources) of s.dataset; (None, []) if there is none. state: the
+    state.json of the network of `where`. Raises UserError for data of another tokenizer than its own.
+    """
+    settings = state.get('settings', {})
+    name = s.dataset
+    if name == 'auto':
+        name = settings.get('dataset', 'none')
+    if name == 'none':
+        print('no data; --dataset=NAME would measure losses')
+        return None, []
+
+    objective = None  # the next token
+    if cfg.n_encoder_layer or settings.get('objective', 'causal') != 'causal':  # t5
+        from features.t5.objectives import find_objective  # t5
+        objective = find_objective(settings, cfg)  # t5
+    try:
+        data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'),
+                       settings.get('mix_by', 'tokens'), objective=objective,
+                       bos=tuple(state.get('begin', ())))
+    except UserError as error:
+        if s.dataset != 'auto':
+            raise
+        print(f'no losses: {error}')
+        return None, []
+    return data, validation_sources(where, cfg, name)
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+def loss_settings(cfg, val):
+    """The settings of the losses: about SAMPLE validation tokens, or all where there are no more."""
+    count = max(1, SAMPLE // cfg.block_size // EVAL_ROWS)
+    if all(source.rows <= EVAL_ROWS * count for source in val):
+        count = 0  # all
+    return {'eval_iters': count, 'batch_size': 4}
+
+
+def losses(model, val):
+    """{'val_loss', 'val_bpb'} of a model on these Sources; {} if there are none."""
+    if not val:
+        return {}
+    s = SimpleNamespace(**loss_settings(model.cfg, val), dtype='float32')
+    return evaluate(model, val, s, OneProcess(torch.device('cpu')))
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+def write(s, command, old, cfg, weights, names=None):
+    """
+    Write the new network as a run in s.out_dir, and print its size and losses beside those of `old`. names:
+    {tensor: the old one that it was}, whose optimizer's moments go along. Raises UserError where it cannot be
+    written.
+    """
+    new = fill(cfg, weights, s.out_dir)
+    after = losses(new, old.val)
+    report(old, new, losses(old.model, old.val), after)
+
+    settings = dict(old.settings)
+    from features.lora.settings import LoraConfig  # lora
+    settings |= dataclasses.asdict(LoraConfig())  # lora: an adapter is merged by now
+    settings |= dataclasses.asdict(cfg)
+    settings |= {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
+    if old.data is not None:  # so that compare.py knows which tokens the loss is of
+        settings |= loss_settings(cfg, old.val)
+        if s.dataset != 'auto':
+            settings['dataset'] = s.dataset
+    state = new_state(command, cfg, settings, old.tokenizer, old.begin)
+    state['of_step'] = old.state.get('of_step', old.state.get('step', 0))
+    state['flops'] = old.state.get('flops', 0.0)
+    moments = {}
+    for name, origin in (names or {}).items():
+        if origin in old.moments:
+            moments[name] = old.moments[origin]
+    write_run(s.out_dir, weights, checkpoint.pack_moments(moments), state, old.tokenizer_folder, after)
+    print(f'written: {s.out_dir}; '
+          f'python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
+
+
+def report(old, new, before, after):
+    """Print parameters, FLOPs and losses of the Old network and of the new model."""
+    for what, a, b in (('parameters', old.model.num_params(), new.num_params()),
+                       ('training FLOPs a token', old.model.flops_per_token(), new.flops_per_token())):
+        print(f'{what:24}{a:14,} → {b:14,}  {b / a - 1:+.1%}')
+    for name in after:
+        print(f'{name:24}{before[name]:14.4f} → {after[name]:14.4f}  {after[name] - before[name]:+.4f}')
+
+
+def new_state(command, cfg, settings, tokenizer, begin):
+    """The state.json of a run of no steps, made by a command of surgery.py."""
+    return {
+        'step': 0,
+        'model': dataclasses.asdict(cfg),
+        'settings': settings,
+        'tokenizer': tokenizer,
+        'torch': torch.__version__,
+        'begin': list(begin),
+        'surgery': command,
+    }
+
+
+def write_run(out_dir, weights, moments, state, tokenizer_folder, losses=None):
+    """
+    Write a run of no steps as the new folder out_dir, whole or not at all: its checkpoint, settings.json and
+    log.jsonl. Raises UserError where it cannot be written, and for weights that are not finite.
+    """
+    checkpoint.check_finite(weights, out_dir)
+    tokenizer_files = [os.path.join(tokenizer_folder, name) for name in state['tokenizer'].get('files', ())]
+    with new_folder(out_dir, 'out_dir') as folder:
+        checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, moments, state, tokenizer_files)
+        write_json(os.path.join(folder, 'settings.json'), state['settings'])
+        if losses:
+            record = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **losses}
+            append(os.path.join(folder, 'log.jsonl'), json.dumps(record) + '\n')

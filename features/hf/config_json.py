@@ -1,0 +1,67 @@
+"""
+Read a JSON file of somebody else: config.json with its fields.
+
+    config = Config(folder)
+    width = config.size('n_embd')      # UserError, with the file and the field in it, unless that is a size
+"""
+import json
+import os
+
+from configurator import UserError
+
+
+class Config:
+    """The fields of a config.json. Its methods raise UserError with the file, the field and its value."""
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, 'config.json')
+        self.fields = read_json(self.path)
+
+    def refuse(self, name, value, why):
+        """Raise UserError: the field `name` has this value, and `why` it cannot."""
+        shown = repr(value)
+        if len(shown) >= 100:
+            shown = shown[:100] + '…'
+        raise UserError(f'{self.path}: {name}={shown}: {why}')
+
+    def get(self, name, default):
+        """The value of a field; the default where it is absent or null."""
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        return value
+
+    def size(self, name, default=None):
+        """A whole number from 1."""
+        value = self.get(name, default)
+        if type(value) is not int or not 1 <= value < 2 ** 31:
+            self.refuse(name, value, 'takes a whole number from 1, below 2**31')
+        return value
+
+    def number(self, name, default):
+        """A float above 0."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            self.refuse(name, value, 'takes a number above 0, below 1e30')
+        return float(value)
+
+    def one_of(self, name, *known):
+        """A field that has one of the values `known`; the first one is the default."""
+        value = self.get(name, known[0])
+        if value not in known:
+            self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
+        return value
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises UserError where there is none."""
+    try:
+        with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
+            value = json.load(f)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: holds a {type(value).__name__}, takes an object with fields')
+    return value

@@ -1,0 +1,191 @@
+"""
+Write the network of a run as a Hugging Face folder: config.json, model.safetensors and the tokenizer.
+
+    python hub.py export --out_dir=out/run --to=FOLDER                  # as a class that transformers has
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any decoder, with its code beside it
+    python hub.py export --out_dir=out/lora --to=FOLDER                 # an adapter, for PEFT
+"""
+import dataclasses
+import os
+import shutil
+
+import torch
+
+import checkpoint
+from checkpoint import new_folder, write_json, write_tensors
+from configurator import ROOT, UserError, from_dict
+from features.hf.families import FAMILIES, nearest
+from features.hf.folding import fold
+from features.hf.names import HEAD, name_rows
+from features.hf.tokenizer_json import spelling, to_json
+from model import ModelConfig, make_model
+from tokenizer import load_tokenizer
+
+CODE = ('features/hf/modeling_minnow.py', 'model.py')  # what a folder with our own class has to hold
+
+
+def run(s):
+    """python hub.py export; s: hub.ExportSettings"""
+    kind = export(s)
+    if kind == 'peft':
+        print(f"written: {s.to}; peft.PeftModel.from_pretrained(base, {s.to!r}), or --adapter={s.to} here")
+        return
+    auto = 'AutoModelForSeq2SeqLM' if kind == 't5' else 'AutoModelForCausalLM'
+    trust = ', trust_remote_code=True' if kind == 'minnow' else ''
+    print(f'written: {s.to}, of the family {kind}; transformers.{auto}.from_pretrained({s.to!r}{trust}), '
+          f'or --init_from=hf:{s.to} here')
+
+
+def export(s):
+    """
+    Write the folder s.to, whole or not at all. Returns the model_type, 'peft' for an adapter. Raises
+    UserError for a network or a tokenizer that has no place there.
+    """
+    if os.path.exists(s.to):
+        raise UserError(f'to={s.to}: is there already: give a new folder')
+    folder = checkpoint.find(s.out_dir, 'best')
+    state = checkpoint.load_state(folder)
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
+    if 'base' in state:  # lora
+        export_adapter(s, folder, state, cfg)  # lora
+        return 'peft'  # lora
+    refuse_kind(s, folder, cfg)
+
+    # 1) the network, in their names
+    model = make_model(cfg, init=False)
+    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    if s.as_ == 'custom':
+        fields, tensors = custom(cfg, model.state_dict())
+    else:
+        fields, tensors = stock(*fold(model), folder)
+    tensors = {name: t.to(getattr(torch, s.dtype)).contiguous() for name, t in tensors.items()}
+
+    # 2) the files beside it
+    tokenizer = load_tokenizer(state['tokenizer'], folder)
+    begin = tuple(state.get('begin', ()))  # (id,) of the start token before a text, or ()
+    ends = end_tokens(tokenizer, begin, cfg)
+    files = {
+        'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends,
+        'generation_config.json': ends,
+    }
+    text = ''
+    if tokenizer.kind == 'unknown':
+        print('no tokenizer is written: that of the data is not known')
+    else:
+        text = to_json(tokenizer, begin)
+        files['tokenizer_config.json'] = tokenizer_config(text, ends, cfg)
+
+    # 3) to the disk
+    with new_folder(s.to) as new:
+        write_tensors(os.path.join(new, 'model.safetensors'), tensors, {'format': 'pt'})
+        for name, value in files.items():
+            write_json(os.path.join(new, name), value)
+        tokenizer.save(new)  # its sentencepiece model too: llama.cpp's converter prefers it
+        if text:
+            with open(os.path.join(new, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+                f.write(text)
+        if s.as_ == 'custom':
+            for path in CODE:
+                shutil.copy(os.path.join(ROOT, path), new)
+    return fields['model_type']
+
+
+def refuse_kind(s, folder, cfg):
+    """Raise UserError for a network that cannot be exported at all."""
+    if cfg.n_encoder_layer and s.as_ == 'custom':
+        raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: '
+                        'it goes as T5 or not at all')
+    if cfg.arch == 'markov' or cfg.rank_guide:
+        raise UserError(f'{folder}: a Markov chain, or a guided start that has not ended, is not exported')
+
+
+# -----------------------------------------------------------------------------
+# The network
+
+def stock(cfg, weights, where):
+    """
+    (fields of config.json, {name: tensor}) of the family that a network fits, both after fold(). Raises
+    UserError with what stands in the way.
+    """
+    hint = '' if cfg.n_encoder_layer else ': --as=custom takes any decoder'
+    kind, in_the_way = nearest(cfg)
+    if in_the_way:
+        raise UserError(f'{where}: {", ".join(in_the_way)}: '
+                        f'no class of transformers has this (the nearest is {kind})' + hint)
+    family = FAMILIES[kind]
+    cfg = dataclasses.replace(cfg, bias=cfg.bias or family.biases)
+    tensors, used = {}, set()
+    for row in name_rows(family, cfg):
+        name = row.theirs if row.theirs.startswith(HEAD) else family.prefix + row.theirs
+        tensors[name] = their_tensor(cfg, weights, row)
+        used |= row.ours.keys()
+    left = sorted(weights.keys() - used)
+    if left:
+        raise UserError(f'{where}: {left[0]}: the family {kind} has no such tensor' + hint)
+    fields = {'architectures': [family.architecture], 'model_type': kind, 'tie_word_embeddings': cfg.tie}
+    return fields | family.write(cfg), tensors
+
+
+def their_tensor(cfg, weights, row):
+    """The tensor of a names.Row out of ours; biases that we do not have are zero."""
+    parts = []
+    for name, length in row.ours.items():
+        if name.endswith('bias') and name not in weights:
+            parts.append(torch.zeros(length))
+        else:
+            parts.append(weights[name])
+    t = torch.cat(parts)
+    if 'wte.weight' in row.ours or 'head.weight' in row.ours:
+        t = t[:cfg.vocab_size]  # without its padding
+    return t.t() if row.is_flipped else t
+
+
+def custom(cfg, weights):
+    """(fields of config.json, {name: tensor}) of our own class, which comes along as code."""
+    fields = {
+        'architectures': [FAMILIES['minnow'].architecture],
+        'model_type': 'minnow',
+        'minnow': dataclasses.asdict(cfg),
+        'tie_word_embeddings': False,
+        'auto_map': {
+            'AutoConfig': 'modeling_minnow.MinnowConfig',
+            'AutoModelForCausalLM': 'modeling_minnow.MinnowForCausalLM',
+        },
+    }
+    return fields, {f'model.{name}': t for name, t in weights.items()}
+
+
+def export_adapter(s, folder, state, cfg):
+    """
+    Write the adapter of a checkpoint for PEFT. Raises UserError for settings that an adapter does not have.
+    """
+    from features.lora import adapters, peft_files
+    if s.as_ == 'custom' or s.dtype != 'float32':
+        raise UserError(f'as={s.as_}, dtype={s.dtype}: {folder} holds an adapter, '
+                        'which goes to PEFT in float32: leave them out, or surgery.py merge first')
+    base = state['base']['from']
+    saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
+    peft_files.write(s.to, cfg, saved, peft_files.family_of(cfg, base), base.removeprefix('hf:'))
+
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+def end_tokens(tokenizer, begin, cfg):
+    """{field of config.json: token} of the beginning and end of a text."""
+    ends = {'bos_token_id': begin[0] if begin else tokenizer.eot, 'eos_token_id': tokenizer.eot}
+    if cfg.n_encoder_layer:
+        ends['decoder_start_token_id'] = tokenizer.eot
+        ends['pad_token_id'] = tokenizer.eot
+    return ends
+
+
+def tokenizer_config(text, ends, cfg):
+    """The content of tokenizer_config.json; text: that of tokenizer.json."""
+    return {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': spelling(text, ends['bos_token_id']),
+        'eos_token': spelling(text, ends['eos_token_id']),
+        'model_max_length': cfg.block_size,
+        'clean_up_tokenization_spaces': False,
+    }

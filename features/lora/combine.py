@@ -1,0 +1,101 @@
+"""
+Several adapters as one, or an adapter in the weights of its base: the commands merge and combine of
+surgery.py.
+
+    python surgery.py merge --from=out/lora --out_dir=out/merged                           # one network again
+    python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both   # one adapter
+"""
+import dataclasses
+from dataclasses import dataclass, field
+
+import checkpoint
+from checkpoint import fill
+from configurator import FilePath, UserError
+from features.growth.runs import SurgerySettings, new_state, read, write, write_run
+from features.lora import adapters, peft_files
+from features.lora.load import add_adapters, read_saved, split_name
+
+
+@dataclass
+class MergeSettings(SurgerySettings):
+    adapter: list[FilePath] = field(default_factory=list)  # what to add to --from: runs of train.py
+    # --lora_rank or PEFT's folders; none = --from holds an adapter itself
+    shares: list[float] = field(default_factory=list)  # the factor of each adapter; none = 1 for all
+    untie: bool = False  # give the head a matrix of its own, where the adapted embedding is the head too
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.shares and len(self.shares) != len(self.adapter):
+            raise ValueError(f'shares={self.shares}: takes one for each adapter, {len(self.adapter)}')
+
+
+@dataclass
+class CombineSettings(MergeSettings):
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        super().check()
+        if len(self.adapter) < 2 or self.untie:
+            raise ValueError(f'adapter: {len(self.adapter)} given: takes two or more, '
+                             '--adapter=DIR for each, and no untie')
+
+
+def run_merge(s):
+    """python surgery.py merge"""
+    old = read(s, s.from_, encoder=True, untie=s.untie)
+    if not s.adapter and 'base' not in old.state:
+        raise UserError(f'from={s.from_}: holds a whole network: give what to add to it, --adapter=DIR')
+    # a copy: old is measured beside it
+    model = fill(dataclasses.replace(old.model.cfg), old.model.state_dict(), s.from_)
+    if s.adapter:  # otherwise read() has merged it
+        names = add_adapters(model, s.adapter, s.from_)
+        model.lora.shares = dict(zip(names, shares_of(s)))
+        if s.untie:
+            adapters.untie(model)
+        adapters.merge(model)
+    write(s, 'merge', old, model.cfg, adapters.base_state(model))
+
+
+def shares_of(s):
+    """The factor of each adapter."""
+    return s.shares or [1.0] * len(s.adapter)
+
+
+def run_combine(s):
+    """python surgery.py combine"""
+    old = read(s, s.from_, encoder=True)
+    model = old.model
+    folders = [split_name(entry)[1] for entry in s.adapter]
+    base = {'from': s.from_, 'weights': adapters.fingerprint(model.state_dict())}
+    saved = [read_saved(folder, model.cfg, model.state_dict(), s.from_) for folder in folders]
+    both = adapters.combine(saved, shares_of(s))
+    adapters.add(model, both, ', '.join(folders), 'default')  # raises UserError unless it fits
+    states = []
+    for folder in folders:
+        if not peft_files.is_one(folder):
+            states.append(checkpoint.load_state(checkpoint.find(folder, 'best')))
+    state = new_state('combine', model.cfg, common_settings(states), old.tokenizer, common_begin(states))
+    state['base'] = base
+    state['lora'] = both.description()
+    write_run(s.out_dir, both.tensors, {}, state, old.tokenizer_folder)
+    print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
+
+
+def common_settings(states):
+    """The settings of data and objective that all of these runs share, from their state.json."""
+    if not states:
+        return {}
+    runs = [state['settings'] for state in states]
+    common = {}
+    for name, value in runs[0].items():
+        is_of_data = name in ('dataset', 'objective', 'denoisers', 'packing')
+        if is_of_data and all(run.get(name) == value for run in runs):
+            common[name] = value
+    return common
+
+
+def common_begin(states):
+    """The start token of several runs, (id,) or (), from their state.json; () where they differ."""
+    found = {tuple(state.get('begin', ())) for state in states}
+    if len(found) == 1:
+        return found.pop()
+    return ()

@@ -1,0 +1,88 @@
+"""
+A mixture of experts out of a dense network, with the same function (sparse upcycling, Komatsuzaki et al.
+2022, arXiv 2212.05055).
+
+    python surgery.py upcycle --from=out/dense --out_dir=out/moe --n_expert=8
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError, check, extend
+from features.growth.networks import refuse_unknown
+from features.growth.runs import SurgerySettings, read, write
+
+
+@dataclass
+class UpcycleSettings(SurgerySettings):
+    n_expert: int = 8  # number of experts, each a copy of the MLP
+    n_expert_active: int = 1  # experts per token
+    expert_shared: bool = False  # keep the MLP for all tokens; the experts beside it are silent at first
+    expert_bias: float = 0.0  # as in training: balance without a loss
+    seed: int = 1337  # of the routers
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.n_expert < 2:
+            raise ValueError(f'n_expert={self.n_expert}: takes 2 or more')
+
+
+def run(s):
+    """python surgery.py upcycle"""
+    old = read(s, s.from_, encoder=True)
+    torch.manual_seed(s.seed)
+    cfg, weights = upcycle(old.model.cfg, old.model.state_dict(), s.n_expert, s.n_expert_active,
+                           s.expert_shared, s.expert_bias)
+    write(s, 'upcycle', old, cfg, weights)
+
+
+@torch.no_grad()
+def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expert_bias=0.0):
+    """
+    (ModelConfig, weights) of a mixture with the function of a dense network: each expert is a copy of its
+    MLP, so that it does not matter which ones the router picks. They grow apart by the tokens that they get,
+    without added noise.
+
+    One active expert is multiplied by its probability, 1/n_expert at first: its output matrix makes up for
+    that (He et al. 2024, arXiv 2410.07524). The shares of two and more add up to 1. With a shared expert,
+    that one is the MLP, and the output matrices of the others are zero. The routers are almost zero, but not
+    equal. Random numbers are torch's. Raises UserError for a network that is a mixture already.
+    """
+    if cfg.n_expert:
+        raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: '
+                        'give a dense one')
+    refuse_unknown(cfg, 'made a mixture of experts and keep its function')
+    new = dataclasses.replace(cfg)
+    extend(new, 'moe')
+    new.n_expert = n_expert
+    new.n_expert_active = n_expert_active
+    new.expert_shared = expert_shared
+    new.expert_bias = expert_bias
+    check(new)
+    if expert_shared:
+        scale = 0
+    elif n_expert_active == 1:
+        scale = n_expert
+    else:
+        scale = 1
+
+    out = {}
+    for name, t in weights.items():
+        block, mlp, rest = name.partition('.mlp.')
+        if not mlp:
+            out[name] = t
+            continue
+        if expert_shared:
+            out[f'{block}.mlp.shared.{rest}'] = t
+        if rest.startswith('down.'):
+            t = t * scale
+        if rest.startswith('norm.'):  # one for all experts
+            out[f'{block}.mlp.experts.{rest}'] = t.clone()
+        else:
+            out[f'{block}.mlp.experts.{rest}'] = t.repeat(n_expert, *[1] * t.ndim)  # (E, …)
+        if rest == 'up.weight':  # once a block
+            out[f'{block}.mlp.router'] = 1e-6 * torch.randn(n_expert, cfg.n_embd)
+            if expert_bias:
+                out[f'{block}.mlp.expert_bias'] = torch.zeros(n_expert)
+    return new, out
