@@ -677,6 +677,6 @@ def how_to_prepare(wanted, folder, files):
     How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
     `folder`: 'with OPTIONS: COMMAND'.
     """
-    from batches import advice  # text
-    return advice(wanted, folder, files)  # text
+    from features.text import folders  # text
+    return folders.how_to_prepare(wanted, folder, files)  # text
     return 'with that tokenizer'

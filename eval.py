@@ -50,8 +50,8 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
         device = pick_device(self.device)
         model, tokenizer = sample.load(self.out_dir, self.which, encoder)
         if self.adapter:
-            [voice] = sample.add_voices(model, tokenizer, [self.adapter], self.out_dir)
-            _, tokenizer.around, tokenizer.begin = voice
+            from features.lora.sampling import add_adapters
+            [(_, tokenizer)] = add_adapters(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
             raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: use eval.py loss')
         dtype = pick_exact_dtype(self.dtype, device)

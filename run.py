@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from batches import Batches, Mixture, Source, described, find_folder, remark
+from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
 from checkpoint import fault
 from configurator import (
     UserError,
@@ -209,17 +209,16 @@ def open_data(s, start, ranks):
     another rank has other data, or the tokenizer is not that of the network to start with.
     """
     objective = None
-    if s.objective != 'causal':  # t5
-        from features.t5.objectives import objective_of  # t5
-        objective = objective_of(s)  # t5
-    begin = None
+    if s.objective != 'causal' or s.n_encoder_layer:  # t5
+        from features.t5.objectives import find_objective  # t5
+        objective = find_objective(vars(s), s)  # t5
+    bos = None
     if start.state and s.eval_only:  # judged on rows as it knows them
-        begin = tuple(start.state.get('begin', ()))
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
-                   begin)
+        bos = tuple(start.state.get('begin', ()))
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective, bos)
     val = []
     for source in data.sources:
-        val.append(Source(source.name, 'val', s.block_size, s.packing, s.verify_data, objective, begin))
+        val.append(open_source(source.name, 'val', s.block_size, s.packing, s.verify_data, bos, objective))
     if ranks.world > 1:  # scale
         from features.scale.guard import check_same_start  # scale
         check_same_start(ranks, asdict(s), data.fingerprint())  # scale
@@ -479,10 +478,10 @@ def check_same_run(s, data, state):
     if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
         raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with '
                         f'init_from={stored["init_from"]}: {to_do}')
-    begin = tuple(state.get('begin', ()))
-    if data.begin != begin:
-        raise UserError(f'packing={s.packing}: rows begin {described(data.begin)} here, '
-                        f'those of the run in {s.out_dir} {described(begin)}: {to_do}')
+    bos = tuple(state.get('begin', ()))
+    if data.bos != bos:
+        raise UserError(f'packing={s.packing}: rows begin {describe_bos(data.bos)} here, '
+                        f'those of the run in {s.out_dir} {describe_bos(bos)}: {to_do}')
     # In their order, whatever their names: the files of a run may be moved, or copied to another machine
     same_files = list(data.fingerprint().values()) == list(state['data'].values())
     if not same_files or shares(s.dataset) != shares(stored['dataset']):
@@ -669,8 +668,10 @@ def describe(s, run, ranks):
     if 'dataset' not in s.given and s.dataset == type(s)().dataset:
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:
-        if remark(source.name, source.files):
-            ranks.say('data: ' + remark(source.name, source.files))
+        if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
+            from features.text.nanogpt import remark  # text
+            for line in remark(source.name, source.files):  # text
+                ranks.say(f'data: {line}')  # text
     compiled = 'compiled' if s.compile else 'not compiled'
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: '
               f'{torch.get_num_threads()}')
@@ -744,9 +745,9 @@ def show_sample(model, s, data, ranks, stop=False):
     from sample import sample_of_training
     model.eval()
     try:
-        text, pieces = sample_of_training(model, s, data, ranks)
+        pieces = sample_of_training(model, s, data, ranks)
         written = ''.join(takewhile(lambda _: not ranks.any(stop), pieces))
-        ranks.say('    | ' + (text + written).strip().replace('\n', '\n    | '))
+        ranks.say('    | ' + written.strip().replace('\n', '\n    | '))
     except UserError as error:
         ranks.say(f'no sample: {error}')
     model.train()

@@ -8,12 +8,14 @@ Text ↔ token ids: bytes, characters, tiktoken, sentencepiece; with features/hf
     description = tokenizer.save(folder)     # for meta.json and checkpoints; writes the tokenizer's files
     load_tokenizer(description, folder)      # the same tokenizer again; checks the hashes of the files
 """
+import copy
 import hashlib
 import io
 import itertools
 import json
 import os
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,15 +28,31 @@ EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name 
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
 
 
+@dataclass(frozen=True)
+class PromptFormat:
+    """The token ids that a network saw around a text in training, and so takes around a prompt."""
+    bos: tuple = ()  # (id,) before the first token of a document
+    prefix: tuple = ()  # before a text that is read before another is written,
+    suffix: tuple = ()  # and after it
+
+    def add_to(self, ids, eot):
+        """The ids with these around them, eot if there is nothing; a bos or suffix of eot is not doubled."""
+        before, after = [*self.bos, *self.prefix], list(self.suffix)
+        if before == [eot] and ids[:1] == [eot]:
+            before = []
+        if after == [eot] and ids[-1:] == [eot]:
+            after = []
+        return [*before, *ids, *after] or [eot]
+
+
 class Tokenizer:
     """
     What all kinds share; each has its own encode(text) and decode(ids). eot: id of the end-of-text token, or
     None; files: {name: bytes} to keep with the data; unk: id for what the tokenizer cannot write, -1 = it can
     write any text; more: further fields of its description.
     """
-    around = (), ()  # ids before and after a text that a model reads to write another (features/t5)
     eot_text = EOT  # how the library writes the end-of-text token; in a document, this is ordinary text
-    begin = ()  # (id,) of the start token before a text, if the network was trained with one
+    prompt_format = PromptFormat()  # sample.load() gives the tokenizer of a network that of its training
 
     def __init__(self, kind, vocab_size, eot, files=None, unk=-1, **more):
         self.kind, self.vocab_size, self.eot = kind, vocab_size, eot
@@ -71,7 +89,13 @@ class Tokenizer:
 
     def context(self, ids=()):
         """The ids that a network reads to predict what follows a text with these ids: at least one."""
-        return [*self.begin, *ids] or [self.eot or 0]
+        return [*self.prompt_format.bos, *ids] or [self.eot or 0]
+
+    def with_format(self, prompt_format):
+        """The same tokenizer with another prompt format."""
+        other = copy.copy(self)
+        other.prompt_format = prompt_format
+        return other
 
     def check_ids(self, ids):
         """Raise UserError for an id outside the vocabulary: libraries wrap around or crash there."""

@@ -479,7 +479,7 @@ def stored_state(s, step, run, ranks):
         'model': asdict(run.model.cfg),
         'settings': asdict(s),
         'tokenizer': files.meta['tokenizer'],
-        'begin': list(run.data.begin),
+        'begin': list(run.data.bos),
         'data': run.data.fingerprint(),
         'scaler': run.scaler.state_dict(),
         'torch': torch.__version__,

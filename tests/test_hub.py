@@ -322,7 +322,7 @@ def test_a_prompt_begins_as_their_own_tokenizer_begins_it(around, begin, tmp_pat
     theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around, special_tokens=special)
     theirs.save(str(tmp_path / 'tokenizer.json'))
     model, tokenizer = sample.load(f'hf:{folder}')
-    assert sample.encode_prompt('ab', tokenizer, model.cfg) == (begin + tokenizer.encode('ab'), None)
+    assert sample.encode_prompt('ab', tokenizer, model.cfg) == begin + tokenizer.encode('ab')
     assert tokenizer.encode_documents(['ab'])[0].tolist() == [*tokenizer.encode('ab'), tokenizer.eot]  # data stay as they were
 
 

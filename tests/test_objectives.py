@@ -9,17 +9,34 @@ import pytest
 import torch
 from conftest import one_line, read_log, run, sha256, train, write_dataset
 
-from batches import Mixture, Source, validation_batch
-from configurator import UserError
+from batches import Mixture, open_source, validation_batch
+from configurator import UserError, build
 from features.hf.tokenizer_json import to_json
+from features.study.summaries import encode_source
 from features.t5 import objectives
-from features.t5.objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
+from features.t5.objectives import (
+    DENOISERS,
+    Denoiser,
+    Masking,
+    Objective,
+    count_masked,
+    decoder_batch,
+    denoise,
+    encoder_batch,
+    find_objective,
+    mask_spans,
+    parse_denoisers,
+    split_at_random,
+)
+from features.t5.pairs import cut_pair
+from features.t5.sampling import prompt_format
+from features.text.cuts import Cuts
 from features.text.tokenizers import Reserved
 from model import ModelConfig, Transformer
 from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
-from tokenizer import ByteTokenizer, load_tokenizer
+from tokenizer import ByteTokenizer, PromptFormat, load_tokenizer
 from train import Settings
 
 EOT, RESERVED = 1, (100, 149)
@@ -37,20 +54,20 @@ def text(length, seed=0):
 # --- masking ---
 
 def test_counts_are_t5s():
-    assert counts(512, Denoiser(3, 0.15, 1)) == (77, 26)  # 0.150 of the row
-    assert counts(512, Denoiser(32, 0.5, 1)) == (256, 8) and counts(512, Denoiser(64, 0.5, 1)) == (256, 4)
+    assert count_masked(512, Denoiser(3, 0.15, 1)) == (77, 26)  # 0.150 of the row
+    assert count_masked(512, Denoiser(32, 0.5, 1)) == (256, 8) and count_masked(512, Denoiser(64, 0.5, 1)) == (256, 4)
     for length in range(2, 70):
         for d in (*DENOISERS['ul2'], Denoiser(1, 0.9, 1)):
             if d.span:
-                number, spans = counts(length, d)
-                mask = masked(length, d, rng(length))
+                number, spans = count_masked(length, d)
+                mask = mask_spans(length, d, rng(length))
                 assert mask.sum() == number and (np.diff(mask.astype(int), prepend=0) == 1).sum() == spans >= 1
                 assert not mask[0] and mask[-1]
 
 
 def test_every_way_to_part_is_alike_likely():
     """5 in 3 pieces: 6 ways, each a sixth of the time, 3,000 draws."""
-    ways = [tuple(part(5, 3, r)) for r in [rng()] for _ in range(3000)]
+    ways = [tuple(split_at_random(5, 3, r)) for r in [rng()] for _ in range(3000)]
     assert len(set(ways)) == 6 and all(sum(way) == 5 and min(way) > 0 for way in ways)
     assert max(ways.count(way) for way in set(ways)) < 580 and min(ways.count(way) for way in set(ways)) > 420
 
@@ -84,8 +101,8 @@ def test_the_end_of_a_row_is_written_at_its_mean_length():
 
 
 def test_each_denoiser_comes_by_its_weight_and_alone():
-    objective = Objective('ul2', 100, 110, [[3, 0.15, 3, 'R'], [0, 0.25, 1, 'S']], META)
-    modes = [objective.example(text(objective.length), noise)[0][0] - 100 for noise in range(2000)]
+    masking = Masking('ul2', 100, 110, [[3, 0.15, 3, 'R'], [0, 0.25, 1, 'S']], META)
+    modes = [masking.example(text(masking.length), noise)[0][0] - 100 for noise in range(2000)]
     assert set(modes) == {0, 1} and abs(modes.count(0) / 2000 - 0.75) < 0.03
 
 
@@ -94,8 +111,8 @@ def test_each_denoiser_comes_by_its_weight_and_alone():
 @pytest.mark.parametrize('source_size', [0, 40, 200])
 @pytest.mark.parametrize('kind, denoisers', [('ul2', 't5'), ('ul2', 'ul2r'), ('ul2', [[8, 0.5, 1]]), ('prefix', 't5')])
 def test_rows_are_as_long_as_fits_and_no_token_is_cut(kind, denoisers, source_size):
-    objective = Objective(kind, 60, source_size, denoisers, META)
-    examples, longest = [objective.example(text(objective.length, noise), noise) for noise in range(300)], 0
+    masking = Masking(kind, 60, source_size, denoisers, META)
+    examples, longest = [masking.example(text(masking.length, noise), noise) for noise in range(300)], 0
     for source, target in examples:
         assert target[-1] == EOT
         if source_size:
@@ -104,30 +121,28 @@ def test_rows_are_as_long_as_fits_and_no_token_is_cut(kind, denoisers, source_si
             assert len(source) + len(target) <= 61
         longest = max(longest, len(source) / source_size if source_size else 0, len(target) / 60, (len(source) + len(target)) / 61 * (not source_size))
     assert longest > 0.9
-    arrays = objective.batch(examples, 302)
+    if source_size:
+        arrays = encoder_batch(examples, 60, source_size, EOT, 302)
+    else:
+        arrays = decoder_batch([[example] for example in examples], 60, 302)
     assert all(len(a) == 302 for a in arrays) and (arrays[1] >= 0).sum() == sum(len(target) for _, target in examples)
 
 
 def test_a_decoder_reads_the_source_and_learns_the_target():
-    objective = Objective('ul2', 30, 0, 't5', META)
-    source, target = objective.example(text(objective.length), 3)
-    x, y = (a[0] for a in objective.batch([(source, target)]))
+    masking = Masking('ul2', 30, 0, 't5', META)
+    source, target = masking.example(text(masking.length), 3)
+    x, y, _ = (a[0] for a in decoder_batch([[(source, target)]], 30))
     row = np.append(source, target)
     assert np.array_equal(x[:len(row) - 1], row[:-1]) and np.array_equal(y[y >= 0], target)
     assert y[len(source) - 1] == target[0] and (y[:len(source) - 1] == -1).all()  # the last token read is followed by the first one written
 
 
 def test_an_encoder_reads_the_source_and_the_decoder_begins_with_the_end_of_text():
-    objective = Objective('ul2', 20, 30, 't5', META)
-    source, target = objective.example(text(objective.length), 3)
-    x, y, read = (a[0] for a in objective.batch([(source, target)]))
+    masking = Masking('ul2', 20, 30, 't5', META)
+    source, target = masking.example(text(masking.length), 3)
+    x, y, read = (a[0] for a in encoder_batch([(source, target)], 20, 30, EOT))
     assert np.array_equal(read[read >= 0], source) and x[0] == EOT and np.array_equal(x[1:len(target)], target[:-1])
     assert np.array_equal(y[:len(target)], target) and (y[len(target):] == -1).all()
-
-
-def test_causal_rows_are_what_they_were(dataset):
-    data, again = Mixture(dataset, 'train', 16, 1), Mixture(dataset, 'train', 16, 1, objective=lambda meta: Objective('causal', 16))
-    assert all(np.array_equal(a, b) for a, b in zip(data.rows(range(20)), again.rows(range(20))))
 
 
 @pytest.fixture
@@ -141,8 +156,8 @@ def reserved(tmp_path):
 
 
 def denoising(reserved, seed=1, **settings):
-    s = Settings(**dict(objective='ul2', block_size=32, source_size=40, n_encoder_layer=1) | settings)
-    return Mixture(reserved, 'train', 32, seed, objective=lambda meta: make_objective(s, meta))
+    s = build(Settings, **dict(objective='ul2', block_size=32, source_size=40, n_encoder_layer=1) | settings)
+    return Mixture(reserved, 'train', 32, seed, objective=find_objective(vars(s), s))
 
 
 def test_every_epoch_masks_anew_and_validation_never(reserved):
@@ -151,7 +166,7 @@ def test_every_epoch_masks_anew_and_validation_never(reserved):
     assert all(np.array_equal(a, b) for a, b in zip(data.rows(range(7)), denoising(reserved).rows(range(7))))
     first, second = ({tuple(row) for row in data.rows(range(n, n + rows))[2].tolist()} for n in (0, rows))
     assert len(first & second) < rows / 10
-    val = Source(reserved, 'val', 32, 'stream', objective=lambda meta: Objective('ul2', 32, 40, 'ul2r', meta))
+    val = open_source(reserved, 'val', 32, objective=Objective('ul2', 40))
     assert all(np.array_equal(a, b) for a, b in zip(*(validation_batch(val, range(5), 6) for _ in range(2))))
 
 
@@ -180,9 +195,9 @@ def test_pairs_are_source_and_target(tmp_path):
     folder, seen = pairs(tmp_path, ROWS), set()
     for split in ('train', 'val'):
         for size in (0, 20):
-            source = Source(folder, split, 40, 'document', objective=lambda meta, size=size: Objective('seq2seq', 40, size, meta=meta))
+            source = as_pairs(folder, size, split)
             for n in range(source.rows):
-                read, written = source.example(n, 0)
+                read, written = source.row(n)
                 read, written = (bytes(int(t) for t in ids[:-1]).decode() for ids in (read, written) if ids[-1] == 256)
                 seen.add((split, read, written))
     assert {pair[1:] for pair in seen} == {(row['question'], row['answer']) for row in ROWS} and len(seen) == 100
@@ -192,28 +207,26 @@ def test_pairs_are_source_and_target(tmp_path):
 
 def as_pairs(folder, size, split='train'):
     """A Source of pairs in rows of 40, beside an encoder that reads `size`, or without one."""
-    def objective(meta):
-        return Objective('seq2seq', 40, size, meta=meta)
-    return Source(folder, split, 40, 'document', objective=objective)
+    return open_source(folder, split, 40, 'document', objective=Objective('seq2seq', size))
 
 
 def test_a_source_that_is_too_long_is_cut_and_its_end_kept(tmp_path):
     folder = pairs(tmp_path, [{'question': 'x' * 50, 'answer': 'y' * 50}] * 1 + ROWS, val_fraction=0.01)
     for size, (read, written) in ((20, (20, 40)), (0, (21, 20))):
         source = as_pairs(folder, size)
-        examples = [source.example(n, 0) for n in range(source.rows)]
+        examples = [source.row(n) for n in range(source.rows)]
         assert (read, written) in {tuple(map(len, example)) for example in examples}
         assert all(read[-1] == 256 for read, _ in examples)
-        assert source.objective.batch(examples)[0].shape == (source.rows, 40)
+        assert source.batch(examples)[0].shape == (source.rows, 40)
 
 
 @pytest.mark.parametrize('T', [3, 4, 31, 32])
 def test_neither_side_of_a_pair_takes_the_half_of_the_other(T):
-    objective, row = Objective('seq2seq', T, 0, meta={'pairs': True, 'eot': EOT}), T + 1
+    row = T + 1
     for source in range(2, 2 * row, 1 + T // 8):
         for target in range(2, 2 * row, 1 + T // 8):
             tokens = np.concatenate([text(source - 1), [EOT], text(target - 1), [EOT]])
-            read, written = objective.example(tokens, 0)
+            read, written = cut_pair(tokens, T, 0, EOT)
             assert len(read) + len(written) == min(row, source + target)
             assert len(read) >= min(source, row // 2) and len(written) >= min(target, row // 2)
             assert read[-1] == EOT and np.array_equal(read[:-1], tokens[:len(read) - 1])
@@ -232,7 +245,7 @@ def test_pairs_that_do_not_fit_are_counted(tmp_path, monkeypatch):
         f'{where}: 4 of {count} pairs do not fit block_size=40, source_size=55: '
         f'4 of {count} targets cut to 40 tokens, losing up to 21')
     assert as_pairs(folder, 0, 'val').too_long() == ''
-    monkeypatch.setattr('batches.LOOK_AT', 2)
+    monkeypatch.setattr('features.t5.pairs.LOOK_AT', 2)
     assert f'{where}: 2 of the first ' in as_pairs(folder, 0).too_long()
 
 
@@ -250,8 +263,8 @@ def test_pairs_of_one_source_are_on_one_side_of_the_split(tmp_path):
     folder = pairs(tmp_path, [{'question': f'what is {n % 10}?', 'answer': f'{n}'} for n in range(200)], val_fraction=0.4)
     sides = []
     for split in ('train', 'val'):
-        source = Source(folder, split, 40, 'stream', objective=lambda meta: Objective('seq2seq', 40, 20, meta=meta))
-        sides.append({tuple(source.example(n, 0)[0]) for n in range(source.rows)})
+        source = open_source(folder, split, 40, objective=Objective('seq2seq', 20))
+        sides.append({tuple(source.row(n)[0]) for n in range(source.rows)})
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10
 
 
@@ -356,14 +369,15 @@ def test_a_pair_is_learned_and_sampled(sizes, tmp_path):
 
 
 def test_what_is_read_is_marked_as_in_training():
-    assert objectives.around('causal', 'ul2', META) == ((), ()) and objectives.around('seq2seq', 'ul2', META) == ((), (EOT,))
-    assert objectives.around('ul2', 'ul2', META) == ((101,), (EOT,)) and objectives.around('ul2', 't5', META) == ((), (EOT,))
-    tokenizer = Reserved(ByteTokenizer(), 5)
-    tokenizer.around = (258,), (256,)
-    for cfg, wanted in ((ModelConfig(block_size=9), ([258, 97, 98, 256], None)), (ModelConfig(block_size=9, n_encoder_layer=1), ([256], [258, 97, 98, 256]))):
-        assert encode_prompt('ab', tokenizer, cfg) == wanted
-        cut = encode_prompt('abcdefghijkl', tokenizer, cfg, room=5)
-        assert (cut[1] or cut[0]) == [258, 97, 98, 99, 256]
+    tokenizer = Reserved(ByteTokenizer(), 5)  # whose reserved tokens are 257 to 261
+    for kind, denoisers, wanted in (
+            ('causal', 'ul2', PromptFormat()), ('seq2seq', 'ul2', PromptFormat(suffix=(256,))),
+            ('ul2', 'ul2', PromptFormat((), (258,), (256,))), ('ul2', 't5', PromptFormat(suffix=(256,)))):
+        assert prompt_format(kind, denoisers, tokenizer) == wanted
+    tokenizer = tokenizer.with_format(prompt_format('ul2', 'ul2', tokenizer))
+    for cfg in (ModelConfig(block_size=9), ModelConfig(block_size=9, n_encoder_layer=1)):
+        assert encode_prompt('ab', tokenizer, cfg) == [258, 97, 98, 256]
+        assert encode_source('abcdefghijkl', tokenizer, cfg, 5, Cuts('sources')) == [258, 97, 98, 99, 256]
         with pytest.raises(UserError, match='12 tokens|14 tokens'):
             encode_prompt('abcdefghijkl', tokenizer, cfg)
 
@@ -385,7 +399,7 @@ def test_a_run_goes_on_with_its_own_objective(dataset, reserved, tmp_path):
     train(tmp_path / 'old', dataset=dataset)
     folder = tmp_path / 'old/step_00000010'
     state, manifest = (json.loads((folder / name).read_text()) for name in ('state.json', 'manifest.json'))
-    del state['settings']['objective'], state['settings']['denoisers']
+    del state['settings']['objective']
     (folder / 'state.json').write_text(json.dumps(state))
     manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size, 'sha256': sha256(folder / 'state.json')}
     (folder / 'manifest.json').write_text(json.dumps(manifest))
@@ -398,22 +412,22 @@ def test_a_run_goes_on_with_its_own_objective(dataset, reserved, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--n_encoder_layer=2'], "objective='causal'"), (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'there are no pairs in it'),
+    (['--n_encoder_layer=2'], 'gives an encoder nothing to read'), (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'there are no pairs in it'),
     (['--objective=ul2', '--denoisers=t6'], 'denoisers=t6'), (['--objective=ul2', '--denoisers=[[3,2,1]]'], 'denoisers: [3, 2, 1]'),
     (['--objective=prefix', '--block_size=1'], 'no row is short enough'), (['--objective=prefix', '--arch=markov'], 'objective=prefix'),
-    (['--objective=prefix', '--n_encoder_layer=1', '--teacher=x'], 'n_encoder_layer=1')], ids=str)
+    (['--objective=prefix', '--n_encoder_layer=1', '--teacher=x'], 'n_encoder_layer=0')], ids=str)
 def test_objectives_that_cannot_work_are_refused(args, words, dataset, tmp_path):
     done = train(tmp_path / 'out', *args, dataset=dataset, check=False)
     assert words in one_line(done) and not (tmp_path / 'out').exists()
 
 
 def test_denoisers_are_checked():
-    assert parse([(3, 0.15, 1), [0, 0.25, 1, 'S']]) == [Denoiser(3, 0.15, 1), Denoiser(0, 0.25, 1, 'S')]
+    assert parse_denoisers([(3, 0.15, 1), [0, 0.25, 1, 'S']]) == [Denoiser(3, 0.15, 1), Denoiser(0, 0.25, 1, 'S')]
     for wrong in ([], [3], [[3, 0.15]], [[0.5, 0.15, 1]], [[3, 0.15, 0]], [[3, 0.15, 1, 'Q']], [[3, '0.15', 1]], [[3, 0.15, 1, ['R']]], [[0, 0.7, 1]]):
         with pytest.raises(ValueError, match='denoisers'):
-            parse(wrong)
+            parse_denoisers(wrong)
     with pytest.raises(UserError, match='--reserve=10'):
-        Objective('ul2', 60, 0, 'ul2r', META | {'vocab_size': 100, 'tokenizer': {}})
+        Masking('ul2', 60, 0, 'ul2r', META | {'vocab_size': 100, 'tokenizer': {}})
 
 
 def test_masked_padding_weighs_nothing():
@@ -421,15 +435,18 @@ def test_masked_padding_weighs_nothing():
     cfg = ModelConfig(vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
     model = Transformer(cfg)
     torch.nn.init.normal_(model.head.weight)
-    objective = Objective('ul2', 20, 30, 't5', META)
-    examples = [objective.example(text(objective.length, n), n) for n in range(3)]
-    sums = [model(*map(torch.from_numpy, objective.batch([e], 2)[:2]), source=torch.from_numpy(objective.batch([e], 2)[2]), reduction='sum') for e in examples]
-    x, y, source = map(torch.from_numpy, objective.batch(examples))
+    masking = Masking('ul2', 20, 30, 't5', META)
+    examples = [masking.example(text(masking.length, n), n) for n in range(3)]
+    sums = []
+    for example in examples:
+        x, y, source = map(torch.from_numpy, encoder_batch([example], 20, 30, EOT, height=2))
+        sums.append(model(x, y, source=source, reduction='sum'))
+    x, y, source = map(torch.from_numpy, encoder_batch(examples, 20, 30, EOT))
     assert torch.allclose(model(x, y, source=source, reduction='sum'), sum(sums), rtol=1e-5)
     assert objectives.MODES == ('R', 'S', 'X')  # which reserved token is which is a part of the format
 
 
 def test_a_choice_without_code_does_not_work_as_another_one():
-    for make in (lambda: Objective('new', 32, meta=META), lambda: objectives.around('new', 'ul2', META)):
+    for make in (lambda: Masking('new', 32, 0, 't5', META), lambda: prompt_format('new', 'ul2', ByteTokenizer())):
         with pytest.raises(UserError, match='^objective=new: has no code in objectives.py: '):
             make()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import read_log, run, train
 
-from batches import Mixture, Source, fill
+from batches import Mixture, open_source, validation_batch
 from features.growth import factorize
 from features.t5.objectives import Objective
+from features.t5.pairs import pack
 from model import ModelConfig, make_model
 from prepare import Settings, prepare
 
@@ -29,8 +30,8 @@ def pairs(tmp_path_factory):
 
 def rows(folder, packing, split='train', T=64):
     """All rows of a split: x, y and, of packed pairs, pieces."""
-    source = Source(folder, split, T, packing, objective=lambda meta: Objective('seq2seq', T, 0, meta=meta))
-    return [torch.from_numpy(a) for a in source.batch([source.example(n, 0) for n in range(source.rows)])]
+    source = open_source(folder, split, T, packing, objective=Objective('seq2seq'))
+    return [torch.from_numpy(a) for a in validation_batch(source, range(source.rows))]
 
 
 def network(**settings):
@@ -43,7 +44,7 @@ def network(**settings):
 
 
 def together(lengths, room):
-    numbers, until = fill(lengths, room)
+    numbers, until = pack(lengths, room)
     return np.split(numbers, until[:-1])
 
 
@@ -85,7 +86,7 @@ def test_a_pair_sees_itself_alone(pairs, kind):
 
 
 def test_every_pair_comes_once_an_epoch_and_a_mixture_knows_how_many_share_a_row(pairs):
-    data = Mixture(pairs, 'train', 64, seed=1, objective=lambda meta: Objective('seq2seq', 64, 0, meta=meta))
+    data = Mixture(pairs, 'train', 64, seed=1, objective=Objective('seq2seq'))
     count = data.sources[0].rows
     targets = [sorted(tuple(row[row >= 0]) for row in data.rows(range(n, n + count))[1]) for n in (0, count)]
     assert targets[0] == targets[1] == sorted(tuple(row[row >= 0]) for row in rows(pairs, 'stream')[1].numpy())
@@ -123,7 +124,7 @@ def test_a_step_on_all_pairs_is_the_same_packed_and_padded_with_a_teacher_too(pa
 
 def test_moments_of_packed_pairs_are_those_of_padded_ones(pairs, monkeypatch):
     def moments(packing):
-        data = Mixture(pairs, 'train', 64, seed=1, packing=packing, objective=lambda meta: Objective('seq2seq', 64, 0, meta=meta))
+        data = Mixture(pairs, 'train', 64, seed=1, packing=packing, objective=Objective('seq2seq'))
         monkeypatch.setattr(factorize, 'SAMPLE', data.sources[0].rows * 64)
         return factorize.input_moments(network(), data)
     packed, padded = moments('stream'), moments('document')
@@ -137,7 +138,7 @@ def test_a_mixture_of_packed_pairs_counts_what_it_says(tmp_path, mix_by):
         (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'q': f'{n:03}', 'a': answer}) + '\n' for n in range(300)))
         folders.append(str(tmp_path / name))
         prepare(Settings([f'{tmp_path}/{name}.jsonl'], source='q', target='a', out=folders[-1], tokenizer='byte', val_fraction=0.1, num_proc=1))
-    data = Mixture(dict.fromkeys(folders, 1), 'train', 64, seed=1, mix_by=mix_by, objective=lambda meta: Objective('seq2seq', 64, 0, meta=meta))
+    data = Mixture(dict.fromkeys(folders, 1), 'train', 64, seed=1, mix_by=mix_by, objective=Objective('seq2seq'))
     x, y, pieces = data.rows(range(600))
     of = np.array([data.locate(n)[0] for n in range(600)])
     counted = (x > 0).sum(1) if mix_by == 'tokens' else np.array([len(np.unique(p[t >= 0])) for p, t in zip(pieces, y)])

@@ -21,12 +21,14 @@ from batches import TokenFiles, read_meta
 from configurator import UserError
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, pack
+from features.lora.sampling import add_adapters
 from features.study import tasks
+from features.t5.beams import beam_search
 from model import ModelConfig, Transformer
 from prepare import Settings as PrepareSettings
 from prepare import prepare
-from sample import KVCache, NotFinite, Row, add_voices, beam_search, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import EOT, CharTokenizer, new_tokenizer, train_bpe
+from sample import KVCache, NotFinite, Row, converse, draw, encode_prompt, generate, load, step, stream
+from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
 
 
 def model(**settings):
@@ -217,7 +219,7 @@ class Scripted(torch.nn.Module):
         self.cfg, self.weight = ModelConfig(vocab_size=257, block_size=1000, n_layer=1), torch.nn.Parameter(torch.zeros(1))
         self.ids, self.at = text.encode() + b' ' * 99, 0
 
-    def hidden(self, idx, cache, memory):
+    def hidden(self, idx, cache):
         return torch.zeros(idx.size(0), 1, 1)
 
     def logits(self, h):
@@ -373,13 +375,12 @@ def test_the_end_of_text_in_a_prompt_is_the_token():
         cfg = ModelConfig(block_size=32)
         wanted = {'': [eot], EOT: [eot], EOT + 'a': [eot, *a], 'a' + EOT + 'b': [*a, eot, *b], 'a': a}
         for text, ids in wanted.items():
-            assert encode_prompt(text, tokenizer, cfg) == (ids, None)
+            assert encode_prompt(text, tokenizer, cfg) == ids
         for begin in (eot, 0):
-            tokenizer.begin = (begin,)
-            assert encode_prompt(EOT + 'a', tokenizer, cfg)[0] == [begin] * (begin != eot) + [eot, *a]
+            tokenizer = tokenizer.with_format(PromptFormat((begin,)))
+            assert encode_prompt(EOT + 'a', tokenizer, cfg) == [begin] * (begin != eot) + [eot, *a]
         has_encoder = ModelConfig(block_size=32, n_encoder_layer=1)
-        assert encode_prompt('a' + EOT, tokenizer, has_encoder) == ([0], [*a, eot])
-    assert encode_prompt(EOT, new_tokenizer('byte'), cfg, is_typed=False) == (list(EOT.encode()), None)
+        assert encode_prompt('a' + EOT, tokenizer, has_encoder) == [*a, eot]
 
 
 def test_the_end_of_text_before_a_prompt_is_not_printed(trained):
@@ -402,7 +403,7 @@ def test_bad_input_is_one_line(trained, args, words):
 def test_without_any_input_there_are_no_prompts(monkeypatch):
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(UserError, match='interactive=True: its input is closed'):
-        sample.converse(print)
+        sample.converse()
 
 
 def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):
@@ -440,15 +441,16 @@ def type_in(data, monkeypatch):
 
 
 def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(monkeypatch, capsys):
-    def answer(text):
+    def print_samples(text):
         if text == 'bad':
             raise UserError('start: shorten it')
         if text == 'damaged':
             raise NotFinite
         print(f'<{text}>')
+    monkeypatch.setattr(sample, 'print_samples', print_samples)
     type_in(b'one\nbad\ncaf\xe9\ntwo\ndamaged\nthree\n', monkeypatch)
     with pytest.raises(NotFinite):
-        converse(answer)
+        converse()
     assert capsys.readouterr().out.splitlines() == [
         '<one>', 'start: shorten it',
         "start: not UTF-8: '\\udce9' after 3 characters is no character: takes text in UTF-8", '<two>']
@@ -491,8 +493,8 @@ def without_start_token(folder, to):
 
 def test_a_network_knows_how_a_document_begins(documents):
     network, tokenizer = load(str(documents))
-    assert tokenizer.begin == (256,) == tuple(checkpoint.load_state(checkpoint.find(str(documents)))['begin'])
-    assert encode_prompt('', tokenizer, network.cfg)[0] == [256] and encode_prompt('ZA', tokenizer, network.cfg)[0] == [256, 90, 65]
+    assert tokenizer.prompt_format.bos == (256,) == tuple(checkpoint.load_state(checkpoint.find(str(documents)))['begin'])
+    assert encode_prompt('', tokenizer, network.cfg) == [256] and encode_prompt('ZA', tokenizer, network.cfg) == [256, 90, 65]
     first = network(torch.tensor([[256]]))[0, -1].log_softmax(-1)
     assert -first[90] < 0.1
     done = run('sample.py', f'--out_dir={documents}', '--start=', '--num_samples=20', '--max_new_tokens=5', '--top_k=1')
@@ -514,7 +516,8 @@ def test_texts_and_tasks_begin_with_the_start_token_too(documents):
 def test_a_checkpoint_from_before_start_tokens_is_read_as_it_was_trained(documents, tmp_path):
     old = without_start_token(documents, tmp_path / 'old')
     network, tokenizer = load(old)
-    assert tokenizer.begin == () and encode_prompt('ZA', tokenizer, network.cfg)[0] == [90, 65] and encode_prompt('', tokenizer, network.cfg)[0] == [256]
+    assert tokenizer.prompt_format == PromptFormat()
+    assert encode_prompt('ZA', tokenizer, network.cfg) == [90, 65] and encode_prompt('', tokenizer, network.cfg) == [256]
     assert tasks.encode_pair(tokenizer, 'ZA', 'B') == ([90, 65], [66]) and tasks.encode_pair(tokenizer, '', 'Z') == ([256], [90])
     files = TokenFiles(f'{documents.parent}/data', 'val')
     for folder, targets in ((documents, files.tokens), (old, files.tokens - files.documents)):
@@ -526,15 +529,15 @@ def test_a_checkpoint_from_before_start_tokens_is_read_as_it_was_trained(documen
     new = train(documents, '--eval_only', dataset=documents.parent / 'data').stdout
     assert float(only.split('val_loss ')[1].split(',')[0]) != float(new.split('val_loss ')[1].split(',')[0])
     train(tmp_path / 'next', *args, f'--init_from={old}', '--max_iters=1', dataset=documents.parent / 'data')  # the weights begin another run
-    assert load(str(tmp_path / 'next'))[1].begin == (256,)
+    assert load(str(tmp_path / 'next'))[1].prompt_format.bos == (256,)
 
 
 def test_an_adapter_trained_on_documents_speaks_from_their_start(documents, trained, tmp_path):
     train(tmp_path / 'lora', f'--init_from={trained}', '--lora_rank=2', '--packing=document', '--max_iters=1', '--n_embd=48',
           dataset=documents.parent / 'data')
     network, tokenizer = load(str(trained))
-    assert tokenizer.begin == ()
-    (_, _, begin), = add_voices(network, tokenizer, [f'{tmp_path}/lora'], str(trained))
-    assert begin == (256,) == load(str(tmp_path / 'lora'))[1].begin
+    assert tokenizer.prompt_format.bos == ()
+    [(_, own)] = add_adapters(network, tokenizer, [f'{tmp_path}/lora'], str(trained))
+    assert own.prompt_format.bos == (256,) == load(str(tmp_path / 'lora'))[1].prompt_format.bos
     run('surgery.py', 'merge', f'--from={tmp_path}/lora', f'--out_dir={tmp_path}/merged', '--dataset=none')
-    assert load(f'{tmp_path}/merged')[1].begin == (256,)
+    assert load(f'{tmp_path}/merged')[1].prompt_format.bos == (256,)

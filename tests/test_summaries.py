@@ -16,7 +16,7 @@ import sample
 from configurator import UserError
 from features.study import summaries
 from features.study.summaries import read_pairs, scorer, strip, write
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, PromptFormat
 
 
 def test_scores_by_hand():
@@ -53,7 +53,7 @@ def test_a_batch_writes_what_its_rows_write(settings):
 @pytest.mark.parametrize('settings, room', [(dict(n_encoder_layer=2, source_size=32), 32), ({}, 24)], ids=str)
 def test_sources_that_are_cut_are_counted(settings, room, capsys):
     model, tokenizer = tiny(vocab_size=257, block_size=48, **settings).eval(), ByteTokenizer()
-    tokenizer.around = (), (256,)
+    tokenizer = tokenizer.with_format(PromptFormat(suffix=(256,)))
     options = 0, 3, torch.device('cpu'), 'float32', 'dev.jsonl'
     write(model, tokenizer, ['a' * (room - 1), 'b'], 24, *options)
     assert capsys.readouterr().out == ''

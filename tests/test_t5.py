@@ -20,8 +20,10 @@ from configurator import UserError, build, part_of, read_config
 from device import autocast
 from features.hf import reading
 from features.lora.packed import pack
+from features.t5.beams import beam_search
+from features.t5.sampling import Decoder, pad
 from model import ModelConfig, RelativeBias, Transformer
-from sample import KVCache, beam_search, generate, pad, step
+from sample import KVCache, generate, step
 from tokenizer import ByteTokenizer
 from train import Settings
 
@@ -134,12 +136,12 @@ def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tm
         row = row[1:]
         return row[:row.index(end)] if end in row else row
     wanted = [cut(row) for row in model.generate(**theirs_in).tolist()]
-    drawn = torch.stack(list(generate(mine, [[0]] * 6, 50, temperature=0, eot=end, sources=sources)), dim=1).tolist()
+    drawn = torch.stack(list(generate(Decoder(mine, sources), [[0]] * 6, 50, temperature=0, eot=end)), dim=1).tolist()
     assert [[t for t in row if t >= 0] for row in drawn] == wanted
     assert len(set(map(tuple, wanted))) > 3 and min(map(len, wanted)) < 50  # not the same for every source, and some end
     for beams, penalty in ((4, 1.0), (3, 0.0), (2, 2.0), (4, -1.0)):
         wanted = [cut(row) for row in model.generate(**theirs_in, num_beams=beams, length_penalty=penalty).tolist()]
-        assert [cut([0] + beam_search(mine, [0], 50, beams, penalty, eot=end, source=source)) for source in sources] == wanted, (beams, penalty)
+        assert [cut([0] + beam_search(Decoder(mine, [source]), [0], 50, beams, penalty, eot=end)) for source in sources] == wanted, (beams, penalty)
 
 
 # --- every kind ---
@@ -181,7 +183,7 @@ def test_the_encoder_sees_all_and_the_decoder_only_the_past(settings):
 @pytest.mark.parametrize('settings', KINDS, ids=str)
 def test_cached_is_uncached(settings):
     model, sources, prompts = network(**settings), texts([30, 5, 11]), texts([1, 4, 2], seed=3)
-    options = dict(sources=sources, temperature=0.9, eot=7)
+    model, options = Decoder(model, sources), dict(temperature=0.9, eot=7)
     cached, uncached = (torch.stack(list(generate(model, prompts, 60, use_cache=use, generator=torch.Generator().manual_seed(0), **options)))
                         for use in (True, False))
     assert torch.equal(cached, uncached) and len(cached) > 32  # beyond the context

@@ -30,7 +30,7 @@ from features.study.tasks import (
     with_shots,
 )
 from sample import generate, load
-from tokenizer import ByteTokenizer, new_tokenizer
+from tokenizer import ByteTokenizer, PromptFormat, new_tokenizer
 
 LAMBADA = [{'context': f'the {n} small cats sat on a very old mat, and then the {n}', 'continuation': word}
            for n, word in enumerate(['cat', 'mat', 'a', 'old dog'])]
@@ -155,7 +155,7 @@ def test_every_context_begins_with_the_start_token_in_the_harness_too(folder, mo
     lm_eval = pytest.importorskip('lm_eval')
     from lm_eval.api.instance import Instance
     network, tokenizer = load(f'hf:{folder}')
-    tokenizer.begin = (7,)
+    tokenizer = tokenizer.with_format(PromptFormat((7,)))
     ids_of = tokenizer.encode
     assert encode_pair(tokenizer, '', 'b') == ([7], ids_of('b'))
     assert encode_pair(tokenizer, 'a', ' b') == ([7, *ids_of('a')], ids_of(' b'))

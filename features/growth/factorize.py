@@ -12,7 +12,6 @@ from statistics import median
 import torch
 import torch.nn as nn
 
-from batches import reading
 from features.growth.networks import refuse_unknown
 from features.growth.runs import SAMPLE
 
@@ -53,7 +52,11 @@ def input_moments(model, data):
         x, y, *more = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
         real = y >= 0
         tokens += int(real.sum())
-        model.hidden(x, **reading(model, more))
+        inputs = {}
+        if more:  # t5
+            from features.t5.objectives import more_inputs  # t5
+            inputs = more_inputs(model, more)  # t5
+        model.hidden(x, **inputs)
     for handle in handles:
         handle.remove()
     return {name: total / tokens for name, total in sums.items()}

@@ -112,14 +112,12 @@ def open_data(s, where, cfg, state):
 
     objective = None  # the next token
     if cfg.n_encoder_layer or settings.get('objective', 'causal') != 'causal':  # t5
-        from features.t5.objectives import stored_objective  # t5
-
-        def objective(meta):  # t5
-            return stored_objective(settings, cfg, meta)  # t5
+        from features.t5.objectives import find_objective  # t5
+        objective = find_objective(settings, cfg)  # t5
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'),
                        settings.get('mix_by', 'tokens'), objective=objective,
-                       begin=tuple(state.get('begin', ())))
+                       bos=tuple(state.get('begin', ())))
     except UserError as error:
         if s.dataset != 'auto':
             raise

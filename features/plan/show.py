@@ -5,11 +5,12 @@ trained.
 import torch
 
 import checkpoint
-from batches import GPT2_TOKENS, find_folder, read_meta
+from batches import find_folder, read_meta
 from configurator import UserError, check, part_of
 from device import peak_flops, pick_dtype
 from features.plan.chinchilla import optima, table
 from features.plan.dial import REACHED, plan, size
+from features.text.nanogpt import GPT2_TOKENS
 from model import ModelConfig, make_model
 from run import adopt
 

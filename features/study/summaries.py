@@ -23,9 +23,11 @@ from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
 from features.study.tasks import read_lines
 from features.study.validation import validation_sources
+from features.t5.beams import beam_search
+from features.t5.sampling import read_sources, source_format
 from features.text.cuts import Cuts
 from features.text.pairs import fill, template_fields
-from sample import beam_search, encode_prompt, generate
+from sample import generate
 
 # English function words, which carry no topic
 STOP_WORDS = set('''
@@ -106,47 +108,54 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     context.
     """
     T = model.cfg.block_size
-    room = model.cfg.source_context or T - max_new_tokens  # for the source
+    room = T - max_new_tokens  # for the source
+    if model.cfg.n_encoder_layer:
+        room = model.cfg.source_context
     cuts = Cuts('sources')
-    rows = []  # (number, prompt ids, source ids or None)
-    for n, source in enumerate(sources):
-        prompt, read = encode_prompt(source, tokenizer, model.cfg, room, cuts, is_typed=False)
-        rows.append((n, prompt, read))
-    if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
+    rows = [(n, encode_source(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
+    if cuts.cut and not model.cfg.n_encoder_layer and max_new_tokens > T // 2:
         raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
                         f'reads: {cuts.line()}: lower it to {T // 2} or less')
     if cuts.cut:
         print(f'{what}: {cuts.line()}', flush=True)
-    rows.sort(key=lambda row: -len(row[2] or row[1]))
+    rows.sort(key=lambda row: -len(row[1]))
     out = [''] * len(rows)
     size = 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):
         for i in range(0, len(rows), size):
             batch = rows[i:i + size]
+            network = model
+            prompts = [ids for _, ids in batch]
+            if model.cfg.n_encoder_layer:
+                network, prompts = read_sources(model, tokenizer, prompts)
             if num_beams:
-                _, prompt, source = batch[0]
-                written = [beam_search(model, prompt, max_new_tokens, num_beams, 1.0, tokenizer.eot,
-                                       tokenizer.vocab_size, source)]
+                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.eot,
+                                       tokenizer.vocab_size)]
             else:
-                written = write_batch(model, tokenizer, batch, max_new_tokens)
-            for (n, *_), ids in zip(batch, written):
+                steps = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot,
+                                 vocab_size=tokenizer.vocab_size)
+                written = zip(*(tokens.tolist() for tokens in steps))  # a step is a token of every row
+            for (n, _), ids in zip(batch, written):
                 text = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot])
                 out[n] = text.strip()
             bar.update(len(batch))
     return out
 
 
-def write_batch(model, tokenizer, batch, max_new_tokens):
+def encode_source(text, tokenizer, cfg, room, cuts):
     """
-    The ids that the network writes greedily for each row (number, prompt, source) of a batch, -1 after its
-    end.
+    The ids of a source with the tokens around it that the network knows from training. A source of more than `room`
+    tokens loses the end of its text; cuts (a Cuts) counts it.
     """
-    prompts = [prompt for _, prompt, _ in batch]
-    sources = [source for _, _, source in batch] if model.cfg.n_encoder_layer else None
-    steps = generate(model, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot,
-                     vocab_size=tokenizer.vocab_size, sources=sources)
-    columns = [tokens.tolist() for tokens in steps]  # a token of every row per step
-    return list(zip(*columns))
+    form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
+    ids = tokenizer.encode(text)
+    eot = tokenizer.eot or 0
+    whole = form.add_to(ids, eot)
+    cuts.add(len(whole), room)
+    if len(whole) <= room:
+        return whole
+    around = len(whole) - len(ids)
+    return form.add_to(ids[:max(0, room - around)], eot)
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from batches import Mixture, real_folders
+from batches import Mixture
 from checkpoint import read_model
 from configurator import (
     FilePath,
@@ -37,6 +37,7 @@ from configurator import (
     with_features,
 )
 from features.study.runs import NEUTRAL, blank_model, read_settings, sizes, state
+from features.text.folders import real_folders
 from model import make_model
 from optim import make_optimizer
 from run import adopt, step_flops

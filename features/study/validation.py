@@ -2,10 +2,9 @@
 The validation data of a network: what it was trained on, or another data set of its tokenizer.
 """
 import checkpoint
-from batches import Source
+from batches import open_source
 from checkpoint import check_tokenizer, how_to_prepare
 from configurator import UserError
-from features.t5.objectives import stored_objective
 
 
 def validation_sources(where, cfg, dataset='', block_size=0):
@@ -26,16 +25,16 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     if not dataset:
         raise UserError(f'dataset: {where} does not say what it was trained on: give --dataset=NAME')
     packing = settings.get('packing', 'stream')
-    objective = None
     if block_size:
         packing = 'stream'
-    else:
-        def objective(meta):
-            return stored_objective(settings, cfg, meta)
-    begin = tuple(state.get('begin', ()))
+    objective = None
+    if not block_size and (settings.get('objective', 'causal') != 'causal' or cfg.n_encoder_layer):  # t5
+        from features.t5.objectives import find_objective  # t5
+        objective = find_objective(settings, cfg)  # t5
+    bos = tuple(state.get('begin', ()))
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:
-        source = Source(name, 'val', block_size or cfg.block_size, packing, objective=objective, begin=begin)
+        source = open_source(name, 'val', block_size or cfg.block_size, packing, bos=bos, objective=objective)
         check_tokenizer(f'dataset={name}', where, folder, source.files)
         if source.files.vocab_size > cfg.vocab_size:
             to_do = how_to_prepare(state.get('tokenizer', {}), folder, source.files)

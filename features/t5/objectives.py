@@ -1,33 +1,30 @@
 """
-What a row of tokens asks of a network: a source to be read and a target to be written.
+Objectives: from a row of tokens they make a source to read and a target to write.
 
-    causal     nothing is read, the row is written
-    prefix     a row is cut anywhere; its beginning is read, its end written
-    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): what is masked is written. Each row has one of several denoisers, by their weights
-    seq2seq    prepare.py's pairs: the source is read, the target written
+    prefix     a row is cut anywhere: its beginning is read, its end written
+    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): some tokens are masked, and written. Each row has one of
+               several denoisers, drawn by their weights
+    seq2seq    pairs of prepare.py: the source is read, the target written (pairs.py)
 
-An encoder-decoder reads with its encoder; a decoder alone reads the source before the target, and its loss is of the target only. What
-is masked is a function of the number `noise`, and that of (seed, sample): every epoch masks anew, validation always the same.
-
-Pairs that are too long are cut, each side at its end. An encoder reads source_size tokens, and block_size
-tokens are written. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what
-the other leaves. So a long target never takes the place of the source that it answers. train.py says at its
-start how many are cut.
+An encoder-decoder reads the source with its encoder. A decoder alone reads the source before the target, and its loss
+is over the target only. The mask is a function of the integer `noise`, which is one of (seed, sample): training masks
+anew in each epoch, validation always alike.
 """
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from batches import Source, splitmix
 from configurator import UserError
 
-MODES = ('R', 'S', 'X')  # regular, sequential, extreme: the first reserved tokens say to the network which it is; sentinels count down from the last one
+MODES = ('R', 'S', 'X')  # regular, sequential, extreme: the first reserved tokens tell the network the denoiser's mode;
+# the sentinels of masked spans count down from the last reserved token
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    span: float  # mean length of what is masked in one piece, in tokens; 0: the end of the row, of a random length
-    rate: float  # share of the row that is masked; with span 0 its mean, up to 0.5
+    span: float  # mean length of a masked span, in tokens; 0 = the end of the row, of a random length
+    rate: float  # share of the row that is masked; with span=0 its mean, up to 0.5
     weight: float  # how often
     mode: str = ''  # one of MODES, whose token begins the source; '' = none
 
@@ -35,186 +32,201 @@ class Denoiser:
 DENOISERS = {
     't5': [Denoiser(3, 0.15, 1)],  # Raffel et al. 2020, arXiv 1910.10683
     # UL2R, Tay et al. 2022, arXiv 2210.11399: 25% R, 50% S, 25% X, of long spans or of half the tokens
-    'ul2r': [Denoiser(3, 0.15, 0.25, 'R'), Denoiser(0, 0.25, 0.5, 'S'), Denoiser(32, 0.15, 0.125, 'X'), Denoiser(3, 0.5, 0.125, 'X')],
+    'ul2r': [
+        Denoiser(3, 0.15, 0.25, 'R'),
+        Denoiser(0, 0.25, 0.5, 'S'),
+        Denoiser(32, 0.15, 0.125, 'X'),
+        Denoiser(3, 0.5, 0.125, 'X')],
     # the seven of UL2's table 1
-    'ul2': [*(Denoiser(span, 0.15, 1, 'R') for span in (3, 8)), Denoiser(0, 0.25, 1, 'S'),
-            *(Denoiser(span, rate, 1, 'X') for span, rate in ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)))],
+    'ul2': [
+        Denoiser(3, 0.15, 1, 'R'),
+        Denoiser(8, 0.15, 1, 'R'),
+        Denoiser(0, 0.25, 1, 'S'),
+        Denoiser(3, 0.5, 1, 'X'),
+        Denoiser(8, 0.5, 1, 'X'),
+        Denoiser(64, 0.15, 1, 'X'),
+        Denoiser(64, 0.5, 1, 'X')],
 }
 
 
-@dataclass
-class ObjectiveConfig:
-    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # what is trained: the next token; the end of a row after its beginning; what was
-    # masked, of which prepare.py --reserve=100 makes the tokens; or the targets of prepare.py --source=…
-    # --target=…, each after its source
-    denoisers: str | list = 'ul2r'  # of objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as in objectives.py
-
-    def check(self):
-        """Raise ValueError for what is no list of denoisers."""
-        parse(self.denoisers)
-
-
-def parse(denoisers):
+def parse_denoisers(denoisers):
     """[Denoiser, …] of a name or a list of lists. Raises ValueError."""
     if isinstance(denoisers, str):
         if denoisers not in DENOISERS:
             raise ValueError(f'denoisers={denoisers}: takes {", ".join(DENOISERS)}, or [[span, rate, weight, mode], …]')
         return DENOISERS[denoisers]
-    out = []
-    for entry in denoisers:
-        sound = isinstance(entry, (list, tuple)) and len(entry) in (3, 4) and all(type(n) in (int, float) for n in entry[:3])
-        sound = sound and (entry[0] == 0 or 1 <= entry[0] < 1e6) and 0 < entry[1] < 1 and 0 < entry[2] < 1e6
-        sound = sound and (entry[0] or entry[1] <= 0.5)
-        if not sound or list(entry[3:]) not in ([], *([mode] for mode in MODES)):
-            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: span 0 or at least 1, 0 < rate < 1 (with span 0 up to 0.5), '
-                             f'weight above 0, mode one of {", ".join(MODES)}')
-        out.append(Denoiser(*entry))
-    if not out:
+    if not denoisers:
         raise ValueError('denoisers=[]: give one at least')
-    return out
+    for entry in denoisers:
+        if not is_denoiser(entry):
+            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: span 0 or at least 1, '
+                             '0 < rate < 1 (with span 0 up to 0.5), weight above 0, '
+                             f'mode one of {", ".join(MODES)}')
+    return [Denoiser(*entry) for entry in denoisers]
+
+
+def is_denoiser(entry):
+    """Whether a value is [span, rate, weight] or [span, rate, weight, mode], each in its range."""
+    if not isinstance(entry, (list, tuple)) or len(entry) not in (3, 4):
+        return False
+    if not all(type(number) in (int, float) for number in entry[:3]):
+        return False
+    span, rate, weight = entry[:3]
+    if span != 0 and not 1 <= span < 1e6:
+        return False
+    if not 0 < rate < 1 or not 0 < weight < 1e6:
+        return False
+    if span == 0 and rate > 0.5:
+        return False
+    return len(entry) == 3 or entry[3] in MODES
+
+
+# -----------------------------------------------------------------------------
+# Which objective
+
+@dataclass(frozen=True)
+class Objective:
+    """What the settings say about the objective; Mixture() and open_source() of batches.py take it."""
+    kind: str  # prefix, ul2 or seq2seq
+    source_size: int = 0  # tokens that the encoder reads; 0 = a decoder alone
+    denoisers: str | list = 'ul2r'
+
+
+def find_objective(settings, cfg):
+    """
+    The Objective of a run, None for the next token in a decoder. settings: train.py's as a dict, or those that a run
+    stored; a run from before there were objectives is causal. cfg: the ModelConfig, or train.py's settings.
+    """
+    kind, source_size = settings.get('objective', 'causal'), cfg.source_context
+    if kind == 'causal' and not source_size:
+        return None
+    return Objective(kind, source_size, settings.get('denoisers', 'ul2r'))
+
+
+def open_source_for(objective, name, split, block_size, packing, verify=False):
+    """The Source of a corpus for an Objective. Raises UserError where the two do not fit."""
+    if objective.kind == 'causal':
+        raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: set objective=ul2, prefix '
+                        'or seq2seq, or n_encoder_layer=0')
+    if objective.kind == 'seq2seq':
+        from features.t5.pairs import PairSource
+        return PairSource(objective, name, split, block_size, packing, verify)
+    return DenoisingSource(objective, name, split, block_size, packing, verify)
+
+
+def more_inputs(model, arrays):
+    """
+    {name: tensor} of what a batch holds beside x and y, as the forward pass takes it: an encoder's source (B, S), or
+    of packed pairs the number of the pair that each token is of (B, T). arrays: a list of one, or of none.
+    """
+    if not arrays:
+        return {}
+    name = 'pieces' if getattr(model, 'encoder', None) is None else 'source'
+    return {name: arrays[0]}
 
 
 # -----------------------------------------------------------------------------
 # Masking
 
-def counts(length, d):
+def count_masked(length, d):
     """(masked tokens, spans) of a row of `length` tokens, at least 2."""
     masked = min(max(round(length * d.rate), 1), length - 1)
-    return masked, min(max(round(masked / d.span), 1), masked, length - masked)
+    spans = min(max(round(masked / d.span), 1), masked, length - masked)
+    return masked, spans
 
 
-def part(length, pieces, rng):
-    """`length` in so many random pieces of at least 1, every way alike likely: int64 (pieces,)."""
+def split_at_random(length, pieces, rng):
+    """Lengths (pieces,) int64 of `pieces` parts of at least 1 that sum to `length`; every way is equally likely."""
     cuts = np.sort(rng.permutation(length - 1)[:pieces - 1]) + 1
     return np.diff(cuts, prepend=0, append=length)
 
 
-def masked(length, d, rng):
-    """Which tokens of a row are masked, bool (length,): pieces that stay and spans in turn, beginning with one that stays (T5's way)."""
-    number, spans = counts(length, d)
-    lengths = np.stack([part(length - number, spans, rng), part(number, spans, rng)], axis=1).ravel()
+def mask_spans(length, d, rng):
+    """Which tokens of a row are masked, (length,) bool: kept pieces and spans in turn, a kept one first, as in T5."""
+    masked, spans = count_masked(length, d)
+    kept = split_at_random(length - masked, spans, rng)
+    lengths = np.stack([kept, split_at_random(masked, spans, rng)], axis=1).ravel()
     return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
 
 
 def denoise(tokens, d, rng, reserved, eot):
     """
-    (source, target) of tokens (L,) int64: every masked span is one sentinel in the source, and itself after its sentinel in the target; both end with
-    eot. reserved: (first, last) of the reserved tokens.
+    (source, target) int64 of a row of tokens (L,). In the source a sentinel stands for each masked span; the target is
+    each sentinel and then its span. Both end with eot. reserved: (first, last) of the reserved tokens.
     """
     first, last = reserved
-    mode = [first + MODES.index(d.mode)] if d.mode else []
+    mode = []
+    if d.mode:
+        mode = [first + MODES.index(d.mode)]
     if len(tokens) < 2:
         return np.array([*mode, eot]), np.append(tokens, eot)
     if not d.span:
-        cut = len(tokens) - rng.integers(1, max(2, min(len(tokens), round(2 * d.rate * len(tokens)) + 1)))
+        longest = max(1, min(len(tokens) - 1, round(2 * d.rate * len(tokens))))
+        cut = len(tokens) - rng.integers(1, longest + 1)
         return np.concatenate([mode, tokens[:cut], [eot]]).astype(np.int64), np.append(tokens[cut:], eot)
-    mask = masked(len(tokens), d, rng)
-    begins = mask & ~np.concatenate([[False], mask[:-1]])
+    mask = mask_spans(len(tokens), d, rng)
+    begins = mask & ~np.concatenate([[False], mask[:-1]])  # the first token of each span
     sentinels = last - (np.cumsum(begins) - 1)  # of the span that a token is in
     source = np.where(begins, sentinels, tokens)[begins | ~mask]
     target = np.insert(tokens[mask], np.flatnonzero(begins[mask]), sentinels[begins])
     return np.concatenate([mode, source, [eot]]).astype(np.int64), np.append(target, eot)
 
 
-# -----------------------------------------------------------------------------
-# Rows
-
-class Objective:
+class Masking:
     """
-    Rows of tokens → what the network is trained on. length: tokens of a row to be read; stride: from where one row begins to where the next does;
-    is_pairs: a row is a whole document.
+    Rows of tokens → (source, target), for objective=prefix and ul2. length: tokens of a row, as many as fit the
+    network. Raises UserError where no row fits or the tokenizer does not.
     """
 
-    def __init__(self, kind, block_size, source_size=0, denoisers='ul2r', meta=None):
-        meta = meta or {}
+    def __init__(self, kind, block_size, source_size, denoisers, meta):
         check_kind(kind)
-        self.kind, self.T, self.S, self.is_pairs = kind, block_size, source_size, kind == 'seq2seq'
-        self.length, self.stride = block_size + 1, block_size
-        if kind == 'causal' and source_size:
-            raise UserError('objective=causal: gives an encoder nothing to read: set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
-        if kind in ('causal', 'seq2seq'):
-            if self.is_pairs and not meta.get('pairs'):
-                raise UserError('objective=seq2seq: there are no pairs in it: prepare it with --source=FIELD --target=FIELD')
-            if self.is_pairs and source_size == 1:
-                raise UserError('source_size=1: has no room for a source, only for its end: raise it')
-            if self.is_pairs and not source_size and block_size < 3:
-                raise UserError(f'block_size={block_size}: has no room for a source and a target: raise it')
-            self.eot = meta.get('eot')
-            return
-        self.denoisers, self.eot = [Denoiser(0, 0.5, 1)] if kind == 'prefix' else parse(denoisers), meta.get('eot')
+        self.T, self.S = block_size, source_size
+        self.denoisers = [Denoiser(0, 0.5, 1)] if kind == 'prefix' else parse_denoisers(denoisers)
+        self.eot = meta.get('eot')
         if self.eot is None:
-            raise UserError(f'objective={kind}: the tokenizer of the data set has no end of text: prepare it with another')
+            raise UserError(f'objective={kind}: the tokenizer of the data set has no end of text: '
+                            'prepare it with another')
         count = meta['tokenizer'].get('reserved', 0)
         self.reserved = meta['vocab_size'] - count, meta['vocab_size'] - 1
-        fitting = [n for n in range(2, 2 * (block_size + source_size)) if all(self.fits(n, d) for d in self.denoisers)]
-        if not fitting:
-            raise UserError(f'block_size={block_size}, source_size={source_size}: no row is short enough for objective={kind}: raise them')
-        self.length = self.stride = fitting[-1]
-        needed = len(MODES) * any(d.mode for d in self.denoisers) + max([counts(self.length, d)[1] for d in self.denoisers if d.span], default=0)
+        self.length = 0
+        for length in range(2, 2 * (block_size + source_size)):
+            if all(self.fits(length, d) for d in self.denoisers):
+                self.length = length
+        if not self.length:
+            raise UserError(f'block_size={block_size}, source_size={source_size}: no row is short enough for '
+                            f'objective={kind}: raise them')
+        needed = self.count_reserved()
         if needed > count:
-            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, it has {count}: prepare it with '
-                            f'--reserve={needed}')
+            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, it has {count}: '
+                            f'prepare it with --reserve={needed}')
         weights = np.array([d.weight for d in self.denoisers], float)
-        self.until = np.cumsum(weights) / weights.sum()
+        self.until = np.cumsum(weights) / weights.sum()  # a number below until[n] draws denoiser n or one before it
 
     def fits(self, length, d):
-        number, spans = counts(length, d) if d.span else (min(length - 1, round(2 * d.rate * length)), 0)
-        source = length - (number if d.span else 1) + spans + bool(d.mode) + 1
-        target = number + spans + 1
+        """Whether the source and the target of a row of `length` tokens fit the network."""
+        if d.span:
+            masked, spans = count_masked(length, d)
+            source = length - masked + spans
+        else:
+            masked, spans = min(length - 1, round(2 * d.rate * length)), 0  # of the longest target,
+            source = length - 1  # and of the longest source
+        marks = bool(d.mode) + 1  # the mode and the end of text
         if self.S:
-            return source <= self.S and target <= self.T
-        return length + 2 * spans + bool(d.mode) + 2 <= self.T + 1
+            return source + marks <= self.S and masked + spans + 1 <= self.T
+        return length + 2 * spans + marks + 1 <= self.T + 1
 
-    def source_length(self, tokens):
-        """How many of the tokens of a pair are its source, with the end of text after it."""
-        return int(np.flatnonzero(tokens == self.eot)[0]) + 1
-
-    def pair_room(self, source, target):
-        """(room for the source, room for the target) in a row, in tokens. source, target: their lengths."""
-        if self.S:
-            return self.S, self.T
-        row = self.T + 1  # the last token is written, never read
-        for_source = max(row - row // 2, row - target)
-        return for_source, row - min(source, for_source)
+    def count_reserved(self):
+        """How many reserved tokens the rows need: the modes, and a sentinel for each span."""
+        modes = len(MODES) if any(d.mode for d in self.denoisers) else 0
+        spans = [count_masked(self.length, d)[1] for d in self.denoisers if d.span]
+        return modes + max(spans, default=0)
 
     def example(self, tokens, noise):
-        """(source, target), int64, of the tokens of a row."""
-        if self.kind == 'causal':
-            return tokens[:0], tokens
-        if self.is_pairs:
-            length = self.source_length(tokens)
-            source, target = tokens[:length], tokens[length:]
-            for_source, for_target = self.pair_room(len(source), len(target))
-            if len(source) > for_source:
-                source = np.append(source[:for_source - 1], self.eot)
-            return source, target[:for_target]
+        """(source, target), int64, of the tokens of a row; noise: an integer that draws the denoiser and the mask."""
         rng = np.random.Generator(np.random.PCG64(noise))
-        d = self.denoisers[min(int(np.searchsorted(self.until, rng.random(), 'right')), len(self.denoisers) - 1)]
+        number = int(np.searchsorted(self.until, rng.random(), 'right'))
+        d = self.denoisers[min(number, len(self.denoisers) - 1)]
         return denoise(tokens, d, rng, self.reserved, self.eot)
-
-    def batch(self, examples, height=0, is_packed=False):
-        """
-        x, y (B, T) int64, and with an encoder source (B, S), also to `height` rows; or, is_packed, of lists of examples that share a row, pieces (B, T):
-        which one of them a token is of. y: -1 where there is no target, source: -1 where a row is at its end (a row of padding alone has one token to read).
-        """
-        height = max(len(examples), height)
-        x, y = np.zeros((height, self.T), np.int64), np.full((height, self.T), -1, np.int64)
-        if not self.S:
-            pieces = np.zeros((height, self.T), np.int64)
-            for n, together in enumerate(examples if is_packed else [[example] for example in examples]):
-                begin = 0
-                for piece, (source, target) in enumerate(together):
-                    row, read = np.concatenate([source, target]), max(0, len(source) - 1)
-                    end = begin + len(row) - 1
-                    x[n, begin:end], y[n, begin + read:end], pieces[n, end:] = row[:-1], row[read + 1:], piece + 1
-                    begin = end
-            return (x, y, pieces) if is_packed else (x, y)
-        sources = np.full((height, self.S), -1, np.int64)
-        sources[len(examples):, 0] = 0
-        for n, (source, target) in enumerate(examples):
-            x[n, 0], x[n, 1:len(target)], y[n, :len(target)] = self.eot, target[:-1], target
-            sources[n, :len(source)] = source
-        return x, y, sources
 
 
 def check_kind(kind):
@@ -223,39 +235,70 @@ def check_kind(kind):
         raise UserError(f'objective={kind}: has no code in objectives.py: use causal, prefix, ul2 or seq2seq')
 
 
-def around(kind, denoisers, meta):
-    """(ids before, ids after) a text that a network trained so is to read before it writes; of meta.json vocab_size, eot and tokenizer are looked at."""
-    check_kind(kind)
-    if kind == 'causal':
-        return (), ()
-    is_marked = kind == 'ul2' and any(d.mode == 'S' for d in parse(denoisers))
-    first = meta['vocab_size'] - meta['tokenizer'].get('reserved', 0)
-    return (first + MODES.index('S'),) * is_marked, (meta['eot'],)
+# -----------------------------------------------------------------------------
+# Rows
+
+class DenoisingSource(Source):
+    """A Source whose rows are (source, target), cut or masked by a Masking."""
+
+    def __init__(self, objective, name, split, block_size, packing, verify=False):
+        super().__init__(name, split, block_size, packing, verify, bos=())
+        try:
+            self.masking = Masking(objective.kind, block_size, objective.source_size, objective.denoisers,
+                                   self.files.meta)
+        except UserError as error:
+            raise UserError(f'dataset={name}: {error}') from None
+        self.length = self.stride = self.masking.length
+        if packing != 'document':
+            self.rows = -(-self.files.tokens // self.stride)  # rounded up
+
+    def row(self, number, noise=0):
+        return self.masking.example(super().row(number, noise), splitmix(noise, 1))
+
+    def batch(self, rows, height=0):
+        """x, y (B, T), and for an encoder source (B, S)."""
+        if self.masking.S:
+            return encoder_batch(rows, self.block_size, self.masking.S, self.masking.eot, height)
+        x, y, _ = decoder_batch([[row] for row in rows], self.block_size, height)
+        return x, y
+
+    def bytes_per_token(self):
+        return 0  # a target stands for a part of the text alone
 
 
-def stored_begin(state):
-    """(id,) of the start token that a network was trained with, from its state.json; () if there was none."""
-    return tuple(state.get('begin', ()))
-
-
-def make_objective(s, meta):
-    """The Objective of train.py's settings for a data set with this meta.json. Raises UserError where they do not fit."""
-    return Objective(s.objective, s.block_size, s.source_context, s.denoisers, meta)
-
-
-def stored_objective(settings, cfg, meta):
-    """The same of a network's ModelConfig and the settings that its run stored; one from before there were objectives is causal."""
-    return Objective(settings.get('objective', 'causal'), cfg.block_size, cfg.source_context, settings.get('denoisers', 'ul2r'), meta)
-
-
-def objective_of(s):
-    """The function that makes the Objective of train.py's settings for a data set, from its meta.json."""
-    return lambda meta: make_objective(s, meta)
-
-
-def more_inputs(model, more):
+def encoder_batch(examples, T, S, eot, height=0):
     """
-    The arguments of a network's forward pass beside x and y, of what a batch has beside them: the source for an encoder,
-    or the numbers of the pairs that share a row.
+    x, y (B, T), source (B, S) int64 of B pairs of source and target, or `height` if that is more. x begins with eot.
+    y: -1 where there is no target; source: -1 after its end. A row of padding has a source of one token.
     """
-    return {'pieces' if getattr(model, 'encoder', None) is None else 'source': more[0]}
+    height = max(len(examples), height)
+    x, y = np.zeros((height, T), np.int64), np.full((height, T), -1, np.int64)
+    sources = np.full((height, S), -1, np.int64)
+    sources[len(examples):, 0] = 0
+    for n, (source, target) in enumerate(examples):
+        x[n, 0] = eot
+        x[n, 1:len(target)] = target[:-1]
+        y[n, :len(target)] = target
+        sources[n, :len(source)] = source
+    return x, y, sources
+
+
+def decoder_batch(rows, T, height=0):
+    """
+    x, y, pieces (B, T) int64 of B rows, each a list of pairs of source and target one after another, or `height` if
+    that is more. y: -1 where there is no target. pieces: the number of the pair in its row that a token is of.
+    """
+    height = max(len(rows), height)
+    x, y = np.zeros((height, T), np.int64), np.full((height, T), -1, np.int64)
+    pieces = np.zeros((height, T), np.int64)
+    for n, pairs in enumerate(rows):
+        begin = 0
+        for number, (source, target) in enumerate(pairs):
+            tokens = np.concatenate([source, target])
+            end = begin + len(tokens) - 1
+            read = max(0, len(source) - 1)  # tokens after which the next one is no target
+            x[n, begin:end] = tokens[:-1]
+            y[n, begin + read:end] = tokens[read + 1:]
+            pieces[n, end:] = number + 1
+            begin = end
+    return x, y, pieces

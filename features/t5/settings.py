@@ -3,7 +3,26 @@ Encoder-decoders and their objectives (T5, UL2, ROT5): denoising, prefixes, pair
 
     python train.py config/rot5_cpu.py
 """
+from dataclasses import dataclass
+
+from batches import DataConfig
 from configurator import UserError
+from features.t5.objectives import parse_denoisers
+
+
+@dataclass
+class ObjectiveConfig(DataConfig):
+    denoisers: str | list = 'ul2r'  # of objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as in
+    # features/t5/objectives.py
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        parse_denoisers(self.denoisers)
+        if self.objective != 'causal' and self.arch == 'markov':
+            raise ValueError(f"objective={self.objective}: arch='markov' knows no source: leave it out")
+        if self.objective == 'causal' and self.n_encoder_layer and not self.plan:
+            raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to "
+                             'read: set it to ul2, prefix or seq2seq')
 
 
 def adopt_source_size(s, cfg, where):

@@ -1,0 +1,41 @@
+"""
+Samples of adapters beside a network: python sample.py --adapter=DIR, several in one batch.
+"""
+import checkpoint
+from features.lora import adapters, load, peft_files
+from sample import encode_prompt, shown_prompt, stored_format
+from tokenizer import PromptFormat
+
+
+def add_adapters(model, tokenizer, given, where, merge=False):
+    """
+    Put adapters beside the network of `where` (given: as load.add_adapters() takes them). Returns [(name, tokenizer)]:
+    the tokenizer of each has the prompt format that it was trained with. merge: make a single adapter a part of the
+    weights, if that can be.
+    """
+    found = []
+    for name, folder in load.add_adapters(model, given, where).items():
+        own = tokenizer
+        if not peft_files.is_one(folder):
+            state = checkpoint.load_state(checkpoint.find(folder, 'best'))
+            form = stored_format(state, tokenizer)
+            bos = form.bos or tokenizer.prompt_format.bos
+            own = tokenizer.with_format(PromptFormat(bos, form.prefix, form.suffix))
+        found.append((name, own))
+    if merge and len(found) == 1 and not adapters.obstacle(model):
+        adapters.merge(model)
+    return found
+
+
+def select_adapters(model, named, count):
+    """Let `count` rows of every batch have the first adapter, the next `count` rows the second, and so on."""
+    adapters.select(model, [name for name, _ in named for _ in range(count)])
+
+
+def prompts_of_each(named, text, cfg, count):
+    """(token ids, what is printed before the text) of the prompt `text` for the rows of select_adapters()."""
+    prompts, texts = [], []
+    for name, tokenizer in named:
+        prompts += [encode_prompt(text, tokenizer, cfg)] * count
+        texts += [f'{name}: {shown_prompt(text, tokenizer, cfg)}'] * count
+    return prompts, texts

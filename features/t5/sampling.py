@@ -1,0 +1,60 @@
+"""
+Text from networks that read a source before they write: which tokens stand around it, and encoder-decoders as
+sample.generate() takes them.
+"""
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from features.t5.objectives import MODES, check_kind, parse_denoisers
+from tokenizer import PromptFormat
+
+
+def prompt_format(kind, denoisers, tokenizer, bos=()):
+    """The PromptFormat of a network that was trained with objective=kind and these denoisers."""
+    check_kind(kind)
+    if kind == 'causal':
+        return PromptFormat(bos)
+    prefix = ()
+    if kind == 'ul2' and any(d.mode == 'S' for d in parse_denoisers(denoisers)):  # the end of a text after its beginning
+        first = tokenizer.vocab_size - tokenizer.more.get('reserved', 0)
+        prefix = (first + MODES.index('S'),)
+    return PromptFormat(bos, prefix, (tokenizer.eot,))
+
+
+def source_format(tokenizer):
+    """The PromptFormat of the text that an encoder reads: it ends with the end of text at least."""
+    own = tokenizer.prompt_format
+    return PromptFormat((), own.prefix, own.suffix or (tokenizer.eot or 0,))
+
+
+def read_sources(model, tokenizer, sources):
+    """
+    (the decoder of an encoder-decoder that has read sources, the prompts that it goes on from), as generate() takes
+    them. sources: lists of token ids.
+    """
+    start = list(tokenizer.prompt_format.bos) or [tokenizer.eot or 0]
+    return Decoder(model, sources), [start] * len(sources)
+
+
+class Decoder:
+    """The decoder of an encoder-decoder that has read these sources, a batch of lists of token ids."""
+
+    @torch.no_grad()
+    def __init__(self, model, sources):
+        self.model, self.cfg, self.sources = model, model.cfg, sources
+        self.memory = model.encode(pad(sources, next(model.parameters()).device))
+
+    def parameters(self):
+        return self.model.parameters()
+
+    def hidden(self, idx, cache):
+        return self.model.hidden(idx, cache, memory=self.memory)
+
+    def logits(self, h):
+        return self.model.logits(h)
+
+
+def pad(rows, device):
+    """Lists of token ids → (B, S) int64, -1 at the ends of the shorter ones."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=-1)

@@ -1,0 +1,114 @@
+"""
+Advice about prepared folders, data/NAME: how to make one that is missing, or that does not fit the others.
+"""
+import os
+import shlex
+from contextlib import suppress
+
+from batches import describe_bos, find_folder
+from configurator import UserError
+from features.text.cuts import Cuts
+from features.text.tokenizers import options_of
+from tokenizer import same_ids
+
+
+def how_to_make(name):
+    """The rest of an error line about the data set `name`, which is not there: the command that makes it."""
+    from features.text.download import CORPORA
+    from features.text.sources import HERE
+    corpora = {source.removeprefix('synthetic:'): source for source in (*HERE, *CORPORA)}
+    if name in corpora:
+        return 'no such data set; first run: ' + shlex.join(['python', 'prepare.py', corpora[name]])
+    out = name if os.path.dirname(name) else os.path.join('data', name)
+    if name.removesuffix('_char') in corpora:  # nanoGPT's shakespeare_char
+        command = ['python', 'prepare.py', corpora[name.removesuffix('_char')], '--tokenizer=char', f'--out={out}']
+        return 'no such data set; first run: ' + shlex.join(command)
+    if os.path.isfile(name):
+        stem = os.path.basename(name).partition('.')[0] or 'mine'
+        command = ['python', 'prepare.py', name, f'--out=data/{stem}']
+        return f'is a file: first run: {shlex.join(command)}, then give --dataset={stem}'
+    return 'no such data set; first run: ' + shlex.join(['python', 'prepare.py', 'FILE_OR_FOLDER', f'--out={out}'])
+
+
+def how_to_prepare(wanted, folder, files):
+    """
+    How to prepare the data of the TokenFiles `files` with the tokenizer of the description `wanted`, whose files are
+    in `folder`: 'with OPTIONS: COMMAND'.
+    """
+    found = files.meta['tokenizer']
+    tokenizer, reserve = options_of(wanted, folder)
+    is_same = without_sizes(wanted) == without_sizes(found)
+    if wanted.get('kind') == 'char' and not is_same:  # no file holds its characters
+        return ('together with the text of the other, so that both have the same characters, '
+                'or both with --tokenizer=byte')
+    options = []
+    if not is_same:
+        options.append(tokenizer)
+    if wanted.get('reserved', 0) != found.get('reserved', 0):
+        options.append(reserve)
+    command = ['python', 'prepare.py', *earlier_arguments(files.meta.get('source')), tokenizer]
+    if wanted.get('reserved'):
+        command.append(reserve)
+    command.append(f'--out={files.folder.rstrip("/")}2')
+    return f'with {" and ".join(options or [tokenizer])}: {shlex.join(command)}'
+
+
+def without_sizes(description):
+    return {key: value for key, value in description.items() if key not in ('reserved', 'vocab_size', 'sha256')}
+
+
+USUAL = {'text_key': 'text', 'source': '', 'target': '', 'prompt_template': '', 'val_fraction': 0.01, 'split': 'auto',
+         'errors': 'strict'}  # prepare.py's defaults
+
+
+def earlier_arguments(source):
+    """The arguments of prepare.py with which a folder was made; source: that field of its meta.json."""
+    if not isinstance(source, dict):
+        source = {}
+    paths = source.get('sources')
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        paths = ['FILE_OR_FOLDER']
+    options = []
+    for name, usual in USUAL.items():
+        if source.get(name, usual) != usual:
+            options.append(f'--{name}={source[name]}'.replace('\n', '\\n'))
+    return [*paths, *options]
+
+
+def compare_tokens(first, other):
+    """Why two Sources cannot be mixed, '' if they can: their tokenizers may be one that is kept in two formats."""
+    ours, theirs = first.files.meta['tokenizer'], other.files.meta['tokenizer']
+    is_same = ours == theirs
+    with suppress(UserError):  # not known, or its library is not here
+        is_same = is_same or same_ids((ours, first.files.folder), (theirs, other.files.folder))
+    if not is_same or other.files.vocab_size != first.files.vocab_size:
+        return (f'{first.name} and {other.name} were prepared with different tokenizers ({ours["kind"]}, '
+                f'{theirs["kind"]}): prepare {other.name} {how_to_prepare(ours, first.files.folder, other.files)}')
+    if other.bos != first.bos:
+        return (f'documents of {first.name} begin {describe_bos(first.bos)}, those of {other.name} '
+                f'{describe_bos(other.bos)}: prepare both again')
+    return ''
+
+
+def count_long_documents(source):
+    """A line about the documents of a Source that are longer than its rows; '' if all fit."""
+    cuts = Cuts('documents')
+    lengths = source.files.document_lengths() + len(source.bos)
+    for length in lengths[lengths > source.length]:
+        cuts.add(int(length), source.length)
+    cuts.seen = len(lengths)
+    if not cuts.cut:
+        return ''
+    return f'{source.name}, {source.files.split}: {cuts.line()} (packing=document: a random part of each)'
+
+
+def real_folders(dataset):
+    """A setting `dataset` as {real folder: weight}, equal for all spellings of it; a name without a folder stays."""
+    weights = dataset if isinstance(dataset, dict) else {dataset: 1}
+    found = {}
+    for name, weight in weights.items():
+        try:
+            found[os.path.realpath(find_folder(name))] = weight
+        except UserError:
+            found[name] = weight
+    return found

@@ -1,0 +1,163 @@
+"""
+nanoGPT's data folders: train.bin, val.bin and perhaps meta.pkl, read as they are. Neither file says how wide a token
+is, so the width is found by looking into them. meta.pkl is read without running any code in it.
+"""
+import json
+import os
+import pickle
+
+import numpy as np
+
+from configurator import UserError
+
+GPT2 = {'kind': 'gpt2'}  # the tokenizer that nanoGPT assumes where there is no meta.pkl
+GPT2_TOKENS = 50257
+CLEAR = 256  # a file is uint32 if so many different values in it have small upper halves,
+CLEAR_ZERO = 16  # or so many have upper halves of 0
+
+
+def describe_folder(folder):
+    """The content of meta.json for a folder of nanoGPT's. Raises UserError for one that takes a guess to read."""
+    paths = {}
+    for split in ('train', 'val'):
+        path = os.path.join(folder, f'{split}.bin')
+        if os.path.isfile(path):
+            paths[split] = path
+    try:
+        tokenizer, vocab_size = read_tokenizer(os.path.join(folder, 'meta.pkl'))
+        width = find_width(paths.values(), vocab_size)
+    except OSError as error:
+        raise UserError(f'{error.filename}: {error.strerror}: prepare the data set again') from None
+    splits = {}
+    for split, path in paths.items():
+        size = os.path.getsize(path) // width * width
+        splits[split] = {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': size}]}
+    dtype = f'uint{8 * width}'
+    return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': dtype, 'splits': splits}
+
+
+def remark(name, files):
+    """[a line] about a data set whose tokenizer is assumed or not known, [] for others; files: its TokenFiles."""
+    if files.meta['tokenizer']['kind'] == 'unknown':
+        return [f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: no samples are drawn']
+    if files.meta['tokenizer'] == GPT2:
+        return [f"{name}: its tokenizer is taken for GPT-2's, as nanoGPT does"]
+    return []
+
+
+def identify(files):
+    """
+    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes of their own: what a meta.json says,
+    and 64 pieces of 64 KB of each file.
+    """
+    meta = {key: value for key, value in files.meta.items() if key != 'bos'}
+    if meta['tokenizer']['kind'] == 'unknown':  # it was once taken for GPT-2's: those runs still resume
+        meta['tokenizer'] = GPT2
+    size, pieces = 2 ** 16, []
+    for file, shard in zip(files.files, files.shards):
+        if 'sha256' in shard:
+            continue
+        room = max(0, shard['bytes_on_disk'] - size)
+        for n in range(64):
+            pieces.append(os.pread(file.fileno(), size, room * n // 63))
+    return json.dumps(meta, sort_keys=True), b''.join(pieces)
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer: meta.pkl
+
+def read_tokenizer(path):
+    """
+    (description of the tokenizer, vocab_size) of a meta.pkl. Its characters if it lists some; GPT-2's if there is no
+    meta.pkl, as in nanoGPT, or one with 50,257 tokens and nothing else; otherwise the tokenizer is not known.
+    Raises UserError for a strange meta.pkl.
+    """
+    pkl = {}
+    if os.path.exists(path):
+        pkl = read_pickle(path)
+    try:
+        itos = pkl.get('itos')
+        default = GPT2_TOKENS if itos is None else len(itos)
+        vocab_size = pkl.get('vocab_size', default)
+        if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 32:
+            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: prepare the data again')
+        names = None if itos is None else [itos[i] for i in range(vocab_size)]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f'{path}: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
+    if names is None and vocab_size == GPT2_TOKENS:
+        return GPT2, vocab_size
+    if names and all(isinstance(c, str) and len(c) == 1 for c in names) and len(set(names)) == len(names):
+        return {'kind': 'char', 'chars': ''.join(names), 'eot': None}, vocab_size
+    # no itos, or one of words or pieces: nothing says how they are joined
+    return {'kind': 'unknown', 'vocab_size': vocab_size}, vocab_size
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of dicts, lists, strings and numbers, and refuses whatever would import or call something."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+
+
+def read_pickle(path):
+    with open(path, 'rb') as f:
+        try:
+            return PlainUnpickler(f).load()
+        except Exception as error:  # a hostile file may raise anything
+            raise UserError(f'{path}: not a plain dictionary ({error}): it is not loaded') from None
+
+
+# -----------------------------------------------------------------------------
+# The width of a token
+
+def find_width(paths, vocab_size):
+    """Bytes of a token in all of these files, 2 or 4. Raises UserError if they differ or if it stays unclear."""
+    widths = {path: find_width_of(path, vocab_size) for path in paths}
+    known = set(widths.values()) - {0}
+    if known == {2, 4}:
+        raise UserError(f'{" and ".join(widths)}: one is uint16, the other uint32: prepare the data again')
+    few = 64 if known else 0  # bytes that may be unclear by chance, beside a file that is clear
+    unclear = [path for path, width in widths.items() if not width and os.path.getsize(path) > few]
+    if unclear and known != {4}:
+        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such a text: '
+                        'prepare it with prepare.py, or write it as uint16 with more text')
+    return max(known, default=2)
+
+
+def find_width_of(path, vocab_size):
+    """
+    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has a small
+    number after every token, uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError if neither
+    fits.
+    """
+    words = look_into(path)
+    upper, lower = words >> 16, words & 0xFFFF
+    highest_upper, highest, values = upper.max(initial=0), words.max(initial=0), len(np.unique(words))
+    highest_half = max(highest_upper, lower.max(initial=0))
+    is_wide = vocab_size > 2 ** 16
+    if highest_upper < 8 and values >= CLEAR or highest_upper == 0 and values >= CLEAR_ZERO:
+        is_wide = True  # no text has a token below 8, or token 0, at every other place
+        if not words[1::2].any():
+            raise UserError(f'{path}: every other uint32 in it is 0, as in int64: write uint16 or uint32')
+    can_be_16 = not is_wide and highest_half < vocab_size
+    can_be_32 = highest < vocab_size and os.path.getsize(path) % 4 == 0
+    if not can_be_16 and not can_be_32:
+        whose = 'of GPT-2, which is assumed where there is no meta.pkl'
+        if os.path.exists(os.path.join(os.path.dirname(path), 'meta.pkl')):
+            whose = 'that meta.pkl names'
+        token = highest if is_wide else highest_half
+        as_what = ', as uint32' if vocab_size > 2 ** 16 else ''
+        raise UserError(f'{path}: holds token {token}, beyond the {vocab_size:,} tokens {whose}: '
+                        f'write a meta.pkl with the right vocab_size, or prepare the data again{as_what}')
+    if can_be_16 and can_be_32:
+        return 0
+    return 2 if can_be_16 else 4
+
+
+def look_into(path, places=64, size=2 ** 12):
+    """Pieces of a file from its beginning to its end, all of a small one, as uint32."""
+    room = max(0, os.path.getsize(path) // 8 * 8 - size)
+    starts = sorted({room * n // (places - 1) // 8 * 8 for n in range(places)})
+    with open(path, 'rb') as f:
+        data = b''.join(os.pread(f.fileno(), size, start) for start in starts)
+    return np.frombuffer(data[:len(data) // 4 * 4], '<u4')
