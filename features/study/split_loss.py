@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import Source, batch_losses, losses
+from batches import Source, batch_loss, losses
 from checkpoint import load_model
 from configurator import UserError
 from device import NOT_FINITE, compile_all, pick_compile, pick_device, pick_exact_dtype
@@ -48,7 +48,8 @@ def losses_on(model, source, folder, device, dtype):
     """The SplitLoss of a network on all rows of a Source. Raises UserError for a loss that is not finite."""
     nats = []
     targets = []
-    for loss, count in batch_losses(model, source, np.arange(source.rows), 1, device, dtype):
+    for row in range(source.rows):
+        loss, count = batch_loss(model, source, np.array([row]), 1, device, dtype)
         nats.append(loss.item())
         targets.append(count)
     nats = np.array(nats)
