@@ -223,10 +223,7 @@ def write_side(folder, side, texts, tokenizer):
 # The run
 
 def prepare(s):
-    """
-    Prepare the sources of the settings `s`. Raises UserError.
-    Returns (folder, meta.json, figures for the summary: None if the folder was complete before).
-    """
+    """Prepare the sources. Returns (folder, meta.json, figures for the summary: None = complete before)."""
     out = s.out.rstrip('/')
     from features.text import pipeline  # text
     if pipeline.is_needed(s, out):  # text: it is, but for some megabytes of .txt and .jsonl and a new folder
@@ -253,7 +250,6 @@ def prepare_in_memory(s, files, folder):
         s = replace(s, split='tail' if few else 'document')
     from features.text.splits import choose  # text
     s.chosen = choose(s, found, by_default)  # text
-
     tokenizer = new_tokenizer(s.tokenizer, texts)
     sides = {'train': [], 'val': []}
     for text in texts:

@@ -21,8 +21,8 @@ import numpy as np
 
 from configurator import UserError
 
-KINDS = ('byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, FILE.json or '
-         'FILE.txt')
+KINDS = ('byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, '
+         'FILE.json or FILE.txt')
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
@@ -61,7 +61,8 @@ class Tokenizer:
     def describe(self):
         """What identifies the tokenizer, as JSON: equal descriptions are equal tokenizers."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
-        found = {'kind': self.kind, 'vocab_size': self.vocab_size, 'eot': self.eot, 'files': files, **self.more}
+        found = {'kind': self.kind, 'vocab_size': self.vocab_size, 'eot': self.eot, 'files': files,
+                 **self.more}
         return {**found, 'sha256': hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
 
     def save(self, folder):
@@ -101,8 +102,8 @@ class Tokenizer:
         """Raise UserError for an id outside the vocabulary: libraries wrap around or crash there."""
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the {self.kind} '
-                                'tokenizer: the ids are of another one')
+                raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the '
+                                f'{self.kind} tokenizer: the ids are of another one')
 
 
 # -----------------------------------------------------------------------------
@@ -138,8 +139,8 @@ class CharTokenizer(Tokenizer):
         ids = self.ids[codes]
         if len(ids) and ids.min() < 0:
             reason = f'is not among the {len(self.more["chars"])} characters of this char tokenizer'
-            raise UserError(f'character {chr(codes[ids.argmin()])!r} {reason}: leave it out, or prepare the data with '
-                            '--tokenizer=byte')
+            raise UserError(f'character {chr(codes[ids.argmin()])!r} {reason}: leave it out, '
+                            'or prepare the data with --tokenizer=byte')
         return ids.tolist()
 
     def decode(self, ids):
@@ -156,8 +157,9 @@ class TiktokenTokenizer(Tokenizer):
             self.encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network; a damaged file
             reason = f'tiktoken could not load it ({type(error).__name__})'
-            raise UserError(f'tokenizer={name}: {reason}: connect to the network once, or set TIKTOKEN_CACHE_DIR '
-                            'to a folder that has it, or use --tokenizer=bpe:4096') from None
+            raise UserError(f'tokenizer={name}: {reason}: connect to the network once, '
+                            'or set TIKTOKEN_CACHE_DIR to a folder that has it, '
+                            'or use --tokenizer=bpe:4096') from None
         super().__init__(name, self.encoding.n_vocab, self.encoding.eot_token)
 
     def encode(self, text):
@@ -185,12 +187,12 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f'{where}: not a sentencepiece model') from None
         n, eot = self.sp.vocab_size(), self.sp.eos_id()
         if eot < 0:
-            raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): use one that has, '
-                            'or --tokenizer=bpe:4096')
+            raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): '
+                            'use one that has, or --tokenizer=bpe:4096')
         self.eot_text = self.sp.id_to_piece(eot)
         super().__init__('sentencepiece', n, eot, {'tokenizer.model': data}, self.sp.unk_id())
-        # A model that keeps all blanks, and adds none, can write any text but ▁, its own sign for the space. That
-        # goes as bytes
+        # A model that keeps all blanks, and adds none, can write any text but ▁, its own sign for the space.
+        # That goes as bytes
         blanks, encode = ' a\n  b\t ', self.sp.encode
         self.sign = None
         if self.sp.decode(encode(blanks)) == blanks and encode('so it') == encode('so') + encode(' it'):
@@ -230,7 +232,9 @@ def needs_text(kind):
 
 
 def new_tokenizer(kind, texts=()):
-    """The tokenizer that `kind` names, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str."""
+    """
+    The tokenizer that `kind` names, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str.
+    """
     if needs_text(kind) and kind != 'char':
         return train_bpe(texts, int(kind[4:]))
     if kind == 'char':
@@ -249,8 +253,9 @@ def new_tokenizer(kind, texts=()):
 
 def train_bpe(texts, vocab_size):
     """
-    A sentencepiece BPE that is trained on texts and can write any text: it has tokens for all 256 bytes, keeps
-    every blank, and writes numbers digit by digit. The same texts in the same order give the same model.
+    A sentencepiece BPE that is trained on texts and can write any text: it has tokens for all 256 bytes,
+    keeps every blank, and writes numbers digit by digit. The same texts in the same order give the same
+    model.
     """
     import sentencepiece
     # In pieces of 10,000 characters: it aborts at a word of 65,536. Not in lines, so that ".\n" can become a
@@ -259,7 +264,8 @@ def train_bpe(texts, vocab_size):
     pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
     first = next(pieces, None)
     if first is None:
-        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing that it can be trained on: use byte')
+        raise UserError(f'tokenizer=bpe:{vocab_size}: '
+                        'the text has nothing that it can be trained on: use byte')
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -287,8 +293,8 @@ def load_tokenizer(description, folder):
         except OSError as error:
             raise UserError(f'{path}: {error.strerror}: it belongs to the data: prepare them again') from None
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): restore it, '
-                            'or prepare the data again')
+            raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): '
+                            'restore it, or prepare the data again')
     try:
         tokenizer = described(description, data, path)
         found = tokenizer.describe()['sha256']
@@ -326,8 +332,8 @@ def described(description, data, path):
 
 def same_ids(wanted, found, is_padded=False):
     """
-    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. is_padded: they may
-    have different numbers of tokens. Raises UserError if one of them is not known or cannot be read.
+    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. is_padded: they
+    may have different numbers of tokens. Raises UserError if one of them is not known or cannot be read.
     """
     one, other = wanted[0], found[0]
     if one['kind'] == other['kind']:

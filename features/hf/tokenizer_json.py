@@ -1,6 +1,6 @@
 """
-tokenizer.json, which the tokenizers library and all that is built on it read: as a tokenizer of ours, and written for
-any of ours, with the same ids for the same text. And BERT's vocabularies, vocab.txt.
+tokenizer.json, which the tokenizers library and all that is built on it read: as a tokenizer of ours, and
+written for any of ours, with the same ids for the same text. And BERT's vocabularies, vocab.txt.
 
     tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file
@@ -8,32 +8,39 @@ any of ours, with the same ids for the same text. And BERT's vocabularies, vocab
 from configurator import UserError
 from tokenizer import EOT, Tokenizer, load_tokenizer
 
-EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')  # of the end-of-text token in these files
+# of the end-of-text token in these files
+EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
 
 
 # -----------------------------------------------------------------------------
 # Read
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library: 'tokenizers' = a tokenizer.json, 'wordpiece' = a BERT vocabulary."""
+    """
+    A tokenizer of the tokenizers library: 'tokenizers' = a tokenizer.json, 'wordpiece' = a BERT vocabulary.
+    """
 
     def __init__(self, kind, data, where, size=None):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f'{where}: reading it takes the tokenizers library: pip install tokenizers') from None
-        self.tokenizer = wordpiece(tokenizers, data, where, size) if kind == 'wordpiece' else read(tokenizers, data, where)
+            raise UserError(f'{where}: reading it takes the tokenizers library: '
+                            'pip install tokenizers') from None
+        self.tokenizer = (wordpiece(tokenizers, data, where, size) if kind == 'wordpiece'
+                          else read(tokenizers, data, where))
         self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        for name in ('dropout', 'alpha', 'nbest_size'):  # of BPE and Unigram: they draw the pieces of a word at random
+        # of BPE and Unigram: they draw the pieces of a word at random
+        for name in ('dropout', 'alpha', 'nbest_size'):
             if getattr(self.tokenizer.model, name, None) is not None:
                 setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
         self.eot_text = next((name for name in EOT_NAMES if name in vocab), None)
         if self.eot_text is None:
             names = ', '.join(EOT_NAMES)
-            raise UserError(f'{where}: no end-of-text token in it, none of {names}: add one to the vocabulary')
+            raise UserError(f'{where}: no end-of-text token in it, none of {names}: '
+                            'add one to the vocabulary')
         unk = vocab.get('[UNK]', vocab.get('<unk>', -1))
         file = 'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt'
         super().__init__(kind, max(vocab.values()) + 1, vocab[self.eot_text], {file: data}, unk)
@@ -56,7 +63,10 @@ class JsonTokenizer(Tokenizer):
         return self.added()[0]
 
     def added(self):
-        """(ids before, ids after) that the library puts around a text: Llama's <s> before it, T5's </s> after it."""
+        """
+        (ids before, ids after) that the library puts around a text: Llama's <s> before it, T5's </s> after
+        it.
+        """
         text = self.tokenizer.encode('a')
         of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
         if not of_text:  # it cannot write an a: a single token stands before it, unless it is the end of text
@@ -77,16 +87,18 @@ def read(tokenizers, data, where):
 
 def wordpiece(tokenizers, data, where, size=None):
     """
-    BERT's tokenizer for the pieces of a vocab.txt, one in each line, read as the tokenizers library does; cased if a
-    piece has an upper-case letter. size: of the vocabulary, if a description says it.
+    BERT's tokenizer for the pieces of a vocab.txt, one in each line, read as the tokenizers library does;
+    cased if a piece has an upper-case letter. size: of the vocabulary, if a description says it.
     """
     lines = data.decode('utf-8-sig', errors='replace').removesuffix('\n').split('\n')
-    vocab = {line.rstrip() or line: i for i, line in enumerate(lines)}  # a piece of blanks only keeps its place
-    if size is not None and size != len(lines):  # made by a version for which U+2028 and others ended a line too
+    # a piece of blanks only keeps its place
+    vocab = {line.rstrip() or line: i for i, line in enumerate(lines)}
+    # made by a version for which U+2028 and others ended a line too
+    if size is not None and size != len(lines):
         vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
     if '[UNK]' not in vocab or '[SEP]' not in vocab:
-        raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); for text to '
-                        'prepare, name it as a source')
+        raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); '
+                        'for text to prepare, name it as a source')
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token='[UNK]'))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
@@ -118,8 +130,8 @@ TEXTS = (
 
 def encode_alike(wanted, found):
     """
-    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept in
-    different formats. Raises UserError if one of them is not known or cannot be read.
+    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept
+    in different formats. Raises UserError if one of them is not known or cannot be read.
     """
     if 'unknown' in (wanted[0]['kind'], found[0]['kind']):
         raise UserError('one of them is not known')
@@ -144,15 +156,16 @@ PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *
 BYTE_CHARS = {b: chr(b) for b in PRINTABLE}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 
-PROBE = ('Once upon a time, there was a bird.\n\n\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 '
+PROBE = ('Once upon a time, there was a bird.\n\n'
+         '\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 '
          "don't\r\n   ")
 BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 
 def to_json(tokenizer, begin=()):
     """
-    The content of a tokenizer.json. begin: (id,) of a start token that the library is to put before every text.
-    Raises UserError if the tokenizers library cannot do what `tokenizer` does.
+    The content of a tokenizer.json. begin: (id,) of a start token that the library is to put before every
+    text. Raises UserError if the tokenizers library cannot do what `tokenizer` does.
     """
     text = plain(tokenizer)
     if not begin:
@@ -173,18 +186,22 @@ def spelling(text, token):
 
 
 def plain(tokenizer):
-    """The content of a tokenizer.json that puts nothing before a text, or what the tokenizer's own file puts there."""
+    """
+    The content of a tokenizer.json that puts nothing before a text, or what the tokenizer's own file puts
+    there.
+    """
     try:
         import tokenizers
     except ImportError:
-        raise UserError('writing tokenizer.json takes the tokenizers library: pip install tokenizers') from None
+        raise UserError('writing tokenizer.json takes the tokenizers library: '
+                        'pip install tokenizers') from None
     if tokenizer.more.get('reserved'):
         return with_reserved(tokenizers, tokenizer)
     theirs = convert(tokenizers, tokenizer)
     probe = ''.join(tokenizer.more['chars']) if tokenizer.kind == 'char' else PROBE
     if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
-        raise UserError(f'the {tokenizer.kind} tokenizer has other ids as a tokenizer.json: convert it by hand, with '
-                        'the tools of whoever made it')
+        raise UserError(f'the {tokenizer.kind} tokenizer has other ids as a tokenizer.json: '
+                        'convert it by hand, with the tools of whoever made it')
     return theirs.to_str(pretty=True)
 
 
@@ -192,9 +209,10 @@ def with_reserved(tokenizers, tokenizer):
     """plain() for a tokenizer with reserved tokens."""
     theirs = tokenizers.Tokenizer.from_str(plain(tokenizer.inner))
     theirs.add_special_tokens([f'<{n}>' for n in range(tokenizer.more['reserved'])])
-    if theirs.token_to_id('<0>') != tokenizer.inner.vocab_size or theirs.get_vocab_size() != tokenizer.vocab_size:
-        raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: its reserved ones have no place '
-                        'in a tokenizer.json')
+    if (theirs.token_to_id('<0>') != tokenizer.inner.vocab_size
+            or theirs.get_vocab_size() != tokenizer.vocab_size):
+        raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: '
+                        'its reserved ones have no place in a tokenizer.json')
     return theirs.to_str(pretty=True)
 
 
@@ -215,7 +233,10 @@ def convert(tokenizers, tokenizer):
 
 
 def byte_level(tokenizers, vocab, merges, eot, pattern=None):
-    """A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)]; `pattern` matches the words, each encoded alone."""
+    """
+    A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)]; `pattern` matches the words, each encoded
+    alone.
+    """
     def spell(token):
         return ''.join(BYTE_CHARS[b] for b in token)
 
@@ -247,8 +268,8 @@ def from_chars(tokenizers, tokenizer):
 
 def from_tiktoken(tokenizers, tokenizer):
     """
-    tiktoken joins the pair whose union has the lowest id; the library wants a list of pairs in that order: the last
-    merge of each token.
+    tiktoken joins the pair whose union has the lowest id; the library wants a list of pairs in that order:
+    the last merge of each token.
     """
     ranks = tokenizer.encoding._mergeable_ranks
     merges = [last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
@@ -288,7 +309,9 @@ def from_sentencepiece(tokenizers, tokenizer):
 
 
 def bpe_of(tokenizers, model):
-    """The library's BPE of a sentencepiece model: all pairs that join to a piece, the highest scores first."""
+    """
+    The library's BPE of a sentencepiece model: all pairs that join to a piece, the highest scores first.
+    """
     places = {p.piece: n for n, p in enumerate(model.pieces)}
     normal = [p for p in model.pieces if p.type in (p.NORMAL, p.USER_DEFINED)]
     merges = []

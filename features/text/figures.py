@@ -1,6 +1,6 @@
 """
-Figures of a prepared data set for the summary of prepare.py: unused tokens, unknown tokens, the longest documents,
-and how often the text of an end-of-text token occurs inside of documents.
+Figures of a prepared data set for the summary of prepare.py: unused tokens, unknown tokens, the longest
+documents, and how often the text of an end-of-text token occurs inside of documents.
 """
 import heapq
 import os
@@ -22,13 +22,18 @@ def count_literals(texts, tokenizer):
 
 
 def longest_of(lengths, places):
-    """[(tokens, place)] of the longest documents. lengths: tokens of each, int64; places: 'notes.txt:1' of each."""
+    """
+    [(tokens, place)] of the longest documents. lengths: tokens of each, int64; places: 'notes.txt:1' of each.
+    """
     order = np.argsort(-lengths, kind='stable')[:LONGEST]
     return [(int(lengths[n]), places[n]) for n in order]
 
 
 def figures_of(found, folder, meta, s, tokenizer, seconds):
-    """The figures of documents [(where, text)] whose token files one process has written into a folder in `seconds`."""
+    """
+    The figures of documents [(where, text)] whose token files one process has written into a folder in
+    `seconds`.
+    """
     texts = [text for _, text in found]
     say_untrained(texts, s.tokenizer)
     places = {'train': [], 'val': []}
@@ -52,13 +57,14 @@ def figures_of(found, folder, meta, s, tokenizer, seconds):
 
 class Figures:
     """
-    The figures of a run in several processes. They are kept in `progress`, a dict that is written as JSON, so that a
-    run that is resumed has the figures of all of its documents.
+    The figures of a run in several processes. They are kept in `progress`, a dict that is written as JSON, so
+    that a run that is resumed has the figures of all of its documents.
     """
 
     def __init__(self, progress, vocab_size):
         self.progress = progress
-        for name, value in {'empty': 0, 'unknown': 0, 'literal': {}, 'used': '', 'longest': [], 'length': 0}.items():
+        for name, value in {'empty': 0, 'unknown': 0, 'literal': {}, 'used': '', 'longest': [],
+                            'length': 0}.items():
             progress.setdefault(name, value)  # length: tokens of the long document that is read just now
         self.used = np.zeros(vocab_size, bool)  # whether each token occurs
         if progress['used']:
@@ -96,7 +102,8 @@ def say_untrained(texts, tokenizer):
     """Say if bpe:N is to be trained on texts with a sign that sentencepiece cannot be trained on."""
     count = sum(text.count(UNTRAINED) for text in texts)
     if count and tokenizer.startswith('bpe:'):
-        print(f'tokenizer={tokenizer}: it is trained without U+2585 ({count:,} in the text), and writes it as bytes')
+        print(f'tokenizer={tokenizer}: it is trained without U+2585 ({count:,} in the text), '
+              'and writes it as bytes')
 
 
 def print_figures(meta, figures):
@@ -105,15 +112,18 @@ def print_figures(meta, figures):
         print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
     if not figures:
         return
-    print(f'    {figures["unused"]:.1%} of the vocabulary never used; {figures["empty"]:,} empty documents left out')
+    print(f'    {figures["unused"]:.1%} of the vocabulary never used; '
+          f'{figures["empty"]:,} empty documents left out')
     if figures['unknown']:
         print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
     for name, times in sorted(figures['literal'].items()):
         if times:
-            print(f'    {name} occurs {times:,} times inside documents: it is plain text there and ends no document')
+            print(f'    {name} occurs {times:,} times inside documents: '
+                  'it is plain text there and ends no document')
     if figures.get('not_read'):
         print(f'    {figures["not_read"]}')
     print('    the longest documents:')
     for length, where in figures['longest']:
         print(f'        {length:>11,} tokens  {printable(where)}')
-    print(f'    {figures["seconds"]:.1f} s, {figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')
+    print(f'    {figures["seconds"]:.1f} s, '
+          f'{figures["speed"]:.1f} MB/s with {figures["num_proc"]} process(es)')

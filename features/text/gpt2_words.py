@@ -1,8 +1,9 @@
 """
 GPT-2's tokens of many texts at once: the same ids as tiktoken's, three times as fast where a text is ASCII.
 
-Where words begin is found in numpy, for a megabyte of text at a time. A word of up to 15 bytes that is a token is found
-by its bytes in a table. Only the other words go through the BPE, once each. The pattern that is followed:
+Where words begin is found in numpy, for a megabyte of text at a time. A word of up to 15 bytes that is a
+token is found by its bytes in a table. Only the other words go through the BPE, once each. The pattern that
+is followed:
 
     '(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 """
@@ -21,7 +22,8 @@ CLASSES = {
     BLANK: b' \t\n\v\f\r',
     END: b'\xfe\xff',
 }
-TABLE_BITS = 18  # the table has 2**18 places: 6 MB. Of two tokens in one place the one with the lower id, the commoner, stays
+# the table has 2**18 places: 6 MB. Of two tokens in one place the one with the lower id, the commoner, stays
+TABLE_BITS = 18
 CACHE = 2 ** 17  # words that are remembered, at most
 
 NOT_ASCII = re.compile(r'[^\x00-\x7f]+')
@@ -45,7 +47,8 @@ class Words:
         self.classes = np.full(256, OTHER, np.uint8)
         for name, chars in CLASSES.items():
             self.classes[list(chars)] = name
-        self.masks = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of a word of 8
+        # the first n bytes of a word of 8
+        self.masks = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)
         words = {}  # id → bytes, the lowest ids last
         for i in reversed(range(encoding.eot_token)):
             token = encoding.decode_single_token_bytes(i)
@@ -61,7 +64,9 @@ class Words:
         self.ids[place] = list(words)
 
     def encode(self, texts):
-        """(ids of all texts with the end-of-text token after each; number of ids of each text), int64 arrays."""
+        """
+        (ids of all texts with the end-of-text token after each; number of ids of each text), int64 arrays.
+        """
         stretches, parts = [], []  # stretches: texts that are not ASCII, in order
         for text in texts:
             plain = text if text.isascii() else take_out(text, stretches)
@@ -91,8 +96,10 @@ class Words:
         solid = (kind != BLANK) & (kind != END)
         start = np.ones(len(data), bool)
         start[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == END)
-        start[:-1] |= blank[:-1] & solid[1:]  # the last blank before a word is not one with the blanks before it,
-        start[1:] &= ~((data[:-1] == ord(' ')) & solid[1:])  # and a space is one with the word behind it
+        # The last blank before a word does not belong to the blanks before it; a space belongs to the word
+        # behind it
+        start[:-1] |= blank[:-1] & solid[1:]
+        start[1:] &= ~((data[:-1] == ord(' ')) & solid[1:])
         self.split_contractions(data, start)
         return np.flatnonzero(start)
 
@@ -112,7 +119,10 @@ class Words:
         start[quote + 1 + length] = True
 
     def keys(self, padded, start, length, size):
-        """The first 8 bytes of words, and the next 7 with the length, uint64 each. size: bytes of text before the padding."""
+        """
+        The first 8 bytes of words, and the next 7 with the length, uint64 each. size: bytes of text before
+        the padding.
+        """
         eights = np.ndarray(size + 9, '<u8', padded, strides=(1,))  # the 8 bytes from every place on
         first = eights[start] & self.masks[np.minimum(length, 8)]
         second = eights[start + 8] & self.masks[np.clip(length - 8, 0, 7)]
@@ -136,8 +146,8 @@ class Words:
 
 def take_out(text, stretches):
     """
-    A text with the character 254 for every stretch that is not ASCII, each from the end of a word to the end of another.
-    The stretches are appended to `stretches`.
+    A text with the character 254 for every stretch that is not ASCII, each from the end of a word to the end
+    of another. The stretches are appended to `stretches`.
     """
     parts, at = [], 0
     for found in NOT_ASCII.finditer(text):

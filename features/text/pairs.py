@@ -1,12 +1,14 @@
 """
-Pairs of a source, which a model reads, and a target, which it learns to write (objective=seq2seq): from two fields of
-a row, from a prompt template and a field, from the sections of TinyStories-Instruct, or from Python's docstrings.
+Pairs of a source, which a model reads, and a target, which it learns to write (objective=seq2seq): from two
+fields of a row, from a prompt template and a field, from the sections of TinyStories-Instruct, or from
+Python's docstrings.
 
     python prepare.py talks.jsonl --source=abstract --target=summary --out=data/talks
     python prepare.py asked.jsonl --prompt_template='Q: {question}\nA: ' --target=answer --out=data/asked
     python prepare.py stdlib_docstrings          # a function's code → the first line of its docstring
 
-Until it is tokenized, a pair is one text: source, PAIR, target. '' stands for a pair of which one side is blank.
+Until it is tokenized, a pair is one text: source, PAIR, target. '' stands for a pair of which one side is
+blank.
 """
 import ast
 import re
@@ -19,7 +21,8 @@ import prepare
 from configurator import UserError, typed_text
 
 PAIR = '\x1e<|target|>\x1e'
-SECTIONS = ('Features', 'Words', 'Random sentence', 'Summary', 'Story')  # of TinyStories-Instruct, in any order
+# of TinyStories-Instruct, in any order
+SECTIONS = ('Features', 'Words', 'Random sentence', 'Summary', 'Story')
 
 
 def has_pairs(s):
@@ -73,7 +76,9 @@ def clean_field(row, key, s, where):
 
 
 def first_text(value):
-    """A target can be a list of texts, several summaries for instance: the first that is not blank is learned."""
+    """
+    A target can be a list of texts, several summaries for instance: the first that is not blank is learned.
+    """
     if not isinstance(value, list):
         return value
     for text in value:
@@ -103,7 +108,9 @@ def target_bytes(texts):
 # Prompt templates
 
 def template_fields(template):
-    """The fields of a prompt template, NAME of {NAME}; {{ stands for {. Raises ValueError for a broken one."""
+    """
+    The fields of a prompt template, NAME of {NAME}; {{ stands for {. Raises ValueError for a broken one.
+    """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
         if spec or conversion or not (name is None or re.fullmatch(r'\w[\w ]*', name)):
@@ -125,7 +132,10 @@ def check_template(template):
 
 
 def fill(template, row):
-    """A template, read by typed_text(), with the fields of a row; paragraphs with only empty fields are left out."""
+    """
+    A template, read by typed_text(), with the fields of a row; paragraphs with only empty fields are left
+    out.
+    """
     paragraphs = []
     for paragraph in typed_text(template, 'prompt_template').split('\n\n'):
         names = template_fields(paragraph)
@@ -142,7 +152,10 @@ def fill(template, row):
 # Other pairs
 
 def sections(text):
-    """{name: text} of the SECTIONS of a document: each begins a line with its name and a colon. '' = it has none."""
+    """
+    {name: text} of the SECTIONS of a document: each begins a line with its name and a colon. '' = it has
+    none.
+    """
     _, *found = re.split(rf'^({"|".join(SECTIONS)}):', text, flags=re.MULTILINE)
     texts = dict.fromkeys(SECTIONS, '')
     for name, part in zip(found[::2], found[1::2]):
@@ -155,14 +168,14 @@ def check_sections(s, files):
     plain = [path for path, kind in files if kind in ('text', 'topics')]
     fields = fields_of(s)
     if has_pairs(s) and plain and set(fields) - set(SECTIONS):
-        raise UserError(f'{plain[0]}: has no fields {",".join(fields)}: pairs are read from .jsonl and .parquet, or '
-                        f'from .txt with the sections {", ".join(SECTIONS)}')
+        raise UserError(f'{plain[0]}: has no fields {",".join(fields)}: pairs are read from .jsonl and '
+                        f'.parquet, or from .txt with the sections {", ".join(SECTIONS)}')
 
 
 def docstring_pairs(path):
     """
-    Yield (number of the line, pair) of the functions of a Python file that have a docstring: the code without it, and
-    its first line.
+    Yield (number of the line, pair) of the functions of a Python file that have a docstring: the code without
+    it, and its first line.
     """
     try:
         with tokenize.open(path) as f, warnings.catch_warnings(action='ignore'):
@@ -182,7 +195,7 @@ def docstring_pairs(path):
 
 def check_end_of_text(tokenizer, name):
     if tokenizer.eot is None:
-        raise UserError(f'tokenizer={name}: has no end-of-text token, which separates the source of a pair from its '
-                        'target: use another')
+        raise UserError(f'tokenizer={name}: has no end-of-text token, '
+                        'which separates the source of a pair from its target: use another')
 
 

@@ -1,11 +1,12 @@
 """
-Parts: a corpus that several machines prepare, a stretch of the files each, and that is then merged into one data set.
+Parts: a corpus that several machines prepare, a stretch of the files each, and that is then merged into one
+data set.
 
-    python prepare.py 'fineweb/*.parquet' --tokenizer=gpt2 --out=data/fineweb --part=3/64    # makes data/fineweb.parts/3_of_64
-    python prepare.py --merge=data/fineweb                                                   # when all parts are there
+    python prepare.py 'fineweb/*.parquet' --tokenizer=gpt2 --out=data/fineweb --part=3/64
+    python prepare.py --merge=data/fineweb      # when all 64 parts are in data/fineweb.parts
 
-bpe:N and char read the text of all parts first, on each machine; a FILE.model that was trained before does not. Inside
-of a file, a part is read from the file's start.
+For bpe:N and char each machine reads the text of all parts first; a FILE.model that was trained before avoids
+that. A file of which a part is needed is read from its start.
 """
 import os
 import re
@@ -39,10 +40,11 @@ def main(s):
         print('    a part without text')
         return
     kind = meta['tokenizer']['kind']
-    print(f'    {size / tokens:.3f} bytes a token; tokenizer {kind} of {meta["vocab_size"]:,}, {meta["dtype"]}; '
-          f'split by {meta["split"]}')
+    print(f'    {size / tokens:.3f} bytes a token; tokenizer {kind} of {meta["vocab_size"]:,}, '
+          f'{meta["dtype"]}; split by {meta["split"]}')
     print_figures(meta, figures)
-    print(f'next: the other parts, then python prepare.py --merge={os.path.dirname(out).removesuffix(".parts")}')
+    print('next: the other parts, '
+          f'then python prepare.py --merge={os.path.dirname(out).removesuffix(".parts")}')
 
 
 def place_of(s):
@@ -66,7 +68,9 @@ def part_folder(out, number, count):
 # The parts are all there, and of one corpus
 
 def find_parts(out):
-    """The folders of all parts, in the order of the corpus. Raises UserError that names those that are missing."""
+    """
+    The folders of all parts, in the order of the corpus. Raises UserError that names those that are missing.
+    """
     parent = parts_folder(out)
     parts = set()  # {(count, number)}
     for name in os.listdir(parent) if os.path.isdir(parent) else []:
@@ -78,7 +82,8 @@ def find_parts(out):
     counts = sorted({count for count, _ in parts})
     if len(counts) > 1:
         several = ' and of '.join(map(str, counts))
-        raise UserError(f'merge={out}: {parent} has parts of {several}: delete those that do not belong to it')
+        raise UserError(f'merge={out}: {parent} has parts of {several}: '
+                        'delete those that do not belong to it')
     count = counts[0]
     missing = [number for number in range(1, count + 1) if (count, number) not in parts]
     if missing:
@@ -89,7 +94,9 @@ def find_parts(out):
 
 
 def read_parts(folders):
-    """meta.json of all parts. Raises UserError for a part of another corpus, or prepared with another setting."""
+    """
+    meta.json of all parts. Raises UserError for a part of another corpus, or prepared with another setting.
+    """
     from batches import read_meta
     metas = [read_meta(folder) for folder in folders]
     for number, (folder, meta) in enumerate(zip(folders, metas), 1):
@@ -108,11 +115,12 @@ def read_parts(folders):
 
 def is_part(meta, name):
     """
-    Whether this is meta.json of the part `name`, 3/64 for instance, with all that join() reads. Raises KeyError or
-    TypeError for a field that is missing.
+    Whether this is meta.json of the part `name`, 3/64 for instance, with all that join() reads. Raises
+    KeyError or TypeError for a field that is missing.
     """
     source, splits = meta['source'], meta['splits']
-    if source['part'] != name or splits.keys() != {'train', 'val'} or meta['split'] not in ('document', 'tail'):
+    if (source['part'] != name or splits.keys() != {'train', 'val'}
+            or meta['split'] not in ('document', 'tail')):
         return False
     if not all(isinstance(text, str) for text in (*source['sources'], source.get('target', ''))):
         return False
@@ -150,7 +158,8 @@ def merge(out):
         raise UserError(f'merge={out}: exists: delete it first')
     part = work_folder(out)
     if os.path.exists(os.path.join(part, 'progress.json')):
-        raise UserError(f'merge={out}: {part} holds an interrupted run without --part: resume it, or delete that first')
+        raise UserError(f'merge={out}: {part} holds an interrupted run without --part: resume it, '
+                        'or delete that first')
     folders = find_parts(out)
     metas = read_parts(folders)
     try:
@@ -163,16 +172,16 @@ def merge(out):
             check_sides(meta['splits'], prepare.Settings(**settings, split=meta['split']))
             publish(part, out, meta, meta['tokenizer'].get('files', ()))
     except OSError as error:
-        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room, and run the '
-                        'same command') from None
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room, '
+                        'and run the same command') from None
     return out, meta, len(folders)
 
 
 def join(folders, metas, part):
     """
-    Put the shards of all parts into the folder `part`: the data set that one machine would have made, but for where
-    its shards end. Files are linked, so that they take no room twice, or copied if they cannot be. Returns meta.json.
-    Raises UserError for a damaged part.
+    Put the shards of all parts into the folder `part`: the data set that one machine would have made, but for
+    where its shards end. Files are linked, so that they take no room twice, or copied if they cannot be.
+    Returns meta.json. Raises UserError for a damaged part.
     """
     load_tokenizer(metas[0]['tokenizer'], folders[0])
     for name in metas[0]['tokenizer'].get('files', ()):
@@ -184,7 +193,8 @@ def join(folders, metas, part):
     splits = {side: [] for side in metas[0]['splits']}
     for folder, side, shard in tqdm(todo, desc='merging', unit='shard', disable=None):
         renamed = {**shard, 'file': f'{side}_{len(splits[side]):05d}.bin'}
-        for old, new, digest in zip(files_of(shard), files_of(renamed), (shard['sha256'], shard['idx_sha256'])):
+        for old, new, digest in zip(files_of(shard), files_of(renamed),
+                                    (shard['sha256'], shard['idx_sha256'])):
             path = os.path.join(folder, old)
             take(path, os.path.join(part, new))
             if sha256(os.path.join(part, new)) != digest:

@@ -1,7 +1,7 @@
 """
-Long texts, encoded piece by piece: less memory, and twice as fast with sentencepiece and WordPiece on a novel. (It also
-keeps Unigram models exact: their float32 scores lose precision over a million characters.) A text is cut only where
-its pieces have the ids of the whole.
+Long texts, encoded piece by piece: less memory, and twice as fast with sentencepiece and WordPiece on a
+novel. (It also keeps Unigram models exact: their float32 scores lose precision over a million characters.) A
+text is cut only where its pieces have the ids of the whole.
 """
 import itertools
 import re
@@ -44,8 +44,11 @@ def find_cut(tokenizer):
 
 
 def cut_rule(encode, pieces):
-    """BEFORE_SPACE, or None if a tokenizer with these pieces has one that spans a letter and the space after it."""
-    if any(re.search(r'[^\W\d_] |\ufffd ', piece) for piece in pieces):  # U+FFFD: the end of a character, perhaps a letter
+    """
+    BEFORE_SPACE, or None if a tokenizer with these pieces has one that spans a letter and the space after it.
+    """
+    # U+FFFD: the end of a character, perhaps a letter
+    if any(re.search(r'[^\W\d_] |\ufffd ', piece) for piece in pieces):
         return None
     return BEFORE_SPACE if encode('so it') == encode('so') + encode(' it') else None
 

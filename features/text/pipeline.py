@@ -1,7 +1,7 @@
 """
-The run of prepare.py for everything but some megabytes of plain text: a corpus of any size and kind is read task by
-task, tokenized in several processes, and written to shards. An interrupted run is resumed where it stopped; neither
-that nor the number of processes changes a byte of the result.
+The run of prepare.py for everything but some megabytes of plain text: a corpus of any size and kind is read
+task by task, tokenized in several processes, and written to shards. An interrupted run is resumed where it
+stopped; neither that nor the number of processes changes a byte of the result.
 """
 import json
 import os
@@ -29,14 +29,19 @@ from features.text.tokenizers import Reserved
 from features.text.workers import cores, in_order
 from tokenizer import load_tokenizer, needs_text, new_tokenizer
 
-IN_MEMORY = 2 ** 24  # bytes of plain text that prepare.py itself reads into memory: more pays for a second process
-SAMPLE_SIZE = 2 ** 25  # characters that bpe:N is trained on, spread evenly over the text: 3 s and 200 MB of memory
+# bytes of plain text that prepare.py itself reads into memory; for more, a second process pays
+IN_MEMORY = 2 ** 24
+# characters that bpe:N is trained on, spread evenly over the text: 3 s and 200 MB of memory
+SAMPLE_SIZE = 2 ** 25
 VAL_BYTES = 2_000_000  # default limit of the text for validation: about 500,000 tokens
 SAVE_EVERY = 10  # seconds between two records of the progress
 
 
 def is_needed(s, out):
-    """Whether settings ask for more than prepare.py does itself: a new folder of a few plain .txt and .jsonl files."""
+    """
+    Whether settings ask for more than prepare.py does itself: a new folder of a few plain .txt and .jsonl
+    files.
+    """
     if not out or os.path.lexists(out) or os.path.lexists(f'{out}.part'):
         return True
     if s.num_proc > 1 or has_pairs(s) or s.reserve or s.part:
@@ -47,7 +52,8 @@ def is_needed(s, out):
         if not kind or not os.path.isfile(path) or not os.access(path, os.R_OK):
             return True
         size = os.path.getsize(path)
-        if kind == 'text' and size > 2 * TASK_SIZE:  # long documents are cut in parts, on which bpe:N is trained
+        # long documents are cut in parts, on which bpe:N is trained
+        if kind == 'text' and size > 2 * TASK_SIZE:
             return True
         total += size
     return total > IN_MEMORY
@@ -55,8 +61,8 @@ def is_needed(s, out):
 
 def prepare(s, out):
     """
-    Prepare the sources of the settings `s`, or resume an interrupted run. out: the folder to make, '' = the default.
-    Raises UserError. Returns what prepare.prepare() returns.
+    Prepare the sources of the settings `s`, or resume an interrupted run. out: the folder to make, '' = the
+    default. Raises UserError. Returns what prepare.prepare() returns.
     """
     out = out or folder_of(s.sources)
     if not out:
@@ -79,11 +85,11 @@ def prepare(s, out):
             figures['not_read'] = not_read(left_out)
         return out, meta, figures
     except BrokenProcessPool:
-        raise UserError('num_proc: a worker was killed, perhaps because memory ran out: lower --num_proc; the same '
-                        'command goes on from there') from None
+        raise UserError('num_proc: a worker was killed, perhaps because memory ran out: lower --num_proc; '
+                        'the same command goes on from there') from None
     except OSError as error:
-        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; the same '
-                        'command goes on from there') from None
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; '
+                        'the same command goes on from there') from None
 
 
 def limited(share, files):
@@ -109,8 +115,8 @@ def describe(s, files):
 
 def finished(out, source, unlimited):
     """
-    meta.json of a folder that exists, if it was made from the same inputs with the same settings. unlimited: what
-    val_fraction was before it had a limit for large files. Raises UserError if it was made from others.
+    meta.json of a folder that exists, if it was made from the same inputs with the same settings. unlimited:
+    what val_fraction was before it had a limit for large files. Raises UserError if it was made from others.
     """
     try:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8-sig') as f:
@@ -125,7 +131,8 @@ def finished(out, source, unlimited):
         with_what = f'with {changed[0]}={found.get(changed[0])}'
         if changed[0] == 'inputs':
             with_what = 'from other input files'
-        raise UserError(f'out={out}: exists, and was prepared {with_what}: delete it, or choose another --out')
+        raise UserError(f'out={out}: exists, and was prepared {with_what}: delete it, '
+                        'or choose another --out')
     return meta
 
 
@@ -133,14 +140,19 @@ def finished(out, source, unlimited):
 # Settled once, for all tasks: the split and the tokenizer
 
 def begin(s, files, source, part, by_default):
-    """A new record of the progress: how documents are split, and the tokenizer, whose files are written to `part`."""
+    """
+    A new record of the progress: how documents are split, and the tokenizer, whose files are written to
+    `part`.
+    """
     left = os.listdir(part)
     if left:
         print(f'{part}: left by a run with other settings or inputs; starting over')
     for name in left:
         os.unlink(os.path.join(part, name))
     check_sections(s, files)
-    tokenizer = None if needs_text(s.tokenizer) else new_tokenizer(s.tokenizer)  # found missing before text is read
+    tokenizer = None
+    if not needs_text(s.tokenizer):  # a missing one is found before the text is read
+        tokenizer = new_tokenizer(s.tokenizer)
     split = s.split
     if split == 'auto':
         split = 'tail' if is_few(s, files) else 'document'
@@ -160,7 +172,10 @@ def begin(s, files, source, part, by_default):
 
 
 def sample(reader, s):
-    """Texts to make a tokenizer from: every character for char; for bpe:N a part of the text, spread evenly over it."""
+    """
+    Texts to make a tokenizer from: every character for char; for bpe:N a part of the text, spread evenly over
+    it.
+    """
     chars, kept, stride = set(), [], 1
     for number, task in enumerate(progress_bar('first pass', reader, reader.tasks(ANYWHERE))):
         if s.tokenizer == 'char':
@@ -169,7 +184,7 @@ def sample(reader, s):
         elif number % stride == 0:
             kept.append([text.replace(PAIR, '\n') for _, text in documents(task, s)])
             if sum(len(text) for texts in kept for text in texts) > SAMPLE_SIZE:
-                kept, stride = kept[::2], 2 * stride  # every other task of those before, and of those that follow
+                kept, stride = kept[::2], 2 * stride  # every other task, of those that follow too
     texts = sorted(chars) or [text for texts in kept for text in texts]
     if all(not text or text.isspace() for text in texts):
         raise UserError(f'{" ".join(s.sources)}: no text in it')
@@ -223,8 +238,8 @@ def run(s, files, source, out, part, by_default):
 
 def tokenize_all(s, reader, tokenizer, progress, part, figures):
     """
-    Tokenize and write the tasks that `progress` does not have yet, and record the progress now and then. Returns
-    (seconds, MB of text a second, number of processes).
+    Tokenize and write the tasks that `progress` does not have yet, and record the progress now and then.
+    Returns (seconds, MB of text a second, number of processes).
     """
     dtype = core.dtype_of(tokenizer)
     splits = {name: Split(part, name, dtype, shards) for name, shards in progress['shards'].items()}

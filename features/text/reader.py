@@ -4,8 +4,8 @@ Files → tasks → documents, for a corpus of any size: packed files, .parquet,
     for task in Reader(files, s).tasks(cut_of(tokenizer)):  # about TASK_SIZE bytes of text at a time
         for where, text in documents(task, s):            # 'notes/a.txt:1', 'Once …'
 
-`s`: the settings of prepare.py. Memory does not grow with the text, but with its longest line or row, and with its
-longest document if the tokenizer cannot cut it.
+`s`: the settings of prepare.py. Memory does not grow with the text, but with its longest line or row, and
+with its longest document if the tokenizer cannot cut it.
 """
 import bz2
 import codecs
@@ -29,14 +29,15 @@ TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 @dataclass
 class Task:
     """
-    A unit of work for a process: whole documents, a part of a long document, or lines of a .jsonl. The tasks of a run
-    depend on its input only, not on timing or the number of processes.
+    A unit of work for a process: whole documents, a part of a long document, or lines of a .jsonl. The tasks
+    of a run depend on its input only, not on timing or the number of processes.
     """
     documents: list = ()  # [('notes.txt:1', text)]: whole documents,
     side: str = ''        # or a part of a long one, on this side of the split;
     starts: bool = True   # whether it is the first part,
     ends: bool = True     # and the last
-    lines: tuple = ()     # or lines that the process parses: (bytes, path, number of the first line, its place in bytes)
+    lines: tuple = ()  # or lines that the process parses: (bytes, path, number of the first line, its place
+    # in bytes)
 
 
 def documents(task, s):
@@ -56,7 +57,8 @@ def documents(task, s):
 class Reader:
     """
     The files of a run, read as tasks. position: bytes read so far, of `total`.
-    part: (number, count) of a stretch of the files, which begins after `first` bytes and ends at `last`; (1, 1) = all.
+    part: (number, count) of a stretch of the files, which begins after `first` bytes and ends at `last`;
+    (1, 1) = all.
     """
 
     def __init__(self, files, s, part=(1, 1)):
@@ -91,7 +93,9 @@ class Reader:
             yield Task(batch)
 
     def tasks_of_part(self, path, kind, cut, end):
-        """Yield the tasks of a file that belong to the part. A file without any is not opened. end: of the file."""
+        """
+        Yield the tasks of a file that belong to the part. A file without any is not opened. end: of the file.
+        """
         begins = self.part_at(min(self.position + 1, end))
         if not begins <= self.part[0] <= self.part_at(end):
             return
@@ -145,8 +149,8 @@ class Reader:
 
     def parts(self, path, cut):
         """
-        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files were
-        joined, a document may begin with a byte-order mark: it is removed.
+        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files
+        were joined, a document may begin with a byte-order mark: it is removed.
         """
         for text, starts, ends in self.marked_parts(path, cut):
             yield text.removeprefix('\ufeff') if starts else text, starts, ends
@@ -156,14 +160,16 @@ class Reader:
         text, starts, separated, held = '', True, False, ''
         for block, last in self.characters(path):
             block = held + block
-            # The last line is held back if it is unfinished, or ends with a \r that a \n may follow: it may become a
-            # separator. Of a long line only 128 characters are held back: no separator is as long as that
+            # The last line is held back if it is unfinished, or ends with a \r that a \n may follow: it may
+            # become a separator. Of a long line only 128 characters are held back: no separator is as long as
+            # that
             line = len(block) - 1 - max(block.rfind('\n'), block.rfind('\r', 0, max(0, len(block) - 1)))
             held = '' if last else block[len(block) - (line if line < 256 else 128):]
             *whole, rest = split_at_separators(block[:len(block) - len(held)])
             separated = separated or bool(whole)
             for document in whole:
-                yield (text + document).removesuffix('\n').removesuffix('\r'), starts, True  # the separator's newline
+                # the separator's newline
+                yield (text + document).removesuffix('\n').removesuffix('\r'), starts, True
                 text, starts = '', True
             text += rest
             while cut and len(text) > 2 * TASK_SIZE and (place := cut.search(text, TASK_SIZE)):
@@ -229,7 +235,8 @@ class Reader:
                 for key in keys:
                     if key not in names:
                         setting = pairs.setting_of(self.s)
-                        raise UserError(f'{path}: no column {key}; it has {", ".join(names)}: set --{setting}')
+                        raise UserError(f'{path}: no column {key}; it has {", ".join(names)}: '
+                                        f'set --{setting}')
                 for batch in file.iter_batches(256, columns=keys):
                     read = os.path.getsize(path) * (number + len(batch)) // file.metadata.num_rows
                     self.position = start + read
@@ -260,7 +267,9 @@ class Reader:
             yield Task([document])
 
     def blocks(self, path):
-        """Yield the bytes of a file, unpacked, about TASK_SIZE at a time. Raises UserError for a damaged file."""
+        """
+        Yield the bytes of a file, unpacked, about TASK_SIZE at a time. Raises UserError for a damaged file.
+        """
         unpack, fault = decompressor(path)
         stream = unpack and unpack()
         behind = False  # whether this is behind the end of a stream, with nothing unpacked yet
@@ -278,8 +287,8 @@ class Reader:
                     except fault as error:
                         if behind:
                             raise UserError(f'{path}: has other bytes behind its end: cut them off') from None
-                        raise UserError(f'{path}: damaged, or not packed as its name says ({error}): restore or '
-                                        'rename it') from None
+                        raise UserError(f'{path}: damaged, or not packed as its name says ({error}): '
+                                        'restore or rename it') from None
                     behind = behind and not data
                     yield data
                     block = stream.unused_data if stream.eof else b''
@@ -291,8 +300,8 @@ class Reader:
 
 def part_tasks(where, text, done, boundary, ends):
     """
-    The tasks of a part of a long document: its characters before the boundary are for training, the others for
-    validation. done: characters of the document before this part; ends: whether it is the last part.
+    The tasks of a part of a long document: its characters before the boundary are for training, the others
+    for validation. done: characters of the document before this part; ends: whether it is the last part.
     """
     train = text[:max(0, boundary - done)]
     val = text[max(0, boundary - done):]
@@ -304,8 +313,8 @@ def part_tasks(where, text, done, boundary, ends):
 
 def decompressor(path):
     """
-    (function that makes a decompressor, the exception for damaged data) of a packed file, else (None, ()). All
-    decompressors have decompress(), eof and unused_data.
+    (function that makes a decompressor, the exception for damaged data) of a packed file, else (None, ()).
+    All decompressors have decompress(), eof and unused_data.
     """
     packed = endings(path)[1]
     if packed == '.gz':
@@ -313,7 +322,8 @@ def decompressor(path):
     if packed == '.bz2':
         return bz2.BZ2Decompressor, OSError
     if packed == '.xz':
-        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError  # the default takes zeros for .lzma
+        # the default takes zeros for .lzma
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError
     if packed != '.zst':
         return None, ()
     try:
@@ -324,14 +334,17 @@ def decompressor(path):
 
 
 # -----------------------------------------------------------------------------
-# The separators of a .txt, 20 times as fast as prepare.SEPARATOR: the regular expression begins with a literal
+# The separators of a .txt, 20 times as fast as prepare.SEPARATOR: the regular expression begins with a
+# literal
 
 BLANKS = 50  # on either side of a separator, at most
 SEPARATOR = re.compile(rf'{re.escape(EOT)}[ \t]{{0,{BLANKS}}}(?:\r\n|\r|\n|\Z)')
 
 
 def split_at_separators(text):
-    """The parts of a text between lines of <|endoftext|>, with blanks or a byte-order mark beside it at most."""
+    """
+    The parts of a text between lines of <|endoftext|>, with blanks or a byte-order mark beside it at most.
+    """
     parts, start = [], 0  # start: where the line after the last separator begins
     for found in SEPARATOR.finditer(text):
         before = text[max(start, found.start() - BLANKS - 1):found.start()]

@@ -34,8 +34,8 @@ def name_of(sources):
 
 def folder_of(sources):
     """
-    The default of --out: data/NAME for a single named corpus, else ''. Raises UserError for a source that is missing:
-    a misspelt name is a likelier mistake than a missing --out.
+    The default of --out: data/NAME for a single named corpus, else ''. Raises UserError for a source that is
+    missing: a misspelt name is a likelier mistake than a missing --out.
     """
     name = name_of(sources)
     if name:
@@ -56,15 +56,16 @@ def usual_fraction(sources):
 # Sources → files
 
 ENDINGS = {**KINDS, '.parquet': 'parquet'}
-# Plain text too. A folder of data often has a README.md, so these are read only if the source ends so, as notes/*.md does
+# Plain text too. A folder of data often has a README.md, so these are read only if the source ends so, as
+# notes/*.md does
 NAMED = ('.md', '.markdown', '.rst', '.text')
 PACKED = ('.gz', '.bz2', '.xz', '.zst')  # of .txt and .jsonl
 
 
 def find_files(sources, left_out=None):
     """
-    [(path, kind)] of all sources, in an order that is always the same. left_out: a dict that gets the other contents
-    of folders, {ending or reason: [how many, the path of one]}; not_read() writes it as a line.
+    [(path, kind)] of all sources, in an order that is always the same. left_out: a dict that gets the other
+    contents of folders, {ending or reason: [how many, the path of one]}; not_read() writes it as a line.
     Raises UserError for what is missing, broken, unreadable or of an unknown kind.
     """
     left_out = {} if left_out is None else left_out
@@ -94,8 +95,8 @@ def corpus_files(name):
 
 def stdlib_files():
     """
-    [(path, kind)] of the Python files of the standard library, each a document, and of pydoc's chapters on the
-    language. Its tests and tables of encodings are left out.
+    [(path, kind)] of the Python files of the standard library, each a document, and of pydoc's chapters on
+    the language. Its tests and tables of encodings are left out.
     """
     skipped = ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings')
     found = []
@@ -114,20 +115,24 @@ def check_file(path):
     """The kind of a file that is a source. Raises UserError if it cannot be read."""
     kind = kind_of(path, path)
     if not kind:
-        raise UserError(f'{path}: takes .txt, .jsonl or .parquet (the first two also as .gz, .bz2, .xz or .zst; '
-                        f'{", ".join(NAMED)} as .txt): rename or convert it')
+        raise UserError(f'{path}: takes .txt, .jsonl or .parquet (the first two also as .gz, .bz2, '
+                        f'.xz or .zst; {", ".join(NAMED)} as .txt): rename or convert it')
     check_readable(path)
     return kind
 
 
 def find_in(source, left_out):
-    """[(path, kind)] of the files of a folder or a glob, sorted by path. It counts in `left_out` what it does not read."""
+    """
+    [(path, kind)] of the files of a folder or a glob, sorted by path. It counts in `left_out` what it does
+    not read.
+    """
     is_folder = os.path.isdir(source)
     candidates = walk(source, left_out) if is_folder else expand(source, left_out)
     if not candidates and not is_folder:
         raise missing(source)
     found, seen = [], set()
-    for path in sorted(candidates, key=lambda path: (os.path.islink(path), path)):  # a file's own name before links to it
+    # a file's own name before links to it
+    for path in sorted(candidates, key=lambda path: (os.path.islink(path), path)):
         if not os.path.exists(path):
             raise UserError(f'{path}: a link to what is not there: mend or remove it')
         kind = kind_of(path, source)
@@ -157,8 +162,8 @@ def missing(source):
 
 def walk(top, left_out):
     """
-    {path: real path} of all files in a folder, at any depth. Links to folders are followed, but each folder is read
-    once, so that a circle of links ends. Hidden files and folders are left out.
+    {path: real path} of all files in a folder, at any depth. Links to folders are followed, but each folder
+    is read once, so that a circle of links ends. Hidden files and folders are left out.
     """
     found, seen = {}, set()
     folders, links = [top], []
@@ -184,7 +189,10 @@ def walk(top, left_out):
 
 
 def expand(pattern, left_out):
-    """{path: real path} of the files that a glob matches; ** stands for any depth. A folder that it matches is read whole."""
+    """
+    {path: real path} of the files that a glob matches; ** stands for any depth. A folder that it matches is
+    read whole.
+    """
     paths = ['/' if pattern.startswith('/') else '']
     parts = [part for part in pattern.split('/') if part]
     while parts and parts[0] != '**':
@@ -218,7 +226,9 @@ def matches(name, part):
 
 
 def fits(names, parts):
-    """Whether the parts of a glob match the names of a path, or its first names: it is inside of a match then."""
+    """
+    Whether the parts of a glob match the names of a path, or its first names: it is inside of a match then.
+    """
     if not parts:
         return True
     if parts[0] == '**':
@@ -240,7 +250,9 @@ def check_readable(path):
 
 
 def endings(path):
-    """('.txt', '.gz') of a.txt.gz, ('.txt', '') of A.TXT: the ending of the text and that of the packed file."""
+    """
+    ('.txt', '.gz') of a.txt.gz, ('.txt', '') of A.TXT: the ending of the text and that of the packed file.
+    """
     stem, ending = os.path.splitext(path.lower())
     if ending in PACKED:
         return os.path.splitext(stem)[1], ending
@@ -248,7 +260,9 @@ def endings(path):
 
 
 def kind_of(path, source=''):
-    """text, lines or parquet by the name of a file, which was found by `source`; None for what is not read."""
+    """
+    text, lines or parquet by the name of a file, which was found by `source`; None for what is not read.
+    """
     ending, packed = endings(path)
     if ending in NAMED and endings(source) == (ending, packed):
         return 'text'
@@ -265,11 +279,14 @@ def leave_out(left_out, reason, path):
 
 
 def not_read(left_out):
-    """A line on what find_files() left out, 'not read: 3 .pdf (a/x.pdf), 1 hidden (a/.git)'; '' if nothing was."""
+    """
+    A line on what find_files() left out, 'not read: 3 .pdf (a/x.pdf), 1 hidden (a/.git)'; '' if nothing was.
+    """
     if not left_out:
         return ''
     common = sorted(left_out, key=lambda reason: (-left_out[reason][0], reason))
-    listed = [f'{left_out[reason][0]:,} {printable(reason)} ({printable(left_out[reason][1])})' for reason in common[:8]]
+    listed = [f'{left_out[reason][0]:,} {printable(reason)} ({printable(left_out[reason][1])})'
+              for reason in common[:8]]
     if common[8:]:
         listed.append(f'{sum(left_out[reason][0] for reason in common[8:]):,} others')
     line = f'not read: {", ".join(listed)}'

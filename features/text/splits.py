@@ -10,7 +10,8 @@ from features.text.pairs import has_pairs, source_of
 from features.text.pieces import ANYWHERE
 from features.text.reader import Reader, Task, documents
 
-VAL_SIZE = 20_000  # characters for validation of a small corpus, if that is more than val_fraction: about 5,000 tokens
+# characters for validation of a small corpus, if that is more than val_fraction: about 5,000 tokens
+VAL_SIZE = 20_000
 
 
 def divide(text, s):
@@ -37,12 +38,12 @@ def choose(s, found, by_default):
 
 def choose_from(tasks, s, by_default):
     """
-    If there are few documents, the hashes of those for validation; None if there are enough that the hash of each
-    document can decide by itself.
+    If there are few documents, the hashes of those for validation; None if there are enough that the hash of
+    each document can decide by itself.
 
     The chosen documents have about val_fraction of the text; by_default (no val_fraction was given) VAL_SIZE
-    characters, if that is more, up to a tenth of the text. Equal documents are on one side. Both sides have some,
-    unless all are equal. The result does not depend on the order of the documents, nor on parts.
+    characters, if that is more, up to a tenth of the text. Equal documents are on one side. Both sides have
+    some, unless all are equal. The result does not depend on the order of the documents, nor on parts.
     """
     sizes, count = {}, 0  # {hash: characters of all documents that have it}
     rarer = min(s.val_fraction, 1 - s.val_fraction)
@@ -65,7 +66,9 @@ def choose_from(tasks, s, by_default):
 
 
 def smallest_hashes(sizes, val_fraction, by_default):
-    """The lowest of the hashes {hash: characters} that have about val_fraction of all characters; one at least."""
+    """
+    The lowest of the hashes {hash: characters} that have about val_fraction of all characters; one at least.
+    """
     total = sum(sizes.values())
     wanted = val_fraction * total
     if by_default:
@@ -86,7 +89,8 @@ def tasks_to_choose_from(files, s):
 
 def advice_for(s):
     """What to do about a side of the split without documents, for a message."""
-    advice = 'use another --val_fraction' if getattr(s, 'chosen', None) is None else 'give more documents that differ'
+    advice = ('use another --val_fraction' if getattr(s, 'chosen', None) is None
+              else 'give more documents that differ')
     if s.split == 'document' and not has_pairs(s):
         advice += ', or use --split=tail'
     return advice

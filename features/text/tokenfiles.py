@@ -1,5 +1,6 @@
 """
-Tokens → token files, which an interrupted run continues, and the folder in which they are made. batches.py reads them.
+Tokens → token files, which an interrupted run continues, and the folder in which they are made. batches.py
+reads them.
 """
 import os
 import shutil
@@ -13,8 +14,8 @@ SHARD_TOKENS = 100_000_000  # the task that reaches it closes the shard
 
 class Split:
     """
-    The token files of one side of the split, to append to. shards: their entries in meta.json; the last one may be
-    unfinished: it has no sha256.
+    The token files of one side of the split, to append to. shards: their entries in meta.json; the last one
+    may be unfinished: it has no sha256.
     """
 
     def __init__(self, folder, name, dtype, shards):
@@ -26,17 +27,20 @@ class Split:
     def open(self, mode):
         shard = self.shards[-1]
         sizes = shard['tokens'] * self.itemsize, shard['documents'] * 8
-        # unbuffered: what a full disk refuses is not written, and refused, once more when the files are closed
+        # unbuffered: what a full disk refuses is not written, and refused, once more when the files are
+        # closed
         self.files = [open(os.path.join(self.folder, name), mode, buffering=0) for name in files_of(shard)]
         for f, size in zip(self.files, sizes):
             if f.seek(0, os.SEEK_END) < size:
-                raise UserError(f'{f.name}: shorter than it was: it is deleted, run the same command to start again')
+                raise UserError(f'{f.name}: shorter than it was: it is deleted, '
+                                'run the same command to start again')
             f.seek(size)
             f.truncate()  # what was written after the last record of the progress is made again
 
     def write(self, ids, starts, size, may_close):
         """
-        Append the tokens of a task, whose documents start at `starts` among them and have `size` bytes of text.
+        Append the tokens of a task, whose documents start at `starts` among them and have `size` bytes of
+        text.
         may_close: whether its last document ends with it.
         """
         if not self.files:
@@ -84,17 +88,20 @@ def totals(shards):
 # The folder in which a data set is made
 
 def is_free(out):
-    """Whether a data set can be made here: there is nothing, an empty folder, or one with an interrupted run."""
+    """
+    Whether a data set can be made here: there is nothing, an empty folder, or one with an interrupted run.
+    """
     if not os.path.isdir(out):
         return not os.path.lexists(out)
     names = os.listdir(out)
-    return 'meta.json' not in names and ('.part' in names or set(names) <= {'lost+found'})  # an empty volume has that
+    # an empty volume has that
+    return 'meta.json' not in names and ('.part' in names or set(names) <= {'lost+found'})
 
 
 def work_folder(out):
     """
-    Where the data set `out` is made: in a folder beside it, which is then renamed; or inside of `out`, if that exists:
-    it may be a mounted volume or a link, which no folder can replace.
+    Where the data set `out` is made: in a folder beside it, which is then renamed; or inside of `out`, if
+    that exists: it may be a mounted volume or a link, which no folder can replace.
     """
     return os.path.join(out, '.part') if os.path.isdir(out) else f'{out}.part'
 
@@ -102,14 +109,15 @@ def work_folder(out):
 @contextmanager
 def locked(out):
     """
-    The work folder of `out`, for this process alone. After a UserError nothing is left of it; after other faults it
-    stays for the next run.
+    The work folder of `out`, for this process alone. After a UserError nothing is left of it; after other
+    faults it stays for the next run.
     """
     part = work_folder(out)
     os.makedirs(part, exist_ok=True)
     held = lock(part)
     if held is None:
-        raise UserError(f'out={out}: another process is preparing it: wait for that one, or choose another --out')
+        raise UserError(f'out={out}: another process is preparing it: wait for that one, '
+                        'or choose another --out')
     try:
         yield part
     except UserError:
@@ -123,7 +131,10 @@ def locked(out):
 
 
 def publish(part, out, meta, tokenizer_files):
-    """Write meta.json into the folder `part`, whose token files are flushed to the disk, and make it the data set `out`."""
+    """
+    Write meta.json into the folder `part`, whose token files are flushed to the disk, and make it the data
+    set `out`.
+    """
     replace_json(os.path.join(part, 'meta.json'), meta)
     for name in tokenizer_files:
         sync(os.path.join(part, name))
@@ -133,8 +144,8 @@ def publish(part, out, meta, tokenizer_files):
 
 def move(part, out):
     """
-    Make a complete folder `part` the data set `out`. If `out` exists, the files are moved into it, meta.json last: a
-    folder without it is no data set.
+    Make a complete folder `part` the data set `out`. If `out` exists, the files are moved into it, meta.json
+    last: a folder without it is no data set.
     """
     if not os.path.isdir(out):
         os.rename(part, out)

@@ -11,8 +11,8 @@ from tokenizer import Tokenizer, described
 
 class Reserved(Tokenizer):
     """
-    The tokenizer `inner` with `count` more tokens at its end, <0>, <1>, …, that no text is encoded to: for the
-    objectives that mask (prepare.py --reserve=100).
+    The tokenizer `inner` with `count` more tokens at its end, <0>, <1>, …, that no text is encoded to: for
+    the objectives that mask (prepare.py --reserve=100).
     """
 
     def __init__(self, inner, count):
@@ -47,9 +47,9 @@ class UnknownTokenizer(Tokenizer):
         super().__init__('unknown', vocab_size, None)
 
     def encode(self, text):
-        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: no text can be '
-                        'read or written with it; prepare the data with prepare.py, or put itos into meta.pkl, and '
-                        'train again')
+        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: '
+                        'no text can be read or written with it; prepare the data with prepare.py, '
+                        'or put itos into meta.pkl, and train again')
 
     decode = encode
 
@@ -58,12 +58,14 @@ class UnknownTokenizer(Tokenizer):
 # Advice
 
 def explain(error):
-    """What is wrong, and what to do, when sentencepiece's trainer gave this error; '' if that is not known."""
+    """
+    What is wrong, and what to do, when sentencepiece's trainer gave this error; '' if that is not known.
+    """
     low = re.search(r'smaller than required_chars. \d+ vs (\d+)', error)
     high = re.search(r'too high .* <= (\d+)', error)
     if low:
-        return (f'too small for the bytes and the common characters of this text, which take {low[1]}: use a larger '
-                f'one, bpe:{max(512, 2 * int(low[1]))} for instance')
+        return (f'too small for the bytes and the common characters of this text, which take {low[1]}: '
+                f'use a larger one, bpe:{max(512, 2 * int(low[1]))} for instance')
     if high:
         return f'too large for so little text: use at most bpe:{high[1]}, or byte'
     if 'sentences_.empty()' in error:  # it drops the newlines at the end of a piece

@@ -24,8 +24,8 @@ WORKER = {}  # settings and tokenizer of this process: too large to send with ev
 
 def tokenize(task):
     """
-    (tokens, notes) of a task. tokens: {side: (ids as they are stored, where documents start among them, bytes of
-    text)}; notes: what figures.Figures.add() takes.
+    (tokens, notes) of a task. tokens: {side: (ids as they are stored, where documents start among them, bytes
+    of text)}; notes: what figures.Figures.add() takes.
     """
     s, tokenizer = WORKER['s'], WORKER['tokenizer']
     found = documents(task, s)
@@ -54,7 +54,10 @@ def tokenize(task):
 
 
 def encode_texts(texts, s, tokenizer):
-    """(ids with an end-of-text token after each text, number of ids of each, bytes of text; of pairs, of the targets)."""
+    """
+    (ids with an end-of-text token after each text, number of ids of each, bytes of text; of pairs, of the
+    targets).
+    """
     if has_pairs(s):
         return *encode_pairs(texts, tokenizer), target_bytes(texts)
     return *encode(texts, tokenizer), sum(len(text.encode()) for text in texts)
@@ -83,8 +86,8 @@ def leave_with(parent):
 
 def in_order(tasks, num_proc, arguments):
     """
-    Yield (task, tokenize(task)) in the order of the tasks, by processes that are set up with `arguments`. Only a few
-    tasks are in memory at a time.
+    Yield (task, tokenize(task)) in the order of the tasks, by processes that are set up with `arguments`.
+    Only a few tasks are in memory at a time.
     """
     if num_proc == 1:
         set_up(*arguments)
@@ -96,7 +99,8 @@ def in_order(tasks, num_proc, arguments):
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
     try:
         for task in tasks:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for this process
+            # Ctrl-C is for this process only: workers inherit the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             waiting.append((task, pool.submit(tokenize, task)))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(waiting) > 3 * num_proc:
