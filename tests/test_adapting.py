@@ -1,6 +1,6 @@
 """
-experiments/adapting.py: every arm is what its name says and starts from the base of its seed, and the tables
-say what the runs said.
+experiments/adapting.py: every arm has the settings of its name and starts from the base of its seed; the
+tables have the figures of the runs.
 """
 import json
 import statistics
@@ -43,7 +43,7 @@ def study(tmp_path_factory):
 
 
 def tables(study):
-    """The cells of both tables, a list a line."""
+    """The cells of both tables, a list per line."""
     return [[[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]]
             for table in (study / 'table.md').read_text().split('\n\n')]
 
@@ -87,7 +87,7 @@ def test_the_table_says_what_the_runs_said(study):
 def test_what_was_forgotten_is_the_loss_on_novels_less_that_of_the_base(study):
     lines, _ = tables(study)
     base = json.loads((study / 'bases/base,seed=1/novels.json').read_text())
-    # that of the log is of two batches
+    # the log has the loss of two batches
     assert base == pytest.approx(read_log(study / 'bases/base,seed=1')[-1]['val_loss'], abs=0.2)
     for corpus, arm, _, rate, _, _, after, lost, _ in (line for line in lines if line[1] != 'the base'):
         of_seeds = [

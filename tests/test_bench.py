@@ -1,4 +1,4 @@
-"""bench.py: the sides take turns, the figures are what they say, and every part runs."""
+"""bench.py: the sides take turns, the figures are right, and every part runs."""
 import json
 import os
 import sys
@@ -38,7 +38,7 @@ def test_medians_and_how_many_times_the_others_ours_is(capsys):
 
 
 def test_the_memory_of_a_command_is_its_own_and_on_request_its_children_s():
-    ballast = bytearray(b'x') * 2 ** 28  # of this process: wait4() would count it
+    ballast = bytearray(b'x') * 2 ** 28  # memory of this process, which wait4() would count
     hold = 'import time; held = bytearray(b"x") * 2 ** 27; time.sleep(0.3)'
     _, took, alone = measure.run([sys.executable, '-c', hold])
     assert took > 0.3 and 128 < alone < 180

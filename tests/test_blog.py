@@ -1,5 +1,6 @@
 """
-The faults of experiments/blog.py are the blog's, and without a fault its run is train.py's, bit for bit.
+The faults of experiments/blog.py are those of the blog. Without a fault its run is that of train.py, bit for
+bit.
 """
 import math
 from collections import Counter
@@ -22,7 +23,7 @@ from optim import learning_rate, make_optimizer
 
 @pytest.fixture
 def faulty(monkeypatch, dataset):
-    """A function that brings faults in until the end of the test, and returns the settings."""
+    """A function that patches faults in until the end of the test, and returns the settings."""
     for owner, name in ((Mixture, 'rows'), (batches, 'micro_batches'),
                         (runs, 'build_model'), (model.Transformer, 'init_weights'),
                         (torch.nn.utils, 'clip_grad_norm_'), (model, 'loss_and_gradient')):
@@ -116,7 +117,7 @@ def test_init_products_have_a_sixth_of_the_deviation_of_the_dense_arm(faulty):
     assert all(p.std().item() == pytest.approx(0.01, rel=0.05) for net in (dense, lowrank)
                for p in net.parameters() if p.ndim == 2)
     o = lowrank.blocks[0].attn.o
-    # which it overrules
+    # the fault overrules it
     assert (o.up.weight @ o.down.weight).std().item() == pytest.approx(0.0016, rel=0.05) and s.zero_init
 
 

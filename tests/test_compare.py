@@ -1,6 +1,6 @@
 """
-What a comparison says: seeds grouped into arms, errors and intervals as a textbook has them, the best setting
-chosen fairly.
+compare.py groups seeds into arms, computes a textbook's errors and intervals, and chooses the best setting
+fairly.
 """
 import csv
 import dataclasses
@@ -204,7 +204,7 @@ def test_neighbours_on_an_axis_are_told_apart(x, label):
 def test_the_best_is_chosen_by_the_seeds_that_all_settings_share():
     a, b = points((0.01, {1: 4.0}), (0.02, {1: 4.1, 2: 3.0, 3: 3.0}))
     assert best([a, b]) is a  # by seed 1, though the other's mean is lower
-    assert best([*points((0.01, {})), b]) is b  # one that was not run says nothing
+    assert best([*points((0.01, {})), b]) is b  # a point that was not run is ignored
 
 
 def test_a_setting_that_diverged_is_not_the_best_but_bounds_the_sweep():
@@ -256,7 +256,7 @@ def test_what_is_no_number_has_no_place_on_the_axis():
 
 
 def test_a_curve_has_the_same_seeds_everywhere():
-    """Seed 2 is hard, and was run with the best rate alone."""
+    """Seed 2 is hard, and was run with the best rate only."""
     found = points((0.01, {1: 4.2}), (0.02, {1: 4.1, 2: 4.9}), (0.04, {}))
     assert swept_curve(found) == ('lr', [(0.01, 4.2, None), (0.02, 4.1, None)])
     found = points((0.01, {1: 4.2, 2: 5.0}), (0.02, {1: 4.1}), diverged=[(0.02, 2)])

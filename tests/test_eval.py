@@ -1,4 +1,4 @@
-"""The loss of a checkpoint is that of its training; the ladder puts every model on the same tokens."""
+"""eval.py loss gives the loss that training gave; the ladder compares all models on the same tokens."""
 import json
 import math
 import re
@@ -57,7 +57,7 @@ def test_it_is_the_loss_that_training_saw_on_the_whole_split(trained, dataset):
 
 def test_the_error_is_that_of_a_mean_of_documents_not_of_rows():
     rng = np.random.default_rng(0)
-    alone = rng.normal(3, 1, 3200)  # rows of texts of their own
+    alone = rng.normal(3, 1, 3200)  # each row is a document of its own
     mean, error = loss_and_error(alone * 10, np.full(3200, 10))
     assert mean == pytest.approx(alone.mean()) and error == pytest.approx(3200 ** -0.5, rel=0.25)
     alike = np.repeat(rng.normal(3, 1, 320), 10)  # ten rows to a document
@@ -67,7 +67,7 @@ def test_the_error_is_that_of_a_mean_of_documents_not_of_rows():
 
 def test_a_single_row_has_no_standard_error(trained, tmp_path):
     assert loss_and_error(np.array([6.0]), np.array([2])) == (3.0, None)
-    # nothing is predicted in the other
+    # the other row has no targets
     assert loss_and_error(np.array([6.0, 0.0]), np.array([2, 0])) == (3.0, None)
     assert loss_and_error(np.array([6.0, 8.0]), np.array([2, 2]))[1] > 0
     assert '2.0000     n/a' in ladder_table([Rung('one', 'counts', 2.0, None)],
@@ -93,7 +93,10 @@ def test_another_data_set_needs_the_same_tokenizer(trained, tmp_path):
 
 
 def test_weights_that_were_trained_elsewhere_need_a_data_set(dataset, tmp_path):
-    """What surgery.py makes of hub weights without data: settings that know no dataset and no packing."""
+    """
+    surgery.py writes such a checkpoint from weights of the hub, without data: its settings have no dataset
+    and no packing.
+    """
     model = Transformer(ModelConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=16))
     state = {'step': 0, 'model': asdict(model.cfg), 'settings': asdict(model.cfg),
              'tokenizer': TokenFiles(dataset, 'val').meta['tokenizer']}
@@ -136,7 +139,7 @@ def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, caps
     ladder.run(LadderSettings(**args))
     first = capsys.readouterr().out
     assert (tmp_path / 'out' / 'ladder.png').read_bytes().startswith(b'\x89PNG')
-    # the rank that 64 tokens have not is left out
+    # rank 256 is left out: there are 64 tokens
     assert re.findall(r'^(.+?)  +[\d.]+ +[\d.]+ +[\d.]+ +[-\d.]+%$', first, re.MULTILINE) == [
         'uniform', 'unigram', 'bigram, rank 4, SVD', 'bigram rank 4, gradient',
         'bigram, gradient', 'bigram, add k', 'bigram, interpolated',
@@ -146,7 +149,7 @@ def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, caps
     again = capsys.readouterr().out
     assert '0 to do' in again
     assert again.partition('counting:')[2] == first.partition('counting:')[2].partition('\n\ndrawn')[0] + '\n'
-    # the full bigram took one pass, and counted
+    # the full bigram counted, in one pass over the data
     log = read_log(tmp_path / 'out' / 'bigram,seed=1')
     assert log[-1]['step'] == math.ceil((meta['splits']['train']['tokens'] - 1) / 256)
     values = dict(re.findall(r'^(bigram, \S+(?: k)?)  +([\d.]+)', first, re.MULTILINE))

@@ -1,6 +1,6 @@
 """
-experiments/inheritune.py: every arm is what its name says, each seed starts from its own network, and the
-table says what the runs said.
+experiments/inheritune.py: every arm has the settings of its name, each seed starts from its own network, and
+the table has the figures of the runs.
 """
 import sys
 

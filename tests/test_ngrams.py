@@ -1,6 +1,4 @@
-"""
-Models in closed form: they are what their formulas say, and every one is a distribution after any context.
-"""
+"""Models in closed form follow their formulas, and each is a distribution after any context."""
 from collections import Counter, defaultdict
 from math import log
 
@@ -41,9 +39,7 @@ MODELS = {
 @pytest.mark.parametrize('model', MODELS)
 @pytest.mark.parametrize('length', [3, 60, 1000])
 def test_probabilities_sum_to_one_after_any_context(model, length):
-    """
-    Every context of two tokens and some of four, of a vocabulary of which one token never occurs in training.
-    """
+    """Every context of two tokens and some of four; one token of the vocabulary never occurs in training."""
     V, rng = 6, np.random.default_rng(1)
     train = stream(length, V - 1)
     contexts = [[a, b] for a in range(V) for b in range(V)] + rng.integers(0, V, (20, 4)).tolist()
@@ -63,7 +59,7 @@ def test_values_by_hand():
 
 
 def test_smoothing_is_chosen_on_the_training_tokens():
-    """The last tenth of them, and the tokens to be predicted play no part."""
+    """k is chosen on the last tenth of them; the tokens to be predicted have no influence."""
     train, val = stream(2000, 20), stream(300, 20, seed=1)
     nats, k = tuned(bigram, train, val, 20)
     assert tuned(bigram, train, val[::-1], 20)[1] == k and list(nats) == list(bigram(train, val, 20)(k))
@@ -120,7 +116,7 @@ def test_kneser_ney_is_what_dictionaries_compute(order, length):
     expected = [-log(p(int(tokens[i]), tuple(int(token) for token in tokens[max(0, i - order + 1):i])))
                 for i in range(1, len(tokens))]
     assert kneser_ney(train, tokens, V, order) == pytest.approx(np.array(expected), rel=1e-9)
-    if length == 3000 and order == 3:  # the discounts were estimated, not the fallback
+    if length == 3000 and order == 3:  # the discounts are estimates, not the fallback
         assert list(discounts(count_ngrams(train, V, order)[-1][1])) != [0, 0.5, 1, 1.5]
 
 

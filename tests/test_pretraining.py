@@ -1,6 +1,6 @@
 """
-experiments/pretraining.py: nothing that is judged is seen before, both arms learn from the same pairs, and
-the table says what the runs and the texts said.
+experiments/pretraining.py: no dev text is seen in training, both arms learn from the same pairs, and the
+table has the figures of the runs and the texts.
 """
 import csv
 import json
@@ -70,7 +70,7 @@ def test_functions_are_parted_by_their_files():
              if any(row['source'] in known for row in rows)]
     assert len(files) > 10
     assert all(row['source'] in known | taught for rows in files for row in rows)
-    # whole files, but for what others have too
+    # whole files, except for functions that other files have too
     assert sum(row['source'] in known for rows in files for row in rows) > 0.9 * sum(map(len, files))
 
 

@@ -1,6 +1,6 @@
 """
-ROUGE of what a network writes: the scores are rouge-score's, of several references the best; what is written
-does not depend on the batch.
+ROUGE of texts that a network writes: the scores are those of rouge-score, against the best of several
+references; the texts do not depend on the batch.
 """
 import csv
 import json
@@ -20,7 +20,7 @@ from tokenizer import ByteTokenizer, PromptFormat
 
 
 def test_scores_by_hand():
-    """4 words of a reference of 6, of 5 written, are one subsequence: F1 = 2 · 4/5 · 4/6 / (4/5 + 4/6)."""
+    """The common subsequence has 4 words, the text 5, the reference 6: F1 = 2 · 4/5 · 4/6 / (4/5 + 4/6)."""
     score = scorer(stripped=True)('the cat sat on mats', ['the cat lay on the mats'])
     assert score['rougeL'] == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6)) == score['rougeLsum']
     assert score['stripped'] == pytest.approx(2 / 3)  # cat sat mat, cat lay mat

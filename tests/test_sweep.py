@@ -1,6 +1,4 @@
-"""
-A sweep runs what is missing, once, each arm at the budget it was promised, whatever stops it in between.
-"""
+"""A sweep runs each missing run once, with the budget of its arm, even if it is stopped in between."""
 import dataclasses
 import json
 import os
@@ -58,7 +56,7 @@ def test_an_arm_of_several_grids_runs_each_of_their_points(make):
     cross = [{'learning_rate': [0.1, 0.2, 0.3], 'rank_qk': [8]}, {'learning_rate': [0.2], 'rank_qk': [4, 16]}]
     assert of(expand(make({'a': cross})), 'learning_rate', 'rank_qk') == [(0.1, 8), (0.2, 8), (0.3, 8),
                                                                           (0.2, 4), (0.2, 16)]
-    # of the first grid, the second's too
+    # the first run sets the budget of the second grid too
     equal = expand(make({'a': [{'n_layer': [2]}, {'n_layer': [4]}]}, {'max_iters': 1000}, budget='flops'))
     assert equal[0].settings.max_iters == 1000 and equal[1].settings.max_iters < 600
 
@@ -135,9 +133,9 @@ def test_flops_of_a_teacher_and_of_a_network_that_grows_are_counted(make):
     run_missing(made)
     for r in runs:
         assert read_log(r.out_dir)[-1]['flops'] == pytest.approx(r.flops)
-    # of the teacher a third for each step
+    # a teacher adds a third to each step
     assert runs[1].settings.max_iters == 8 and abs(runs[2].flops - runs[0].flops) < runs[0].flops / 10
-    assert sizes(runs[2].settings)[1] == 1.5 * sizes(runs[0].settings)[1]  # as large as it ends
+    assert sizes(runs[2].settings)[1] == 1.5 * sizes(runs[0].settings)[1]  # its size at the end
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
@@ -158,8 +156,8 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
     before = os.stat(f'{short.out_dir}/log.jsonl').st_mtime_ns
     reached = read_log(long.out_dir)[-1]['step']
     settings = json.load(open(f'{long.out_dir}/settings.json'))
-    made.arms['long']['max_iters'] = settings['max_iters'] = reached + 3  # it would take long
-    settings['dataset'] += '/'  # another spelling is no other data set
+    made.arms['long']['max_iters'] = settings['max_iters'] = reached + 3  # 100,000 would take long
+    settings['dataset'] += '/'  # another spelling of the same data set
     Path(long.out_dir, 'settings.json').write_text(json.dumps(settings))
     run_missing(made)
     assert '2 runs, 1 to do' in capsys.readouterr().out
@@ -215,7 +213,7 @@ def test_two_sweeps_never_share_a_folder_nor_does_one_with_what_another_left_run
         assert ('another sweep is running'
                 in one_line(run('compare.py', f'--sweep={write(made, tmp_path / "s.py")}')))
         process = start(expand(made)[0], {}, lock)
-    # though the one that started it has gone
+    # although the process that started it has ended
     with pytest.raises(UserError, match='another sweep is running'):
         run_missing(made)
     process.kill()
@@ -271,8 +269,8 @@ def test_a_folder_that_holds_another_run_is_refused(make, tmp_path):
         run_missing(make({'a': {}}, {'n_embd': 48}))
     with pytest.raises(UserError, match='holds a run with dtype="float32", the sweep wants "bfloat16"'):
         run_missing(make({'a': {}}, {'dtype': 'bfloat16'}))
-    run_missing(make({'a': {}}, {'dtype': 'auto'}))  # which was float32
-    # these change nothing of what is learned
+    run_missing(make({'a': {}}, {'dtype': 'auto'}))  # auto chose float32
+    # these do not change what the run learns
     run_missing(make({'a': {}}, {'log_interval': 3, 'sample_tokens': 9}))
     assert 'no such config file' in one_line(run('compare.py', '--sweep=nothing.py'))
     assert 'belong to --sweep' in one_line(run('compare.py', 'a', '--jobs=2'))

@@ -1,6 +1,6 @@
 """
-Tasks: item by item the numbers of lm-evaluation-harness, in any batches; text in windows; one line for a file
-that is no task.
+Tasks have the numbers of lm-evaluation-harness for every item, whatever the batches; texts are read in
+windows; a file that is no task is refused in one line.
 """
 import copy
 import csv
@@ -48,7 +48,7 @@ def write(path, items):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A random GPT-2 that knows bytes, as transformers writes it."""
+    """The folder of a random GPT-2 on bytes, as transformers writes it."""
     folder = saved(tmp_path_factory.mktemp('gpt2'), vocab_size=257, n_positions=96)
     write_tokenizer(folder, 257)
     return folder
@@ -110,7 +110,7 @@ def test_item_by_item_the_numbers_are_those_of_the_harness(folder, model, tmp_pa
                 assert nats == pytest.approx(float(wanted), abs=1e-3, rel=1e-5)
                 assert greedy == (str(wanted_greedy) == 'True')
         if task == 'ours_pairs':
-            continue  # its characters are counted without that blank there
+            continue  # lm-eval counts its characters without that blank
         measures, records = figures(items, scores)
         assert [r['acc'] for r in records] == [sample['acc'] for sample in samples]
         for name, (value, error) in measures.items():
@@ -195,7 +195,10 @@ def test_no_file_of_ours_hides_a_library():
 
 
 def harness_task(folder, texts, **generation):
-    """Tasks of lm-eval with these texts as prompts: in ours_writes a text follows, in ours_scores an x."""
+    """
+    Write tasks of lm-eval with these prompts: ours_writes generates a text after each, ours_scores scores an
+    x.
+    """
     data = write(folder / 'data.jsonl', [{'text': text} for text in texts])
     task = {'task': 'ours_writes', 'output_type': 'generate_until', 'generation_kwargs': generation,
             'dataset_path': 'json', 'dataset_kwargs': {'data_files': data}, 'test_split': 'train',
@@ -208,7 +211,8 @@ def harness_task(folder, texts, **generation):
 
 def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, monkeypatch, capsys):
     """
-    lm-eval's default of 256 new tokens is more than this context of 96: no reason to read less of the prompt.
+    lm-eval's default of 256 new tokens is more than this context of 96; the prompt is still read as far as it
+    fits.
     """
     pytest.importorskip('lm_eval')
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
