@@ -29,6 +29,7 @@ from device import NOT_FINITE, autocast
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
 from features.text.cuts import Cuts
+from features.text.pieces import encode_long
 from sample import read_text
 
 # -----------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     except for `stride` of them at most. Raises UserError for a text that the tokenizer cannot encode.
     """
     try:
-        ids = tokenizer.encode_long(text)
+        ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary
         raise UserError(f'{what}: {error}') from None
     pairs = windows(ids, tokenizer.context()[0], model.cfg.block_size, stride)
