@@ -17,10 +17,12 @@ import torch.nn as nn
 
 import checkpoint
 from configurator import FilePath, UserError, configure_command, run_main
+from features.growth import lowrank
 from features.moe import experts
+from features.moe.network import Experts
 from features.study import attention
 from features.study.pictures import figure, save, write_csv
-from model import Experts, LowRank
+from model import LowRank
 from origin import fill, read_model
 
 
@@ -42,11 +44,11 @@ def product(layer):
         return [layer.weight]
     if layer.identity is None and layer.blocks is None and layer.guide is None:
         return [layer.up.weight, layer.down.weight]
-    return [layer.matrix()]
+    return [lowrank.matrix(layer)]
 
 
 def is_linear(layer):
-    return not isinstance(layer, LowRank) or layer.is_linear()
+    return not isinstance(layer, LowRank) or lowrank.is_linear(layer)
 
 
 @torch.no_grad()

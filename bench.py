@@ -42,7 +42,7 @@ import sample
 import tokenizer
 import train
 from batches import Mixture
-from configurator import ROOT, FilePath, UserError, configure, run_main
+from configurator import ROOT, FilePath, UserError, build, configure, run_main
 from device import autocast, matmul_flops, memory_bandwidth, peak_memory, pick_compile, pick_device, pick_dtype
 from features.lora.packed import pack
 from features.study.measure import alternate, run, seconds, section, show, summarize
@@ -144,7 +144,7 @@ def flops_per_token(sizes):
 
 def settings_of(sizes):
     """Our defaults for a network of these sizes."""
-    return train.Settings(**sizes)
+    return build(train.Settings, **sizes)
 
 
 def random_tokens(folder, vocab_size, count):
@@ -234,7 +234,7 @@ def step_memory(kind, sizes, device, peer='', **more):
 
 def two_steps(kind, sizes, device, peer, **more):
     """Two training steps, the second with the optimizer's moments; prints {'peak memory, MiB', 'loss'} as JSON."""
-    s, device = train.Settings(**sizes, **more), pick_device(device)
+    s, device = build(train.Settings, **sizes, **more), pick_device(device)
     torch.manual_seed(0)
     if kind == 'nanoGPT':
         model = peer_model(peer, sizes).to(device)

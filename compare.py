@@ -258,7 +258,7 @@ def validation(s):
     """What decides on which tokens, and with how much context, a run is validated."""
     data = str(real_folders(s.dataset))
     denoisers = str(s.denoisers) if s.objective == 'ul2' else ''
-    return data, s.packing, s.block_size, s.eval_iters, s.objective, s.source_context, denoisers
+    return data, s.packing, s.block_size, s.eval_iters, s.objective, getattr(s, 'source_context', 0), denoisers
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
-from configurator import ROOT, FilePath, UserError, configure_command, from_dict, run_main
+from configurator import ROOT, FilePath, UserError, check, configure_command, from_dict, run_main
 from features.growth.networks import fold
 from features.hf.families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from features.hf.tokenizer_json import spelling, to_json
@@ -118,10 +118,7 @@ def load(where):
             config.refuse(name, config.fields[name], why)
     family = FAMILIES[kind]
     cfg = family.read(config)
-    try:
-        cfg.check()
-    except ValueError as error:
-        raise UserError(f'{config.path}: {error}') from None
+    check(cfg, config.path)
 
     slices = read_headers(folder, family.prefix)
     embedding, head = next(iter(family.names(cfg)), 'wte') + '.weight', HEAD + '.weight'

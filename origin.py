@@ -16,21 +16,24 @@ import torch
 import checkpoint
 import hub
 from batches import Source, advice, described
-from configurator import UserError, check, expand_home, from_dict
+from configurator import UserError, check, default_of, expand_home, extend, from_dict, part_of, with_features
 from features.lora import adapters, peft_files
 from features.lora import layers as lora
 from features.t5.objectives import stored_begin, stored_objective
-from model import ONLY_IN_TRAINING, ModelConfig, make_model
+from model import ModelConfig, make_model, only_in_training
 from tokenizer import same_ids
 
-# settings that a resumed run may not change: the network, and which rows step n reads (the data are compared by fingerprint)
-IDENTITY = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ONLY_IN_TRAINING]
-IDENTITY += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer', 'pseudo_counts']
-IDENTITY += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]
+
+def identity(s):
+    """The settings that a resumed run may not change: the network, and which rows step n reads (the data are compared by fingerprint)."""
+    names = [f.name for f in dataclasses.fields(model_config(s)) if f.name not in only_in_training(type(s))]
+    names += ['mix_by', 'packing', 'objective', 'denoisers', 'seed', 'optimizer', 'pseudo_counts']
+    names += [f.name for f in dataclasses.fields(lora.LoraConfig) if f.name not in ('lora_dropout', 'lora_plus')]
+    return [name for name in names if hasattr(s, name)]
 
 
 def model_config(s):
-    return ModelConfig(**{f.name: getattr(s, f.name) for f in dataclasses.fields(ModelConfig)})
+    return part_of(s, ModelConfig)
 
 
 def read_model(where, which='best', encoder=False, untie=False):
@@ -95,7 +98,7 @@ def read_base(base, cfg, adapter):
 def shorten(weights, cfg):
     """Weights with no more learned positions than a network of this ModelConfig has."""
     if cfg.position == 'learned':
-        weights['wpe.weight'] = weights['wpe.weight'][:max(cfg.block_size, cfg.source_context)]
+        weights['wpe.weight'] = weights['wpe.weight'][:max(cfg.block_size, getattr(cfg, 'source_context', 0))]
     return weights
 
 
@@ -246,7 +249,7 @@ def find_origin(s, ranks):
             raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, not a run to go on with: '
                             f'give --init_from={s.out_dir} and another --out_dir')
         if s.eval_only or state['settings']['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
-            began = {f.name: state['settings'][f.name] for f in dataclasses.fields(ModelConfig) if f.name in state['settings']}
+            began = {name: state['settings'][name] for name in state['model'] if name in state['settings']}
             adopt(s, from_dict(ModelConfig, began, folder), s.out_dir)
         base = {'base': state['base'], 'weights': read_base(state['base'], from_dict(ModelConfig, state['model'], folder), folder)} if 'base' in state else {}
         return {'folder': folder, 'state': state} | base
@@ -383,8 +386,9 @@ def find_reference(s, cfg):
         if cfg.rank(n, name) != other.rank(n, name):
             raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, in this network {cfg.rank(n, name)}: '
                             'its blocks do not fit')
-    free = (*ONLY_IN_TRAINING, 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init')
-    for f in dataclasses.fields(ModelConfig):
+    free = {*only_in_training(type(cfg)), 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head', 'head_dim', 'd_ff', 'zero_init', 'init_std',
+            'rank_init'}
+    for f in dataclasses.fields(cfg):
         if f.name not in free and getattr(cfg, f.name) != getattr(other, f.name):
             raise UserError(f'grow_from={s.grow_from}: has {f.name}={getattr(other, f.name)}, this network {getattr(cfg, f.name)}: its blocks do not fit')
     return other, weights
@@ -395,8 +399,10 @@ def adopt(s, cfg, where):
     alone are the user's."""
     if s.block_size > cfg.block_size and 'block_size' in s.given:
         raise UserError(f'block_size={s.block_size}: the weights in {where} know {cfg.block_size} positions: lower it')
-    for name, value in dataclasses.asdict(cfg).items():
-        if name in ONLY_IN_TRAINING or (name == 'block_size' and name in s.given):
+    extend(s, *getattr(cfg, 'features', ()))
+    unset = {f.name: default_of(f) for f in dataclasses.fields(with_features(ModelConfig, *getattr(s, 'features', ())))}
+    for name, value in (unset | dataclasses.asdict(cfg)).items():
+        if name in only_in_training(type(s)) or (name == 'block_size' and name in s.given):
             continue
         if name == 'expert_bias' and name in s.given and value and s.expert_bias:  # there is one: how fast it moves is the user's
             continue
@@ -435,7 +441,7 @@ def check_same_run(s, data, state):
     if is_old_table(stored):
         raise UserError(f'out_dir={s.out_dir}: holds a Markov table that was counted before there was '
                         f'optimizer=counts, its counts in another unit: {to_do}')
-    for name in IDENTITY:
+    for name in identity(s):
         # as text: the order of a mixture counts; a setting that the stored run did not know was at its default
         before = stored.get(name, getattr(unset, name))
         if json.dumps(getattr(s, name)) != json.dumps(before) and (name != 'denoisers' or s.objective == 'ul2'):

@@ -215,7 +215,9 @@ def next_logits(model, window, cache, memory=None):
 
 
 def step(model, idx, cache, memory=None):
-    return model.logits(model.hidden(idx, cache, memory)[:, -1])
+    if memory is not None:  # t5
+        return model.logits(model.hidden(idx, cache, memory)[:, -1])  # t5
+    return model.logits(model.hidden(idx, cache)[:, -1])
 
 
 @functools.cache
@@ -505,7 +507,7 @@ def encode_prompt(text, tokenizer, cfg, room=None, cuts=None, is_typed=True):
         ids = ids[:max(0, room - len(before) - len(after))]
     ids = [*before, *ids, *after] or [end]
     prompt, source = (list(tokenizer.begin) or [end], ids) if cfg.n_encoder_layer else (ids, None)
-    for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), cfg.source_context)):
+    for name, tokens, most in (('the prompt', prompt, cfg.block_size), ('what the encoder reads', source or (), getattr(cfg, 'source_context', 0))):
         if len(tokens) > most:
             raise UserError(f'start: {name} has {len(tokens)} tokens, the context of this model {most}: shorten it')
     return prompt, source

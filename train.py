@@ -25,7 +25,7 @@ import torch
 
 import checkpoint
 from batches import DataConfig, splitmix
-from configurator import FilePath, UserError, configure, leave, refuse_idle, run_main, typed_text
+from configurator import FilePath, UserError, configure, leave, run_main, typed_text
 from device import DeviceConfig, autocast, is_out_of_memory, peak_flops, peak_memory, pick_device, pick_dtype, zero
 from features.growth.networks import GrowConfig
 from features.lora import layers as lora
@@ -35,7 +35,7 @@ from features.scale.guard import GuardConfig, Losses, Spike, StopSignal, check_a
 from features.scale.ranks import Ranks, is_lost
 from features.scale.shard import share_gradients
 from loss import evaluate, reading
-from model import ModelConfig, Teacher
+from model import ModelConfig
 from optim import OptimConfig, clip_gradient, set_rates
 from origin import adopt, read_model
 from run import check_dataset, compiling, end_guides, expert_loads, grow_run, save, set_up
@@ -44,6 +44,7 @@ from runlog import Log, describe, log_in, report, show_losses, show_samples
 
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, GrowConfig, lora.LoraConfig, GuardConfig):
+    features = ()
     out_dir: FilePath = 'out'  # where checkpoints, log and settings go
     init_from: FilePath = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run in out_dir is moved aside);
     # a run or checkpoint DIR, hf:FOLDER (of Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl: the weights there, a fresh schedule
@@ -99,8 +100,6 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to distillation: set teacher too')
         if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: give --init_from=DIR')
-        if self.source_size and not self.n_encoder_layer and self.init_from in ('auto', 'scratch'):
-            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
         beside = {'grow_every': 0, 'init_keep': 'weights', 'rank_guide': 0, 'arch': 'decoder', 'factor_decay': 'factor'}
         for name, plain in beside.items() if self.lora_rank else ():
             if getattr(self, name) != plain:
@@ -115,33 +114,17 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig, PlanConfig, G
             raise ValueError(f'shard={self.shard}: goes with optimizer=adamw or muon, not {self.optimizer}: leave it out')
         if self.lora_rank and self.optimizer == 'spectron':
             raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the network, which stay as they are: use adamw or muon')
-        idle = sorted(getattr(self, 'given', set()) & {'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'})
-        if idle and not self.n_expert and self.init_from in ('auto', 'scratch'):
-            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')
         if self.n_encoder_layer and self.objective == 'causal' and not self.plan:
             raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder nothing to read: set it to ul2, prefix or seq2seq")
         if self.n_encoder_layer and (self.teacher or self.grow_every or self.is_planned and 'plan' not in self.given):
             raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: teacher, grow_every and the dial (depth, params, tokens, minutes) are for decoders: '
                              'leave them out')
-        if self.arch == 'markov' and self.objective != 'causal':
-            raise ValueError(f"objective={self.objective}: arch='markov' knows no source: leave it out")
         if self.grow_every and (self.rank_guide or self.arch == 'markov'):
             raise ValueError(f'grow_every={self.grow_every}: goes with neither rank_guide nor arch=markov: leave it out')
-        if self.teacher and self.arch == 'markov':
-            raise ValueError(f"teacher={self.teacher}: arch='markov' learns from counts alone: leave it out")
-        if self.label_smoothing and self.arch == 'markov' and not self.rank_embed:
-            raise ValueError(f'label_smoothing={self.label_smoothing}: a full Markov table has none: set it to 0 '
-                             '(optimizer=counts smooths by pseudo_counts)')
-        if self.arch == 'markov' and self.uses_muon:
-            raise ValueError(f'optimizer={self.optimizer}: a Markov chain has no matrices for Muon: use adamw, or '
-                             'counts for a full table')
         is_new = self.init_from in ('auto', 'scratch')  # else the network is that of init_from
         if self.optimizer == 'counts' and is_new and (self.arch != 'markov' or self.rank_embed):
             raise ValueError('optimizer=counts: counts what follows what in a full Markov table: set arch=markov '
                              'and rank_embed=0, or use adamw')
-        table = 'a full Markov table' if not self.rank_embed else 'a low-rank Markov chain'
-        refuse_idle(self, ModelConfig, self.arch_takes, f'arch={self.arch} ({table})')
-        refuse_idle(self, OptimConfig, self.optimizer_takes, f'optimizer={self.optimizer}')
         given = getattr(self, 'given', set())
         idle = sorted(given & {'muon_lr', 'momentum', 'momentum_warmup'})
         is_chosen = 'optimizer' in given or self.is_planned  # a recipe with adamw in place of Muon is an ablation
@@ -170,8 +153,11 @@ def train_step(run, s, step, ranks, stop=False):
         x, y, *more = (a.to(ranks.device, non_blocking=True) for a in arrays)
         with autocast(ranks.device, s.dtype):
             more = reading(run.model, more)
-            lesson = {'teacher': ask(run.teacher, x, s, **more)} if run.teacher else {}
-            loss = faults.at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **lesson, **more))
+            teacher = {}
+            if run.teacher:  # distill
+                from features.distill.teacher import ask  # distill
+                teacher = {'teacher': ask(run.teacher, x, s, **more)}  # distill
+            loss = faults.at('loss', step, run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **teacher, **more))
         ranks.beat('to compute gradients')
         # the mean over the targets of the global batch; DDP divides by the number of ranks. 0 times a loss that is not finite is NaN, and so are
         # then the gradients, of all ranks. Counts are a sum
@@ -188,13 +174,6 @@ def train_step(run, s, step, ranks, stop=False):
     optimizer.zero_grad(set_to_none=True)
     skipped = not finite and (not scaler.is_enabled() or scaler.get_scale() < 1)  # else it was the factor that was too large
     return (nats, targets, norm, stop > 0, False) if finite else (zero(ranks.device), 0.0, norm, stop > 0, skipped)
-
-
-@torch.no_grad()
-def ask(teacher, x, s, **more):
-    """What the network `teacher` has to say about x (B, T); more: as loss.reading() has it."""
-    h, weight = teacher.head_input(teacher.hidden(x, **more))
-    return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from conftest import one_line, read_log, train, write_dataset
 from test_surgery import random_model
 
 import model as model_module
-from train import Settings, ask
+from features.distill.teacher import ask
+from train import Settings
 
 MIX, TEMPERATURE = 0.3, 2.0
 V = 50

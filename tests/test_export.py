@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import hub
 import sample
-from configurator import UserError
+from configurator import UserError, build
 from features.growth.networks import fold
 from features.hf.families import FAMILIES, name_rows, nearest
 from model import ModelConfig, make_model
@@ -131,7 +131,7 @@ def test_the_changes_are_of_every_setting():
 @pytest.mark.parametrize('family', [LLAMA, GPT2, T5], ids=['llama', 'gpt2', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
-    cfg = ModelConfig(**dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
+    cfg = build(ModelConfig, **dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
     if cfg.arch == 'markov' or cfg.rank_guide:
         assert nearest(cfg)[1]
         return
@@ -206,7 +206,7 @@ def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
     out_dir = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
-    chain = written(tmp_path / 'chain', make_model(ModelConfig(arch='markov', vocab_size=257)), ByteTokenizer())
+    chain = written(tmp_path / 'chain', make_model(build(ModelConfig, arch='markov', vocab_size=257)), ByteTokenizer())
     (tmp_path / 'there').mkdir()
     for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'), ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),
                         ([f'--out_dir={chain}', f'--to={tmp_path}/new'], 'a Markov chain'),

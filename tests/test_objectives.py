@@ -10,11 +10,11 @@ import torch
 from conftest import one_line, read_log, run, sha256, train, write_dataset
 
 from batches import Mixture, Source, validation_batch
-from configurator import UserError
+from configurator import UserError, build
 from features.hf.tokenizer_json import to_json
 from features.t5 import objectives
 from features.t5.objectives import DENOISERS, Denoiser, Objective, counts, denoise, make_objective, masked, parse, part
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
@@ -140,7 +140,7 @@ def reserved(tmp_path):
 
 
 def denoising(reserved, seed=1, **settings):
-    s = Settings(**dict(objective='ul2', block_size=32, source_size=40, n_encoder_layer=1) | settings)
+    s = build(Settings, **dict(objective='ul2', block_size=32, source_size=40, n_encoder_layer=1) | settings)
     return Mixture(reserved, 'train', 32, seed, objective=lambda meta: make_objective(s, meta))
 
 
@@ -359,7 +359,8 @@ def test_what_is_read_is_marked_as_in_training():
     assert objectives.around('ul2', 'ul2', META) == ((101,), (EOT,)) and objectives.around('ul2', 't5', META) == ((), (EOT,))
     tokenizer = Reserved(ByteTokenizer(), 5)
     tokenizer.around = (258,), (256,)
-    for cfg, wanted in ((ModelConfig(block_size=9), ([258, 97, 98, 256], None)), (ModelConfig(block_size=9, n_encoder_layer=1), ([256], [258, 97, 98, 256]))):
+    encoder = build(ModelConfig, block_size=9, n_encoder_layer=1)
+    for cfg, wanted in ((ModelConfig(block_size=9), ([258, 97, 98, 256], None)), (encoder, ([256], [258, 97, 98, 256]))):
         assert encode_prompt('ab', tokenizer, cfg) == wanted
         cut = encode_prompt('abcdefghijkl', tokenizer, cfg, room=5)
         assert (cut[1] or cut[0]) == [258, 97, 98, 99, 256]
@@ -417,8 +418,8 @@ def test_denoisers_are_checked():
 
 def test_masked_padding_weighs_nothing():
     torch.manual_seed(0)
-    cfg = ModelConfig(vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
-    model = Transformer(cfg)
+    cfg = build(ModelConfig, vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
+    model = make_model(cfg)
     torch.nn.init.normal_(model.head.weight)
     objective = Objective('ul2', 20, 30, 't5', META)
     examples = [objective.example(text(objective.length, n), n) for n in range(3)]

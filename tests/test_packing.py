@@ -8,6 +8,7 @@ from conftest import read_log, run, train
 
 import surgery
 from batches import Mixture, Source, fill
+from configurator import build
 from features.t5.objectives import Objective
 from model import ModelConfig, make_model
 from prepare import Settings, prepare
@@ -35,7 +36,7 @@ def rows(folder, packing, split='train', T=64):
 
 def network(**settings):
     torch.manual_seed(0)
-    model = make_model(ModelConfig(**dict(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32) | settings))
+    model = make_model(build(ModelConfig, **dict(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32) | settings))
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)

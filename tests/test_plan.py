@@ -12,7 +12,7 @@ from conftest import one_line, read_log, run, run_here, sha256
 
 import checkpoint
 import train as training
-from configurator import UserError
+from configurator import UserError, build
 from features.plan.dial import Pace, batch_tokens, fit_minutes, plan, shape, size
 from features.scale import faults
 from loss import EVAL_ROWS
@@ -23,7 +23,7 @@ CPU = torch.device('cpu')
 
 
 def planned(vocab_size=512, world=1, data_tokens=1e12, **given):
-    s = Settings(**given)
+    s = build(Settings, **given)
     s.given, s.dtype = set(given), 'float32'
     return s, plan(s, vocab_size, data_tokens, CPU, world)
 

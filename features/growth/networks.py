@@ -16,8 +16,9 @@ from typing import Literal
 
 import torch
 
-from configurator import FilePath, UserError, check, default_of
-from model import ONLY_IN_TRAINING, LowRank, make_model
+from configurator import FilePath, UserError, build, check, default_of
+from features.growth.lowrank import is_linear, matrix
+from model import LowRank, ModelConfig, make_model, only_in_training
 
 
 @dataclass
@@ -141,7 +142,7 @@ def grow(cfg, weights, n_layer, how, other=None):
     refuse_unknown(cfg, 'grown')
     if other is not None:
         new, out = take_layers(*other, range(n_layer))
-        kept = {name: getattr(cfg, name) for name in ('block_size', *ONLY_IN_TRAINING)}
+        kept = {name: getattr(cfg, name) for name in ('block_size', *only_in_training(type(cfg)))}
         return dataclasses.replace(new, **kept), out | weights, {name: name for name in weights}
     layers, silent = grown_layers(cfg, n_layer, how)
     new = tuple(f'blocks.{n}.' for n in silent)
@@ -173,7 +174,7 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
     """
     refuse_unknown(cfg, 'widened and keep its function',
                    but=('n_encoder_layer', 'n_expert', 'mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide'))
-    if cfg.t5_scale and cfg.tie:
+    if getattr(cfg, 't5_scale', False) and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: a network with both cannot be widened and keep its function')
     n_embd, n_head, d_ff = n_embd or cfg.n_embd, n_head or cfg.n_head, d_ff or cfg.mlp_width
     for name, value, old in (('n_embd', n_embd, cfg.n_embd), ('n_head', n_head, cfg.n_head), ('d_ff', d_ff, cfg.mlp_width)):
@@ -224,7 +225,8 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
     if cfg.n_expert:
         raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: give a dense one')
     refuse_unknown(cfg, 'made a mixture of experts and keep its function')
-    new = dataclasses.replace(cfg, n_expert=n_expert, n_expert_active=n_expert_active, expert_shared=expert_shared, expert_bias=expert_bias)
+    new = build(ModelConfig, **dataclasses.asdict(cfg) | {'n_expert': n_expert, 'n_expert_active': n_expert_active, 'expert_shared': expert_shared,
+                                                          'expert_bias': expert_bias})
     check(new)
     out = {}
     for name, t in weights.items():
@@ -257,9 +259,9 @@ def fold(model):
     refuse_unknown(model.cfg, 'written as a class of transformers: --as=custom takes any decoder')
     cfg, weights, plain = model.cfg, model.state_dict(), {}
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
-    if all(layer.is_linear() for layer in low_rank.values()):
+    if all(is_linear(layer) for layer in low_rank.values()):
         for name, layer in low_rank.items():
-            weights = {key: t for key, t in weights.items() if not key.startswith(f'{name}.')} | {f'{name}.weight': layer.matrix()}
+            weights = {key: t for key, t in weights.items() if not key.startswith(f'{name}.')} | {f'{name}.weight': matrix(layer)}
             if layer.up.bias is not None:
                 weights[f'{name}.bias'] = layer.up.bias
         plain |= {name: type(getattr(cfg, name))() for name in ('rank_qk', 'rank_vo', 'rank_mlp', 'ranks', 'first_block_dense', 'rank_identity', 'rank_blocks')}
@@ -271,7 +273,7 @@ def fold(model):
     plain |= {'rank_embed': 0, 'rank_head': 0}
     if cfg.embed_norm and cfg.position != 'learned':
         if cfg.tie:
-            weights['head.weight'] = weights['wte.weight'] * (cfg.n_embd ** -0.5 if cfg.t5_scale else 1)
+            weights['head.weight'] = weights['wte.weight'] * (cfg.n_embd ** -0.5 if getattr(cfg, 't5_scale', False) else 1)
         weights['wte.weight'] = model.norm_e(weights['wte.weight'])
         weights['wte.weight'][cfg.vocab_size:] = 0
         weights = {name: t for name, t in weights.items() if not name.startswith('norm_e.')}
@@ -295,7 +297,8 @@ def average(cfgs, weights, names):
     checkpoints of a run: LAWA, Kaddour 2022, arXiv 2209.14981). `names`: where they are from. Raises UserError unless all are one architecture.
     """
     for cfg, name in zip(cfgs, names):
-        other = next((f.name for f in dataclasses.fields(cfg) if f.name not in ONLY_IN_TRAINING and getattr(cfg, f.name) != getattr(cfgs[0], f.name)), None)
+        names = [f.name for f in dataclasses.fields(cfg) if f.name not in only_in_training(type(cfg))]
+        other = next((name for name in names if getattr(cfg, name) != getattr(cfgs[0], name)), None)
         if other:
             raise UserError(f'from={name}: has {other}={getattr(cfg, other)}, but {names[0]} has {getattr(cfgs[0], other)}: only equal networks have a mean')
     refuse_unknown(cfgs[0], 'averaged')

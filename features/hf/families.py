@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError, default_of, from_dict
-from model import ModelConfig, RelativeBias, make_model
+from configurator import UserError, build, default_of, from_dict
+from model import ModelConfig, make_model
 
 # -----------------------------------------------------------------------------
 # config.json
@@ -131,7 +131,7 @@ def minnow_config(config):
     if any(type(value) is int and value >= 2 ** 31 for value in fields.values()):
         config.refuse('minnow', fields, 'takes sizes below 2**31')
     for name in ('block_size', 'source_size'):
-        check_rotary(config, name, getattr(cfg, name), cfg.d_head)
+        check_rotary(config, name, getattr(cfg, name, 0), cfg.d_head)
     return cfg
 
 
@@ -139,6 +139,7 @@ T5_MLP = {'relu': 'relu', 'gated-gelu': 'geglu', 'gated-silu': 'swiglu'}  # feed
 
 
 def t5_config(config):
+    from features.t5.network import RelativeBias  # t5
     for name, ours in (('relative_attention_num_buckets', RelativeBias.BUCKETS), ('relative_attention_max_distance', RelativeBias.FURTHEST)):
         config.one_of(name, ours)
     config.one_of('is_encoder_decoder', True)
@@ -147,8 +148,8 @@ def t5_config(config):
         config.refuse('n_positions', context, 'takes up to 1048576: lower it to the context that you use')
     # T5's head is its embedding; that of T5 1.1 and Flan-T5 is a matrix of its own, and its logits are not scaled. transformers 5 says so by another name
     tie = config.one_of('scale_decoder_outputs', config.one_of('tie_word_embeddings', True, False), True, False)
-    return ModelConfig(
-        vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_decoder_layers', layers), n_encoder_layer=layers,
+    return build(
+        ModelConfig, vocab_size=config.size('vocab_size'), block_size=context, n_layer=config.size('num_decoder_layers', layers), n_encoder_layer=layers,
         n_head=config.size('num_heads'), n_embd=config.size('d_model'), head_dim=config.size('d_kv'), d_ff=config.size('d_ff'), position='relative',
         norm='rmsnorm', norm_eps=config.number('layer_norm_epsilon', 1e-6), mlp=T5_MLP[config.one_of('feed_forward_proj', *T5_MLP)], qk_norm=False,
         zero_init=False, t5_scale=True, tie=tie)
@@ -172,6 +173,7 @@ def llama_fields(cfg):
 
 
 def t5_fields(cfg):
+    from features.t5.network import RelativeBias  # t5
     return {'n_positions': cfg.block_size, 'num_layers': cfg.n_encoder_layer, 'num_decoder_layers': cfg.n_layer, 'num_heads': cfg.n_head,
             'd_model': cfg.n_embd, 'd_kv': cfg.d_head, 'd_ff': cfg.mlp_width, 'feed_forward_proj': {ours: theirs for theirs, ours in T5_MLP.items()}[cfg.mlp],
             'relative_attention_num_buckets': RelativeBias.BUCKETS, 'relative_attention_max_distance': RelativeBias.FURTHEST,
@@ -271,7 +273,7 @@ def obstacles(family, cfg):
     """The settings of a network that have no place in a family, as ['name=value', …]."""
     special = PLAIN | family.wants(cfg)
     wanted = {f.name: default_of(f) for f in dataclasses.fields(cfg) if f.name not in FREE and f.name not in special} | special
-    found = dataclasses.asdict(cfg) | {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
+    found = PLAIN | dataclasses.asdict(cfg) | {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
     return [f'{name}={found[name]}' for name in wanted if found[name] != wanted[name]]
 
 

@@ -11,12 +11,12 @@ steps of a config file where tokens or minutes are asked for.
 """
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
 from batches import GPT2_TOKENS, find_folder, read_meta
-from configurator import ROOT, UserError, check, read_config
+from configurator import ROOT, UserError, check, part_of, read_config
 from device import peak_flops, process_age
 from features.lora import layers as lora
 from features.plan.chinchilla import optima, table
@@ -94,7 +94,7 @@ def rates(width):
 
 def size(s, vocab_size):
     """(parameters, those of the blocks, floating-point operations a token) of the network that `s` describes, without making it."""
-    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)} | {'vocab_size': s.vocab_size or vocab_size, 'rank_guide': 0})
+    cfg = replace(part_of(s, ModelConfig), vocab_size=s.vocab_size or vocab_size, rank_guide=0)
     with torch.device('meta'):
         model = make_model(cfg, init=False)
     return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()
@@ -175,7 +175,7 @@ def show_network(s, vocab_size):
     """Print the parameters, FLOPs and memory of the network of train.py's Settings, without making it."""
     s.vocab_size = vocab_size
     check(s)
-    cfg = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
+    cfg = part_of(s, ModelConfig)
     with torch.device('meta'):
         model = make_model(cfg, init=False)
         total, active, flops = model.num_params(), model.num_params(active=True), model.flops_per_token()
@@ -223,7 +223,9 @@ def show_plan(s, vocab_size, device):
     given = s.params
     derived = plan(s, vocab_size, s.tokens, device, 1)
     params, _, per_token = size(s, vocab_size)
-    stacks = f', an encoder of {s.n_encoder_layer}, {s.source_context} tokens read for {s.block_size} written' * bool(s.n_encoder_layer)
+    stacks = ''
+    if s.n_encoder_layer:  # t5
+        stacks = f', an encoder of {s.n_encoder_layer}, {s.source_context} tokens read for {s.block_size} written'  # t5
     print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, {s.n_layer} layers of {s.n_embd}{stacks}\n'
           f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'
           + ' '.join(f'--{name}={value}' for name, value in derived.items()))

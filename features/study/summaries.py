@@ -82,12 +82,13 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     max_new_tokens leaves a decoder less room for a source than training does (objectives.py): half of its
     context.
     """
-    room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
+    source_context = getattr(model.cfg, 'source_context', 0)
+    room = source_context or model.cfg.block_size - max_new_tokens  # of what is read
     cuts = Cuts('sources')
     encoded = [encode_prompt(source, tokenizer, model.cfg, room, cuts, is_typed=False) for source in sources]
     rows = [(n, *ids) for n, ids in enumerate(encoded)]
     T = model.cfg.block_size
-    if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
+    if cuts.cut and not source_context and max_new_tokens > T // 2:
         raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
                         f'reads: {cuts.line()}: lower it to {T // 2} or less')
     if cuts.cut:

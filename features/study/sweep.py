@@ -29,7 +29,23 @@ import torch
 import checkpoint
 import hub
 from batches import Mixture, real_folders
-from configurator import ROOT, FilePath, UserError, check, configure, expand_paths, find_field, from_dict, options, read_config
+from configurator import (
+    ROOT,
+    FilePath,
+    UserError,
+    build,
+    check,
+    configure,
+    core_fields,
+    default_of,
+    expand_paths,
+    feature_names,
+    find_field,
+    from_dict,
+    options,
+    read_config,
+    with_features,
+)
 from features.lora import layers as lora
 from features.scale.guard import stop_signals
 from files import replace_text, writing
@@ -265,8 +281,8 @@ def check_folders(runs):
     """Raise UserError where a folder holds another run than the sweep's."""
     for run in runs:
         stored = read_settings(run.out_dir)
-        for f in dataclasses.fields(Settings) if stored else ():
-            was, now = (json.dumps(getattr(s, f.name)) for s in (stored, run.settings))
+        for f in dict.fromkeys((*dataclasses.fields(stored), *dataclasses.fields(run.settings))) if stored else ():
+            was, now = (json.dumps(getattr(s, f.name, default_of(f))) for s in (stored, run.settings))
             if f.name == 'dataset' and real_folders(stored.dataset) == real_folders(run.settings.dataset):
                 continue
             if f.name not in BESIDE and was != now and not (f.name == 'dtype' and '"auto"' in (was, now)):  # a run writes down what auto was
@@ -283,8 +299,9 @@ def read_settings(out_dir):
             stored = json.load(f)
     except (OSError, ValueError):
         return None
-    known = [f for f in dataclasses.fields(Settings) if f.name in stored]
-    return Settings(**{f.name: expand_paths(stored[f.name], f) for f in known})
+    known = [f for f in dataclasses.fields(with_features(Settings, *feature_names())) if f.name in stored]
+    used = [f for f in known if f.name in core_fields(Settings) or stored[f.name] != default_of(f)]
+    return build(Settings, **{f.name: expand_paths(stored[f.name], f) for f in used})
 
 
 def read_log(out_dir):

@@ -240,9 +240,9 @@ def stored_begin(state):
 
 def make_objective(s, meta):
     """The Objective of train.py's settings for a data set with this meta.json. Raises UserError where they do not fit."""
-    return Objective(s.objective, s.block_size, s.source_context, s.denoisers, meta)
+    return Objective(s.objective, s.block_size, getattr(s, 'source_context', 0), s.denoisers, meta)
 
 
 def stored_objective(settings, cfg, meta):
     """The same of a network's ModelConfig and the settings that its run stored; one from before there were objectives is causal."""
-    return Objective(settings.get('objective', 'causal'), cfg.block_size, cfg.source_context, settings.get('denoisers', 'ul2r'), meta)
+    return Objective(settings.get('objective', 'causal'), cfg.block_size, getattr(cfg, 'source_context', 0), settings.get('denoisers', 'ul2r'), meta)
