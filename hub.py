@@ -14,7 +14,6 @@ anything is allocated, every tensor must be known and is used, pickles and code 
 import dataclasses
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +22,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
-from configurator import ROOT, FilePath, UserError, check, configure_command, from_dict, run_main
+from configurator import FilePath, UserError, check, configure_command, from_dict, run_main
 from features.growth.networks import fold
+from features.hf.code import write_code
 from features.hf.families import FAMILIES, HEAD, Config, name_rows, nearest, read_json
 from features.hf.tokenizer_json import spelling, to_json
 from features.lora import adapters, peft_files
@@ -271,8 +271,7 @@ def export(s):
             with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)
         if s.as_ == 'custom':
-            shutil.copy(os.path.join(ROOT, 'features/hf/modeling_minnow.py'), folder)
-            shutil.copy(os.path.join(ROOT, 'model.py'), folder)
+            write_code(folder, cfg)
     return fields['model_type']
 
 

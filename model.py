@@ -1,5 +1,5 @@
 """
-The network: a GPT, dense or low-rank, in plain PyTorch. It needs none of our files: copy it elsewhere, it works.
+The network: a GPT, dense or low-rank, in plain PyTorch. Copy this file elsewhere: it works without others.
 
     model = make_model(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
     loss = model(idx, targets)   # idx, targets: (B, T) int64; targets of -1 are ignored
@@ -34,20 +34,17 @@ class ModelConfig:
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # width of a head; 0 = n_embd / n_head
     d_ff: int = 0  # width of the MLP; 0 = 4 n_embd, gated 8/3 n_embd: as many parameters, a multiple of 32
-    position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # rotary (arXiv 2104.09864), a table
-    # added to the embedding, or T5's learned bias on the attention logits
-    rope_theta: float = 10000.0  # base of the rotary frequencies
+    position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # relative: T5's bias on attention
+    rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # (Zhang & Sennrich 2019, arXiv 1910.07467)
     norm_eps: float = 1e-5
-    mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # its activation
-    # (relu2: So et al. 2021, arXiv 2109.08668; swiglu, geglu: gated, Shazeer 2020, arXiv 2002.05202)
+    mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
     mlp_norm: bool = False  # a norm on the MLP's hidden layer
     qk_norm: bool = True  # RMS-normalise queries and keys: no logit growth, higher rates (arXiv 2010.04245)
     n_expert: int = 0  # [moe] number of experts per block; 0 = a single dense MLP
     softcap: float = 0.0  # bound the output logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # output matrices of attention and MLP start at zero: blocks start as the identity
-    embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high
-    # learning rate (modded-nanogpt, record 8)
+    embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate
     depth_scale: Literal['none', 'attn', 'norm'] = 'none'  # attn: attention logits of block n over n, from 1
     # (Inheritune, arXiv 2404.08634); norm: outputs of its norms over sqrt(n) (arXiv 2502.05795)
     value_residual: bool = False  # mix the first block's values into those of the others (arXiv 2410.17897)
@@ -64,14 +61,11 @@ class ModelConfig:
     # 'blocks.3.mlp.down': 0}; cross-attention and an encoder's block 3 follow them too
     first_block_dense: bool = False  # the first block stays dense (Pufferfish, arXiv 2103.03936)
     rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # between the factors
-    # (silu: CoLA, Liu et al. 2025, arXiv 2502.10940; rmsnorm: DeepSeek-V2's latents, arXiv 2405.04434)
     rank_act_qk: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] | None = None  # None = rank_act
-    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # truncated SVD of the dense init
-    # (arXiv 2105.01029), equal singular values (arXiv 2209.13569), normal factors; all with its norm
+    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # all with the norm of the dense init
     rank_identity: bool = False  # add a learned multiple of the input where it fits: full rank again
     rank_blocks: int = 0  # add a block-diagonal matrix of this many blocks: full rank too (arXiv 2406.16450)
-    rank_guide: int = 0  # self-guided start: a dense matrix beside the factors, whose share falls from 1 to 0
-    # in this many steps (Wei et al. 2024, arXiv 2406.16450)
+    rank_guide: int = 0  # steps in which a dense matrix beside the factors fades out (arXiv 2406.16450)
 
     only_in_training = ('dropout',)  # settings on which a trained network's function does not depend
 
@@ -127,8 +121,8 @@ class ModelConfig:
         if self.n_head % self.kv_heads:
             raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.d_head % 2:
-            raise ValueError(f'head_dim={self.d_head} is odd: rotary positions turn pairs; make n_embd/n_head '
-                             "even or set position='learned'")
+            raise ValueError(f'head_dim={self.d_head} is odd: rotary positions turn pairs; make '
+                             "n_embd/n_head even or set position='learned'")
         self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but '
@@ -142,16 +136,16 @@ class ModelConfig:
         for name, rank in self.ranks.items():
             layer, matrix = re.fullmatch(r'(?:blocks\.(0|[1-9][0-9]*)\.)?(.*)', str(name)).groups('0')
             if matrix not in sizes or int(layer) >= self.n_layer:
-                raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, or one '
-                                 'of a single block as blocks.0.attn.q')
+                raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, '
+                                 'or one of a single block as blocks.0.attn.q')
             ranks.append((f'ranks: {name}', rank, sizes[matrix]))
             layers.add(int(layer))
         for name, rank, (n_in, n_out) in ranks:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
                 raise ValueError(f'{name}={rank}: takes a whole number, 0 for a dense matrix')
             if rank > min(n_in, n_out):
-                raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, or 0 '
-                                 'for a dense one')
+                raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, '
+                                 'or 0 for a dense one')
         low_rank = [name for name in sizes if any(self.rank(layer, name) for layer in layers)]
         for name in ('first_block_dense', 'rank_identity', 'rank_blocks', 'rank_guide'):
             if getattr(self, name) and not low_rank:
@@ -181,12 +175,14 @@ def no_code(cfg, name, where='model.py'):
 # -----------------------------------------------------------------------------
 # Linear layers, dense and low-rank
 
-LATENTS = {'none': lambda z: z, 'silu': F.silu, 'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),
+LATENTS = {'none': lambda z: z,
+           'silu': F.silu,  # CoLA (Liu et al. 2025, arXiv 2502.10940)
+           'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),  # DeepSeek-V2 (arXiv 2405.04434)
            'silu+rmsnorm': lambda z: F.rms_norm(F.silu(z), z.shape[-1:])}
 
 
 class LowRank(nn.Module):
-    """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out), and what rank_identity, _blocks and _guide add."""
+    """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out), and what the settings rank_* add to it."""
 
     def __init__(self, n_in, n_out, rank, act, cfg):
         super().__init__()
@@ -221,7 +217,7 @@ def linear(cfg, layer, name):
 
 
 def init_linear(layer, cfg, scale=1.0, zero=False):
-    """Fill a layer: its matrix has deviation scale · (init_std or 1/sqrt(inputs)). zero: its output is zero."""
+    """Fill a layer with deviation scale · (init_std or 1/sqrt(inputs)); zero: so that its output is zero."""
     is_low_rank = isinstance(layer, LowRank)
     first, last = (layer.down, layer.up) if is_low_rank else (layer, layer)
     std = scale * (cfg.init_std or first.in_features ** -0.5)
@@ -248,11 +244,11 @@ def init_factors(down, up, std, cfg):
         nn.init.normal_(up, std=factor_std)
         return
     # at any rank the norm of the dense matrix: comparing ranks does not compare scales
-    if cfg.rank_init == 'spectral':
+    if cfg.rank_init == 'spectral':  # truncated SVD (Khodak et al. 2021, arXiv 2105.01029)
         dense = torch.empty(n_out, n_in, device=up.device).normal_(std=std)
         U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         U, S, Vh = U[:, :rank], S[:rank] * (S.norm() / S[:rank].norm()), Vh[:rank]
-    elif cfg.rank_init == 'orthogonal':
+    elif cfg.rank_init == 'orthogonal':  # equal singular values (Kamalakara et al. 2022, arXiv 2209.13569)
         S = torch.full((rank,), std * math.sqrt(n_in * n_out / rank), device=up.device)
         U, Vh = nn.init.orthogonal_(torch.empty_like(up)), nn.init.orthogonal_(torch.empty_like(down))
     else:
@@ -304,9 +300,10 @@ def attend(q, k, v, mask, is_causal, dropout):
     groups = q.size(1) // k.size(1)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    # torch's fused kernel, but on a CPU. In bfloat16 it multiplies at float32's speed there: of short rows, plain
-    # attention takes half the time of a training step (T = 64: 0.7 against 2.7 ms, T = 256: 18 against 34, but
-    # T = 1024: 3 times longer). It has no backward pass for a learned mask: torch's substitute takes twice as long
+    # torch's fused kernel, with two exceptions on a CPU. In bfloat16 it is as slow as in float32: short rows
+    # take half the time by plain attention (a training step at T = 64: 0.7 against 2.7 ms, at T = 256: 18
+    # against 34; at T = 1024: 3 times longer). For a learned mask it has no backward pass: torch's substitute
+    # takes twice as long at every length
     is_short = q.dtype == torch.bfloat16 and q.size(2) > 1 and q.size(2) * k.size(2) <= 256 ** 2
     is_learned = mask is not None and mask.requires_grad
     if q.device.type != 'cpu' or not (is_short or is_learned):
@@ -372,8 +369,9 @@ class Attention(nn.Module):
 # MLP and block
 
 gelu = partial(F.gelu, approximate='tanh')  # as in GPT-2, T5 v1.1 and Gemma
-ACTIVATIONS = {'gelu': gelu, 'silu': F.silu, 'relu': F.relu, 'relu2': lambda x: F.relu(x).square(),
-               'swiglu': F.silu, 'geglu': gelu}
+ACTIVATIONS = {'gelu': gelu, 'silu': F.silu, 'relu': F.relu,
+               'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+               'swiglu': F.silu, 'geglu': gelu}  # Shazeer 2020, arXiv 2002.05202
 
 
 class MLP(nn.Module):
@@ -442,10 +440,10 @@ GPU_CHUNK = 2 ** 28
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both
-    gradients run chunk by chunk in the forward pass. At V = 50k the logits, their softmax and its gradient are most
-    of a small model's memory; the price is one V x C buffer for W's gradient, and no second backward. (The idea:
-    Liger kernel, arXiv 2410.10989.) On a CPU a chunk's logits become gradients a block at a time, in its cache:
-    half the time of torch's cross_entropy on all of them. On a GPU torch.compile fuses the passes instead.
+    gradients run chunk by chunk in the forward pass (idea: Liger kernel, arXiv 2410.10989). At V = 50k the
+    logits, their softmax and its gradient are most of a small model's memory; the price is a V x C buffer for
+    W's gradient, and no second backward. On a CPU a chunk's logits become gradients a block at a time, in its
+    cache: half the time of torch's cross_entropy on all. On a GPU torch.compile fuses the passes instead.
     """
     @staticmethod
     def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad, teacher=None):
@@ -483,8 +481,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):
     """
-    Sum of the cross-entropies of logits (rows, V padded), without the padding. with_grad: its gradient takes the
-    place of the logits. In float32, in as few passes as possible.
+    Sum of the cross-entropies of logits (rows, V padded), without the padding. with_grad: its gradient takes
+    the place of the logits. In float32, in as few passes as possible.
     """
     real, y = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
     z = logits[:, :n_vocab].float()
@@ -528,7 +526,9 @@ class Transformer(nn.Module):
         ModelConfig.check(cfg)
         if not cfg.vocab_size:
             raise ValueError('vocab_size=0: set it to the number of tokens of the data')
-        if cfg.position not in ('rope', 'learned', 'relative', 'none'):
+        positions = ['rope', 'learned', 'none']
+        positions.append('relative')  # t5
+        if cfg.position not in positions:
             raise no_code(cfg, 'position')
         self.cfg = cfg
         self.recompute = False  # keep only the blocks' inputs for the backward pass (arXiv 1604.06174)
@@ -562,8 +562,9 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, pieces=None,
                 teacher=None):
         """
-        idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss. cache: keys and values
-        of earlier tokens (sample.py). pieces (B, T): the number of each token's text; texts do not see each other.
+        idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss. cache: keys and
+        values of earlier tokens (sample.py). pieces (B, T): the number of each token's text, for texts that
+        share a row and do not see each other.
         """
         h = self.hidden(idx, cache, pieces)
         if targets is None:
@@ -582,7 +583,7 @@ class Transformer(nn.Module):
         if pieces is not None:
             same = (pieces[:, None, :, None] == pieces[:, None, None, :]).tril()  # (B, 1, T, T)
             mask = same if mask is None else mask.masked_fill(~same, -torch.inf)
-            if self.wpe is not None:  # every text begins at 0; to other kinds of position only distances count
+            if self.wpe is not None:  # every text begins at 0; elsewhere only distances count
                 numbers = numbers - torch.searchsorted(pieces, pieces)
         x = self.embed(self.wte(idx), numbers)
         inputs = AttentionInputs(None if self.rotary is None else self.rotary[:, numbers], mask)
@@ -630,8 +631,8 @@ class Transformer(nn.Module):
         cross_entropy = ChunkedCrossEntropy.apply
         if torch.compiler.is_compiling() and not h.is_cuda:  # its loop over blocks is not for the compiler
             cross_entropy = torch.compiler.disable(cross_entropy)
-        loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size, self.cfg.softcap,
-                             label_smoothing, torch.is_grad_enabled(), teacher)
+        loss = cross_entropy(h.flatten(0, 1), weight, targets.flatten(), self.cfg.vocab_size,
+                             self.cfg.softcap, label_smoothing, torch.is_grad_enabled(), teacher)
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
 
     # --- low rank ---
@@ -654,7 +655,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Every weight gets a normal init, but zero_init, and a head of its own: its first loss is exactly ln V."""
+        """Fill all weights. A head of its own starts at zero: the first loss is exactly ln V."""
         cfg = self.cfg
         self.init_blocks(self.blocks, 1 / math.sqrt(2 * cfg.n_layer))  # as in GPT-2
         if cfg.position == 'relative':  # t5
@@ -674,7 +675,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def init_blocks(self, blocks, output_scale, query_scale=1.0):
-        """Queries, keys, values, up and gate: deviation init_std or 1/sqrt(inputs); outputs scaled, or zero."""
+        """Matrices get the deviation init_std or 1/sqrt(inputs), those of outputs that times output_scale."""
         cfg = self.cfg
         for layer in blocks.modules():
             if isinstance(layer, Attention):
@@ -709,7 +710,7 @@ class Transformer(nn.Module):
         return 2 * sum(self.multiplications().values()) + attention
 
     def multiplications(self):
-        """{weight: multiplications of one token: forward, for the gradient of its input, for the weight's}."""
+        """{weight: multiplications of a token: forward, for the gradient of its input, for the weight's}."""
         is_trained, found = any(p.requires_grad for p in self.parameters()), {}
         for name, p in self.named_parameters():
             passes = 3 if p.requires_grad else 1 + is_trained

@@ -16,26 +16,24 @@ from model import LowRank
 class OptimConfig:
     learning_rate: float = 6e-4  # the highest one
     max_iters: int = 10000  # steps; a step is one update of the weights
-    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # how the rate falls to min_lr; wsd: constant, then linear
-    # over the last cooldown
+    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # of the fall; wsd: constant, then linear
     decay_lr: bool = True  # False: constant from step 0, as in nanoGPT, unless warmup_iters is given
-    warmup_iters: int | None = None  # steps of linear warm-up; None = 5% of max_iters, at most 2000; 0 without decay_lr
+    warmup_iters: int | None = None  # steps; None = 5% of max_iters, at most 2000; without decay_lr 0
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None = max_iters
     min_lr: float | None = None  # at most learning_rate; None = learning_rate / 10
-    cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (Hägele et al. 2024, arXiv 2405.18392)
-    weight_decay: float = 0.1  # of matrices; never of norms and biases, and under Muon not of embeddings and head
-    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # decay of low-rank matrices in the blocks. factor:
-    # of each factor, which shrinks the rank (Kobayashi et al. 2024, arXiv 2410.23819); product: of their product
-    # (Khodak et al. 2021, arXiv 2105.01029)
-    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: Muon for the matrices of the blocks,
-    # AdamW for embeddings, head and the rest; spectron: the same, with a bound on the step of low-rank factors (arXiv
+    cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (arXiv 2405.18392)
+    weight_decay: float = 0.1  # of matrices; not of norms and biases, under Muon not of embeddings and head
+    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of low-rank ones: of each factor, which
+    # shrinks the rank (Kobayashi et al. 2024, arXiv 2410.23819), or of their product (arXiv 2105.01029)
+    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: for matrices of the blocks,
+    # AdamW for the rest; spectron: Muon, and the step of low-rank factors is bounded by their norms (arXiv
     # 2602.12429); counts: a full Markov table learns by counting (features/markov)
     muon_lr: float = 0.02  # highest rate of the matrices under Muon
     embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
     head_lr: float | None = None  # of the head, and of an embedding tied to it
     scalar_lr: float | None = None  # of norms, biases and the mix of values
-    lr_scale: dict = field(default_factory=dict)  # multiples of these rates, by a pattern of names: {'attn.[qk]': 2}.
-    # muP for low-rank factors under AdamW: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (arXiv 2406.06248)
+    lr_scale: dict = field(default_factory=dict)  # multiples of these rates, by patterns of names:
+    # {'attn.[qk]': 2}. muP for factors: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (arXiv 2406.06248)
     momentum: float = 0.95  # Muon's, Nesterov
     momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = at once (modded-nanogpt, record 9)
     beta1: float = 0.9  # AdamW's
@@ -45,8 +43,9 @@ class OptimConfig:
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
-                     'min_lr', 'muon_lr', 'embed_lr', 'head_lr', 'scalar_lr', 'momentum_warmup', 'eps'):
+        for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters',
+                     'lr_decay_iters', 'min_lr', 'muon_lr', 'embed_lr', 'head_lr', 'scalar_lr',
+                     'momentum_warmup', 'eps'):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         for name in ('beta1', 'beta2', 'momentum'):
@@ -55,7 +54,8 @@ class OptimConfig:
         for pattern, scale in self.lr_scale.items():
             is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
             if not isinstance(pattern, str) or not is_number or not 0 <= scale < math.inf:
-                raise ValueError(f'lr_scale={self.lr_scale}: takes patterns of names, and for each a number of at least 0')
+                raise ValueError(f'lr_scale={self.lr_scale}: takes patterns of names, and for each a number '
+                                 'of at least 0')
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -68,13 +68,15 @@ class OptimConfig:
     def check_decay(self):
         """Raise ValueError for a rate that would rise in its decay, drop at once or stay at 0."""
         if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(f'min_lr={self.min_lr}: is above learning_rate={self.learning_rate}: lower it or leave it out')
+            raise ValueError(f'min_lr={self.min_lr}: is above learning_rate={self.learning_rate}: '
+                             'lower it or leave it out')
         if self.warmup < self.max_iters and self.decay_end <= self.warmup:
-            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: ends the decay before the warm-up of {self.warmup} '
-                             'steps has ended: raise it, or lower warmup_iters')
+            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: ends the decay before the warm-up of '
+                             f'{self.warmup} steps has ended: raise it, or lower warmup_iters')
         if self.min_lr == 0 < self.learning_rate and self.decay_end < self.max_iters:
-            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: is below max_iters={self.max_iters}: the rate would '
-                             'be min_lr=0 from there on and nothing learned: raise it, or leave it out')
+            raise ValueError(f'lr_decay_iters={self.lr_decay_iters}: is below max_iters={self.max_iters}: '
+                             'the rate would be min_lr=0 from there on and nothing learned: raise it, '
+                             'or leave it out')
 
     @property
     def warmup(self):
@@ -90,8 +92,10 @@ class OptimConfig:
 
     @property
     def uses_muon(self):
-        """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer that has no code here."""
-        if self.optimizer in ('adamw', 'counts'):
+        """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer without code."""
+        if self.optimizer == 'counts':  # markov
+            return False  # markov
+        if self.optimizer == 'adamw':
             return False
         if self.optimizer in ('muon', 'spectron'):
             return True
@@ -108,11 +112,9 @@ class OptimConfig:
 
 def make_optimizer(model, cfg, dtype=torch.float32):
     """
-    The optimizer of an OptimConfig. adamw: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with weight decay on
-    what has two dimensions and is no bias, as in nanoGPT. muon: Muon, which multiplies in `dtype`, for the matrices of
-    the blocks, and AdamW without decay for the rest. Tensors with the same settings are a group.
-    Raises UserError for a choice that has no code, a pattern of lr_scale that no name matches, and spectron without
-    low-rank matrices.
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with weight decay on what has two dimensions and is no
+    bias, as in nanoGPT. Or Muon, which multiplies in `dtype`, for the matrices of the blocks, and AdamW
+    without decay for the rest. Tensors with the same settings are a group. Raises UserError.
     """
     if cfg.optimizer == 'counts':  # markov
         from features.markov.counts import count_table  # markov
@@ -120,11 +122,12 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     names = [name for name, _ in model.named_parameters()]
     check_patterns(cfg, names)
     if cfg.factor_decay not in ('factor', 'product', 'none'):
-        raise UserError(f'factor_decay={cfg.factor_decay}: has no code in optim.py: use factor, product or none')
+        raise UserError(f'factor_decay={cfg.factor_decay}: has no code in optim.py: use factor, '
+                        'product or none')
     pairs = [(layer.down.weight, layer.up.weight) for layer in model.modules() if isinstance(layer, LowRank)]
     if cfg.optimizer == 'spectron' and not pairs:
-        raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, rank_vo or '
-                        'rank_mlp')
+        raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, '
+                        'rank_vo or rank_mlp')
     without_decay = set()
     if cfg.factor_decay != 'factor':
         without_decay = {p for pair in pairs for p in pair}
@@ -152,35 +155,30 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         if rate is None:
             rate = cfg.learning_rate
         rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
-        is_divided = hasattr(p, 'full_tensor')  # among ranks (features/scale): a fused kernel takes one kind of tensors
+        is_divided = hasattr(p, 'full_tensor')  # among ranks: a fused kernel takes one kind of tensors
         groups.setdefault((by_muon, rate, decay, is_divided), []).append((name, p))
     param_groups = []
     for (by_muon, rate, decay, _), params in groups.items():
-        param_groups.append({'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay,
-                             'momentum': cfg.momentum})
-    return Muon(
-        param_groups,
-        dtype,
-        pairs,
-        product_decay=cfg.weight_decay if cfg.factor_decay == 'product' else 0.0,
-        bounded=cfg.optimizer == 'spectron',
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        fused=True)  # one kernel for all tensors, on CPUs too
+        group = {'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay}
+        param_groups.append(group | {'momentum': cfg.momentum})
+    product_decay = cfg.weight_decay if cfg.factor_decay == 'product' else 0.0
+    return Muon(param_groups, dtype, pairs, product_decay, bounded=cfg.optimizer == 'spectron',
+                betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)  # one kernel for all, on CPUs too
 
 
 def check_patterns(cfg, names):
     """Raise UserError for a pattern of lr_scale that matches no name of a tensor."""
     for pattern in cfg.lr_scale:
-        if not any(re.search(pattern, name) or re.search(pattern, name.replace('.down.', '.guide.')) for name in names):
-            # guides may be gone already
-            raise UserError(f'lr_scale: {pattern!r} matches no tensor; the names are like {", ".join(names[:2] + names[-2:])}')
+        guides = [name.replace('.down.', '.guide.') for name in names]  # which may be gone already
+        if not any(re.search(pattern, name) for name in names + guides):
+            raise UserError(f'lr_scale: {pattern!r} matches no tensor; '
+                            f'the names are like {", ".join(names[:2] + names[-2:])}')
 
 
 def clip_gradient(model, most):
     """
-    Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts, which are sparse,
-    are no part of it: their step is bounded.
+    Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts, which
+    are sparse, are no part of it: their step is bounded.
     """
     dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     if any(hasattr(p.grad, 'full_tensor') for p in dense):  # scale
@@ -194,21 +192,20 @@ def clip_gradient(model, most):
 
 class Muon(torch.optim.AdamW):
     """
-    AdamW, except for groups with muon=True (Jordan et al. 2024, kellerjordan.github.io/posts/muon): their update is the
-    nearest orthogonal matrix to the momentum, so that every direction of a matrix learns at the same rate. On GPT-2 124M
-    it takes 1.5 times fewer tokens than AdamW, for 2% more time (modded-nanogpt, record 4). Matrices of one shape are
-    orthogonalised together; torch.optim.Muon takes one after the other. A tensor with more than two dimensions is a
-    stack of matrices.
+    AdamW, but for groups with muon=True (Jordan et al. 2024, kellerjordan.github.io/posts/muon): their update
+    is the orthogonal matrix nearest to the momentum, so that every direction of a matrix learns at the same
+    rate. GPT-2 124M takes 1.5 times fewer tokens than by AdamW, for 2% more time (modded-nanogpt, record 4).
+    Matrices of one shape are orthogonalised together; torch.optim.Muon takes one after the other. A tensor
+    with more than two dimensions is a stack of matrices.
 
-    pairs: the factors (down, up) of the low-rank matrices; product_decay: weight decay of their products up·down;
-    bounded: Spectron's step for them.
+    pairs: the low-rank factors (down, up); product_decay: weight decay of up·down; bounded: Spectron's step.
     """
 
     def __init__(self, groups, dtype=torch.float32, pairs=(), product_decay=0.0, bounded=False, **settings):
         super().__init__(groups, **settings)
         self.dtype = dtype  # to orthogonalise in
         self.pairs, self.product_decay, self.bounded = pairs, product_decay, bounded
-        self._step_supports_amp_scaling = False  # a GradScaler passes over steps that overflow; only AdamW's kernel could
+        self._step_supports_amp_scaling = False  # else the kernel, not GradScaler, passes over overflows
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -222,7 +219,7 @@ class Muon(torch.optim.AdamW):
 
     def orthogonal_step(self, params, group, bounds=()):
         shapes = {}
-        for p in params:  # a tall matrix goes with the wide ones: its transpose has the same orthogonal factor, transposed
+        for p in params:  # a tall one goes with the wide ones, transposed: so is then its orthogonal factor
             shapes.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
         for (short, long), same in shapes.items():
             grads, moments = [p.grad for p in same], [self.momentum_of(p) for p in same]
@@ -232,14 +229,15 @@ class Muon(torch.optim.AdamW):
                 from features.scale.shard import part, whole  # scale
                 grads = [whole(g) for g in grads]  # scale
             wide = [(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in grads]
-            updates = orthogonalize(torch.cat(wide), self.dtype).split([p.numel() // (short * long) for p in same])
+            counts = [p.numel() // (short * long) for p in same]
+            updates = orthogonalize(torch.cat(wide), self.dtype).split(counts)
             for p, update in zip(same, updates):
                 rows, cols = p.shape[-2:]
                 update = (update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype)
                 if hasattr(p, 'full_tensor'):  # scale
                     update = part(update, p)  # scale
-                scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall one spreads over more entries
-                if group['weight_decay']:  # cautious: only where the update shrinks the weight too (arXiv 2510.12402)
+                scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall one: more entries
+                if group['weight_decay']:  # where the update shrinks the weight too (arXiv 2510.12402)
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
                 p.sub_(update.mul_(scale), alpha=group['lr'])
                 p.grad = None
@@ -247,14 +245,14 @@ class Muon(torch.optim.AdamW):
     def momentum_of(self, p):
         state = self.state[p]
         if 'momentum' not in state:
-            state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # AdamW asks for a step when it loads
+            state['momentum'] = torch.zeros_like(p)
+            state['step'] = torch.zeros(())  # AdamW asks for one when it loads
         return state['momentum']
 
     def bounds(self):
         """
-        {factor: scale of its orthogonal step} = 1 / (|down| + |up| + 1). So the product's spectral norm changes by no
-        more than the rate: |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429), as far as
-        orthogonalize() is exact, to 1.2.
+        {factor: scale of its step} = 1 / (|down| + |up| + 1): the product's spectral norm changes by no more
+        than the rate, |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429), within 1.2.
         """
         bounds = {}
         for down, up in self.pairs:
@@ -282,8 +280,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(g, dtype, steps=5):
     """
-    The orthogonal factors of matrices g (N, rows, cols), rows <= cols, roughly: singular values end within 0.7…1.2. Five
-    steps of a Newton-Schulz iteration whose quintic is tuned for slope at zero; it is stable in bfloat16 (Jordan et al.).
+    The orthogonal factors of matrices g (N, rows, cols), rows <= cols: singular values end within 0.7…1.2.
+    Newton-Schulz iteration with a quintic, tuned for slope at zero, stable in bfloat16 (Jordan et al.).
     """
     x = g.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -295,8 +293,8 @@ def orthogonalize(g, dtype, steps=5):
 
 def optimizer_flops(optimizer):
     """
-    Floating-point operations of the matmuls in one step: for each matrix five times x·xᵀ, a·a and the product with x;
-    and those of the decay of products.
+    Floating-point operations of the matmuls in one step: for each matrix five times x·xᵀ, a·a and the product
+    with x; and those of product_decay.
     """
     flops = 0
     for group in optimizer.param_groups:
@@ -313,7 +311,7 @@ def optimizer_flops(optimizer):
 # The schedule
 
 def set_rates(optimizer, step, cfg):
-    """Set the rates of update number `step`: every group follows the schedule of learning_rate; Muon's momentum warms up."""
+    """Set the rates of update number `step`, every group's in proportion, and Muon's momentum."""
     if cfg.optimizer == 'counts':  # markov: it has no rate
         return  # markov
     start = min(0.85, cfg.momentum)
@@ -325,8 +323,8 @@ def set_rates(optimizer, step, cfg):
 
 def learning_rate(step, cfg, peak=None):
     """
-    The rate of update number `step`, from 0: linear warm-up, then cfg.schedule down to min_lr at lr_decay_iters. peak:
-    the highest rate of another group of tensors, in place of cfg.learning_rate; its whole schedule is in proportion.
+    The rate of update number `step`, from 0: linear warm-up, then cfg.schedule down to min_lr. peak: the
+    highest rate of another group of tensors; its whole schedule is in proportion to that of learning_rate.
     """
     warmup, end = cfg.warmup, cfg.decay_end
     high = cfg.learning_rate if peak is None else peak

@@ -11,7 +11,7 @@ from test_surgery import ids, operate, random_model
 import checkpoint
 from configurator import UserError, read_config
 from features.growth.networks import average, fold, grow, grown_layers, layer_names, parse_layers, take_layers, upcycle, widen
-from model import ModelConfig, Places, make_model
+from model import AttentionInputs, ModelConfig, make_model
 from origin import fill, model_config
 from run import compile_all
 from surgery import factorize
@@ -37,7 +37,7 @@ def logits(cfg, weights):
 
 def causal(model, length):
     angles = None if model.rotary is None else model.rotary[:, :length]
-    return Places(angles, angles, None, is_causal=True)
+    return AttentionInputs(angles, None)
 
 
 # --- depth ---

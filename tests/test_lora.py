@@ -54,7 +54,7 @@ def ids(rows=3, length=16, seed=1):
 
 
 def reading(model):
-    return {'source': ids(3, 12, 2)} if model.encoder is not None else {}
+    return {'source': ids(3, 12, 2)} if model.cfg.n_encoder_layer else {}
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """
-Distillation (Hinton et al. 2015, arXiv 1503.02531): a network learns from the distribution of another one, the teacher.
+Distillation (Hinton et al. 2015, arXiv 1503.02531): a network learns from the distribution of a teacher.
 
     loss = model(idx, targets, teacher=ask(teacher, idx, s))
 
-The loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student), with mix = distill_mix and temperature =
-distill_temperature. The teacher's logits are made chunk by chunk, beside the student's: they are never held as a whole.
+The loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student), with mix = distill_mix and
+temperature = distill_temperature. The teacher's logits are made chunk by chunk, as the student's are.
 """
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Teacher:
         return self.h[first:first + rows].to(dtype) @ self.weight.to(dtype).T
 
     def divergence(self, student, teacher):
-        """KL(teacher ‖ student) of logits (rows, V), (rows, 1), and temperature times its gradient, (rows, V)."""
+        """Of logits (rows, V): KL(teacher ‖ student) (rows, 1), its gradient times temperature (rows, V)."""
         student = (student / self.temperature).log_softmax(1)
         teacher = (cap(teacher.float(), self.softcap) / self.temperature).log_softmax(1)
         kl = (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
@@ -36,6 +36,6 @@ class Teacher:
 
 @torch.no_grad()
 def ask(teacher, x, s, **more):
-    """The Teacher of tokens x (B, T) by the network `teacher` and train.py's Settings; more: as loss.reading() has it."""
+    """What the network `teacher` says about tokens x (B, T). s: Settings; more: see loss.reading()."""
     h, weight = teacher.head_input(teacher.hidden(x, **more))
     return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)

@@ -1,6 +1,6 @@
 """
-A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export --as=custom` puts this file and model.py
-beside the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
+A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export --as=custom` puts this file, model.py and
+what else the network needs beside the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
 """
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -22,7 +22,11 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = make_model(ModelConfig(**config.minnow))
+        settings = ModelConfig
+        if config.minnow.get('n_expert'):  # moe
+            from features.moe.settings import MoEConfig  # moe
+            settings = MoEConfig  # moe
+        self.model = make_model(settings(**config.minnow))
         self.post_init()
 
     def _init_weights(self, module):

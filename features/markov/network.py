@@ -13,20 +13,22 @@ from model import ChunkedCrossEntropy, ModelConfig, cap
 
 class BigramLoss(torch.autograd.Function):
     """
-    Sum of -log softmax(table[previous])[target]. It reads every row of the table that occurs once, however often it
-    occurs, and holds a few rows at a time.
+    Sum of -log softmax(table[previous])[target]. It reads every row of the table that occurs once, however
+    often it occurs, and holds a few rows at a time.
 
-    The gradient of a row that occurs n times is n·softmax(row) - counts of what followed, and the table itself knows
-    the softmax. So backward hands over the counts alone: a sparse (V, V) tensor of -counts, an entry a token, which adds
-    up over micro-batches and ranks as gradients do; optimizer=counts steps by it. At V = 29k and 5,500 targets that is
-    0.1 MB; the rows would be 170, a dense gradient 3,363. sparse=False: the dense gradient, for any other optimizer.
+    The gradient of a row that occurs n times is n·softmax(row) - counts of what followed, and the table
+    itself knows the softmax. So backward hands over the counts alone: a sparse (V, V) tensor of -counts, an
+    entry a token, which adds up over micro-batches and ranks as gradients do; optimizer=counts steps by it.
+    At V = 29k and 5,500 targets that is 0.1 MB; the rows would be 170, a dense gradient 3,363. sparse=False:
+    the dense gradient, for any other optimizer.
     """
     @staticmethod
     def forward(ctx, table, previous, targets, sparse):  # (V, V), (N,), (N,)
         rows, which = previous.unique(return_inverse=True)  # (U,), (N,)
         ctx.save_for_backward(table, previous, targets)
         ctx.sparse = sparse
-        log_sums = torch.cat([table[some].logsumexp(1) for some in rows.split(64)])  # a few at a time: 7 MB at V = 29k
+        # a few at a time: 7 MB at V = 29k
+        log_sums = torch.cat([table[some].logsumexp(1) for some in rows.split(64)])
         return (log_sums[which] - table[previous, targets]).sum()
 
     @staticmethod
@@ -47,9 +49,9 @@ class BigramLoss(torch.autograd.Function):
 
 class Markov(nn.Module):
     """
-    A first-order Markov chain with Transformer's interface. The logits of the next token are a row of a table (V, V),
-    one row for each previous token; with rank_embed = R the table is a product (V, R)·(R, V). It has two factors,
-    because one, E·Eᵀ, could not tell ab from ba.
+    A first-order Markov chain with Transformer's interface. The logits of the next token are a row of a table
+    (V, V), one row for each previous token; with rank_embed = R the table is a product (V, R)·(R, V). It has
+    two factors, because one, E·Eᵀ, could not tell ab from ba.
     """
 
     def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
@@ -61,8 +63,8 @@ class Markov(nn.Module):
         self.cfg = cfg
         self.recompute = False  # there is nothing to compute again
         V, R = cfg.vocab_size, cfg.rank_embed
-        # empty: nn.Embedding would fill it at once, 8 s for 841M numbers. The gradient of a full table is sparse if
-        # wte.sparse is set (counts.py); DDP reads that attribute too
+        # empty: nn.Embedding would fill it at once, 8 s for 841M numbers. The gradient of a full table is
+        # sparse if wte.sparse is set (counts.py); DDP reads that attribute too
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, R or V), freeze=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.head = nn.Linear(R, V, bias=False) if R else None
@@ -90,7 +92,8 @@ class Markov(nn.Module):
         idx, targets = idx[real], targets[real]  # (N,)
         if self.head is None:
             if label_smoothing:
-                raise ValueError(f'label_smoothing={label_smoothing}: a full Markov table has none: set it to 0')
+                raise ValueError(f'label_smoothing={label_smoothing}: '
+                                 'a full Markov table has none: set it to 0')
             loss = BigramLoss.apply(self.wte.weight, idx, targets, self.wte.sparse)
         else:
             loss = ChunkedCrossEntropy.apply(self.hidden(idx), self.head.weight, targets, self.cfg.vocab_size,
@@ -100,8 +103,8 @@ class Markov(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Logits of deviation 1: the table, or the embedding, is normal, the head uniform in ±1/sqrt(R). The first loss of a
-        table is ln V + 1/2.
+        Logits of deviation 1: the table, or the embedding, is normal, the head uniform in ±1/sqrt(R). The
+        first loss of a table is ln V + 1/2.
         """
         nn.init.normal_(self.wte.weight)
         if self.head is not None:
@@ -112,5 +115,5 @@ class Markov(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations of training on one token: the head, 6 R V; a table is looked up, not multiplied: 0."""
+        """Floating-point operations of training on one token: of the head; a table is looked up."""
         return 6 * self.cfg.rank_embed * self.cfg.vocab_size

@@ -22,12 +22,12 @@ from features.moe.settings import MoEConfig
 # Linear layers of experts
 
 def grouped_linear(x, weight, counts):
-    """x (N, n_in), sorted by expert, weight (E, n_out, n_in), counts (E,) rows of each expert → (N, n_out)."""
+    """x (N, n_in), sorted by expert, weight (E, n_out, n_in), counts (E,) of each one's rows → (N, n_out)."""
     device, dtype = x.device.type, weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     x, weight = x.to(dtype), weight.to(dtype)
-    if dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):  # grouped_mm takes rows of 16 bytes
+    if dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):  # grouped_mm: of 16 bytes
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     product = torch.compiler.disable(one_by_one) if torch.compiler.is_compiling() else one_by_one
     return product(x, weight, counts)
@@ -35,7 +35,8 @@ def grouped_linear(x, weight, counts):
 
 def one_by_one(x, weight, counts):
     rows = x.split(counts.tolist())
-    return torch.cat([F.linear(some, w) for some, w in zip(rows, weight.unbind())])  # unbind: one gradient for all
+    weights = weight.unbind()  # one gradient for all
+    return torch.cat([F.linear(some, w) for some, w in zip(rows, weights)])
 
 
 class Experts(nn.Module):
@@ -66,8 +67,8 @@ class Routing(NamedTuple):
 
 class Mixture(nn.Module):
     """
-    n_expert MLPs. Every token goes through the n_expert_active that a router likes best; their outputs are weighted by
-    how much it does. Tokens are sorted by expert, and none is dropped, however many want the same one.
+    n_expert MLPs. A router picks n_expert_active of them for each token and weights their outputs. Tokens are
+    sorted by expert, and none is dropped, however many want the same one.
     """
 
     def __init__(self, cfg, layer, mlp):  # mlp: the class of each expert
@@ -84,18 +85,20 @@ class Mixture(nn.Module):
     def forward(self, x, real=None):
         """x (B, T, C), real (B, T): False for padding → (B, T, C), and in training the Routing."""
         h, k = x.flatten(0, 1), self.cfg.n_expert_active  # (N, C)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds away what tells experts apart (Switch, 2.4)
+        # bfloat16 rounds away what tells experts apart (Switch, 2.4)
+        with torch.autocast(x.device.type, enabled=False):
             share, chosen, routing = self.route(h.float(), real)
         order = chosen.flatten().argsort(stable=True)  # (N k,)
         counts = torch.zeros_like(self.load).scatter_add(0, chosen.flatten(), torch.ones_like(order))
-        y = self.experts(h.repeat_interleave(k, 0)[order], counts)[order.argsort()]  # (N k, C), in the tokens' order
+        # (N k, C), in the tokens' order
+        y = self.experts(h.repeat_interleave(k, 0)[order], counts)[order.argsort()]
         y = (y.unflatten(0, (-1, k)) * share[..., None].type_as(y)).sum(1).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, routing
 
     def route(self, h, real):
-        """h (N, C) float32 → the shares and the numbers of each token's experts, (N, k), and in training the Routing."""
+        """h (N, C) float32 → shares and numbers of each token's experts, (N, k), in training the Routing."""
         E, k = self.cfg.n_expert, self.cfg.n_expert_active
         logits = h @ self.router.float().T  # (N, E)
         p = logits.softmax(-1)
@@ -109,7 +112,8 @@ class Mixture(nn.Module):
         weight = torch.ones_like(h[:, 0]) if real is None else real.flatten().float()  # (N,)
         load = weight @ given.float()
         weight = weight / weight.sum().clamp(min=1)
-        balance = E * (weight @ given.float() / k) @ (weight @ p)  # shares of tokens times mean probabilities: 1 if even
+        # shares of the tokens times mean probabilities: 1 if both are even
+        balance = E * (weight @ given.float() / k) @ (weight @ p)
         size = weight @ logits.logsumexp(1).square()
         return share, chosen, Routing(self.cfg.expert_aux * balance + self.cfg.expert_z * size, load.long())
 
@@ -156,7 +160,7 @@ class WithExperts:
         return x
 
     def loss(self, h, targets, reduction='mean', *args, **more):
-        """With a term that is 0 and whose gradient is that of the routers' losses: so the loss stays in nats."""
+        """A term of value 0 has the gradient of the routers' losses, so that the loss stays in nats."""
         loss, count = super().loss(h, targets, 'sum', *args, **more), (targets >= 0).sum()
         if self.routings:
             extra = sum(routing.loss for routing in self.routings)
@@ -177,7 +181,7 @@ class WithExperts:
         return loads
 
     def balance(self, loads):
-        """A step of expert_bias, if there is one, towards equal loads. loads (layers, E): of one step, of all ranks."""
+        """A step of expert_bias towards equal loads. loads (layers, E): of one step, of all ranks."""
         if self.cfg.expert_bias:
             for mixture, load in zip(self.mixtures(), loads.float()):
                 mixture.expert_bias += self.cfg.expert_bias * torch.sign(load.mean() - load)

@@ -8,14 +8,14 @@ from model import ModelConfig
 
 @dataclass
 class MoEConfig(ModelConfig):
-    n_expert_active: int = 1  # experts for each token (1: Switch, Fedus et al. 2021, arXiv 2101.03961; 2: Mixtral)
+    n_expert_active: int = 1  # experts for each token (1: Switch, arXiv 2101.03961; 2: Mixtral)
     expert_shared: bool = False  # one more MLP, for all tokens (DeepSeekMoE, arXiv 2401.06066)
-    expert_aux: float = 0.01  # weight of the loss that asks for equal loads; it is 1 per layer when they are (Switch)
+    expert_aux: float = 0.01  # weight of the loss for equal loads, 1 per layer when they are equal (Switch)
     expert_z: float = 0.001  # weight of the loss that keeps the router's logits small, mean(logsumexp²)
     # (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)
-    expert_bias: float = 0.0  # balance without a loss: after every step, the bias by which an expert is picked rises
-    # by this if it had too few tokens and falls if it had too many (Wang et al. 2024, arXiv 2408.15664: 0.001, with
-    # expert_aux=0). Whether there is a bias is settled when a network begins
+    expert_bias: float = 0.0  # balance without a loss: after every step, the bias by which an expert is
+    # picked rises by this if it had too few tokens and falls if it had too many (Wang et al. 2024,
+    # arXiv 2408.15664: 0.001, with expert_aux=0). Whether there is a bias is settled when a network begins
 
     only_in_training = ('expert_aux', 'expert_z')
 
@@ -31,11 +31,13 @@ class MoEConfig(ModelConfig):
         if not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
         if self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name):
-            raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, and ranks of the MLP, out')
+            raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, '
+                             'and ranks of the MLP, out')
 
     def check_idle(self):
         """Raise ValueError for a setting of experts that the user gave without experts."""
-        is_new = getattr(self, 'init_from', 'scratch') in ('auto', 'scratch')  # else the network is that of init_from
+        is_new = getattr(self, 'init_from', 'auto') in ('auto', 'scratch')  # else init_from has a network
         idle = sorted(getattr(self, 'given', set()) & vars(MoEConfig)['__annotations__'].keys())
         if idle and is_new:
-            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: set n_expert too')
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: '
+                             'set n_expert too')

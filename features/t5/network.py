@@ -1,7 +1,7 @@
 """
 An encoder-decoder (T5, Raffel et al. 2020, arXiv 1910.10683) out of the parts of model.py.
 
-    model = make_model(build(ModelConfig, n_encoder_layer=12, position='relative', t5_scale=True, vocab_size=32128))
+    model = make_model(build(ModelConfig, n_encoder_layer=12, t5_scale=True, position='relative', …))
     loss = model(idx, targets, source=source)   # source (B, S) int64, -1 where a row is padded at its end
 
 S stands for the length of the source in comments on shapes.
@@ -21,8 +21,8 @@ from model import MLP, Attention, AttentionInputs, Block, Transformer, attend, m
 
 class RelativeBias(nn.Embedding):
     """
-    A learned number for each head and bucket of distances, which is added to the logits of attention (section 2.1).
-    Half of the buckets hold one distance each, the others ever longer ranges; the last one holds all from 128 on.
+    A learned number for each head and bucket of distances, added to the logits of attention (section 2.1).
+    Half of the buckets hold one distance each, the others ever longer ranges, the last one all from 128 on.
     """
     BUCKETS, FURTHEST = 32, 128
 
@@ -31,7 +31,7 @@ class RelativeBias(nn.Embedding):
         self.is_causal = is_causal
 
     def forward(self, queries, keys):
-        """Positions (T,) of queries and (S,) of keys → (1, H, T, S); -inf for the future of a causal stack."""
+        """Positions (T,) of queries and (S,) of keys → (1, H, T, S); -inf for the future, if causal."""
         distance = keys - queries[:, None]  # (T, S)
         bias = super().forward(self.buckets(distance)).permute(2, 0, 1)  # (H, T, S)
         if self.is_causal:
@@ -39,7 +39,7 @@ class RelativeBias(nn.Embedding):
         return bias[None]
 
     def buckets(self, distance):
-        """The bucket of each distance. Without causality one half of them is for the past, one for what is ahead."""
+        """The bucket of each distance. Without causality half of them are for the past, half for the rest."""
         if self.is_causal:
             ahead, past, count = 0, (-distance).clamp(min=0), self.BUCKETS
         else:
@@ -70,8 +70,8 @@ class EncoderOutput(NamedTuple):
 
 class CrossInputs(NamedTuple):
     """What cross-attention takes beside x and the encoder's output, the same in all blocks."""
-    queries: torch.Tensor | None  # rotary angles of the target's tokens, (2, T, D/2) or (2, B, T, D/2)
-    keys: torch.Tensor | None  # of the source's tokens, (2, S, D/2)
+    query_angles: torch.Tensor | None  # rotary, of the target's tokens, (2, T, D/2) or (2, B, T, D/2)
+    key_angles: torch.Tensor | None  # of the source's tokens, (2, S, D/2)
     mask: torch.Tensor  # as in EncoderOutput
 
 
@@ -98,7 +98,7 @@ class CrossAttention(T5Attention):
 
     def forward(self, x, encoded, inputs, cache=None):
         """x (B, T, C), encoded (B, S, C), CrossInputs → (B, T, C)."""
-        q = self.turn(self.heads(self.q, x), inputs.queries)
+        q = self.turn(self.heads(self.q, x), inputs.query_angles)
         if cache is None:
             k, v = self.look_up(encoded, inputs)
         else:
@@ -107,7 +107,8 @@ class CrossAttention(T5Attention):
 
     def look_up(self, encoded, inputs):
         """k and v (B, kv_heads, S, D)."""
-        return self.turn(self.heads(self.k, encoded), inputs.keys), self.heads(self.v, encoded).transpose(1, 2)
+        k = self.turn(self.heads(self.k, encoded), inputs.key_angles)
+        return k, self.heads(self.v, encoded).transpose(1, 2)
 
 
 class WideMLP(MLP):
@@ -170,14 +171,14 @@ class EncoderDecoder(Transformer):
 
     def add_blocks(self):
         cfg = self.cfg
-        self.wte_encoder = None  # lora: the encoder's module for the same weight, if either stack has an adapter
+        self.wte_encoder = None  # with LoRA: a module of the same weight for the encoder
         self.encoder = nn.ModuleList(EncoderBlock(cfg, layer) for layer in range(cfg.n_encoder_layer))
         self.rel_encoder = RelativeBias(cfg.n_head, is_causal=False) if cfg.position == 'relative' else None
         self.norm_encoder = norm(cfg.n_embd, cfg)
         self.blocks = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.n_layer))
 
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, source=None):
-        """As Transformer.forward(); source (B, S) int64: what the encoder reads, -1 where a row is padded at its end."""
+        """As Transformer.forward(). source (B, S) int64: what is read, -1 for padding at the end."""
         if source is None:
             raise ValueError('an encoder-decoder takes a source')
         h = self.hidden(idx, cache, self.encode(source))
@@ -194,7 +195,8 @@ class EncoderDecoder(Transformer):
         positions = torch.arange(source.size(1), device=source.device)
         inputs = AttentionInputs(None if self.rotary is None else self.rotary[:, positions], mask)
         if self.rel_encoder is not None:
-            inputs = inputs._replace(mask=self.rel_encoder(positions, positions).masked_fill(~mask, -torch.inf))
+            bias = self.rel_encoder(positions, positions)
+            inputs = inputs._replace(mask=bias.masked_fill(~mask, -torch.inf))
         if self.cfg.n_expert:  # moe
             inputs = inputs._replace(real=real)  # moe
         x = self.embed((self.wte_encoder or self.wte)(source.clamp(min=0)), positions)
@@ -232,8 +234,8 @@ class EncoderDecoder(Transformer):
 
     def flops_per_token(self):
         """
-        As Transformer.flops_per_token(), of one token of the target and of its share of the source, source_size /
-        block_size tokens, which the encoder and the keys and values of cross-attention are multiplied by.
+        As Transformer.flops_per_token(), for one token of the target and its share of the source, which is
+        source_size / block_size tokens: for the encoder, and for keys and values of cross-attention.
         """
         cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
         target, source = 0, 0

@@ -1,5 +1,5 @@
 """
-Encoder-decoders (T5): an encoder reads a source text in both directions, and the decoder attends to what it has read.
+Encoder-decoders (T5): an encoder reads a source in both directions, and the decoder attends to its output.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -10,11 +10,11 @@ from model import ModelConfig
 @dataclass
 class T5Config(ModelConfig):
     source_size: int = 0  # context of the encoder in tokens; 0 = block_size
-    cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: none, as in
-    # T5Gemma; same: source and target both count from 0, as in ROT5; offset: the target counts on from the source's end
-    t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1) and a tied head's logits are over
-    # sqrt(n_embd); attention logits are not over sqrt(head_dim), queries start that much smaller; output matrices
-    # start at 1/sqrt(inputs) whatever the depth
+    cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: as
+    # in T5Gemma; same: source and target count from 0, as in ROT5; offset: the target counts on from its end
+    t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1) and a tied head's logits
+    # are over sqrt(n_embd); attention logits are not over sqrt(head_dim), queries start that much smaller;
+    # output matrices start at 1/sqrt(inputs) whatever the depth
 
     @property
     def source_context(self):
@@ -29,10 +29,11 @@ class T5Config(ModelConfig):
         if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
             raise ValueError(f'cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: '
                              "set n_encoder_layer, and position='rope'")
-        is_new = getattr(self, 'init_from', 'scratch') in ('auto', 'scratch')  # else the network is that of init_from
+        is_new = getattr(self, 'init_from', 'auto') in ('auto', 'scratch')  # else init_from has a network
         if self.n_encoder_layer or not is_new:
             return
         if self.source_size:
-            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: set n_encoder_layer too')
+            raise ValueError(f'source_size={self.source_size}: is the context of an encoder: '
+                             'set n_encoder_layer too')
         if self.t5_scale:
             raise ValueError('t5_scale=True: is the scaling of an encoder-decoder: set n_encoder_layer too')
