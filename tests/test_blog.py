@@ -16,6 +16,7 @@ import model
 import run as runs
 import train as training
 from batches import Batches, Mixture, Source, validation_batch
+from configurator import build
 from device import OneProcess
 from experiments import blog
 from optim import learning_rate, make_optimizer
@@ -30,7 +31,7 @@ def faulty(monkeypatch, dataset):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def bring_in(*names, **settings):
-        s = training.Settings(dataset=dataset, n_layer=2, n_head=2, n_embd=32, block_size=32, **settings)
+        s = build(training.Settings, dataset=dataset, n_layer=2, n_head=2, n_embd=32, block_size=32, **settings)
         for name in names:
             blog.FAULTS[name](s)
         return s

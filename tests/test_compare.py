@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import one_line, run, train
 
-from configurator import UserError
+from configurator import UserError, build
 from features.study import tuning
 from features.study.pictures import short
 from features.study.runs import Arm, arm_name, find_runs, group, read_run
@@ -29,7 +29,7 @@ LOSSES = {'a': {1: 4.00, 2: 4.10, 3: 4.30}, 'b': {1: 3.97, 2: 4.06, 3: 4.29}}
 def write_run(folder, seed=1, loss=4.0, step=10, **settings):
     """A run in `folder` as train.py would leave it, with an evaluation at 0 and one at `step` of 10."""
     folder.mkdir(parents=True)
-    s = Settings(vocab_size=64, n_layer=1, n_head=2, n_embd=16, block_size=8, max_iters=10, seed=seed,
+    s = build(Settings, vocab_size=64, n_layer=1, n_head=2, n_embd=16, block_size=8, max_iters=10, seed=seed,
                  out_dir=str(folder), **settings)
     (folder / 'settings.json').write_text(json.dumps(dataclasses.asdict(s)))
     records = [{'step': n, 'tokens': 96 * n, 'flops': 1e6 * n, 'seconds': 1.0 + n, 'val_loss': x,

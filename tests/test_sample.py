@@ -18,13 +18,13 @@ import checkpoint
 import device
 import sample
 from batches import TokenFiles, read_meta
-from configurator import UserError
+from configurator import UserError, build
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
 from features.t5.beams import beam_search
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, converse, draw, encode_prompt, generate, load, step, stream
@@ -33,7 +33,7 @@ from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
 
 def model(**settings):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    model = make_model(build(ModelConfig, **{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3)
@@ -379,7 +379,7 @@ def test_the_end_of_text_in_a_prompt_is_the_token():
         for begin in (eot, 0):
             tokenizer = tokenizer.with_format(PromptFormat((begin,)))
             assert encode_prompt(EOT + 'a', tokenizer, cfg) == [begin] * (begin != eot) + [eot, *a]
-        has_encoder = ModelConfig(block_size=32, n_encoder_layer=1)
+        has_encoder = build(ModelConfig, block_size=32, n_encoder_layer=1)
         assert encode_prompt('a' + EOT, tokenizer, has_encoder) == [*a, eot]
 
 
