@@ -204,6 +204,20 @@ class LowRank(nn.Module):
             y = y + torch.einsum('...ni,noi->...no', parts, self.blocks.type_as(x)).flatten(-2)
         return y if self.guide is None else y + self.share.type_as(y) * (self.guide(x) - y)
 
+    def is_linear(self):
+        """Whether the layer is one matrix; with an activation between its factors it is two."""
+        probe = torch.tensor([-1.0, 2.0])
+        return torch.equal(self.act(probe), probe)
+
+    def matrix(self):
+        """The matrix (n_out, n_in) of a linear layer."""
+        weight = self.up.weight @ self.down.weight
+        if self.identity is not None:
+            weight = weight + self.identity * torch.eye(len(weight))
+        if self.blocks is not None:
+            weight = weight + torch.block_diag(*self.blocks)
+        return weight if self.guide is None else torch.lerp(weight, self.guide.weight, self.share)
+
 
 def linear(cfg, layer, name):
     """The linear layer `name`, as in ModelConfig.sizes(), of block `layer`."""

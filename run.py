@@ -55,15 +55,16 @@ class Run:
     to_compile: set = field(default_factory=set)  # 'step', 'evaluation': compiled when it first runs
     job: list = ()  # the torchrun processes that started it
     log: 'Log' = None
+    first_steps: 'FirstSteps' = None  # of this process
     runner: torch.nn.Module = None  # the model, or DDP around it
-    undivided: list = ()  # scale: parameters of a sharded network that every rank holds
-    losses: object = None  # scale: of the last steps, to notice a spike
-    first_steps: object = None  # scale: of this process
-    planned: dict = ()  # plan: what was derived
-    pace: object = None  # plan: how fast it goes, with minutes
-    teacher: torch.nn.Module = None  # distill
-    reference: tuple = None  # growth: (ModelConfig, weights) to inherit further blocks from
-    base: dict = None  # lora: where the frozen network is, and its fingerprint
+    # Of features, None or empty in a plain run
+    undivided: list = ()  # parameters of a sharded network that every rank holds (scale)
+    losses: object = None  # losses of the last steps, to notice a spike (scale)
+    planned: dict = ()  # settings that were derived (plan)
+    pace: object = None  # how fast the run goes, with minutes (plan)
+    teacher: torch.nn.Module = None  # the network to learn from (distill)
+    reference: tuple = None  # (ModelConfig, weights) to inherit further blocks from (growth)
+    base: dict = None  # where the frozen network is, and its fingerprint (lora)
 
     def tokens(self, step):
         """The tokens of the first `step` steps, without those of the steps that were left out."""
@@ -117,11 +118,11 @@ def set_up(s, device, ranks, left_out=()):
     if s.optimizer == 'counts' or s.arch == 'markov':  # markov
         from features.markov.settings import check_machine  # markov
         check_machine(s, data, ranks)  # markov
+    if not s.shard:
+        model = build_model(s, data, start).to(device)
     if s.shard:  # scale
         from features.scale.shard import build_divided  # scale
         model = build_divided(build_model, s, data, start, ranks)  # scale
-    else:
-        model = build_model(s, data, start).to(device)
     model.recompute = s.recompute
     if s.grow_every:  # growth
         from features.growth.during import check_growth  # growth
@@ -136,10 +137,10 @@ def set_up(s, device, ranks, left_out=()):
 
     # 3) The state of a run that goes on
     if state and not s.eval_only:
+        if not s.shard:
+            checkpoint.load_optimizer(start.folder, optimizer)
         if s.shard:  # scale
             ranks.from_first(lambda: checkpoint.load_optimizer(start.folder, optimizer))  # scale
-        else:
-            checkpoint.load_optimizer(start.folder, optimizer)
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
         # In the log, its sources keep the names they had when the run began, wherever they are now
@@ -162,6 +163,7 @@ def set_up(s, device, ranks, left_out=()):
         val=val,
         batches=Batches(data, s, ranks),
         interval=Interval(device, begun.get('interval'), ranks),
+        first_steps=FirstSteps(),
         step=begun['step'],
         flops=0.0,
         tokens_per_step=s.rows_per_step * s.block_size,
@@ -302,10 +304,10 @@ class Start:
     folder: str = ''  # of the checkpoint, or of the weights and their tokenizer
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
-    base: dict = None  # lora: state.json's entry for the base
-    moments: str = ''  # growth: the folder of the optimizer's moments that are kept
-    step: int = 0  # growth: where schedule and data go on
-    flops: float = 0.0  # growth
+    base: dict = None  # state.json's entry for the base of an adapter
+    moments: str = ''  # the folder of the optimizer's moments that are kept
+    step: int = 0  # where schedule and data go on
+    flops: float = 0.0  # spent before
 
     @property
     def is_random(self):
@@ -499,6 +501,56 @@ def shares(dataset):
 
 
 # -----------------------------------------------------------------------------
+# A run that learns nothing
+
+class FirstSteps:
+    """
+    The first COUNT steps of a process, judged once when all are made: a gradient of exactly zero in every
+    tensor, or a loss that does not change at all, means that something is broken. Steps without targets, as
+    those that were skipped, do not count. The numbers stay on the device until then, so that no step waits
+    for them.
+    """
+    COUNT = 10
+    SMALLEST_LOSS = 1e-4  # below it the network knows its data, and float32 rounds what is left to zero
+    LEAST_RATE = 1e-5  # a sum of rates below it need not show in a loss in float32, as in a very long warm-up
+
+    def __init__(self):
+        self.steps, self.nats, self.targets, self.norms, self.rates = [], [], [], [], []
+
+    def add(self, step, nats, targets, norm, rate, s, ranks):
+        """
+        Take in update number `step`: the summed loss of this rank (a tensor), the targets of all ranks, the
+        norm of the gradient (a tensor) and the highest rate of any tensor. All ranks decide alike. Raises
+        UserError.
+        """
+        if not targets or len(self.steps) == self.COUNT:
+            return
+        self.steps.append(step + 1)
+        self.nats.append(nats)
+        self.targets.append(targets)
+        self.norms.append(norm)
+        self.rates.append(rate)
+        if len(self.steps) == self.COUNT:
+            self.judge(s, ranks)
+
+    def judge(self, s, ranks):
+        numbers = ranks.sum(*(n.item() for n in self.nats), *(n.item() for n in self.norms))
+        losses = [n / count for n, count in zip(numbers[:self.COUNT], self.targets)]
+        norms = numbers[self.COUNT:]
+        # learned already, or asked to stay as it is
+        if min(losses) < self.SMALLEST_LOSS or not any(self.rates):
+            return
+        where = f'in steps {self.steps[0]} to {self.steps[-1]}: nothing is learned'
+        if not any(norms):
+            cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
+            raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, '
+                            f'or try another version of torch than {torch.__version__}')
+        if len(set(losses)) == 1 and sum(self.rates) > self.LEAST_RATE:
+            rates = f'learning_rate={s.learning_rate:g}, lr_scale={s.lr_scale}, compile={s.compile}'
+            raise UserError(f'the loss was exactly {losses[0]:.4f} {where}: check the data set, {rates}')
+
+
+# -----------------------------------------------------------------------------
 # Log
 
 class Log:
@@ -667,7 +719,7 @@ def describe(s, run, ranks):
     # else it is that of a run which is evaluated
     if 'dataset' not in s.given and s.dataset == type(s)().dataset:
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
-    for source in run.data.sources:
+    for source in run.data.sources:  # text
         if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
             from features.text.nanogpt import remark  # text
             for line in remark(source.name, source.files):  # text
@@ -710,9 +762,10 @@ def report(s, run, step, loss, norm, peak, ranks):
     # with a teacher or smoothing the loss is of more than the text
     if not run.teacher and not s.label_smoothing and loss is not None and run.data.bits_per_byte(loss):
         parts.append(f'{run.data.bits_per_byte(loss):.3f} bits/byte')
-    lr = None
-    if s.optimizer != 'counts':  # markov: counting has no rate
-        lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
+    lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
+    if s.optimizer == 'counts':  # markov: counting has no rate
+        lr = None  # markov
+    if lr is not None:
         parts.append(f'lr {lr:.2e}')
     parts.append(f'{tokens_per_second:,.0f} tokens/s')
     mfu = run.flops_per_step * speed / peak / ranks.world if peak else None

@@ -327,9 +327,9 @@ def train(s, device, ranks, stop, left_out=()):
             report(s, run, step, loss, done.norm.item(), peak, ranks)
             run.interval.reset()
         move_bar(ranks.bar, s, step)
-        if s.optimizer != 'counts':  # scale
-            from features.scale.guard import watch_first_steps  # scale
-            watch_first_steps(run, s, step - 1, done, ranks)  # scale: does this run learn anything?
+        if s.optimizer != 'counts':  # counting has neither a rate nor a gradient
+            rate = max(group['lr'] for group in run.optimizer.param_groups)
+            run.first_steps.add(step - 1, done.nats, done.targets, done.norm, rate, s, ranks)
 
     if s.async_save:  # scale
         from features.scale import background  # scale

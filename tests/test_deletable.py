@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 def run(*args):
     sys.argv = list(args)
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
     with contextlib.redirect_stdout(printed):
         try:
             runpy.run_path(args[0], run_name='__main__')
@@ -31,7 +31,7 @@ def run(*args):
             if stop.code:
                 print(args, 'ended with', stop.code, file=sys.stderr)
                 os._exit(1)
-    return printed.getvalue()
+    return printed.buffer.getvalue().decode()
 
 def plain_decoder(has_export):
     tiny = ['--out_dir=out/run', '--dataset=data/text', '--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=16',
@@ -72,7 +72,7 @@ def without(feature, folder):
     if feature:
         shutil.rmtree(folder / 'features' / feature)
         mark = re.compile(rf'  # {feature}(:|$)')
-        for path in folder.glob('*.py'):
+        for path in [*folder.glob('*.py'), *folder.glob('features/**/*.py')]:
             lines = path.read_text().split('\n')
             path.write_text('\n'.join(line for line in lines if not mark.search(line)))
     return str(folder)

@@ -30,12 +30,11 @@ from batches import Batches, Mixture, Source, evaluate, validation_batch, valida
 from configurator import UserError, build
 from device import compile_all
 from features.scale import faults
-from features.scale.guard import FirstSteps
 from features.scale.ranks import Ranks
 from features.scale.settings import ScaleConfig
 from model import ChunkedCrossEntropy, ModelConfig, Transformer
 from optim import Muon
-from run import Interval, show_sample
+from run import FirstSteps, Interval, show_sample
 from tokenizer import new_tokenizer
 from train import Settings
 

@@ -10,7 +10,6 @@ import re
 import torch
 
 from configurator import UserError, default_of
-from features.growth.lowrank import is_linear, matrix
 from features.hf.families import FREE, PLAIN
 from model import LowRank
 
@@ -44,12 +43,12 @@ def fold(model):
 def fold_layers(model, weights):
     """Multiply out the factors of the blocks, unless an activation stands between them."""
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
-    if not all(is_linear(layer) for layer in low_rank.values()):
+    if not all(layer.is_linear() for layer in low_rank.values()):
         return {}
     for name, layer in low_rank.items():
         for tensor in [tensor for tensor in weights if tensor.startswith(f'{name}.')]:
             del weights[tensor]
-        weights[f'{name}.weight'] = matrix(layer)
+        weights[f'{name}.weight'] = layer.matrix()
         if layer.up.bias is not None:
             weights[f'{name}.bias'] = layer.up.bias
     return {

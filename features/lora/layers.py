@@ -16,7 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from features.hf.names import GPT2, LLAMA, t5_names
 from model import ModelConfig
 
 # -----------------------------------------------------------------------------
@@ -135,10 +134,12 @@ def labels_of(target):
     if target in GROUPS:
         return [(label,) for label in GROUPS[target]]
     found = [(target,)]
-    for names in (GPT2, LLAMA, *(t5_names(ModelConfig(mlp=mlp)) for mlp in ('relu', 'geglu'))):
-        for theirs, ours in (names | {'lm_head': 'head', 'embed_tokens': 'wte'}).items():
-            if theirs.split('.')[-1] == target:
-                found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name) for name in ours.split()))
+    from features.hf.names import GPT2, LLAMA, t5_names  # hf
+    of_families = [GPT2, LLAMA, t5_names(ModelConfig(mlp='relu')), t5_names(ModelConfig(mlp='geglu'))]  # hf
+    for names in of_families:  # hf
+        for theirs, ours in (names | {'lm_head': 'head', 'embed_tokens': 'wte'}).items():  # hf
+            if theirs.split('.')[-1] == target:  # hf
+                found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name) for name in ours.split()))  # hf
     return found
 
 

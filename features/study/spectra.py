@@ -20,8 +20,6 @@ import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError
 from features.growth.factorize import rank_for
-from features.growth.lowrank import is_linear as is_one_matrix
-from features.growth.lowrank import matrix
 from features.study.pictures import figure, save, write_csv
 from model import LowRank
 
@@ -37,12 +35,12 @@ def product(layer):
         return [layer.weight]
     if layer.identity is None and layer.blocks is None and layer.guide is None:
         return [layer.up.weight, layer.down.weight]
-    return [matrix(layer)]
+    return [layer.matrix()]
 
 
 def is_linear(layer):
     """Whether a layer is one matrix: a low-rank one with an activation between its factors is two."""
-    return not isinstance(layer, LowRank) or is_one_matrix(layer)
+    return not isinstance(layer, LowRank) or layer.is_linear()
 
 
 @torch.no_grad()
