@@ -643,7 +643,7 @@ def describe(s, run, ranks):
     # else it is that of a run which is evaluated
     if 'dataset' not in s.given and s.dataset == type(s)().dataset:
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
-    for source in run.data.sources:
+    for source in run.data.sources:  # text
         if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
             from features.text.nanogpt import remark  # text
             for line in remark(source.name, source.files):  # text

@@ -41,8 +41,8 @@ MUTANTS = [
     ('features/scale/shard.py', '        return distribute_tensor(t, like.device_mesh, like.placements)\n    dist',
      '        return torch.zeros_like(like)\n    dist', 'faults/test_shard.py', 'one_process_to_rounding and scalars'),
     # input
-    ('batches.py', 'if n and int(part.max()) >= self.vocab_size:', 'if False:', 'test_data.py', 'damaged_data_set or fuzz'),
-    ('batches.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_data.py',
+    ('batches.py', 'if n and part.max() >= self.vocab_size:', 'if False:', 'test_batches.py', 'damaged_data_set or fuzz'),
+    ('features/text/nanogpt.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')", 'return super().find_class(module, name)', 'test_batches.py',
      'without_running_its_pickle'),
     ('run.py', "list(data.fingerprint().values()) == list(state['data'].values())", 'True', 'test_train.py', 'data'),
     ('features/text/sources.py', 'self.part_at(self.position)) if task.starts else at', 'self.part_at(self.position))',
