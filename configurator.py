@@ -361,7 +361,7 @@ def with_features(cls, *names):
     """The dataclass `cls` with the settings of these features, beside those it has already."""
     core = getattr(cls, 'core', cls)
     names = {*names, *getattr(cls, 'features', ())}
-    return join(core, tuple(sorted(names)))
+    return join(core, tuple(sorted(name for name in names if feature_classes(core, name))))
 
 
 @functools.cache
@@ -369,7 +369,8 @@ def join(core, names):
     parts = [part for name in names for part in feature_classes(core, name)]
     if not parts:
         return core
-    joined = type(core.__name__, (core, *parts), {'__module__': core.__module__, '__doc__': core.__doc__})
+    bases = parts if any(issubclass(part, core) for part in parts) else [core, *parts]  # MoEConfig is a ModelConfig
+    joined = type(core.__name__, tuple(bases), {'__module__': core.__module__, '__doc__': core.__doc__})
     joined.core, joined.features = core, names
     return dataclasses.dataclass(joined)
 

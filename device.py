@@ -260,6 +260,15 @@ class StopSignal:
         return self.number > 0
 
 
+def print_above(bar, text):
+    """Print a line; where a progress bar is on the terminal, above it."""
+    if bar is not None:
+        bar.clear()
+    print(text, flush=True)
+    if bar is not None:
+        bar.refresh()
+
+
 class OneProcess:
     """
     A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun
@@ -268,13 +277,14 @@ class OneProcess:
     rank, world = 0, 1
     first = True  # whether this is rank 0
     lockstep = False  # whether all ranks must make the same passes through the network, as sharded ones do
+    bar = None  # the progress bar on the terminal of rank 0
 
     def __init__(self, device):
         self.device = device
 
     def say(self, text):
         """Print on rank 0."""
-        print(text, flush=True)
+        print_above(self.bar, text)
 
     def sum(self, *values):
         """The sums of some numbers over all ranks, as a list of floats."""

@@ -6,10 +6,12 @@ A training run: what it works with, where it starts, what it logs. train.py make
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
@@ -611,6 +613,28 @@ class Interval:
         return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
 
 
+def open_bar(s, step, ranks):
+    """The progress bar of rank 0, from this step on; None without a terminal: a bar has no place in a log."""
+    close_bar(ranks)  # of a run that was rewound
+    if not ranks.first or not sys.stderr.isatty():
+        return None
+    return tqdm(total=s.max_iters, initial=step, file=sys.stderr, leave=False, dynamic_ncols=True, miniters=1,
+                bar_format='{n_fmt}/{total_fmt} steps |{bar}| {remaining} left{postfix}')
+
+
+def move_bar(bar, s, step):
+    """Let the bar show this step. With minutes, the number of steps changes."""
+    if bar is not None:
+        bar.total = s.max_iters
+        bar.update(step - bar.n)
+
+
+def close_bar(ranks):
+    if ranks.bar is not None:
+        ranks.bar.close()
+        ranks.bar = None
+
+
 RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks')
 
 
@@ -702,6 +726,8 @@ def report(s, run, step, loss, norm, peak, ranks):
     if run.interval.steps:  # a step that compiles cannot tell
         left = (s.max_iters - step) / speed
         parts.append(f'{int(left // 60)}m{int(left % 60):02d}s left')
+    if ranks.bar is not None and loss is not None:
+        ranks.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
     ranks.say(' | '.join(parts))
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
                   tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,

@@ -39,7 +39,18 @@ from device import (
 )
 from model import ModelConfig
 from optim import OptimConfig, clip_gradient, set_rates
-from run import Log, check_dataset, describe, report, set_up, show_losses, show_sample
+from run import (
+    Log,
+    check_dataset,
+    close_bar,
+    describe,
+    move_bar,
+    open_bar,
+    report,
+    set_up,
+    show_losses,
+    show_sample,
+)
 
 
 @dataclass
@@ -254,6 +265,7 @@ def train(s, device, ranks, stop, left_out=()):
     peak = peak_flops(device, s.dtype) if ranks.first else None
     run.saved = step or None
     stopping = False
+    ranks.bar = open_bar(s, step, ranks)
 
     while True:
         # 2) Evaluate and save
@@ -314,6 +326,7 @@ def train(s, device, ranks, stop, left_out=()):
             loss = total / run.interval.targets if run.interval.targets else None
             report(s, run, step, loss, done.norm.item(), peak, ranks)
             run.interval.reset()
+        move_bar(ranks.bar, s, step)
         if s.optimizer != 'counts':  # scale
             from features.scale.guard import watch_first_steps  # scale
             watch_first_steps(run, s, step - 1, done, ranks)  # scale: does this run learn anything?
@@ -535,6 +548,7 @@ def main():
                         f'{s.gradient_accumulation_steps} as much to keep the step), '
                         f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
+        close_bar(ranks)
         if s.async_save:  # scale
             from features.scale import background  # scale
             background.close()  # scale

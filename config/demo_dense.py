@@ -1,12 +1,18 @@
-# make demo: a small dense decoder on the Python standard library, two minutes on two CPU cores
-out_dir = 'out/demo_dense'
-dataset = 'stdlib'
+# make demo: a dense decoder with the recipe, on English text that `make data/demo` prepares
+#   python train.py config/demo_dense.py --minutes=2       # as make demo runs it; without --minutes max_iters counts
+from config.fast import *  # noqa: F403
 
-n_layer, n_head, n_embd = 4, 6, 192  # 1,769,472 weights in the blocks
+out_dir = 'out/demo_dense'
+dataset = 'demo'
+
+n_layer, n_head, n_embd = 4, 6, 192
 block_size = 256
 
-batch_size = 8  # 2,048 tokens a step
+batch_size = 8
+gradient_accumulation_steps = 1  # 2,048 tokens a step
 max_iters = 400
-learning_rate, min_lr, schedule = 2e-3, 0.0, 'linear'
-eval_interval, eval_iters, log_interval = 100, 13, 20
+muon_lr = 0.04  # between the best for 768 and for 4,096 tokens a step (docs/results/recipe.md and low-rank.md)
+lr_scale = {r'attn\.[qk]\.': 2}  # queries and keys: the best of 1, 2 and 4, dense and low-rank
+eval_interval, eval_iters, log_interval = 100, 14, 20
 sample_tokens = 0
+compile = False  # two minutes are too short for it, and it is the same for all three

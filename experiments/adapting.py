@@ -1,14 +1,15 @@
 """
-What do adapters give up, and what do they keep? A network of English novels is adapted to small children's stories and to Python code: by training all
-of its weights; by adapters of several ranks; of one rank beside attention alone, and beside embeddings and head too; by rsLoRA and by DoRA. Each arm has
-rates of its own, tried on the first seed, with more where the best is at the edge; each seed has a base of its own. Asked are the loss on the new text,
-that on novels (what was forgotten: Biderman et al. 2024, arXiv 2405.09673), the trained parameters, the seconds, and how low the rank of what full
-training changes really is.
+What do adapters give up, and what do they keep? A network of English novels is adapted to small children's
+stories and to Python code: by training all of its weights; by adapters of several ranks; of one rank on
+attention alone, and on embeddings and head too; by rsLoRA and by DoRA. Each arm has its own learning rates,
+tried on the first seed, with more where the best is at the edge. Each seed has its own base. The study
+reports the loss on the new text and on novels (what was forgotten: Biderman et al. 2024, arXiv 2405.09673),
+the trained parameters, the seconds, and how low the rank of the change is that full training makes.
 
     python experiments/adapting.py --novels=FOLDER --stories=tinystories.jsonl --jobs=2
 
-All settings but learning_rate and seed are those of train.py, config/lora_code.py the defaults; base_config has those of the bases. Runs that are in
-out_dir are not made again.
+All settings but learning_rate and seed are those of train.py, with config/lora_code.py as defaults;
+base_config has those of the bases. Runs that are in out_dir are not made again.
 """
 import json
 import statistics
@@ -22,148 +23,227 @@ import checkpoint
 import prepare
 import train
 from checkpoint import replace_text
-from compare import find_runs, mean_and_error, paired, paired_values, plus_minus, read_run, tuned
 from configurator import FilePath, UserError, configure, run_main
-from eval import row_losses
 from features.lora.settings import LoraConfig
 from features.study.pictures import figure, save
+from features.study.runs import find_runs, read_run
 from features.study.spectra import measure, merged_model
+from features.study.split_loss import row_losses
+from features.study.stats import mean_and_error, paired_difference, show_interval, show_mean
+from features.study.tuning import tuned
 
 ROOT = Path(__file__).parent.parent
-SHARES = (1, 4, 16, 64)  # ranks of which it is said how much of what full training changes they could hold
+ADAPTER_SETTINGS = ['lora_rank', *[f.name for f in fields(LoraConfig)]]
+SHARES = (1, 4, 16, 64)  # ranks: the table says which share of full training's change they can hold
 
 
 @dataclass
 class Settings(train.Settings):
     novels: FilePath = ''  # a folder of texts for the bases
     stories: FilePath = ''  # JSONL of TinyStories; the code is Python's standard library
-    ranks_tried: list[int] = field(default_factory=lambda: [1, 4, 16, 64])  # beside attention and MLP
+    ranks_tried: list[int] = field(default_factory=lambda: [1, 4, 16, 64])  # on attention and MLP
     base_config: FilePath = 'config/novels_cpu.py'  # of the bases
-    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # of all weights; adapters begin with ten times these
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # of all weights; adapters: ten
+    # times these
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     jobs: int = 1  # runs at a time
 
 
 def make_data(s):
-    """{'novels', 'stories', 'code': folder}, all with the tokenizer of the novels."""
+    """{'novels', 'stories', 'code': folder} of prepared data sets, all with the tokenizer of the novels."""
     folders = {name: f'{s.out_dir}/data/{name}' for name in ('novels', 'stories', 'code')}
     prepare.prepare(prepare.Settings([s.novels], out=folders['novels'], tokenizer='bpe:4096'))
+    tokenizer = f'{folders["novels"]}/tokenizer.model'
     for name, source, share in (('stories', s.stories, 0.05), ('code', 'stdlib', 0.02)):
-        prepare.prepare(prepare.Settings([source], out=folders[name], tokenizer=f'{folders["novels"]}/tokenizer.model', val_fraction=share))
+        settings = prepare.Settings([source], out=folders[name], tokenizer=tokenizer, val_fraction=share)
+        prepare.prepare(settings)
     return folders
 
 
 def adapters(s):
-    """{arm: its settings} of those with adapters."""
-    one = {f.name: getattr(s, f.name) for f in fields(LoraConfig) if f.name in s.given}
-    return {f'r{rank}': one | {'lora_rank': rank} for rank in s.ranks_tried} | {
-        'attention': one | {'lora_targets': 'attn'},
-        'everywhere': one | {'lora_targets': 'attn,mlp,embed,head'},
-        'rs': one | {'lora_rank': max(s.ranks_tried), 'lora_rs': True},
-        'dora': one | {'lora_dora': True},
-    }
+    """{arm: its settings} of the arms with adapters."""
+    given = {name: getattr(s, name) for name in ADAPTER_SETTINGS if name in s.given}
+    arms = {f'r{rank}': given | {'lora_rank': rank} for rank in s.ranks_tried}
+    arms['attention'] = given | {'lora_targets': 'attn'}
+    arms['everywhere'] = given | {'lora_targets': 'attn,mlp,embed,head'}
+    arms['rs'] = given | {'lora_rank': max(s.ranks_tried), 'lora_rs': True}
+    arms['dora'] = given | {'lora_dora': True}
+    return arms
 
 
 # -----------------------------------------------------------------------------
-# What came of it
+# Tables
 
 def old_loss(out_dir, novels, s):
-    """Nats per token on novels of the last checkpoint of a run; kept beside it."""
+    """Nats per token on the novels, of the last checkpoint of a run; kept in its folder."""
     kept = Path(out_dir, 'novels.json')
     if not kept.exists():
-        (_, nats, targets), = row_losses(checkpoint.find(out_dir, 'last'), novels, s).values()
-        replace_text(kept, json.dumps(nats.sum() / targets.sum()))
+        [split] = row_losses(checkpoint.find(out_dir, 'last'), novels, s)
+        replace_text(kept, json.dumps(split.nats.sum() / split.targets.sum()))
     return json.loads(kept.read_text())
 
 
+def markdown(cells):
+    """A line of a markdown table."""
+    return f'| {" | ".join(cells)} |'
+
+
 def table(name, arms, bases, novels, s):
-    """Lines of a markdown table: a corpus' arms."""
+    """Lines of a markdown table: the arms of the corpus `name`. novels: their data set."""
     full = arms['full']
     before = {seed: old_loss(run['out_dir'], novels, s) for seed, run in bases.runs.items()}
     pace = {arm: statistics.median(a.last('seconds').values()) / s.max_iters for arm, a in arms.items()}
-    lines = [f'| {name} | the base | | | {plus_minus(*mean_and_error(r["val"][0]["val_loss"] for r in full.runs.values()))} | '
-             f'| {plus_minus(*mean_and_error(before.values()))} | | |']
+    first_losses = [run['val'][0]['val_loss'] for run in full.runs.values()]
+    lines = [markdown([name, 'the base', '', '', show_mean(*mean_and_error(first_losses)), '',
+                       show_mean(*mean_and_error(before.values())), '', ''])]
     for arm, a in arms.items():
-        mean, width, _ = paired(a, full)
+        run = next(iter(a.runs.values()))
+        against_full = ''
+        if a is not full:
+            mean, width, _ = a.minus(full)
+            against_full = show_interval(mean, width, 3)
         after = {seed: old_loss(a.runs[seed]['out_dir'], novels, s) for seed in sorted(a.seeds())}
-        lost, lost_width, _ = paired_values(after, before)
-        lines.append(f'| {name} | {arm} | {next(iter(a.runs.values()))["trained"]:,} | {a.swept["learning_rate"]:g} '
-                     f'| {plus_minus(*mean_and_error(a.last("val_loss").values()))} | {"" if a is full else interval(mean, width)} '
-                     f'| {plus_minus(*mean_and_error(after.values()))} | {interval(lost, lost_width)} | {pace[arm] / pace["full"]:.2f} |')
+        lost, lost_width, _ = paired_difference(after, before)
+        lines.append(markdown([
+            name,
+            arm,
+            f'{run["trained"]:,}',
+            f'{a.swept["learning_rate"]:g}',
+            show_mean(*mean_and_error(a.last('val_loss').values())),
+            against_full,
+            show_mean(*mean_and_error(after.values())),
+            show_interval(lost, lost_width, 3),
+            f'{pace[arm] / pace["full"]:.2f}',
+        ]))
     return lines
 
 
-def interval(mean, width):
-    return f'{mean:+.3f}' + (f' [{mean - width:+.3f}, {mean + width:+.3f}]' if width else '')
-
-
 def changes(name, full, bases):
-    """Lines of a markdown table: how much of the energy of what full training changed the largest singular values have; medians over blocks and seeds."""
+    """
+    Lines of a markdown table: which share of the energy of full training's change is in the largest singular
+    values of each kind of matrix; medians over blocks and seeds, in brackets those of random matrices.
+    """
     found = {}
     for seed, run in full.runs.items():
-        for record in measure(merged_model(run['out_dir'])[0], merged_model(bases.runs[seed]['out_dir'])[0]):
+        after, _ = merged_model(run['out_dir'])
+        before, _ = merged_model(bases.runs[seed]['out_dir'])
+        for record in measure(after, before):
             if '.qk' not in record['name'] and '.ov' not in record['name']:
                 found.setdefault(record['kind'], []).append(record)
     lines = []
     for kind, records in found.items():
-        def share(key, rank):
-            return statistics.median((r[key][:rank].square().sum() / r[key].square().sum()).item() for r in records)
-        cells = [f'{share("s", rank):.2f} ({share("null", rank):.2f})' for rank in SHARES]
-        lines.append(f'| {name} | {kind} | {records[0]["rows"]} x {records[0]["cols"]} | {" | ".join(cells)} '
-                     f'| {statistics.median(r["rank_90"] for r in records):g} ({records[0]["null_rank_90"]}) |')
+        first = records[0]
+        cells = [name, kind, f'{first["rows"]} x {first["cols"]}']
+        for rank in SHARES:
+            cells.append(f'{share(records, "s", rank):.2f} ({share(records, "null", rank):.2f})')
+        cells.append(f'{statistics.median(r["rank_90"] for r in records):g} ({first["null_rank_90"]})')
+        lines.append(markdown(cells))
     return lines
 
 
+def share(records, key, rank):
+    """
+    Median share of the energy of singular values that the first `rank` of them have; key: 's' or 'null'.
+    """
+    shares = []
+    for record in records:
+        energy = record[key].square()
+        shares.append((energy[:rank].sum() / energy.sum()).item())
+    return statistics.median(shares)
+
+
+# -----------------------------------------------------------------------------
+# Picture
+
 def draw(studies, novels, s, path):
-    """For each corpus: the loss against the trained parameters, and what was learned against what was forgotten, a line of the first seed's rates an arm."""
+    """
+    Two panels per corpus: the loss against the trained parameters; and the loss on novels against the loss on
+    the corpus, a line per arm over the learning rates of the first seed. studies: {corpus: (arms, folder of
+    their runs)}.
+    """
     page = figure(6 * len(studies), 9)
     axes = page.subplots(2, len(studies), squeeze=False)
-    for (name, (arms, folder)), top, bottom in zip(studies.items(), *axes):
-        points = {}
-        for run in map(read_run, find_runs([f'{folder}/*,seed={s.seeds[0]}'])):
-            if run['state'] == 'done':
-                rate = run['settings'].learning_rate
-                points.setdefault(Path(run['out_dir']).name.split(',')[0], []).append(
-                    (rate, run['val'][-1]['val_loss'], old_loss(run['out_dir'], novels, s)))
-        for n, (arm, a) in enumerate(arms.items()):
+    for n, (name, (arms, folder)) in enumerate(studies.items()):
+        top = axes[0][n]
+        bottom = axes[1][n]
+        points = first_points(folder, novels, s)
+        for m, (arm, a) in enumerate(arms.items()):
             mean, error = mean_and_error(a.last('val_loss').values())
-            top.errorbar(next(iter(a.runs.values()))['trained'], mean, error, marker='o', capsize=3, color=f'C{n}', label=arm)
+            trained = next(iter(a.runs.values()))['trained']
+            top.errorbar(trained, mean, error, marker='o', capsize=3, color=f'C{m}', label=arm)
             _, new, old = zip(*sorted(points[arm]))
-            bottom.plot(new, old, 'o-', color=f'C{n}', markersize=4, label=arm)
+            bottom.plot(new, old, 'o-', color=f'C{m}', markersize=4, label=arm)
         low = min(a.loss for a in arms.values())
-        old = [sorted((new, old) for _, new, old in tried)[0][1] for tried in points.values()]  # at the best rates; those that diverged lie above
+        old = []  # at the best rate of each arm: runs that nearly diverged lie far above
+        for tried in points.values():
+            _, _, at_best = min(tried, key=lambda point: point[1:])
+            old.append(at_best)
         top.set(title=name, xscale='log', xlabel='trained parameters', ylabel='loss on it (nats per token)')
-        bottom.set(xlabel='loss on it: learned', ylabel='loss on novels: forgotten', xlim=(low - 0.05, low + 1.0),
-                   ylim=(min(old) - 0.5, max(old) + 0.2))
+        bottom.set(xlabel='loss on it: learned', ylabel='loss on novels: forgotten',
+                   xlim=(low - 0.05, low + 1.0), ylim=(min(old) - 0.5, max(old) + 0.2))
         for axis in (top, bottom):
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=2)
     save(page, path)
 
 
+def first_points(folder, novels, s):
+    """{arm: [(learning rate, loss, loss on novels)]} of the finished runs with the first seed."""
+    points = {}
+    for out_dir in find_runs([f'{folder}/*,seed={s.seeds[0]}']):
+        run = read_run(out_dir)
+        if run['state'] == 'done':
+            arm = Path(out_dir).name.split(',')[0]
+            point = run['settings'].learning_rate, run['val'][-1]['val_loss'], old_loss(out_dir, novels, s)
+            points.setdefault(arm, []).append(point)
+    return points
+
+
 # -----------------------------------------------------------------------------
+# The study
+
+def tune_arms(s, base, folder, bases):
+    """
+    {arm: Arm} of a corpus, each at its best rate: full training and adapters. base: the settings of all of
+    them.
+    """
+    def full(seed):
+        return {'full': {'init_from': bases.runs[seed]['out_dir']}}
+
+    def adapted(seed):
+        start = {'init_from': bases.runs[seed]['out_dir']}
+        return {arm: settings | start for arm, settings in adapters(s).items()}
+
+    rates = [{'learning_rate': rate} for rate in s.rates]
+    ten_times = [{'learning_rate': 10 * rate} for rate in s.rates]  # adapters take larger steps
+    arms = tuned(base, full, rates, s.seeds, folder, s.jobs)
+    return arms | tuned(base, adapted, ten_times, s.seeds, folder, s.jobs)
+
 
 def main():
     s = configure(Settings, [str(ROOT / 'config' / 'lora_code.py'), '--out_dir=out/adapting', *sys.argv[1:]])
     if not (s.novels and s.stories):
-        raise UserError('novels, stories: give a folder of texts and a file of stories: --novels=FOLDER --stories=tinystories.jsonl')
-    shared = {f.name for f in fields(train.Settings)} - {f.name for f in fields(LoraConfig)} - {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate'}
-    base = {name: getattr(s, name) for name in s.given if name in shared}
+        raise UserError('novels, stories: give a folder of texts and a file of stories: '
+                        '--novels=FOLDER --stories=tinystories.jsonl')
+    own = {f.name for f in fields(Settings)} - {f.name for f in fields(train.Settings)}  # of this study
+    own |= {'out_dir', 'seed', 'dataset', 'init_from', 'learning_rate', *ADAPTER_SETTINGS}
+    base = {name: getattr(s, name) for name in s.given if name not in own}
     sets = make_data(s)
-    bases = tuned(s.base_config, lambda seed: {'base': {'dataset': sets['novels']}}, [{}], s.seeds, f'{s.out_dir}/bases', s.jobs)['base']
-    heads = [['corpus', 'arm', 'trained', 'rate', 'loss', 'minus full [95%]', 'loss on novels', 'minus base [95%]', 'seconds / full'],
-             ['corpus', 'matrix', 'shape', *(f'{rank}' for rank in SHARES), 'rank of 90%']]
-    lines = [[f'| {" | ".join(head)} |', '|---' * len(head) + '|'] for head in heads]
+    start = {'base': {'dataset': sets['novels']}}
+    bases = tuned(s.base_config, lambda seed: start, [{}], s.seeds, f'{s.out_dir}/bases', s.jobs)['base']
+    heads = ['corpus', 'arm', 'trained', 'rate', 'loss', 'minus full [95%]', 'loss on novels',
+             'minus base [95%]', 'seconds / full']
+    lines = [markdown(heads), '|---' * len(heads) + '|']
+    heads = ['corpus', 'matrix', 'shape', *[str(rank) for rank in SHARES], 'rank of 90%']
+    change_lines = [markdown(heads), '|---' * len(heads) + '|']
     studies = {}
     for name in ('stories', 'code'):
-        folder, arms = f'{s.out_dir}/{name}', {}
-        for some, times in (({'full': {}}, 1), (adapters(s), 10)):
-            arms |= tuned(base | {'dataset': sets[name]}, lambda seed: {arm: a | {'init_from': bases.runs[seed]['out_dir']} for arm, a in some.items()},
-                          [{'learning_rate': times * rate} for rate in s.rates], s.seeds, folder, s.jobs)
-        lines[0] += table(name, arms, bases, sets['novels'], s)
-        lines[1] += changes(name, arms['full'], bases)
+        folder = f'{s.out_dir}/{name}'
+        arms = tune_arms(s, base | {'dataset': sets[name]}, folder, bases)
+        lines += table(name, arms, bases, sets['novels'], s)
+        change_lines += changes(name, arms['full'], bases)
         studies[name] = arms, folder
-    text = '\n'.join([*lines[0], '', *lines[1]])
+    text = '\n'.join([*lines, '', *change_lines])
     replace_text(f'{s.out_dir}/table.md', text + '\n')
     draw(studies, sets['novels'], s, f'{s.out_dir}/adapting.png')
     print(f'{text}\n\nwritten: {s.out_dir}/table.md, {s.out_dir}/adapting.png')

@@ -1,13 +1,15 @@
 """
-Is it worth anything to inherit layers? "Inheritune" (Sanyal et al. 2024, arXiv 2404.08634) with the controls that it lacked: half the
-layers of a trained network, its first or its middle ones, go on as a network of their own; beside them the same half from random weights, also
-for twice the steps, taught by the whole network, and grown from a quarter. Each arm has the best of three rates.
+Is it worth anything to inherit layers? "Inheritune" (Sanyal et al. 2024, arXiv 2404.08634) with the controls
+that it lacked. Half the layers of a trained network, its first or its middle ones, are trained on as a
+network of their own. Beside them the same half from random weights, also for twice the steps, taught by the
+whole network, and grown from a quarter. Each arm has the best of three learning rates.
 
     python prepare.py FOLDER_OF_NOVELS --out=data/novels --tokenizer=bpe:4096
-    python experiments/inheritune.py --jobs=2 --rates=[0.04]   # two hours on two cores with AVX2 alone; then table, picture, attention
+    python experiments/inheritune.py --jobs=2 --rates=[0.04]   # two hours on two cores with AVX2 alone
     python experiments/inheritune.py --jobs=2                  # with two more rates of each arm
 
-All settings are those of train.py, config/inheritune_cpu.py the defaults. Runs that are in out_dir are not made again.
+It writes a table, a picture and the ranks of the attention. All settings are those of train.py, with
+config/inheritune_cpu.py as defaults. Runs that are in out_dir are not made again.
 """
 import os
 import statistics
@@ -19,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from checkpoint import replace_text
-from compare import mean_and_error, paired, plus_minus, tuned
 from configurator import configure, run_main
 from features.growth.commands import run_inherit
 from features.study.attention import AttentionSettings, look
-from features.study.pictures import draw_arm, figure, label_ends, save
+from features.study.pictures import colour_of, draw_arm, figure, label_ends, save
+from features.study.stats import mean_and_error, show_interval, show_mean
+from features.study.tuning import tuned
 from surgery import InheritSettings
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Settings(train.Settings):
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # of the whole network and of what is made of it
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])  # of the whole network and of its halves
     rates: list[float] = field(default_factory=lambda: [0.02, 0.04, 0.08])  # Muon's, tried on the first seed
     jobs: int = 1  # runs at a time
 
@@ -40,11 +43,12 @@ class Settings(train.Settings):
 # Arms
 
 WHOLE = {'whole': {}}  # the network to inherit from
-SCALED = {'whole_attn': {'depth_scale': 'attn'}, 'whole_norm': {'depth_scale': 'norm'}}  # Inheritune's, and another remedy for idle deep layers
+# remedies for idle deep layers
+SCALED = {'whole_attn': {'depth_scale': 'attn'}, 'whole_norm': {'depth_scale': 'norm'}}
 
 
 def half_arms(s, whole):
-    """Half the layers; `whole`: the run to inherit from."""
+    """{arm: its settings} of the halves; whole: out_dir of the run to inherit from."""
     half = {'n_layer': s.n_layer // 2}
     return {
         'random': half,
@@ -52,22 +56,27 @@ def half_arms(s, whole):
         'first': half | {'init_from': f'{whole}_first'},
         'middle': half | {'init_from': f'{whole}_middle'},
         'taught': half | {'teacher': whole},
-        'stacked': {'n_layer': s.n_layer // 4, 'grow_every': s.max_iters // 2, 'grow_to': s.n_layer // 2, 'grow_by': s.n_layer // 4},
+        'stacked': {'n_layer': s.n_layer // 4, 'grow_every': s.max_iters // 2, 'grow_to': s.n_layer // 2,
+                    'grow_by': s.n_layer // 4},
     }
 
 
 def inherit(s, whole):
-    """The start of the halves, beside the run that they are from."""
+    """Write the weights that the halves of a run start from, beside its out_dir."""
     for part in ('first', 'middle'):
-        if not os.path.isdir(f'{whole}_{part}'):
-            run_inherit(InheritSettings(from_=whole, out_dir=f'{whole}_{part}', layers=f'{part}:{s.n_layer // 2}'))
+        out_dir = f'{whole}_{part}'
+        if not os.path.isdir(out_dir):
+            run_inherit(InheritSettings(from_=whole, out_dir=out_dir, layers=f'{part}:{s.n_layer // 2}'))
 
 
 # -----------------------------------------------------------------------------
-# What came of it
+# Figures
 
 def reach(run, loss, against):
-    """Tokens or FLOPs after which a run's validation loss was down to `loss`, on the line between two evaluations; None if it never was."""
+    """
+    'tokens' or 'flops' (as `against` says) after which a run's validation loss was down to `loss`, on the
+    line between two evaluations; None if it never was.
+    """
     val = run['val']
     for before, after in zip(val, val[1:]):
         if after['val_loss'] <= loss < before['val_loss']:
@@ -77,39 +86,82 @@ def reach(run, loss, against):
 
 
 def reached(arm, whole, against):
-    """The mean over the seeds of what an arm took to the loss with which the whole network of its seed ended; None if one did not get there."""
-    values = [reach(run, whole.runs[seed]['val'][-1]['val_loss'], against) for seed, run in arm.runs.items()]
-    return None if None in values else statistics.mean(values)
+    """
+    Mean over the seeds of reach() for the loss with which the whole network of the seed ended; None if one
+    run did not get there.
+    """
+    values = []
+    for seed, run in arm.runs.items():
+        goal = whole.runs[seed]['val'][-1]['val_loss']
+        values.append(reach(run, goal, against))
+    if None in values:
+        return None
+    return statistics.mean(values)
 
 
 def attention(s, arms, names=('whole', 'whole_attn', 'whole_norm', 'random', 'first')):
-    """{arm: [figures of each layer, means over the seeds]} of analyze.py attention."""
+    """{arm: [figures of each layer, means over the seeds]} as analyze.py attention has them."""
     out = {}
     for name in names:
-        seeds = [look(AttentionSettings(run['out_dir'], length=min(100, s.block_size)))[1] for run in arms[name].runs.values()]
-        out[name] = [{key: statistics.mean(layer[key] for layer in same) for key in same[0]} for same in zip(*seeds)]
+        seeds = []  # [[figures of each layer] of each seed]
+        for run in arms[name].runs.values():
+            _, layers, _ = look(AttentionSettings(run['out_dir'], length=min(100, s.block_size)))
+            seeds.append(layers)
+        out[name] = []
+        for same in zip(*seeds):
+            out[name].append({key: statistics.mean(layer[key] for layer in same) for key in same[0]})
     return out
 
 
+# -----------------------------------------------------------------------------
+# Table and picture
+
+HEADS = ['arm', 'rate', 'first loss', 'loss', 'minus whole [95%]', 'minus random [95%]',
+         'tokens to the loss of whole', 'FLOPs to it', 'FLOPs in all']
+
+
 def report(s, arms, layers):
-    """Losses, what they took, ranks of the attention, as markdown."""
-    whole, half = arms['whole'], arms['random']
-    lines = ['| arm | rate | first loss | loss | minus whole [95%] | minus random [95%] | tokens to the loss of whole | FLOPs to it | FLOPs in all |',
-             '|---' * 9 + '|']
+    """Losses, their cost, and the ranks of the attention, as two markdown tables."""
+    lines = [markdown(HEADS), '|---' * len(HEADS) + '|']
     for name, arm in arms.items():
-        def against(reference):
-            if arm is reference:
-                return ''
-            difference, width, _ = paired(arm, reference)
-            return f'{difference:+.4f}' + (f' [{difference - width:+.4f}, {difference + width:+.4f}]' if width else '')
-        tokens, flops = (reached(arm, whole, what) for what in ('tokens', 'flops'))
-        start = statistics.mean(arm.runs[seed]['val'][0]['val_loss'] for seed in arm.seeds())
-        lines.append(f'| {name} | {arm.swept["muon_lr"]:g} | {start:.3f} | {plus_minus(*mean_and_error(arm.last("val_loss").values()))} | {against(whole)} '
-                     f'| {against(half)} | {f"{tokens:,.0f}" if tokens else "–"} | {f"{flops:.2e}" if flops else "–"} '
-                     f'| {statistics.mean(arm.last("flops").values()):.2e} |')
-    lines += ['', '| MaxRank, mass | ' + ' | '.join(map(str, range(s.n_layer))) + ' |', '|---' * (s.n_layer + 1) + '|']
-    lines += [f'| {name} | ' + ' | '.join(f'{layer["max_rank"]:.1f}, {layer["mass"]:.1f}' for layer in found) + ' |' for name, found in layers.items()]
+        lines.append(markdown(cells(name, arm, arms)))
+    lines += ['', markdown(['MaxRank, mass', *[str(n) for n in range(s.n_layer)]])]
+    lines.append('|---' * (s.n_layer + 1) + '|')
+    for name, found in layers.items():
+        lines.append(markdown([name, *[f'{layer["max_rank"]:.1f}, {layer["mass"]:.1f}' for layer in found]]))
     return '\n'.join(lines)
+
+
+def markdown(cells):
+    """A line of a markdown table."""
+    return f'| {" | ".join(cells)} |'
+
+
+def cells(name, arm, arms):
+    """The cells of an arm in the table of losses."""
+    whole = arms['whole']
+    first_loss = statistics.mean(arm.runs[seed]['val'][0]['val_loss'] for seed in arm.seeds())
+    tokens = reached(arm, whole, 'tokens')
+    flops = reached(arm, whole, 'flops')
+    return [
+        name,
+        f'{arm.swept["muon_lr"]:g}',
+        f'{first_loss:.3f}',
+        show_mean(*mean_and_error(arm.last('val_loss').values())),
+        difference(arm, whole),
+        difference(arm, arms['random']),
+        f'{tokens:,.0f}' if tokens else '–',
+        f'{flops:.2e}' if flops else '–',
+        f'{statistics.mean(arm.last("flops").values()):.2e}',
+    ]
+
+
+def difference(arm, reference):
+    """The loss of an arm minus that of another, as text; '' for the same arm."""
+    if arm is reference:
+        return ''
+    mean, width, _ = arm.minus(reference)
+    return show_interval(mean, width)
 
 
 def draw(arms, layers, path):
@@ -117,14 +169,17 @@ def draw(arms, layers, path):
     page = figure(15, 4.5)
     axes = page.subplots(1, 3, width_ratios=(4, 5, 4))
     shown = [arm for name, arm in arms.items() if not name.startswith('whole_')]
-    for axis, against in zip(axes, ('tokens', 'flops')):
+    lowest = min(arm.loss for arm in shown)
+    for axis, against, label in ((axes[0], 'tokens', 'tokens'), (axes[1], 'flops', 'FLOPs')):
         for n, arm in enumerate(shown):
-            draw_arm(axis, *arm.curves(against), '0.2' if n == 0 else f'C{n - 1}')
-        axis.set(xscale='log', xlabel=against.replace('flops', 'FLOPs'), ylim=(min(arm.loss for arm in shown) - 0.05, min(arm.loss for arm in shown) + 1))
+            mean, single = arm.curves(against)
+            draw_arm(axis, mean, single, colour_of(n))
+        axis.set(xscale='log', xlabel=label, ylim=(lowest - 0.05, lowest + 1))
     axes[0].set_ylabel('validation loss (nats per token)')
-    label_ends(axes[1], [(arm.loss, arm.name, '0.2' if n == 0 else f'C{n - 1}') for n, arm in enumerate(shown)])
+    label_ends(axes[1], [(arm.loss, arm.name, colour_of(n)) for n, arm in enumerate(shown)])
     for name, found in layers.items():
-        axes[2].plot([layer['layer'] for layer in found], [layer['max_rank'] for layer in found], 'o-', label=name)
+        numbers = [layer['layer'] for layer in found]
+        axes[2].plot(numbers, [layer['max_rank'] for layer in found], 'o-', label=name)
     axes[2].axhline(1, color='0.4', linestyle='--', linewidth=1, label='a lazy layer')
     axes[2].set(xlabel='layer', ylabel='MaxRank', ylim=0)
     axes[2].legend(fontsize=8)
@@ -133,13 +188,18 @@ def draw(arms, layers, path):
     save(page, path)
 
 
+# -----------------------------------------------------------------------------
+
 def main():
-    s = configure(Settings, [str(ROOT / 'config' / 'inheritune_cpu.py'), '--out_dir=out/inheritune', *sys.argv[1:]])
-    own = {f.name for f in fields(Settings)} - {f.name for f in fields(train.Settings)} | {'out_dir', 'seed', 'muon_lr'}
+    s = configure(Settings,
+                  [str(ROOT / 'config' / 'inheritune_cpu.py'), '--out_dir=out/inheritune', *sys.argv[1:]])
+    own = ({f.name for f in fields(Settings)} - {f.name for f in fields(train.Settings)}
+           | {'out_dir', 'seed', 'muon_lr'})
     base = {name: getattr(s, name) for name in s.given if name not in own}
 
     def run(arms_of, rates):
         return tuned(base, arms_of, [{'muon_lr': rate} for rate in rates], s.seeds, s.out_dir, s.jobs)
+
     arms = run(lambda seed: WHOLE, s.rates)
     folders = {seed: whole['out_dir'] for seed, whole in arms['whole'].runs.items()}
     for folder in folders.values():

@@ -1,6 +1,7 @@
 """
-What counting says of a data set's documents, each after its start token: the oracle of a full Markov table. The rows of
-the table are (counts + k·p)/(n + k), for k pseudo-counts of a uniform p or of the unigrams'.
+What does counting say of a data set's documents, each after its start token? It is the oracle of a full
+Markov table. The rows of the counted table are (counts + k·p)/(n + k), for k pseudo-counts of a uniform p or
+of the unigrams'.
 
     python experiments/markov_counts.py --dataset=pubmed --out_dir=out/markov_pubmed
 """
@@ -15,34 +16,44 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from batches import TokenFiles, find_folder, start_token
 from checkpoint import load_model
-from configurator import configure, run_main
+from configurator import FilePath, configure, run_main
 from features.markov.ngrams import look_up
+
+PAIRS = 2 ** 15  # per batch
 
 
 @dataclass
 class Settings:
-    dataset: str = 'pubmed'  # name under data/, or a folder
-    out_dir: str = ''  # a trained table to hold against it, on the same targets
+    dataset: FilePath = 'pubmed'  # name under data/, or a folder
+    out_dir: FilePath = ''  # run of a trained table to compare with, on the same targets
 
 
 def pairs(files):
-    """(previous, following) tokens of all documents, each after the start token, int64 (N,)."""
+    """(previous tokens, following tokens) of all documents, each after the start token, both int64 (N,)."""
     begin = start_token(files.meta)
-    documents = []
+    previous = []
+    following = []
     for number in range(files.documents):
         start, end = files.document(number)
-        documents.append(np.append(begin, files.read(start, end - start)))
-    return np.concatenate([d[:-1] for d in documents]), np.concatenate([d[1:] for d in documents])
+        document = np.append(begin, files.read(start, end - start))
+        previous.append(document[:-1])
+        following.append(document[1:])
+    return np.concatenate(previous), np.concatenate(following)
 
 
 def losses(train, val, vocab_size, k, kind):
-    """Nats per token of both splits, by the counts of the first with k pseudo-counts."""
-    (previous, following), out = train, []
+    """
+    [nats per token of `train`, of `val`], both as pairs() returns them, by the counts of `train` with k
+    pseudo-counts of a 'uniform' or 'unigram' distribution.
+    """
+    previous, following = train
     keys, counts = np.unique(previous * vocab_size + following, return_counts=True)
     seen = np.bincount(previous, minlength=vocab_size)
-    p = np.full(vocab_size, 1 / vocab_size)
     if kind == 'unigram':
         p = (np.bincount(following, minlength=vocab_size) + 1) / (len(following) + vocab_size)
+    else:
+        p = np.full(vocab_size, 1 / vocab_size)
+    out = []
     for before, after in (train, val):
         place, known = look_up(keys, before * vocab_size + after)
         count = np.where(known, counts[place], 0)
@@ -51,30 +62,35 @@ def losses(train, val, vocab_size, k, kind):
 
 
 @torch.no_grad()
-def of_table(model, split):
+def loss_of_table(model, split):
     """Nats per token of a split's pairs by a model.Markov with a full table."""
-    nats, count = 0.0, 2 ** 15  # of pairs at a time
-    for n in range(0, len(split[0]), count):
-        previous, following = (torch.from_numpy(a[n:n + count]) for a in split)
-        nats += model(previous[None], following[None], reduction='sum').item()
-    return nats / len(split[0])
+    previous, following = (torch.from_numpy(tokens) for tokens in split)
+    nats = 0.0
+    for n in range(0, len(previous), PAIRS):
+        x = previous[None, n:n + PAIRS]  # (1, T)
+        y = following[None, n:n + PAIRS]
+        nats += model(x, y, reduction='sum').item()
+    return nats / len(previous)
 
 
 def main():
     s = configure(Settings)
-    files = [TokenFiles(find_folder(s.dataset), split) for split in ('train', 'val')]
-    train, val = map(pairs, files)
+    folder = find_folder(s.dataset)
+    files = TokenFiles(folder, 'train')
+    train = pairs(files)
+    val = pairs(TokenFiles(folder, 'val'))
     print(f'{len(train[0]):,} targets to train on, {len(val[0]):,} to validate with')
     for kind in ('uniform', 'unigram'):
         for k in (1, 100):
-            found = losses(train, val, files[0].vocab_size, k, kind)
-            print(f'{k:3} pseudo-counts, p {kind}: train {found[0]:.4f}, validation {found[1]:.4f}')
+            train_loss, val_loss = losses(train, val, files.vocab_size, k, kind)
+            print(f'{k:3} pseudo-counts, p {kind}: train {train_loss:.4f}, validation {val_loss:.4f}')
     with np.errstate(divide='ignore'):
-        found = losses(train, val, files[0].vocab_size, 0, 'uniform')
-    print(f'the frequencies themselves: train {found[0]:.4f}')
+        train_loss, _ = losses(train, val, files.vocab_size, 0, 'uniform')
+    print(f'the frequencies themselves: train {train_loss:.4f}')
     if s.out_dir:
-        model = load_model(s.out_dir, 'last')[0]
-        print(f'{s.out_dir}: train {of_table(model, train):.4f}, validation {of_table(model, val):.4f}')
+        model, _ = load_model(s.out_dir, 'last')
+        print(f'{s.out_dir}: train {loss_of_table(model, train):.4f}, '
+              f'validation {loss_of_table(model, val):.4f}')
 
 
 if __name__ == '__main__':

@@ -120,9 +120,10 @@ def train(out_dir, *args, dataset, nproc=1, check=True, **options):
 
 
 def runs_here(patch):
-    """What does in this process what sweep.run_missing(sweep, jobs) does in others: starting each takes seconds."""
+    """What does in this process what jobs.run_missing(sweep, jobs) does in others: starting each takes seconds."""
     import train as training
-    from features.study.sweep import expand, state
+    from features.study.runs import state
+    from features.study.sweep import expand
 
     def run_missing(sweep, jobs):
         for run in expand(sweep):

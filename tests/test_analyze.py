@@ -12,11 +12,11 @@ from test_hub import saved
 
 import checkpoint
 from analyze import WeightsSettings
-from configurator import UserError
+from configurator import UserError, build
 from features.growth.factorize import rank_for
 from features.study import spectra
 from features.study.spectra import figures, gaussian, matrices, measure, product, singular_values, table
-from model import LowRank, ModelConfig, Transformer, make_model
+from model import LowRank, ModelConfig, make_model
 
 
 def values(matrix):
@@ -38,7 +38,7 @@ def close(a, b):
 def random_model(**settings):
     """A network in which every weight is random, those that start at zero too."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**dict(vocab_size=100, block_size=16, n_layer=2, n_head=4, n_embd=32) | settings))
+    model = make_model(build(ModelConfig, **dict(vocab_size=100, block_size=16, n_layer=2, n_head=4, n_embd=32) | settings))
     for p in model.parameters():
         p.data = torch.randn(p.shape) / 4
     return model
@@ -139,7 +139,7 @@ def test_with_an_activation_between_them_the_factors_are_measured_each():
 def test_of_a_markov_chain_the_table_is_measured(rank, tmp_path, capsys, monkeypatch):
     """Logits of every token after every token, (V, V): with rank_embed the product of its two factors."""
     torch.manual_seed(0)
-    model = make_model(ModelConfig(arch='markov', vocab_size=40, block_size=16, rank_embed=rank))
+    model = make_model(build(ModelConfig, arch='markov', vocab_size=40, block_size=16, rank_embed=rank))
     record, = measure(model)
     close(record['s'], torch.linalg.svdvals(model(torch.arange(40)[None])[0].double().detach()))
     assert record['full_rank'] == (rank or 40)
@@ -157,7 +157,7 @@ def test_of_a_markov_chain_the_table_is_measured(rank, tmp_path, capsys, monkeyp
 def changed(model, rank, seed=1):
     """A copy with a change of this rank in every dense matrix of the blocks."""
     torch.manual_seed(seed)
-    copy = Transformer(model.cfg)
+    copy = make_model(model.cfg)
     copy.load_state_dict(model.state_dict())
     for p in copy.blocks.parameters():
         if p.ndim == 2:

@@ -1,4 +1,4 @@
-"""bench.py: the sides take turns, the figures are what they say, and every part runs."""
+"""bench.py: the sides take turns, the figures are right, and every part runs."""
 import json
 import os
 import sys
@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import one_line, run, train
 
-import bench
+from bench import Settings
 from configurator import UserError
 from device import memory_bandwidth
 from features.study import measure
+from features.study.bench_prepare import write_text
+from features.study.bench_scale import sparse_dataset
 
 
 def test_the_sides_take_turns():
@@ -25,15 +27,18 @@ def test_the_sides_take_turns():
 
 
 def test_medians_and_how_many_times_the_others_ours_is(capsys):
-    part = measure.section('speed', {'ours': {'tokens/s': [30, 10, 1000]}, 'peer': {'tokens/s': [15, 14, 99]}})
-    assert part['medians'] == {'ours': {'tokens/s': 30}, 'peer': {'tokens/s': 15}} and part['ratios'] == {'peer': {'tokens/s': 2}}
+    part = measure.section('speed',
+                           {'ours': {'tokens/s': [30, 10, 1000]}, 'peer': {'tokens/s': [15, 14, 99]}})
+    assert part['medians'] == {'ours': {'tokens/s': 30}, 'peer': {'tokens/s': 15}}
+    assert part['ratios'] == {'peer': {'tokens/s': 2}}
     measure.show(part)
     ours, peer = capsys.readouterr().out.splitlines()[3:]
-    assert ours.split() == ['ours', '30', '(10', 'to', '1,000)'] and peer.split()[-4:] == ['ours', '=', '2.00', 'x']
+    assert ours.split() == ['ours', '30', '(10', 'to', '1,000)']
+    assert peer.split()[-4:] == ['ours', '=', '2.00', 'x']
 
 
 def test_the_memory_of_a_command_is_its_own_and_on_request_its_children_s():
-    ballast = bytearray(b'x') * 2 ** 28  # of this process: wait4() would count it
+    ballast = bytearray(b'x') * 2 ** 28  # memory of this process, which wait4() would count
     hold = 'import time; held = bytearray(b"x") * 2 ** 27; time.sleep(0.3)'
     _, took, alone = measure.run([sys.executable, '-c', hold])
     assert took > 0.3 and 128 < alone < 180
@@ -58,7 +63,7 @@ def test_the_bandwidth_is_really_timed():
 
 
 def test_the_sparse_data_set_takes_no_room_and_trains(tmp_path):
-    bench.sparse_dataset(tmp_path / 'big', 10 ** 10)
+    sparse_dataset(tmp_path / 'big', 10 ** 10)
     file = os.stat(tmp_path / 'big' / 'train_00000.bin')
     assert file.st_size == 10 ** 10 and file.st_blocks * 512 < 10 ** 6
     assert 'step 3/3' in train(tmp_path / 'out', '--max_iters=3', dataset=tmp_path / 'big').stdout
@@ -66,14 +71,15 @@ def test_the_sparse_data_set_takes_no_room_and_trains(tmp_path):
 
 def test_the_text_is_as_long_as_asked_for_and_the_same_every_time(tmp_path):
     (tmp_path / 'a.txt').write_text('one two three\n' * 1000)
-    s = bench.Settings(what=['prepare'], text=[str(tmp_path / 'a.txt')])
+    s = Settings(what=['prepare'], text=[str(tmp_path / 'a.txt')])
     found = []
     for folder in (tmp_path / 'x', tmp_path / 'y'):
         folder.mkdir()
-        size, documents = bench.write_text(s, folder, 0.1)
+        size, documents = write_text(s, folder, 0.1)
         found.append((folder / 'text.jsonl').read_bytes())
         assert size >= 10 ** 5 and len(found[-1].splitlines()) == documents
-        assert ''.join(json.loads(line)['text'] for line in found[-1].splitlines()) == (folder / 'text.txt').read_text()
+        assert (''.join(json.loads(line)['text'] for line in found[-1].splitlines())
+                == (folder / 'text.txt').read_text())
     assert found[0] == found[1]
 
 
@@ -85,11 +91,13 @@ def test_every_part_runs_and_writes_json(tmp_path, part):
     assert report['machine']['flops']['float32'] > 1e8 and report['machine']['torch'] == torch.__version__
     assert report['parts'] and all(part['title'] in done.stdout for part in report['parts'])
     for part in report['parts']:
-        assert all(len(values) == 1 and values[0] > 0 for metrics in part['samples'].values() for values in metrics.values())
+        assert all(len(values) == 1 and values[0] > 0 for metrics in part['samples'].values()
+                   for values in metrics.values())
 
 
-@pytest.mark.parametrize('args, names', [([], 'what'), (['trian'], 'what=trian'), (['train', '--peer=nowhere'], 'peer=nowhere'),
-                                         (['loss', '--rounds=0'], 'rounds=0'), (['loss', '--device=tpu'], 'device=tpu'),
-                                         (['loss', '--json=no/such/a.json'], 'json=no/such/a.json')])
+@pytest.mark.parametrize(
+    'args, names', [([], 'what'), (['trian'], 'what=trian'), (['train', '--peer=nowhere'], 'peer=nowhere'),
+                    (['loss', '--rounds=0'], 'rounds=0'), (['loss', '--device=tpu'], 'device=tpu'),
+                    (['loss', '--json=no/such/a.json'], 'json=no/such/a.json')])
 def test_bad_input_is_one_line(args, names):
     assert names in one_line(run('bench.py', *args))

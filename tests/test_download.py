@@ -1,13 +1,16 @@
-"""A download goes on where it broke, is checked, and never lies half there under its own name. The server is on this machine."""
+"""
+A download goes on where it broke, is checked, and never lies half there under its own name. The server is on
+this machine.
+"""
 import hashlib
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import download as module
 import pytest
 
 from configurator import UserError
+from features.text import download as module
 from features.text.download import CORPORA, download, download_corpus
 
 BODY = bytes(range(256)) * 4096  # 1 MB
@@ -52,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(module, 'WAIT', 0)
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.bodies, server.asked, server.breaks, server.fail, server.ranges, server.shift = {'/file': BODY}, [], [], [], True, 0
+    server.bodies, server.asked, server.breaks, server.fail, server.ranges, server.shift = {
+        '/file': BODY}, [], [], [], True, 0
     server.url = f'http://127.0.0.1:{server.server_port}'
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -131,7 +135,8 @@ def test_many_breaks_are_borne_as_long_as_something_comes(server, tmp_path):
     assert (tmp_path / 'file').read_bytes() == BODY
 
 
-@pytest.mark.parametrize('known, message', [({'size': 5}, '1048576 bytes where 5 are expected'), ({'size': 2 ** 21}, '1048576 bytes where 2097152'),
+@pytest.mark.parametrize('known, message', [({'size': 5}, '1048576 bytes where 5 are expected'),
+                                            ({'size': 2 ** 21}, '1048576 bytes where 2097152'),
                                             ({'sha256': '0' * 64}, 'another SHA-256')])
 def test_a_changed_file_is_refused(server, tmp_path, known, message):
     with pytest.raises(UserError, match=message):
@@ -146,12 +151,14 @@ def test_a_file_of_another_size_in_place_is_named(server, tmp_path):
 
 
 def test_nothing_there_and_no_network(server, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r'/missing: could not be downloaded \(HTTP 404\): get the file elsewhere and put it at .*file'):
+    with pytest.raises(UserError, match=r'/missing: could not be downloaded \(HTTP 404\): '
+                       r'get the file elsewhere and put it at .*file'):
         download(server.url + '/missing', str(tmp_path / 'file'))
     assert len(server.asked) == 1  # asking again would not help
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match='Connection refused.*run the same command again when the network is back'):
+    with pytest.raises(UserError,
+                       match='Connection refused.*run the same command again when the network is back'):
         download(server.url + '/file', str(tmp_path / 'file'))
     assert not (tmp_path / 'file').exists()
 
@@ -180,6 +187,7 @@ def test_a_named_corpus_comes_through_the_same_code(server, tmp_path, monkeypatc
 
 def test_revisions_are_pinned():
     for name, (base, files) in CORPORA.items():
-        assert base.startswith('https://') and base.endswith('/') and any(len(part) == 40 for part in base.split('/')), name
+        assert (base.startswith('https://') and base.endswith('/')
+                and any(len(part) == 40 for part in base.split('/'))), name
         assert all(size is None or size > 0 for size, _ in files.values())
     assert CORPORA['shakespeare'][1]['input.txt'][0] == 1115394

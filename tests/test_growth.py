@@ -15,7 +15,7 @@ from device import compile_all
 from features.growth.factorize import factorize
 from features.growth.networks import average, grow, grown_layers, layer_names, parse_layers, take_layers, widen
 from features.moe.upcycle import upcycle
-from model import ModelConfig, Places, make_model
+from model import AttentionInputs, ModelConfig, make_model
 from train import Settings
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False), dict(n_kv_head=2, mlp='swiglu', tie=False),
@@ -35,7 +35,7 @@ def logits(cfg, weights):
 
 def causal(model, length):
     angles = None if model.rotary is None else model.rotary[:, :length]
-    return Places(angles, angles, None, is_causal=True)
+    return AttentionInputs(angles, None)
 
 
 # --- depth ---

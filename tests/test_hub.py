@@ -31,7 +31,7 @@ import sample
 from configurator import UserError
 from features.hf import reading
 from features.hf.tokenizer_json import to_json
-from model import Transformer
+from model import make_model
 from sample import generate
 from tokenizer import load_tokenizer, new_tokenizer, train_bpe
 
@@ -77,7 +77,7 @@ def ours(folder):
     """Our network with the weights of a folder; every parameter has to be among them."""
     cfg, weights = reading.load(f'hf:{folder}')
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in weights.values())
-    model = Transformer(cfg).eval()
+    model = make_model(cfg).eval()
     checkpoint.load_weights(model, weights, str(folder))
     return model
 

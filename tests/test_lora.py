@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import load_model, read_model
-from configurator import UserError, build, configure
+from configurator import UserError, build, configure, part_of
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack
@@ -30,7 +30,8 @@ VOCAB = 96
 def network(**changes):
     """A small random decoder, its output matrices too."""
     torch.manual_seed(0)
-    model = make_model(ModelConfig(**{'vocab_size': VOCAB, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'zero_init': False} | changes)).eval()
+    sizes = {'vocab_size': VOCAB, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'zero_init': False}
+    model = make_model(build(ModelConfig, **sizes | changes)).eval()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -53,7 +54,7 @@ def ids(rows=3, length=16, seed=1):
 
 
 def reading(model):
-    return {'source': ids(3, 12, 2)} if model.encoder is not None else {}
+    return {'source': ids(3, 12, 2)} if model.cfg.n_encoder_layer else {}
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def test_the_second_factor_learns_faster():
 
 def test_starcoder_as_the_blog_adapts_it():
     s = configure(Settings, [f'{ROOT}/config/lora_starcoder.py'])
-    model = adapters.blank(ModelConfig(**{name: getattr(s, name) for name in ModelConfig.__dataclass_fields__}))
+    model = adapters.blank(part_of(s, ModelConfig))
     base = model.num_params()
     with torch.device('meta'):
         lora.begin(model, s, is_new=False)

@@ -1,7 +1,6 @@
 """Markov chains: the table against dense cross-entropy and against counting, its memory, and its way through train.py and sample.py."""
 import json
 import math
-from dataclasses import fields
 
 import pytest
 import safetensors.torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line, read_log, run, write_dataset
 
 import checkpoint
-from configurator import configure
+from configurator import build, configure, part_of
 from device import free_memory
 from features.lora.packed import pack
 from model import ModelConfig, make_model
@@ -21,7 +20,7 @@ from train import Settings
 
 def chain(seed=0, **settings):
     torch.manual_seed(seed)
-    return make_model(ModelConfig(**{'arch': 'markov', 'vocab_size': 50, 'block_size': 16} | settings))
+    return make_model(build(ModelConfig, **{'arch': 'markov', 'vocab_size': 50, 'block_size': 16} | settings))
 
 
 def tokens(vocab_size=50, rows=6, length=17, seed=1):
@@ -40,7 +39,7 @@ def tokens(vocab_size=50, rows=6, length=17, seed=1):
 def test_the_configs_have_the_parameters_of_the_originals(name, count):
     s = configure(Settings, [str(ROOT / f'config/{name}.py'), '--vocab_size=28996'])
     with torch.device('meta'):
-        model = make_model(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
+        model = make_model(part_of(s, ModelConfig))
     assert model.num_params() == count
     assert model.flops_per_token() == (6 * 256 * 28996 if s.rank_embed else 0)
 
@@ -103,7 +102,7 @@ def test_a_constant_on_all_logits_changes_nothing():
     for shift in (0, 10):
         model = chain()
         model.wte.weight.data -= shift
-        optimizer = make_optimizer(model, OptimConfig(optimizer='counts', pseudo_counts=1.0))
+        optimizer = make_optimizer(model, build(OptimConfig, optimizer='counts', pseudo_counts=1.0))
         losses.append(model(x, y))
         losses[-1].backward()
         optimizer.step()
@@ -120,7 +119,7 @@ def count(x, y, vocab_size=50):
 
 
 def learn(model, batches, **settings):
-    optimizer = make_optimizer(model, OptimConfig(**{'optimizer': 'counts'} | settings))
+    optimizer = make_optimizer(model, build(OptimConfig, **{'optimizer': 'counts', 'pseudo_counts': 100.0} | settings))
     for x, y in batches:
         model(x, y, reduction='sum').backward()
         clip_gradient(model, 1.0)
@@ -179,10 +178,11 @@ def test_counting_takes_the_memory_of_one_table_and_adamw_of_four(optimizer, tab
         import json, torch
         from device import peak_memory
         from model import ModelConfig, make_model
+        from configurator import build
         from optim import OptimConfig, clip_gradient, make_optimizer
         def steps(V):
-            model = make_model(ModelConfig(arch='markov', vocab_size=V, block_size=512))
-            optimizer = make_optimizer(model, OptimConfig(optimizer=OPTIMIZER))
+            model = make_model(build(ModelConfig, arch='markov', vocab_size=V, block_size=512))
+            optimizer = make_optimizer(model, build(OptimConfig, optimizer=OPTIMIZER, pseudo_counts=100.0))
             for _ in range(2):
                 x, y = torch.randint(V, (2, 8, 512))
                 model(x, y).backward()

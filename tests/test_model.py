@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import options, part_of, read_config
+from configurator import build, options, part_of, read_config
 from features.lora.packed import FrozenLinear
-from model import BigramLoss, ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
+from features.markov.network import BigramLoss
+from model import ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
 from sample import KVCache
 from train import Settings
 
 
 def tiny(**settings):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{'vocab_size': 100, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    sizes = {'vocab_size': 100, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32}
+    model = make_model(build(ModelConfig, **sizes | settings))
     for p in model.parameters():  # what is zero at the start would hide mistakes
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -64,7 +66,7 @@ VARIANTS = [
     ('inheritune_openllama', 32000, 1_815_638_400),
 ])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
-    s = Settings(**read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})
+    s = build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})
     with torch.device('meta'):
         model = Transformer(part_of(s, ModelConfig))
     assert model.num_params() == count
@@ -414,7 +416,7 @@ def test_a_hostile_number_of_layers_is_checked_at_once():
 @pytest.mark.parametrize('name', [f.name for f in fields(ModelConfig) if any(get_origin(kind) is Literal for kind in options(f.type))])
 def test_a_choice_without_code_does_not_work_as_another_one(name):
     with pytest.raises(ValueError, match=f'^{name}=new: this choice has no code in model.py$'):
-        make_model(ModelConfig(**{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2, 'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
+        make_model(build(ModelConfig, **{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2, 'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
 
 
 def test_more_tokens_than_the_context_are_refused():

@@ -17,11 +17,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import checkpoint
 from checkpoint import fill
-from configurator import UserError, part_of, read_config
+from configurator import UserError, build, part_of, read_config
 from features.lora.packed import pack
 from features.moe.experts import in_use
+from features.moe.network import Mixture
 from features.moe.upcycle import upcycle
-from model import ModelConfig, MoE, make_model
+from model import MLP, ModelConfig, make_model
 from optim import OptimConfig, make_optimizer
 from train import Settings
 
@@ -30,9 +31,9 @@ KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True)
 
 
 def mixture(scale=1.0, **settings):
-    """A random MoE of 8 experts, the router `scale` times the size of one that tells them apart well."""
+    """A random Mixture of 8 experts, the router `scale` times the size of one that tells them apart well."""
     torch.manual_seed(0)
-    layer = MoE(ModelConfig(**dict(n_embd=32, n_head=4, n_expert=8) | settings), 0)
+    layer = Mixture(build(ModelConfig, **dict(n_embd=32, n_head=4, n_expert=8) | settings), 0, MLP)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3)
     layer.router.data *= scale
@@ -42,7 +43,7 @@ def mixture(scale=1.0, **settings):
 
 
 def token_by_token(layer, x):
-    """What a MoE makes of x (B, T, C), by a loop over tokens and experts."""
+    """What a Mixture makes of x (B, T, C), by a loop over tokens and experts."""
     cfg, out = layer.cfg, torch.zeros_like(x)
     for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
         h = x[b, t]
@@ -181,7 +182,8 @@ def test_the_loss_stays_nats_and_the_routers_learn_the_rest():
         losses, routings = [model(x, y, reduction=reduction) for model in (plain, asked)], []
         assert torch.equal(*losses)
         gradients = [torch.autograd.grad(loss, model.mixtures()[0].router)[0] for loss, model in zip(losses, (plain, asked))]
-        asked.hidden(x, real=(y >= 0).flip(1).cumsum(1).flip(1) > 0, routings=routings)
+        asked.real, asked.routings = (y >= 0).flip(1).cumsum(1).flip(1) > 0, routings
+        asked.hidden(x)
         extra = torch.autograd.grad(sum(r.loss for r in routings), asked.mixtures()[0].router)[0]
         torch.testing.assert_close(gradients[1] - gradients[0], scale * extra, rtol=1e-3, atol=1e-3 * scale * extra.abs().max().item())
     asked.take_loads()
@@ -228,7 +230,7 @@ def test_flops_and_active_parameters_count_the_experts_that_work(settings, layer
 
 
 def test_rot5s_mixture_has_its_parameters():
-    s = Settings(**read_config(Settings, 'config/rot5_moe.py') | {'vocab_size': 32502})
+    s = build(Settings, **read_config(Settings, 'config/rot5_moe.py') | {'vocab_size': 32502})
     with torch.device('meta'):
         model = make_model(part_of(s, ModelConfig))
     assert model.num_params() == 987_749_376 and 194_000_000 < model.num_params(active=True) < 196_000_000

@@ -1,11 +1,21 @@
-"""Models in closed form: they are what their formulas say, and every one is a distribution after any context."""
+"""Models in closed form follow their formulas, and each is a distribution after any context."""
 from collections import Counter, defaultdict
 from math import log
 
 import numpy as np
 import pytest
 
-from features.markov.ngrams import bigram, count_ngrams, discounts, interpolated_bigram, kneser_ney, low_rank_bigrams, pair_counts, tuned, unigram
+from features.markov.ngrams import (
+    bigram,
+    count_ngrams,
+    discounts,
+    interpolated_bigram,
+    kneser_ney,
+    low_rank_bigrams,
+    pair_counts,
+    tuned,
+    unigram,
+)
 
 
 def stream(length, vocab_size, seed=0):
@@ -29,7 +39,7 @@ MODELS = {
 @pytest.mark.parametrize('model', MODELS)
 @pytest.mark.parametrize('length', [3, 60, 1000])
 def test_probabilities_sum_to_one_after_any_context(model, length):
-    """Every context of two tokens and some of four, of a vocabulary of which one token never occurs in training."""
+    """Every context of two tokens and some of four; one token of the vocabulary never occurs in training."""
     V, rng = 6, np.random.default_rng(1)
     train = stream(length, V - 1)
     contexts = [[a, b] for a in range(V) for b in range(V)] + rng.integers(0, V, (20, 4)).tolist()
@@ -44,11 +54,12 @@ def test_values_by_hand():
     assert bigram(train, tokens, V)(0.5) == pytest.approx(-np.log([2.5 / 4, 1.5 / 5, 0.5 / 2]))
     assert [list(counts) for counts in pair_counts(train, tokens, V)] == [[2, 1, 0], [2, 3, 0]]
     p = np.exp(-tuned(unigram, train, tokens, V)[0])
-    assert interpolated_bigram(train, tokens, V)(2) == pytest.approx(-np.log([(2 + 2 * p[0]) / 4, (1 + 2 * p[1]) / 5, p[2]]))
+    assert (interpolated_bigram(train, tokens, V)(2)
+            == pytest.approx(-np.log([(2 + 2 * p[0]) / 4, (1 + 2 * p[1]) / 5, p[2]])))
 
 
 def test_smoothing_is_chosen_on_the_training_tokens():
-    """The last tenth of them, and the tokens to be predicted play no part."""
+    """k is chosen on the last tenth of them; the tokens to be predicted have no influence."""
     train, val = stream(2000, 20), stream(300, 20, seed=1)
     nats, k = tuned(bigram, train, val, 20)
     assert tuned(bigram, train, val[::-1], 20)[1] == k and list(nats) == list(bigram(train, val, 20)(k))
@@ -83,7 +94,8 @@ def naive_kneser_ney(train, V, order):
             contexts[n][gram[:-1]][gram[-1]] = count
         n1, n2, n3, n4 = (list(counts[n].values()).count(m) for m in (1, 2, 3, 4))
         y = n1 / (n1 + 2 * n2) if n1 else 0
-        discount.append([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3] if min(n1, n2, n3, n4) else [0, 0.5, 1, 1.5])
+        discount.append([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+                        if min(n1, n2, n3, n4) else [0, 0.5, 1, 1.5])
 
     def p(token, context):
         n, after = len(context) + 1, contexts[len(context) + 1].get(context, {})
@@ -101,15 +113,17 @@ def naive_kneser_ney(train, V, order):
 def test_kneser_ney_is_what_dictionaries_compute(order, length):
     V, train, tokens = 30, stream(length, 29), np.append(stream(200, 29, seed=1), [29, 29, 3, 4])
     p = naive_kneser_ney(train, V, order)
-    expected = [-log(p(int(tokens[i]), tuple(int(token) for token in tokens[max(0, i - order + 1):i]))) for i in range(1, len(tokens))]
+    expected = [-log(p(int(tokens[i]), tuple(int(token) for token in tokens[max(0, i - order + 1):i])))
+                for i in range(1, len(tokens))]
     assert kneser_ney(train, tokens, V, order) == pytest.approx(np.array(expected), rel=1e-9)
-    if length == 3000 and order == 3:  # the discounts were estimated, not the fallback
+    if length == 3000 and order == 3:  # the discounts are estimates, not the fallback
         assert list(discounts(count_ngrams(train, V, order)[-1][1])) != [0, 0.5, 1, 1.5]
 
 
 def test_discounts_by_hand():
     counts = [1] * 8 + [2] * 4 + [3] * 2 + [4] * 1 + [9]
-    assert discounts(np.array(counts)) == pytest.approx([0, 1 - 2 * 0.5 * 4 / 8, 2 - 3 * 0.5 * 2 / 4, 3 - 4 * 0.5 * 1 / 2])
+    assert (discounts(np.array(counts))
+            == pytest.approx([0, 1 - 2 * 0.5 * 4 / 8, 2 - 3 * 0.5 * 2 / 4, 3 - 4 * 0.5 * 1 / 2]))
     assert list(discounts(np.array([1, 1, 2]))) == [0, 0.5, 1, 1.5]
 
 

@@ -31,11 +31,12 @@ from features.t5.objectives import (
 from features.t5.pairs import cut_pair
 from features.t5.sampling import prompt_format
 from features.text.cuts import Cuts
-from model import ModelConfig, Transformer
+from features.text.tokenizers import Reserved
+from model import ModelConfig, make_model
 from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
-from tokenizer import ByteTokenizer, PromptFormat, Reserved, load_tokenizer
+from tokenizer import ByteTokenizer, PromptFormat, load_tokenizer
 from train import Settings
 
 EOT, RESERVED = 1, (100, 149)
@@ -374,7 +375,7 @@ def test_what_is_read_is_marked_as_in_training():
             ('ul2', 'ul2', PromptFormat((), (258,), (256,))), ('ul2', 't5', PromptFormat(suffix=(256,)))):
         assert prompt_format(kind, denoisers, tokenizer) == wanted
     tokenizer = tokenizer.with_format(prompt_format('ul2', 'ul2', tokenizer))
-    for cfg in (ModelConfig(block_size=9), ModelConfig(block_size=9, n_encoder_layer=1)):
+    for cfg in (ModelConfig(block_size=9), build(ModelConfig, block_size=9, n_encoder_layer=1)):
         assert encode_prompt('ab', tokenizer, cfg) == [258, 97, 98, 256]
         assert encode_source('abcdefghijkl', tokenizer, cfg, 5, Cuts('sources')) == [258, 97, 98, 99, 256]
         with pytest.raises(UserError, match='12 tokens|14 tokens'):
@@ -431,8 +432,8 @@ def test_denoisers_are_checked():
 
 def test_masked_padding_weighs_nothing():
     torch.manual_seed(0)
-    cfg = ModelConfig(vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
-    model = Transformer(cfg)
+    cfg = build(ModelConfig, vocab_size=150, block_size=20, n_layer=2, n_encoder_layer=2, source_size=30, n_head=2, n_embd=32, zero_init=False, tie=False)
+    model = make_model(cfg)
     torch.nn.init.normal_(model.head.weight)
     masking = Masking('ul2', 20, 30, 't5', META)
     examples = [masking.example(text(masking.length, n), n) for n in range(3)]

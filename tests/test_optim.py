@@ -169,15 +169,15 @@ def test_spectron_changes_no_product_by_more_than_the_rate():
         optimizer.bounds()
         for _ in range(20):  # the power iterations converge
             optimizer.bounds()
-        before = [(up @ down).detach() for down, up in model.factors()]
+        before = [(up @ down).detach() for down, up in optimizer.pairs]
         optimizer.step()
-        moved[name] = max(torch.linalg.matrix_norm(up @ down - b, 2).item() for (down, up), b in zip(model.factors(), before))
+        moved[name] = max(torch.linalg.matrix_norm(up @ down - b, 2).item() for (down, up), b in zip(optimizer.pairs, before))
     assert 0.02 < moved['spectron'] < 0.1 * 1.2 < moved['muon']  # Newton-Schulz ends within 1.2
 
 
 def test_spectrons_norm_of_a_matrix_that_started_at_zero_follows_it():
     model, optimizer = low_rank_model(optimizer='spectron')
-    _, up = model.factors()[0]
+    _, up = optimizer.pairs[0]
     target = up.detach().clone()
     with torch.no_grad():
         up.zero_()
@@ -190,7 +190,7 @@ def test_spectrons_norm_of_a_matrix_that_started_at_zero_follows_it():
 
 def test_spectrons_norm_is_the_spectral_norm():
     model, optimizer = low_rank_model(optimizer='spectron')
-    down, _ = model.factors()[0]
+    down, _ = optimizer.pairs[0]
     with torch.no_grad():
         estimates = [optimizer.spectral_norm(down).item() for _ in range(50)]
     assert math.isclose(estimates[-1], torch.linalg.matrix_norm(down, 2).item(), rel_tol=1e-2) and estimates[0] < estimates[-1]
@@ -201,12 +201,12 @@ def test_decay_on_the_product_is_the_gradient_of_its_norm_and_replaces_the_facto
     steps = {}
     for factor_decay in ('none', 'product'):
         model, opt = low_rank_model(optimizer=optimizer, factor_decay=factor_decay, weight_decay=0.3, learning_rate=0.1)
-        before = [p.detach().clone().requires_grad_() for pair in model.factors() for p in pair]
+        before = [p.detach().clone().requires_grad_() for pair in opt.pairs for p in pair]
         norm = sum((up @ down).square().sum() / 2 for down, up in zip(before[::2], before[1::2]))
         wanted = torch.autograd.grad(norm, before)
-        assert {g['weight_decay'] for g in opt.param_groups for p in g['params'] if any(p is f for pair in model.factors() for f in pair)} == {0.0}
+        assert {g['weight_decay'] for g in opt.param_groups for p in g['params'] if any(p is f for pair in opt.pairs for f in pair)} == {0.0}
         opt.step()
-        steps[factor_decay] = [(p - b).detach() for p, b in zip((p for pair in model.factors() for p in pair), before)]
+        steps[factor_decay] = [(p - b).detach() for p, b in zip((p for pair in opt.pairs for p in pair), before)]
     for none, product, gradient in zip(steps['none'], steps['product'], wanted):
         assert torch.allclose(product - none, -0.1 * 0.3 * gradient, atol=1e-5)
 

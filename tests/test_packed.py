@@ -55,7 +55,7 @@ def test_stored_as_they_are_multiplied_the_numbers_are_the_same(settings, lora):
             pack_frozen(model, 'bfloat16')
             assert sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < before or lora.get('lora_pissa')
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            loss = model(ids(), ids(seed=2), **({'source': ids(3, 12, 2)} if model.encoder is not None else {}))
+            loss = model(ids(), ids(seed=2), **({'source': ids(3, 12, 2)} if model.cfg.n_encoder_layer else {}))
         loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {'loss': loss.detach()}
     dense, stored = gradients(False), gradients(True)

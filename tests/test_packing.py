@@ -7,6 +7,7 @@ import torch
 from conftest import read_log, run, train
 
 from batches import Mixture, open_source, validation_batch
+from configurator import build
 from features.growth import factorize
 from features.t5.objectives import Objective
 from features.t5.pairs import pack
@@ -36,7 +37,7 @@ def rows(folder, packing, split='train', T=64):
 
 def network(**settings):
     torch.manual_seed(0)
-    model = make_model(ModelConfig(**dict(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32) | settings))
+    model = make_model(build(ModelConfig, **dict(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32) | settings))
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)

@@ -13,7 +13,7 @@ from conftest import one_line, read_log, run, run_here, sha256
 import checkpoint
 import train as training
 from batches import EVAL_ROWS
-from configurator import UserError
+from configurator import UserError, build
 from features.plan.dial import batch_tokens, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
 from features.scale import faults
@@ -24,7 +24,7 @@ CPU = torch.device('cpu')
 
 
 def planned(vocab_size=512, world=1, data_tokens=1e12, **given):
-    s = Settings(**given)
+    s = build(Settings, **given)
     s.given, s.dtype = set(given), 'float32'
     return s, plan(s, vocab_size, data_tokens, CPU, world)
 

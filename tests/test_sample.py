@@ -18,22 +18,22 @@ import checkpoint
 import device
 import sample
 from batches import TokenFiles, read_meta
-from configurator import UserError
-from features.hf.tokenizer_json import to_json
+from configurator import UserError, build
+from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
 from features.t5.beams import beam_search
-from model import ModelConfig, Transformer
+from model import ModelConfig, make_model
 from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, converse, draw, encode_prompt, generate, load, step, stream
-from tokenizer import EOT, JsonTokenizer, PromptFormat, char_tokenizer, new_tokenizer, train_bpe
+from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
 
 
 def model(**settings):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    model = make_model(build(ModelConfig, **{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3)
@@ -358,7 +358,7 @@ def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):
 
 def test_the_default_prompt_is_the_end_of_text_where_there_is_no_new_line(tmp_path):
     """Of a given prompt the character is named."""
-    for tokenizer in (new_tokenizer('char', ['ACGT']), char_tokenizer('ACGT', eot=False)):
+    for tokenizer in (new_tokenizer('char', ['ACGT']), CharTokenizer('ACGT', eot=False)):
         folder = written(tmp_path / f'{tokenizer.eot}', model(vocab_size=tokenizer.vocab_size), tokenizer)
         options = [f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5']
         done = run('sample.py', *options)
@@ -379,7 +379,7 @@ def test_the_end_of_text_in_a_prompt_is_the_token():
         for begin in (eot, 0):
             tokenizer = tokenizer.with_format(PromptFormat((begin,)))
             assert encode_prompt(EOT + 'a', tokenizer, cfg) == [begin] * (begin != eot) + [eot, *a]
-        has_encoder = ModelConfig(block_size=32, n_encoder_layer=1)
+        has_encoder = build(ModelConfig, block_size=32, n_encoder_layer=1)
         assert encode_prompt('a' + EOT, tokenizer, has_encoder) == [*a, eot]
 
 

@@ -17,10 +17,12 @@ def test_the_entropy_of_a_chain_of_two_letters_by_hand():
 
     def h(p):
         return -p * log(p) - (1 - p) * log(1 - p)
-    # a token in 1 + 1/stop is the end of a document; the first letter's share x: x = x (1 - stop)(1 - a) + y (1 - stop) b + end / 2
+    # a token in 1 + 1/stop is the end of a document; the first letter's share x: x = x (1 - stop)(1 - a) + y
+    # (1 - stop) b + end / 2
     end = 1 / (1 + 1 / stop)
     x = ((1 - end) * (1 - stop) * b + end / 2) / (1 - (1 - stop) * (1 - a - b))
-    expected = end * h(0.5) + x * (h(stop) + (1 - stop) * h(a)) + (1 - end - x) * (h(stop) + (1 - stop) * h(b))
+    expected = (end * h(0.5) + x * (h(stop) + (1 - stop) * h(a))
+                + (1 - end - x) * (h(stop) + (1 - stop) * h(b)))
     assert entropy_rate(chain, stop) == pytest.approx(expected, abs=1e-10)
 
 
@@ -35,7 +37,8 @@ def test_the_entropy_of_longer_contexts_solves_the_whole_chain():
             P[c, (c * 4 + letter + 1) % 16] += p[letter]
         P[c, 0] += p[-1]
         h[c] = -sum(q * log(q) for q in p if q > 0)
-    share = np.linalg.lstsq(np.vstack([P.T - np.eye(16), np.ones(16)]), np.append(np.zeros(16), 1), rcond=None)[0]
+    share = np.linalg.lstsq(np.vstack([P.T - np.eye(16), np.ones(16)]), np.append(np.zeros(16), 1),
+                            rcond=None)[0]
     assert entropy_rate(chain, stop) == pytest.approx(share @ h, abs=1e-10)
 
 
@@ -54,7 +57,9 @@ def test_what_is_generated_costs_the_true_chain_the_entropy(order):
     nats, tokens, entropy = np.array(nats), np.array(tokens), entropy_rate(chain, stop)
     error = np.sqrt(((nats - entropy * tokens) ** 2).sum()) / tokens.sum()
     assert abs(nats.sum() / tokens.sum() - entropy) < 4 * error < 0.01 * entropy
-    assert abs(tokens.mean() - 1 / stop - 1) < 20 and 0 < np.corrcoef(np.arange(2000), tokens)[0, 1] ** 2 < 0.01  # lengths come in no order
+    # lengths come in no order
+    assert (abs(tokens.mean() - 1 / stop - 1) < 20
+            and 0 < np.corrcoef(np.arange(2000), tokens)[0, 1] ** 2 < 0.01)
     assert entropy < 0.7 * log(synthetic.SYMBOLS)
 
 
@@ -69,7 +74,9 @@ def test_preparing_it_states_the_entropy_of_its_tokens(tmp_path, monkeypatch, ca
     assert f'the entropy of the source is {meta["entropy"]:.4f} nats a token' in capsys.readouterr().out
     files = [TokenFiles(out, split) for split in ('train', 'val')]
     tokens = np.concatenate([f.read(0, f.tokens) for f in files])
-    assert len(tokens) == sum(f.bytes for f in files) + 5000 and np.count_nonzero(tokens == meta['eot']) == 5000  # a token a letter, and an end
+    # a token a letter, and an end
+    assert (len(tokens) == sum(f.bytes for f in files) + 5000
+            and np.count_nonzero(tokens == meta['eot']) == 5000)
     bpe = prepare.Settings(sources=['synthetic:markov2'], tokenizer='bpe:300', out='data/bpe', num_proc=1)
     assert 'entropy' not in prepare.prepare(bpe)[1]  # of such tokens it is another one
 
@@ -85,4 +92,5 @@ def test_the_text_is_always_the_same(tmp_path, monkeypatch):
 
 
 def test_a_misspelt_one_is_one_line(tmp_path):
-    assert 'did you mean synthetic:markov' in one_line(run('prepare.py', 'synthetic:markof', f'--out={tmp_path / "out"}'))
+    assert ('did you mean synthetic:markov'
+            in one_line(run('prepare.py', 'synthetic:markof', f'--out={tmp_path / "out"}')))

@@ -21,8 +21,9 @@ from device import autocast
 from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search
+from features.t5.network import RelativeBias
 from features.t5.sampling import Decoder, pad
-from model import ModelConfig, RelativeBias, Transformer
+from model import ModelConfig, make_model
 from sample import KVCache, generate, step
 from tokenizer import ByteTokenizer
 from train import Settings
@@ -48,7 +49,7 @@ def theirs(std=0.15, **settings):
 
 def ours(folder):
     cfg, weights = reading.load(f'hf:{folder}')
-    model = Transformer(cfg).eval()
+    model = make_model(cfg).eval()
     checkpoint.load_weights(model, weights, str(folder))
     return model
 
@@ -82,7 +83,7 @@ def test_a_head_of_its_own_is_read(tmp_path):
     head = torch.randn(100, 48)
     rewrite(tmp_path, lambda tensors: tensors | {'lm_head.weight': head})
     model, (source, target) = ours(tmp_path), texts([9, 9])
-    h = model.hidden(torch.tensor([target]), memory=model.encode(torch.tensor([source])))
+    h = model.hidden(torch.tensor([target]), encoded=model.encode(torch.tensor([source])))
     assert torch.allclose(model(torch.tensor([target]), source=torch.tensor([source])), h @ head.T, atol=1e-4)
 
 
@@ -205,12 +206,12 @@ def test_a_step_over_the_whole_buffer_is_the_same():
 @pytest.mark.parametrize('kind', ['none', 'same', 'offset'])
 def test_offset_is_one_line_of_positions_and_same_are_two(kind):
     model, (source, target) = network(cross_rope=kind), (torch.tensor([row]) for row in texts([12, 10]))
-    memory = model.encode(source)
-    before = model.hidden(target, memory=memory)
-    further = model.hidden(target, memory=memory._replace(length=memory.length + 3))  # as if three more tokens had been between the two
+    encoded = model.encode(source)
+    before = model.hidden(target, encoded=encoded)
+    further = model.hidden(target, encoded=encoded._replace(length=encoded.length + 3))  # as if three more tokens had been between the two
     assert torch.allclose(before, further) == (kind != 'offset')
     model.rotary = model.rotary[:, 5:]  # only distances count: all positions five further on
-    assert torch.allclose(before, model.hidden(target, memory=model.encode(source)), atol=1e-5)
+    assert torch.allclose(before, model.hidden(target, encoded=model.encode(source)), atol=1e-5)
 
 
 def test_buckets_are_those_of_t5():
@@ -250,7 +251,7 @@ def test_t5s_init_has_logits_of_deviation_one():
     """Embedding of deviation 1, normed stream, head over sqrt(n_embd); attention's logits too, without 1/sqrt(head_dim)."""
     torch.manual_seed(0)
     cfg = part_of(build(Settings, **read_config(Settings, 'config/t5_base.py') | dict(vocab_size=500, n_layer=2, n_encoder_layer=2)), ModelConfig)
-    model = Transformer(cfg)
+    model = make_model(cfg)
     source, x = torch.randint(500, (2, 30)), torch.randint(500, (2, 30))
     with torch.no_grad():
         assert abs(model(x, source=source).std() - 1) < 0.3
@@ -286,7 +287,7 @@ def test_a_hidden_layer_beyond_float16_goes_on_in_float32(mlp, up, down):
     ('rot5_rope_gqa', 32502, 194_878_464), ('rot5_mini', 32502, 46_814_208)])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     with torch.device('meta'):
-        model = Transformer(part_of(build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size}), ModelConfig))
+        model = make_model(part_of(build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size}), ModelConfig))
     assert model.num_params() == count
 
 
@@ -321,15 +322,19 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
 # --- bad input ---
 
 @pytest.mark.parametrize('args, words', [(['--source_size=64'], 'source_size=64'), (['--cross_rope=same'], 'cross_rope=same'),
-                                         (['--n_encoder_layer=-1'], 'n_encoder_layer=-1')])
+                                         (['--n_encoder_layer=-1'], 'n_encoder_layer=-1'), (['--t5_scale=True'], 't5_scale=True')])
 def test_settings_that_cannot_work_are_refused(args, words, dataset, tmp_path):
     assert words in one_line(run('train.py', *args, f'--dataset={dataset}', f'--out_dir={tmp_path}/x'))
 
 
+def test_a_kind_of_cross_attention_without_code_does_not_work_as_another_one():
+    with pytest.raises(ValueError, match='^cross_rope=new: this choice has no code in features/t5/network.py$'):
+        tiny(n_encoder_layer=1, cross_rope='new')
+
+
 def test_a_network_says_when_its_source_is_missing_or_too_long():
     model, x = network(), torch.ones(1, 4, dtype=torch.long)
-    for wrong, words in ((lambda: model(x), 'takes a source'), (lambda: tiny()(x, source=x), 'takes a source'),
-                         (lambda: model(x, source=x.new_ones(1, 33)), 'source_size=32')):
+    for wrong, words in ((lambda: model(x), 'takes a source'), (lambda: model(x, source=x.new_ones(1, 33)), 'source_size=32')):
         with pytest.raises(ValueError, match=words):
             wrong()
     assert math.isfinite(model(x, x, source=x).item())

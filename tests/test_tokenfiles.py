@@ -1,4 +1,7 @@
-"""Shards hold whole documents; parts of a corpus that several machines made are together what one would have made."""
+"""
+Shards hold whole documents; parts of a corpus that several machines made are together what one would have
+made.
+"""
 import gzip
 import json
 import os
@@ -15,20 +18,24 @@ from test_prepare import contents, do, read, story, write_jsonl
 import prepare
 from batches import Mixture, TokenFiles
 from configurator import UserError
-from features.text import sources, tokenfiles
-from features.text.sources import Reader, Task, find_files
-from features.text.tokenfiles import part_folder
+from features.text import parts, pipeline, tokenfiles
+from features.text import reader as reading
+from features.text.parts import part_folder
+from features.text.reader import Reader, Task
+from features.text.sources import find_files
 
 
 def test_shards_hold_whole_documents_and_together_the_same(tmp_path, monkeypatch):
     given = write_jsonl(tmp_path / 'x.jsonl', [story(n) for n in range(300)]), tmp_path / 'long.txt'
     given[1].write_text(story(300, 3000))
     do(tmp_path / 'one', *given, val_fraction=0.1)
-    monkeypatch.setattr(sources, 'TASK_SIZE', 1000)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 1000)
     monkeypatch.setattr(tokenfiles, 'SHARD_TOKENS', 5000)
+    monkeypatch.setattr(pipeline, 'IN_MEMORY', 0)
     meta = do(tmp_path / 'many', *given, val_fraction=0.1)
     assert len(meta['splits']['train']['shards']) > 5 and len(meta['splits']['val']['shards']) > 1
-    assert all(5000 <= shard['tokens'] < 5000 + 3000 for shard in meta['splits']['train']['shards'][:-1])  # the long one is in the last
+    # the long one is in the last
+    assert all(5000 <= shard['tokens'] < 5000 + 3000 for shard in meta['splits']['train']['shards'][:-1])
     for split in ('train', 'val'):
         assert read(tmp_path / 'one', split) == read(tmp_path / 'many', split)
 
@@ -43,7 +50,8 @@ def corpus(tmp_path_factory):
     (folder / 'b.txt').write_text('')
     (folder / 'c.txt').write_text('\n<|endoftext|>\n'.join(story(n, 30) for n in range(200, 240)))
     (folder / 'd.txt').write_text(story(300, 9000))
-    (folder / 'e.jsonl.gz').write_bytes(gzip.compress('\n'.join(json.dumps({'text': story(n)}) for n in range(400, 500)).encode()))
+    (folder / 'e.jsonl.gz').write_bytes(
+        gzip.compress('\n'.join(json.dumps({'text': story(n)}) for n in range(400, 500)).encode()))
     (folder / 'z.txt').write_text('')
     return folder
 
@@ -60,12 +68,12 @@ def stream(folder):
 def in_parts(out, count, *given, **settings):
     for n in range(1, count + 1):
         do(out, *given, part=f'{n}/{count}', **settings)
-    return prepare.merge(str(out))[1]
+    return parts.merge(str(out))[1]
 
 
 @pytest.mark.parametrize('split', ['document', 'tail'])
 def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch, split):
-    monkeypatch.setattr(sources, 'TASK_SIZE', 3000)
+    monkeypatch.setattr(reading, 'TASK_SIZE', 3000)
     whole = do(tmp_path / 'whole', corpus, split=split, val_fraction=0.2)
     expected = stream(tmp_path / 'whole')
     for count in (1, 2, 3, 8, 60):
@@ -74,8 +82,10 @@ def test_any_number_of_parts_is_together_the_whole(corpus, tmp_path, monkeypatch
             assert np.array_equal(tokens, expected[name][0]) and places == expected[name][1]
             assert {key: meta['splits'][name][key] for key in ('tokens', 'documents', 'bytes')} == {
                 key: whole['splits'][name][key] for key in ('tokens', 'documents', 'bytes')}
-        assert meta | {'splits': 0} == whole | {'splits': 0} and (count < 3 or len(meta['splits']['train']['shards']) > 2)
-        assert all(np.array_equal(a, b) for a, b in zip(*(Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
+        assert (meta | {'splits': 0} == whole | {'splits': 0}
+                and (count < 3 or len(meta['splits']['train']['shards']) > 2))
+        assert all(np.array_equal(a, b) for a, b in zip(*(
+            Mixture(str(tmp_path / name), 'train', 16, 1).rows(range(20)) for name in ('whole', f'{count}'))))
 
 
 def test_an_empty_folder_takes_the_parts(corpus, tmp_path):
@@ -84,7 +94,8 @@ def test_an_empty_folder_takes_the_parts(corpus, tmp_path):
     (tmp_path / 'out.parts' / '2_of_2').mkdir(parents=True)
     in_parts(tmp_path / 'out', 2, corpus, val_fraction=0.2)
     assert len(contents(tmp_path / 'out')) == 9 and '.part' not in os.listdir(tmp_path / 'out')
-    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1]
+               for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
 
 
 def test_parts_of_few_documents_agree_on_who_validates(tmp_path):
@@ -94,7 +105,8 @@ def test_parts_of_few_documents_agree_on_who_validates(tmp_path):
     do(tmp_path / 'whole', *given)
     in_parts(tmp_path / 'parts', 3, *given)
     expected, found = stream(tmp_path / 'whole'), stream(tmp_path / 'parts')
-    assert all(np.array_equal(found[split][0], expected[split][0]) and found[split][1] == expected[split][1] for split in found)
+    assert all(np.array_equal(found[split][0], expected[split][0]) and found[split][1] == expected[split][1]
+               for split in found)
     assert 3 <= len(expected['val'][1]) <= 12
 
 
@@ -105,37 +117,48 @@ def test_what_is_read_before_the_place_in_a_file_moves_is_in_one_part(tmp_path, 
     monkeypatch.setattr(Reader, 'text', lambda self, path, cut: iter([Task([(path, 'first')])]))
     files = find_files([str(tmp_path)])
     for count in (1, 2, 3, 40):
-        found = [task.documents[0][0] for n in range(1, count + 1) for task in Reader(files, prepare.Settings(), (n, count)).tasks(None)]
+        found = [task.documents[0][0] for n in range(1, count + 1)
+                 for task in Reader(files, prepare.Settings(), (n, count)).tasks(None)]
         assert found[0] == files[0][0] and len(found) == (2 if count > 1 else 1)
 
 
 def test_a_part_reads_no_file_beside_its_own(corpus, monkeypatch):
     opened, blocks = {}, Reader.blocks
-    monkeypatch.setattr(Reader, 'blocks', lambda self, path: (opened[self.part[0]].add(Path(path).name), blocks(self, path))[1])
+    monkeypatch.setattr(Reader, 'blocks',
+                        lambda self, path: (opened[self.part[0]].add(Path(path).name), blocks(self, path))[1])
     files, tasks = find_files([str(corpus)]), []
     for n in range(1, 5):
         opened[n] = set()
         tasks += Reader(files, prepare.Settings(), (n, 4)).tasks(None)
     assert opened[1] == {'a.jsonl'} and opened[4] == {'d.txt', 'e.jsonl.gz', 'z.txt'}, opened
-    assert sum(len(task.documents) for task in tasks) == 40 + 1 + 2 and sum(bool(task.lines) for task in tasks) == 2
+    assert (sum(len(task.documents) for task in tasks) == 40 + 1 + 2
+            and sum(bool(task.lines) for task in tasks) == 2)
 
 
 def test_a_machine_for_each_part_one_of_which_is_killed(corpus, tmp_path):
-    """As on a command line: the same command with another --part; what was killed goes on; then all are one, and the command without --part knows it."""
+    """
+    As on a command line: the same command with another --part; what was killed goes on; then all are one, and
+    the command without --part knows it.
+    """
     copies = [tmp_path / f'machine{n}' / 'corpus' for n in range(3)]
     for n, copy in enumerate(copies):
         shutil.copytree(corpus, copy)
         for path in copy.iterdir():
             os.utime(path, (n, n))  # copied at another time
-    code = 'import prepare; from features.text import sources; sources.TASK_SIZE = 3000; prepare.SAVE_EVERY = 0\n{}\nprepare.run_main(prepare.main)'
-    killed = ('import os, signal; replace = prepare.replace_json\n'
-              'prepare.replace_json = lambda path, value: (replace(path, value), value.get("tasks") == 9 and os.kill(os.getpid(), signal.SIGKILL))')
-    command = [sys.executable, '-c', code.format('pass'), 'corpus', '--tokenizer=bpe:700', '--val_fraction=0.2', f'--out={tmp_path / "out"}', '--num_proc=1']
+    code = ('import prepare; from features.text import pipeline, reader; reader.TASK_SIZE = 3000; '
+            'pipeline.SAVE_EVERY = 0\n{}\n'
+            'prepare.run_main(prepare.main)')
+    killed = ('import os, signal; replace = pipeline.replace_json\n'
+              'pipeline.replace_json = lambda path, value: (replace(path, value), value.get("tasks") '
+              '== 9 and os.kill(os.getpid(), signal.SIGKILL))')
+    command = [sys.executable, '-c', code.format('pass'), 'corpus', '--tokenizer=bpe:700',
+               '--val_fraction=0.2', f'--out={tmp_path / "out"}', '--num_proc=1']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    dies = subprocess.run([*command[:2], code.format(killed), *command[3:], '--part=2/3'], cwd=copies[1].parent, env=environment)
+    dies = subprocess.run([*command[:2], code.format(killed), *command[3:], '--part=2/3'],
+                          cwd=copies[1].parent, env=environment)
     assert dies.returncode == -9 and (tmp_path / 'out.parts/2_of_3.part/progress.json').exists()
-    processes = [subprocess.Popen([*command, f'--part={n + 1}/3'], cwd=copy.parent, env=environment, stdout=subprocess.PIPE, text=True)
-                 for n, copy in enumerate(copies)]
+    processes = [subprocess.Popen([*command, f'--part={n + 1}/3'], cwd=copy.parent, env=environment,
+                                  stdout=subprocess.PIPE, text=True) for n, copy in enumerate(copies)]
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0] and 'goes on after' in said[1]
     assert all(f'python prepare.py --merge={tmp_path / "out"}\n' in text for text in said)
@@ -143,8 +166,10 @@ def test_a_machine_for_each_part_one_of_which_is_killed(corpus, tmp_path):
     assert merged.returncode == 0 and f'{tmp_path / "out"}: made of 3 parts' in merged.stdout, merged.stderr
     again = subprocess.run(command, cwd=copies[0].parent, env=environment, capture_output=True, text=True)
     assert 'already prepared' in again.stdout, again.stderr
-    assert subprocess.run([*command, f'--out={tmp_path / "whole"}'], cwd=copies[0].parent, env=environment).returncode == 0
-    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
+    assert subprocess.run([*command, f'--out={tmp_path / "whole"}'], cwd=copies[0].parent,
+                          env=environment).returncode == 0
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1]
+               for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
     shutil.rmtree(tmp_path / 'out.parts')  # what was linked stays
     assert stream(tmp_path / 'out')
 
@@ -155,7 +180,8 @@ def test_where_files_cannot_be_linked_they_are_copied(corpus, tmp_path, monkeypa
     monkeypatch.setattr(os, 'link', no_links)
     in_parts(tmp_path / 'out', 3, corpus, val_fraction=0.2)
     do(tmp_path / 'whole', corpus, val_fraction=0.2)
-    assert all(np.array_equal(a[0], b[0]) for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
+    assert all(np.array_equal(a[0], b[0])
+               for a, b in zip(stream(tmp_path / 'out').values(), stream(tmp_path / 'whole').values()))
 
 
 def damaged(out, corpus):
@@ -197,9 +223,11 @@ def otherwise(out, corpus):
     (lambda out, corpus: os.makedirs(f'{out}.parts/1_of_4'), 'parts of 3 and of 4'),
     (lambda out, corpus: shutil.rmtree(f'{out}.parts'), 'no parts in'),
     (lambda out, corpus: os.makedirs(f'{out}/mine'), 'exists'),
-    (damaged, '2_of_3/train_00000.bin: its contents do not match'), (of_others, '2_of_3: was prepared from other input files'),
-    (otherwise, '3_of_3: was prepared with another val_fraction'), (taken_twice, '2_of_3: is not the part that its name says'),
-    (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds what a run without --part has done')])
+    (damaged, '2_of_3/train_00000.bin: its contents do not match'),
+    (of_others, '2_of_3: was prepared from other input files'),
+    (otherwise, '3_of_3: was prepared with another val_fraction'),
+    (taken_twice, '2_of_3: is not the part that its name says'),
+    (leads_out, '2_of_3: is not the part'), (half_done, 'out.part holds an interrupted run without --part')])
 def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words):
     own = shutil.copytree(corpus, tmp_path / 'corpus')
     for n in (1, 2, 3):
@@ -207,8 +235,9 @@ def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words)
     harm(str(tmp_path / 'out'), own)
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(UserError) as error:
-        prepare.merge(str(tmp_path / 'out'))
-    assert words in str(error.value) and '\n' not in str(error.value) and sorted(tmp_path.rglob('*')) == before
+        parts.merge(str(tmp_path / 'out'))
+    assert (words in str(error.value) and '\n' not in str(error.value)
+            and sorted(tmp_path.rglob('*')) == before)
 
 
 @pytest.mark.parametrize('args, words', [
@@ -216,7 +245,8 @@ def test_parts_that_do_not_make_a_whole_are_named(corpus, tmp_path, harm, words)
     (['--merge=out', '--tokenizer=byte'], 'tokenizer=byte'), (['x.jsonl', '--part=1/2'], 'x.jsonl')])
 def test_bad_parts_are_refused_in_one_line(tmp_path, args, words):
     done = run('prepare.py', *args, *[f'--out={tmp_path / "out"}'] * ('--merge=out' not in args))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr and not list(tmp_path.iterdir())
+    assert (done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+            and not list(tmp_path.iterdir()))
 
 
 def test_a_part_with_bad_input_leaves_the_others_alone(corpus, tmp_path):
@@ -227,4 +257,5 @@ def test_a_part_with_bad_input_leaves_the_others_alone(corpus, tmp_path):
         f.write('{broken')
     with pytest.raises(UserError, match='broken JSON'):
         do(tmp_path / 'out', tmp_path / 'bad.jsonl', part='2/2')
-    assert contents(part_folder(str(tmp_path / 'out'), 1, 2)) == before and os.listdir(tmp_path / 'out.parts') == ['1_of_2']
+    assert (contents(part_folder(str(tmp_path / 'out'), 1, 2)) == before
+            and os.listdir(tmp_path / 'out.parts') == ['1_of_2'])

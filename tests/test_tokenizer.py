@@ -1,4 +1,7 @@
-"""Every tokenizer gives its library's ids, takes any text and any id, and comes back from its description as it was."""
+"""
+Every tokenizer gives its library's ids, takes any text and any id, and comes back from its description as it
+was.
+"""
 import argparse
 import hashlib
 import inspect
@@ -13,29 +16,40 @@ import tiktoken
 import tokenizers
 from tiktoken_ext import openai_public
 
-import tokenizer as module
 from configurator import UserError
-from features.hf.tokenizer_json import to_json
-from tokenizer import Reserved, char_tokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
+from features.hf.tokenizer_json import JsonTokenizer, to_json
+from features.text import pieces as module
+from features.text.pieces import cut_of, encode_long
+from features.text.tokenizers import Reserved
+from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
 
-STORY = 'One day, a little girl named Lily found a needle in her room.\nShe knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n'
+STORY = ('One day, a little girl named Lily found a needle in her room.\n'
+         'She knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n')
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
-HARD = ['', ' ', '\n', '\0', 'Hello  world \n\n\t x\r\n  ', 'naïve café e\u0301', '中文没有空格。', '😀👩‍👩‍👧 x', '▁a▁▁ b▁',
-        '<|endoftext|> <s></s> <unk> [SEP] <0x41>', '\ufeff\u200b\u2028\ufffd', 'a' * 3000, ' ' * 300, '1' * 50, '\U0010ffff\ue000']
+HARD = ['', ' ', '\n', '\0', 'Hello  world \n\n\t x\r\n  ', 'naïve café e\u0301', '中文没有空格。', '😀👩‍👩‍👧 x',
+        '▁a▁▁ b▁', '<|endoftext|> <s></s> <unk> [SEP] <0x41>', '\ufeff\u200b\u2028\ufffd', 'a' * 3000,
+        ' ' * 300, '1' * 50, '\U0010ffff\ue000']
 
 
 def random_text(rng, length):
-    return ''.join(rng.choice(['a', 'b', 'the', ' ', ' ', '\n', '.', '\t', '  ', '7', 'é', '中', '😀', '▁', "'s", '/', '\r\n']) for _ in range(length))
+    return ''.join(rng.choice(['a', 'b', 'the', ' ', ' ', '\n', '.', '\t', '  ', '7', 'é', '中', '😀', '▁',
+                               "'s", '/', '\r\n']) for _ in range(length))
 
 
 @pytest.fixture
 def toy_tiktoken(monkeypatch):
-    """tiktoken's own encodings, patterns and special tokens, over a small table of merges: nothing is downloaded."""
-    found = {STORY.encode()[i:i + n] for n in (2, 3, 4) for i in range(len(STORY) - n)} | {b'\n\n', b'  ', b'.\n', b'\n/'}
+    """
+    tiktoken's own encodings, patterns and special tokens, over a small table of merges: nothing is
+    downloaded.
+    """
+    found = ({STORY.encode()[i:i + n] for n in (2, 3, 4) for i in range(len(STORY) - n)}
+             | {b'\n\n', b'  ', b'.\n', b'\n/'})
     words = [bytes([i]) for i in range(256)] + sorted(found, key=lambda b: (len(b), b))
     filled = words + [i.to_bytes(5, 'big') for i in range(50256 - len(words))]
-    monkeypatch.setattr(openai_public, 'data_gym_to_mergeable_bpe_ranks', lambda **_: {b: i for i, b in enumerate(filled)})
-    monkeypatch.setattr(openai_public, 'load_tiktoken_bpe', lambda *_, **__: {b: i for i, b in enumerate(words)})
+    monkeypatch.setattr(openai_public, 'data_gym_to_mergeable_bpe_ranks',
+                        lambda **_: {b: i for i, b in enumerate(filled)})
+    monkeypatch.setattr(openai_public, 'load_tiktoken_bpe',
+                        lambda *_, **__: {b: i for i, b in enumerate(words)})
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
 
 
@@ -44,14 +58,17 @@ def files(tmp_path_factory):
     """Small vocabulary files as users bring them, made by their libraries."""
     folder = tmp_path_factory.mktemp('vocabularies')
     lines = LONG.split('\n')
-    # T5's kind: unigram, text normalised, a space put before it; and Mistral's: BPE, bytes, text as it is but for that space
-    for name, options in {'t5': {'model_type': 'unigram', 'vocab_size': 200},
-                          'mistral': {'model_type': 'bpe', 'vocab_size': 500, 'byte_fallback': True, 'normalization_rule_name': 'identity',
-                                      'remove_extra_whitespaces': False}}.items():
+    # T5's kind: unigram, text normalised, a space put before it; and Mistral's: BPE, bytes, text as it is but
+    # for that space
+    for name, options in {'t5': {'model_type': 'unigram', 'vocab_size': 200}, 'mistral': {
+            'model_type': 'bpe', 'vocab_size': 500, 'byte_fallback': True,
+            'normalization_rule_name': 'identity', 'remove_extra_whitespaces': False}}.items():
         with open(folder / f'{name}.model', 'wb') as f:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2, **options)
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f,
+                                                     minloglevel=2, **options)
     with open(folder / 'noeos.model', 'wb') as f:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2, vocab_size=200, eos_id=-1)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2,
+                                                 vocab_size=200, eos_id=-1)
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([LONG], vocab_size=400, special_tokens=['<|endoftext|>'], show_progress=False)
     bpe.enable_truncation(5)
@@ -59,7 +76,8 @@ def files(tmp_path_factory):
     bpe.train_from_iterator([LONG], vocab_size=400, special_tokens=['<end>'], show_progress=False)
     bpe.save(str(folder / 'noeos.json'))
     letters = 'abcdefghijklmnopqrstuvwxyz0123456789'
-    pieces = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *'.,!"\'', *(f'##{c}' for c in letters), 'little', 'girl']
+    pieces = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *'.,!"\'', *(f'##{c}' for c in letters),
+              'little', 'girl']
     (folder / 'uncased.txt').write_text('\n'.join(pieces) + '\n')
     (folder / 'cased.txt').write_text('\n'.join([*pieces, 'Lily', 'O', 'S', 'M', 'I']) + '\n')
     return folder
@@ -70,7 +88,8 @@ def every_kind(files, toy_tiktoken):
     names = 't5.model', 'mistral.model', 'tokenizer.json', 'cased.txt', 'uncased.txt'
     return {**{kind: new_tokenizer(kind) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base')},
             **{name: new_tokenizer(str(files / name)) for name in names},
-            'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]), 'no eot': char_tokenizer('abc', eot=False)}
+            'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]),
+            'no eot': CharTokenizer('abc', eot=False)}
 
 
 # --- the start of a document ---
@@ -81,14 +100,17 @@ def test_a_document_starts_with_the_tokenizer_s_own_beginning_of_text(every_kind
     assert starts.pop('mistral.model') == (sp.bos_id(),) and sp.bos_id() >= 0
     for name in ('cased.txt', 'uncased.txt'):
         tokenizer = every_kind[name]
-        assert starts.pop(name) == (tokenizer.tokenizer.token_to_id('[CLS]'),) == Reserved(tokenizer, 3).start()
+        assert (starts.pop(name) == (tokenizer.tokenizer.token_to_id('[CLS]'),)
+                == Reserved(tokenizer, 3).start())
     t5 = every_kind['t5.model']
     assert starts.pop('t5.model') == t5.bos()
     assert set(starts.values()) == {()}
     theirs = tokenizers.Tokenizer.from_file(str(files / 'tokenizer.json'))
     special = [('<|endoftext|>', theirs.token_to_id('<|endoftext|>')), ('a', theirs.token_to_id('a'))]
-    for around, start, bos in (('a $A', 1, 1), ('a $A <|endoftext|>', 1, 0), ('$A <|endoftext|>', 0, 0), ('<|endoftext|> $A', 1, 1)):
-        theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around, special_tokens=special)
+    for around, start, bos in (('a $A', 1, 1), ('a $A <|endoftext|>', 1, 0), ('$A <|endoftext|>', 0, 0),
+                               ('<|endoftext|> $A', 1, 1)):
+        theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around,
+                                                                         special_tokens=special)
         theirs.save(str(tmp_path / 'tokenizer.json'))
         tokenizer = new_tokenizer(str(tmp_path / 'tokenizer.json'))
         first = (theirs.token_to_id(around.split()[0]),)
@@ -150,11 +172,14 @@ def test_ids_are_the_library_s(every_kind, files):
     for name, lower in (('uncased.txt', True), ('cased.txt', False)):
         library = tokenizers.BertWordPieceTokenizer(str(files / name), lowercase=lower)
         assert every_kind[name].encode(STORY) == library.encode(STORY, add_special_tokens=False).ids
-        assert every_kind[name].eot == library.token_to_id('[SEP]') and every_kind[name].unk == library.token_to_id('[UNK]')
-    assert 'Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found')).replace(' ##', '')
+        assert (every_kind[name].eot == library.token_to_id('[SEP]')
+                and every_kind[name].unk == library.token_to_id('[UNK]'))
+    assert ('Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found'))
+            .replace(' ##', ''))
 
 
-@pytest.mark.parametrize('harm', [{'dropout': 0.9}, {'dropout': 1.0}, {'alpha': 0.1, 'nbest_size': 9}], ids=str)
+@pytest.mark.parametrize('harm', [{'dropout': 0.9}, {'dropout': 1.0}, {'alpha': 0.1, 'nbest_size': 9}],
+                         ids=str)
 @pytest.mark.parametrize('reserve', [0, 3])
 def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, reserve):
     """The ids are those of the same file without dropout, sampling, truncation and padding."""
@@ -162,17 +187,21 @@ def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, re
     if 'alpha' in harm:
         vocab = [['<unk>', 0.0], *([piece, -len(piece) ** 0.5] for piece in plain['model']['vocab'])]
         plain['model'] = {'type': 'Unigram', 'unk_id': 0, 'vocab': vocab, 'byte_fallback': False}
-    drawn = plain | {'model': plain['model'] | harm, 'truncation': {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0},
-                     'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}}
+    drawn = plain | {'model': plain['model'] | harm, 'truncation': {'direction': 'Right', 'max_length': 3,
+                                                                    'strategy': 'LongestFirst', 'stride': 0},
+                     'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None,
+                                 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}}
     kinds = []
     for name, value in (('plain', plain), ('drawn', drawn)):
         (tmp_path / f'{name}.json').write_text(json.dumps(value))
         kinds.append(new_tokenizer(str(tmp_path / f'{name}.json')))
     expected, t = kinds
-    assert t.describe()['files'] == {'tokenizer.json': hashlib.sha256((tmp_path / 'drawn.json').read_bytes()).hexdigest()}  # it is kept as it came
+    # it is kept as it came
+    assert (t.describe()['files']
+            == {'tokenizer.json': hashlib.sha256((tmp_path / 'drawn.json').read_bytes()).hexdigest()})
     t = load_tokenizer(t.save(tmp_path), tmp_path)
-    t = module.Reserved(t, reserve) if reserve else t
-    assert (t.cut, t.bos()) == (expected.cut, expected.bos())
+    t = Reserved(t, reserve) if reserve else t
+    assert (cut_of(t), t.bos()) == (cut_of(expected), expected.bos())
     for text in [STORY, *HARD[:9]]:
         assert t.encode(text) == t.encode(text) == expected.encode(text)
     ids, _ = t.encode_documents([STORY] * 3)
@@ -180,14 +209,17 @@ def test_nothing_in_a_tokenizer_json_is_left_to_chance(files, tmp_path, harm, re
     assert to_json(kinds[1]) == to_json(expected)
 
 
-PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', *'\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e', 'the', 'cat', '##s']
+PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', *'\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e', 'the',
+          'cat', '##s']
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n', ' \n'])
 @pytest.mark.parametrize('mark', ['', '\ufeff'])
 @pytest.mark.parametrize('last', ['', 'end'])
 def test_a_piece_of_a_bert_vocabulary_is_a_line(tmp_path, end, mark, last):
-    """A line ends at \\n, as in the library: other signs that Python's splitlines() takes for an end are pieces."""
+    """
+    A line ends at \\n, as in the library: other signs that Python's splitlines() takes for an end are pieces.
+    """
     path = tmp_path / 'vocab.txt'
     path.write_bytes((mark + end.join([*PIECES, last])).encode())
     path.with_suffix('.plain').write_bytes(end.join([*PIECES, last]).encode())
@@ -202,23 +234,28 @@ def test_a_piece_of_a_bert_vocabulary_is_a_line(tmp_path, end, mark, last):
 def test_a_vocabulary_that_was_read_in_more_lines_still_loads(tmp_path):
     """Before, U+2028 made two lines: what was prepared or trained so keeps its ids."""
     data = '\n'.join(PIECES).encode()
-    old = module.JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
+    old = JsonTokenizer('wordpiece', '\n'.join('\n'.join(PIECES).splitlines()).encode(), 'vocab.txt')
     for reserve in (0, 5):
-        tokenizer = module.Reserved(old, reserve) if reserve else old
+        tokenizer = Reserved(old, reserve) if reserve else old
         tokenizer.files = {'vocab.txt': data}
         again = load_tokenizer(tokenizer.save(tmp_path), tmp_path)
-        assert again.describe() == tokenizer.describe() and again.encode('the cat') == old.encode('the cat') != new_tokenizer(
-            str(tmp_path / 'vocab.txt')).encode('the cat')
+        assert (again.describe() == tokenizer.describe() and again.encode('the cat') == old.encode('the cat')
+                != new_tokenizer(str(tmp_path / 'vocab.txt')).encode('the cat'))
 
 
 def test_gpt2_s_ids_of_many_documents_are_the_library_s(toy_tiktoken):
-    """Where words begin is found in numpy there: every rule of the pattern, at every place of a text, next to everything."""
+    """
+    Where words begin is found in numpy there: every rule of the pattern, at every place of a text, next to
+    everything.
+    """
     t, rng = new_tokenizer('gpt2'), random.Random(0)
-    atoms = list("sdmtlverSE09 '.\"\n\t\r\v\f\0\x1c\x7f-") + ["'s", "'ll", "'ve", "'re", " '", '  ', '\n\n', ' \n', 'girl', 'é', '’', 'x' * 40]
+    atoms = list("sdmtlverSE09 '.\"\n\t\r\v\f\0\x1c\x7f-") + ["'s", "'ll", "'ve", "'re", " '", '  ', '\n\n',
+                                                              ' \n', 'girl', 'é', '’', 'x' * 40]
     atoms += ['!' * 15, '!' * 16]
     for _ in range(60):
         some = atoms[:rng.randint(5, len(atoms))]
-        texts = [''.join(rng.choice(some) for _ in range(rng.randint(1, 30))) for _ in range(50)] + [STORY, "'", "'s", ' ']
+        texts = ([''.join(rng.choice(some) for _ in range(rng.randint(1, 30))) for _ in range(50)]
+                 + [STORY, "'", "'s", ' '])
         ids, lengths = t.encode_documents(texts)
         assert lengths.sum() == len(ids)
         for text, document in zip(texts, np.split(ids, np.cumsum(lengths)[:-1])):
@@ -229,7 +266,8 @@ def test_documents_of_every_kind_end_with_the_end_of_text(every_kind):
     for kind, t in every_kind.items():
         if kind != 'no eot':
             ids, lengths = t.encode_documents(['one', 'ok'])
-            assert ids.tolist() == [*t.encode('one'), t.eot, *t.encode('ok'), t.eot] and lengths.tolist() == [len(t.encode('one')) + 1, len(t.encode('ok')) + 1]
+            assert (ids.tolist() == [*t.encode('one'), t.eot, *t.encode('ok'), t.eot]
+                    and lengths.tolist() == [len(t.encode('one')) + 1, len(t.encode('ok')) + 1])
         assert [len(a) for a in t.encode_documents([])] == [0, 0]
 
 
@@ -240,8 +278,10 @@ def test_a_byte_order_mark_before_a_vocabulary_is_no_part_of_its_first_piece(tmp
 
 def test_tokenizers_are_compared_by_what_they_do_not_by_how_they_are_kept(tmp_path):
     stories = ['once upon a time there was a cat who lived in a house by the river'] * 20
-    made = {'bpe': train_bpe(stories, 320), 'other': train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320),
-            'byte': new_tokenizer('byte'), 'char': new_tokenizer('char', ['the cat']), 'chars': new_tokenizer('char', ['the dog'])}
+    made = {'bpe': train_bpe(stories, 320),
+            'other': train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320),
+            'byte': new_tokenizer('byte'), 'char': new_tokenizer('char', ['the cat']),
+            'chars': new_tokenizer('char', ['the dog'])}
     for name in ('bpe', 'byte', 'char'):
         (tmp_path / f'{name}.json').write_text(to_json(made[name]), encoding='utf-8')
         made[f'{name}.json'] = new_tokenizer(str(tmp_path / f'{name}.json'))
@@ -251,11 +291,13 @@ def test_tokenizers_are_compared_by_what_they_do_not_by_how_they_are_kept(tmp_pa
         folder = tmp_path / 'saved' / name
         folder.mkdir(parents=True)
         known[name] = tokenizer.save(folder), str(folder)
-    alike = {frozenset(pair) for pair in (('bpe', 'bpe.json'), ('byte', 'byte.json'), ('char', 'char.json'), ('bpe.json', 'reserved'))}
+    alike = {frozenset(pair) for pair in (('bpe', 'bpe.json'), ('byte', 'byte.json'), ('char', 'char.json'),
+                                          ('bpe.json', 'reserved'))}
     for one, other in itertools.combinations(known, 2):
         assert same_ids(known[one], known[other]) == ({one, other} in alike), (one, other)
     assert same_ids(known['bpe'], known['reserved'], is_padded=True)
-    assert same_ids(({'kind': 'gpt2'}, ''), ({'kind': 'gpt2', 'vocab_size': 50257, 'eot': 50256}, ''))  # without loading it
+    # without loading it
+    assert same_ids(({'kind': 'gpt2'}, ''), ({'kind': 'gpt2', 'vocab_size': 50257, 'eot': 50256}, ''))
     with pytest.raises(UserError, match='not known'):
         same_ids(({'kind': 'unknown', 'vocab_size': 320}, ''), known['bpe'])
 
@@ -263,9 +305,11 @@ def test_tokenizers_are_compared_by_what_they_do_not_by_how_they_are_kept(tmp_pa
 def test_char_ids_are_nanogpt_s():
     """nanoGPT numbers the sorted characters, and has no end-of-text token; ours comes after them."""
     t = new_tokenizer('char', ['hello', 'world'])
-    assert t.encode('hold') == [sorted(set('helloworld')).index(c) for c in 'hold'] and (t.vocab_size, t.eot) == (8, 7)
+    assert (t.encode('hold') == [sorted(set('helloworld')).index(c) for c in 'hold']
+            and (t.vocab_size, t.eot) == (8, 7))
     assert t.decode([*t.encode('hold'), t.eot]) == 'hold<|endoftext|>'
-    old = load_tokenizer({'kind': 'char', 'chars': 'dehlorw', 'eot': None}, '.')  # what batches.py makes of a meta.pkl
+    # what batches.py makes of a meta.pkl
+    old = load_tokenizer({'kind': 'char', 'chars': 'dehlorw', 'eot': None}, '.')
     assert old.encode('hold') == t.encode('hold') and (old.vocab_size, old.eot) == (7, None)
     with pytest.raises(UserError, match="character 'é' is not among the 7 characters"):
         t.encode('héllo')
@@ -280,9 +324,11 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(every_kind, monkeypatch
         if kind in ('char', 'no eot'):
             continue
         for text in [STORY, *HARD] + [random_text(rng, 80) for _ in range(100)]:
-            assert t.encode_long(text) == t.encode(text), (kind, text)
-    assert all([every_kind[kind].cut for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 't5.model', 'bpe', 'cased.txt', 'tokenizer.json')])
-    assert every_kind['mistral.model'].cut is None  # it puts a space before every text, so that pieces would gain one
+            assert encode_long(t, text) == t.encode(text), (kind, text)
+    assert all([cut_of(every_kind[kind]) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 't5.model',
+                                                      'bpe', 'cased.txt', 'tokenizer.json')])
+    # it puts a space before every text, so that pieces would gain one
+    assert cut_of(every_kind['mistral.model']) is None
 
 
 # --- bpe:N ---
@@ -307,10 +353,13 @@ def test_bpe_survives_words_longer_than_its_trainer_takes(text):
     assert t.decode(t.encode(text)) == text
 
 
-@pytest.mark.parametrize('sign', ['\u2585', '\u2581', '\u2047', '\0', '\t', '\r\n', '\x1c', '\x7f', '\u2028', '\ufeff', '\ufffd', '\ue000', '\U0010ffff',
+@pytest.mark.parametrize('sign', ['\u2585', '\u2581', '\u2047', '\0', '\t', '\r\n', '\x1c',
+                                  '\x7f', '\u2028', '\ufeff', '\ufffd', '\ue000', '\U0010ffff',
                                   '</s>', '<|endoftext|>', '<unk>', '<0x41>'])
 def test_bpe_is_trained_on_text_with_any_sign(sign):
-    """As many tokens as with another sign in its place, but for what the sign itself takes; and nothing is lost."""
+    """
+    As many tokens as with another sign in its place, but for what the sign itself takes; and nothing is lost.
+    """
     def text_with(sign):
         rng = random.Random(0)
         words = [''.join(rng.choice('abcdefgh') for _ in range(5)) for _ in range(20)]
@@ -331,7 +380,8 @@ def test_bpe_of_nothing_but_its_trainer_s_sign_is_refused():
 def test_bpe_says_which_sizes_work():
     with pytest.raises(UserError, match=r'bpe:200: too small .* use a larger one, bpe:\d+'):
         new_tokenizer('bpe:200', [STORY])
-    with pytest.raises(UserError, match=r'bpe:50000: too large for so little text: use at most bpe:(\d+)') as error:
+    with pytest.raises(UserError,
+                       match=r'bpe:50000: too large for so little text: use at most bpe:(\d+)') as error:
         new_tokenizer('bpe:50000', [STORY])
     largest = error.value.args[0].partition('at most ')[2].partition(',')[0]
     assert new_tokenizer(largest, [STORY]).vocab_size == int(largest[4:])
@@ -347,7 +397,8 @@ def test_a_description_brings_the_tokenizer_back(every_kind, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         description = json.loads(json.dumps(t.save(folder)))
-        assert description == t.describe() and {'kind', 'vocab_size', 'eot', 'files', 'sha256'} <= description.keys()
+        assert (description == t.describe()
+                and {'kind', 'vocab_size', 'eot', 'files', 'sha256'} <= description.keys())
         again = load_tokenizer(description, folder)
         text = 'abc' if kind == 'no eot' else STORY
         assert again.describe() == description and again.encode(text) == t.encode(text)
@@ -356,13 +407,15 @@ def test_a_description_brings_the_tokenizer_back(every_kind, tmp_path):
 
 def test_the_same_vocabulary_is_the_same_tokenizer_wherever_its_file_lies(files, tmp_path):
     (tmp_path / 'other.model').write_bytes((files / 'mistral.model').read_bytes())
-    assert new_tokenizer(str(tmp_path / 'other.model')).describe() == new_tokenizer(str(files / 'mistral.model')).describe()
+    assert (new_tokenizer(str(tmp_path / 'other.model')).describe()
+            == new_tokenizer(str(files / 'mistral.model')).describe())
 
 
 def test_the_ending_of_a_vocabulary_may_have_capitals(files, tmp_path):
     for name in ('mistral.model', 'tokenizer.json', 'cased.txt'):
         (tmp_path / name.upper()).write_bytes((files / name).read_bytes())
-        assert new_tokenizer(str(tmp_path / name.upper())).describe() == new_tokenizer(str(files / name)).describe()
+        assert (new_tokenizer(str(tmp_path / name.upper())).describe()
+                == new_tokenizer(str(files / name)).describe())
 
 
 def test_a_changed_or_missing_file_is_refused(files, tmp_path):
@@ -387,10 +440,12 @@ def test_refusals_say_what_to_change(files, tmp_path, monkeypatch):
     (tmp_path / 'broken.json').write_text('{"a": 1}')
     (tmp_path / 'empty.model').write_bytes(b'')
     (tmp_path / 'broken.model').write_bytes(b'no model at all')
-    for kind, message in {'morse': r'no such tokenizer; there are byte, char, gpt2,', 'missing.model': 'no such file',
-                          tmp_path / 'text.txt': 'not a BERT vocabulary', tmp_path / 'broken.json': r'not a tokenizer\.json',
-                          tmp_path / 'empty.model': 'not a sentencepiece model', tmp_path / 'broken.model': 'not a sentencepiece model',
-                          files / 'noeos.model': 'no end-of-text piece', files / 'noeos.json': 'no end-of-text token'}.items():
+    for kind, message in {'morse': r'no such tokenizer; there are byte, char, gpt2,',
+                          'missing.model': 'no such file', tmp_path / 'text.txt': 'not a BERT vocabulary',
+                          tmp_path / 'broken.json': r'not a tokenizer\.json', tmp_path / 'empty.model': 'not '
+                          'a sentencepiece model', tmp_path / 'broken.model': 'not a sentencepiece model',
+                          files / 'noeos.model': 'no end-of-text piece',
+                          files / 'noeos.json': 'no end-of-text token'}.items():
         with pytest.raises(UserError, match=message):
             new_tokenizer(str(kind))
 

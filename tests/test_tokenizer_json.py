@@ -3,10 +3,18 @@ import pytest
 import tokenizers
 
 from configurator import UserError
-from features.hf.tokenizer_json import last_merge, to_json
-from tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, char_tokenizer, new_tokenizer, train_bpe
+from features.hf.tokenizer_json import JsonTokenizer, last_merge, to_json
+from tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    new_tokenizer,
+    train_bpe,
+)
 
-TEXTS = ['Once upon a time there was a cat.', '  two  blanks,\n\n\ttabs   ', "it's 12345 <|endof", 'naïve façade — 你好 🙂', '\r\n \x00', '']
+TEXTS = ['Once upon a time there was a cat.', '  two  blanks,\n\n\ttabs   ', "it's 12345 <|endof",
+         'naïve façade — 你好 🙂', '\r\n \x00', '']
 
 
 def same(ours, texts=TEXTS, end='<|endoftext|>'):
@@ -15,7 +23,8 @@ def same(ours, texts=TEXTS, end='<|endoftext|>'):
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False).ids == ids
         assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
-    assert theirs.encode(end, add_special_tokens=False).ids == [ours.eot]  # as a special token, it is recognised there
+    # as a special token, it is recognised there
+    assert theirs.encode(end, add_special_tokens=False).ids == [ours.eot]
 
 
 def test_bytes():
@@ -23,33 +32,41 @@ def test_bytes():
 
 
 def test_characters():
-    same(char_tokenizer('\n abcdeé🙂'), ['a bad cab', 'é🙂\n', ''])
-    without_end = char_tokenizer('abc', eot=False)
-    assert tokenizers.Tokenizer.from_str(to_json(without_end)).encode('cab', add_special_tokens=False).ids == [2, 0, 1]
+    same(CharTokenizer('\n abcdeé🙂'), ['a bad cab', 'é🙂\n', ''])
+    without_end = CharTokenizer('abc', eot=False)
+    assert (tokenizers.Tokenizer.from_str(to_json(without_end)).encode('cab', add_special_tokens=False).ids
+            == [2, 0, 1])
 
 
 def test_our_own_bpe():
-    same(train_bpe(['once upon a time there was a cat in 1234', 'the naïve cat was there\n\n  twice'] * 30, 320))
+    same(train_bpe(['once upon a time there was a cat in 1234', 'the naïve cat was there\n\n  twice'] * 30,
+                   320))
 
 
-@pytest.mark.parametrize('settings', [dict(model_type='unigram', vocab_size=60, hard_vocab_limit=False),
-                                      dict(model_type='bpe', vocab_size=300, byte_fallback=True, hard_vocab_limit=False),
-                                      dict(model_type='unigram', vocab_size=300, byte_fallback=True, hard_vocab_limit=False, add_dummy_prefix=False)], ids=str)
+@pytest.mark.parametrize('settings',
+                         [dict(model_type='unigram', vocab_size=60, hard_vocab_limit=False),
+                          dict(model_type='bpe', vocab_size=300, byte_fallback=True, hard_vocab_limit=False),
+                          dict(model_type='unigram', vocab_size=300, byte_fallback=True,
+                               hard_vocab_limit=False, add_dummy_prefix=False)], ids=str)
 def test_sentencepiece_of_others(settings):
     import io
 
     import sentencepiece
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(['once upon a time there was a cat', 'the cat was there', 'a cat, a time'] * 30),
-                                             model_writer=model, eos_id=1, unk_id=0, bos_id=-1, pad_id=-1, minloglevel=2, **settings)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(
+        ['once upon a time there was a cat', 'the cat was there', 'a cat, a time'] * 30),
+                                             model_writer=model, eos_id=1, unk_id=0, bos_id=-1, pad_id=-1,
+                                             minloglevel=2, **settings)
     ours = SentencePieceTokenizer(model.getvalue())
     theirs = tokenizers.Tokenizer.from_str(to_json(ours))
-    for text in ('once upon a time', 'the cat  was\nthere ', ' a cat, a time', 'the ﬁrst ｃａｔ'):  # compatibility characters are normalised
+    # compatibility characters are normalised
+    for text in ('once upon a time', 'the cat  was\nthere ', ' a cat, a time', 'the ﬁrst ｃａｔ'):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
 def test_wordpiece_and_what_is_a_tokenizer_json_already():
-    same(JsonTokenizer('wordpiece', '\n'.join(['[UNK]', '[SEP]', 'a', 'c', '##a', '##t', 'Cat']).encode(), 'vocab.txt'), ['a cat', 'Cat'], '[SEP]')
+    same(JsonTokenizer('wordpiece', '\n'.join(['[UNK]', '[SEP]', 'a', 'c', '##a', '##t', 'Cat']).encode(),
+                       'vocab.txt'), ['a cat', 'Cat'], '[SEP]')
 
 
 def test_gpt2():
@@ -68,8 +85,10 @@ def test_tiktoken_of_any_ranks():
         ranks[token] = len(ranks)
     ours = TiktokenTokenizer.__new__(TiktokenTokenizer)
     ours.encoding = tiktoken.Encoding(
-        'tiny', pat_str=r" ?\p{L}+| ?\p{N}+|\s+|[^\s\p{L}\p{N}]+", mergeable_ranks=ranks, special_tokens={'<|endoftext|>': len(ranks)})
-    super(TiktokenTokenizer, ours).__init__('tiny', len(ranks) + 1, len(ranks), None)
+        'tiny', pat_str=r" ?\p{L}+| ?\p{N}+|\s+|[^\s\p{L}\p{N}]+", mergeable_ranks=ranks,
+        special_tokens={'<|endoftext|>': len(ranks)})
+    super(TiktokenTokenizer, ours).__init__('tiny', len(ranks) + 1, len(ranks))
     same(ours)
     same(ours, ['the thing, théthe   things'])
-    assert last_merge(b' the', ranks[b' the'], ranks) == (b' ', b'the') and last_merge(b'the', ranks[b'the'], ranks) == (b'th', b'e')
+    assert (last_merge(b' the', ranks[b' the'], ranks) == (b' ', b'the')
+            and last_merge(b'the', ranks[b'the'], ranks) == (b'th', b'e'))

@@ -1,18 +1,46 @@
 """
-A teacher: another network whose distribution a run learns from too (Hinton et al. 2015, arXiv 1503.02531).
+Distillation (Hinton et al. 2015, arXiv 1503.02531): a network learns from the distribution of a teacher.
+
+    loss = model(idx, targets, teacher=ask(teacher, idx, s))
+
+The loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student), with mix = distill_mix and
+temperature = distill_temperature. The teacher's logits are made chunk by chunk, as the student's are.
 """
+from dataclasses import dataclass
+
 import torch
 
 import checkpoint
 from configurator import UserError
-from model import Teacher
+from model import cap
 from run import same_place
 
 
+@dataclass
+class Teacher:
+    """What the teacher says about a batch of N tokens."""
+    h: torch.Tensor  # (N, C') and
+    weight: torch.Tensor  # (V padded, C'): their product is its logits, as in head_input()
+    softcap: float
+    temperature: float  # of both distributions
+    mix: float
+
+    def logits(self, first, rows, dtype):
+        """Logits of `rows` tokens from token number `first` on, (rows, V padded), multiplied in dtype."""
+        return self.h[first:first + rows].to(dtype) @ self.weight.to(dtype).T
+
+    def divergence(self, student, teacher):
+        """Of logits (rows, V): KL(teacher ‖ student) (rows, 1), its gradient times temperature (rows, V)."""
+        student = (student / self.temperature).log_softmax(1)
+        teacher = (cap(teacher.float(), self.softcap) / self.temperature).log_softmax(1)
+        kl = (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
+        return kl, student.exp() - teacher.exp()
+
+
 @torch.no_grad()
-def ask(teacher, x, s, **inputs):
-    """What the network `teacher` predicts after each of the tokens x (B, T), for the chunked loss of model.py."""
-    h, weight = teacher.head_input(teacher.hidden(x, **inputs))
+def ask(teacher, x, s, **more):
+    """What the network `teacher` says about tokens x (B, T). s: Settings; more: see loss.reading()."""
+    h, weight = teacher.head_input(teacher.hidden(x, **more))
     return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
 
 

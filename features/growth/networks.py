@@ -237,7 +237,7 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
 def refuse_width(cfg, n_embd, n_head, d_ff):
     """Raise UserError for a network that cannot have these sizes and keep its function."""
     refuse_unknown(cfg, 'widened and keep its function', but=NOT_WIDENED)
-    if cfg.t5_scale and cfg.tie:
+    if getattr(cfg, 't5_scale', False) and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: '
                         'a network with both cannot be widened and keep its function')
     sizes = [

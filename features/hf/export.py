@@ -7,21 +7,19 @@ Write the network of a run as a Hugging Face folder: config.json, model.safetens
 """
 import dataclasses
 import os
-import shutil
 
 import torch
 
 import checkpoint
 from checkpoint import new_folder, write_json, write_tensors
-from configurator import ROOT, UserError, from_dict
+from configurator import UserError, from_dict
+from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import HEAD, name_rows
 from features.hf.tokenizer_json import spelling, to_json
 from model import ModelConfig, make_model
 from tokenizer import load_tokenizer
-
-CODE = ('features/hf/modeling_minnow.py', 'model.py')  # what a folder with our own class has to hold
 
 
 def run(s):
@@ -85,8 +83,7 @@ def export(s):
             with open(os.path.join(new, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)
         if s.as_ == 'custom':
-            for path in CODE:
-                shutil.copy(os.path.join(ROOT, path), new)
+            write_code(new, cfg)
     return fields['model_type']
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from configurator import build, default_of, from_dict
 from features.hf.names import gpt2_names, llama_names, minnow_names, t5_names
-from model import ModelConfig, RelativeBias
+from model import ModelConfig
 
 # -----------------------------------------------------------------------------
 # config.json → ModelConfig. Every function takes a Config. It raises UserError for a field that our networks
@@ -129,6 +129,7 @@ T5_MLP = {  # feed_forward_proj: our mlp
 
 
 def t5_config(config):
+    from features.t5.network import RelativeBias  # t5
     config.one_of('relative_attention_num_buckets', RelativeBias.BUCKETS)
     config.one_of('relative_attention_max_distance', RelativeBias.FURTHEST)
     config.one_of('is_encoder_decoder', True)
@@ -169,7 +170,7 @@ def minnow_config(config):
         if type(value) is int and value >= 2 ** 31:
             config.refuse('minnow', fields, 'takes sizes below 2**31')
     for name in ('block_size', 'source_size'):
-        check_rotary(config, name, getattr(cfg, name), cfg.d_head)
+        check_rotary(config, name, getattr(cfg, name, 0), cfg.d_head)
     return cfg
 
 
@@ -214,6 +215,7 @@ def llama_fields(cfg):
 
 
 def t5_fields(cfg):
+    from features.t5.network import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
     return {
         'n_positions': cfg.block_size,
@@ -347,7 +349,7 @@ def obstacles(family, cfg):
         if field.name not in FREE and field.name not in special:
             wanted[field.name] = default_of(field)
     wanted |= special
-    found = dataclasses.asdict(cfg) | {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
+    found = PLAIN | dataclasses.asdict(cfg) | {'n_kv_head': cfg.kv_heads, 'head_dim': cfg.d_head}
     out = []
     for name, value in wanted.items():
         if found.get(name, value) != value:  # a setting of a feature that is not used is not there

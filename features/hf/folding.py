@@ -10,6 +10,7 @@ import re
 import torch
 
 from configurator import UserError, default_of
+from features.growth.lowrank import is_linear, matrix
 from features.hf.families import FREE, PLAIN
 from model import LowRank
 
@@ -43,12 +44,12 @@ def fold(model):
 def fold_layers(model, weights):
     """Multiply out the factors of the blocks, unless an activation stands between them."""
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
-    if not all(layer.is_linear() for layer in low_rank.values()):
+    if not all(is_linear(layer) for layer in low_rank.values()):
         return {}
     for name, layer in low_rank.items():
         for tensor in [tensor for tensor in weights if tensor.startswith(f'{name}.')]:
             del weights[tensor]
-        weights[f'{name}.weight'] = layer.matrix()
+        weights[f'{name}.weight'] = matrix(layer)
         if layer.up.bias is not None:
             weights[f'{name}.bias'] = layer.up.bias
     return {
@@ -79,7 +80,7 @@ def fold_embed_norm(model, weights):
     if not cfg.embed_norm or cfg.position == 'learned':  # learned positions are added before the norm
         return {}
     if cfg.tie:
-        scale = cfg.n_embd ** -0.5 if cfg.t5_scale else 1
+        scale = cfg.n_embd ** -0.5 if getattr(cfg, 't5_scale', False) else 1
         weights['head.weight'] = weights['wte.weight'] * scale
     weights['wte.weight'] = model.norm_e(weights['wte.weight'])
     weights['wte.weight'][cfg.vocab_size:] = 0

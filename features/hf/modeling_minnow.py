@@ -1,6 +1,6 @@
 """
-A network of minnow as a class of transformers. `hub.py export --as=custom` puts this file and model.py beside
-the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
+A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export --as=custom` puts this file, model.py and
+what else the network needs beside the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
 """
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -12,8 +12,8 @@ class MinnowConfig(PretrainedConfig):
     model_type = 'minnow'
 
     def __init__(self, minnow=None, **more):
-        self.minnow = minnow or {}  # the fields of the ModelConfig
-        self.num_hidden_layers = self.minnow.get('n_layer', 0)  # generate() asks for it
+        self.minnow = minnow or {}  # the ModelConfig
+        self.num_hidden_layers = self.minnow.get('n_layer', 0)  # what generate() asks for
         super().__init__(**more)
 
 
@@ -22,14 +22,15 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = make_model(ModelConfig(**config.minnow))
+        settings = ModelConfig
+        if config.minnow.get('n_expert'):  # moe
+            from features.moe.settings import MoEConfig  # moe
+            settings = MoEConfig  # moe
+        self.model = make_model(settings(**config.minnow))
         self.post_init()
 
     def _init_weights(self, module):
-        """
-        Fill the buffers that are in no file: the rotary table and the loads of experts. The weights are
-        loaded.
-        """
+        """Weights are loaded; the table of angles and the loads of experts are in no file."""
         if getattr(module, 'load', None) is not None:
             module.load.zero_()
         if getattr(module, 'rotary', None) is not None:
@@ -41,22 +42,15 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
         """
-        input_ids (B, T) → logits (B, T, vocab_size) in float32; with labels (B, T) the mean loss of the next
-        tokens too, without labels below zero. Padding may stand at the end of a row. Raises ValueError for
-        more tokens than block_size, and for padding before text, which the network would read.
+        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next ones, those below zero left out. Padding may
+        stand at the end of a row. Raises ValueError for more tokens than block_size, and for padding before text, which would be read.
         """
         if attention_mask is not None and (attention_mask[:, :-1] < attention_mask[:, 1:]).any():
-            raise ValueError('attention_mask: this network reads padding before text: pad on the right, '
-                             'or give texts of one length at a time')
-        loss = None
-        if labels is not None:
-            loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1))
+            raise ValueError("attention_mask: this network reads padding before text: pad on the right, or give texts of one length at a time")
+        loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
         return CausalLMOutput(loss=loss, logits=self.model(input_ids))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """No cache: for each new token the network reads the last block_size tokens again."""
+        """No cache: every token reads the text again, what fits of it."""
         size = self.model.cfg.block_size
-        inputs = {'input_ids': input_ids[:, -size:], 'attention_mask': None}
-        if attention_mask is not None:
-            inputs['attention_mask'] = attention_mask[:, -size:]
-        return inputs
+        return {'input_ids': input_ids[:, -size:], 'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from configurator import UserError
+from configurator import UserError, check
 from features.hf.config_json import Config, read_json
 from features.hf.families import FAMILIES
 from features.hf.names import HEAD, name_rows
@@ -121,10 +121,7 @@ def family_of(config):
 def read_config(config, family):
     """The ModelConfig of a Config. Raises UserError for sizes that do not go together."""
     cfg = family.read(config)
-    try:
-        cfg.check()
-    except ValueError as error:
-        raise UserError(f'{config.path}: {error}') from None
+    check(cfg, config.path)
     return cfg
 
 

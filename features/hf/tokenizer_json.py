@@ -1,25 +1,171 @@
 """
-Any of our tokenizers as a tokenizer.json, which the tokenizers library and all that is built on it read: the
-same ids for the same text.
+tokenizer.json, which the tokenizers library and all that is built on it read: as a tokenizer of ours, and
+written for any of ours, with the same ids for the same text. And BERT's vocabularies, vocab.txt.
 
+    tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file
 """
 from configurator import UserError
-from tokenizer import EOT, Reserved
+from tokenizer import EOT, Tokenizer, load_tokenizer
 
-# byte → the printable character that stands for it in a byte-level vocabulary, as GPT-2 began it
+# of the end-of-text token in these files
+EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
+
+
+# -----------------------------------------------------------------------------
+# Read
+
+class JsonTokenizer(Tokenizer):
+    """
+    A tokenizer of the tokenizers library: 'tokenizers' = a tokenizer.json, 'wordpiece' = a BERT vocabulary.
+    """
+
+    def __init__(self, kind, data, where, size=None):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f'{where}: reading it takes the tokenizers library: '
+                            'pip install tokenizers') from None
+        self.tokenizer = (wordpiece(tokenizers, data, where, size) if kind == 'wordpiece'
+                          else read(tokenizers, data, where))
+        self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # of BPE and Unigram: they draw the pieces of a word at random
+        for name in ('dropout', 'alpha', 'nbest_size'):
+            if getattr(self.tokenizer.model, name, None) is not None:
+                setattr(self.tokenizer.model, name, None)
+        vocab = self.tokenizer.get_vocab()
+        self.eot_text = next((name for name in EOT_NAMES if name in vocab), None)
+        if self.eot_text is None:
+            names = ', '.join(EOT_NAMES)
+            raise UserError(f'{where}: no end-of-text token in it, none of {names}: '
+                            'add one to the vocabulary')
+        unk = vocab.get('[UNK]', vocab.get('<unk>', -1))
+        file = 'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt'
+        super().__init__(kind, max(vocab.values()) + 1, vocab[self.eot_text], {file: data}, unk)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def bos(self):
+        before, after = self.added()
+        return before if not after else ()  # BERT's [CLS] and [SEP] belong to a text that is complete
+
+    def start(self):
+        if self.kind == 'wordpiece':  # a vocab.txt does not say so, but BERT's own code begins with [CLS]
+            first = self.tokenizer.token_to_id('[CLS]')
+            return () if first is None else (first,)
+        return self.added()[0]
+
+    def added(self):
+        """
+        (ids before, ids after) that the library puts around a text: Llama's <s> before it, T5's </s> after
+        it.
+        """
+        text = self.tokenizer.encode('a')
+        of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
+        if not of_text:  # it cannot write an a: a single token stands before it, unless it is the end of text
+            is_first = len(text.ids) == 1 and text.ids != [self.eot]
+            return tuple(text.ids) * is_first, ()
+        if of_text[0] > 1:
+            return (), ()
+        return tuple(text.ids[:of_text[0]]), tuple(text.ids[of_text[-1] + 1:])
+
+
+def read(tokenizers, data, where):
+    """The library's tokenizer in the bytes of a tokenizer.json."""
+    try:
+        return tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f'{where}: not a tokenizer.json ({error})') from None
+
+
+def wordpiece(tokenizers, data, where, size=None):
+    """
+    BERT's tokenizer for the pieces of a vocab.txt, one in each line, read as the tokenizers library does;
+    cased if a piece has an upper-case letter. size: of the vocabulary, if a description says it.
+    """
+    lines = data.decode('utf-8-sig', errors='replace').removesuffix('\n').split('\n')
+    # a piece of blanks only keeps its place
+    vocab = {line.rstrip() or line: i for i, line in enumerate(lines)}
+    # made by a version for which U+2028 and others ended a line too
+    if size is not None and size != len(lines):
+        vocab = {piece: i for i, piece in enumerate(data.decode(errors='replace').splitlines())}
+    if '[UNK]' not in vocab or '[SEP]' not in vocab:
+        raise UserError(f'{where}: not a BERT vocabulary (a piece a line, [UNK] and [SEP] among them); '
+                        'for text to prepare, name it as a source')
+    cased = any(piece != piece.lower() for piece in vocab if not piece.startswith('['))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token='[UNK]'))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+# -----------------------------------------------------------------------------
+# Compared
+
+TEXTS = (
+    'Once upon a time, there was a little girl who lived in a village near the forest.',
+    "It doesn't matter: 12 lazy dogs ran 3.14159 times around the house in 1984!",
+    'for i in range(len(values)): total += values[i] ** 2',
+    'The mitochondria of eukaryotic cells regulate calcium signalling through phosphorylation.',
+    'Über den Fluß führte früher eine schmale Straße.',
+    'Le garçon a déjà mangé la crème brûlée.',
+    'El niño pequeño corría por la montaña.',
+    'В начале было слово.',
+    'Η γάτα κοιμάται.',
+    '你好，世界',
+    'こんにちは世界',
+    '안녕하세요',
+    'مرحبا بالعالم',
+    'नमस्ते दुनिया',
+)
+
+
+def encode_alike(wanted, found):
+    """
+    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept
+    in different formats. Raises UserError if one of them is not known or cannot be read.
+    """
+    if 'unknown' in (wanted[0]['kind'], found[0]['kind']):
+        raise UserError('one of them is not known')
+    one, other = load_tokenizer(*wanted), load_tokenizer(*found)
+    chars = [tokenizer.more['chars'] for tokenizer in (one, other) if tokenizer.kind == 'char']
+    if len(chars) == 2:
+        return chars[0] == chars[1]
+    for text in (*TEXTS, *''.join(chars)):
+        try:
+            if one.encode(text) != other.encode(text):
+                return False
+        except UserError:  # a character that one of them does not have
+            continue
+    return True
+
+
+# -----------------------------------------------------------------------------
+# Written
+
+# byte → the printable character that stands for it in a byte-level vocabulary, as in GPT-2's
 PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
-BYTE_CHARS = ({b: chr(b) for b in PRINTABLE}
-              | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)})
+BYTE_CHARS = {b: chr(b) for b in PRINTABLE}
+BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 
 PROBE = ('Once upon a time, there was a bird.\n\n'
-         '\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 don\'t\r\n   ')
+         '\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 '
+         "don't\r\n   ")
+BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 
 def to_json(tokenizer, begin=()):
     """
-    The content of a tokenizer.json; begin: (id,) of a start token that the library is to put before every
-    text. Raises UserError where the tokenizers library cannot do what `tokenizer` does.
+    The content of a tokenizer.json. begin: (id,) of a start token that the library is to put before every
+    text. Raises UserError if the tokenizers library cannot do what `tokenizer` does.
     """
     text = plain(tokenizer)
     if not begin:
@@ -40,45 +186,67 @@ def spelling(text, token):
 
 
 def plain(tokenizer):
-    """The content of a tokenizer.json that puts nothing before a text, or what the file itself does."""
+    """
+    The content of a tokenizer.json that puts nothing before a text, or what the tokenizer's own file puts
+    there.
+    """
     try:
         import tokenizers
     except ImportError:
         raise UserError('writing tokenizer.json takes the tokenizers library: '
                         'pip install tokenizers') from None
-    if isinstance(tokenizer, Reserved):
-        theirs = tokenizers.Tokenizer.from_str(plain(tokenizer.inner))
-        theirs.add_special_tokens([f'<{n}>' for n in range(tokenizer.more['reserved'])])
-        if (theirs.token_to_id('<0>') != tokenizer.inner.vocab_size
-                or theirs.get_vocab_size() != tokenizer.vocab_size):
-            raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: '
-                            'its reserved ones have no place in a tokenizer.json')
-        return theirs.to_str(pretty=True)
-    if tokenizer.kind in ('tokenizers', 'wordpiece'):
-        theirs = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
-        if tokenizer.kind == 'wordpiece':
-            theirs.add_special_tokens([name for name in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
-                                       if theirs.token_to_id(name) is not None])
-    else:
-        theirs = ({'byte': from_bytes, 'char': from_chars, 'sentencepiece': from_sentencepiece}
-                  .get(tokenizer.kind, from_tiktoken)(tokenizers, tokenizer))
-    probe = PROBE if tokenizer.kind != 'char' else ''.join(tokenizer.more['chars'])
+    if tokenizer.more.get('reserved'):
+        return with_reserved(tokenizers, tokenizer)
+    theirs = convert(tokenizers, tokenizer)
+    probe = ''.join(tokenizer.more['chars']) if tokenizer.kind == 'char' else PROBE
     if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
         raise UserError(f'the {tokenizer.kind} tokenizer has other ids as a tokenizer.json: '
                         'convert it by hand, with the tools of whoever made it')
     return theirs.to_str(pretty=True)
 
 
+def with_reserved(tokenizers, tokenizer):
+    """plain() for a tokenizer with reserved tokens."""
+    theirs = tokenizers.Tokenizer.from_str(plain(tokenizer.inner))
+    theirs.add_special_tokens([f'<{n}>' for n in range(tokenizer.more['reserved'])])
+    if (theirs.token_to_id('<0>') != tokenizer.inner.vocab_size
+            or theirs.get_vocab_size() != tokenizer.vocab_size):
+        raise UserError(f'the {tokenizer.kind} tokenizer has a token <0> of its own: '
+                        'its reserved ones have no place in a tokenizer.json')
+    return theirs.to_str(pretty=True)
+
+
+def convert(tokenizers, tokenizer):
+    """The library's tokenizer for one of ours."""
+    if tokenizer.kind == 'byte':
+        return from_bytes(tokenizers, tokenizer)
+    if tokenizer.kind == 'char':
+        return from_chars(tokenizers, tokenizer)
+    if tokenizer.kind == 'sentencepiece':
+        return from_sentencepiece(tokenizers, tokenizer)
+    if tokenizer.kind not in ('tokenizers', 'wordpiece'):
+        return from_tiktoken(tokenizers, tokenizer)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    if tokenizer.kind == 'wordpiece':
+        theirs.add_special_tokens([name for name in BERT_SPECIAL if theirs.token_to_id(name) is not None])
+    return theirs
+
+
 def byte_level(tokenizers, vocab, merges, eot, pattern=None):
-    """A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)], the words of `pattern` each by itself."""
+    """
+    A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)]; `pattern` matches the words, each encoded
+    alone.
+    """
     def spell(token):
         return ''.join(BYTE_CHARS[b] for b in token)
-    bpe = tokenizers.models.BPE({spell(token): i for token, i in vocab.items()} | {EOT: eot},
-                                [(spell(a), spell(b)) for a, b in merges], ignore_merges=True)
-    theirs, byte_chars = (tokenizers.Tokenizer(bpe),
-                          tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    words = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')] if pattern else []
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*words, byte_chars])
+
+    names = {spell(token): i for token, i in vocab.items()}
+    pairs = [(spell(a), spell(b)) for a, b in merges]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({**names, EOT: eot}, pairs, ignore_merges=True))
+    steps = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if pattern:
+        steps.insert(0, tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     theirs.decoder = tokenizers.decoders.ByteLevel()
     theirs.add_special_tokens([EOT])
     return theirs
@@ -90,8 +258,8 @@ def from_bytes(tokenizers, tokenizer):
 
 def from_chars(tokenizers, tokenizer):
     """A word for each character."""
-    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {c: i for i, c in enumerate(tokenizer.spelling)}, unk_token=tokenizer.spelling[-1]))
+    vocab = {c: i for i, c in enumerate(tokenizer.spelling)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=tokenizer.spelling[-1]))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
     theirs.decoder = tokenizers.decoders.Fuse()
     theirs.add_special_tokens([EOT] if tokenizer.eot is not None else [])
@@ -100,44 +268,12 @@ def from_chars(tokenizers, tokenizer):
 
 def from_tiktoken(tokenizers, tokenizer):
     """
-    tiktoken joins the pair whose union has the lowest id; the library wants all pairs, in that order: the
-    last merge of each token.
+    tiktoken joins the pair whose union has the lowest id; the library wants a list of pairs in that order:
+    the last merge of each token.
     """
     ranks = tokenizer.encoding._mergeable_ranks
     merges = [last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
     return byte_level(tokenizers, ranks, merges, tokenizer.eot, tokenizer.encoding._pat_str)
-
-
-def from_sentencepiece(tokenizers, tokenizer):
-    """BPE joins the pair whose union has the highest score; Unigram takes the scores themselves."""
-    from sentencepiece import sentencepiece_model_pb2
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp.serialized_model_proto())
-    pieces, is_bpe, norm = ([(p.piece, p.score) for p in model.pieces], model.trainer_spec.model_type == 2,
-                            model.normalizer_spec)
-    unk = model.trainer_spec.unk_id
-    if is_bpe:
-        places = {piece: n for n, (piece, _) in enumerate(pieces)}
-        normal = [n for n, p in enumerate(model.pieces) if p.type in (p.NORMAL, p.USER_DEFINED)]
-        merges = [(piece[:cut], piece[cut:]) for n in sorted(normal, key=lambda n: -pieces[n][1])
-                  for piece in [pieces[n][0]]
-                  for cut in range(1, len(piece)) if piece[:cut] in places and piece[cut:] in places]
-        bpe = tokenizers.models.BPE(places, merges, unk_token=pieces[unk][0], fuse_unk=True,
-                                    byte_fallback=model.trainer_spec.byte_fallback)
-        theirs = tokenizers.Tokenizer(bpe)
-    else:
-        theirs = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk,
-                                                                model.trainer_spec.byte_fallback))
-    normalizers = tokenizers.normalizers
-    steps = [normalizers.Precompiled(norm.precompiled_charsmap)] if norm.precompiled_charsmap else []
-    steps += ([normalizers.Strip(), normalizers.Replace(tokenizers.Regex(' {2,}'), ' ')]
-              if norm.remove_extra_whitespaces else [])
-    steps += [normalizers.Prepend('▁')] if norm.add_dummy_prefix else []
-    theirs.normalizer = normalizers.Sequence([*steps, normalizers.Replace(' ', '▁')])
-    decoders = tokenizers.decoders
-    theirs.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
-                                       + [decoders.Strip(' ', 1, 0)] * norm.add_dummy_prefix)
-    theirs.add_special_tokens([p.piece for p in model.pieces if p.type in (p.CONTROL, p.UNKNOWN)])
-    return theirs
 
 
 def last_merge(token, rank, ranks):
@@ -147,3 +283,48 @@ def last_merge(token, rank, ranks):
         _, place = min((ranks.get(parts[n] + parts[n + 1], rank), n) for n in range(len(parts) - 1))
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
     return tuple(parts)
+
+
+def from_sentencepiece(tokenizers, tokenizer):
+    """BPE joins the pair whose union has the highest score; Unigram takes the scores themselves."""
+    from sentencepiece import sentencepiece_model_pb2
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp.serialized_model_proto())
+    is_bpe = model.trainer_spec.model_type == 2
+    theirs = tokenizers.Tokenizer(bpe_of(tokenizers, model) if is_bpe else unigram_of(tokenizers, model))
+    normalizers, decoders, norm = tokenizers.normalizers, tokenizers.decoders, model.normalizer_spec
+    steps = []
+    if norm.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(norm.precompiled_charsmap))
+    if norm.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(' {2,}'), ' ')]
+    if norm.add_dummy_prefix:
+        steps.append(normalizers.Prepend('▁'))
+    theirs.normalizer = normalizers.Sequence([*steps, normalizers.Replace(' ', '▁')])
+    back = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    if norm.add_dummy_prefix:
+        back.append(decoders.Strip(' ', 1, 0))
+    theirs.decoder = decoders.Sequence(back)
+    theirs.add_special_tokens([p.piece for p in model.pieces if p.type in (p.CONTROL, p.UNKNOWN)])
+    return theirs
+
+
+def bpe_of(tokenizers, model):
+    """
+    The library's BPE of a sentencepiece model: all pairs that join to a piece, the highest scores first.
+    """
+    places = {p.piece: n for n, p in enumerate(model.pieces)}
+    normal = [p for p in model.pieces if p.type in (p.NORMAL, p.USER_DEFINED)]
+    merges = []
+    for p in sorted(normal, key=lambda p: -p.score):
+        for cut in range(1, len(p.piece)):
+            left, right = p.piece[:cut], p.piece[cut:]
+            if left in places and right in places:
+                merges.append((left, right))
+    unk = model.pieces[model.trainer_spec.unk_id].piece
+    byte_fallback = model.trainer_spec.byte_fallback
+    return tokenizers.models.BPE(places, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback)
+
+
+def unigram_of(tokenizers, model):
+    pieces = [(p.piece, p.score) for p in model.pieces]
+    return tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)

@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from features.lora.layers import OF_TOKENS, Place, Saved, adapted, attach, layers_of, share_table
-from model import Experts, make_model
+from features.lora.layers import OF_TOKENS, Place, Saved, adapted, attach, is_of_experts, layers_of, share_table, tables
+from model import make_model
 
 # -----------------------------------------------------------------------------
 # Saved and loaded
@@ -165,10 +165,8 @@ def combine(adapters, shares):
 
 def obstacle(model):
     """Why the adapters of a network cannot become part of its weights, '' if they can."""
-    if (model.wte_encoder is not None
-            and any(hasattr(table, 'lora') for table in (model.wte, model.wte_encoder))):
-        return ('encoder and decoder have adapters of their own beside one embedding: '
-                'leave it out of lora_targets')
+    if model.cfg.n_encoder_layer and any(hasattr(table, 'lora') for table in tables(model)):
+        return 'encoder and decoder have adapters of their own beside one embedding: leave it out of lora_targets'
     if model.cfg.tie and hasattr(model.wte, 'lora'):
         return ('the embedding is the head too, which has no adapter: '
                 'surgery.py merge --untie=True makes them two')
@@ -210,7 +208,7 @@ def untie(model):
     cfg, wte = model.cfg, model.wte
     if not cfg.tie:
         return
-    scale = cfg.n_embd ** -0.5 if cfg.t5_scale else 1.0
+    scale = cfg.n_embd ** -0.5 if getattr(cfg, 't5_scale', False) else 1.0
     cfg.tie, cfg.rank_head = False, cfg.rank_embed
     model.head = nn.Linear(wte.weight.size(1), len(wte.weight), bias=False, device=wte.weight.device)
     model.head.weight.copy_((wte.tokens.put(wte.weight) if hasattr(wte, 'tokens') else wte.weight) * scale)
@@ -238,7 +236,7 @@ def select(model, names):
     for layer_name, layer in adapted(model) if names else ():
         of_rows = [layer.lora[name] if name in layer.lora else None for name in names]
         for adapter in filter(None, of_rows):
-            if adapter.length is not None or isinstance(layer, Experts):
+            if adapter.length is not None or is_of_experts(layer):
                 raise UserError(f'{layer_name}: adapters of DoRA, or of experts, serve whole batches alone')
         rank = max((adapter.A.size(0) for adapter in filter(None, of_rows)), default=1)
         some = next(iter(layer.lora.values()))

@@ -9,7 +9,6 @@ An adapter hangs on its layer by a hook: model.py knows nothing of it, and a lay
 import math
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from features.hf.names import GPT2, LLAMA, t5_names
-from model import Experts, ModelConfig, grouped_linear
+from model import ModelConfig
 
 # -----------------------------------------------------------------------------
 # One adapter
@@ -93,7 +92,15 @@ class Adapter(nn.Module):
 
 
 def multiply(x, weight, *counts):
-    return grouped_linear(x, weight, *counts) if counts else F.linear(x, weight)
+    if counts:  # moe
+        from features.moe.network import grouped_linear  # moe
+        return grouped_linear(x, weight, *counts)  # moe
+    return F.linear(x, weight)
+
+
+def is_of_experts(layer):
+    """Whether the weight of a layer is a stack of matrices, one for each expert of a mixture."""
+    return not isinstance(layer, nn.Linear) and getattr(layer, 'weight', torch.empty(0)).ndim == 3
 
 
 # -----------------------------------------------------------------------------
@@ -116,7 +123,7 @@ def layers_of(model):
     found = {}
     for name, module in model.named_modules():
         if match := MATRIX.fullmatch(name):
-            if isinstance(module, (nn.Linear, Experts)):
+            if isinstance(module, nn.Linear) or is_of_experts(module):
                 found[name] = match[1], f'{match[3]}.{match[4]}', int(match[2])
         elif name in (*OF_TOKENS, 'wpe'):
             found[name] = '', name.removesuffix('_encoder'), None
@@ -232,6 +239,25 @@ class Active:
                 out = out + (change if share == 1 else share * change)
         return out
 
+    def head_input(self, model, h, weight):
+        """Transformer.head_input() with adapters and trained rows. An adapter adds columns: h·Wᵀ + z·Bᵀ = [h z]·[W B]ᵀ."""
+        if model.cfg.tie:
+            return h, model.wte.tokens.put(weight) if hasattr(model.wte, 'tokens') else weight
+        columns, longer, inputs = [], 1.0, [h]
+        for name, share in self.shares.items():
+            if name in getattr(model.head, 'lora', ()):
+                adapter = model.head.lora[name]
+                B = adapter.B
+                if adapter.length is not None:
+                    stretch = adapter.stretch(model.head)[:, None]
+                    B, longer = stretch * B, longer + share * F.pad(stretch - 1, (0, 0, 0, len(weight) - len(stretch)))
+                z = F.linear(F.dropout(h, adapter.dropout, adapter.training), adapter.A)
+                inputs.append(share * adapter.scale * z)
+                columns.append(F.pad(B, (0, 0, 0, len(weight) - len(B))))
+        if not columns:
+            return h, weight
+        return torch.cat(inputs, dim=-1), torch.cat([longer * weight, *columns], dim=1)
+
 
 @dataclass
 class Saved:
@@ -255,13 +281,13 @@ def attach(model, saved, name='default'):
     Every adapter that is there speaks, once.
     """
     if not hasattr(model, 'lora'):
-        model.lora, model.head_input = Active(), partial(head_input, model)
+        model.lora = Active()
     dropout, is_dora, is_pissa, tokens = saved.dropout, saved.is_dora, saved.is_pissa, saved.tokens
     for names, rank, scale in saved.places:
         first = None
         for layer_name in names:
             layer = model.get_submodule(layer_name)
-            if is_dora and isinstance(layer, Experts):
+            if is_dora and is_of_experts(layer):
                 raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: leave them out of lora_targets')
             rows = model.cfg.vocab_size if layer_name in OF_TOKENS else None
             adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).train(model.training)
@@ -275,15 +301,22 @@ def attach(model, saved, name='default'):
     model.lora.shares[name], model.lora.known[name] = 1.0, saved
     if tokens:
         model.wte.tokens = Tokens(model.wte, tokens)
-        for table in filter(None, (model.wte, model.wte_encoder)):
+        for table in tables(model):
             table.register_forward_hook(model.wte.tokens.hook)
 
 
 def share_table(model):
     """Let an encoder look up in a module of its own, of the same weight: either stack can then have an adapter."""
-    if model.encoder is not None and model.wte_encoder is None:
-        model.wte_encoder = nn.Embedding(1, 1)
-        model.wte_encoder.weight = model.wte.weight
+    if model.cfg.n_encoder_layer and model.wte_encoder is None:  # t5
+        model.wte_encoder = nn.Embedding(1, 1)  # t5
+        model.wte_encoder.weight = model.wte.weight  # t5
+
+
+def tables(model):
+    """The modules that look up tokens, one for each stack of a network."""
+    if model.cfg.n_encoder_layer and model.wte_encoder is not None:  # t5
+        return [model.wte, model.wte_encoder]  # t5
+    return [model.wte]
 
 
 def begin(model, s, is_new=True):
@@ -308,24 +341,6 @@ def move(model, layer, other):
 def adapted(model):
     """[(name, layer)] of the layers that have adapters."""
     return [(name, layer) for name, layer in model.named_modules() if isinstance(getattr(layer, 'lora', None), nn.ModuleDict)]
-
-
-def head_input(model, h):
-    """Transformer.head_input() with what adapters and trained rows say there. What an adapter adds is more columns: h·Wᵀ + z·Bᵀ = [h z]·[W B]ᵀ."""
-    h, weight = type(model).head_input(model, h)
-    if model.cfg.tie:
-        return h, model.wte.tokens.put(weight) if hasattr(model.wte, 'tokens') else weight
-    columns, longer, heard = [], 1.0, [h]
-    for name, share in model.lora.shares.items():
-        if name in getattr(model.head, 'lora', ()):
-            adapter = model.head.lora[name]
-            B = adapter.B
-            if adapter.length is not None:
-                stretch = adapter.stretch(model.head)[:, None]
-                B, longer = stretch * B, longer + share * F.pad(stretch - 1, (0, 0, 0, len(weight) - len(stretch)))
-            heard.append(share * adapter.scale * F.linear(F.dropout(h, adapter.dropout, adapter.training), adapter.A))
-            columns.append(F.pad(B, (0, 0, 0, len(weight) - len(B))))
-    return (torch.cat(heard, dim=-1), torch.cat([longer * weight, *columns], dim=1)) if columns else (h, weight)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from features.lora import layers as lora
-from model import MLP, Experts
+from model import MLP
 
 # -----------------------------------------------------------------------------
 # A matrix in int8, or in four bits
@@ -124,13 +124,15 @@ def pack(model, dtype='bfloat16', kind=''):
     if model.cfg.tie and model.cfg.arch == 'decoder':
         weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight  # rows that lora.py has trained
         model.head = Packed(weight, None, dtype, kind or dtype)
-    mlps = [module for module in model.modules() if isinstance(module, MLP)]
-    wide = {layer for mlp in mlps if mlp.is_wide for layer in mlp.down.modules()}
+    wide = set()
+    if getattr(model.cfg, 't5_scale', False):  # t5
+        mlps = [module for module in model.modules() if isinstance(module, MLP)]  # t5
+        wide = {layer for mlp in mlps for layer in mlp.down.modules()}  # t5
     if dtype == 'float16':  # which is too narrow for what these are multiplied by
         replace_layers(model, model, 'float32', kind or 'float32', lambda layer: layer in wide)
     replace_layers(model, model, dtype, kind or dtype, lambda layer: True)
     for module in model.modules():
-        if isinstance(module, Experts) and not (dtype == 'float16' and module in wide):
+        if lora.is_of_experts(module) and not (dtype == 'float16' and module in wide):
             module.weight.data = module.weight.to(getattr(torch, dtype))
     return model
 
@@ -145,8 +147,9 @@ def pack_frozen(model, kind):
         if kind == 'nf4' and isinstance(layer, nn.Linear) and name.startswith(('blocks.', 'encoder.')):
             if layer.weight.size(1) % BLOCK and not layer.weight.requires_grad:
                 raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, takes multiples of {BLOCK}: use int8')
-    for blocks in filter(None, (model.blocks, model.encoder)):
-        replace_layers(model, blocks, 'float32', kind, lambda layer: not layer.weight.requires_grad)
+    for blocks in (model.blocks, getattr(model, 'encoder', None)):
+        if blocks is not None:
+            replace_layers(model, blocks, 'float32', kind, lambda layer: not layer.weight.requires_grad)
 
 
 def pack_frozen_of(model, s):

@@ -13,7 +13,7 @@ import torch
 
 from configurator import FilePath, UserError
 from features.study.pictures import figure, save, write_csv
-from features.study.sweep import read_log
+from features.study.runs import read_log
 
 
 @dataclass

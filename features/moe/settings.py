@@ -1,8 +1,46 @@
 """
-Mixtures of experts: several MLPs in every block, of which a router picks some for each token.
-
-    python train.py --n_expert=8 --n_expert_active=2
+Mixtures of experts: every block has several MLPs, and a router picks some of them for each token.
 """
+from dataclasses import dataclass
+
+from model import ModelConfig
+
+
+@dataclass
+class MoEConfig(ModelConfig):
+    n_expert_active: int = 1  # experts for each token (1: Switch, arXiv 2101.03961; 2: Mixtral)
+    expert_shared: bool = False  # one more MLP, for all tokens (DeepSeekMoE, arXiv 2401.06066)
+    expert_aux: float = 0.01  # weight of the loss for equal loads, 1 per layer when they are equal (Switch)
+    expert_z: float = 0.001  # weight of the loss that keeps the router's logits small, mean(logsumexp²)
+    # (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)
+    expert_bias: float = 0.0  # balance without a loss: after every step, the bias by which an expert is
+    # picked rises by this if it had too few tokens and falls if it had too many (Wang et al. 2024,
+    # arXiv 2408.15664: 0.001, with expert_aux=0). Whether there is a bias is settled when a network begins
+
+    only_in_training = ('expert_aux', 'expert_z')
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.n_expert == 1 or self.n_expert < 0:
+            raise ValueError(f'n_expert={self.n_expert}: takes 0 for one MLP, or 2 and more')
+        for name in ('expert_aux', 'expert_z', 'expert_bias'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if not self.n_expert:
+            return self.check_idle()
+        if not 1 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
+        if self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name):
+            raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, '
+                             'and ranks of the MLP, out')
+
+    def check_idle(self):
+        """Raise ValueError for a setting of experts that the user gave without experts."""
+        is_new = getattr(self, 'init_from', 'auto') in ('auto', 'scratch')  # else init_from has a network
+        idle = sorted(getattr(self, 'given', set()) & vars(MoEConfig)['__annotations__'].keys())
+        if idle and is_new:
+            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: '
+                             'set n_expert too')
 
 
 def may_choose(s, cfg):

@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from configurator import UserError
+from device import print_above
 
 
 class Ranks:
     """This process among those that torchrun started, with the methods of device.OneProcess."""
+    bar = None  # the progress bar on the terminal of rank 0
 
     def __init__(self, backend, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -124,7 +126,7 @@ class Ranks:
 
     def say(self, text):
         if self.first:
-            print(text, flush=True)
+            print_above(self.bar, text)
 
     def wrap(self, model):
         """The model with DDP around it; a sharded one exchanges its gradients itself."""

@@ -38,11 +38,12 @@ def shard_model(model, size, dtype, ranks):
     # float32, and with them the residual stream
     policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32,
                                   cast_forward_inputs=False)
-    for block in (*model.blocks, *(model.encoder or ())):
+    for block in (*model.blocks, *getattr(model, 'encoder', ())):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=small)
     fully_shard(model, mesh=mesh, ignored_params=small)
     for name in ('hidden', 'encode', 'logits'):  # what sampling calls
-        register_fsdp_forward_method(model, name)
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     ranks.lockstep = True
     model.to_empty(device=ranks.device)
     return [p for p in model.parameters() if not is_divided(p)]
@@ -95,6 +96,23 @@ def part(t, like):
         return t
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def clip_divided(params, most):
+    """
+    Scale the gradient of parameters, of which some are divided, to a norm of at most `most`. Returns the norm it had.
+    """
+    divided = [p for p in params if is_divided(p.grad)]
+    others = [p for p in params if not is_divided(p.grad)]
+    norms = []
+    for some in (divided, others):
+        if some:
+            norms.append(whole(torch.nn.utils.get_total_norm([p.grad for p in some])))
+    norm = torch.stack(norms).norm()
+    dist.broadcast(norm, 0)  # groups of ranks that hold the same may have added in another order
+    for some in (divided, others):
+        torch.nn.utils.clip_grads_with_norm_(some, most, norm)
+    return norm
 
 
 def gather(tree, ranks):

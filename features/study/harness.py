@@ -16,10 +16,12 @@ from sample import stream
 
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
     """
-    lm_eval's results, a dict, of the tasks of these names; shots: None = as each task has it; include: a folder of tasks of one's own. Raises UserError
-    where lm-eval is not installed or has no such task.
+    lm_eval's results, a dict, for a list of task names. shots: None = as each task has it. limit: items per
+    task; 0 = all. include: a folder of your own tasks. Raises UserError if lm-eval is not installed, does not
+    know a task, or cannot get its data.
     """
-    os.environ.setdefault('DISABLE_MULTIPROC', '1')  # else lm-eval forks beside torch's threads for its bootstrap, which may hang
+    # else lm-eval forks for its bootstrap beside torch's threads, which may hang
+    os.environ.setdefault('DISABLE_MULTIPROC', '1')
     try:
         import lm_eval
         from lm_eval.api.model import TemplateLM
@@ -33,7 +35,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     limits = Cuts('values of max_gen_toks')
 
     class Minnow(TemplateLM):
-        """What lm_eval asks of a model."""
+        """The methods that lm_eval calls on a model."""
         eot_token_id = tokenizer.eot or 0
         prefix_token_id = tokenizer.context()[0]  # of an empty context
         tokenizer_name = tokenizer.kind
@@ -56,38 +58,45 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             return [self.generate(*request.args) for request in requests]
 
         def generate(self, context, options):
-            asked, stop = options.get('max_gen_toks', 256), options.get('until', [])
-            stop = [stop] if isinstance(stop, str) else stop
+            asked = options.get('max_gen_toks', 256)
+            stop = options.get('until', [])
+            if isinstance(stop, str):
+                stop = [stop]
+            temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
             ids = tokenizer.context(self.tok_encode(context))
             kept, most = fit(len(ids), asked, model.cfg.block_size)
             prompts.add(len(ids), kept)
             limits.add(asked, most)
-            temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
             with autocast(device, dtype):
-                pieces = stream(model, tokenizer, [ids[-kept:]], stop, max_new_tokens=most, temperature=temperature)
-                written = [piece for _, piece in pieces]  # one for each token, and perhaps one more at the end
+                pieces = stream(model, tokenizer, [ids[-kept:]], stop, max_new_tokens=most,
+                                temperature=temperature)
+                written = [piece for _, piece in pieces]  # one per token, and perhaps one more at the end
             late.add(kept, still_read(kept, min(len(written), most), model.cfg.block_size))
             return ''.join(written)
 
     manager = TaskManager(include_path=include or None)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise UserError(f'tasks: {unknown[0]!r}: lm-eval has no such task: lm-eval ls tasks shows them')
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise UserError(f'tasks: {name!r}: lm-eval has no such task: lm-eval ls tasks shows them')
     try:
         results = lm_eval.simple_evaluate(model=Minnow(), tasks=tasks, num_fewshot=shots, limit=limit or None,
                                           task_manager=manager, bootstrap_iters=1000)
     except OSError as error:
-        raise UserError(f'tasks: their data are not on this machine and cannot be fetched: {error}'.split('\n')[0]) from None
+        reason = str(error).split('\n')[0]
+        raise UserError('tasks: their data are not on this machine and cannot be '
+                        f'fetched: {reason}') from None
     cut = [cuts.line() for cuts in (contexts, prompts, late, limits) if cuts.cut]
     if cut:
         print(f'harness: the network reads {model.cfg.block_size} tokens: ' + '; '.join(cut), flush=True)
     return results
 
 
-def table(results):
-    """What evaluate() returns, as lm-eval prints it."""
+def run(s):
+    """python eval.py harness"""
+    model, tokenizer, device, dtype = s.load()
+    results = evaluate(model, tokenizer, s.tasks.split(','), s.shots, s.limit, device, dtype, s.include)
     from lm_eval.utils import make_table
-    return make_table(results)
+    print(make_table(results))
 
 
 # -----------------------------------------------------------------------------
@@ -98,9 +107,10 @@ def fit(length, asked, block_size):
     (tokens of a prompt to read, new tokens to write) for a prompt of `length` tokens and a task that asks for
     `asked` new ones, lm-eval's max_gen_toks.
 
-    A prompt that fits the context is read whole. The text may be as long as the rest of the context, or half of the
-    context if that is more: generate() then slides on, and still reads the end of the prompt. A prompt that is
-    longer than the context loses its beginning, to leave room for the text, but not more than half of the context.
+    A prompt that fits the context is read whole. The text may be as long as the rest of the context, or half
+    of the context if that is more: generate() then slides on, and still reads the end of the prompt. A prompt
+    that is longer than the context loses its beginning, to leave room for the text, but not more than half of
+    the context.
 
     lm-eval's own models cut every prompt to block_size - max_gen_toks tokens, and stop if none is left.
     """
@@ -110,7 +120,10 @@ def fit(length, asked, block_size):
 
 
 def still_read(kept, count, block_size):
-    """Tokens of a prompt of `kept` tokens that generate() reads when it writes number `count` of fit()'s new ones."""
+    """
+    Tokens of a prompt of `kept` tokens that generate() reads when it writes number `count` of fit()'s new
+    ones.
+    """
     if kept + count - 1 <= block_size:
         return kept
-    return kept - (block_size + 1 - block_size // 2)  # it slid on, once: the newer half is left
+    return kept - (block_size + 1 - block_size // 2)  # it has slid on, once: the newer half is left

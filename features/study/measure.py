@@ -1,10 +1,12 @@
 """
-Functions and commands measured in turn: time, memory, and a table of what came out. bench.py says what is measured.
+Functions and commands measured in turn: their time, their memory, and a table of the results. bench.py says
+what is measured.
 
-    samples = alternate({'ours': ours, 'peer': peer}, rounds=3)     # A B A B A B; each returns {metric: value}
-    show(section('speed', samples))                                 # medians, extremes, ratios
+    samples = alternate({'ours': ours, 'peer': peer}, rounds=3)   # A B A B A B; each returns {metric: value}
+    show(section('speed', samples))                               # medians, extremes, ratios
 """
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -15,12 +17,65 @@ import time
 import torch
 
 from configurator import ROOT, UserError
+from device import matmul_flops, memory_bandwidth
+from features.text.workers import cores
+
+# -----------------------------------------------------------------------------
+# The machine
+
+def measure_machine(device):
+    """
+    The names of the machine's parts, and its ceilings: FLOP/s of a large matmul by dtype, bytes/s of a large
+    copy.
+    """
+    if device.type == 'cpu':
+        dtypes = ['float32', 'bfloat16']
+        sizes = (512, 1024, 2048)
+    else:
+        dtypes = ['float32', 'bfloat16', 'float16']
+        sizes = (4096, 8192)
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
+        'cpu': cpu_name(),
+        'cores': cores(),
+        'torch': torch.__version__,
+        'python': platform.python_version(),
+        'flops': {name: ceiling(device, getattr(torch, name), sizes) for name in dtypes},
+        'bandwidth': memory_bandwidth(device),
+    }
+
+
+def cpu_name():
+    """The CPU's model, as Linux names it; elsewhere its architecture."""
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            for line in f:
+                if line.startswith('model name'):
+                    return line.partition(': ')[2].strip()
+    return platform.processor()
+
+
+def ceiling(device, dtype, sizes):
+    """
+    FLOP/s of the best square matmul of these sizes, in order. It stops after one that takes a tenth of a
+    second: CPUs that only emulate a dtype would take minutes.
+    """
+    best = 0.0
+    for n in sizes:
+        best = max(best, matmul_flops(device, dtype, n, seconds=0.3))
+        if 2 * n ** 3 / best > 0.1:
+            break
+    return best
+
 
 # -----------------------------------------------------------------------------
 # Time and memory
 
 def alternate(arms, rounds):
-    """Call each of the functions `arms` in turn, `rounds` times: {name: {metric: [a value a round]}}. Each returns {metric: value}."""
+    """
+    Call each of the functions `arms` ({name: function}) in turn, `rounds` times. Each returns {metric:
+    value}. Returns {name: {metric: [a value per round]}}.
+    """
     samples = {name: {} for name in arms}
     for _ in range(rounds):
         for name, arm in arms.items():
@@ -29,18 +84,13 @@ def alternate(arms, rounds):
     return samples
 
 
-def summarize(samples):
-    """The medians, {name: {metric: …}}, and for every arm but the first, the first's medians over its."""
-    medians = {name: {metric: statistics.median(values) for metric, values in metrics.items()} for name, metrics in samples.items()}
-    first = next(iter(medians.values()), {})
-    ratios = {name: {metric: first[metric] / value for metric, value in metrics.items() if metric in first and value}
-              for name, metrics in list(medians.items())[1:]}
-    return {'medians': medians, 'ratios': ratios}
-
-
 def seconds(function, device, least=3, budget=1.0):
-    """Median time of a call, after one that sets things up; as many as fit into `budget` seconds."""
-    times, end = [], 0
+    """
+    Median time of a call, after one that warms up: at least `least` calls, and more while `budget` seconds
+    are not spent.
+    """
+    times = []
+    end = 0
     while len(times) <= least or time.perf_counter() < end:
         start = time.perf_counter()
         function()
@@ -53,43 +103,56 @@ def seconds(function, device, least=3, budget=1.0):
 
 def run(command, device=None, tree=False, **options):
     """
-    Run a command to its end: (lines it printed as [(seconds since its start, text)], seconds, the most MiB it held: on `device`, if that
-    is a GPU, else in RAM, of tree=True with all its children). Raises UserError if it fails.
+    Run a command to its end. Returns ([(seconds since its start, line)] that it printed, its seconds, its
+    peak memory in MiB): memory of `device` if that is a GPU, else RAM; with tree=True, RAM of its child
+    processes too. options: of subprocess.Popen. Raises UserError if the command fails.
     """
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join([ROOT] + os.environ.get('PYTHONPATH', '').split(os.pathsep)), 'PYTHONDONTWRITEBYTECODE': '1'}
-    before, began = gpu_memory(device), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=environment, **options)
-    peak, done = 0, threading.Event()
+    paths = [ROOT] + os.environ.get('PYTHONPATH', '').split(os.pathsep)
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONDONTWRITEBYTECODE': '1'}
+    before = gpu_memory(device)
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors='replace', env=environment, **options)
+    peak = 0
+    done = threading.Event()
 
-    def watch():  # and not what wait4() says: that counts what this process held when it started the other
+    def watch():  # wait4() would not do: it counts what this process held when it started the other
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, gpu_memory(device) - before if before else ram(process.pid, tree))
+            held = gpu_memory(device) - before if before else ram(process.pid, tree)
+            peak = max(peak, held)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     lines = [(time.perf_counter() - began, line.rstrip('\n')) for line in process.stdout]
-    failed, took = process.wait(), time.perf_counter() - began
+    failed = process.wait()
+    took = time.perf_counter() - began
     done.set()
     watcher.join()
     if failed:
-        raise UserError(f'{" ".join(command)[:200]}: failed with {failed}: {lines[-1][1] if lines else ""}')
+        last = lines[-1][1] if lines else ''
+        raise UserError(f'{" ".join(command)[:200]}: failed with {failed}: {last}')
     return lines, took, peak / 2 ** 20
 
 
 def ram(pid, tree):
-    """The most bytes a process has held in RAM, with tree=True those of its children added; 0 where there is no /proc."""
+    """
+    The most bytes that a process has held in RAM, with tree=True also its child processes; 0 where there is
+    no /proc.
+    """
     try:
         with open(f'/proc/{pid}/status') as f:
             held = 1024 * int(re.search(r'VmHWM:\s+(\d+)', f.read())[1])
-        with open(f'/proc/{pid}/task/{pid}/children') as f:
-            return held + sum(ram(child, tree) for child in f.read().split() if tree)
+        if tree:
+            with open(f'/proc/{pid}/task/{pid}/children') as f:
+                held += sum(ram(child, tree) for child in f.read().split())
+        return held
     except (OSError, TypeError):  # it has just ended
         return 0
 
 
 def gpu_memory(device):
-    """Bytes in use on a GPU, by any process."""
+    """Bytes in use on a GPU, by any process; 0 for another device."""
     if device is None or device.type != 'cuda':
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -100,26 +163,65 @@ def gpu_memory(device):
 # Tables
 
 def section(title, samples, notes=()):
-    """A part of the report: `samples` as alternate() returns them, with medians and ratios."""
+    """
+    A part of the report: `samples` as alternate() returns them, with medians and ratios, and lines below the
+    table.
+    """
     return {'title': title, 'samples': samples, **summarize(samples), 'notes': list(notes)}
+
+
+def summarize(samples):
+    """
+    {'medians': {name: {metric: median}}, 'ratios': {name: {metric: the first arm's median over this one's}}}
+    """
+    medians = {}
+    for name, metrics in samples.items():
+        medians[name] = {metric: statistics.median(values) for metric, values in metrics.items()}
+    ratios = {}
+    for name in list(medians)[1:]:
+        first = next(iter(medians.values()))
+        ratios[name] = {}
+        for metric, value in medians[name].items():
+            if metric in first and value:
+                ratios[name][metric] = first[metric] / value
+    return {'medians': medians, 'ratios': ratios}
 
 
 def show(part):
     """Print a part as a table: a line for every metric and arm."""
     print(f'\n{part["title"]}')
-    width, first = max(map(len, part['samples']), default=0), next(iter(part['samples']), '')
-    for metric in dict.fromkeys(metric for metrics in part['samples'].values() for metric in metrics):
+    samples = part['samples']
+    metrics = []
+    for values in samples.values():
+        metrics += [metric for metric in values if metric not in metrics]
+    for metric in metrics:
         print(f'  {metric}')
-        for name, metrics in part['samples'].items():
-            values = metrics.get(metric, [])
-            if values:
-                extremes = f'({number(min(values))} to {number(max(values))})' if len(values) > 1 else ''
-                ratio = part['ratios'].get(name, {}).get(metric)
-                print(f'    {name:{width}}  {number(part["medians"][name][metric]):>8}  {extremes:22}' + (f'{first} = {ratio:.2f} x' if ratio else ''))
+        for name, values in samples.items():
+            if values.get(metric):
+                print(arm_line(part, name, metric))
     for note in part['notes']:
         print(f'  {note}')
     sys.stdout.flush()
 
 
+def arm_line(part, name, metric):
+    """The line of an arm: median, extremes, and how many times its figure the first arm's is."""
+    samples = part['samples']
+    width = max(len(other) for other in samples)
+    values = samples[name][metric]
+    median = part['medians'][name][metric]
+    extremes = ''
+    if len(values) > 1:
+        extremes = f'({number(min(values))} to {number(max(values))})'
+    ratio = part['ratios'].get(name, {}).get(metric)
+    shown = ''
+    if ratio:
+        shown = f'{next(iter(samples))} = {ratio:.2f} x'
+    return f'    {name:{width}}  {number(median):>8}  {extremes:22}{shown}'
+
+
 def number(value):
-    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
+    """A figure as text: '1,234', or three significant digits."""
+    if abs(value) >= 1000:
+        return f'{value:,.0f}'
+    return f'{value:.3g}'

@@ -20,8 +20,10 @@ import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError
 from features.growth.factorize import rank_for
+from features.growth.lowrank import is_linear as is_one_matrix
+from features.growth.lowrank import matrix
 from features.study.pictures import figure, save, write_csv
-from model import Experts, LowRank
+from model import LowRank
 
 # -----------------------------------------------------------------------------
 # The matrices of a network
@@ -35,12 +37,12 @@ def product(layer):
         return [layer.weight]
     if layer.identity is None and layer.blocks is None and layer.guide is None:
         return [layer.up.weight, layer.down.weight]
-    return [layer.matrix()]
+    return [matrix(layer)]
 
 
 def is_linear(layer):
     """Whether a layer is one matrix: a low-rank one with an activation between its factors is two."""
-    return not isinstance(layer, LowRank) or layer.is_linear()
+    return not isinstance(layer, LowRank) or is_one_matrix(layer)
 
 
 @torch.no_grad()
@@ -93,6 +95,7 @@ def block_matrices(block):
             out[name] = product(layer)
     for name, factors in heads(block.attn).items():
         out[f'attn.{name}'] = factors
+    from features.moe.network import Experts  # moe
     for name, layer in block.named_modules():  # moe
         if isinstance(layer, Experts):  # moe
             for e, weight in enumerate(layer.weight):  # moe

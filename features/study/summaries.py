@@ -1,12 +1,17 @@
 """
-Texts that a network writes from a source, held against those that people wrote: ROUGE (Lin 2004, aclanthology.org/W04-1013), by Google's rouge-score.
+Texts that a network writes from a source, compared with those that people wrote: ROUGE (Lin 2004,
+aclanthology.org/W04-1013), computed by Google's rouge-score.
+
+    python eval.py summaries --out_dir=out/pairs dev.jsonl
 
     rougeL       F1 of the longest common subsequence of words, a text as one sequence
-    rougeLsum    the same sentence by sentence, of which newlines part a text (the one that T5's tables have)
-    stripped     rougeL as ROT5 reports it: lower case, letters alone, without stop-words; words by their stems, where ROT5 has lemmas of nltk's
+    rougeLsum    the same sentence by sentence, where newlines divide a text (T5's tables have this one)
+    stripped     rougeL as ROT5 reports it: lower case, letters only, without stop words; words by their
+                 stems, where ROT5 has nltk's lemmas
 
-Of several references the best one counts, as SciTLDR's authors do.
+Of several references the best one counts, as SciTLDR's authors do it.
 """
+import os
 import re
 from dataclasses import dataclass
 
@@ -14,55 +19,73 @@ from tqdm import tqdm
 
 from configurator import UserError, whole_text
 from device import autocast
+from features.study.pictures import write_csv
+from features.study.stats import mean_and_error, show_error
 from features.study.tasks import read_lines
+from features.study.validation import validation_sources
 from features.t5.beams import beam_search
 from features.t5.sampling import read_sources, source_format
 from features.text.cuts import Cuts
-from features.text.sources import fill, template_fields
+from features.text.pairs import fill, template_fields
 from sample import generate
 
-# English function words: what carries no topic
-STOP_WORDS = set('''a about above after again against all am an and any are aren as at be because been before being below between both but by can could couldn d
-did didn do does doesn doing don down during each few for from further had hadn has hasn have haven having he her here hers herself him himself his how i if
-in into is isn it its itself just ll m ma me might mightn more most must mustn my myself need needn no nor not now o of off on once only or other our ours
-ourselves out over own re s same shan she should shouldn so some such t than that the their theirs them themselves then there these they this those through
-to too under until up ve very was wasn we were weren what when where which while who whom why will with won would wouldn y you your yours yourself
-yourselves'''.split())
+# English function words, which carry no topic
+STOP_WORDS = set('''
+a about above after again against all am an and any are aren as at be because been before being below between
+both but by can could couldn d did didn do does doesn doing don down during each few for from further had hadn
+has hasn have haven having he her here hers herself him himself his how i if in into is isn it its itself just
+ll m ma me might mightn more most must mustn my myself need needn no nor not now o of off on once only or
+other our ours ourselves out over own re s same shan she should shouldn so some such t than that the their
+theirs them themselves then there these they this those through to too under until up ve very was wasn we were
+weren what when where which while who whom why will with won would wouldn y you your yours yourself yourselves
+'''.split())
 
+# -----------------------------------------------------------------------------
+# Pairs
 
 @dataclass
 class Pair:
-    """One line of a file of pairs."""
+    """A source and the texts that people wrote for it."""
     source: str
     references: list[str]
 
 
 def read_pairs(path, source, target, template=''):
     """
-    The Pairs of a JSONL file with these two fields, or with a prompt template in place of the source, as prepare.py takes it; the target is a text or
-    a list of them. Raises UserError, with the line, for whatever is none.
+    The Pairs of a JSONL file with these two fields; a target is a text or a list of them. template: a prompt
+    template in place of the source, as prepare.py takes it. Raises UserError, with the line, for what is no
+    pair.
     """
     return read_lines(path, lambda row, where: to_pair(row, source, target, template, where))
 
 
 def to_pair(row, source, target, template, where):
-    read = [('prompt_template', key) for key in template_fields(template)] if template else [('source', source)]
-    if template and isinstance(row, dict):
-        row = row | {key: '' for _, key in read if key in row and row[key] is None}  # as in prepare.py
-    for name, key in (*read, ('target', target)):
-        if not isinstance(row, dict) or key not in row:
-            raise UserError(f'{where}: no field {key}' + (f'; it has {", ".join(row)}' if isinstance(row, dict) else '') + f': set --{name}')
+    """The Pair of a line's JSON value. Raises UserError, with `where`, for what is none."""
+    sources = template_fields(template) if template else [source]
+    setting = 'prompt_template' if template else 'source'
+    for key, name in [(key, setting) for key in sources] + [(target, 'target')]:
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: no field {key}: set --{name}')
+        if key not in row:
+            raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --{name}')
+    if template:
+        row = row | {key: '' for key in sources if row[key] is None}  # null is empty, as in prepare.py
     references = row[target] if isinstance(row[target], list) else [row[target]]
-    if not all(isinstance(row[key], str) for _, key in read) or not references or not all(isinstance(text, str) for text in references):
-        raise UserError(f'{where}: {" and ".join(key for _, key in read)} takes a text, {target} a text or a list of them')
+    texts = [row[key] for key in sources] + references
+    if not references or not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{where}: {" and ".join(sources)} takes a text, {target} a text or a list of them')
     text = fill(template, row) if template else row[source]
     return Pair(whole_text(text, where), [whole_text(reference, where) for reference in references])
 
 
 def stored_pairs(files, tokenizer):
-    """The Pairs of a split that prepare.py made (data.TokenFiles), read back from their tokens. Raises UserError if they are none."""
+    """
+    The Pairs of a split that prepare.py made (batches.TokenFiles), decoded from their tokens. Raises
+    UserError if it holds no pairs.
+    """
     if not files.meta.get('pairs'):
-        raise UserError(f'files: none is given, and {files.folder} has no pairs: python eval.py summaries --out_dir=DIR FILE.jsonl')
+        raise UserError(f'files: none is given, and {files.folder} has no pairs: '
+                        'python eval.py summaries --out_dir=DIR FILE.jsonl')
     pairs = []
     for number in range(files.documents):
         begin, end = files.document(number)
@@ -78,47 +101,55 @@ def stored_pairs(files, tokenizer):
 def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
     """
     [text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come
-    first, so that rows of a batch are alike.
+    first, so that the rows of a batch have similar lengths.
 
     A source that is too long loses its end, and one line says how many did. Raises UserError where
     max_new_tokens leaves a decoder less room for a source than training does (objectives.py): half of its
     context.
     """
-    room = model.cfg.source_context or model.cfg.block_size - max_new_tokens  # of what is read
+    T = model.cfg.block_size
+    room = T - max_new_tokens  # for the source
+    if model.cfg.n_encoder_layer:
+        room = model.cfg.source_context
     cuts = Cuts('sources')
     rows = [(n, encode_source(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
-    T = model.cfg.block_size
-    if cuts.cut and not model.cfg.source_context and max_new_tokens > T // 2:
+    if cuts.cut and not model.cfg.n_encoder_layer and max_new_tokens > T // 2:
         raise UserError(f'max_new_tokens={max_new_tokens}: leaves {room} of the {T} tokens that the network '
                         f'reads: {cuts.line()}: lower it to {T // 2} or less')
     if cuts.cut:
         print(f'{what}: {cuts.line()}', flush=True)
     rows.sort(key=lambda row: -len(row[1]))
-    out, size = [''] * len(rows), 1 if num_beams else batch_size
+    out = [''] * len(rows)
+    size = 1 if num_beams else batch_size
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar, autocast(device, dtype):
         for i in range(0, len(rows), size):
             batch = rows[i:i + size]
-            network, prompts = model, [ids for _, ids in batch]
+            network = model
+            prompts = [ids for _, ids in batch]
             if model.cfg.n_encoder_layer:
                 network, prompts = read_sources(model, tokenizer, prompts)
             if num_beams:
-                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.eot, tokenizer.vocab_size)]
+                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.eot,
+                                       tokenizer.vocab_size)]
             else:
-                drawn = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
-                written = zip(*(tokens.tolist() for tokens in drawn))
-            for (n, *_), ids in zip(batch, written):
-                out[n] = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot]).strip()
+                steps = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot,
+                                 vocab_size=tokenizer.vocab_size)
+                written = zip(*(tokens.tolist() for tokens in steps))  # a step is a token of every row
+            for (n, _), ids in zip(batch, written):
+                text = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot])
+                out[n] = text.strip()
             bar.update(len(batch))
     return out
 
 
 def encode_source(text, tokenizer, cfg, room, cuts):
     """
-    The ids of a source with the tokens around it that the network knows from training. One of more than `room` tokens
-    loses the end of its text; cuts (a Cuts) counts it.
+    The ids of a source with the tokens around it that the network knows from training. A source of more than `room`
+    tokens loses the end of its text; cuts (a Cuts) counts it.
     """
     form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
-    ids, eot = tokenizer.encode(text), tokenizer.eot or 0
+    ids = tokenizer.encode(text)
+    eot = tokenizer.eot or 0
     whole = form.add_to(ids, eot)
     cuts.add(len(whole), room)
     if len(whole) <= room:
@@ -131,25 +162,68 @@ def encode_source(text, tokenizer, cfg, room, cuts):
 # Scoring
 
 def strip(text):
-    """The words of a text that carry its topic, in lower case."""
-    return ' '.join(word for word in re.findall(r'[a-z]+', text.lower()) if word not in STOP_WORDS)
+    """The words of a text that are no stop words, in lower case, joined by blanks."""
+    words = re.findall(r'[a-z]+', text.lower())
+    return ' '.join(word for word in words if word not in STOP_WORDS)
 
 
 def scorer(stripped=False):
     """
-    A function of a text and its references → {'rougeL', 'rougeLsum'[, 'stripped']}, F1 from 0 to 1, against the best of them. Raises UserError without
-    rouge-score.
+    A function of a text and its references that returns {'rougeL', 'rougeLsum'} against the best of them, F1
+    from 0 to 1, and 'stripped' if asked for. Raises UserError if rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError('summaries: takes rouge-score: pip install rouge-score') from None
-    plain, stems = RougeScorer(['rougeL', 'rougeLsum']), RougeScorer(['rougeL'], use_stemmer=True)
+    plain = RougeScorer(['rougeL', 'rougeLsum'])
+    stems = RougeScorer(['rougeL'], use_stemmer=True)
 
     def score(text, references):
         scores = [plain.score(reference, text) for reference in references]
         found = {name: max(score[name].fmeasure for score in scores) for name in ('rougeL', 'rougeLsum')}
         if stripped:
-            found['stripped'] = max(stems.score(strip(reference), strip(text))['rougeL'].fmeasure for reference in references)
+            scores = [stems.score(strip(reference), strip(text)) for reference in references]
+            found['stripped'] = max(score['rougeL'].fmeasure for score in scores)
         return found
     return score
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+def run(s):
+    """python eval.py summaries"""
+    if s.csv in s.files:
+        raise UserError(f'csv={s.csv}: is a file of pairs: give another')
+    score = scorer(s.stripped)  # first: it says so if rouge-score is missing
+    loaded = {path: read_pairs(path, s.source, s.target, s.prompt_template) for path in s.files}
+    model, tokenizer, device, dtype = s.load(encoder=True)
+    if not loaded:
+        for source in validation_sources(s.out_dir, model.cfg):
+            loaded[source.files.folder] = stored_pairs(source.files, tokenizer)
+    if s.max_new_tokens >= model.cfg.block_size:
+        raise UserError(f'max_new_tokens={s.max_new_tokens}: '
+                        f'the network writes up to {model.cfg.block_size - 1}: lower it')
+    rows = []
+    for path, pairs in loaded.items():
+        pairs = pairs[:s.limit or None]
+        sources = [pair.source for pair in pairs]
+        texts = write(model, tokenizer, sources, s.max_new_tokens, s.num_beams, s.batch_size, device, dtype,
+                      path)
+        scores = [score(text, pair.references) for text, pair in zip(texts, pairs)]
+        for pair, text in list(zip(pairs, texts))[:s.show]:
+            print(f'source     {" ".join(pair.source.split())[:300]}')
+            print(f'reference  {pair.references[0]}')
+            print(f'written    {text}\n')
+        measures = []
+        for name in scores[0]:
+            mean, error = mean_and_error([100 * found[name] for found in scores])
+            measures.append(f'{name} {mean:.2f} ± {show_error(error, 2)}')
+        print(f'{os.path.basename(path)}  {len(pairs):,} texts  {"  ".join(measures)}', flush=True)
+        for n, (pair, text, found) in enumerate(zip(pairs, texts, scores)):
+            rows.append({'file': path, 'item': n, 'written': text, 'reference': pair.references[0],
+                         'source': pair.source} | found)
+    if s.csv:
+        write_csv(rows, s.csv)
+        print(f'written: {s.csv}')

@@ -1,33 +1,46 @@
 """
-Zero- and few-shot tasks: which of some continuations does a model find likeliest, and does it find a word by itself.
+Zero- and few-shot tasks: which of some continuations a model finds most likely, and whether it finds a word
+by itself.
 
-A task is a JSONL file, an item a line, in one of three common shapes:
+A task is a JSONL file, an item per line, in one of three common shapes:
 
-    {"query": "Question: …", "choices": ["…", "…"], "gold": 0}     which choice: acc by log-likelihood, acc_norm by log-likelihood a character
+    {"query": "Question: …", "choices": ["…", "…"], "gold": 0}     acc: the choice with the highest
+                                                                   log-likelihood; acc_norm: with the highest
+                                                                   one per character
     {"sentence_good": "…", "sentence_bad": "…"}                    the same of two whole sentences (BLiMP)
-    {"context": "…", "continuation": "…"}                          acc: is the continuation what greedy decoding writes (LAMBADA); perplexity of it
+    {"context": "…", "continuation": "…"}                          acc: does greedy decoding write the
+                                                                   continuation (LAMBADA); perplexity of it
 
-The rules are those of EleutherAI's lm-evaluation-harness, so that the numbers can be compared: where a text is parted, whose blank it is, what
-of a long context is cut. test_tasks.py holds item by item against it.
+The rules are those of EleutherAI's lm-evaluation-harness, so that numbers can be compared: where a text is
+divided into context and continuation, to which of them a blank belongs, and what is cut off a long context.
+test_tasks.py compares every item with it.
 """
 import json
 import math
+import os
 import random
 from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, whole_text
+from configurator import UserError, typed_text, whole_text
 from device import NOT_FINITE, autocast
+from features.study.pictures import write_csv
+from features.study.stats import mean_and_error, show_error
 from features.text.cuts import Cuts
+from features.text.pieces import encode_long
+from sample import read_text
 
 # -----------------------------------------------------------------------------
 # Items
 
 @dataclass
 class Item:
-    """One line of a task: what of `choices` follows `context`; a single choice is to be written by itself."""
+    """
+    One line of a task: which of `choices` follows `context`; with a single choice, whether the model writes
+    it.
+    """
     context: str
     choices: list[str]
     gold: int
@@ -37,7 +50,7 @@ class Item:
 def read_lines(path, convert):
     """
     [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises
-    UserError, with the line, for what is no JSON, and for an empty file.
+    UserError for a line that is no JSON, with its number, and for an empty file.
     """
     out = []
     try:
@@ -45,7 +58,8 @@ def read_lines(path, convert):
             for number, line in enumerate(f, 1):
                 line = line.removeprefix('\ufeff')  # some editors begin a file with a byte-order mark
                 if line.strip():
-                    out.append(convert(parse(line, f'{path}:{number}'), f'{path}:{number}'))
+                    where = f'{path}:{number}'
+                    out.append(convert(parse(line, where), where))
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     except UnicodeDecodeError:
@@ -56,6 +70,7 @@ def read_lines(path, convert):
 
 
 def parse(line, where):
+    """The value of a line of JSON. Raises UserError, with `where`, for a line that is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -63,27 +78,39 @@ def parse(line, where):
 
 
 def read_items(path, delimiter=' '):
-    """The Items of a JSONL file; `delimiter` parts a query from its choices. Raises UserError, with the line, for whatever is none."""
+    """
+    The Items of a JSONL file; `delimiter` is put between a query and its choices. Raises UserError, with the
+    line, for what is no item.
+    """
     items = read_lines(path, lambda fields, where: to_item(fields, delimiter, where))
-    if len({len(item.choices) == 1 for item in items}) > 1:
+    with_choices = [len(item.choices) > 1 for item in items]
+    if any(with_choices) and not all(with_choices):
         raise UserError(f'{path}: holds items with choices and items without: make two files of it')
     return items
 
 
 def to_item(fields, delimiter, where):
+    """The Item of a line's JSON value. Raises UserError, with `where`, for what is none."""
     keys = fields.keys() if isinstance(fields, dict) else set()
+    gold = 0
     if {'query', 'choices', 'gold'} <= keys:
-        context, choices, gold = fields['query'], fields['choices'], fields['gold']
+        context = fields['query']
+        choices = fields['choices']
+        gold = fields['gold']
         if not isinstance(choices, list) or len(choices) < 2:
             raise UserError(f'{where}: choices: takes a list of two or more')
         if type(gold) is not int or not 0 <= gold < len(choices):
             raise UserError(f'{where}: gold={gold!r}: takes the number of a choice, from 0')
     elif {'sentence_good', 'sentence_bad'} <= keys:
-        context, choices, gold, delimiter = '', [fields['sentence_good'], fields['sentence_bad']], 0, ''
+        context = ''
+        choices = [fields['sentence_good'], fields['sentence_bad']]
+        delimiter = ''
     elif {'context', 'continuation'} <= keys:
-        context, choices, gold = fields['context'], [fields['continuation']], 0
+        context = fields['context']
+        choices = [fields['continuation']]
     else:
-        raise UserError(f'{where}: takes an object with query, choices and gold, with sentence_good and sentence_bad, or with context and continuation')
+        raise UserError(f'{where}: takes an object with query, choices and gold, '
+                        'with sentence_good and sentence_bad, or with context and continuation')
     for text in (context, *choices):
         if not isinstance(text, str):
             raise UserError(f'{where}: {text!r}: takes text')
@@ -94,16 +121,22 @@ def to_item(fields, delimiter, where):
 
 
 def with_shots(items, shots, seed=0):
-    """The items, each after `shots` others of the file with their answers, drawn by (seed, its number). Raises UserError if there are too few."""
+    """
+    The items, each after `shots` solved examples: other items of the file, drawn by (seed, number of the
+    item). Raises UserError if the file has too few.
+    """
     if not shots:
         return items
     if shots >= len(items):
         raise UserError(f'shots={shots}: the task has {len(items)} items: lower it')
     out = []
     for n, item in enumerate(items):
-        others = random.Random(f'{seed} {n}').sample(range(len(items) - 1), shots)
-        shown = [items[other + (other >= n)] for other in others]
-        examples = ''.join(f'{other.context}{other.choices[other.gold]}\n\n' for other in shown)
+        examples = ''
+        for number in random.Random(f'{seed} {n}').sample(range(len(items) - 1), shots):
+            if number >= n:
+                number += 1  # the item itself is left out
+            other = items[number]
+            examples += f'{other.context}{other.choices[other.gold]}\n\n'
         out.append(replace(item, context=examples + item.context))
     return out
 
@@ -113,51 +146,70 @@ def with_shots(items, shots, seed=0):
 
 def encode_pair(tokenizer, context, continuation):
     """
-    (ids of the context, of the continuation). Blanks at the context's end belong to the continuation, as tokens begin with them; the two are encoded
-    as one text, and parted where the context by itself ends. A context begins with the start token, if the
-    network was trained with one; else an empty one is the end of the text before.
+    (ids of the context, ids of the continuation), two lists.
+
+    Blanks at the context's end move to the continuation, since tokens begin with them. The two are encoded as
+    one text, which is divided where the context alone ends. A context begins with the start token if the
+    network was trained with one; otherwise an empty context is the end-of-text token.
     """
-    kept = context.rstrip()
-    continuation, context = context[len(kept):] + continuation, kept
-    whole, start = tokenizer.encode(context + continuation), tokenizer.encode(context)
+    stripped = context.rstrip()
+    continuation = context[len(stripped):] + continuation
+    start = tokenizer.encode(stripped)
+    whole = tokenizer.encode(stripped + continuation)
     return tokenizer.context(start), whole[len(start):]
 
 
-CONTEXTS = 'contexts (one for each choice)'  # how score() calls what it cuts
-BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}  # of a batch: on a CPU what its caches hold of the activations, a tenth faster than 8192
+CONTEXTS = 'contexts (one for each choice)'  # the word for them in lines about cut contexts
+# per batch: on a CPU, activations that fit its caches; a tenth faster than 8192
+BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}
+
+
+@dataclass
+class Row:
+    """A context and its continuation, as score() feeds them to the network."""
+    number: int  # in the list of pairs
+    ids: list[int]  # of both, without what does not fit
+    length: int  # tokens of the continuation
 
 
 @torch.no_grad()
 def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None):
     """
-    [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a context, ids of what follows), in
-    their order. The longest go first, those of about one length together; only what is asked for passes
-    through the head.
+    [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a
+    context, ids of a continuation), in their order.
 
-    A context that is too long loses its beginning. cuts: the Cuts that counts them, for a caller that says
-    it; without one, a line says it here.
+    The longest rows go first, rows of similar length together. Only the positions that predict a continuation
+    pass through the head: that saves most of the time with a large vocabulary.
 
-    Raises UserError for a continuation that is longer than the context of the network, and for a network
-    whose answer is not finite.
+    A context that is too long loses its beginning. cuts: the Cuts that counts them, for a caller that reports
+    them; without one, a line reports them here.
+
+    Raises UserError for a continuation that is longer than the context of the network, and for a
+    log-likelihood that is not finite.
     """
-    T, rows, batch_tokens = model.cfg.block_size, [], batch_tokens or BATCH_TOKENS.get(device.type, 8192)
+    T = model.cfg.block_size
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, 8192)
     own = Cuts(CONTEXTS) if cuts is None else cuts
+    rows = []
     for n, (context, continuation) in enumerate(pairs):
         if len(continuation) > T:
-            raise UserError(f'a continuation of {len(continuation)} tokens is longer than the {T} that the network reads')
+            raise UserError(f'a continuation of {len(continuation)} tokens is longer than the {T} that the '
+                            'network reads')
         own.add(len(context), T + 1 - len(continuation))
-        rows.append((n, (context + continuation)[-T - 1:], len(continuation)))
-    rows.sort(key=lambda row: (-len(row[1]), row[1]))
+        rows.append(Row(n, (context + continuation)[-T - 1:], len(continuation)))
+    rows.sort(key=lambda row: (-len(row.ids), row.ids))
     out = [None] * len(rows)
     with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar:
         while rows:
-            width = len(rows[0][1]) - 1
+            width = len(rows[0].ids) - 1
             count = max(1, batch_tokens // max(1, width))
-            batch, rows = rows[:count], rows[count:]
-            for (n, *_), result in zip(batch, score_batch(model, batch, width, device, dtype)):
-                out[n] = result
+            batch = rows[:count]
+            rows = rows[count:]
+            for row, result in zip(batch, score_batch(model, batch, width, device, dtype)):
                 if not math.isfinite(result[0]):
-                    raise UserError(f'{what}: the log-likelihood of item {n} is {result[0]}: {NOT_FINITE}')
+                    raise UserError(f'{what}: the log-likelihood of item {row.number} is {result[0]}: '
+                                    f'{NOT_FINITE}')
+                out[row.number] = result
             bar.update(len(batch))
     if own.cut and cuts is None:
         print(f'{what}: the network reads {T} tokens: {own.line()}', flush=True)
@@ -165,101 +217,172 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None)
 
 
 def score_batch(model, batch, width, device, dtype):
-    x = torch.zeros(len(batch), width, dtype=torch.int64)
-    for row, (_, ids, _) in zip(x, batch):
-        row[:len(ids) - 1] = torch.tensor(ids[:-1])
-    asked = torch.zeros(len(batch), width, dtype=torch.bool)  # positions whose next token is one of the continuation
-    for row, (_, ids, length) in zip(asked, batch):
-        row[len(ids) - 1 - length:len(ids) - 1] = True
-    targets = torch.tensor([token for _, ids, length in batch for token in ids[len(ids) - length:]]).to(device)
+    """The results of score() for a batch of Rows, padded to `width` tokens."""
+    x = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, width)
+    # positions that predict a token of a continuation
+    asked = torch.zeros(len(batch), width, dtype=torch.bool)
+    targets = []
+    for n, row in enumerate(batch):
+        end = len(row.ids) - 1
+        x[n, :end] = torch.tensor(row.ids[:-1])
+        asked[n, end - row.length:end] = True
+        targets += row.ids[len(row.ids) - row.length:]
+    targets = torch.tensor(targets).to(device)  # (all asked,)
     with autocast(device, dtype):
         logits = model.logits(model.hidden(x.to(device))[asked.to(device)])  # (all asked, V)
     nats = -torch.nn.functional.cross_entropy(logits, targets, reduction='none')
-    greedy, lengths = logits.argmax(-1) == targets, [length for *_, length in batch]
-    return [(part.double().sum().item(), bool(hits.all())) for part, hits in zip(nats.split(lengths), greedy.split(lengths))]
+    greedy = logits.argmax(-1) == targets
+    lengths = [row.length for row in batch]
+    out = []
+    for row_nats, row_greedy in zip(nats.split(lengths), greedy.split(lengths)):
+        out.append((row_nats.double().sum().item(), bool(row_greedy.all())))
+    return out
 
 
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
     """
-    [[(log-likelihood, greedy) of every choice] of every Item].
+    [[(log-likelihood, greedy) of every choice] of every Item], as score() returns them.
 
-    Raises UserError, with the line, for text that the tokenizer cannot write, and for a choice that has no
+    Raises UserError, with the line, for text that the tokenizer cannot encode, and for a choice that has no
     tokens, has more than the network reads, or leaves one token of a longer context.
     """
-    T, pairs = model.cfg.block_size, []
+    T = model.cfg.block_size
+    pairs = []
     for item in items:
         for choice in item.choices:
             try:
                 context, continuation = encode_pair(tokenizer, item.context, choice)
             except UserError as error:
                 raise UserError(f'{item.where}: {error}') from None
-            pairs.append((context, continuation))
             if not continuation:
-                raise UserError(f'{item.where}: {choice!r} begins inside a token and has none of its own after this context: give another delimiter')
+                raise UserError(f'{item.where}: {choice!r} begins inside a token and has no token of its own '
+                                'after this context: give another delimiter')
             if len(continuation) > T:
                 raise UserError(f'{item.where}: a continuation of {len(continuation)} tokens: '
                                 f'the network reads {T}')
             if len(continuation) == T and len(context) > 1:
                 raise UserError(f'{item.where}: a continuation of {T} tokens: the network reads {T}, which '
                                 f'leaves one of the {len(context)} tokens before it: shorten it')
-    found = iter(score(model, pairs, device, dtype, batch_tokens, what))
-    return [[next(found) for _ in item.choices] for item in items]
+            pairs.append((context, continuation))
+    scores = score(model, pairs, device, dtype, batch_tokens, what)
+    out = []
+    for item in items:
+        out.append(scores[:len(item.choices)])
+        scores = scores[len(item.choices):]
+    return out
 
+
+# -----------------------------------------------------------------------------
+# Texts
 
 def windows(ids, first, T, stride):
     """
-    Yields (context, continuation) so that every token of a text is in one continuation: T after the token `first`, then `stride` at a time, each with as
-    many tokens before them as a network that reads T has room for.
+    Yield (context, continuation) so that every token of a text is in one continuation: T tokens after the
+    token `first`, then `stride` at a time, each with as many tokens before them as a network that reads T has
+    room for.
     """
-    start = 0
-    while start < len(ids):
-        end = min(len(ids), start + (stride if start else T))
-        yield (ids[max(0, end - T - 1):start] if start else [first]), ids[start:end]
-        start = end
+    if ids:
+        yield [first], ids[:T]
+    for start in range(T, len(ids), stride):
+        end = min(len(ids), start + stride)
+        yield ids[max(0, end - T - 1):start], ids[start:end]
 
 
 def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
-    """(nats, tokens, bytes in UTF-8) of a text, each token given all the tokens that fit before it but for `stride` of them at most."""
+    """
+    (nats, tokens, bytes in UTF-8) of a text. Each token is predicted from all tokens before it that fit,
+    except for `stride` of them at most. Raises UserError for a text that the tokenizer cannot encode.
+    """
     try:
-        ids = tokenizer.encode_long(text)
+        ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary
         raise UserError(f'{what}: {error}') from None
     pairs = windows(ids, tokenizer.context()[0], model.cfg.block_size, stride)
-    found = score(model, pairs, device, dtype, what=what)
-    return -sum(nats for nats, _ in found), len(ids), len(text.encode())
+    scores = score(model, pairs, device, dtype, what=what)
+    return -sum(nats for nats, _ in scores), len(ids), len(text.encode())
 
 
 # -----------------------------------------------------------------------------
 # Figures
 
-def mean_and_error(values):
-    """(mean, its standard error, None of a single value)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-
-
-def show_error(error, digits=4):
-    """A standard error as text; n/a: a single value has none."""
-    return 'n/a' if error is None else f'{error:.{digits}f}'
-
-
 def figures(items, scores):
-    """({measure: (value, standard error)}, a record for each item) of a task; the error of a single item is None."""
-    records = []
-    for n, (item, found) in enumerate(zip(items, scores)):
-        likelihoods = [nats for nats, _ in found]
-        if len(found) == 1:
-            records.append({'item': n, 'acc': int(found[0][1]), 'nats': likelihoods[0]})
-        else:
-            by_length = [nats / len(choice) for nats, choice in zip(likelihoods, item.choices)]
-            best, best_by_length = (max(range(len(found)), key=values.__getitem__) for values in (likelihoods, by_length))
-            records.append({'item': n, 'acc': int(best == item.gold), 'acc_norm': int(best_by_length == item.gold), 'chosen': best, 'gold': item.gold,
-                            'nats': ' '.join(f'{nats:.6f}' for nats in likelihoods)})
-    measures = {name: mean_and_error([r[name] for r in records]) for name in ('acc', 'acc_norm') if name in records[0]}
+    """
+    ({measure: (value, standard error)}, [a record per item]) of a task and the scores of its items. The error
+    of a single item is None.
+    """
+    records = [record_of(n, item, found) for n, (item, found) in enumerate(zip(items, scores))]
+    measures = {}
+    for name in ('acc', 'acc_norm'):
+        if name in records[0]:
+            measures[name] = mean_and_error([record[name] for record in records])
     if len(scores[0]) == 1:
-        mean, error = mean_and_error([-r['nats'] for r in records])
-        perplexity = math.exp(min(mean, 700))  # of a word
-        measures['perplexity'] = perplexity, None if error is None else perplexity * error  # by the delta method
+        mean, error = mean_and_error([-record['nats'] for record in records])
+        perplexity = math.exp(min(mean, 700))  # per continuation
+        if error is not None:
+            error *= perplexity  # by the delta method
+        measures['perplexity'] = perplexity, error
     return measures, records
+
+
+def record_of(n, item, scores):
+    """What became of item number n, with the scores of its choices, as a dict."""
+    likelihoods = [nats for nats, _ in scores]
+    if len(scores) == 1:
+        return {'item': n, 'acc': int(scores[0][1]), 'nats': likelihoods[0]}
+    by_length = [nats / len(choice) for nats, choice in zip(likelihoods, item.choices)]
+    best = likelihoods.index(max(likelihoods))
+    best_by_length = by_length.index(max(by_length))
+    return {
+        'item': n,
+        'acc': int(best == item.gold),
+        'acc_norm': int(best_by_length == item.gold),
+        'chosen': best,
+        'gold': item.gold,
+        'nats': ' '.join(f'{nats:.6f}' for nats in likelihoods),
+    }
+
+
+# -----------------------------------------------------------------------------
+# The commands
+
+def run(s):
+    """python eval.py tasks"""
+    if s.csv in s.files:
+        raise UserError(f'csv={s.csv}: is a task: give another file')
+    delimiter = typed_text(s.delimiter, 'delimiter')
+    loaded = {}
+    for path in s.files:
+        items = with_shots(read_items(path, delimiter), s.shots, s.seed)
+        loaded[path] = items[:s.limit or None]
+    model, tokenizer, device, dtype = s.load()
+    width = max(len(os.path.basename(path)) for path in s.files)
+    rows = []
+    print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')
+    for path, items in loaded.items():
+        measures, records = figures(items, score_items(model, tokenizer, items, device, dtype, what=path))
+        shown = [f'{name} {value:.4f} ± {show_error(error)}' for name, (value, error) in measures.items()]
+        print(f'{os.path.basename(path):{width}}  {len(items):6,} items  {"  ".join(shown)}', flush=True)
+        for record in records:
+            empty = dict.fromkeys(('acc', 'acc_norm', 'chosen', 'gold', 'nats'), '')
+            rows.append({'task': path} | empty | record)
+    if s.csv:
+        write_csv(rows, s.csv)
+        print(f'written: {s.csv}')
+
+
+def run_text(s):
+    """python eval.py text"""
+    texts = {path: read_text(path) for path in s.files}
+    for path, text in texts.items():
+        if not text:
+            raise UserError(f'{path}: is empty')
+    model, tokenizer, device, dtype = s.load()
+    T = model.cfg.block_size
+    stride = s.stride or max(1, T // 2)
+    if stride > T:
+        raise UserError(f'stride={stride}: the network reads {T} tokens: lower it')
+    for path, text in texts.items():
+        nats, tokens, size = score_text(model, tokenizer, text, stride, device, dtype, path)
+        loss = nats / tokens
+        print(f'{path}: {tokens:,} tokens, {size:,} bytes: {loss:.4f} nats a token, '
+              f'perplexity {math.exp(min(700, loss)):.2f}, {nats / math.log(2) / size:.4f} bits per byte')

@@ -100,7 +100,7 @@ def find_objective(settings, cfg):
     that a run stored; a run from before there were objectives is causal. cfg: the ModelConfig, or train.py's
     settings.
     """
-    kind, source_size = settings.get('objective', 'causal'), cfg.source_context
+    kind, source_size = settings.get('objective', 'causal'), getattr(cfg, 'source_context', 0)
     if kind == 'causal' and not source_size:
         return None
     return Objective(kind, source_size, settings.get('denoisers', 'ul2r'))

@@ -1,6 +1,6 @@
 """
-Counts of the texts that were cut to the context of a network. Every place that cuts texts counts them here and
-prints one line:
+Counts of the texts that were cut to the context of a network. Every place that cuts texts counts them here
+and prints one line:
 
     cuts = Cuts('sources')
     for ids in sources:

@@ -8,7 +8,8 @@ from contextlib import suppress
 from batches import describe_bos, find_folder
 from configurator import UserError
 from features.text.cuts import Cuts
-from tokenizer import options_of, same_ids
+from features.text.tokenizers import options_of
+from tokenizer import same_ids
 
 
 def how_to_make(name):

@@ -33,7 +33,7 @@ from configurator import UserError, build, configure, from_dict
 from features.hf import reading
 from features.lora import peft_files
 from features.lora.layers import begin
-from features.text import sources
+from features.text import reader
 from model import make_model
 from tokenizer import load_tokenizer
 from train import Settings
@@ -228,7 +228,7 @@ def lines_case(case):
     rows, edits, is_edited, pair, errors = case
     data = '\n'.join(map(json.dumps, rows)).encode()
     data = edit_bytes(data, edits) if is_edited else data
-    found = right_or_refused(lambda: sources.documents(sources.Task(lines=(data, 'x.jsonl', 1, 0)), prepare.Settings(['x.jsonl'], errors=errors, **pair)))
+    found = right_or_refused(lambda: reader.documents(reader.Task(lines=(data, 'x.jsonl', 1, 0)), prepare.Settings(['x.jsonl'], errors=errors, **pair)))
     if found is not None:
         assert len(found) == sum(bool(line) and not line.isspace() for line in data.decode('utf-8', 'replace').removeprefix('\ufeff').split('\n'))
         assert all(isinstance(text, str) and text.encode() is not None for _, text in found)

@@ -1,0 +1,38 @@
+"""
+The code of a network beside its exported weights: model.py without the features that the network does not use
+and the files of those that it uses. All lie in one folder, as transformers wants them.
+"""
+import os
+import re
+
+from configurator import ROOT
+
+
+def write_code(folder, cfg):
+    """Write the files that modeling_minnow.py needs for the network of a ModelConfig into `folder`."""
+    used = []
+    if cfg.n_expert:  # moe
+        used.append('moe')  # moe
+    if cfg.position == 'relative':  # t5
+        used.append('t5')  # t5
+    files = {'features/hf/modeling_minnow.py': 'modeling_minnow.py', 'model.py': 'model.py'}
+    for feature in used:
+        for part in ('network', 'settings'):
+            files[f'features/{feature}/{part}.py'] = f'{feature}_{part}.py'
+    for path, name in files.items():
+        with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+            text = f.read()
+        with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+            f.write(without(text, used))
+
+
+def without(text, used):
+    """A file's text without the lines of features that are not in `used`; it imports from its own folder."""
+    features = set(os.listdir(os.path.join(ROOT, 'features'))) - set(used)
+    lines = []
+    for line in text.split('\n'):
+        mark = re.search(r'  # (\w+)(: .*)?$', line)
+        if mark is None or mark[1] not in features:
+            lines.append(line)
+    text = re.sub(r'from features\.(\w+)\.(\w+) import', r'from .\1_\2 import', '\n'.join(lines))
+    return re.sub(r'^from model import', 'from .model import', text, flags=re.MULTILINE)

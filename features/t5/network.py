@@ -1,0 +1,251 @@
+"""
+An encoder-decoder (T5, Raffel et al. 2020, arXiv 1910.10683) out of the parts of model.py.
+
+    model = make_model(build(ModelConfig, n_encoder_layer=12, t5_scale=True, position='relative', …))
+    loss = model(idx, targets, source=source)   # source (B, S) int64, -1 where a row is padded at its end
+
+S stands for the length of the source in comments on shapes.
+"""
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from features.t5.settings import T5Config
+from model import MLP, Attention, AttentionInputs, Block, Transformer, attend, make_mlp, no_code, norm
+
+# -----------------------------------------------------------------------------
+# T5's positions
+
+class RelativeBias(nn.Embedding):
+    """
+    A learned number for each head and bucket of distances, added to the logits of attention (section 2.1).
+    Half of the buckets hold one distance each, the others ever longer ranges, the last one all from 128 on.
+    """
+    BUCKETS, FURTHEST = 32, 128
+
+    def __init__(self, n_head, is_causal):
+        super().__init__(self.BUCKETS, n_head)
+        self.is_causal = is_causal
+
+    def forward(self, queries, keys):
+        """Positions (T,) of queries and (S,) of keys → (1, H, T, S); -inf for the future, if causal."""
+        distance = keys - queries[:, None]  # (T, S)
+        bias = super().forward(self.buckets(distance)).permute(2, 0, 1)  # (H, T, S)
+        if self.is_causal:
+            bias = bias.masked_fill(distance > 0, -torch.inf)
+        return bias[None]
+
+    def buckets(self, distance):
+        """The bucket of each distance. Without causality half of them are for the past, half for the rest."""
+        if self.is_causal:
+            ahead, past, count = 0, (-distance).clamp(min=0), self.BUCKETS
+        else:
+            count = self.BUCKETS // 2
+            ahead, past = count * (distance > 0), distance.abs()
+        exact = count // 2
+        share = torch.log(past.clamp(min=1) / exact) / math.log(self.FURTHEST / exact)
+        far = exact + (share * (count - exact)).long()
+        return ahead + torch.where(past < exact, past, far.clamp(max=count - 1))
+
+
+def init_relative(model):
+    """Fill the RelativeBias of each stack."""
+    std = model.cfg.init_std or model.cfg.n_embd ** -0.5
+    nn.init.normal_(model.rel.weight, std=std)
+    if model.cfg.n_encoder_layer:
+        nn.init.normal_(model.rel_encoder.weight, std=std)
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+class EncoderOutput(NamedTuple):
+    h: torch.Tensor  # (B, S, C)
+    mask: torch.Tensor  # (B, 1, 1, S) bool: False where a row is padded
+    length: torch.Tensor  # (B,) tokens of each row
+
+
+class CrossInputs(NamedTuple):
+    """What cross-attention takes beside x and the encoder's output, the same in all blocks."""
+    query_angles: torch.Tensor | None  # rotary, of the target's tokens, (2, T, D/2) or (2, B, T, D/2)
+    key_angles: torch.Tensor | None  # of the source's tokens, (2, S, D/2)
+    mask: torch.Tensor  # as in EncoderOutput
+
+
+class T5Attention(Attention):
+    """Self-attention in a stack of an encoder-decoder; it is causal where there is no mask."""
+
+    def output(self, q, k, v, mask):
+        """As Attention.output(); t5_scale takes 1/sqrt(D) out of the logits."""
+        if self.cfg.depth_scale == 'attn':
+            q = q / (self.layer + 1)
+        if self.cfg.t5_scale:
+            q = q * self.cfg.d_head ** 0.5
+        is_causal = mask is None and q.size(2) > 1
+        y = attend(q, k, v, mask, is_causal, self.cfg.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(T5Attention):
+    """Queries of x, keys and values of the encoder's output."""
+
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
+        self.v_mix = None  # the source has values of its own
+
+    def forward(self, x, encoded, inputs, cache=None):
+        """x (B, T, C), encoded (B, S, C), CrossInputs → (B, T, C)."""
+        q = self.turn(self.heads(self.q, x), inputs.query_angles)
+        if cache is None:
+            k, v = self.look_up(encoded, inputs)
+        else:
+            k, v = cache.once(self.layer, lambda: self.look_up(encoded, inputs))
+        return self.output(q, k, v, inputs.mask)
+
+    def look_up(self, encoded, inputs):
+        """k and v (B, kv_heads, S, D)."""
+        k = self.turn(self.heads(self.k, encoded), inputs.key_angles)
+        return k, self.heads(self.v, encoded).transpose(1, 2)
+
+
+class WideMLP(MLP):
+    """T5's hidden layer may pass 65,504, the largest float16: it goes on in float32, as in transformers."""
+
+    def forward(self, x, *counts):
+        up = self.up(x, *counts)
+        gate = None if self.gate is None else self.gate(x, *counts)
+        if up.dtype != torch.float16:
+            return self.project(up, gate, *counts)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.project(up.float(), None if gate is None else gate.float(), *counts)
+
+    def project(self, up, gate, *counts):
+        h = self.act(up) if gate is None else self.act(gate) * up
+        return self.down(self.norm(h), *counts)
+
+
+class EncoderBlock(Block):
+    def add_layers(self, cfg, layer):
+        self.norm_1, self.attn = norm(cfg.n_embd, cfg), T5Attention(cfg, layer)
+        self.add_mlp(cfg, layer)
+
+    def add_mlp(self, cfg, layer):
+        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), make_mlp(cfg, layer, WideMLP if cfg.t5_scale else MLP)
+
+
+class DecoderBlock(EncoderBlock):
+    def add_layers(self, cfg, layer):
+        self.norm_1, self.attn = norm(cfg.n_embd, cfg), T5Attention(cfg, layer)
+        self.norm_x, self.cross = norm(cfg.n_embd, cfg), CrossAttention(cfg, layer)
+        self.add_mlp(cfg, layer)
+
+    def forward(self, x, inputs, v0, cache, encoded, cross):
+        """As Block.forward(); encoded (B, S, C), cross: the CrossInputs."""
+        y, v0 = self.attn(self.normed(self.norm_1, x), inputs, v0, cache)
+        x = x + self.drop(y)
+        x = x + self.drop(self.cross(self.normed(self.norm_x, x), encoded, cross, cache))
+        return self.feed_forward(x, inputs, v0)
+
+
+# -----------------------------------------------------------------------------
+# The network
+
+class EncoderDecoder(Transformer):
+    """An encoder and a decoder. Raises ValueError for more tokens than source_size, too."""
+    TABLES = (*Transformer.TABLES, 'wte_encoder.', 'rel_encoder.')
+
+    def __init__(self, cfg, init=True):
+        T5Config.check(cfg)
+        if cfg.cross_rope not in ('none', 'same', 'offset'):
+            raise no_code(cfg, 'cross_rope', 'features/t5/network.py')
+        super().__init__(cfg, init)
+
+    def n_positions(self):
+        cfg = self.cfg
+        if cfg.cross_rope == 'offset':
+            return cfg.block_size + cfg.source_context
+        return max(cfg.block_size, cfg.source_context)
+
+    def add_blocks(self):
+        cfg = self.cfg
+        self.wte_encoder = None  # with LoRA: a module of the same weight for the encoder
+        self.encoder = nn.ModuleList(EncoderBlock(cfg, layer) for layer in range(cfg.n_encoder_layer))
+        self.rel_encoder = RelativeBias(cfg.n_head, is_causal=False) if cfg.position == 'relative' else None
+        self.norm_encoder = norm(cfg.n_embd, cfg)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.n_layer))
+
+    def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, source=None):
+        """As Transformer.forward(). source (B, S) int64: what is read, -1 for padding at the end."""
+        if source is None:
+            raise ValueError('an encoder-decoder takes a source')
+        h = self.hidden(idx, cache, self.encode(source))
+        if targets is None:
+            return self.logits(h)
+        return self.loss(h, targets, reduction, label_smoothing)
+
+    def encode(self, source):
+        """The EncoderOutput of source (B, S), of which every row has a token at least."""
+        if source.size(1) > self.cfg.source_context:
+            raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
+        real = source >= 0
+        mask = real[:, None, None]
+        positions = torch.arange(source.size(1), device=source.device)
+        inputs = AttentionInputs(None if self.rotary is None else self.rotary[:, positions], mask)
+        if self.rel_encoder is not None:
+            bias = self.rel_encoder(positions, positions)
+            inputs = inputs._replace(mask=bias.masked_fill(~mask, -torch.inf))
+        if self.cfg.n_expert:  # moe
+            inputs = inputs._replace(real=real)  # moe
+        x = self.embed((self.wte_encoder or self.wte)(source.clamp(min=0)), positions)
+        return EncoderOutput(self.norm_encoder(self.run(self.encoder, x, inputs)), mask, real.sum(1))
+
+    def hidden(self, idx, cache=None, encoded=None):
+        """As Transformer.hidden(); encoded: what encode() returned."""
+        cross = CrossInputs(None, None, encoded.mask)
+        if self.cfg.cross_rope != 'none':
+            positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.positions
+            if self.cfg.cross_rope == 'offset':
+                positions = encoded.length[:, None] + positions  # (B, T)
+            source = torch.arange(encoded.h.size(1), device=idx.device)
+            cross = CrossInputs(self.rotary[:, positions], self.rotary[:, source], encoded.mask)
+        return super().hidden(idx, cache, None, encoded.h, cross)
+
+    def before_head(self, h):
+        if self.cfg.tie and self.cfg.t5_scale:
+            h = h * self.cfg.n_embd ** -0.5
+        return super().before_head(h)
+
+    # --- init, counts ---
+
+    def init_blocks(self, blocks, output_scale):
+        """Both stacks, the encoder first. t5_scale: see T5Config."""
+        cfg = self.cfg
+        for stack in (self.encoder, blocks):
+            output_scale, query_scale = 1 / math.sqrt(2 * len(stack)), 1.0
+            if cfg.t5_scale:
+                output_scale, query_scale = 1.0, cfg.d_head ** -0.5
+            super().init_blocks(stack, output_scale, query_scale)
+
+    def embedding_std(self):
+        return 1.0 if self.cfg.t5_scale else super().embedding_std()
+
+    def flops_per_token(self):
+        """
+        As Transformer.flops_per_token(), for one token of the target and its share of the source, which is
+        source_size / block_size tokens: for the encoder, and for keys and values of cross-attention.
+        """
+        cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
+        target, source = 0, 0
+        for name, count in self.multiplications().items():
+            if re.match(r'encoder\.|blocks\.\d+\.cross\.[kv]\.', name):
+                source += count
+            else:
+                target += count
+            if name == 'wte_up.weight':  # the source's embedding
+                source += count // (2 if cfg.tie else 1)
+        pairs = cfg.n_layer * T * (T + S) + cfg.n_encoder_layer * S * S  # of a query and a key, in a row
+        passes = 12 if any(p.requires_grad for p in self.parameters()) else 4
+        return 2 * target + 2 * source * S // T + passes * pairs // T * cfg.n_head * cfg.d_head

@@ -1,0 +1,88 @@
+"""
+What tokenizer.py needs rarely: a tokenizer with reserved tokens, one that is not known, and advice.
+"""
+import itertools
+import os
+import re
+
+from configurator import UserError
+from tokenizer import Tokenizer, described
+
+
+class Reserved(Tokenizer):
+    """
+    The tokenizer `inner` with `count` more tokens at its end, <0>, <1>, …, that no text is encoded to: for
+    the objectives that mask (prepare.py --reserve=100).
+    """
+
+    def __init__(self, inner, count):
+        super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.files, inner.unk,
+                         **inner.more, reserved=count)
+        self.inner, self.eot_text = inner, inner.eot_text
+        self.encode, self.encode_documents = inner.encode, inner.encode_documents
+        self.bos, self.start = inner.bos, inner.start
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        first, text = self.inner.vocab_size, ''
+        for is_reserved, group in itertools.groupby(map(int, ids), lambda i: i >= first):
+            if is_reserved:
+                text += ''.join(f'<{i - first}>' for i in group)
+            else:
+                text += self.inner.decode(list(group))
+        return text
+
+
+def load_reserved(description, data, path):
+    """As tokenizer.described(), for a description of a Reserved."""
+    count = description['reserved']
+    inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
+    return Reserved(described(inner, data, path), count)
+
+
+class UnknownTokenizer(Tokenizer):
+    """Stands for a tokenizer of which only the size is known (nanoGPT's meta.pkl): it refuses all text."""
+
+    def __init__(self, vocab_size):
+        super().__init__('unknown', vocab_size, None)
+
+    def encode(self, text):
+        raise UserError('the tokenizer of this network is not known, its data had a vocab_size alone: '
+                        'no text can be read or written with it; prepare the data with prepare.py, '
+                        'or put itos into meta.pkl, and train again')
+
+    decode = encode
+
+
+# -----------------------------------------------------------------------------
+# Advice
+
+def explain(error):
+    """
+    What is wrong, and what to do, when sentencepiece's trainer gave this error; '' if that is not known.
+    """
+    low = re.search(r'smaller than required_chars. \d+ vs (\d+)', error)
+    high = re.search(r'too high .* <= (\d+)', error)
+    if low:
+        return (f'too small for the bytes and the common characters of this text, which take {low[1]}: '
+                f'use a larger one, bpe:{max(512, 2 * int(low[1]))} for instance')
+    if high:
+        return f'too large for so little text: use at most bpe:{high[1]}, or byte'
+    if 'sentences_.empty()' in error:  # it drops the newlines at the end of a piece
+        return 'the text has nothing that it can be trained on: use byte'
+    return ''
+
+
+def options_of(description, folder):
+    """
+    The options of prepare.py that give data this tokenizer, whose files are in `folder`: ['--tokenizer=…',
+    '--reserve=…']. {}: the tokenizer of weights of others, whichever file is there.
+    """
+    names = [*description.get('files', ()), 'tokenizer.json', 'tokenizer.model', 'spiece.model']
+    kind = description.get('kind', 'unknown').replace('unknown', 'FILE')
+    if description.get('files') or not description:
+        for name in reversed(names):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                kind = path
+    return [f'--tokenizer={kind}', f'--reserve={description.get("reserved", 0)}']

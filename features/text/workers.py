@@ -1,0 +1,112 @@
+"""
+Tasks → tokens, in several processes.
+"""
+import heapq
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from features.text.figures import LONGEST, count_literals, longest_of
+from features.text.pairs import encode_pairs, has_pairs, target_bytes
+from features.text.reader import documents
+from features.text.splits import divide
+from prepare import encode
+from tokenizer import load_tokenizer
+
+WORKER = {}  # settings and tokenizer of this process: too large to send with every task
+
+
+def tokenize(task):
+    """
+    (tokens, notes) of a task. tokens: {side: (ids as they are stored, where documents start among them, bytes
+    of text)}; notes: what figures.Figures.add() takes.
+    """
+    s, tokenizer = WORKER['s'], WORKER['tokenizer']
+    found = documents(task, s)
+    texts, places, empty = {'train': [], 'val': []}, {'train': [], 'val': []}, 0
+    for where, text in found:
+        if not task.side and (not text or text.isspace()):
+            empty += 1
+            continue
+        for side, part in [(task.side, text)] if task.side else divide(text, s):
+            texts[side].append(part)
+            places[side].append(where)
+    tokens, unknown, longest = {}, 0, []
+    for side, parts in texts.items():
+        ids, lengths, size = encode_texts(parts, s, tokenizer)
+        starts = np.cumsum(lengths) - lengths
+        if not task.starts:
+            starts = starts[:0]
+        if len(lengths) and not task.ends:  # the end-of-text token comes with the last part
+            ids, lengths = ids[:-1], lengths - 1
+        unknown += int(np.count_nonzero(ids == tokenizer.unk))
+        longest += longest_of(lengths, places[side])
+        tokens[side] = ids, starts, size
+    notes = {'empty': empty, 'unknown': unknown, 'longest': heapq.nlargest(LONGEST, longest),
+             'literal': count_literals([text for _, text in found], tokenizer)}
+    return tokens, notes
+
+
+def encode_texts(texts, s, tokenizer):
+    """
+    (ids with an end-of-text token after each text, number of ids of each, bytes of text; of pairs, of the
+    targets).
+    """
+    if has_pairs(s):
+        return *encode_pairs(texts, tokenizer), target_bytes(texts)
+    return *encode(texts, tokenizer), sum(len(text.encode()) for text in texts)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def set_up(s, description, folder):
+    WORKER.update(s=s, tokenizer=load_tokenizer(description, folder))
+
+
+def start_worker(*arguments):
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=leave_with, args=[parent], daemon=True).start()
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # one thread in each process
+    set_up(*arguments)
+
+
+def leave_with(parent):
+    """End this process when its parent ends: one that is killed cannot stop its workers."""
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def in_order(tasks, num_proc, arguments):
+    """
+    Yield (task, tokenize(task)) in the order of the tasks, by processes that are set up with `arguments`.
+    Only a few tasks are in memory at a time.
+    """
+    if num_proc == 1:
+        set_up(*arguments)
+        for task in tasks:
+            yield task, tokenize(task)
+        return
+    waiting = deque()
+    # spawned, not forked: that is safe beside threads, and the same on macOS
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
+    try:
+        for task in tasks:
+            # Ctrl-C is for this process only: workers inherit the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            waiting.append((task, pool.submit(tokenize, task)))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if len(waiting) > 3 * num_proc:
+                task, future = waiting.popleft()
+                yield task, future.result()
+        for task, future in waiting:
+            yield task, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
