@@ -32,13 +32,14 @@ EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss 
 
 @dataclass
 class DataConfig:
-    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'tinystories': 100, 'dolly': 20}
-    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] what is trained: the next token; the
-    # end of a row after its beginning; masked tokens, of which prepare.py --reserve=100 makes the sentinels; the
-    # targets of pairs (prepare.py --source=… --target=…), each after its source
-    packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of the
-    # stream; the same from the first document start among them (one row an epoch, but some tokens come twice and
-    # others never); one document after a start token, padded, or a random crop of it if it is too long
+    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'wiki': 100, 'dolly':
+    # 20}
+    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] what is trained: the next
+    # token; the end of a row after its beginning; masked tokens, of which prepare.py --reserve=100 makes the
+    # sentinels; the targets of pairs (prepare.py --source=… --target=…), each after its source
+    packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of
+    # the stream; the same from the first document start among them (some tokens come twice an epoch, others
+    # never); one document after a start token, padded, or a random crop of it if it is too long
     mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
     verify_data: bool = False  # check the hashes of large data sets too
 
@@ -48,9 +49,9 @@ class DataConfig:
 
 def permute(i, n, key):
     """
-    The place of i in a keyed permutation of range(n): a Feistel network of 6 rounds over the next even number of
-    bits, repeated until the result is below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-    It costs 20 µs, where an array of n numbers would cost memory.
+    The place of i in a keyed permutation of range(n): a Feistel network of 6 rounds over the next even number
+    of bits, repeated until the result is below n (Black & Rogaway 2002, "Ciphers with arbitrary finite
+    domains"). It costs 20 µs, where an array of n numbers would cost memory.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits of either half
     mask = (1 << half) - 1
@@ -91,7 +92,8 @@ class TokenFiles:
         self.dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         info = self.meta['splits'].get(split, {'shards': []})
         self.bytes = info.get('bytes', 0)  # of text; 0 = not known
-        self.shards, self.files, self.index = info['shards'], [], []  # index: where the documents of each shard start
+        self.shards = info['shards']
+        self.files, self.index = [], []  # of each shard; index: where its documents start, in tokens
         verify = verify or sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
         for shard in self.shards:
             path = os.path.join(folder, shard['file'])
@@ -102,7 +104,7 @@ class TokenFiles:
                 open_checked(path, 8 * shard['documents'], verify and shard['idx_sha256']).close()
                 self.index[-1] = np.memmap(path, '<u8', 'r')
         sizes = [shard['bytes_on_disk'] // self.dtype.itemsize for shard in self.shards]
-        self.starts = np.cumsum([0] + sizes)  # where each shard starts, in tokens, and where the last one ends
+        self.starts = np.cumsum([0] + sizes)  # where each shard starts, and the last one ends, in tokens
         self.doc_starts = np.cumsum([0] + [len(index) for index in self.index])  # the same in documents
         self.tokens, self.documents = int(self.starts[-1]), int(self.doc_starts[-1])
         if self.tokens < 2:
@@ -110,7 +112,7 @@ class TokenFiles:
                             'prepare it again with more text (python prepare.py --help)')
 
     def read(self, start, length):
-        """Tokens [start, start + length), int64, fewer at the end of the split. A memmap would fill the memory."""
+        """Tokens [start, start + length), int64, fewer at the end. A memmap would fill the memory."""
         parts, shard = [], int(np.searchsorted(self.starts, start, 'right')) - 1
         while length > 0 and shard < len(self.files):
             file, offset = self.files[shard], start - int(self.starts[shard])
@@ -120,8 +122,9 @@ class TokenFiles:
             if len(part) != n:
                 raise UserError(f'{file.name}: became shorter while in use: prepare it again')
             if n and part.max() >= self.vocab_size:
-                raise UserError(f'{file.name}: token {part.max()} near position {offset} is beyond the vocabulary of '
-                                f'{self.vocab_size}: the file is damaged or of another tokenizer; prepare it again')
+                raise UserError(f'{file.name}: token {part.max()} near position {offset} is beyond the '
+                                f'vocabulary of {self.vocab_size}: the file is damaged or of another '
+                                'tokenizer; prepare it again')
             parts.append(part)
             start, length, shard = start + n, length - n, shard + 1
         return np.concatenate([*parts, np.empty(0, self.dtype)]).astype(np.int64)
@@ -184,7 +187,8 @@ def read_meta(folder):
         if os.path.exists(os.path.join(folder, 'train.bin')):  # text
             from features.text.nanogpt import describe_folder  # text
             return describe_folder(folder)  # text
-        raise UserError(f'{folder}: neither meta.json nor train.bin in it: prepare it (python prepare.py --help)')
+        raise UserError(f'{folder}: neither meta.json nor train.bin in it: '
+                        'prepare it (python prepare.py --help)')
     try:
         with open(path, encoding='utf-8-sig') as f:  # some editors put a byte-order mark before it
             meta = json.load(f)
@@ -199,7 +203,7 @@ def read_meta(folder):
 
 
 def bad_field(meta):
-    """The first field of a meta.json that cannot be right, or None. File names must not lead out of the folder."""
+    """The first field of meta.json that cannot be right, or None. File names must not leave the folder."""
     tokenizer, vocab_size, splits = meta.get('tokenizer'), meta.get('vocab_size'), meta.get('splits')
     if type(tokenizer) is not dict or type(tokenizer.get('kind')) is not str:
         return 'tokenizer'
@@ -219,9 +223,10 @@ def bad_field(meta):
         return 'splits'
     width = np.dtype(meta['dtype']).itemsize
     for name, split in splits.items():
-        if type(split) is not dict or not is_count(split.get('bytes', 0)) or type(split.get('shards')) is not list:
+        if type(split) is not dict or type(split.get('shards')) is not list:
             return f'splits.{name}'
-        if not all(is_shard(shard, width) for shard in split['shards']):
+        shards_are_good = all(is_shard(shard, width) for shard in split['shards'])
+        if not shards_are_good or not is_count(split.get('bytes', 0)):
             return f'splits.{name}'
     return None
 
@@ -238,7 +243,8 @@ def is_shard(shard, width):
 
 
 def is_file_name(name):
-    return type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name and '\0' not in name
+    return (type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name
+            and '\0' not in name)
 
 
 def is_count(value):
@@ -252,8 +258,8 @@ class Source:
     """
     One corpus as numbered rows of tokens: row(number) for number in range(rows) is the whole split once.
 
-    bos: the start token before every document, (id,) or (), where a row is a document; None = as the data set has
-    it. (A network that was trained without one is evaluated without one.)
+    bos: the start token before every document, (id,) or (), where a row is a document; None = as the data set
+    has it. (A network that was trained without one is evaluated without one.)
     """
 
     def __init__(self, name, split, block_size, packing='stream', verify=False, bos=None):
@@ -272,7 +278,7 @@ class Source:
             self.bos = start_token(self.files.meta) if bos is None else tuple(bos)
 
     def row(self, number, noise=0):
-        """Up to self.length tokens, int64. noise: an integer that picks the crop of a document that is too long."""
+        """Up to self.length tokens, int64. noise: a number that picks the crop of a long document."""
         if self.packing != 'document':
             start = number * self.stride
             if self.packing == 'aligned':
@@ -291,7 +297,7 @@ class Source:
         return np.append(self.bos, self.files.read(first, end - first))
 
     def batch(self, rows, height=0):
-        """x, y (B, block_size) int64 of B rows, or `height` if that is more; where a row has ended x is 0, y is -1."""
+        """x, y (B, block_size) int64, B = len(rows) or height; after a row ends, x is 0 and y is -1."""
         shape = max(len(rows), height), self.block_size
         x, y = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
         for n, tokens in enumerate(rows):
@@ -310,11 +316,11 @@ class Source:
         return float(np.minimum(targets, self.stride).sum() / self.rows)
 
     def bytes_per_token(self):
-        """Bytes of text for each target; 0 where they are not known, as of pairs (their bytes are the targets')."""
+        """Bytes of text for each target; 0 where they are not known. Bytes of pairs are of targets alone."""
         return 0 if self.files.meta.get('pairs') else self.files.bytes / self.files.tokens
 
     def too_long(self):
-        """A line about the documents that are longer than a row; '' if all fit, or if a row is no document."""
+        """A line about documents that are longer than a row; '' if all fit, or a row is no document."""
         if self.packing == 'document':  # text
             from features.text.folders import count_long_documents  # text
             return count_long_documents(self)  # text
@@ -334,7 +340,7 @@ def describe_bos(bos):
 
 
 def start_token(meta):
-    """(id,) of the token that begins a document: BOS, else the end of text; () where meta.json names neither."""
+    """(id,) of the token before a document: BOS, else the end of text; () if there is neither."""
     for name in ('bos', 'eot'):
         if meta.get(name) is not None:
             return (meta[name],)
@@ -348,8 +354,8 @@ class Mixture:
     """
     The training data: sample i of the run → a row of one of its sources.
 
-    Each source goes through all its rows exactly once an epoch, in another order each epoch. Of any first n samples
-    a source has its share, give or take one for every other source.
+    Each source goes through all its rows exactly once an epoch, in another order each epoch. Of any first n
+    samples a source has its share, give or take one for every other source.
     """
 
     def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False,
@@ -357,8 +363,8 @@ class Mixture:
         weights = dataset if isinstance(dataset, dict) else {dataset: 1}
         for name, weight in weights.items() or [('', 0)]:
             if type(name) is not str or type(weight) not in (int, float) or not 1e-6 <= weight <= 1e6:
-                raise UserError(f'dataset={dataset}: a mixture takes names, and for each a number between 1e-6 and '
-                                '1e6')
+                raise UserError(f'dataset={dataset}: a mixture takes names, '
+                                'and for each a number between 1e-6 and 1e6')
         if mix_by not in ('tokens', 'documents'):
             raise UserError(f'mix_by={mix_by}: has no code in batches.py: use tokens or documents')
         self.seed, self.sources, shares = seed, [], []
@@ -367,8 +373,8 @@ class Mixture:
             share = Fraction(str(weight))  # of the rows
             if mix_by == 'documents':
                 if not source.files.documents:
-                    raise UserError('mix_by=documents: a source has no .idx of its documents (a nanoGPT folder?): '
-                                    'use mix_by=tokens')
+                    raise UserError('mix_by=documents: a source has no .idx of its documents '
+                                    '(a nanoGPT folder?): use mix_by=tokens')
                 share *= Fraction(source.rows, source.files.documents)  # rows for each document
             elif source.packing not in ('stream', 'aligned'):  # whose rows are not full alike
                 share /= Fraction(source.tokens_per_row()).limit_denominator(10 ** 6)
@@ -408,7 +414,8 @@ class Mixture:
     def epochs(self, samples):
         """How often the first `samples` samples go through each source: {name: epochs}."""
         total = sum(self.shares)
-        return {source.name: samples * share / total / source.rows for share, source in zip(self.shares, self.sources)}
+        return {source.name: samples * share / total / source.rows
+                for share, source in zip(self.shares, self.sources)}
 
     def bits_per_byte(self, nats_per_token):
         """A loss in bits per byte of text, None where the bytes are not known."""
@@ -436,7 +443,8 @@ def check_alike(sources):
     first = sources[0]
     for source in sources[1:]:
         one, other = first.files.meta, source.files.meta
-        if (one['tokenizer'], one['vocab_size'], first.bos) != (other['tokenizer'], other['vocab_size'], source.bos):
+        is_same = one['tokenizer'] == other['tokenizer'] and one['vocab_size'] == other['vocab_size']
+        if not is_same or first.bos != source.bos:
             problem = f'{first.name} and {source.name} were prepared with different tokenizers'
             from features.text.folders import compare_tokens  # text
             problem = compare_tokens(first, source)  # text: '' if it is one tokenizer in two formats
@@ -448,7 +456,7 @@ def check_alike(sources):
 # The batches of a step
 
 class Batches:
-    """The micro-batches of this rank in a step. A thread reads those of the next step while this one is computed."""
+    """This rank's micro-batches. A thread reads those of the next step while a step is computed."""
 
     def __init__(self, data, s, ranks):
         self.data, self.s, self.ranks = data, s, ranks
@@ -474,7 +482,7 @@ class Batches:
 
 
 def micro_batches(s, step, rank, world):
-    """The global sample numbers of this rank's micro-batches, as ranges, contiguous: any split is the same batch."""
+    """The sample numbers of the micro-batches of a rank, ranges one after another."""
     rows = s.batch_size * s.gradient_accumulation_steps // world  # of this rank
     size = min(s.batch_size, rows)
     while rows % size:
@@ -490,8 +498,8 @@ def micro_batches(s, step, rank, world):
 def evaluate(model, sources, s, ranks, stop=False):
     """
     {'val_loss': nats per token, 'val_bpb': bits per byte of text}, and of a mixture the same per source as
-    'val_loss/NAME', computed by all ranks together. Each token has the same weight. val_bpb is absent where the
-    bytes of text are not known. None, on all ranks, if `stop` becomes true on one of them.
+    'val_loss/NAME', computed by all ranks together. Each token has the same weight. val_bpb is absent where
+    the bytes of text are not known. None, on all ranks, if `stop` becomes true on one of them.
     """
     model.eval()
     result, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
@@ -511,7 +519,7 @@ def evaluate(model, sources, s, ranks, stop=False):
 
 
 def sum_losses(model, source, s, ranks, stop):
-    """(nats, targets, whether a rank was told to stop) over the validation rows of a Source, summed over the ranks."""
+    """(nats, targets, whether to stop), summed over the validation rows of a Source and the ranks."""
     numbers = validation_rows(source, EVAL_ROWS * s.eval_iters)
     mine = numbers[ranks.rank::ranks.world]
     most = -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
@@ -538,7 +546,7 @@ def batch_loss(model, source, numbers, height, device, dtype):
 
 
 def validation_rows(source, count):
-    """Numbers of the rows to evaluate on: `count` of them, spread over the split, the same in all runs; 0 = all."""
+    """Numbers of `count` rows to evaluate on, spread over the split, the same in all runs; 0 = all."""
     if not count or count >= source.rows:
         return np.arange(source.rows)
     return np.sort([permute(i, source.rows, 0) for i in range(count)])

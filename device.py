@@ -1,6 +1,5 @@
 """
-The machine: which device, which number format, how fast it can multiply. Measured where the documentation
-misleads.
+The machine: which device, which number format, how fast it is. Measured where documentation misleads.
 """
 import os
 import shutil
@@ -34,16 +33,21 @@ class DeviceConfig(NumericConfig):
 
 def pick_device(name):
     """torch.device for a setting. Raises UserError for one that this machine has not."""
+    count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cpu'
+        if count['mps']:
+            name = 'mps'
+        if torch.cuda.is_available():
+            name = 'cuda'
     kind, _, number = name.partition(':')
-    count = {'cpu': 1, 'cuda': torch.cuda.device_count(),
-             'mps': int(torch.backends.mps.is_available())}.get(kind)
-    if count is None or (number and not number.isdigit()):
+    if kind not in count or (number and not number.isdigit()):
         raise UserError(f'device={name}: takes auto, cpu, cuda, cuda:N or mps')
-    number = number or (os.environ.get('LOCAL_RANK', '0') if kind == 'cuda' else '0')  # torchrun: a GPU each
-    if int(number) >= count:
-        raise UserError(f'device={name}: this machine has {count} {kind} device(s), '
+    if not number and kind == 'cuda':
+        number = os.environ.get('LOCAL_RANK', '0')  # torchrun: a GPU each
+    number = number or '0'
+    if int(number) >= count[kind]:
+        raise UserError(f'device={name}: this machine has {count[kind]} {kind} device(s), '
                         f'number {number} was asked for; --device=cpu works everywhere')
     if kind == 'cuda':
         name = f'cuda:{number}'
@@ -54,8 +58,8 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """
-    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bf16 can be 4x faster or 100x slower
-    there, and who asks for the latter is told so.
+    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bfloat16 can be 4x faster or 100x
+    slower there. One line says so to a user who asks for it where it is slow.
     """
     if device.type == 'cuda' and name == 'auto':
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -71,7 +75,7 @@ def pick_dtype(name, device):
 
 def pick_exact_dtype(name, device):
     """
-    pick_dtype() for what rounding would change: evaluations, greedy text, beams. auto is 'float32' there,
+    pick_dtype() for results that rounding would change: evaluations, greedy text, beams. auto is 'float32',
     and float32 is multiplied without tf32.
     """
     dtype = 'float32' if name == 'auto' else pick_dtype(name, device)
@@ -82,49 +86,50 @@ def pick_exact_dtype(name, device):
 
 def pick_compile(setting, device, flops=0.0):
     """
-    Whether to compile; where that cannot work, one line says so. auto: on CUDA, and on a CPU for a run of
-    5e13 `flops` or more, two minutes: compiling takes 20 s there and saves a fourth of the time (10.6M
-    parameters in bfloat16: 8,900 against 6,400 tokens/s).
+    Whether to compile; one line says so where it cannot work. auto: on CUDA, and on a CPU for a run of 5e13
+    `flops` or more, two minutes: compiling takes 20 s there and saves a fourth of the time (10.6M parameters
+    in bfloat16: 8,900 against 6,400 tokens/s).
     """
-    wanted = ((device.type == 'cuda' or device.type == 'cpu' and flops >= 5e13) if setting == 'auto'
-              else setting)
-    missing = None
-    if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
-        missing = 'no C++ compiler'
-    if device.type == 'cuda' and find_spec('triton') is None:
-        missing = 'no triton'
-    if wanted and missing:
-        print(f'compile: {missing} on this machine, going on without', flush=True)
-    if not wanted or missing:
+    is_wanted = setting
+    if setting == 'auto':
+        is_wanted = device.type == 'cuda' or (device.type == 'cpu' and flops >= 5e13)
+    if not is_wanted:
         return False
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    compilers = [shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'clang++', 'cl')]
+    missing = ''
+    if device.type == 'cpu' and not any(compilers):
+        missing = 'C++ compiler'
+    if device.type == 'cuda' and find_spec('triton') is None:
+        missing = 'triton'
+    if missing:
+        print(f'compile: no {missing} on this machine, going on without', flush=True)
+        return False
+    torch._dynamo.config.suppress_errors = True  # code that cannot be compiled runs as it is
     return True
 
 
 def matmul_flops(device, dtype, n=512, seconds=0.02):
-    """FLOP/s of an n x n matmul, the best of those that fit into `seconds` (of three at least)."""
-    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 4 or time.perf_counter() < end:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times[1:])  # the first one sets things up
+    """FLOP/s of an n x n matmul: the fastest of those that fit into `seconds`, at least three."""
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    b = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / fastest(lambda: (a @ b)[0, 0].item(), seconds)
 
 
 def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
-    """
-    Bytes/s of a copy of `size` bytes, read and written, the best of those that fit into `seconds`: more than
-    any cache holds.
-    """
-    a, b = (torch.zeros(size, dtype=torch.uint8, device=device),
-            torch.ones(size, dtype=torch.uint8, device=device))
+    """Bytes/s of a copy of `size` bytes, read and written: more than any cache holds."""
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.ones(size, dtype=torch.uint8, device=device)
+    return 2 * size / fastest(lambda: a.copy_(b)[0].item(), seconds)
+
+
+def fastest(compute, seconds):
+    """Seconds of the fastest compute() of those that fit into `seconds`, at least three."""
     times, end = [], time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
-        a.copy_(b)[0].item()
+        compute()
         times.append(time.perf_counter() - start)
-    return 2 * size / min(times[1:])
+    return min(times[1:])  # the first one sets things up
 
 
 # dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
@@ -134,27 +139,22 @@ PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e
 
 
 def peak_flops(device, dtype):
-    """
-    FLOP/s the device could reach: the data sheet's for a known GPU, a CPU's own best matmul, None when not
-    known.
-    """
+    """FLOP/s the device could reach: by a GPU's data sheet, by a CPU's best matmul; None = not known."""
     if device.type == 'cpu':
         return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
     if device.type == 'cuda' and dtype != 'float32':
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)),
-                    None)
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
     return None
 
 
 def process_age():
-    """
-    Seconds since this process began, the imports included; where the system does not tell, since this file
-    was imported.
-    """
+    """Seconds since this process began, imports included; else since this file was imported."""
     try:
         with open('/proc/self/stat', encoding='utf-8') as f:
-            # field 22: when it began, in clock ticks since the machine did
-            ticks = int(f.read().rpartition(')')[2].split()[19])
+            fields = f.read().rpartition(')')[2].split()
+        ticks = int(fields[19])  # field 22: when it began, in clock ticks since the machine did
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
     except (OSError, AttributeError):
         return time.perf_counter() - IMPORTED
@@ -162,43 +162,39 @@ def process_age():
 
 def autocast(device, dtype):
     """Context in which matmuls run in `dtype`."""
-    return nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
 
 
-# why numbers are NaN or infinite, and what to do
+# Why numbers are NaN or infinite, and what to do
 NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
 
 
 def zero(device):
-    """
-    A zero to sum losses in: in float64, where a sum of many float32s does not depend on how they are grouped;
-    MPS has none.
-    """
+    """A zero to sum losses in: in float64 the order of the sum hardly matters. MPS has float32 only."""
     return torch.zeros((), device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
 
 
 def is_out_of_memory(error):
-    text = str(error)
-    return (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-            or 'out of memory' in text)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or 'out of memory' in str(error)
 
 
 def free_memory(device):
-    """
-    Bytes that this process can still take, of the GPU or of RAM (its container's limit too); None = unknown.
-    """
+    """Bytes that this process can still take, of the GPU or of RAM (in its container); None = not known."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     free = []
-    with suppress(OSError, ValueError, StopIteration):
-        with open('/proc/meminfo') as f:
-            free.append(1024 * next(int(line.split()[1]) for line in f if line.startswith('MemAvailable:')))
-    with suppress(OSError, ValueError, StopIteration):  # no limit: 'max', which is no number
+    available = read_field('/proc/meminfo', 'MemAvailable:')
+    if available is not None:
+        free.append(1024 * available)
+    with suppress(OSError, ValueError):  # without a limit it is 'max', which is no number
         limit = int(Path('/sys/fs/cgroup/memory.max').read_text())
         used = int(Path('/sys/fs/cgroup/memory.current').read_text())
-        with open('/sys/fs/cgroup/memory.stat') as f:  # the page cache is given back
-            cache = next(int(line.split()[1]) for line in f if line.startswith('inactive_file '))
-        free.append(limit - used + cache)
+        page_cache = read_field('/sys/fs/cgroup/memory.stat', 'inactive_file') or 0  # it is given back
+        free.append(limit - used + page_cache)
     return min(free, default=None)
 
 
@@ -206,13 +202,24 @@ def peak_memory(device):
     """The most bytes this process has held: on the GPU, else in RAM."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    # Linux: getrusage() would count what the process that started this one held
-    if os.path.exists('/proc/self/status'):
-        with open('/proc/self/status') as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith('VmHWM:'))
+    peak = read_field('/proc/self/status', 'VmHWM:')
+    if peak is not None:  # Linux, where getrusage() would count memory of the process that started this one
+        return 1024 * peak
     import resource  # not on Windows
     import sys
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def read_field(path, name):
+    """The number after `name` at the beginning of a line of a file; None without such a line or file."""
+    with suppress(OSError):
+        with open(path) as f:
+            for line in f:
+                words = line.split()
+                if words and words[0] == name:
+                    return int(words[1])
+    return None
 
 
 # -----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Text from a checkpoint.
 generate() and its KV cache live here; other scripts import them:
 
     model, tokenizer = load('out/lowrank')
-    for tokens in generate(model, [encode_prompt('Once', tokenizer, model.cfg)], 100): ...    # (1,) each
+    for tokens in generate(model, [encode_prompt('Once', tokenizer, model.cfg)], 100): ...  # (1,) each
 """
 import functools
 import math
@@ -37,40 +37,41 @@ from device import (
 from tokenizer import PromptFormat, load_tokenizer
 
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
-COMPILE_FROM = 4000  # tokens of a sample from which compiling pays: it takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a
-# token of a network of 10.6M parameters
+# tokens of a sample from which compiling pays: it takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token
+# (10.6M parameters)
+COMPILE_FROM = 4000
 
 
 @dataclass
 class Settings(DeviceConfig):
     out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
-    init_from: FilePath = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2, gpt2-medium,
-    # gpt2-large, gpt2-xl
-    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: with the lowest validation loss, or the newest
+    init_from: FilePath = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2,
+    # gpt2-medium, gpt2-large, gpt2-xl
+    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss,
+    # or the newest
     start: str = '\n'  # the prompt; where the tokenizer has no new line, the default is the end of text.
-    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a carriage
-    # return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new. In both the end of text,
-    # as the tokenizer writes it (<|endoftext|>, </s>), is that token
+    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a
+    # carriage return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new. In both
+    # the end of text, as the tokenizer writes it (<|endoftext|>, </s>), is that token
     num_samples: int = 3  # drawn together, as one batch
     max_new_tokens: int = 300  # of each sample
     temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
     top_k: int = 200  # only the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv
-    # 1904.09751)
-    min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv
-    # 2407.01082)
-    repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019, arXiv
-    # 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several times; typed as
-    # start: \n is a new line
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability (arXiv 1904.09751)
+    min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (arXiv 1909.05858)
+    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several
+    # times; typed as start: \n is a new line
     seed: int = 1337
     interactive: bool = False  # read prompts from the terminal, one after another
     use_cache: bool = True  # False: compute all keys and values anew for every token, to compare
-    adapter: list[FilePath] = field(default_factory=list)  # [lora] low-rank adapters beside the network, runs of train.py
-    # --lora_rank or folders of PEFT's; several, as name=DIR each, write num_samples each, together in one batch
-    int8: bool = False  # [lora] matrices in int8 with a scale per row: 1.3 times bfloat16's speed where decoding is
-    # compiled, slower where it is not
-    num_beams: int = 0  # [t5] above 0: one text, the likeliest that a beam search with so many hypotheses finds
+    adapter: list[FilePath] = field(default_factory=list)  # [lora] low-rank adapters beside the network, runs
+    # of train.py --lora_rank or folders of PEFT's; several, as name=DIR each, write num_samples each,
+    # together in one batch
+    int8: bool = False  # [lora] matrices in int8 with a scale per row: 1.3 times bfloat16's speed where
+    # decoding is compiled, slower where it is not
+    num_beams: int = 0  # [t5] above 0: one text, the likeliest that a beam search with so many hypotheses
+    # finds
     length_penalty: float = 1.0  # [t5] of the beam search: above 0 favours longer texts, below shorter ones
 
     def check(self):
@@ -78,8 +79,9 @@ class Settings(DeviceConfig):
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        ranges = {'temperature': (0, math.inf), 'top_k': (0, math.inf), 'top_p': (1e-9, 1), 'min_p': (0, 1),
-                  'repetition_penalty': (1e-9, math.inf), 'seed': (0, 2 ** 63 - 1), 'length_penalty': (-10, 10)}
+        ranges = {'length_penalty': (-10, 10), 'temperature': (0, math.inf), 'top_k': (0, math.inf),
+                  'top_p': (1e-9, 1), 'min_p': (0, 1), 'repetition_penalty': (1e-9, math.inf),
+                  'seed': (0, 2 ** 63 - 1)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number between {low:.0f} and {high}')
@@ -99,35 +101,36 @@ class Settings(DeviceConfig):
 
 class KVCache:
     """
-    Keys and values of up to `size` tokens: for every layer two buffers (B, kv_heads, size, D), keys already rotated.
+    Keys and values of up to `size` tokens: for every layer two buffers (B, kv_heads, size, D), keys rotated.
 
-    The buffers stay where they are, and positions are a tensor. So every step of one token can have the same shapes
-    and addresses: it compiles once, and a CUDA graph can replay it (the idea: gpt-fast).
+    The buffers stay where they are, and positions are a tensor. So every step of one token can have the same
+    shapes and addresses: it compiles once, and a CUDA graph can replay it (the idea: gpt-fast).
     """
 
     def __init__(self, model, size, compile=False):
         self.size, self.compile = size, compile
         self.length = 0  # tokens in the buffers
         self.buffers = [None] * model.cfg.n_layer
-        self.source = [None] * model.cfg.n_layer  # t5: keys and values of the encoder's output
+        self.source = [None] * model.cfg.n_layer  # t5
         self.slots = torch.arange(size, device=next(model.parameters()).device)
 
     def extend(self, T):
-        """Make room for T more tokens. Returns whether a compiled step takes them: attention then reads all slots, masked."""
+        """Make room for T more tokens. Returns whether a compiled step takes them, which reads all slots."""
         is_static = self.compile and T == 1 and self.length > 0
         self.positions = self.slots[self.length:self.length + T]
         self.length += T
         self.used = self.size if is_static else self.length
-        self.mask = None  # (T, used). The first tokens need none: they are causal; a single one sees all in use
+        # (T, used). The first tokens need none: they are causal; a single one sees all in use
+        self.mask = None
         if is_static or 1 < T < self.used:
             self.mask = self.slots[:self.used] <= self.positions[:, None]
         return is_static
 
     def update(self, layer, k, v):
-        """Put k, v (B, kv_heads, T, D) of a layer at the places of the last extend(). Returns all there is to attend to."""
-        if self.buffers[layer] is None:
+        """Store k, v (B, kv_heads, T, D) of a layer after extend(T). Returns all to attend to."""
+        if self.buffers[layer] is None:  # zeros: what the mask hides must be finite
             shape = k.size(0), k.size(1), self.size, k.size(3)
-            self.buffers[layer] = [k.new_zeros(shape), v.new_zeros(shape)]  # zeros: what the mask hides must be finite
+            self.buffers[layer] = [k.new_zeros(shape), v.new_zeros(shape)]
             if self.compile:  # a CUDA graph may write only where it knows that the address stays
                 for buffer in self.buffers[layer]:
                     torch._dynamo.mark_static_address(buffer, guard=False)
@@ -136,7 +139,7 @@ class KVCache:
         return [buffer[:, :, :self.used] for buffer in self.buffers[layer]]
 
     def once(self, layer, look_up):  # t5
-        """Keys and values of the encoder's output: the first step computes them with look_up()."""  # t5
+        """Keys and values of the encoder's output; look_up() computes them at the first step."""  # t5
         if self.source[layer] is None:  # t5
             self.source[layer] = list(look_up())  # t5
         return self.source[layer]  # t5
@@ -150,21 +153,21 @@ class NotFinite(UserError):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-             generator=None, eot=None, vocab_size=None, use_cache=True, compile=False):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+             repetition_penalty=1.0, generator=None, eot=None, vocab_size=None, use_cache=True,
+             compile=False):
     """
-    Yield the next tokens of all rows, (B,) int64, max_new_tokens times; -1 where a row has ended with `eot` before.
+    Yield the next tokens of all rows, (B,) int64, max_new_tokens times; -1 where a row has ended with `eot`.
 
-    prompts: B lists of token ids, of any lengths. A longer prompt overrides what is drawn for it at first (no padding,
-    no mask): such a row yields -1 until its prompt ends, and then max_new_tokens like the others. Only the first
-    vocab_size tokens are drawn: a network may have more than its tokenizer (nanoGPT's 50304).
-    When the context is full it slides: its newer half is read afresh at positions 0…, so every token is computed as in
-    training, with learned positions too, and cached = uncached token for token.
-    compile: one compiled graph for each token, prompts are read eagerly in one pass; it needs the cache.
+    prompts: B lists of token ids, of any lengths. A longer prompt overrides what is drawn for it at first (no
+    padding, no mask): such a row yields -1 until its prompt ends, and then max_new_tokens like the others.
+    Only the first vocab_size tokens are drawn: a network may have more than its tokenizer (nanoGPT's 50304).
+    When the context is full it slides: its newer half is read afresh at positions 0…, so every token is
+    computed as in training, with learned positions too, and cached = uncached token for token.
+    compile: one compiled graph for each token (prompts are read eagerly, in one pass); it needs the cache.
     Raises NotFinite where the logits are no numbers.
     """
-    T, V = model.cfg.block_size, vocab_size or model.cfg.vocab_size
-    device = next(model.parameters()).device
+    T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long, device=device)
@@ -172,7 +175,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     cache = None
-    if use_cache:  # a compiled step is made for one size of the cache: always T, so that it is never compiled again
+    # a compiled step is for one size of the cache: always T, so that it is never compiled again
+    if use_cache:
         cache = KVCache(model, T if compile else min(T, longest + max_new_tokens), compile)
     start = 0  # of the window that the network reads
     for end in range(shortest, longest + max_new_tokens):
@@ -186,7 +190,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[:, end] = torch.where(is_prompt, tokens[:, end], drawn)
         if eot is not None:
             ended |= ~is_prompt & (drawn == eot)
-        is_damaged, is_over = torch.stack([(drawn < 0).any(), ended.all()]).tolist()  # waits for the device once
+        # waits for the device once
+        is_damaged, is_over = torch.stack([(drawn < 0).any(), ended.all()]).tolist()
         if is_damaged:
             raise NotFinite
         yield torch.where(is_prompt | is_done | ended, -1, drawn)
@@ -195,7 +200,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def next_logits(model, window, cache):
-    """Logits (B, vocab_size) of the token after `window` (B, T). Only tokens that are not in the cache are computed."""
+    """Logits (B, vocab_size) after `window` (B, T). Only tokens that are not cached are computed."""
     if cache is None:
         return step(model, window, None)
     new = window[:, cache.length:]
@@ -211,14 +216,14 @@ def step(model, idx, cache):
 
 @functools.cache
 def compiled_step(device_type):
-    """step() of one token as one graph. CUDA replays it: at batch 1 launching its kernels takes longer than they run."""
+    """step() of one token as one graph, which CUDA replays: launching kernels takes longer than they run."""
     return torch.compile(step, dynamic=False, mode='reduce-overhead' if device_type == 'cuda' else None)
 
 
 def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, generator):
     """
-    Next tokens (B,) for logits (B, V) after the tokens past (B, T); greedy at temperature 0. A row of logits with NaN or
-    inf in it gives -1; -inf is a token that is never drawn.
+    Next tokens (B,) for logits (B, V) after the tokens past (B, T); greedy at temperature 0. A row of logits
+    with NaN or inf in it gives -1; -inf is a token that is never drawn.
     """
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
@@ -238,7 +243,8 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
         likelier = p.cumsum(-1) - p  # probability of all likelier tokens
         cut = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, likelier >= top_p)
         logits = logits.masked_fill(cut, -torch.inf)
-    # The token with the largest p / Exp(1) is a draw from p. Random numbers from the CPU: the same text on every device
+    # The token with the largest p / Exp(1) is a draw from p; on every device the same, by the CPU's random
+    # numbers
     noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
     highest, tokens = (logits.softmax(-1) / noise).max(-1)
     return torch.where(highest.isnan(), -1, tokens)
@@ -249,7 +255,8 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
 
 def stream(model, tokenizer, prompts, stop=(), **options):
     """
-    Yield (row, text) pieces as they become certain: whole characters, cut before the first of the strings `stop`.
+    Yield (row, text) pieces as they become certain: whole characters, cut before the first of the strings
+    `stop`.
     options: those of generate().
     """
     rows = [Row(tokenizer, prompt, stop) for prompt in prompts]
@@ -268,51 +275,53 @@ def stream(model, tokenizer, prompts, stop=(), **options):
 
 class Row:
     """
-    The text of one row of a batch as it grows, up to the first of the strings `stop`. A token costs the same however long
-    the text is: only the last tokens are decoded.
+    The text of one row of a batch as it grows, up to the first of the strings `stop`. A token costs the same
+    however long the text is: only the last tokens are decoded.
     """
     CONTEXT = 8  # tokens decoded before the new ones, because tokenizers drop a leading space
+    UNFINISHED = '\ufffd'  # decoders write it for bytes that are no character, or not yet
 
     def __init__(self, tokenizer, prompt, stop):
         self.decode = tokenizer.decode
         self.stop = [text for text in stop if text]
         self.alive, self.begun = True, False
+        self.new = []  # tokens whose text is not certain yet
         self.held = ''  # characters that may begin a stop string: not shown yet
-        self.window, self.settled = [], ''  # the last tokens, and their text without what has not been returned
         if prompt and (prompt[-1] == tokenizer.eot or prompt == list(tokenizer.prompt_format.bos)):
             prompt = []  # a document begins: it has no leading space
-        self.slide(prompt, unfinished=0)
+        self.go_on_after(prompt)
 
     def add(self, token):
         """Take a token. Returns the text that is certain now."""
         self.begun = True
-        self.window.append(token)
-        text = self.decode(self.window)
-        unfinished = count_unfinished(text)
-        is_full = len(self.window) >= 2 * self.CONTEXT
-        if unfinished and not text.startswith(self.settled) and not is_full:
-            return ''  # the tokenizers library takes characters back while the bytes after them are incomplete
-        certain = max(len(text) - unfinished, len(self.settled))
-        new = text[len(self.settled):certain]
-        self.settled = text[:certain]
-        if is_full or not unfinished and len(self.window) > self.CONTEXT:
-            self.slide(self.window, unfinished)
-        return self.show(new)
+        self.new.append(token)
+        count = len(self.new)
+        # the beginning of a character, or bytes that are none
+        if self.text_of(count).endswith(self.UNFINISHED):
+            if count < self.CONTEXT:
+                return ''
+            count -= 3  # the last ones may still be the beginning of a character
+        text = self.text_of(count)
+        self.go_on_after(self.context + self.new[:count])
+        self.new = self.new[count:]
+        return self.show(text)
 
     def end(self):
         """Returns what was held back: no token comes any more."""
-        text = self.show(self.decode(self.window)[len(self.settled):], is_last=True)
+        text = self.show(self.text_of(len(self.new)), is_last=True)
         self.alive = False
         return text
 
-    def slide(self, tokens, unfinished):
+    def go_on_after(self, tokens):
         """Keep the last CONTEXT tokens, or up to three fewer, so as not to begin inside a character."""
         for count in range(self.CONTEXT, self.CONTEXT - 4, -1):
-            self.window = list(tokens[-count:])
-            text = self.decode(self.window)
-            if not text.startswith(UNFINISHED):
+            self.context = list(tokens[-count:])
+            if not self.decode(self.context).startswith(self.UNFINISHED):
                 break
-        self.settled = text[:len(text) - unfinished]
+
+    def text_of(self, count):
+        """The text of the first `count` new tokens."""
+        return self.decode(self.context + self.new[:count])[len(self.decode(self.context)):]
 
     def show(self, text, is_last=False):
         """Returns what can be shown of the text so far: all that no stop string can begin in."""
@@ -324,14 +333,6 @@ class Row:
             certain = min(places)
         shown, self.held = self.held[:certain], self.held[certain:]
         return shown
-
-
-UNFINISHED = '\ufffd'  # decoders write it for bytes that are no character, or not yet
-
-
-def count_unfinished(text):
-    """How many characters at the end of a text may become another one: they are one to three bytes of a character."""
-    return len(text[-3:]) - len(text[-3:].rstrip(UNFINISHED))
 
 
 def first_beginning(text, stop):
@@ -348,14 +349,14 @@ def first_beginning(text, stop):
 
 def load(where, which='best', encoder=False):
     """
-    (network in eval mode, its tokenizer) of a checkpoint, of a run's `which` checkpoint, or of hf:FOLDER. encoder:
-    whether the caller can work with an encoder-decoder. Raises UserError.
+    (network in eval mode, its tokenizer) of a checkpoint, of a run's `which` checkpoint, or of hf:FOLDER.
+    encoder: whether the caller can work with an encoder-decoder. Raises UserError.
     """
     model, folder = checkpoint.load_model(where, which, encoder)
     tokenizer = load_tokenizer(*checkpoint.tokenizer_of(where, folder))
     if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network {model.cfg.vocab_size}: '
-                        'they do not belong together')
+        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network '
+                        f'{model.cfg.vocab_size}: they do not belong together')
     if checkpoint.is_foreign(where):  # hf
         from features.hf.prompts import prompt_format  # hf
         return model, tokenizer.with_format(prompt_format(where, model.cfg, tokenizer))  # hf
@@ -363,7 +364,7 @@ def load(where, which='best', encoder=False):
 
 
 def stored_format(state, tokenizer):
-    """The PromptFormat that the network, or the adapter, of a checkpoint was trained with; state: its state.json."""
+    """The PromptFormat of the training of a network, or an adapter; state: its checkpoint's state.json."""
     bos, settings = tuple(state.get('begin', ())), state['settings']
     if settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.sampling import prompt_format  # t5
@@ -372,7 +373,7 @@ def stored_format(state, tokenizer):
 
 
 def read_text(path):
-    """The text of a file in UTF-8 with its line ends, without a byte-order mark. Raises UserError if there is none."""
+    """The text of a file in UTF-8 with its line ends, without a byte-order mark. Raises UserError."""
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()
@@ -393,8 +394,8 @@ def read_prompt(start):
 
 def read_prompts(file):
     """
-    Yield the lines of an open text file. Only a newline ends one. Bytes that are not UTF-8 come as halves of characters,
-    which typed_text() refuses.
+    Yield the lines of an open text file; only a newline ends one. Bytes that are not UTF-8 come as halves of
+    characters, which typed_text() refuses.
     """
     file.reconfigure(newline='\n', errors='surrogateescape')
     for line in file:
@@ -412,33 +413,28 @@ def default_prompt(text, tokenizer):
 
 def encode_prompt(text, tokenizer, cfg):
     """
-    The token ids of a prompt: the text, and around it the tokens that the network knows from training. Where the text
-    has the end of text as the tokenizer writes it, that token is meant. An empty prompt is the end of the document
-    before. Raises UserError for one that is too long.
+    The token ids of a prompt: the text, and around it the tokens that the network knows from training. The
+    end of text, written in it as the tokenizer does, is that token. An empty prompt is the end of the
+    document before. Raises UserError for one that is too long.
     """
     form, most, what = tokenizer.prompt_format, cfg.block_size, 'the prompt'
     if cfg.n_encoder_layer:  # t5
         from features.t5.sampling import source_format  # t5
         form, most, what = source_format(tokenizer), cfg.source_context, 'what the encoder reads'  # t5
-    ids = form.add_to(encode_typed(text, tokenizer), tokenizer.eot or 0)
+    parts = [text] if tokenizer.eot is None else text.split(tokenizer.eot_text)
+    ids = tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids = [*ids, tokenizer.eot, *tokenizer.encode(part)]
+    ids = form.add_to(ids, tokenizer.eot or 0)
     if len(ids) > most:
         raise UserError(f'start: {what} has {len(ids)} tokens, the context of this model {most}: shorten it')
     return ids
 
 
-def encode_typed(text, tokenizer):
-    """The ids of a text in which the end of text, written as the tokenizer does, is that token."""
-    parts = [text] if tokenizer.eot is None else text.split(tokenizer.eot_text)
-    ids = tokenizer.encode(parts[0])
-    for part in parts[1:]:
-        ids = [*ids, tokenizer.eot, *tokenizer.encode(part)]
-    return ids
-
-
 def sample_of_training(model, s, data, ranks):
     """
-    Yield the prompt that train.py's settings name, then the text after it, piece by piece; its stream of random numbers
-    is its own. Raises UserError where there can be no sample.
+    Yield the prompt that train.py's settings name, then the text after it, piece by piece. Its stream of
+    random numbers is its own. Raises UserError where there can be no sample.
     """
     files = data.sources[0].files
     tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder).with_format(PromptFormat(data.bos))
@@ -454,12 +450,12 @@ def sample_of_training(model, s, data, ranks):
         from features.t5.sampling import read_sources  # t5
         model, prompts = read_sources(model, tokenizer, prompts)  # t5
     yield text.removeprefix(tokenizer.eot_text) + arrow
-    # Blocks that are compiled one by one would be compiled for every length of a sample, up to the limit beyond which
-    # nothing is compiled any more
+    # Blocks that are compiled one by one would be compiled for every length of a sample, up to the limit
+    # beyond which nothing is compiled any more
     eagerly = torch.compiler.set_stance('force_eager') if s.compile and ranks.lockstep else nullcontext()
     with autocast(ranks.device, s.dtype), eagerly:
-        for _, piece in stream(model, tokenizer, prompts, max_new_tokens=s.sample_tokens, temperature=0.8, top_k=200,
-                               generator=torch.Generator().manual_seed(s.seed)):
+        for _, piece in stream(model, tokenizer, prompts, max_new_tokens=s.sample_tokens, temperature=0.8,
+                               top_k=200, generator=torch.Generator().manual_seed(s.seed)):
             yield piece
 
 
@@ -468,8 +464,8 @@ def sample_of_training(model, s, data, ranks):
 
 def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
     """
-    Draw s.num_samples continuations of `text` as one batch. The first appears as it is written, the others after it.
-    adapters: [(name, tokenizer), …]; if they are several, each writes that many.
+    Draw s.num_samples continuations of `text` as one batch. The first appears as it is written, the others
+    after it. adapters: [(name, tokenizer), …]; if they are several, each writes that many.
     """
     prompts = [encode_prompt(text, tokenizer, model.cfg)] * s.num_samples
     texts = [shown_prompt(text, tokenizer, model.cfg)] * s.num_samples
@@ -483,11 +479,11 @@ def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
     if s.num_beams:  # t5
         from features.t5.beams import print_best  # t5
         return print_best(model, tokenizer, prompts[0], s)  # t5
+    names = 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'use_cache'
+    options = {name: getattr(s, name) for name in names}
     stop = [typed_text(text, 'stop') for text in s.stop]
-    for row, piece in stream(model, tokenizer, prompts, stop, max_new_tokens=s.max_new_tokens,
-                             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p,
-                             repetition_penalty=s.repetition_penalty, generator=generator, use_cache=s.use_cache,
-                             compile=compile):
+    for row, piece in stream(model, tokenizer, prompts, stop, generator=generator, compile=compile,
+                             **options):
         texts[row] += piece
         if row == 0:
             print(piece, end='', flush=True)
@@ -527,31 +523,29 @@ def main():
         adapters = add_adapters(model, tokenizer, s.adapter, where, merge=True)  # lora
         tokenizer = adapters[0][1]  # lora
     model.to(device)
-    is_greedy = s.temperature < GREEDY_BELOW  # then rounding decides which text it is
-    if s.num_beams:  # t5
-        is_greedy = True  # t5
+    is_greedy = s.temperature < GREEDY_BELOW or s.num_beams  # then rounding decides which text it is
     dtype = pick_exact_dtype(s.dtype, device) if is_greedy else pick_dtype(s.dtype, device)
     compile = s.max_new_tokens >= COMPILE_FROM if s.compile == 'auto' else s.compile
     if s.compile == 'auto' and hasattr(model, 'lora'):  # lora
         compile = False  # lora
     compile = s.use_cache and pick_compile(compile, device)
     precision = autocast(device, dtype)
-    if dtype != 'float32' or s.int8 or compile:  # lora
+    if dtype != 'float32' or s.int8 or compile:  # lora: weights stored in dtype decode faster
         from features.lora.packed import pack  # lora
-        pack(model, dtype, 'int8' if s.int8 else '')  # lora: weights stored in dtype decode faster
+        pack(model, dtype, 'int8' if s.int8 else '')  # lora
         precision = nullcontext()  # lora
     if len(adapters) > 1:  # lora
         from features.lora.sampling import select_adapters  # lora
         select_adapters(model, adapters, s.num_samples)  # lora
-    answer = model, tokenizer, s, torch.Generator().manual_seed(s.seed), compile, adapters
+    more = model, tokenizer, s, torch.Generator().manual_seed(s.seed), compile, adapters
     try:
         with precision:
             if s.interactive:
                 print(f'device: {device}, {dtype}')
                 print('a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
-                return converse(*answer)
+                return converse(*more)
             text = read_prompt(s.start)
-            print_samples(text if 'start' in s.given else default_prompt(text, tokenizer), *answer)
+            print_samples(text if 'start' in s.given else default_prompt(text, tokenizer), *more)
             print(f'device: {device}, {dtype}', flush=True)
     except NotFinite as error:
         raise UserError(f'{where}: {error}') from None

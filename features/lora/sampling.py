@@ -9,9 +9,9 @@ from tokenizer import PromptFormat
 
 def add_adapters(model, tokenizer, given, where, merge=False):
     """
-    Put adapters beside the network of `where` (given: as load.add_adapters() takes them). Returns [(name, tokenizer)]:
-    the tokenizer of each has the prompt format that it was trained with. merge: make a single adapter a part of the
-    weights, if that can be.
+    Put adapters beside the network of `where` (given: as load.add_adapters() takes them). Returns
+    [(name, tokenizer)]: the tokenizer of each has the prompt format that it was trained with. merge: make a
+    single adapter a part of the weights, if that can be.
     """
     found = []
     for name, folder in load.add_adapters(model, given, where).items():

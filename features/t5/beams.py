@@ -34,14 +34,14 @@ def print_best(model, tokenizer, prompt, s):
 @torch.no_grad()
 def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, eot=None, vocab_size=None):
     """
-    The best continuation of a prompt (a list of token ids) that num_beams hypotheses at a time find, a list of token
-    ids, up to and with `eot`. Its score is the highest: its log-probability over its length to the power of
-    length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6). The search ends when the best open
-    hypothesis, at its present length, is no better than the worst of num_beams finished ones, as that of transformers
-    (early_stopping=False) does.
+    The best continuation of a prompt (a list of token ids) that num_beams hypotheses at a time find, a list
+    of token ids, up to and with `eot`. Its score is the highest: its log-probability over its length to the
+    power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6). The search ends when
+    the best open hypothesis, at its present length, is no better than the worst of num_beams finished ones,
+    as that of transformers (early_stopping=False) does.
 
-    model: a decoder, or a sampling.Decoder of an encoder-decoder that has read one source. Raises ValueError for more
-    tokens than block_size, and NotFinite where the logits are no numbers.
+    model: a decoder, or a sampling.Decoder of an encoder-decoder that has read one source. Raises ValueError
+    for more tokens than block_size, and NotFinite where the logits are no numbers.
     """
     V, device = vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     size = len(prompt) + max_new_tokens
@@ -57,7 +57,8 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     scores = torch.tensor([0.0] + [-1e9] * (num_beams - 1), device=device)
     for length in range(1, max_new_tokens + 1):
         total = next_logits(model, tokens, cache)[:, :V].log_softmax(-1) + scores[:, None]  # (beams, V)
-        best, where = total.flatten().topk(min(2 * num_beams, total.numel()))  # one of each beam may end: enough go on
+        # one of each beam may end: enough go on
+        best, where = total.flatten().topk(min(2 * num_beams, total.numel()))
         if best[0].isnan():  # topk puts NaN first
             raise NotFinite
         rows, drawn = where // V, where % V

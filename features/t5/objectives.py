@@ -2,13 +2,13 @@
 Objectives: from a row of tokens they make a source to read and a target to write.
 
     prefix     a row is cut anywhere: its beginning is read, its end written
-    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): some tokens are masked, and written. Each row has one of
-               several denoisers, drawn by their weights
+    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): some tokens are masked, and written. Each row
+               has one of several denoisers, drawn by their weights
     seq2seq    pairs of prepare.py: the source is read, the target written (pairs.py)
 
-An encoder-decoder reads the source with its encoder. A decoder alone reads the source before the target, and its loss
-is over the target only. The mask is a function of the integer `noise`, which is one of (seed, sample): training masks
-anew in each epoch, validation always alike.
+An encoder-decoder reads the source with its encoder. A decoder alone reads the source before the target, and
+its loss is over the target only. The mask is a function of the integer `noise`, which is one of
+(seed, sample): training masks anew in each epoch, validation always alike.
 """
 from dataclasses import dataclass
 
@@ -17,8 +17,9 @@ import numpy as np
 from batches import Source, splitmix
 from configurator import UserError
 
-MODES = ('R', 'S', 'X')  # regular, sequential, extreme: the first reserved tokens tell the network the denoiser's mode;
-# the sentinels of masked spans count down from the last reserved token
+# regular, sequential, extreme: the first reserved tokens tell the network the denoiser's mode; the sentinels
+# of masked spans count down from the last reserved token
+MODES = ('R', 'S', 'X')
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ def parse_denoisers(denoisers):
     """[Denoiser, …] of a name or a list of lists. Raises ValueError."""
     if isinstance(denoisers, str):
         if denoisers not in DENOISERS:
-            raise ValueError(f'denoisers={denoisers}: takes {", ".join(DENOISERS)}, or [[span, rate, weight, mode], …]')
+            raise ValueError(f'denoisers={denoisers}: takes {", ".join(DENOISERS)}, or [[span, rate, '
+                             'weight, mode], …]')
         return DENOISERS[denoisers]
     if not denoisers:
         raise ValueError('denoisers=[]: give one at least')
     for entry in denoisers:
         if not is_denoiser(entry):
-            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: span 0 or at least 1, '
-                             '0 < rate < 1 (with span 0 up to 0.5), weight above 0, '
+            raise ValueError(f'denoisers: {entry}: takes [span, rate, weight] and perhaps a mode: '
+                             'span 0 or at least 1, 0 < rate < 1 (with span 0 up to 0.5), weight above 0, '
                              f'mode one of {", ".join(MODES)}')
     return [Denoiser(*entry) for entry in denoisers]
 
@@ -94,8 +96,9 @@ class Objective:
 
 def find_objective(settings, cfg):
     """
-    The Objective of a run, None for the next token in a decoder. settings: train.py's as a dict, or those that a run
-    stored; a run from before there were objectives is causal. cfg: the ModelConfig, or train.py's settings.
+    The Objective of a run, None for the next token in a decoder. settings: train.py's as a dict, or those
+    that a run stored; a run from before there were objectives is causal. cfg: the ModelConfig, or train.py's
+    settings.
     """
     kind, source_size = settings.get('objective', 'causal'), getattr(cfg, 'source_context', 0)
     if kind == 'causal' and not source_size:
@@ -106,8 +109,8 @@ def find_objective(settings, cfg):
 def open_source_for(objective, name, split, block_size, packing, verify=False):
     """The Source of a corpus for an Objective. Raises UserError where the two do not fit."""
     if objective.kind == 'causal':
-        raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: set objective=ul2, prefix '
-                        'or seq2seq, or n_encoder_layer=0')
+        raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: '
+                        'set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
     if objective.kind == 'seq2seq':
         from features.t5.pairs import PairSource
         return PairSource(objective, name, split, block_size, packing, verify)
@@ -116,8 +119,9 @@ def open_source_for(objective, name, split, block_size, packing, verify=False):
 
 def more_inputs(model, arrays):
     """
-    {name: tensor} of what a batch holds beside x and y, as the forward pass takes it: an encoder's source (B, S), or
-    of packed pairs the number of the pair that each token is of (B, T). arrays: a list of one, or of none.
+    {name: tensor} of what a batch holds beside x and y, as the forward pass takes it: an encoder's source
+    (B, S), or of packed pairs the number of the pair that each token is of (B, T). arrays: a list of one, or
+    of none.
     """
     if not arrays:
         return {}
@@ -136,13 +140,13 @@ def count_masked(length, d):
 
 
 def split_at_random(length, pieces, rng):
-    """Lengths (pieces,) int64 of `pieces` parts of at least 1 that sum to `length`; every way is equally likely."""
+    """(pieces,) int64 of at least 1 that sum to `length`; every way to do so is equally likely."""
     cuts = np.sort(rng.permutation(length - 1)[:pieces - 1]) + 1
     return np.diff(cuts, prepend=0, append=length)
 
 
 def mask_spans(length, d, rng):
-    """Which tokens of a row are masked, (length,) bool: kept pieces and spans in turn, a kept one first, as in T5."""
+    """Which tokens of a row are masked, (length,) bool: kept pieces and spans in turn (as in T5)."""
     masked, spans = count_masked(length, d)
     kept = split_at_random(length - masked, spans, rng)
     lengths = np.stack([kept, split_at_random(masked, spans, rng)], axis=1).ravel()
@@ -151,8 +155,9 @@ def mask_spans(length, d, rng):
 
 def denoise(tokens, d, rng, reserved, eot):
     """
-    (source, target) int64 of a row of tokens (L,). In the source a sentinel stands for each masked span; the target is
-    each sentinel and then its span. Both end with eot. reserved: (first, last) of the reserved tokens.
+    (source, target) int64 of a row of tokens (L,). In the source a sentinel stands for each masked span; the
+    target is each sentinel and then its span. Both end with eot. reserved: (first, last) of the reserved
+    tokens.
     """
     first, last = reserved
     mode = []
@@ -174,8 +179,8 @@ def denoise(tokens, d, rng, reserved, eot):
 
 class Masking:
     """
-    Rows of tokens → (source, target), for objective=prefix and ul2. length: tokens of a row, as many as fit the
-    network. Raises UserError where no row fits or the tokenizer does not.
+    Rows of tokens → (source, target), for objective=prefix and ul2. length: tokens of a row, as many as fit
+    the network. Raises UserError where no row fits or the tokenizer does not.
     """
 
     def __init__(self, kind, block_size, source_size, denoisers, meta):
@@ -197,10 +202,11 @@ class Masking:
                             f'objective={kind}: raise them')
         needed = self.count_reserved()
         if needed > count:
-            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, it has {count}: '
-                            f'prepare it with --reserve={needed}')
+            raise UserError(f'objective=ul2: rows of {self.length} tokens take {needed} reserved tokens, '
+                            f'it has {count}: prepare it with --reserve={needed}')
         weights = np.array([d.weight for d in self.denoisers], float)
-        self.until = np.cumsum(weights) / weights.sum()  # a number below until[n] draws denoiser n or one before it
+        # a number below until[n] draws denoiser n or one before it
+        self.until = np.cumsum(weights) / weights.sum()
 
     def fits(self, length, d):
         """Whether the source and the target of a row of `length` tokens fit the network."""
@@ -222,7 +228,7 @@ class Masking:
         return modes + max(spans, default=0)
 
     def example(self, tokens, noise):
-        """(source, target), int64, of the tokens of a row; noise: an integer that draws the denoiser and the mask."""
+        """(source, target), int64, of a row of tokens. noise: an integer that draws denoiser and mask."""
         rng = np.random.Generator(np.random.PCG64(noise))
         number = int(np.searchsorted(self.until, rng.random(), 'right'))
         d = self.denoisers[min(number, len(self.denoisers) - 1)]
@@ -230,7 +236,7 @@ class Masking:
 
 
 def check_kind(kind):
-    """Raise UserError for an objective that no code here acts on: it must not work as another one in silence."""
+    """Raise UserError for an objective without code here: it must not work as another one."""
     if kind not in ('causal', 'prefix', 'ul2', 'seq2seq'):
         raise UserError(f'objective={kind}: has no code in objectives.py: use causal, prefix, ul2 or seq2seq')
 
@@ -268,7 +274,8 @@ class DenoisingSource(Source):
 
 def encoder_batch(examples, T, S, eot, height=0):
     """
-    x, y (B, T), source (B, S) int64 of B pairs of source and target, or `height` if that is more. x begins with eot.
+    x, y (B, T), source (B, S) int64 of B pairs of source and target, or `height` if that is more. x begins
+    with eot.
     y: -1 where there is no target; source: -1 after its end. A row of padding has a source of one token.
     """
     height = max(len(examples), height)
@@ -285,8 +292,9 @@ def encoder_batch(examples, T, S, eot, height=0):
 
 def decoder_batch(rows, T, height=0):
     """
-    x, y, pieces (B, T) int64 of B rows, each a list of pairs of source and target one after another, or `height` if
-    that is more. y: -1 where there is no target. pieces: the number of the pair in its row that a token is of.
+    x, y, pieces (B, T) int64 of B rows, each a list of pairs of source and target one after another, or
+    `height` if that is more. y: -1 where there is no target. pieces: the number of the pair in its row that a
+    token is of.
     """
     height = max(len(rows), height)
     x, y = np.zeros((height, T), np.int64), np.full((height, T), -1, np.int64)

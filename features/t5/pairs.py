@@ -1,13 +1,14 @@
 """
-Pairs of a source and a target, objective=seq2seq: rows of the data sets that prepare.py makes with --source=FIELD
---target=FIELD.
+Pairs of a source and a target, objective=seq2seq: rows of the data sets that prepare.py makes with
+--source=FIELD --target=FIELD.
 
-A pair that is too long is cut, each side at its end. An encoder reads source_size tokens, and the decoder writes
-block_size. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what the other leaves.
-So a long target never takes the place of the source that it answers. train.py prints how many pairs are cut.
+A pair that is too long is cut, each side at its end. An encoder reads source_size tokens, and the decoder
+writes block_size. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what
+the other leaves. So a long target never takes the place of the source that it answers. train.py prints how
+many pairs are cut.
 
-Rows of a decoder hold as many pairs as fit, each masked from the others (packing=document: one pair a row); the pairs
-of a row are the same in every epoch. An encoder reads one pair a row.
+Rows of a decoder hold as many pairs as fit, each masked from the others (packing=document: one pair a row);
+the pairs of a row are the same in every epoch. An encoder reads one pair a row.
 """
 from bisect import bisect_left, insort
 
@@ -22,7 +23,7 @@ LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut 
 
 
 class PairSource(Source):
-    """A Source whose rows are pairs: [(source, target), …] where several share a row, else (source, target)."""
+    """A Source whose rows are pairs: (source, target), or a list of those that share a row."""
 
     def __init__(self, objective, name, split, block_size, packing, verify=False):
         super().__init__(name, split, block_size, packing, verify, bos=())
@@ -32,9 +33,11 @@ class PairSource(Source):
             raise UserError(f'dataset={name}: objective=seq2seq: there are no pairs in it: '
                             'prepare it with --source=FIELD --target=FIELD')
         if self.source_size == 1:
-            raise UserError(f'dataset={name}: source_size=1: has no room for a source, only for its end: raise it')
+            raise UserError(f'dataset={name}: source_size=1: has no room for a source, '
+                            'only for its end: raise it')
         if not self.source_size and block_size < 3:
-            raise UserError(f'dataset={name}: block_size={block_size}: has no room for a source and a target: raise it')
+            raise UserError(f'dataset={name}: block_size={block_size}: '
+                            'has no room for a source and a target: raise it')
         if self.source_size or packing == 'document':
             self.packing, self.rows = 'document', self.files.documents
         else:
@@ -69,7 +72,7 @@ class PairSource(Source):
         return 0  # a target stands for a part of the text alone
 
     def too_long(self):
-        """A line about the pairs that are cut, '' if all fit. It reads those that may be cut, LOOK_AT at most."""
+        """A line about the pairs that are cut, '' if all fit. At most LOOK_AT of the long ones are read."""
         T, S = self.block_size, self.source_size
         shortest = min(S, T) + 1 if S else T + 2  # pair that may be cut, in tokens
         numbers, seen = np.flatnonzero(self.files.document_lengths() >= shortest), self.files.documents
@@ -120,11 +123,12 @@ def share_room(block_size, source_size, source, target):
 
 def pack(lengths, room):
     """
-    Which of `lengths` share a row of `room`: (their numbers, row after row; where each row ends), int64. The longest
-    goes first, each into the fullest row that still has room for it (best-fit decreasing: at most 11/9 of the fewest
-    rows, Johnson et al. 1974, SIAM J. Comput. 3).
+    Which of `lengths` share a row of `room`: (their numbers, row after row; where each row ends), int64. The
+    longest goes first, each into the fullest row that still has room for it (best-fit decreasing: at most
+    11/9 of the fewest rows, Johnson et al. 1974, SIAM J. Comput. 3).
     """
-    rows, with_space, spaces = [], {}, []  # spaces: the room left in rows, sorted; with_space: the rows that have it
+    # spaces: the room left in rows, sorted; with_space: the rows that have it
+    rows, with_space, spaces = [], {}, []
     for number in np.argsort(-lengths, kind='stable').tolist():
         at = bisect_left(spaces, lengths[number])
         if at < len(spaces):

@@ -15,7 +15,8 @@ def prompt_format(kind, denoisers, tokenizer, bos=()):
     if kind == 'causal':
         return PromptFormat(bos)
     prefix = ()
-    if kind == 'ul2' and any(d.mode == 'S' for d in parse_denoisers(denoisers)):  # the end of a text after its beginning
+    # the end of a text after its beginning
+    if kind == 'ul2' and any(d.mode == 'S' for d in parse_denoisers(denoisers)):
         first = tokenizer.vocab_size - tokenizer.more.get('reserved', 0)
         prefix = (first + MODES.index('S'),)
     return PromptFormat(bos, prefix, (tokenizer.eot,))
@@ -29,8 +30,8 @@ def source_format(tokenizer):
 
 def read_sources(model, tokenizer, sources):
     """
-    (the decoder of an encoder-decoder that has read sources, the prompts that it goes on from), as generate() takes
-    them. sources: lists of token ids.
+    (the decoder of an encoder-decoder that has read sources, the prompts that it goes on from), as generate()
+    takes them. sources: lists of token ids.
     """
     start = list(tokenizer.prompt_format.bos) or [tokenizer.eot or 0]
     return Decoder(model, sources), [start] * len(sources)

@@ -21,19 +21,21 @@ def how_to_make(name):
         return 'no such data set; first run: ' + shlex.join(['python', 'prepare.py', corpora[name]])
     out = name if os.path.dirname(name) else os.path.join('data', name)
     if name.removesuffix('_char') in corpora:  # nanoGPT's shakespeare_char
-        command = ['python', 'prepare.py', corpora[name.removesuffix('_char')], '--tokenizer=char', f'--out={out}']
+        command = ['python', 'prepare.py', corpora[name.removesuffix('_char')], '--tokenizer=char',
+                   f'--out={out}']
         return 'no such data set; first run: ' + shlex.join(command)
     if os.path.isfile(name):
         stem = os.path.basename(name).partition('.')[0] or 'mine'
         command = ['python', 'prepare.py', name, f'--out=data/{stem}']
         return f'is a file: first run: {shlex.join(command)}, then give --dataset={stem}'
-    return 'no such data set; first run: ' + shlex.join(['python', 'prepare.py', 'FILE_OR_FOLDER', f'--out={out}'])
+    return ('no such data set; first run: '
+            + shlex.join(['python', 'prepare.py', 'FILE_OR_FOLDER', f'--out={out}']))
 
 
 def how_to_prepare(wanted, folder, files):
     """
-    How to prepare the data of the TokenFiles `files` with the tokenizer of the description `wanted`, whose files are
-    in `folder`: 'with OPTIONS: COMMAND'.
+    How to prepare the data of the TokenFiles `files` with the tokenizer of the description `wanted`, whose
+    files are in `folder`: 'with OPTIONS: COMMAND'.
     """
     found = files.meta['tokenizer']
     tokenizer, reserve = options_of(wanted, folder)
@@ -54,11 +56,12 @@ def how_to_prepare(wanted, folder, files):
 
 
 def without_sizes(description):
-    return {key: value for key, value in description.items() if key not in ('reserved', 'vocab_size', 'sha256')}
+    return {key: value for key, value in description.items()
+            if key not in ('reserved', 'vocab_size', 'sha256')}
 
 
-USUAL = {'text_key': 'text', 'source': '', 'target': '', 'prompt_template': '', 'val_fraction': 0.01, 'split': 'auto',
-         'errors': 'strict'}  # prepare.py's defaults
+USUAL = {'text_key': 'text', 'source': '', 'target': '', 'prompt_template': '', 'val_fraction': 0.01,
+         'split': 'auto', 'errors': 'strict'}  # prepare.py's defaults
 
 
 def earlier_arguments(source):
@@ -76,14 +79,15 @@ def earlier_arguments(source):
 
 
 def compare_tokens(first, other):
-    """Why two Sources cannot be mixed, '' if they can: their tokenizers may be one that is kept in two formats."""
+    """Why two Sources cannot be mixed; '' if they can. One tokenizer may be kept in two formats."""
     ours, theirs = first.files.meta['tokenizer'], other.files.meta['tokenizer']
     is_same = ours == theirs
     with suppress(UserError):  # not known, or its library is not here
         is_same = is_same or same_ids((ours, first.files.folder), (theirs, other.files.folder))
     if not is_same or other.files.vocab_size != first.files.vocab_size:
         return (f'{first.name} and {other.name} were prepared with different tokenizers ({ours["kind"]}, '
-                f'{theirs["kind"]}): prepare {other.name} {how_to_prepare(ours, first.files.folder, other.files)}')
+                f'{theirs["kind"]}): '
+                f'prepare {other.name} {how_to_prepare(ours, first.files.folder, other.files)}')
     if other.bos != first.bos:
         return (f'documents of {first.name} begin {describe_bos(first.bos)}, those of {other.name} '
                 f'{describe_bos(other.bos)}: prepare both again')
@@ -103,7 +107,7 @@ def count_long_documents(source):
 
 
 def real_folders(dataset):
-    """A setting `dataset` as {real folder: weight}, equal for all spellings of it; a name without a folder stays."""
+    """A setting `dataset` as {real folder: weight}, the same for all its spellings."""
     weights = dataset if isinstance(dataset, dict) else {dataset: 1}
     found = {}
     for name, weight in weights.items():

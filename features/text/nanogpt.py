@@ -1,6 +1,6 @@
 """
-nanoGPT's data folders: train.bin, val.bin and perhaps meta.pkl, read as they are. Neither file says how wide a token
-is, so the width is found by looking into them. meta.pkl is read without running any code in it.
+nanoGPT's data folders: train.bin, val.bin and perhaps meta.pkl, read as they are. Neither file says how wide
+a token is, so the width is found by looking into them. meta.pkl is read without running any code in it.
 """
 import json
 import os
@@ -17,7 +17,7 @@ CLEAR_ZERO = 16  # or so many have upper halves of 0
 
 
 def describe_folder(folder):
-    """The content of meta.json for a folder of nanoGPT's. Raises UserError for one that takes a guess to read."""
+    """The content of meta.json for nanoGPT's folder. Raises UserError for one that takes a guess."""
     paths = {}
     for split in ('train', 'val'):
         path = os.path.join(folder, f'{split}.bin')
@@ -37,9 +37,10 @@ def describe_folder(folder):
 
 
 def remark(name, files):
-    """[a line] about a data set whose tokenizer is assumed or not known, [] for others; files: its TokenFiles."""
+    """[a line] about a data set whose tokenizer is assumed or not known, else []; files: its TokenFiles."""
     if files.meta['tokenizer']['kind'] == 'unknown':
-        return [f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: no samples are drawn']
+        return [f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: '
+                'no samples are drawn']
     if files.meta['tokenizer'] == GPT2:
         return [f"{name}: its tokenizer is taken for GPT-2's, as nanoGPT does"]
     return []
@@ -47,8 +48,8 @@ def remark(name, files):
 
 def identify(files):
     """
-    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes of their own: what a meta.json says,
-    and 64 pieces of 64 KB of each file.
+    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes of their own: what a
+    meta.json says, and 64 pieces of 64 KB of each file.
     """
     meta = {key: value for key, value in files.meta.items() if key != 'bos'}
     if meta['tokenizer']['kind'] == 'unknown':  # it was once taken for GPT-2's: those runs still resume
@@ -68,9 +69,9 @@ def identify(files):
 
 def read_tokenizer(path):
     """
-    (description of the tokenizer, vocab_size) of a meta.pkl. Its characters if it lists some; GPT-2's if there is no
-    meta.pkl, as in nanoGPT, or one with 50,257 tokens and nothing else; otherwise the tokenizer is not known.
-    Raises UserError for a strange meta.pkl.
+    (description of the tokenizer, vocab_size) of a meta.pkl. Its characters if it lists some; GPT-2's if
+    there is no meta.pkl, as in nanoGPT, or one with 50,257 tokens and nothing else; otherwise the tokenizer
+    is not known. Raises UserError for a strange meta.pkl.
     """
     pkl = {}
     if os.path.exists(path):
@@ -80,7 +81,8 @@ def read_tokenizer(path):
         default = GPT2_TOKENS if itos is None else len(itos)
         vocab_size = pkl.get('vocab_size', default)
         if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 32:
-            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: prepare the data again')
+            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: '
+                            'prepare the data again')
         names = None if itos is None else [itos[i] for i in range(vocab_size)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f'{path}: not as nanoGPT writes it ({error!r}): prepare the data set again') from None
@@ -93,7 +95,7 @@ def read_tokenizer(path):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of dicts, lists, strings and numbers, and refuses whatever would import or call something."""
+    """Reads pickles of dicts, lists, strings and numbers; refuses all that would import or call."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it refers to {module}.{name}')
@@ -111,7 +113,7 @@ def read_pickle(path):
 # The width of a token
 
 def find_width(paths, vocab_size):
-    """Bytes of a token in all of these files, 2 or 4. Raises UserError if they differ or if it stays unclear."""
+    """Bytes of a token in all of these files, 2 or 4. Raises UserError where that is unclear."""
     widths = {path: find_width_of(path, vocab_size) for path in paths}
     known = set(widths.values()) - {0}
     if known == {2, 4}:
@@ -119,16 +121,16 @@ def find_width(paths, vocab_size):
     few = 64 if known else 0  # bytes that may be unclear by chance, beside a file that is clear
     unclear = [path for path, width in widths.items() if not width and os.path.getsize(path) > few]
     if unclear and known != {4}:
-        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such a text: '
-                        'prepare it with prepare.py, or write it as uint16 with more text')
+        raise UserError(f'{unclear[0]}: every other uint16 in it is 0: it may be uint32, or uint16 with such '
+                        'a text: prepare it with prepare.py, or write it as uint16 with more text')
     return max(known, default=2)
 
 
 def find_width_of(path, vocab_size):
     """
-    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has a small
-    number after every token, uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError if neither
-    fits.
+    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has
+    a small number after every token, uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError
+    if neither fits.
     """
     words = look_into(path)
     upper, lower = words >> 16, words & 0xFFFF

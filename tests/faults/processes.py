@@ -76,7 +76,7 @@ def run_to_end(*args, **options):
 
 
 def fingerprint(out_dir):
-    """A hash of the newest sound checkpoint: step, weights, moments. The data that follow are a function of the step (test_data.py)."""
+    """A hash of the newest sound checkpoint: step, weights, moments. The data that follow are a function of the step (test_batches.py)."""
     folder = checkpoint.find(str(out_dir))
     out = hashlib.sha256(str(checkpoint.load_state(folder)['step']).encode())
     moments = checkpoint.read_moments(folder)
