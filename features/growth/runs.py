@@ -158,9 +158,10 @@ def write(s, command, old, cfg, weights, names=None):
     after = losses(new, old.val)
     report(old, new, losses(old.model, old.val), after)
 
-    settings = dict(old.settings)
-    from features.lora.settings import LoraConfig  # lora
-    settings |= dataclasses.asdict(LoraConfig())  # lora: an adapter is merged by now
+    settings = {}
+    for name, value in old.settings.items():
+        if not name.startswith('lora_'):  # an adapter is merged by now
+            settings[name] = value
     settings |= dataclasses.asdict(cfg)
     settings |= {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data is not None:  # so that compare.py knows which tokens the loss is of
