@@ -21,7 +21,6 @@ from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, write_json
 from configurator import FilePath, UserError
 from device import OneProcess
-from features.study.validation import validation_sources
 from model import Transformer
 from tokenizer import load_tokenizer
 
@@ -123,7 +122,10 @@ def open_data(s, where, cfg, state):
             raise
         print(f'no losses: {error}')
         return None, []
-    return data, validation_sources(where, cfg, name)
+    val = []  # without the folder study: no losses
+    from features.study.validation import validation_sources  # study
+    val = validation_sources(where, cfg, name)  # study
+    return data, val
 
 
 # -----------------------------------------------------------------------------
