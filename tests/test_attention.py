@@ -1,4 +1,7 @@
-"""What attention does: the golden values of the definitions, matrices equal to transformers', and what a user sees of a run."""
+"""
+What attention does: the golden values of the definitions, matrices equal to transformers', and what a user
+sees of a run.
+"""
 import csv
 
 import pytest
@@ -23,10 +26,13 @@ def test_golden_values():
     sink = torch.zeros(100, 100)
     sink[:, 0] = 1
     mixed = 0.7 * sink + 0.3 * uniform(100)
-    by_sum = [least(A.double().sum(0), 0.9).item() for A in (torch.eye(100), sink, mixed, uniform(100))]  # of the attention, not its square
-    assert [(rank(A).item(), mass(A).item()) for A in (torch.eye(100), sink, mixed, uniform(100))] == [(90, 90), (1, 1), (1, 1), (5, 30)]
+    # of the attention, not its square
+    by_sum = [least(A.double().sum(0), 0.9).item() for A in (torch.eye(100), sink, mixed, uniform(100))]
+    assert ([(rank(A).item(), mass(A).item()) for A in (torch.eye(100), sink, mixed, uniform(100))]
+            == [(90, 90), (1, 1), (1, 1), (5, 30)])
     assert by_sum == [90, 1, 31, 60]
-    assert [(rank(uniform(T)).item(), mass(uniform(T)).item()) for T in (64, 128, 256, 512, 1024)] == [(5, 21), (5, 37), (6, 67), (7, 121), (7, 221)]
+    assert ([(rank(uniform(T)).item(), mass(uniform(T)).item()) for T in (64, 128, 256, 512, 1024)]
+            == [(5, 21), (5, 37), (6, 67), (7, 121), (7, 221)])
     assert nulls(100) == {'uniform': (5, 30), 'sink': (1, 1), 'identity': (90, 90)}
 
 
@@ -40,13 +46,15 @@ def test_golden_values_of_random_logits(deviation, ranks, masses):
 def test_the_columns_that_count_are_the_largest_wherever_they_are():
     A = torch.zeros(10, 10)
     A[:, 7] = 1
-    assert mass(A) == 1 and mass(A.flip(1)) == 1 and least(torch.tensor([0.5, 0.1, 0.4]), 0.9) == 2 and least(torch.tensor([1.0, 0.0]), 1.0) == 1
+    assert (mass(A) == 1 and mass(A.flip(1)) == 1 and least(torch.tensor([0.5, 0.1, 0.4]), 0.9) == 2
+            and least(torch.tensor([1.0, 0.0]), 1.0) == 1)
 
 
 # --- the matrices ---
 
-@pytest.mark.parametrize('kind, settings', [('gpt2', {}), ('gpt2', dict(scale_attn_by_inverse_layer_idx=True)),
-                                            ('llama', dict(num_key_value_heads=2))], ids=str)
+@pytest.mark.parametrize('kind, settings',
+                         [('gpt2', {}), ('gpt2', dict(scale_attn_by_inverse_layer_idx=True)),
+                          ('llama', dict(num_key_value_heads=2))], ids=str)
 def test_attention_is_that_of_transformers(kind, settings, tmp_path):
     model = theirs(kind, attn_implementation='eager', **settings)
     model.save_pretrained(tmp_path)
@@ -78,8 +86,10 @@ def test_the_figures_are_means_over_sequences_whatever_the_batches():
         model(x)
     A = seen[1][:, 2]  # layer 1, head 2
     r = next(r for r in together if (r['layer'], r['head']) == (1, 2))
-    assert r['rank'] == pytest.approx(rank(A).double().mean().item()) and r['mass'] == pytest.approx(mass(A).double().mean().item())
-    assert (r['averaged_rank'], r['averaged_mass']) == (rank(A.double().mean(0)).item(), mass(A.double().mean(0)).item())
+    assert (r['rank'] == pytest.approx(rank(A).double().mean().item())
+            and r['mass'] == pytest.approx(mass(A).double().mean().item()))
+    assert (r['averaged_rank'], r['averaged_mass']) == (rank(A.double().mean(0)).item(),
+                                                        mass(A.double().mean(0)).item())
 
 
 def test_zero_logits_are_the_uniform_null_and_the_gradients_are_autograds():
@@ -87,7 +97,8 @@ def test_zero_logits_are_the_uniform_null_and_the_gradients_are_autograds():
     x, y = ids(), ids().roll(-1, 1)
     loss = model(torch.cat([x, x]), torch.cat([y, y]))
     wanted = torch.autograd.grad(loss, [model.blocks[1].attn.k.down.weight, model.blocks[1].attn.k.up.weight])
-    found = gradient_norms(model, [(torch.cat([x, x[:1]]), torch.cat([y, y[:1]])), (x[1:], y[1:])])  # the last batch is smaller
+    # the last batch is smaller
+    found = gradient_norms(model, [(torch.cat([x, x[:1]]), torch.cat([y, y[:1]])), (x[1:], y[1:])])
     assert found[1][1] == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-4)
     for block in model.blocks:
         block.attn.q.up.weight.data.zero_()
@@ -99,27 +110,34 @@ def test_zero_logits_are_the_uniform_null_and_the_gradients_are_autograds():
 
 def test_the_command_names_lazy_layers_and_draws(dataset, tmp_path):
     train(tmp_path / 'run', '--block_size=64', dataset=dataset)
-    args = ['attention', f'--out_dir={tmp_path}/run', '--sequences=20', '--length=48', f'--csv={tmp_path}/a.csv', f'--picture={tmp_path}/a.png']
+    args = ['attention', f'--out_dir={tmp_path}/run', '--sequences=20', '--length=48',
+            f'--csv={tmp_path}/a.csv', f'--picture={tmp_path}/a.png']
     done = run('analyze.py', *args, '--lazy=40')
     assert done.returncode == 0, done.stderr
-    assert 'lazy layers, of MaxRank up to 40: 0, 1' in done.stdout and '20 sequences of 48 tokens' in done.stdout and 'uniform' in done.stdout
+    assert ('lazy layers, of MaxRank up to 40: 0, 1' in done.stdout
+            and '20 sequences of 48 tokens' in done.stdout and 'uniform' in done.stdout)
     assert (tmp_path / 'a.png').stat().st_size > 10_000
     rows = list(csv.DictReader(open(tmp_path / 'a.csv')))
     assert len(rows) == 4 and all(1 <= float(r['rank']) <= 48 and float(r['grad_q']) > 0 for r in rows)
     averaged = run('analyze.py', *args, '--batch_averaged')
-    ranks = [[float(line.split()[1]) for line in text.splitlines() if line[:1].isdecimal()] for text in (done.stdout, averaged.stdout)]
+    ranks = [[float(line.split()[1]) for line in text.splitlines() if line[:1].isdecimal()]
+             for text in (done.stdout, averaged.stdout)]
     assert len(ranks[0]) == 2 and all(a < b for a, b in zip(ranks[1], ranks[0])) and 'none' in averaged.stdout
 
 
 def test_what_cannot_be_analysed_is_one_line(dataset, tmp_path):
     train(tmp_path / 'run', dataset=dataset)
     theirs('gpt2', vocab_size=64).save_pretrained(tmp_path / 'hf')
-    for where, args, words in [('run', ['--length=33'], 'length=33: the network'), ('run', ['--length=1'], 'at least 1 sequence of 2 tokens'),
-                               ('run', ['--tau=0'], 'tau=0'),
-                               ('run', ['--length=32', '--sequences=9999'], 'windows of 32 tokens to validate on'), ('nowhere', [], 'no such directory'),
+    for where, args, words in [('run', ['--length=33'], 'length=33: the network'),
+                               ('run', ['--length=1'], 'at least 1 sequence of 2 tokens'),
+                               ('run', ['--tau=0'], 'tau=0'), ('run', ['--length=32', '--sequences=9999'],
+                                                               'windows of 32 tokens to validate on'),
+                               ('nowhere', [], 'no such directory'),
                                ('run', ['--dataset=nowhere', '--length=9'], 'no such data set')]:
-        assert words in one_line(run('analyze.py', 'attention', f'--out_dir={tmp_path}/{where}', f'--picture={tmp_path}/a.png', *args))
+        assert words in one_line(run('analyze.py', 'attention', f'--out_dir={tmp_path}/{where}',
+                                     f'--picture={tmp_path}/a.png', *args))
     hub = ['attention', f'--out_dir=hf:{tmp_path}/hf', '--length=32', '--sequences=8', '--picture=']
     assert 'give --dataset=NAME' in one_line(run('analyze.py', *hub))
-    assert run('analyze.py', *hub, f'--dataset={dataset}').returncode == 0 and isinstance(ours(tmp_path / 'hf'), Transformer)
+    assert (run('analyze.py', *hub, f'--dataset={dataset}').returncode == 0
+            and isinstance(ours(tmp_path / 'hf'), Transformer))
     assert not (tmp_path / 'a.png').exists()

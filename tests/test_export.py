@@ -1,5 +1,6 @@
 """
-hub.py export: transformers computes what we compute, from a folder as it expects one; what has no class there is refused, or goes as our own.
+hub.py export: transformers computes what we compute, from a folder as it expects one; what has no class there
+is refused, or goes as our own.
 """
 import dataclasses
 import json
@@ -34,7 +35,8 @@ GPT2 = dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, bia
 
 def written(out_dir, model, tokenizer, **more):
     """out_dir of a run with this model and tokenizer; more: of its state.json."""
-    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {}, 'tokenizer': tokenizer.describe(), **more}
+    state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {},
+             'tokenizer': tokenizer.describe(), **more}
     checkpoint.save(str(out_dir), 0, model.state_dict(), {}, state)
     return str(out_dir)
 
@@ -55,9 +57,11 @@ def ids():
 
 @torch.no_grad()
 @pytest.mark.parametrize('kind, settings', [
-    ('llama', LLAMA), ('llama', LLAMA | dict(n_kv_head=2, bias=True, tie=False, rope_theta=5e5, norm_eps=1e-3)), ('llama', LLAMA | dict(head_dim=16, d_ff=48)),
-    ('llama', LLAMA | dict(rank_qk=8, rank_vo=4, rank_mlp=8, rank_embed=8, rank_head=8)), ('llama', LLAMA | dict(depth_scale='attn', embed_norm=True)),
-    ('gpt2', GPT2), ('gpt2', GPT2 | dict(bias=False, tie=False)), ('gpt2', GPT2 | dict(depth_scale='norm', rank_mlp=8)),
+    ('llama', LLAMA), ('llama', LLAMA | dict(n_kv_head=2, bias=True, tie=False, rope_theta=5e5,
+                                             norm_eps=1e-3)), ('llama', LLAMA | dict(head_dim=16, d_ff=48)),
+    ('llama', LLAMA | dict(rank_qk=8, rank_vo=4, rank_mlp=8, rank_embed=8, rank_head=8)),
+    ('llama', LLAMA | dict(depth_scale='attn', embed_norm=True)), ('gpt2', GPT2),
+    ('gpt2', GPT2 | dict(bias=False, tie=False)), ('gpt2', GPT2 | dict(depth_scale='norm', rank_mlp=8)),
     ('gpt_bigcode', GPT2 | dict(n_kv_head=1))], ids=str)
 def test_transformers_has_our_logits(kind, settings, tmp_path):
     model = network(**settings)
@@ -65,29 +69,39 @@ def test_transformers_has_our_logits(kind, settings, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(folder)
     assert other.config.model_type == kind and other.config.eos_token_id == 256
     assert (other(ids()).logits - model(ids())).abs().max() < 1e-5 * model(ids()).abs().max()
-    assert torch.allclose(load_model(f'hf:{folder}')[0](ids()), model(ids()), atol=1e-4)  # and we have them again
+    # and we have them again
+    assert torch.allclose(load_model(f'hf:{folder}')[0](ids()), model(ids()), atol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('kind, settings', [('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)), ('gpt2', dict(scale_attn_by_inverse_layer_idx=True)),
-                                            ('gpt_bigcode', {}), ('llama', dict(num_key_value_heads=2)), ('llama', dict(tie_word_embeddings=True, head_dim=20)),
-                                            ('mistral', dict(num_key_value_heads=2, sliding_window=None))], ids=str)
+@pytest.mark.parametrize('kind, settings', [('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)),
+                                            ('gpt2', dict(scale_attn_by_inverse_layer_idx=True)),
+                                            ('gpt_bigcode', {}), ('llama', dict(num_key_value_heads=2)),
+                                            ('llama', dict(tie_word_embeddings=True, head_dim=20)),
+                                            ('mistral', dict(num_key_value_heads=2, sliding_window=None))],
+                         ids=str)
 def test_round_trip(kind, settings, tmp_path):
-    """transformers → minnow → transformers: the logits, the ids, and 50 tokens of greedy text with our cache."""
-    model = theirs(kind, vocab_size=257, **({'n_positions': 64} if 'gpt' in kind else {'max_position_embeddings': 64}), **settings)
+    """
+    transformers → minnow → transformers: the logits, the ids, and 50 tokens of greedy text with our cache.
+    """
+    model = theirs(kind, vocab_size=257,
+                   **({'n_positions': 64} if 'gpt' in kind else {'max_position_embeddings': 64}), **settings)
     model.save_pretrained(tmp_path / 'first')
     ours = load_model(f'hf:{tmp_path}/first')[0]
     again = AutoModelForCausalLM.from_pretrained(exported(tmp_path, ours))
     assert (again(tokens()).logits - model(tokens()).logits).abs().max() < 1e-5
     text = tokens(rows=2, length=6)
-    greedy = again.generate(text, max_new_tokens=50, min_new_tokens=50, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(torch.stack(list(generate(ours, text.tolist(), 50, temperature=0)), dim=1), greedy[:, 6:])
+    greedy = again.generate(text, max_new_tokens=50, min_new_tokens=50, do_sample=False, pad_token_id=0,
+                            eos_token_id=None)
+    assert torch.equal(torch.stack(list(generate(ours, text.tolist(), 50, temperature=0)), dim=1),
+                       greedy[:, 6:])
 
 
 def test_the_tokenizer_goes_along(tmp_path):
     text = 'Once upon a time\n\tthere wás a 🙂'
     theirs_ = AutoTokenizer.from_pretrained(exported(tmp_path, network(**LLAMA)))
-    assert theirs_(text).input_ids == ByteTokenizer().encode(text) and theirs_.decode(ByteTokenizer().encode(text)) == text
+    assert (theirs_(text).input_ids == ByteTokenizer().encode(text)
+            and theirs_.decode(ByteTokenizer().encode(text)) == text)
     assert (theirs_.eos_token, theirs_.eos_token_id, theirs_.model_max_length) == ('<|endoftext|>', 256, 32)
 
 
@@ -98,10 +112,13 @@ def test_half_precision_is_half_the_size(tmp_path):
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(), 'qk_norm=True, mlp=relu2'), (LLAMA | dict(softcap=15.0), 'softcap=15.0'), (LLAMA | dict(value_residual=True), 'value_residual=True'),
-    (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'), (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
+    (dict(), 'qk_norm=True, mlp=relu2'), (LLAMA | dict(softcap=15.0), 'softcap=15.0'),
+    (LLAMA | dict(value_residual=True), 'value_residual=True'),
+    (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'),
+    (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
     (LLAMA | dict(rank_qk=4, rank_act_qk='silu'), 'rank_qk=4, rank_act_qk=silu'),
-    (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'), (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
+    (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'),
+    (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
 def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tmp_path):
     with pytest.raises(UserError, match=words + '.*: --as=custom takes any decoder'):
         exported(tmp_path, network(**settings))
@@ -109,19 +126,24 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
 
 
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
-CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0, 'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True,
-           'n_expert': 4, 'n_expert_active': 2, 'expert_shared': True, 'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
-           'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'ranks': {'attn.k': 3},
-           'rank_init': 'normal'}
+CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
+           'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
+           'expert_shared': True, 'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
+           'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
+           'ranks': {'attn.k': 3}, 'rank_init': 'normal'}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
-    'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'), 'depth_scale': ('attn', 'norm'),
-    'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'), 'tie': (True, False), 't5_scale': (True, False),
-    'bias': (True, False), 'n_encoder_layer': (0, 1)}.items() for choice in choices]
-CHANGES += [{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')] + [{'rank_embed': 8, 'rank_head': 8}]
-CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, name: value} for name, value in {
-    'first_block_dense': True, 'rank_act': 'silu', 'rank_act_qk': 'silu', 'rank_identity': True, 'rank_blocks': 2, 'rank_guide': 10}.items()]
-CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1}, {'expert_aux': 0.5}, {'expert_z': 0.5}]
+    'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
+    'depth_scale': ('attn', 'norm'), 'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'),
+    'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False), 'n_encoder_layer': (0, 1)}.items()
+            for choice in choices]
+CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
+            + [{'rank_embed': 8, 'rank_head': 8}])
+CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, name: value}
+            for name, value in {'first_block_dense': True, 'rank_act': 'silu', 'rank_act_qk': 'silu',
+                                'rank_identity': True, 'rank_blocks': 2, 'rank_guide': 10}.items()]
+CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1},
+            {'expert_aux': 0.5}, {'expert_z': 0.5}]
 
 
 def test_the_changes_are_of_every_setting():
@@ -143,11 +165,13 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
     try:
         fields, tensors = stock(*fold(model), 'run')
     except UserError as error:
-        named = any(f'{name}=' in str(error) for name in change) or 'n_encoder_layer' in change  # T5 without its encoder: all the rest is wrong
+        # T5 without its encoder: all the rest is wrong
+        named = any(f'{name}=' in str(error) for name in change) or 'n_encoder_layer' in change
         assert named and '\n' not in str(error)
         return
     config = transformers.AutoConfig.for_model(**fields, vocab_size=257)
-    other = getattr(transformers, fields['architectures'][0]).from_pretrained(None, config=config, state_dict=tensors)
+    other = getattr(transformers, fields['architectures'][0]).from_pretrained(None, config=config,
+                                                                              state_dict=tensors)
     read = {'input_ids': ids()}, {}
     if cfg.n_encoder_layer:
         read = {'input_ids': ids()[:, :12], 'decoder_input_ids': ids()}, {'source': ids()[:, :12]}
@@ -161,7 +185,8 @@ def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
         plain = dataclasses.asdict(model.cfg)
         model.cfg = later(**plain, scale=1.8)
         assert nearest(model.cfg)[1] == ['scale=1.8']
-        with pytest.raises(UserError, match='^scale=1.8: a network with it cannot be written as a class of transformers: --as=custom takes'):
+        with pytest.raises(UserError, match='^scale=1.8: a network with it cannot be written as a class of '
+                           'transformers: --as=custom takes'):
             stock(*fold(model), 'run')
         model.cfg = later(**plain, scale=1.0)
         assert stock(*fold(model), 'run')
@@ -170,9 +195,12 @@ def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
 # --- the same function with fewer settings ---
 
 RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
-FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True), dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
-          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
-          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8), dict(depth_scale='norm', norm='layernorm', bias=True),
+FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True),
+          dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
+          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8),
+          dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
+          dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8),
+          dict(depth_scale='norm', norm='layernorm', bias=True),
           dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
 
 
@@ -185,7 +213,8 @@ def test_folding_keeps_the_function_and_leaves_no_setting(settings):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'), dict(embed_norm=True, position='learned')], ids=str)
+    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'),
+    dict(embed_norm=True, position='learned')], ids=str)
 def test_what_cannot_be_folded_stays(settings):
     old = network(**settings)
     cfg, weights = fold(old)
@@ -197,7 +226,8 @@ def test_what_cannot_be_folded_stays(settings):
 
 def test_a_tensor_that_a_family_has_no_place_for_is_refused_by_name():
     cfg, weights = fold(network(**LLAMA))
-    with pytest.raises(UserError, match='^run: gain: the family llama has no such tensor: --as=custom takes any decoder$'):
+    with pytest.raises(UserError, match='^run: gain: the family llama has no such tensor: '
+                       '--as=custom takes any decoder$'):
         stock(cfg, weights | {'gain': torch.ones(1)}, 'run')
     with pytest.raises(UserError, match='^blocks.N.mlp.gate.weight: this network has no such tensor'):
         list(name_rows(FAMILIES['llama'], dataclasses.replace(cfg, mlp='relu')))
@@ -206,9 +236,15 @@ def test_a_tensor_that_a_family_has_no_place_for_is_refused_by_name():
 def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing_and_touches_nothing(tmp_path):
     run_folder = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
     (tmp_path / 'hf.tmp').mkdir()
-    limit = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2); ' \
-            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    assert f'to={tmp_path}/hf' in one_line(run('-c', limit, 'hub.py', 'export', f'--out_dir={run_folder}', f'--to={tmp_path}/hf'))
+    limit = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    assert f'to={tmp_path}/hf' in one_line(run('-c', limit, 'hub.py', 'export', f'--out_dir={run_folder}',
+                                               f'--to={tmp_path}/hf'))
     assert sorted(os.listdir(tmp_path)) == ['hf.tmp', 'run']
 
 
@@ -220,15 +256,19 @@ def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path)
     model = network(**settings)
     folder = exported(tmp_path, model, as_='custom')
     other = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert torch.equal(other(ids()).logits, model(ids())) and torch.equal(load_model(f'hf:{folder}')[0](ids()), model(ids()))
+    assert (torch.equal(other(ids()).logits, model(ids()))
+            and torch.equal(load_model(f'hf:{folder}')[0](ids()), model(ids())))
     assert torch.isclose(other(ids(), labels=ids()).loss, model(ids()[:, :-1], ids()[:, 1:]))
     text = other.generate(ids()[:, :6], max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(text[:, 6:32], torch.stack(list(generate(model, ids()[:, :6].tolist(), 26, temperature=0)), dim=1)) and text.size(1) == 36
+    assert (torch.equal(text[:, 6:32],
+                        torch.stack(list(generate(model, ids()[:, :6].tolist(), 26, temperature=0)), dim=1))
+            and text.size(1) == 36)
 
 
 @pytest.mark.parametrize('fields, words', [
-    (dict(n_layer=10 ** 9), 'asks for 1000000000 layers'), (dict(block_size=10 ** 9), 'block_size=1000000000: its rotary table'),
-    (dict(n_embd='64'), 'n_embd'), (dict(nothing=1), 'nothing'), (dict(vocab_size=2 ** 40), 'takes sizes below')], ids=str)
+    (dict(n_layer=10 ** 9), 'asks for 1000000000 layers'),
+    (dict(block_size=10 ** 9), 'block_size=1000000000: its rotary table'), (dict(n_embd='64'), 'n_embd'),
+    (dict(nothing=1), 'nothing'), (dict(vocab_size=2 ** 40), 'takes sizes below')], ids=str)
 def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
     folder = exported(tmp_path, network(), as_='custom')
     config = json.loads((tmp_path / 'hf/config.json').read_text())
@@ -241,7 +281,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     out_dir = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
     chain = written(tmp_path / 'chain', make_model(build(ModelConfig, arch='markov', vocab_size=257)), ByteTokenizer())
     (tmp_path / 'there').mkdir()
-    for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'), ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),
+    for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'),
+                        ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),
                         ([f'--out_dir={chain}', f'--to={tmp_path}/new'], 'a Markov chain'),
                         ([f'--out_dir={tmp_path}/no', f'--to={tmp_path}/new'], 'no such directory'),
                         ([f'--out_dir={out_dir}', '--to=/proc/new'], 'to=/proc/new')]:
@@ -253,12 +294,18 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
 
 
 def test_a_text_begins_with_the_start_token_there_too(tmp_path):
-    """A network that was trained on documents: transformers puts the token before a text, and so do we when we read the folder."""
+    """
+    A network that was trained on documents: transformers puts the token before a text, and so do we when we
+    read the folder.
+    """
     model = network(**LLAMA)
     export(ExportSettings(written(tmp_path / 'run', model, ByteTokenizer(), begin=[256]), f'{tmp_path}/hf'))
     assert AutoTokenizer.from_pretrained(f'{tmp_path}/hf')('ab').input_ids == [256, 97, 98]
-    assert all(sample.load(where)[1].prompt_format == PromptFormat((256,)) for where in (f'hf:{tmp_path}/hf', f'{tmp_path}/run'))
+    assert all(sample.load(where)[1].prompt_format == PromptFormat((256,))
+               for where in (f'hf:{tmp_path}/hf', f'{tmp_path}/run'))
     for begin in ([], [10]):
-        export(ExportSettings(written(tmp_path / f'run{begin}', model, ByteTokenizer(), begin=begin), f'{tmp_path}/hf{begin}'))
+        export(ExportSettings(written(tmp_path / f'run{begin}', model, ByteTokenizer(), begin=begin),
+                              f'{tmp_path}/hf{begin}'))
         theirs_ = AutoTokenizer.from_pretrained(f'{tmp_path}/hf{begin}')
-        assert theirs_('ab').input_ids == [*begin, 97, 98] and theirs_.bos_token_id == (begin or [256])[0] and theirs_.eos_token_id == 256
+        assert (theirs_('ab').input_ids == [*begin, 97, 98] and theirs_.bos_token_id == (begin or [256])[0]
+                and theirs_.eos_token_id == 256)

@@ -1,6 +1,7 @@
 """
-Models of others: the same logits as transformers', from every way such a folder is written, and one line for every folder that
-is not exactly a network of ours. The models are tiny and random; no network, no weights from elsewhere.
+Models of others: the same logits as transformers', from every way such a folder is written, and one line for
+every folder that is not exactly a network of ours. The models are tiny and random; no network, no weights
+from elsewhere.
 """
 import http.server
 import json
@@ -50,8 +51,10 @@ def one_thread():
 
 ENDS = dict(bos_token_id=1, eos_token_id=2)
 GPT2 = dict(vocab_size=100, n_positions=32, n_embd=48, n_layer=3, n_head=4, layer_norm_epsilon=1e-3, **ENDS)
-LLAMA = dict(vocab_size=100, max_position_embeddings=32, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, **ENDS)
-KINDS = {'gpt2': (GPT2LMHeadModel, GPT2Config, GPT2), 'gpt_bigcode': (GPTBigCodeForCausalLM, GPTBigCodeConfig, GPT2),
+LLAMA = dict(vocab_size=100, max_position_embeddings=32, hidden_size=48, intermediate_size=80,
+             num_hidden_layers=3, num_attention_heads=4, **ENDS)
+KINDS = {'gpt2': (GPT2LMHeadModel, GPT2Config, GPT2),
+         'gpt_bigcode': (GPTBigCodeForCausalLM, GPTBigCodeConfig, GPT2),
          'llama': (LlamaForCausalLM, LlamaConfig, LLAMA),
          'mistral': (MistralForCausalLM, MistralConfig, LLAMA)}
 
@@ -119,7 +122,8 @@ def refusal(where):
 
 # --- the same logits ---
 
-@pytest.mark.parametrize('settings', [dict(), dict(n_inner=80), dict(tie_word_embeddings=False), dict(activation_function='gelu_pytorch_tanh'),
+@pytest.mark.parametrize('settings', [dict(), dict(n_inner=80), dict(tie_word_embeddings=False),
+                                      dict(activation_function='gelu_pytorch_tanh'),
                                       dict(scale_attn_by_inverse_layer_idx=True)], ids=str)
 def test_gpt2_has_the_logits_of_transformers(settings, tmp_path):
     model = theirs('gpt2', **settings)
@@ -137,8 +141,10 @@ def test_starcoder_has_the_logits_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(), dict(num_key_value_heads=2), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(num_key_value_heads=2, head_dim=20),
-    dict(rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0}), dict(rms_norm_eps=1e-2), dict(attention_bias=True, mlp_bias=True)], ids=str)
+    dict(), dict(num_key_value_heads=2), dict(num_key_value_heads=1, tie_word_embeddings=True),
+    dict(num_key_value_heads=2, head_dim=20),
+    dict(rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0}), dict(rms_norm_eps=1e-2),
+    dict(attention_bias=True, mlp_bias=True)], ids=str)
 def test_llama_has_the_logits_of_transformers(settings, tmp_path):
     model = theirs('llama', **settings)
     model.save_pretrained(tmp_path)
@@ -146,19 +152,23 @@ def test_llama_has_the_logits_of_transformers(settings, tmp_path):
 
 
 def test_a_long_context_has_the_logits_of_transformers(tmp_path):
-    model = theirs('llama', max_position_embeddings=2048, num_key_value_heads=2, rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0})
+    model = theirs('llama', max_position_embeddings=2048, num_key_value_heads=2,
+                   rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0})
     model.save_pretrained(tmp_path)
-    assert difference(model, tmp_path, length=2048) < 1e-5  # angles that differ in their last bit are 100 times further apart
+    # angles that differ in their last bit are 100 times further apart
+    assert difference(model, tmp_path, length=2048) < 1e-5
 
 
 def test_mistral_has_the_logits_of_transformers_within_its_window(tmp_path):
     model = theirs('mistral', num_key_value_heads=2, sliding_window=8)
     model.save_pretrained(tmp_path)
-    assert reading.load(f'hf:{tmp_path}')[0].block_size == 8  # beyond it the window would hide tokens, and ours has none
+    # beyond it the window would hide tokens, and ours has none
+    assert reading.load(f'hf:{tmp_path}')[0].block_size == 8
     assert difference(model, tmp_path, length=8) < 1e-5
 
 
-@pytest.mark.parametrize('window, context', [({'sliding_window': None}, 32), ({'sliding_window': 99}, 32), ({}, 32)], ids=str)
+@pytest.mark.parametrize('window, context',
+                         [({'sliding_window': None}, 32), ({'sliding_window': 99}, 32), ({}, 32)], ids=str)
 def test_a_window_that_hides_nothing_leaves_the_context(window, context, tmp_path):
     model = theirs('mistral', num_key_value_heads=2)
     model.save_pretrained(tmp_path)
@@ -174,7 +184,8 @@ def test_greedy_text_is_that_of_transformers(kind, tmp_path):
     for _ in range(26):
         with torch.no_grad():
             text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
-    drawn = torch.stack(list(generate(ours(tmp_path), prompt.tolist(), 26, temperature=0)), dim=1)  # with our cache
+    # with our cache
+    drawn = torch.stack(list(generate(ours(tmp_path), prompt.tolist(), 26, temperature=0)), dim=1)
     assert torch.equal(drawn, text[:, 6:])
 
 
@@ -182,7 +193,8 @@ def test_the_padding_of_the_vocabulary_is_zero_and_gets_no_logit(tmp_path):
     cfg, weights = reading.load(f'hf:{saved(tmp_path, "llama")}')
     assert (cfg.vocab_size, cfg.padded_vocab) == (100, 128)
     for name in ('wte.weight', 'head.weight'):
-        assert weights[name].shape == (128, 48) and not weights[name][100:].any() and weights[name][:100].any(1).all()
+        assert (weights[name].shape == (128, 48) and not weights[name][100:].any()
+                and weights[name][:100].any(1).all())
     assert ours(tmp_path)(tokens()).size(-1) == 100
 
 
@@ -212,7 +224,8 @@ def test_the_body_alone_is_enough_for_a_tied_model(tmp_path):
     assert difference(model, tmp_path) < 1e-5
 
 
-@pytest.mark.parametrize('kind, embedding', [('gpt2', 'transformer.wte.weight'), ('llama', 'model.embed_tokens.weight')])
+@pytest.mark.parametrize('kind, embedding',
+                         [('gpt2', 'transformer.wte.weight'), ('llama', 'model.embed_tokens.weight')])
 def test_a_tied_model_may_hold_its_matrix_once_or_twice_under_either_name(kind, embedding, tmp_path):
     model = theirs(kind, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -227,12 +240,15 @@ def test_a_tied_model_may_hold_its_matrix_once_or_twice_under_either_name(kind, 
 
 
 def test_the_buffers_and_fields_of_old_files_are_understood(tmp_path):
-    gpt2, llama = theirs('gpt2'), theirs('llama', rope_parameters={'rope_type': 'default', 'rope_theta': 77.0})
+    gpt2, llama = (theirs('gpt2'),
+                   theirs('llama', rope_parameters={'rope_type': 'default', 'rope_theta': 77.0}))
     gpt2.save_pretrained(tmp_path / 'gpt2')
     llama.save_pretrained(tmp_path / 'llama')
-    rewrite(tmp_path / 'gpt2', lambda t: t | {'transformer.h.0.attn.bias': torch.ones(1, 1, 32, 32), 'transformer.h.0.attn.masked_bias': torch.tensor(-1e4)})
+    rewrite(tmp_path / 'gpt2', lambda t: t | {'transformer.h.0.attn.bias': torch.ones(1, 1, 32, 32),
+                                              'transformer.h.0.attn.masked_bias': torch.tensor(-1e4)})
     rewrite(tmp_path / 'llama', lambda t: t | {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(6)})
-    edit(tmp_path / 'llama', rope_parameters=None, rope_scaling=None, rope_theta=77.0, head_dim=None, num_key_value_heads=None)
+    edit(tmp_path / 'llama', rope_parameters=None, rope_scaling=None, rope_theta=77.0, head_dim=None,
+         num_key_value_heads=None)
     assert difference(gpt2, tmp_path / 'gpt2') < 1e-5 and difference(llama, tmp_path / 'llama') < 1e-5
 
 
@@ -266,11 +282,14 @@ def endpoint(tmp_path, monkeypatch):
 def test_gpt2_is_fetched_once_at_a_pinned_revision(endpoint):
     first, second = reading.load('gpt2')[1], reading.load('gpt2')[1]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {path.rsplit('/', 1)[1] for path in endpoint} == {'config.json', 'model.safetensors', 'tokenizer.json'}
-    assert all(path.startswith('/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/') for path in endpoint)
+    assert {path.rsplit('/', 1)[1] for path in endpoint} == {'config.json', 'model.safetensors',
+                                                             'tokenizer.json'}
+    assert all(path.startswith('/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/')
+               for path in endpoint)
     assert len(os.listdir('data/downloads/hf/gpt2')) == 3
     asked = len(endpoint)
-    assert reading.tokenizer('gpt2')[0] == os.path.join('data', 'downloads', 'hf', 'gpt2') and len(endpoint) == asked
+    assert (reading.tokenizer('gpt2')[0] == os.path.join('data', 'downloads', 'hf', 'gpt2')
+            and len(endpoint) == asked)
 
 
 def test_a_file_that_the_server_does_not_have_is_one_line(endpoint):
@@ -284,8 +303,10 @@ def write_tokenizer(folder, vocab_size=100):
     """A byte-level BPE of `vocab_size` tokens, as transformers keeps it: tokenizer.json."""
     import tokenizers
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:vocab_size - 1]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([*alphabet, '<|endoftext|>'])}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate([*alphabet, '<|endoftext|>'])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                                  tokenizers.decoders.ByteLevel())
     tokenizer.save(os.path.join(folder, 'tokenizer.json'))
 
 
@@ -309,10 +330,12 @@ def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tm
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)
-    assert load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}'))).encode('a cat') == wanted.encode('a cat')
+    assert (load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}'))).encode('a cat')
+            == wanted.encode('a cat'))
 
 
-@pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', []), ('$A <|endoftext|>', [])], ids=['llama', 'gpt2', 'bert', 't5'])
+@pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', []),
+                                           ('$A <|endoftext|>', [])], ids=['llama', 'gpt2', 'bert', 't5'])
 def test_a_prompt_begins_as_their_own_tokenizer_begins_it(around, begin, tmp_path):
     import tokenizers
     folder = saved(tmp_path, 'llama')
@@ -323,7 +346,8 @@ def test_a_prompt_begins_as_their_own_tokenizer_begins_it(around, begin, tmp_pat
     theirs.save(str(tmp_path / 'tokenizer.json'))
     model, tokenizer = sample.load(f'hf:{folder}')
     assert sample.encode_prompt('ab', tokenizer, model.cfg) == begin + tokenizer.encode('ab')
-    assert tokenizer.encode_documents(['ab'])[0].tolist() == [*tokenizer.encode('ab'), tokenizer.eot]  # data stay as they were
+    # data stay as they were
+    assert tokenizer.encode_documents(['ab'])[0].tolist() == [*tokenizer.encode('ab'), tokenizer.eot]
 
 
 def test_nothing_is_written_into_the_folder(tmp_path):
@@ -342,10 +366,14 @@ STORIES = ['once upon a time there was a cat who lived in a house by the river']
 
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory):
-    """A folder with weights of 320 tokens and their tokenizer, and data sets: of the same in another format, and of another with as many tokens."""
+    """
+    A folder with weights of 320 tokens and their tokenizer, and data sets: of the same in another format, and
+    of another with as many tokens.
+    """
     folder = tmp_path_factory.mktemp('llama')
     saved(folder / 'hf', 'llama', vocab_size=320)
-    same, other = train_bpe(STORIES, 320), train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320)
+    same, other = (train_bpe(STORIES, 320),
+                   train_bpe(['the river carried the lamp and the wagon was mended'] * 20, 320))
     (folder / 'hf' / 'spiece.model').write_bytes(same.files['tokenizer.model'])
     (folder / 'same.json').write_text(to_json(same), encoding='utf-8')
     for name, tokenizer in (('same', new_tokenizer(str(folder / 'same.json'))), ('other', other)):
@@ -354,7 +382,8 @@ def llama(tmp_path_factory):
     return folder
 
 
-SHORT = ['--max_iters=1', '--eval_interval=1', '--eval_iters=1', '--batch_size=2', '--block_size=16', '--device=cpu', '--dtype=float32', '--sample_tokens=0']
+SHORT = ['--max_iters=1', '--eval_interval=1', '--eval_iters=1', '--batch_size=2', '--block_size=16',
+         '--device=cpu', '--dtype=float32', '--sample_tokens=0']
 
 
 def test_a_folder_with_spiece_model_alone_is_read(llama):
@@ -366,14 +395,18 @@ def test_weights_are_trained_on_data_of_their_own_tokenizer_alone(llama, tmp_pat
     done = run(*args, f'--dataset={llama}/same', f'--out_dir={tmp_path}/run')
     assert done.returncode == 0 and 'compared' not in done.stdout, done.stderr
     refused = one_line(run(*args, f'--dataset={llama}/other', f'--out_dir={tmp_path}/no'))
-    assert f'another tokenizer than the one of hf:{llama}/hf' in refused and f'--tokenizer={llama}/hf/spiece.model' in refused
+    assert (f'another tokenizer than the one of hf:{llama}/hf' in refused
+            and f'--tokenizer={llama}/hf/spiece.model' in refused)
     assert not (tmp_path / 'no').exists()
-    for more in ([f'--init_from={tmp_path}/run', '--lora_rank=2'], ['--vocab_size=320', f'--teacher=hf:{llama}/hf']):
-        refused = one_line(run('train.py', *SHORT, *more, f'--dataset={llama}/other', f'--out_dir={tmp_path}/no'))
+    for more in ([f'--init_from={tmp_path}/run', '--lora_rank=2'],
+                 ['--vocab_size=320', f'--teacher=hf:{llama}/hf']):
+        refused = one_line(run('train.py', *SHORT, *more, f'--dataset={llama}/other',
+                               f'--out_dir={tmp_path}/no'))
         assert 'was prepared with another tokenizer' in refused and not (tmp_path / 'no').exists()
     refused = one_line(run('eval.py', 'loss', f'--out_dir={tmp_path}/run', f'--dataset={llama}/other'))
     assert 'other: was prepared with another tokenizer' in refused
-    for command in (['surgery.py', 'inherit', f'--from=hf:{llama}/hf', '--layers=0', f'--out_dir={tmp_path}/no'],
+    for command in (['surgery.py', 'inherit', f'--from=hf:{llama}/hf',
+                     '--layers=0', f'--out_dir={tmp_path}/no'],
                     ['analyze.py', 'attention', f'--out_dir=hf:{llama}/hf', '--length=16']):
         refused = one_line(run(*command, f'--dataset={llama}/other'))
         assert 'other: was prepared with another tokenizer' in refused
@@ -381,22 +414,27 @@ def test_weights_are_trained_on_data_of_their_own_tokenizer_alone(llama, tmp_pat
 
 def test_where_there_is_no_tokenizer_to_compare_a_line_says_so(llama, tmp_path):
     saved(tmp_path / 'hf', 'llama', vocab_size=320)
-    done = run('train.py', *SHORT, f'--init_from=hf:{tmp_path}/hf', f'--dataset={llama}/other', f'--out_dir={tmp_path}/run')
-    assert done.returncode == 0 and done.stdout.count('were not compared') == 1 and 'no tokenizer.json' in done.stdout, done.stderr
+    done = run('train.py', *SHORT, f'--init_from=hf:{tmp_path}/hf', f'--dataset={llama}/other',
+               f'--out_dir={tmp_path}/run')
+    assert (done.returncode == 0 and done.stdout.count('were not compared') == 1
+            and 'no tokenizer.json' in done.stdout), done.stderr
 
 
 def test_networks_of_different_tokenizers_are_not_averaged(llama, tmp_path):
     for name in ('same', 'other'):
         train(tmp_path / name, '--max_iters=1', dataset=llama / name)
-    refused = one_line(run('surgery.py', 'average', f'--from={tmp_path}/same', f'--from={tmp_path}/other', f'--out_dir={tmp_path}/mean'))
+    refused = one_line(run('surgery.py', 'average', f'--from={tmp_path}/same', f'--from={tmp_path}/other',
+                           f'--out_dir={tmp_path}/mean'))
     assert f'from={tmp_path}/same: has another tokenizer' in refused and not (tmp_path / 'mean').exists()
 
 
 def test_an_adapter_with_another_tokenizer_beside_it_is_refused(llama, tmp_path):
-    run('train.py', *SHORT, f'--init_from=hf:{llama}/hf', f'--dataset={llama}/same', '--lora_rank=2', f'--out_dir={tmp_path}/run')
+    run('train.py', *SHORT, f'--init_from=hf:{llama}/hf', f'--dataset={llama}/same', '--lora_rank=2',
+        f'--out_dir={tmp_path}/run')
     done = run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/peft')
     assert done.returncode == 0, done.stderr
-    command = ['sample.py', f'--init_from=hf:{llama}/hf', f'--adapter={tmp_path}/peft', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    command = ['sample.py', f'--init_from=hf:{llama}/hf', f'--adapter={tmp_path}/peft', '--num_samples=1',
+               '--max_new_tokens=3', '--device=cpu']
     for name, code in (('same.json', 0), ('other', 2)):
         source = llama / name if name == 'same.json' else llama / 'other' / 'tokenizer.model'
         place = tmp_path / 'peft' / ('tokenizer.json' if name == 'same.json' else 'tokenizer.model')
@@ -410,35 +448,46 @@ def test_an_adapter_with_another_tokenizer_beside_it_is_refused(llama, tmp_path)
 # --- what is refused, in one line that names the field or the file ---
 
 @pytest.mark.parametrize('kind, field, value', [
-    ('gpt2', 'model_type', 'gpt_neo'), ('gpt2', 'model_type', None), ('gpt2', 'model_type', ['gpt2']), ('gpt2', 'activation_function', 'gelu'),
+    ('gpt2', 'model_type', 'gpt_neo'), ('gpt2', 'model_type', None),
+    ('gpt2', 'model_type', ['gpt2']), ('gpt2', 'activation_function', 'gelu'),
     ('gpt2', 'activation_function', 'relu'), ('gpt2', 'scale_attn_weights', False),
-    ('gpt2', 'add_cross_attention', True), ('gpt2', 'n_embd', '48'), ('gpt2', 'n_layer', 0), ('gpt2', 'n_layer', True), ('gpt2', 'n_head', 2.0),
-    ('gpt2', 'n_head', None), ('gpt2', 'n_head', 7), ('gpt2', 'layer_norm_epsilon', float('nan')), ('gpt2', 'tie_word_embeddings', 'false'),
-    ('gpt2', 'auto_map', {'AutoModelForCausalLM': 'own.Code'}), ('gpt2', 'quantization_config', {'bits': 4}), ('llama', 'hidden_act', 'gelu'),
-    ('llama', 'rope_scaling', {'type': 'linear', 'factor': 2.0}), ('llama', 'rope_parameters', {'rope_type': 'llama3', 'factor': 8.0}),
-    ('llama', 'rope_parameters', {'full_attention': {'rope_type': 'default'}}), ('llama', 'rope_scaling', 'linear'),
-    ('llama', 'partial_rotary_factor', 0.5), ('llama', 'rope_theta', -1.0), ('llama', 'mlp_bias', True), ('llama', 'rms_norm_eps', '1e-5'),
-    ('llama', 'num_key_value_heads', 3), ('llama', 'max_position_embeddings', 10 ** 9), ('mistral', 'sliding_window', 0),
-    ('llama', 'rope_theta', float('inf')), ('llama', 'rope_theta', 10 ** 400), ('gpt2', 'n_embd', 10 ** 400)], ids=str)
+    ('gpt2', 'add_cross_attention', True), ('gpt2', 'n_embd', '48'), ('gpt2', 'n_layer', 0),
+    ('gpt2', 'n_layer', True), ('gpt2', 'n_head', 2.0), ('gpt2', 'n_head', None), ('gpt2', 'n_head', 7),
+    ('gpt2', 'layer_norm_epsilon', float('nan')), ('gpt2', 'tie_word_embeddings', 'false'),
+    ('gpt2', 'auto_map', {'AutoModelForCausalLM': 'own.Code'}), ('gpt2', 'quantization_config', {'bits': 4}),
+    ('llama', 'hidden_act', 'gelu'), ('llama', 'rope_scaling', {'type': 'linear', 'factor': 2.0}),
+    ('llama', 'rope_parameters', {'rope_type': 'llama3', 'factor': 8.0}),
+    ('llama', 'rope_parameters', {'full_attention': {'rope_type': 'default'}}),
+    ('llama', 'rope_scaling', 'linear'), ('llama', 'partial_rotary_factor', 0.5),
+    ('llama', 'rope_theta', -1.0), ('llama', 'mlp_bias', True), ('llama', 'rms_norm_eps', '1e-5'),
+    ('llama', 'num_key_value_heads', 3), ('llama', 'max_position_embeddings', 10 ** 9),
+    ('mistral', 'sliding_window', 0), ('llama', 'rope_theta', float('inf')),
+    ('llama', 'rope_theta', 10 ** 400), ('gpt2', 'n_embd', 10 ** 400)], ids=str)
 def test_a_field_that_we_cannot_follow_is_named(kind, field, value, tmp_path):
     saved(tmp_path, kind, **({'num_key_value_heads': 2} if kind == 'mistral' else {}))
     edit(tmp_path, **{field: value}, **({'rope_parameters': None} if field == 'rope_theta' else {}))
     line = refusal(str(tmp_path))
-    assert {'num_key_value_heads': 'n_kv_head'}.get(field, field) in line and str(tmp_path / 'config.json') in line
+    assert ({'num_key_value_heads': 'n_kv_head'}.get(field, field) in line
+            and str(tmp_path / 'config.json') in line)
 
 
 @pytest.mark.parametrize('kind, fields', [
-    ('gpt2', dict(n_embd=10 ** 6, n_inner=100)), ('gpt2', dict(n_layer=10 ** 9)), ('gpt2', dict(n_layer=2)), ('gpt2', dict(vocab_size=2 * 10 ** 9)),
-    ('gpt2', dict(n_positions=2 * 10 ** 9)), ('gpt2', dict(n_inner=2 * 10 ** 9)), ('llama', dict(hidden_size=10 ** 9)),
-    ('llama', dict(num_hidden_layers=2 * 10 ** 9)), ('llama', dict(intermediate_size=10 ** 9)), ('llama', dict(head_dim=10 ** 6)),
+    ('gpt2', dict(n_embd=10 ** 6, n_inner=100)), ('gpt2', dict(n_layer=10 ** 9)),
+    ('gpt2', dict(n_layer=2)), ('gpt2', dict(vocab_size=2 * 10 ** 9)),
+    ('gpt2', dict(n_positions=2 * 10 ** 9)), ('gpt2', dict(n_inner=2 * 10 ** 9)),
+    ('llama', dict(hidden_size=10 ** 9)), ('llama', dict(num_hidden_layers=2 * 10 ** 9)),
+    ('llama', dict(intermediate_size=10 ** 9)), ('llama', dict(head_dim=10 ** 6)),
     ('llama', dict(num_attention_heads=4 * 10 ** 8, head_dim=12)), ('llama', dict(num_key_value_heads=2)),
     ('llama', dict(attention_bias=True, mlp_bias=True)), ('llama', dict(tie_word_embeddings=True))], ids=str)
-def test_a_config_that_asks_for_other_tensors_than_the_file_holds_is_refused_from_the_headers(kind, fields, tmp_path):
+def test_a_config_that_asks_for_other_tensors_than_the_file_holds_is_refused_from_the_headers(
+        kind, fields, tmp_path):
     saved(tmp_path, kind)
     edit(tmp_path, **fields)
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert str(tmp_path) in refusal(str(tmp_path))
-    assert time.perf_counter() - began < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+    # KiB
+    assert (time.perf_counter() - began < 1
+            and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)
 
 
 @pytest.mark.parametrize('change, named', [
@@ -486,10 +535,14 @@ def test_a_folder_that_is_damaged_or_something_else_is_named(tmp_path):
 
     weights = (tmp_path / 'whole' / 'model.safetensors').read_bytes()
     for name, file, content in [
-            ('cut', 'model.safetensors', weights[:-100]), ('empty', 'model.safetensors', b''), ('html', 'model.safetensors', b'<!DOCTYPE html>' * 9),
-            ('lfs', 'model.safetensors', b'version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 548105171\n'),
-            ('json', 'config.json', b'{"model_type": "gpt2",'), ('list', 'config.json', b'[]'), ('latin', 'config.json', b'\xff'),
-            ('digits', 'config.json', b'{"n_layer": ' + b'9' * 5000 + b'}'), ('deep', 'config.json', b'[' * 100_000)]:
+            ('cut', 'model.safetensors', weights[:-100]), ('empty', 'model.safetensors', b''),
+            ('html', 'model.safetensors', b'<!DOCTYPE html>' * 9),
+            ('lfs', 'model.safetensors',
+             b'version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 548105171\n'),
+            ('json', 'config.json', b'{"model_type": "gpt2",'),
+            ('list', 'config.json', b'[]'), ('latin', 'config.json', b'\xff'),
+            ('digits', 'config.json', b'{"n_layer": ' + b'9' * 5000 + b'}'),
+            ('deep', 'config.json', b'[' * 100_000)]:
         folder = broken(name, file, content)
         assert f'{folder}/{file}' in refusal(folder)
     for name in ('config.json', 'model.safetensors'):
@@ -500,7 +553,8 @@ def test_a_folder_that_is_damaged_or_something_else_is_named(tmp_path):
     assert 'no such directory' in refusal(str(tmp_path / 'whole' / 'config.json'))
 
 
-@pytest.mark.parametrize('weight_map', [None, {}, {'a': '../secret.safetensors'}, {'a': '/etc/passwd'}, {'a': 'missing.safetensors'}, {'a': 1}], ids=str)
+@pytest.mark.parametrize('weight_map', [None, {}, {'a': '../secret.safetensors'}, {'a': '/etc/passwd'},
+                                        {'a': 'missing.safetensors'}, {'a': 1}], ids=str)
 def test_an_index_that_points_elsewhere_is_refused(weight_map, tmp_path):
     saved(tmp_path / 'model')
     os.rename(tmp_path / 'model' / 'model.safetensors', tmp_path / 'secret.safetensors')
@@ -517,7 +571,8 @@ def test_names_that_are_no_folder_and_not_known_are_told_what_there_is():
 def test_text_from_a_folder_and_one_line_for_a_bad_one(tmp_path):
     saved(tmp_path)
     write_tokenizer(tmp_path)
-    command = ['sample.py', f'--init_from=hf:{tmp_path}', '--start=Once', '--num_samples=1', '--max_new_tokens=9', '--device=cpu']
+    command = ['sample.py', f'--init_from=hf:{tmp_path}', '--start=Once', '--num_samples=1',
+               '--max_new_tokens=9', '--device=cpu']
     done = run(*command)
     assert done.returncode == 0 and done.stdout.startswith('Once') and not done.stderr, done.stderr
     edit(tmp_path, activation_function='relu')

@@ -476,6 +476,7 @@ def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_pa
         assert not (tmp_path / 'out').exists()
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/out', '--untie=True')
     assert done.returncode == 0 and read_model(str(tmp_path / 'out'))[0].tie is False
+    assert 'lora_' not in (tmp_path / 'out' / 'settings.json').read_text()  # it is a whole network now
     run('surgery.py', 'merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[0.5]', f'--out_dir={tmp_path}/half', '--untie=True')
     weights_of = [read_model(str(where))[1]['blocks.0.attn.q.weight'] for where in (base, tmp_path / 'half', tmp_path / 'out')]
     assert torch.allclose(weights_of[1] - weights_of[0], (weights_of[2] - weights_of[0]) / 2, atol=1e-6) and not torch.equal(*weights_of[:2])

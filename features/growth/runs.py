@@ -21,7 +21,6 @@ from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, write_json
 from configurator import FilePath, UserError
 from device import OneProcess
-from features.study.validation import validation_sources
 from model import Transformer
 from tokenizer import load_tokenizer
 
@@ -123,7 +122,10 @@ def open_data(s, where, cfg, state):
             raise
         print(f'no losses: {error}')
         return None, []
-    return data, validation_sources(where, cfg, name)
+    val = []  # without the folder study: no losses
+    from features.study.validation import validation_sources  # study
+    val = validation_sources(where, cfg, name)  # study
+    return data, val
 
 
 # -----------------------------------------------------------------------------
@@ -158,9 +160,10 @@ def write(s, command, old, cfg, weights, names=None):
     after = losses(new, old.val)
     report(old, new, losses(old.model, old.val), after)
 
-    settings = dict(old.settings)
-    from features.lora.settings import LoraConfig  # lora
-    settings |= dataclasses.asdict(LoraConfig()) | {'lora_rank': 0}  # lora: an adapter is merged by now
+    settings = {}
+    for name, value in old.settings.items():
+        if not name.startswith('lora_'):  # an adapter is merged by now
+            settings[name] = value
     settings |= dataclasses.asdict(cfg)
     settings |= {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data is not None:  # so that compare.py knows which tokens the loss is of

@@ -7,13 +7,14 @@ A router that has fallen for a few experts leaves the others without training; o
 alike has not learned which tokens are whose. The log of train.py has the share of the tokens that each expert
 got, layer by layer, padding left out.
 """
+import os
 from dataclasses import dataclass
 
 import torch
 
 from configurator import FilePath, UserError
 from features.study.pictures import figure, save, write_csv
-from features.study.runs import read_log
+from run import read_records
 
 
 @dataclass
@@ -36,13 +37,13 @@ def read_shares(out_dir):
     (steps [n], shares (n, layers, E) of the tokens since the record before) out of a run's log. Raises
     UserError where there are none.
     """
-    records = [record for record in read_log(out_dir) if 'expert_load' in record]
+    records = read_records(os.path.join(out_dir, 'log.jsonl'))
+    records = [record for record in records if 'expert_load' in record]
     if not records:
         raise UserError(f'out_dir={out_dir}: no expert_load in its log.jsonl: '
                         'give a run that was trained with n_expert')
     layers = len(records[-1]['expert_load'])
-    # since the network last grew
-    records = [record for record in records if len(record['expert_load']) == layers]
+    records = [record for record in records if len(record['expert_load']) == layers]  # since it last grew
     steps = [record['step'] for record in records]
     shares = [record['expert_load'] for record in records]
     return steps, torch.tensor(shares, dtype=torch.float64)

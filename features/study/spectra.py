@@ -19,7 +19,6 @@ import torch.nn as nn
 import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError
-from features.growth.factorize import rank_for
 from features.study.pictures import figure, save, write_csv
 from model import LowRank
 
@@ -52,8 +51,8 @@ def matrices(model):
     chain has one: table.
     """
     cfg = model.cfg
-    if cfg.arch == 'markov':
-        return {'table': markov_table(model)}
+    if cfg.arch == 'markov':  # markov
+        return {'table': markov_table(model)}  # markov
     out = {}
     for n, block in enumerate(model.blocks):
         for name, factors in block_matrices(block).items():
@@ -107,8 +106,10 @@ def heads(attn):
     head compares, without rotary positions and QK-norm, and what it moves (Elhage et al. 2021,
     transformer-circuits.pub).
     """
-    cfg, out = attn.cfg, {}
-    D, group = cfg.d_head, cfg.n_head // cfg.kv_heads
+    cfg = attn.cfg
+    D = cfg.d_head
+    group = cfg.n_head // cfg.kv_heads  # heads of queries for one of keys and values
+    out = {}
     for h in range(cfg.n_head):
         own = slice(h * D, (h + 1) * D)  # the head's rows of W_q and columns of W_o
         shared = slice(h // group * D, (h // group + 1) * D)  # its rows of W_k and W_v
@@ -178,6 +179,14 @@ def gaussian(shapes):
     """
     generator = torch.Generator().manual_seed(0)
     return singular_values([torch.randn(shape, generator=generator) for shape in shapes])
+
+
+def rank_for(s, energy):
+    """
+    The smallest rank that keeps this share of the sum of squares of the singular values s, largest first.
+    """
+    kept = s.square().cumsum(0)
+    return min(len(s), int(torch.searchsorted(kept, energy * kept[-1])) + 1)
 
 
 RANKS = ('stable_rank', 'effective_rank', 'rank_90', 'rank_99')
