@@ -369,7 +369,8 @@ def join(core, names):
     parts = [part for name in names for part in feature_classes(core, name)]
     if not parts:
         return core
-    bases = parts if any(issubclass(part, core) for part in parts) else [core, *parts]  # MoEConfig is a ModelConfig
+    # MoEConfig is a ModelConfig
+    bases = parts if any(issubclass(part, core) for part in parts) else [core, *parts]
     joined = type(core.__name__, tuple(bases), {'__module__': core.__module__, '__doc__': core.__doc__})
     joined.core, joined.features = core, names
     return dataclasses.dataclass(joined)

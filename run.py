@@ -217,7 +217,8 @@ def open_data(s, start, ranks):
     bos = None
     if start.state and s.eval_only:  # judged on rows as it knows them
         bos = tuple(start.state.get('begin', ()))
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective, bos)
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
+                   bos)
     val = []
     for source in data.sources:
         val.append(open_source(source.name, 'val', s.block_size, s.packing, s.verify_data, bos, objective))
@@ -325,8 +326,8 @@ def find_start(s, ranks):
         return resume(s, ranks)
     if s.is_new:
         if s.lora_rank:  # lora
-            raise UserError(f'lora_rank={s.lora_rank}: adapters are trained beside weights that are there: '  # lora
-                            'give --init_from=DIR')  # lora
+            problem = 'adapters are trained beside weights that are there: give --init_from=DIR'  # lora
+            raise UserError(f'lora_rank={s.lora_rank}: {problem}')  # lora
         return Start()
     return begin_with_others(s, ranks)
 

@@ -1,7 +1,9 @@
-# A race: GPT-2 124M's size to 3.28 nats, nanoGPT's loss after 10 billion tokens of FineWeb (modded-nanogpt's track 1), in about 1.7 billion.
-# The numbers are those that modded-nanogpt and nanochat found at this size; this file itself has not been run on a GPU yet (docs/results)
+# A race: GPT-2 124M's size to 3.28 nats, nanoGPT's loss after 10 billion tokens of FineWeb (modded-nanogpt's
+# track 1), in about 1.7 billion. The numbers are those that modded-nanogpt and nanochat found at this size;
+# this file itself has not been run on a GPU yet (docs/results)
 #   python prepare.py fineweb_edu --tokenizer=gpt2 --val_fraction=0.002
-#   torchrun --standalone --nproc_per_node=8 train.py config/fast_gpt2_124m.py       # or: python train.py config/fast_gpt2_124m.py
+#   # or: python train.py config/fast_gpt2_124m.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/fast_gpt2_124m.py
 from config.fast import *  # noqa: F403
 
 out_dir = 'out/fast_gpt2_124m'

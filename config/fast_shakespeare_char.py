@@ -1,5 +1,6 @@
-# A race: nanoGPT's laptop set-up (its README, "I only have a macbook": 4 layers, 128 wide, context 64, 12 rows) to 1.88 nats on the
-# whole validation split. Ten seconds on two CPU cores, start and evaluation included
+# A race: nanoGPT's laptop set-up (its README, "I only have a macbook": 4 layers, 128 wide, context 64, 12
+# rows) to 1.88 nats on the whole validation split. Ten seconds on two CPU cores, start and evaluation
+# included
 #   python prepare.py shakespeare --tokenizer=char --out=data/shakespeare_char
 #   python train.py config/fast_shakespeare_char.py
 from config.fast import *  # noqa: F403

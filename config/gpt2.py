@@ -1,6 +1,7 @@
 # GPT-2 small as nanoGPT trains it: 124M parameters, OpenWebText, 300B tokens
 #   python prepare.py openwebtext --tokenizer=gpt2 --val_fraction=0.0005
-#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py      # four days on 8 A100s, validation loss 2.85 (nanoGPT's README)
+#   # four days on 8 A100s, validation loss 2.85 (nanoGPT's README)
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 out_dir = 'out/gpt2'
 dataset = 'openwebtext'
 

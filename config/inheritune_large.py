@@ -1,6 +1,8 @@
-# Inheritune (Sanyal et al. 2024, arXiv 2404.08634), GPT-2 large: the first 18 of 36 layers, 419,641,600 parameters with 50,304 tokens, on the
-# schedule of the whole network (F.2). The authors left positions and the final norm behind: --fresh=wpe,norm_f
-#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large.py --depth_scale=attn      # theirs scale attention by depth
+# Inheritune (Sanyal et al. 2024, arXiv 2404.08634), GPT-2 large: the first 18 of 36 layers, 419,641,600
+# parameters with 50,304 tokens, on the schedule of the whole network (F.2). The authors left positions and
+# the final norm behind: --fresh=wpe,norm_f
+#   # theirs scale attention by depth
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large.py --depth_scale=attn
 #   python surgery.py inherit --from=out/gpt2_large --out_dir=out/gpt2_large_first18 --layers=0-17
 #   torchrun --standalone --nproc_per_node=8 train.py config/inheritune_large.py
 from config.gpt2_large import *  # noqa: F403

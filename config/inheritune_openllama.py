@@ -1,5 +1,5 @@
-# Inheritune from OpenLLaMA-3B: the first 13 of 26 layers, 1,815,638,400 parameters, trained on 391M tokens. The authors' code drew the embedding and
-# the final norm anew: --fresh=wte,norm_f
+# Inheritune from OpenLLaMA-3B: the first 13 of 26 layers, 1,815,638,400 parameters, trained on 391M tokens.
+# The authors' code drew the embedding and the final norm anew: --fresh=wte,norm_f
 #   python surgery.py inherit --from=hf:open_llama_3b --out_dir=out/open_llama_first13 --layers=0-12
 #   python prepare.py CORPUS.jsonl --tokenizer=open_llama_3b/tokenizer.model --out=data/redpajama
 #   torchrun --standalone --nproc_per_node=8 train.py config/inheritune_openllama.py

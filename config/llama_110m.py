@@ -1,4 +1,5 @@
-# The Llama architecture at the size of llama2.c's stories110M: 109,529,856 parameters with 32,000 tokens; the rest as in llama_15m.py
+# The Llama architecture at the size of llama2.c's stories110M: 109,529,856 parameters with 32,000 tokens; the
+# rest as in llama_15m.py
 from config.llama_15m import *  # noqa: F403
 
 out_dir = 'out/llama_110m'

@@ -1,6 +1,8 @@
 # Adapters that teach a network of novels Python
-#   python prepare.py stdlib --out=data/code --tokenizer=data/novels/tokenizer.model --val_fraction=0.02     # after config/novels_cpu.py
-#   python train.py config/lora_code.py                                              # or another --init_from, with its own tokenizer
+#   # after config/novels_cpu.py
+#   python prepare.py stdlib --out=data/code --tokenizer=data/novels/tokenizer.model --val_fraction=0.02
+#   # or another --init_from, with its own tokenizer
+#   python train.py config/lora_code.py
 #   python sample.py --out_dir=out/lora_code --start="def "
 init_from = 'out/novels_cpu'
 out_dir = 'out/lora_code'

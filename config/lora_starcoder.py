@@ -1,5 +1,6 @@
-# The blog's set-up: adapters on attention, MLP and embeddings of StarCoderBase 1B: 12,091,392 of 1,149,298,688 parameters are trained (1.0521%)
-#   python train.py config/lora_starcoder.py --init_from=hf:FOLDER --dataset=code       # bigcode/starcoderbase-1b
+# The blog's set-up: adapters on attention, MLP and embeddings of StarCoderBase 1B: 12,091,392 of
+# 1,149,298,688 parameters are trained (1.0521%)
+#   python train.py config/lora_starcoder.py --init_from=hf:FOLDER --dataset=code   # bigcode/starcoderbase-1b
 n_layer, n_head, n_kv_head, n_embd, d_ff = 24, 16, 1, 2048, 8192
 vocab_size, block_size = 49152, 8192
 position, norm, mlp = 'learned', 'layernorm', 'gelu'

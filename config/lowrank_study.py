@@ -1,5 +1,7 @@
-# What low rank costs: the base of config/sweeps/lowrank.py, a decoder of 2.65M weights in its blocks and the recipe of config/fast.py.
-#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories    # or FILE.jsonl --val_fraction=0.05, a small copy
+# What low rank costs: the base of config/sweeps/lowrank.py, a decoder of 2.65M weights in its blocks and the
+# recipe of config/fast.py.
+#   # or FILE.jsonl --val_fraction=0.05, a small copy
+#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories
 #   python train.py config/lowrank_study.py
 from config.fast import *  # noqa: F403
 
@@ -9,6 +11,8 @@ dataset = 'stories'
 n_layer, n_head, n_embd = 6, 6, 192
 block_size, batch_size = 256, 16  # 4,096 tokens a step
 max_iters = 500
-eval_interval, eval_iters = 500, 0  # the whole split, at the end: schedules that end are not compared in their middle
+# the whole split, at the end: schedules that end are not compared in their middle
+eval_interval, eval_iters = 500, 0
 sample_tokens = 0
-compile = False  # the same for every arm; dtype: bfloat16 where the machine has it, as for the figures in docs/results
+# the same for every arm; dtype: bfloat16 where the machine has it, as for the figures in docs/results
+compile = False

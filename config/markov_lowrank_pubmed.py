@@ -1,4 +1,5 @@
-# The low-rank Markov chain: 14,845,952 parameters in place of the table's 840,768,016. The data as in markov_pubmed.py
+# The low-rank Markov chain: 14,845,952 parameters in place of the table's 840,768,016. The data as in
+# markov_pubmed.py
 #   python train.py config/markov_lowrank_pubmed.py
 #   python sample.py --out_dir=out/markov_lowrank_pubmed --start="The patients"
 out_dir = 'out/markov_lowrank_pubmed'

@@ -1,7 +1,9 @@
 # An encoder-decoder for a laptop, pretrained by UL2R's denoisers, then to be fine-tuned on pairs
-#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise    # or FILE.jsonl --val_fraction=0.05, a small copy
+#   # or FILE.jsonl --val_fraction=0.05, a small copy
+#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise
 #   python train.py config/rot5_cpu.py
-#   python prepare.py talks.jsonl --source=source --target=target --tokenizer=data/denoise/tokenizer.model --reserve=100 --out=data/pairs
+#   python prepare.py talks.jsonl --source=source --target=target --tokenizer=data/denoise/tokenizer.model \
+#       --reserve=100 --out=data/pairs
 #   python train.py --init_from=out/rot5_cpu --out_dir=out/pairs --dataset=data/pairs --objective=seq2seq
 from config.fast import *  # noqa: F403
 

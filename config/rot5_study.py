@@ -1,5 +1,7 @@
-# What ROT5's changes to T5 are worth: the base of config/sweeps/rot5.py, its plain T5 at a laptop's size, pretrained by UL2R's denoisers
-#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise    # or FILE.jsonl --val_fraction=0.05, a small copy
+# What ROT5's changes to T5 are worth: the base of config/sweeps/rot5.py, its plain T5 at a laptop's size,
+# pretrained by UL2R's denoisers
+#   # or FILE.jsonl --val_fraction=0.05, a small copy
+#   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise
 #   python train.py config/rot5_study.py
 from config.rot5 import *  # noqa: F403
 

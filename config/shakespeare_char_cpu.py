@@ -1,4 +1,5 @@
-# nanoGPT's laptop set-up (its README, "I only have a macbook"): the same sizes, data, steps and AdamW, in minnow's default network
+# nanoGPT's laptop set-up (its README, "I only have a macbook"): the same sizes, data, steps and AdamW, in
+# minnow's default network
 #   python prepare.py shakespeare --tokenizer=char --out=data/shakespeare_char
 #   python train.py config/shakespeare_char_cpu.py
 out_dir = 'out/shakespeare_char_cpu'

@@ -1,4 +1,5 @@
-# A small dense decoder on the Python standard library, with AdamW: two minutes on two CPU cores; the pages in docs/ work on it
+# A small dense decoder on the Python standard library, with AdamW: two minutes on two CPU cores; the pages in
+# docs/ work on it
 #   python prepare.py stdlib
 #   python train.py config/stdlib_dense.py
 out_dir = 'out/stdlib_dense'

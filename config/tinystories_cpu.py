@@ -1,5 +1,6 @@
 # Readable stories from ten minutes on two CPU cores
-#   python prepare.py tinystories --tokenizer=bpe:4096        # or your own copy: python prepare.py FILE.jsonl --out=data/tinystories --tokenizer=bpe:4096
+#   # or your own copy: python prepare.py FILE.jsonl --out=data/tinystories --tokenizer=bpe:4096
+#   python prepare.py tinystories --tokenizer=bpe:4096
 #   python train.py config/tinystories_cpu.py
 #   python sample.py --out_dir=out/tinystories_cpu --start="once upon a time"
 out_dir = 'out/tinystories_cpu'

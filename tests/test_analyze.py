@@ -16,9 +16,17 @@ from test_hub import saved
 import checkpoint
 from analyze import WeightsSettings
 from configurator import UserError, build
-from features.growth.factorize import rank_for
 from features.study import spectra
-from features.study.spectra import figures, gaussian, matrices, measure, product, singular_values, table
+from features.study.spectra import (
+    figures,
+    gaussian,
+    matrices,
+    measure,
+    product,
+    rank_for,
+    singular_values,
+    table,
+)
 from model import LowRank, ModelConfig, make_model
 
 
@@ -41,7 +49,8 @@ def close(a, b):
 def random_model(**settings):
     """A network in which every weight is random, those that start at zero too."""
     torch.manual_seed(0)
-    model = make_model(build(ModelConfig, **dict(vocab_size=100, block_size=16, n_layer=2, n_head=4, n_embd=32) | settings))
+    model = make_model(
+        build(ModelConfig, **dict(vocab_size=100, block_size=16, n_layer=2, n_head=4, n_embd=32) | settings))
     for p in model.parameters():
         p.data = torch.randn(p.shape) / 4
     return model

@@ -1,4 +1,7 @@
-"""The order of the data is a function: exactly once an epoch, the same for any split into ranks, nothing to save."""
+"""
+The order of the data is a function: exactly once an epoch, the same for any split into ranks, nothing to
+save.
+"""
 import hashlib
 import json
 import os
@@ -14,7 +17,16 @@ import pytest
 from conftest import give_tokenizer, sha256, write_dataset
 
 import prepare
-from batches import Mixture, Source, TokenFiles, find_folder, permute, read_meta, validation_batch, validation_rows
+from batches import (
+    Mixture,
+    Source,
+    TokenFiles,
+    find_folder,
+    permute,
+    read_meta,
+    validation_batch,
+    validation_rows,
+)
 from configurator import UserError
 from features.hf.tokenizer_json import to_json
 from features.text.nanogpt import identify
@@ -35,7 +47,8 @@ def test_permute_is_a_permutation(n):
 def test_permute_differs_by_key_and_stays_as_it_is():
     a, b = np.array(shuffled(1000, 1)), np.array(shuffled(1000, 2))
     assert (a == b).sum() < 20 and abs(np.corrcoef(np.arange(1000), a)[0, 1]) < 0.1
-    assert a[:10].tolist() == [985, 253, 909, 777, 499, 390, 189, 25, 48, 470]  # a run resumed with a later version must see the same order
+    # a run resumed with a later version must see the same order
+    assert a[:10].tolist() == [985, 253, 909, 777, 499, 390, 189, 25, 48, 470]
 
 
 def test_a_hundred_billion_windows_cost_nothing():
@@ -91,7 +104,8 @@ def test_each_epoch_has_another_order_and_the_seed_too(corpus):
     n = a.sources[0].rows
     first, second = a.rows(range(n))[0], a.rows(range(n, 2 * n))[0]
     assert not np.array_equal(first, second) and not np.array_equal(first, b.rows(range(n))[0])
-    assert np.array_equal(np.sort(first.view(f'V{first.itemsize * 16}').ravel()), np.sort(second.view(f'V{first.itemsize * 16}').ravel()))
+    assert np.array_equal(np.sort(first.view(f'V{first.itemsize * 16}').ravel()),
+                          np.sort(second.view(f'V{first.itemsize * 16}').ravel()))
 
 
 def test_any_split_into_calls_gives_the_same_rows(corpus):
@@ -104,9 +118,11 @@ def test_any_split_into_calls_gives_the_same_rows(corpus):
 
 def test_aligned_rows_begin_with_a_document(corpus):
     folder, docs = corpus
-    data, starts = Mixture(folder, 'train', 64, seed=1, packing='aligned'), {tuple(d[:3]) for d in docs['train']}
+    data, starts = (Mixture(folder, 'train', 64, seed=1, packing='aligned'),
+                    {tuple(d[:3]) for d in docs['train']})
     x, y = data.rows(range(data.sources[0].rows))
-    assert all(tuple(row[:3]) in starts for row in x)  # documents are shorter than 64 here, so each window has a start
+    # documents are shorter than 64 here, so each window has a start
+    assert all(tuple(row[:3]) in starts for row in x)
     assert abs((y >= 0).sum() / data.sources[0].files.tokens - 1) < 0.1
 
 
@@ -114,27 +130,33 @@ def test_document_rows_are_padded_masked_and_cropped(corpus):
     folder, docs = corpus
     data = Mixture(folder, 'train', 30, seed=1, packing='document')
     x, y = data.rows(range(97))
-    begun = [np.append(63, d) for d in docs['train']]  # 63: the end of text, which stands before every document too
+    # 63: the end of text, which stands before every document too
+    begun = [np.append(63, d) for d in docs['train']]
     whole = {tuple(d) for d in begun}
     crops = {tuple(d[i:i + 31]) for d in begun for i in range(len(d) - 30)}
     for row_x, row_y in zip(x, y):
         n = (row_y >= 0).sum()
         row = (*row_x[:n], row_y[n - 1])
-        assert row in (whole if len(row) < 31 else whole | crops) and (row_y[n:] == -1).all() and (row_x[n:] == 0).all()
+        assert (row in (whole if len(row) < 31 else whole | crops) and (row_y[n:] == -1).all()
+                and (row_x[n:] == 0).all())
     again = Mixture(folder, 'train', 30, seed=1, packing='document').rows(range(97 * 3))[0]
-    assert np.array_equal(again[:97], x) and len({tuple(r) for r in again}) > len({tuple(r) for r in x})  # another crop each epoch
+    # another crop each epoch
+    assert np.array_equal(again[:97], x) and len({tuple(r) for r in again}) > len({tuple(r) for r in x})
 
 
 def with_meta(folder, to, **fields):
     """A copy of a prepared folder whose meta.json has these fields too; None: not at all."""
     shutil.copytree(folder, to)
     meta = read_meta(folder) | fields
-    (to / 'meta.json').write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    (to / 'meta.json').write_text(json.dumps({key: value for key, value in meta.items()
+                                              if value is not None}))
     return str(to)
 
 
-@pytest.mark.parametrize('fields, bos', [({}, (63,)), ({'bos': 5}, (5,)), ({'eot': None}, ()), ({'bos': 5, 'eot': None}, (5,))], ids=str)
-def test_a_document_begins_with_the_start_token_and_each_of_its_tokens_is_a_target_once(corpus, tmp_path, fields, bos):
+@pytest.mark.parametrize('fields, bos', [({}, (63,)), ({'bos': 5}, (5,)), ({'eot': None}, ()),
+                                         ({'bos': 5, 'eot': None}, (5,))], ids=str)
+def test_a_document_begins_with_the_start_token_and_each_of_its_tokens_is_a_target_once(corpus, tmp_path,
+                                                                                        fields, bos):
     docs, folder = corpus[1], with_meta(corpus[0], tmp_path / 'c', **fields)
     for split in ('train', 'val'):
         source = Source(folder, split, 64, 'document')
@@ -142,7 +164,8 @@ def test_a_document_begins_with_the_start_token_and_each_of_its_tokens_is_a_targ
         assert source.bos == bos
         for row_x, row_y, d in zip(x, y, docs[split], strict=True):
             row = np.append(bos, d).astype(int)
-            assert np.array_equal(row_x[:len(row) - 1], row[:-1]) and np.array_equal(row_y[row_y >= 0], row[1:])
+            assert (np.array_equal(row_x[:len(row) - 1], row[:-1])
+                    and np.array_equal(row_y[row_y >= 0], row[1:]))
         assert source.tokens_per_row() * source.rows == pytest.approx((y >= 0).sum())
         if bos:  # the start token is no target, so bits per byte are exact
             assert (y >= 0).sum() * source.bytes_per_token() == pytest.approx(source.files.bytes)
@@ -159,14 +182,16 @@ def test_a_crop_has_the_start_token_only_where_the_document_begins(tmp_path):
     places = [tuple(begun[n:n + 9]) for n in range(len(begun) - 8)]
     crops = [tuple(source.row(number, noise)) for noise in range(100 * len(places))]
     counts = np.array([crops.count(place) for place in places])
-    assert counts.sum() == len(crops) and (abs(counts - 100) < 50).all()  # each place alike, the first one too
+    # each place alike, the first one too
+    assert counts.sum() == len(crops) and (abs(counts - 100) < 50).all()
     fits = next(n for n, d in enumerate(docs) if len(d) == 8)
     assert source.row(fits).tolist() == [63, *docs[fits]]  # a document of block_size tokens is whole
 
 
 def test_a_checkpoint_decides_what_its_rows_begin_with(corpus):
     old = Source(corpus[0], 'val', 64, 'document', bos=())
-    assert np.array_equal(old.row(0), corpus[1]['val'][0]) and old.tokens_per_row() == np.mean([len(d) - 1 for d in corpus[1]['val']])
+    assert (np.array_equal(old.row(0), corpus[1]['val'][0])
+            and old.tokens_per_row() == np.mean([len(d) - 1 for d in corpus[1]['val']]))
     assert Source(corpus[0], 'val', 64, 'document', bos=[7]).row(0)[0] == 7
     assert Source(corpus[0], 'val', 64, 'stream', bos=[7]).bos == ()
 
@@ -175,7 +200,8 @@ def test_the_fingerprint_knows_the_start_token_where_rows_have_one(corpus, tmp_p
     other = with_meta(corpus[0], tmp_path / 'c', bos=5)
 
     def prints(packing, **more):
-        return [list(Mixture(folder, 'train', 16, seed=1, packing=packing, **more).fingerprint().values())[0] for folder in (corpus[0], other)]
+        return [list(Mixture(folder, 'train', 16, seed=1, packing=packing, **more).fingerprint().values())[0]
+                for folder in (corpus[0], other)]
     assert len(set(prints('stream'))) == 1 and len(set(prints('document'))) == 2
     assert prints('document', bos=()) == prints('stream')
 
@@ -185,7 +211,8 @@ def test_a_start_token_that_cannot_be_is_refused(corpus, tmp_path):
         with pytest.raises(UserError, match='bos is not what it can be'):
             read_meta(with_meta(corpus[0], tmp_path / str(n), bos=bos))
     other = with_meta(corpus[0], tmp_path / 'other', bos=5)
-    with pytest.raises(UserError, match='begin with token 63, those of .*other with token 5: prepare both again'):
+    with pytest.raises(UserError,
+                       match='begin with token 63, those of .*other with token 5: prepare both again'):
         Mixture({corpus[0]: 1, other: 1}, 'train', 16, seed=1, packing='document')
     Mixture({corpus[0]: 1, other: 1}, 'train', 16, seed=1)
 
@@ -196,7 +223,8 @@ def test_documents_that_are_cropped_are_counted(corpus):
     assert Source(folder, 'train', 32, 'document').too_long() == (
         f'{folder}, train: {len(long)} of 97 documents cut to 33 tokens, losing up to {max(long) - 33} '
         '(packing=document: a random part of each)')
-    assert f'{sum(len(d) > 33 for d in docs["train"])} of 97' in Source(folder, 'train', 32, 'document', bos=()).too_long()
+    assert (f'{sum(len(d) > 33 for d in docs["train"])} of 97'
+            in Source(folder, 'train', 32, 'document', bos=()).too_long())
     assert Source(folder, 'train', 60, 'document').too_long() == ''
     for packing in ('stream', 'aligned'):
         assert Source(folder, 'train', 8, packing).too_long() == ''
@@ -228,7 +256,8 @@ def test_weights_are_met_exactly_and_each_source_goes_through_its_rows_once(thre
 def test_weights_count_tokens_or_documents_as_asked(tmp_path, packing, mix_by):
     write_dataset(tmp_path / 'a', documents=100, seed=1)
     write_dataset(tmp_path / 'b', documents=60, seed=2)
-    data = Mixture({str(tmp_path / 'a'): 3, str(tmp_path / 'b'): 1}, 'train', 16, seed=1, packing=packing, mix_by=mix_by)
+    data = Mixture({str(tmp_path / 'a'): 3, str(tmp_path / 'b'): 1}, 'train', 16, seed=1, packing=packing,
+                   mix_by=mix_by)
     tokens, documents = np.zeros(2), np.zeros(2)
     for i in range(2000):
         k, j = data.locate(i)
@@ -243,9 +272,10 @@ def test_weights_count_tokens_or_documents_as_asked(tmp_path, packing, mix_by):
     assert abs(got[0] / got[1] / 3 - 1) < 0.02
 
 
-@pytest.mark.parametrize('dataset, words', [({'x': 0}, 'a mixture takes'), ({}, 'a mixture takes'), ({'x': 'many'}, 'a mixture takes'),
-                                            ({1: 2}, 'a mixture takes'), ({'x': 1e400}, 'a mixture takes'),
-                                            ('nowhere', 'python prepare.py FILE_OR_FOLDER --out=data/nowhere')])
+@pytest.mark.parametrize('dataset, words', [
+    ({'x': 0}, 'a mixture takes'), ({}, 'a mixture takes'), ({'x': 'many'}, 'a mixture takes'),
+    ({1: 2}, 'a mixture takes'), ({'x': 1e400}, 'a mixture takes'),
+    ('nowhere', 'python prepare.py FILE_OR_FOLDER --out=data/nowhere')])
 def test_a_mixture_that_cannot_be_is_refused(dataset, words):
     with pytest.raises(UserError, match=words):
         Mixture(dataset, 'train', 16, seed=1)
@@ -282,7 +312,8 @@ def refusal(function, *args):
 def follow(tmp_path, monkeypatch):
     """Does what a message says last: runs the command of prepare.py at its end. Returns its settings."""
     monkeypatch.chdir(tmp_path)
-    rows = [{'story': f'story {n} of many', 'text': f'the text of number {n}, with more words'} for n in range(40)]
+    rows = [{'story': f'story {n} of many', 'text': f'the text of number {n}, with more words'}
+            for n in range(40)]
     (tmp_path / 'my text.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
     def follow(message):
@@ -301,15 +332,18 @@ def test_a_missing_data_set_is_told_how_to_be_made(follow):
         message = refusal(find_folder, name)
         follow(message)
         assert find_folder(message.partition('--dataset=')[2] or name)
-    for name, command in (('stdlib', 'stdlib'), ('tinystories', 'tinystories'), ('markov2', 'synthetic:markov2'),
+    for name, command in (('stdlib', 'stdlib'), ('tinystories', 'tinystories'),
+                          ('markov2', 'synthetic:markov2'),
                           ('shakespeare_char', 'shakespeare --tokenizer=char --out=data/shakespeare_char')):
-        assert refusal(find_folder, name) == f'dataset={name}: no such data set; first run: python prepare.py {command}'
+        assert (refusal(find_folder, name) == f'dataset={name}: no such data set; first run: '
+                f'python prepare.py {command}')
 
 
 @pytest.mark.parametrize('first, second, told', [
     ('--tokenizer=byte', '--tokenizer=bpe:294', '--tokenizer=byte'),
     ('--tokenizer=bpe:290', '--tokenizer=byte', '--tokenizer=data/first/tokenizer.model'),
-    ('--tokenizer=bpe:290 --reserve=5', '--tokenizer=bpe:294', '--tokenizer=data/first/tokenizer.model and --reserve=5'),
+    ('--tokenizer=bpe:290 --reserve=5', '--tokenizer=bpe:294',
+     '--tokenizer=data/first/tokenizer.model and --reserve=5'),
     ('--tokenizer=byte --reserve=5', '--tokenizer=byte', '--reserve=5'),
     ('--tokenizer=byte', '--tokenizer=byte --reserve=5', '--reserve=0')])
 def test_data_of_another_tokenizer_are_told_how_to_be_prepared(follow, first, second, told):
@@ -326,7 +360,8 @@ def test_data_of_another_tokenizer_are_told_how_to_be_prepared(follow, first, se
 def test_characters_of_another_text_cannot_be_had(follow):
     follow("python prepare.py 'my text.jsonl' --tokenizer=char --out=data/first")
     follow("python prepare.py 'my text.jsonl' --tokenizer=char --text_key=story --out=data/second")
-    assert 'prepare second together with the text of the other' in refusal(Mixture, {'first': 1, 'second': 1}, 'train', 16, 1)
+    assert 'prepare second together with the text of the other' in refusal(Mixture, {'first': 1, 'second': 1},
+                                                                           'train', 16, 1)
 
 
 # --- validation ---
@@ -343,11 +378,13 @@ def test_bits_per_byte_of_a_mixture_are_over_its_targets_not_its_rows(tmp_path):
         (tmp_path / name).mkdir()
         tokens.tofile(tmp_path / name / 'train_00000.bin')
         np.arange(0, len(tokens), length).astype('<u8').tofile(tmp_path / name / 'train_00000.idx')
-        shard = {'file': 'train_00000.bin', 'documents': 20, 'bytes_on_disk': 2 * len(tokens), 'idx_sha256': sha256(tmp_path / name / 'train_00000.idx')}
+        shard = {'file': 'train_00000.bin', 'documents': 20, 'bytes_on_disk': 2 * len(tokens),
+                 'idx_sha256': sha256(tmp_path / name / 'train_00000.idx')}
         meta = {'format': 1, 'tokenizer': {'kind': 'byte'}, 'vocab_size': 64, 'dtype': 'uint16',
                 'splits': {'train': {'bytes': width * len(tokens), 'shards': [shard]}}}
         (tmp_path / name / 'meta.json').write_text(json.dumps(meta))
-    data = Mixture({str(tmp_path / 'short'): 1, str(tmp_path / 'long'): 1}, 'train', 32, 0, 'document', 'documents')
+    data = Mixture({str(tmp_path / 'short'): 1, str(tmp_path / 'long'): 1}, 'train', 32, 0, 'document',
+                   'documents')
     bytes_per_target = (2 * 1 + 20 * 3) / (2 + 20)
     assert data.bits_per_byte(np.log(2)) == pytest.approx(1 / bytes_per_target)
 
@@ -357,7 +394,8 @@ def test_validation_covers_the_split_or_a_fixed_part_of_it(corpus):
     _, y = validation_batch(source, validation_rows(source, 0), 0)
     assert (y >= 0).sum() == source.files.tokens - 1
     some = validation_rows(source, 5)
-    assert len(set(some)) == 5 and np.array_equal(some, validation_rows(source, 5)) and max(some) < source.rows
+    assert (len(set(some)) == 5 and np.array_equal(some, validation_rows(source, 5))
+            and max(some) < source.rows)
 
 
 # --- nanoGPT's folders ---
@@ -366,7 +404,8 @@ def test_a_nanogpt_folder_is_read_without_running_its_pickle(tmp_path):
     chars = 'abc\n'
     np.arange(400, dtype=np.uint16).__mod__(4).tofile(tmp_path / 'train.bin')
     np.arange(40, dtype=np.uint16).__mod__(4).tofile(tmp_path / 'val.bin')
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 4, 'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))}))
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(
+        {'vocab_size': 4, 'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))}))
     meta = read_meta(str(tmp_path))
     assert meta['vocab_size'] == 4 and meta['tokenizer']['chars'] == chars
     assert Mixture(str(tmp_path), 'train', 16, seed=1).rows([0])[0].shape == (1, 16)
@@ -410,7 +449,8 @@ def test_the_width_of_nanogpts_tokens_is_found_and_no_tokenizer_made_up(tmp_path
 
 
 @pytest.mark.parametrize('tokens, dtype, pkl, words', [
-    (range(1, 3000), '<u2', {'vocab_size': 100277}, 'train.bin: holds token .* beyond the 100,277 tokens that meta.pkl names.*as uint32'),
+    (range(1, 3000), '<u2', {'vocab_size': 100277},
+     'train.bin: holds token .* beyond the 100,277 tokens that meta.pkl names.*as uint32'),
     ([50257] * 100, '<u2', None, 'train.bin: holds token 50257, beyond the 50,257 tokens of GPT-2'),
     (range(66000, 67000), '<u4', None, 'beyond the 50,257 tokens of GPT-2'),
     ([1, 0, 2, 0] * 100, '<u2', {'vocab_size': 3}, 'every other uint16 in it is 0'),
@@ -418,7 +458,8 @@ def test_the_width_of_nanogpts_tokens_is_found_and_no_tokenizer_made_up(tmp_path
     (range(1, 1000), '<i8', {'vocab_size': 1000}, 'every other uint32 in it is 0, as in int64'),
     ([1, 2] * 100, '<u2', {'vocab_size': 0}, 'meta.pkl: vocab_size=0'),
 ])
-def test_a_nanogpt_folder_that_can_be_read_in_no_way_or_in_two_is_refused(tmp_path, tokens, dtype, pkl, words):
+def test_a_nanogpt_folder_that_can_be_read_in_no_way_or_in_two_is_refused(tmp_path, tokens, dtype, pkl,
+                                                                          words):
     write_nanogpt(tmp_path, list(tokens), dtype, pkl)
     with pytest.raises(UserError, match=words):
         read_meta(str(tmp_path))
@@ -483,14 +524,18 @@ def flip_a_bit(folder):
     (flip_a_bit, 'train_00001.bin: its contents do not match the hash'),
     (lambda f: (f / 'train_00000.bin').unlink(), 'train_00000.bin: No such file'),
     (lambda f: (f / 'train_00000.idx').write_bytes(b''), 'train_00000.idx: has 0 bytes'),
-    (lambda f: (f / 'train_00000.idx').write_bytes(bytes(len((f / 'train_00000.idx').read_bytes()))), 'train_00000.idx: its contents do not match'),
+    (lambda f: (f / 'train_00000.idx').write_bytes(bytes(len((f / 'train_00000.idx').read_bytes()))),
+     'train_00000.idx: its contents do not match'),
     (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
     (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
     (change_meta(vocab_size=10, eot=9), 'is beyond the vocabulary of 10'),
     (change_meta(vocab_size='64'), 'meta.json: vocab_size is not what'),
     (change_meta(dtype='float64'), 'meta.json: dtype is not what'),
-    (change_meta(splits={'train': {'shards': [{'file': '../train_00000.bin', 'bytes_on_disk': 10}]}}), 'splits.train is not what'),
-    (change_meta(tokenizer={'kind': 'sentencepiece', 'files': {'../../secret': ''}}), 'tokenizer.files is not what'),  # it would be copied beside checkpoints
+    (change_meta(splits={'train': {'shards': [{'file': '../train_00000.bin', 'bytes_on_disk': 10}]}}),
+     'splits.train is not what'),
+    # it would be copied beside checkpoints
+    (change_meta(tokenizer={'kind': 'sentencepiece', 'files': {'../../secret': ''}}),
+     'tokenizer.files is not what'),
     (change_meta(splits={}), 'its train split holds no tokens'),
     (change_meta(format=2), 'format 2 is newer'),
 ])

@@ -31,7 +31,8 @@ def faulty(monkeypatch, dataset):
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def bring_in(*names, **settings):
-        s = build(training.Settings, dataset=dataset, n_layer=2, n_head=2, n_embd=32, block_size=32, **settings)
+        s = build(training.Settings, dataset=dataset, n_layer=2, n_head=2, n_embd=32, block_size=32,
+                  **settings)
         for name in names:
             blog.FAULTS[name](s)
         return s

@@ -11,7 +11,8 @@ from configurator import UserError
 
 
 def state(value):
-    return {'w': torch.full((4, 4), float(value))}, {'state': {0: {'step': torch.tensor(float(value))}}, 'param_groups': [{'lr': 0.1}]}, {'step': value}
+    return {'w': torch.full((4, 4), float(value))}, {'state': {0: {'step': torch.tensor(float(value))}},
+                                                     'param_groups': [{'lr': 0.1}]}, {'step': value}
 
 
 @pytest.fixture
@@ -23,13 +24,15 @@ def run(tmp_path):
 
 def test_what_was_saved_comes_back(run):
     folder = checkpoint.find(str(run))
-    assert checkpoint.load_state(folder) == {'step': 3} and torch.equal(checkpoint.read_weights(folder)['w'], torch.full((4, 4), 3.0))
+    assert (checkpoint.load_state(folder) == {'step': 3}
+            and torch.equal(checkpoint.read_weights(folder)['w'], torch.full((4, 4), 3.0)))
     assert sorted(os.listdir(folder)) == ['manifest.json', 'model.safetensors', 'optimizer.pt', 'state.json']
 
 
 def test_a_number_that_is_not_finite_is_found_wherever_it_is():
     t = torch.zeros(10, 10)
-    assert checkpoint.is_finite(t, 7) and checkpoint.is_finite(torch.zeros(()), 7) and checkpoint.is_finite(torch.zeros(0), 7)
+    assert (checkpoint.is_finite(t, 7) and checkpoint.is_finite(torch.zeros(()), 7)
+            and checkpoint.is_finite(torch.zeros(0), 7))
     for place in (0, 6, 7, 50, 99):
         for value in (torch.nan, torch.inf, -torch.inf):
             broken = t.clone()
@@ -51,8 +54,9 @@ def truncate(size):
 
 
 @pytest.mark.parametrize('name', FILES)
-@pytest.mark.parametrize('damage', [flip, truncate(0), truncate(1), truncate(-1), os.remove,
-                                    lambda path: shutil.copy(path.parent.parent / 'step_00000002' / path.name, path)],
+@pytest.mark.parametrize('damage',
+                         [flip, truncate(0), truncate(1), truncate(-1), os.remove,
+                          lambda path: shutil.copy(path.parent.parent / 'step_00000002' / path.name, path)],
                          ids=['bit', 'empty', 'one byte', 'last byte', 'removed', 'of another step'])
 def test_a_damaged_file_is_noticed_and_the_one_before_is_taken(run, capsys, name, damage):
     damage(run / 'step_00000003' / name)
@@ -75,7 +79,8 @@ def test_what_a_crash_leaves_is_never_taken_and_is_cleaned_away(run):
 
 def test_every_file_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
     events, fsync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(os, 'fsync', lambda fd: (events.append(('fsync', os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, 'fsync', lambda fd: (
+        events.append(('fsync', os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)), fsync(fd)))
     monkeypatch.setattr(os, 'rename', lambda a, b: (events.append(('rename', b, 0)), rename(a, b)))
     checkpoint.save(str(tmp_path), 1, *state(1))
     at = [kind for kind, _, _ in events].index('rename')
@@ -88,7 +93,8 @@ def test_the_best_is_never_pruned(run):
     checkpoint.mark_best(str(run), 1, 0.5, keep=3)
     for step in (4, 5, 6):
         checkpoint.save(str(run), step, *state(step), keep=2)
-    assert sorted(n for n in os.listdir(run) if n != 'best') == ['step_00000001', 'step_00000005', 'step_00000006']
+    assert sorted(n for n in os.listdir(run) if n != 'best') == ['step_00000001', 'step_00000005',
+                                                                 'step_00000006']
     assert checkpoint.find(str(run), 'best').endswith('1') and checkpoint.find(str(run)).endswith('6')
 
 
@@ -108,12 +114,14 @@ def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
             return os.mkdir, (str(tmp_path / 'canary'),)
     (run / 'step_00000003' / 'optimizer.pt').write_bytes(pickle.dumps(Evil()))
     with pytest.raises(Exception, match='(?i)weights.only|unsupported|magic|invalid'):
-        checkpoint.load_optimizer(str(run / 'step_00000003'), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+        checkpoint.load_optimizer(str(run / 'step_00000003'),
+                                  torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     assert not (tmp_path / 'canary').exists()
 
 
 @pytest.mark.parametrize('weights, words', [
-    ({}, 'weight: found no such tensor'), ({'weight': torch.zeros(2, 3), 'x': torch.zeros(1)}, 'x: found'), ({'weight': torch.zeros(3, 2)}, r'found \[3, 2\]')])
+    ({}, 'weight: found no such tensor'), ({'weight': torch.zeros(2, 3), 'x': torch.zeros(1)}, 'x: found'),
+    ({'weight': torch.zeros(3, 2)}, r'found \[3, 2\]')])
 def test_weights_of_another_network_are_refused_by_the_tensors_name(weights, words):
     with pytest.raises(UserError, match=words):
         checkpoint.load_weights(torch.nn.Linear(3, 2, bias=False), weights, 'there')
@@ -121,8 +129,10 @@ def test_weights_of_another_network_are_refused_by_the_tensors_name(weights, wor
 
 def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
     def adam(**shapes):
-        return torch.optim.AdamW([(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()])
-    moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n), 'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
+        return torch.optim.AdamW([(name, torch.nn.Parameter(torch.zeros(shape)))
+                                  for name, shape in shapes.items()])
+    moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n),
+                      'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
     checkpoint.save(str(tmp_path), 1, {}, checkpoint.pack_moments(moments), {})
     optimizer = adam(b=(2, 3), a=(2, 3))
     checkpoint.load_optimizer(f'{tmp_path}/step_00000001', optimizer)

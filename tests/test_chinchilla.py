@@ -11,7 +11,8 @@ TASKS = 2 * 684_805_492  # tokens of ROT5's plan: two epochs
 def test_the_plan_of_rot5_by_all_laws():
     found = optima(tokens=TASKS)
     assert [round(params / 1e6, 1) for params, _, _ in found.values()] == [48.0, 57.4, 52.2, 68.5]
-    assert found['Chinchilla, rounded'][2] == pytest.approx(3.653e17, rel=1e-3) and found['Chinchilla, third fit'][2] == pytest.approx(4.72e17, rel=2e-3)
+    assert (found['Chinchilla, rounded'][2] == pytest.approx(3.653e17, rel=1e-3)
+            and found['Chinchilla, third fit'][2] == pytest.approx(4.72e17, rel=2e-3))
     assert all(tokens == pytest.approx(TASKS) for _, tokens, _ in found.values())
 
 
@@ -20,7 +21,8 @@ def test_the_constants_of_the_third_fit():
 
 
 def test_an_optimum_is_the_lowest_loss_for_its_flops():
-    fit, (params, tokens, flops) = Fit(482.01, 2085.43, 0.3478, 0.3658), optima(flops=1e18)['the same data, fitted again']
+    fit, (params, tokens, flops) = (Fit(482.01, 2085.43, 0.3478, 0.3658),
+                                    optima(flops=1e18)['the same data, fitted again'])
     assert 6 * params * tokens == pytest.approx(flops) == 1e18
 
     def loss(n):
@@ -34,9 +36,12 @@ def test_tokens_and_flops_lead_to_the_same_place():
 
 
 def test_train_prints_the_laws_and_a_network_and_trains_nothing(dataset, tmp_path):
-    done = run('train.py', '--plan', f'--tokens={TASKS}', '--vocab_size=32502', f'--out_dir={tmp_path}/out', '--device=cpu', '--dtype=float32')
-    assert done.returncode == 0 and '3.653e+17' in done.stdout and '--n_layer=' in done.stdout and not (tmp_path / 'out').exists()
-    words = ' '.join(run('train.py', '--plan', '--flops=1e13', f'--dataset={dataset}', '--n_encoder_layer=3', '--objective=ul2', '--device=cpu').stdout.split())
+    done = run('train.py', '--plan', f'--tokens={TASKS}', '--vocab_size=32502', f'--out_dir={tmp_path}/out',
+               '--device=cpu', '--dtype=float32')
+    assert (done.returncode == 0 and '3.653e+17' in done.stdout and '--n_layer=' in done.stdout
+            and not (tmp_path / 'out').exists())
+    words = ' '.join(run('train.py', '--plan', '--flops=1e13', f'--dataset={dataset}', '--n_encoder_layer=3',
+                         '--objective=ul2', '--device=cpu').stdout.split())
     assert 'an encoder of 3' in words
 
 
@@ -50,7 +55,8 @@ def test_a_plan_of_nothing_but_a_network_has_its_numbers_and_needs_no_data(datas
     known = run('train.py', '--plan', *sizes, f'--dataset={dataset}')
     assert '64 tokens' in known.stdout and 'assumed' not in known.stdout
     chain = run('train.py', '--plan', '--arch=markov', '--vocab_size=100', '--device=cpu')
-    assert 'parameters   10,000' in chain.stdout and 'a Markov chain of 100 tokens' in chain.stdout, chain.stderr
+    assert ('parameters   10,000' in chain.stdout
+            and 'a Markov chain of 100 tokens' in chain.stdout), chain.stderr
     for args, words in ((['--n_expert=4'], 'for each token, 4 experts'),
                         (['--n_encoder_layer=3'], '3 encoder layers, 2 layers of 32')):
         done = run('train.py', '--plan', *sizes, '--vocab_size=100', *args)
@@ -63,8 +69,9 @@ def test_a_plan_of_weights_that_are_there_has_their_network(dataset, tmp_path):
     assert '2 layers of 32' in done.stdout and 'those of low-rank adapters' in done.stdout
 
 
-@pytest.mark.parametrize('args, words', [(['--plan', '--tokens=1e6', '--flops=1e6'], 'plan takes one of them'),
-                                         (['--plan', '--tokens=1e6', '--depth=3'], 'depth=3'), (['--hours=1'], 'belong to --plan'),
-                                         (['--plan', '--flops=-1'], 'flops=-1')])
+@pytest.mark.parametrize('args, words',
+                         [(['--plan', '--tokens=1e6', '--flops=1e6'], 'plan takes one of them'),
+                          (['--plan', '--tokens=1e6', '--depth=3'], 'depth=3'),
+                          (['--hours=1'], 'belong to --plan'), (['--plan', '--flops=-1'], 'flops=-1')])
 def test_plans_that_cannot_be_are_refused(args, words):
     assert words in one_line(run('train.py', *args, '--vocab_size=100'))

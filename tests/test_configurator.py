@@ -49,7 +49,8 @@ class Settings:
 
 def test_defaults_then_config_file_then_command_line(tmp_path):
     config = tmp_path / 'c.py'
-    config.write_text('import math\n_half = 0.5\nlearning_rate = _half * 2\nmax_iters = int(math.sqrt(400))\n')
+    config.write_text('import math\n_half = 0.5\nlearning_rate = _half * 2\n'
+                      'max_iters = int(math.sqrt(400))\n')
     s = configure(Settings, [str(config), '--max_iters=30'])
     assert (s.learning_rate, s.max_iters, s.norm) == (1.0, 30, 'rmsnorm')
     assert s.given == {'learning_rate', 'max_iters'}
@@ -146,7 +147,8 @@ def test_a_mistake_is_named_with_what_would_be_right(arg, words):
 @pytest.mark.parametrize('text, words', [
     ('learning_rat = 1\n', 'did you mean learning_rate'),
     ("max_iters = 'many'\n", "max_iters: got 'many', takes int"),
-    ('width = 64\nmax_iters = 2 * width\n', 'width: no such setting; --help lists all; name it _width if it is a variable of this file'),
+    ('width = 64\nmax_iters = 2 * width\n',
+     'width: no such setting; --help lists all; name it _width if it is a variable of this file'),
     ('max_iter = 64\n', 'did you mean max_iters?; name it _max_iter if'),
     ('max_iters = \n', 'SyntaxError'),
     ('import nothing_of_that_name\n', 'ModuleNotFoundError'),
@@ -181,7 +183,8 @@ def test_on_windows_a_script_says_in_one_line_where_it_runs():
              "runpy.run_path(sys.argv[0], run_name='__main__')")
     assert 'on Windows run it in WSL' in one_line(run('-c', start, ROOT / 'prepare.py', '--help'))
     for path in ROOT.glob('*.py'):  # or it would fail before configurator.py speaks
-        assert not re.search('^(import|from) (fcntl|resource|pwd|termios)', path.read_text(encoding='utf-8'), re.MULTILINE), path
+        assert not re.search('^(import|from) (fcntl|resource|pwd|termios)', path.read_text(encoding='utf-8'),
+                             re.MULTILINE), path
 
 
 def test_stored_settings_come_back_strictly():
@@ -240,17 +243,22 @@ def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     from features.lora import combine
     from features.moe import experts, upcycle
     from features.study import attention, sweep
-    texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers', 'which', 'init_keep', 'stop', 'part', 'split', 'errors', 'reference',
+    texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers',
+             'which', 'init_keep', 'stop', 'part', 'split', 'errors', 'reference',
              'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
-    modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, surgery, sweep, train, upcycle)
+    modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, surgery,
+               sweep, train, upcycle)
     for module in modules:
         for cls in vars(module).values():
-            for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__ else ()):
+            for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type)
+                         and cls.__module__ == module.__name__ else ()):
                 comments = comments_of(part) if is_dataclass(part) else {}
                 for f in fields(part) if comments else ():
-                    names_one = re.search(r'\b(files?|folders?|DIR|FILE|FOLDER|hf:|runs?|checkpoint|where to draw)\b', comments.get(f.name, ''))
+                    names_one = re.search(r'\b(files?|folders?|DIR|FILE|FOLDER|hf:|runs?|checkpoint|where to '
+                                          r'draw)\b', comments.get(f.name, ''))
                     is_text = any(kind in (str, list[str]) for kind in options(f.type))
-                    assert not (names_one and is_text) or f.name in texts, (module.__name__, part.__name__, f.name)
+                    assert not (names_one and is_text) or f.name in texts, (module.__name__, part.__name__,
+                                                                            f.name)
 
 
 @dataclass
@@ -261,7 +269,8 @@ class Copy:
 
 def test_a_setting_may_be_named_as_a_word_of_python():
     s = configure(Copy, ['--from=a', '--stop=x', '--stop=y'])
-    assert (s.from_, s.stop, s.given) == ('a', ['x', 'y'], {'from_', 'stop'}) and "--from=''" in help_text(Copy)
+    assert ((s.from_, s.stop, s.given) == ('a', ['x', 'y'], {'from_', 'stop'})
+            and "--from=''" in help_text(Copy))
     with pytest.raises(UserError, match='--import: no such setting'):
         configure(Copy, ['--import=a'])
 
@@ -270,7 +279,8 @@ def test_the_first_argument_names_a_command():
     commands = {'copy': (len, Copy), 'train': (max, Settings)}
     function, s = configure_command(commands, ['train', '--max_iters=3'])
     assert function is max and s.max_iters == 3
-    for argv, words in [([], 'no command given: takes copy or train'), (['cpy'], 'cpy: takes copy or train'), (['copy', '--max_iters=3'], 'no such setting')]:
+    for argv, words in [([], 'no command given: takes copy or train'), (['cpy'], 'cpy: takes copy or train'),
+                        (['copy', '--max_iters=3'], 'no such setting')]:
         with pytest.raises(UserError, match=words):
             configure_command(commands, argv)
 
@@ -280,12 +290,14 @@ def test_the_first_argument_names_a_command():
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_every_script_refuses_a_torch_that_is_too_old(script, monkeypatch):
     monkeypatch.setattr('torch.__version__', '2.10.1+cpu')
-    expected = f'{script}: torch 2.10.1+cpu: minnow needs torch {OLDEST_TORCH} or later: pip install torch=={PINNED_TORCH}'
+    expected = (f'{script}: torch 2.10.1+cpu: minnow needs torch {OLDEST_TORCH} or later: '
+                f'pip install torch=={PINNED_TORCH}')
     assert one_line(run(script)) == expected
 
 
-@pytest.mark.parametrize('version, is_refused', [('2.9.1', True), ('1.13.1+cu117', True), ('2.10.0a0+git12', True), ('2.11.0', False),
-                                                 ('2.11.0a0+git12', False), ('2.13.0+cpu', False), ('3.0.0', False), ('10.0', False)])
+@pytest.mark.parametrize('version, is_refused', [
+    ('2.9.1', True), ('1.13.1+cu117', True), ('2.10.0a0+git12', True), ('2.11.0', False),
+    ('2.11.0a0+git12', False), ('2.13.0+cpu', False), ('3.0.0', False), ('10.0', False)])
 def test_versions_are_compared_as_numbers(version, is_refused, monkeypatch):
     monkeypatch.setattr('torch.__version__', version)
     if is_refused:
@@ -303,10 +315,13 @@ def test_every_script_with_a_main_is_checked():
 
 
 def test_all_texts_name_the_same_oldest_torch():
-    texts = {name: (ROOT / name).read_text() for name in ('requirements.txt', 'README.md', 'SECURITY.md', 'Makefile')}
+    texts = {name: (ROOT / name).read_text()
+             for name in ('requirements.txt', 'README.md', 'SECURITY.md', 'Makefile')}
     assert re.search(r'^torch==(\S+) .*oldest', texts['requirements.txt'], re.M)[1] == PINNED_TORCH
-    for name, pattern in (('requirements.txt', r'; ([\d.]+) is the oldest version'), ('README.md', r'oldest version supported is torch ([\d.]*\d)'),
-                          ('SECURITY.md', r'refuses a torch older than ([\d.]*\d)'), ('Makefile', r'torch==([\d.]+)\.0/')):
+    for name, pattern in (('requirements.txt', r'; ([\d.]+) is the oldest version'),
+                          ('README.md', r'oldest version supported is torch ([\d.]*\d)'),
+                          ('SECURITY.md', r'refuses a torch older than ([\d.]*\d)'),
+                          ('Makefile', r'torch==([\d.]+)\.0/')):
         assert re.findall(pattern, texts[name]) == [OLDEST_TORCH], name
 
 
@@ -318,7 +333,8 @@ def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(num
         raise OSError(number, os.strerror(number), 'some/file')
     with pytest.raises(SystemExit, match='2'):
         run_main(main)
-    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, then run the same command\n')
+    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, '
+                                            'then run the same command\n')
 
 
 def lost_stream(kind):

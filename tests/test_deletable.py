@@ -1,6 +1,6 @@
 """
-Features can be deleted: the folder, the configs and the lines that are marked with its name. What is left trains, goes
-on, samples and exports a plain decoder. And a plain run does not load any feature.
+Features can be deleted: the folder, the configs and the lines that are marked with its name. What is left
+trains, goes on, samples and exports a plain decoder. And a plain run does not load any feature.
 """
 import ast
 import json
@@ -12,7 +12,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-CORE = ['train', 'run', 'model', 'batches', 'optim', 'checkpoint', 'sample', 'prepare', 'tokenizer', 'configurator', 'device']
+CORE = ['train', 'run', 'model', 'batches', 'optim', 'checkpoint', 'sample', 'prepare', 'tokenizer',
+        'configurator', 'device']
 FEATURES = sorted(path.name for path in (ROOT / 'features').iterdir() if (path / 'README.md').exists())
 
 # Import torch once, then fork a process for each tree: it runs the scripts there as a user does
@@ -34,13 +35,14 @@ def run(*args):
     return printed.buffer.getvalue().decode()
 
 def plain_decoder(has_export):
-    tiny = ['--out_dir=out/run', '--dataset=data/text', '--n_layer=1', '--n_head=2', '--n_kv_head=1', '--n_embd=16',
-            '--block_size=16', '--batch_size=2', '--device=cpu', '--dtype=float32', '--eval_iters=1', '--sample_tokens=4',
-            '--optimizer=muon', '--rank_qk=4', '--eval_interval=2', '--mlp=swiglu', '--norm=rmsnorm']
-    run('prepare.py', 'text.txt', '--tokenizer=byte', '--out=data/text', '--val_fraction=0.2', '--num_proc=1')
+    tiny = ['--out_dir=out/run', '--dataset=data/text', '--n_layer=1', '--n_head=2', '--n_kv_head=1',
+            '--n_embd=16', '--block_size=16', '--batch_size=2', '--device=cpu', '--dtype=float32',
+            '--eval_iters=1', '--sample_tokens=4', '--optimizer=muon', '--rank_qk=4', '--eval_interval=2']
+    run('prepare.py', 'text.txt', '--tokenizer=byte', '--out=data/text', '--val_fraction=0.2')
     assert 'done: 2 steps' in run('train.py', *tiny, '--max_iters=2')
     assert 'resuming out/run at step 2' in run('train.py', *tiny, '--max_iters=4')
-    text = run('sample.py', '--out_dir=out/run', '--start=one', '--max_new_tokens=8', '--num_samples=1', '--device=cpu')
+    text = run('sample.py', '--out_dir=out/run', '--start=one', '--max_new_tokens=8', '--num_samples=1',
+               '--device=cpu')
     assert text.startswith('one'), text
     if has_export:
         run('hub.py', 'export', '--out_dir=out/run', '--to=out/hf', '--as=custom')
@@ -53,8 +55,6 @@ for folder in sys.argv[1:]:
             os.chdir(folder)
             sys.path.insert(0, folder)
             plain_decoder(os.path.isdir('features/hf'))
-            loaded = [m.__file__ for m in list(sys.modules.values()) if (getattr(m, '__file__', None) or '').startswith(folder)]
-            json.dump(loaded, open('loaded.json', 'w'))
             os._exit(0)
         except BaseException:
             import traceback
@@ -66,8 +66,12 @@ for folder in sys.argv[1:]:
 
 
 def without(feature, folder):
-    """A copy of the repository without a feature: its folder, the configs that need it, the lines marked with its name."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'data', 'out*', 'tests', 'docs', 'assets', '__pycache__'))
+    """
+    A copy of the repository without a feature: its folder, the configs that need it, the lines marked with
+    its name.
+    """
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'data', 'out*', 'tests', 'docs',
+                                                                'assets', '__pycache__'))
     (folder / 'text.txt').write_text('one two three four five six seven eight nine ten\n' * 100)
     if feature:
         shutil.rmtree(folder / 'features' / feature)
@@ -97,7 +101,8 @@ def test_a_plain_decoder_works_without_the_feature(feature, ended):
 @pytest.mark.parametrize('name', CORE)
 def test_no_core_file_imports_a_feature_at_module_level(name):
     for node in ast.parse((ROOT / f'{name}.py').read_text()).body:
-        modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, 'names', [])]
+        modules = ([node.module] if isinstance(node, ast.ImportFrom)
+                   else [alias.name for alias in getattr(node, 'names', [])])
         assert not any(str(module).startswith('features') for module in modules), ast.unparse(node)
 
 
@@ -107,19 +112,19 @@ def test_a_plain_run_loads_few_files(tmp_path):
 import atexit, os, sys
 root = os.getcwd()
 def report():
-    files = sorted({m.__file__ for m in list(sys.modules.values()) if (getattr(m, '__file__', None) or '').startswith(root)})
-    files.append(os.path.join(root, 'train.py'))
-    files = sorted(set(files))
-    print('LOADED', len(files), sum(len(open(f).readlines()) for f in files), *[os.path.relpath(f) for f in files])
+    files = {getattr(module, '__file__', None) or '' for module in list(sys.modules.values())}
+    files = sorted({file for file in files if file.startswith(root)} | {os.path.join(root, 'train.py')})
+    lines = sum(len(open(file).readlines()) for file in files)
+    print('LOADED', len(files), lines, *[os.path.relpath(file) for file in files])
 atexit.register(report)
 import runpy
 runpy.run_path('train.py', run_name='__main__')
 """
     tree = without('', tmp_path / 'tree')
-    subprocess.run([sys.executable, 'prepare.py', 'text.txt', '--tokenizer=byte', '--out=data/text', '--val_fraction=0.2'],
-                   cwd=tree, check=True, capture_output=True)
-    args = ['--dataset=data/text', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--max_iters=2', '--device=cpu',
-            '--dtype=float32', '--eval_iters=1']
+    subprocess.run([sys.executable, 'prepare.py', 'text.txt', '--tokenizer=byte', '--out=data/text',
+                    '--val_fraction=0.2'], cwd=tree, check=True, capture_output=True)
+    args = ['--dataset=data/text', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16',
+            '--max_iters=2', '--device=cpu', '--dtype=float32', '--eval_iters=1']
     done = subprocess.run([sys.executable, '-c', code, *args], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files, lines, *names = done.stdout.partition('LOADED ')[2].split()

@@ -54,7 +54,8 @@ def make(tmp_path):
         stub(tmp_path / 'bin' / 'uname', f'#!/bin/sh\necho {system}\n')
         env = os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'OFFLINE': str(int(offline))}
         env.pop('MAKEFLAGS', None)
-        done = subprocess.run(['make', target], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(['make', target], cwd=tmp_path, env=env, capture_output=True, text=True,
+                              check=True)
         return done.stdout, (tmp_path / 'calls').read_text().splitlines()
     return run
 
@@ -64,7 +65,8 @@ def test_the_demo_trains_three_runs_for_the_same_minutes_samples_and_compares(ma
     trained = [f'python train.py --minutes=2 config/demo_{name}.py' for name in RUNS]
     scripts = [call for call in calls if re.match(r'python \w+\.py', call)]
     assert scripts[0].startswith('python prepare.py') and scripts[1:4] == trained
-    assert [re.search('--out_dir=(.*?) ', call)[1] for call in scripts[4:6]] == ['out/demo_dense', 'out/demo_lowrank']
+    assert ([re.search('--out_dir=(.*?) ', call)[1] for call in scripts[4:6]]
+            == ['out/demo_dense', 'out/demo_lowrank'])
     compared = 'python compare.py out/demo_nanogpt out/demo_dense out/demo_lowrank --picture=out/demo.png'
     assert scripts[6:] == [compared]
     assert len(printed.rpartition('Try next:\n')[2].splitlines()) == 3
@@ -84,7 +86,8 @@ def test_the_demo_says_which_text_it_took(make, offline, corpus, said, prompt):
 def test_the_cpu_wheel_is_taken_on_linux_without_a_gpu_alone(make):
     version = re.search(r'^torch==([\d.]+)', (ROOT / 'requirements.txt').read_text(), re.M)[1]
     first, second = make('.venv/demo')[1]
-    assert '--index-url https://download.pytorch.org/whl/cpu' in first and first.endswith(f' torch=={version}')
+    assert ('--index-url https://download.pytorch.org/whl/cpu' in first
+            and first.endswith(f' torch=={version}'))
     assert second.endswith('-r requirements.txt')
 
 
@@ -107,8 +110,8 @@ def settings(name, monkeypatch):
 
 def test_the_runs_share_data_sizes_and_batches(monkeypatch):
     runs = [settings(name, monkeypatch) for name in RUNS]
-    for name in ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'rows_per_step', 'eval_iters', 'seed', 'compile',
-                 'dropout', 'minutes'):
+    for name in ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'rows_per_step', 'eval_iters',
+                 'seed', 'compile', 'dropout', 'minutes'):
         assert len({getattr(s, name) for s in runs}) == 1, name
     assert len({s.out_dir for s in runs}) == 3
     dense, lowrank, _ = runs
@@ -134,14 +137,16 @@ def test_nothing_of_the_recipe_leaks_into_nanogpts(monkeypatch):
 # The documentation of the standard library
 
 def test_code_is_left_out_of_the_documentation():
-    text = ('What it is::\n\n    with x:\n        y\n\n    z\n\nIt goes on.\n\n>>> a(1)\n  b\nc\n\nAnd on.\n\n'
+    text = ('What it is::\n\n    with x:\n        y\n\n    z\n\nIt goes on.\n\n>>> a(1)\n  b\nc\n'
+            '\nAnd on.\n\n'
             'if_stmt ::= "if" x\n            | "else"\n\n+---+\n| a |\n+---+\nThe end.\n')
     assert docs.without_code(text) == 'What it is:\n\nIt goes on.\n\nAnd on.\n\nThe end.'
 
 
 def test_a_module_is_a_document_of_its_docstrings(tmp_path):
     path = tmp_path / 'a.py'
-    path.write_text('"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """\n        Method.\n        """\n'
+    path.write_text('"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """\n        '
+                    'Method.\n        """\n'
                     '        return 1\n')
     assert docs.documents_of(str(path)) == [(str(path), 'Module.\n\nClass.\n\nMethod.')]
     path.write_text('x = 1\n')
@@ -185,7 +190,8 @@ def test_a_terminal_gets_a_progress_bar_and_a_log_none(dataset, tmp_path, monkey
     assert trained(dataset, tmp_path / 'b', monkeypatch, io.StringIO()) == ''
 
     def without_speed(text):
-        return re.sub(r'[\d,]+ tokens/s|MFU \d+%|\d+m\d+s left', '', text.replace(str(tmp_path / 'a'), str(tmp_path / 'b')))
+        return re.sub(r'[\d,]+ tokens/s|MFU \d+%|\d+m\d+s left', '',
+                      text.replace(str(tmp_path / 'a'), str(tmp_path / 'b')))
     assert without_speed(lines) == without_speed(capsys.readouterr().out)
 
 

@@ -8,8 +8,10 @@ from configurator import UserError
 
 def test_bfloat16_is_taken_on_a_cpu_only_where_a_matmul_is_faster(monkeypatch):
     cpu = torch.device('cpu')
-    for speed, choice in ((0.01, 'float32'), (1.2, 'float32'), (4.0, 'bfloat16')):  # emulated bf16 can be 100 times slower
-        monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
+    # emulated bf16 can be 100 times slower
+    for speed, choice in ((0.01, 'float32'), (1.2, 'float32'), (4.0, 'bfloat16')):
+        monkeypatch.setattr(device, 'matmul_flops',
+                            lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
         assert device.pick_dtype('auto', cpu) == choice and device.pick_dtype('float32', cpu) == 'float32'
 
 
@@ -25,7 +27,8 @@ def test_what_rounding_would_change_is_in_float32_unless_another_dtype_is_asked_
 
 def test_who_asks_for_bfloat16_where_it_is_slow_is_told(monkeypatch, capsys):
     for speed, said in ((0.01, 'dtype=bfloat16: 100 times slower than float32 on this CPU'), (0.8, '')):
-        monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
+        monkeypatch.setattr(device, 'matmul_flops',
+                            lambda d, dtype, n=512, speed=speed: speed if dtype == torch.bfloat16 else 1.0)
         assert device.pick_dtype('bfloat16', torch.device('cpu')) == 'bfloat16'
         out = capsys.readouterr().out
         assert out.startswith(said) and bool(out) == bool(said)
@@ -44,7 +47,8 @@ def test_autocast_multiplies_in_the_dtype():
 
 def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(device.shutil, 'which', lambda name: None)
-    assert device.pick_compile(True, torch.device('cpu')) is False and 'no C++ compiler' in capsys.readouterr().out
+    assert (device.pick_compile(True, torch.device('cpu')) is False
+            and 'no C++ compiler' in capsys.readouterr().out)
     assert device.pick_compile('auto', torch.device('cpu')) is False
 
 
@@ -54,7 +58,8 @@ def test_a_device_that_is_not_there_is_named(name):
         device.pick_device(name)
 
 
-@pytest.mark.parametrize('error, is_it', [(MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
-                                          (torch.OutOfMemoryError('CUDA out of memory.'), True), (RuntimeError('shape mismatch'), False)])
+@pytest.mark.parametrize('error, is_it', [
+    (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (torch.OutOfMemoryError('CUDA out of memory.'), True), (RuntimeError('shape mismatch'), False)])
 def test_out_of_memory_is_told_from_other_errors(error, is_it):
     assert device.is_out_of_memory(error) is is_it

@@ -1,4 +1,7 @@
-"""Distillation: loss and gradient are those of the definition, in chunks or at once; a run learns from its teacher and says which it cannot have."""
+"""
+Distillation: loss and gradient are those of the definition, in chunks or at once; a run learns from its
+teacher and says which it cannot have.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,18 +35,22 @@ def by_definition(student, teacher):
     x, y = batch()
     real = y >= 0
     z, t = student(x)[real], teacher(x)[real].detach()
-    kl = F.kl_div((z / TEMPERATURE).log_softmax(-1), (t / TEMPERATURE).log_softmax(-1), log_target=True, reduction='batchmean')
+    kl = F.kl_div((z / TEMPERATURE).log_softmax(-1), (t / TEMPERATURE).log_softmax(-1), log_target=True,
+                  reduction='batchmean')
     return (1 - MIX) * F.cross_entropy(z, y[real]) + MIX * TEMPERATURE ** 2 * kl
 
 
 def in_chunks(student, teacher, mix=MIX):
     x, y = batch()
-    return student(x, y, teacher=ask(teacher, x, build(Settings, distill_mix=mix, distill_temperature=TEMPERATURE)))
+    return student(x, y,
+                   teacher=ask(teacher, x, build(Settings, distill_mix=mix, distill_temperature=TEMPERATURE)))
 
 
-@pytest.mark.parametrize('chunk, block', [(2 ** 25, 2 ** 20), (64 * 20, 64 * 7)])  # all at once; 20 rows at a time, of which 7
-@pytest.mark.parametrize('student, teacher', [(dict(), dict(n_layer=3, n_embd=64, n_head=4)), (dict(softcap=4.0, tie=False), dict(softcap=9.0)),
-                                              (dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False))], ids=str)
+# all at once; 20 rows at a time, of which 7
+@pytest.mark.parametrize('chunk, block', [(2 ** 25, 2 ** 20), (64 * 20, 64 * 7)])
+@pytest.mark.parametrize('student, teacher', [
+    (dict(), dict(n_layer=3, n_embd=64, n_head=4)), (dict(softcap=4.0, tie=False), dict(softcap=9.0)),
+    (dict(rank_embed=8, rank_head=8), dict(rank_head=8, tie=False))], ids=str)
 def test_loss_and_gradient_are_those_of_the_definition(student, teacher, chunk, block, monkeypatch):
     monkeypatch.setattr(model_module, 'CHUNK', chunk)
     monkeypatch.setattr(model_module, 'BLOCK', block)
@@ -58,7 +65,8 @@ def test_loss_and_gradient_are_those_of_the_definition(student, teacher, chunk, 
 def test_from_itself_there_is_nothing_to_learn():
     model = network()
     loss = in_chunks(model, model, mix=1.0)
-    assert abs(loss) < 1e-6 and max(g.abs().max() for g in torch.autograd.grad(loss, list(model.parameters()))) < 1e-6
+    assert (abs(loss) < 1e-6
+            and max(g.abs().max() for g in torch.autograd.grad(loss, list(model.parameters()))) < 1e-6)
 
 
 def test_a_student_follows_its_teacher(dataset, tmp_path):
@@ -67,10 +75,11 @@ def test_a_student_follows_its_teacher(dataset, tmp_path):
         train(tmp_path / name, '--max_iters=40', '--eval_interval=40', *args, dataset=dataset)
     alone, taught = (read_log(tmp_path / name) for name in ('alone', 'taught'))
     assert taught[-1]['flops'] > 1.2 * alone[-1]['flops']  # the teacher's forward pass costs
-    assert taught[1]['train_loss'] != alone[1]['train_loss'] and taught[-1]['val_loss'] != alone[-1]['val_loss']
+    assert (taught[1]['train_loss'] != alone[1]['train_loss']
+            and taught[-1]['val_loss'] != alone[-1]['val_loss'])
     for name, steps in [('parts', 20), ('parts', 40), ('whole', 40)]:
-        train(tmp_path / name, f'--max_iters={steps}', '--eval_interval=20', '--lr_decay_iters=40', '--warmup_iters=2', f'--teacher={tmp_path}/teacher',
-              dataset=dataset)
+        train(tmp_path / name, f'--max_iters={steps}', '--eval_interval=20', '--lr_decay_iters=40',
+              '--warmup_iters=2', f'--teacher={tmp_path}/teacher', dataset=dataset)
     assert read_log(tmp_path / 'parts')[-1] == read_log(tmp_path / 'whole')[-1]  # resumed
 
 
@@ -85,13 +94,17 @@ def test_two_ranks_and_their_teacher(dataset, tmp_path):
 def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     train(tmp_path / 'teacher', dataset=dataset)
     write_dataset(tmp_path / 'other', vocab_size=70)
-    for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'), (['--block_size=64'], dataset, 'knows 32 positions'),
+    for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'),
+                              (['--block_size=64'], dataset, 'knows 32 positions'),
                               (['--distill_mix=0'], dataset, 'takes 0 < distill_mix <= 1'),
                               (['--arch=markov'], dataset, 'goes with arch=decoder alone, not markov'),
                               (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
-        assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data, check=False))
-    assert 'belongs to distillation: set teacher too' in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False))
-    assert 'no such directory' in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/nowhere', dataset=dataset, check=False))
+        assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data,
+                                       check=False))
+    assert ('belongs to distillation: set teacher too'
+            in one_line(train(tmp_path / 'no', '--distill_mix=0.9', dataset=dataset, check=False)))
+    assert 'no such directory' in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/nowhere',
+                                                 dataset=dataset, check=False))
     assert not (tmp_path / 'no').exists()
     done = train(tmp_path / 'teacher', f'--teacher={tmp_path}/./teacher/', dataset=dataset, check=False)
     assert 'is the out_dir of this run' in one_line(done)

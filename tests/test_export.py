@@ -149,7 +149,8 @@ CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_en
 def test_the_changes_are_of_every_setting():
     sizes = {'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'}
     every = with_features(ModelConfig, *feature_names())
-    assert {f.name for f in dataclasses.fields(every)} == sizes | {name for change in CHANGES for name in change}
+    assert ({f.name for f in dataclasses.fields(every)}
+            == sizes | {name for change in CHANGES for name in change})
 
 
 @torch.no_grad()
@@ -157,7 +158,8 @@ def test_the_changes_are_of_every_setting():
 @pytest.mark.parametrize('family', [LLAMA, GPT2, T5], ids=['llama', 'gpt2', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
-    cfg = build(ModelConfig, **dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
+    cfg = build(ModelConfig,
+                **dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
     if cfg.arch == 'markov' or cfg.rank_guide:
         assert nearest(cfg)[1]
         return
@@ -181,7 +183,8 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
 def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
     for family in (LLAMA, GPT2, T5):
         model = network(**family)
-        later = dataclasses.make_dataclass('Later', [('scale', float, dataclasses.field(default=1.0))], bases=(type(model.cfg),))
+        later = dataclasses.make_dataclass('Later', [('scale', float, dataclasses.field(default=1.0))],
+                                           bases=(type(model.cfg),))
         plain = dataclasses.asdict(model.cfg)
         model.cfg = later(**plain, scale=1.8)
         assert nearest(model.cfg)[1] == ['scale=1.8']
@@ -249,9 +252,10 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('settings', [dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
-                                      GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2, expert_shared=True),
-                                      dict(position='relative')], ids=str)
+@pytest.mark.parametrize('settings', [
+    dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
+    GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2, expert_shared=True),
+    dict(position='relative')], ids=str)
 def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path):
     model = network(**settings)
     folder = exported(tmp_path, model, as_='custom')
@@ -279,7 +283,8 @@ def test_a_custom_config_that_lies_is_refused(fields, words, tmp_path):
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
     out_dir = written(tmp_path / 'run', network(**LLAMA), ByteTokenizer())
-    chain = written(tmp_path / 'chain', make_model(build(ModelConfig, arch='markov', vocab_size=257)), ByteTokenizer())
+    chain = written(tmp_path / 'chain', make_model(build(ModelConfig, arch='markov', vocab_size=257)),
+                    ByteTokenizer())
     (tmp_path / 'there').mkdir()
     for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'),
                         ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),

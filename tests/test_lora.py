@@ -1,5 +1,6 @@
 """
-Adapters: they change nothing at first, what they say is what PEFT's say, merged they are the same function, and a run that trains them holds them alone.
+Adapters: they change nothing at first, what they say is what PEFT's say, merged they are the same function,
+and a run that trains them holds them alone.
 """
 
 import os
@@ -30,7 +31,8 @@ VOCAB = 96
 def network(**changes):
     """A small random decoder, its output matrices too."""
     torch.manual_seed(0)
-    sizes = {'vocab_size': VOCAB, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'zero_init': False}
+    sizes = {'vocab_size': VOCAB, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 32,
+             'zero_init': False}
     model = make_model(build(ModelConfig, **sizes | changes)).eval()
     for p in model.parameters():
         if not p.any():
@@ -64,13 +66,17 @@ def logits(model):
 
 KINDS = {
     'plain': ({}, {}),
-    'everything': ({'tie': False, 'position': 'learned', 'bias': True}, {'lora_targets': 'attn,mlp,embed,head', 'lora_whole': 'norm', 'lora_bias': 'all'}),
-    'dora': ({'tie': False, 'bias': True, 'n_kv_head': 2}, {'lora_targets': 'attn,mlp,embed,head', 'lora_dora': True}),
+    'everything': ({'tie': False, 'position': 'learned', 'bias': True},
+                   {'lora_targets': 'attn,mlp,embed,head', 'lora_whole': 'norm', 'lora_bias': 'all'}),
+    'dora': ({'tie': False, 'bias': True, 'n_kv_head': 2},
+             {'lora_targets': 'attn,mlp,embed,head', 'lora_dora': True}),
     'pissa': ({'tie': False}, {'lora_targets': 'c_attn,up,head', 'lora_pissa': True, 'lora_rs': True}),
     'low rank': ({'rank_qk': 8, 'rank_mlp': 16, 'rank_act': 'silu'}, {}),
     'experts': ({'n_expert': 4, 'n_expert_active': 2, 'mlp': 'swiglu'}, {'lora_tokens': [3, 5]}),
-    'tied rows': ({}, {'lora_tokens': [3, 5], 'lora_ranks': {'mlp': 2, r'blocks\.1': 0}, 'lora_alphas': {'attn': 3}}),
-    'encoder-decoder': ({'n_encoder_layer': 2, 'position': 'relative', 't5_scale': True, 'mlp': 'relu'}, {'lora_targets': 'q,v,wi'}),
+    'tied rows': ({}, {'lora_tokens': [3, 5], 'lora_ranks': {'mlp': 2, r'blocks\.1': 0},
+                       'lora_alphas': {'attn': 3}}),
+    'encoder-decoder': ({'n_encoder_layer': 2, 'position': 'relative', 't5_scale': True, 'mlp': 'relu'},
+                        {'lora_targets': 'q,v,wi'}),
 }
 
 
@@ -96,7 +102,8 @@ def test_merged_they_are_the_same_function_and_unmerged_the_base_is_bitwise_what
     alone.load_state_dict(adapters.base_state(model))
     assert (logits(alone.eval()) - spoken).abs().max() < 2e-5 * spoken.abs().max()
     adapters.unmerge(model, before)
-    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items()) and torch.equal(logits(model), spoken)
+    assert (all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+            and torch.equal(logits(model), spoken))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -111,19 +118,23 @@ def test_the_loss_in_chunks_is_that_of_the_logits_and_trains_the_same_tensors(ki
     F.cross_entropy(model(ids(), **reading(model)).flatten(0, 1), targets.flatten()).backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert torch.allclose(grads[name], p.grad, rtol=1e-3, atol=1e-6 * max(1, p.grad.abs().max().item())), name
+            assert torch.allclose(grads[name], p.grad, rtol=1e-3,
+                                  atol=1e-6 * max(1, p.grad.abs().max().item())), name
 
 
 def test_what_is_added_is_the_product_times_alpha_over_rank():
-    for settings, scale in (({'lora_alpha': 6}, 6 / 4), ({'lora_alpha': 6, 'lora_rs': True}, 3), ({'lora_alphas': {'blocks.0': 8}}, 2)):
+    for settings, scale in (({'lora_alpha': 6}, 6 / 4), ({'lora_alpha': 6, 'lora_rs': True}, 3),
+                            ({'lora_alphas': {'blocks.0': 8}}, 2)):
         model = adapted(network(), **settings)
         layer = model.blocks[0].attn.q
         adapter, x = layer.lora['default'], torch.randn(5, 32)
-        assert torch.allclose(layer(x), F.linear(x, layer.weight) + scale * x @ adapter.A.T @ adapter.B.T, atol=1e-6)
+        assert torch.allclose(layer(x), F.linear(x, layer.weight) + scale * x @ adapter.A.T @ adapter.B.T,
+                              atol=1e-6)
 
 
-@pytest.mark.parametrize('model_settings, settings', [*(KINDS[kind] for kind in KINDS if kind != 'encoder-decoder'),
-                                                      ({}, {'lora_targets': 'attn,embed', 'lora_tokens': [3, 5]})], ids=str)
+@pytest.mark.parametrize('model_settings, settings',
+                         [*(KINDS[kind] for kind in KINDS if kind != 'encoder-decoder'),
+                          ({}, {'lora_targets': 'attn,embed', 'lora_tokens': [3, 5]})], ids=str)
 def test_packed_for_sampling_they_say_the_same(model_settings, settings):
     model = adapted(network(**model_settings), **settings)
     spoken = logits(model)
@@ -138,7 +149,8 @@ def test_in_bfloat16_merged_is_unmerged_but_for_its_rounding(kind):
     with torch.autocast('cpu', torch.bfloat16):
         spoken, before = logits(model), adapters.merge(model)
         merged = logits(model)
-    assert before and (spoken - exact).abs().max() < 0.1 * exact.abs().max() and (merged - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (before and (spoken - exact).abs().max() < 0.1 * exact.abs().max()
+            and (merged - exact).abs().max() < 0.1 * exact.abs().max())
 
 
 def test_rows_of_zeros_are_no_trouble():
@@ -164,12 +176,14 @@ def test_dropout_is_of_what_adapters_read_and_in_training_alone():
     assert torch.equal(logits(model), logits(model)) and torch.equal(model(ids(), ids()), model(ids(), ids()))
     model.train()
     assert not torch.equal(logits(model), logits(model))
-    assert torch.equal(logits(adapted(network(tie=False), **settings)), logits(adapted(network(tie=False), lora_targets='attn,head')))
+    assert torch.equal(logits(adapted(network(tie=False), **settings)),
+                       logits(adapted(network(tie=False), lora_targets='attn,head')))
 
 
 def test_cached_generation_is_uncached_with_adapters():
     model = adapted(network(position='learned', tie=False), lora_targets='attn,mlp,embed,head')
-    texts = [torch.stack(list(generate(model, ids(2, 5).tolist(), 20, temperature=0, use_cache=cached))) for cached in (True, False)]
+    texts = [torch.stack(list(generate(model, ids(2, 5).tolist(), 20, temperature=0, use_cache=cached)))
+             for cached in (True, False)]
     assert torch.equal(*texts)
 
 
@@ -184,12 +198,15 @@ def test_beside_one_of_three_matrices_with_biases_dora_keeps_the_dtype_that_a_ca
 
 def test_what_targets_mean():
     def layers(**settings):
-        return [name for name, _ in lora.adapted(adapted(network(**{'tie': False, 'position': 'learned', 'mlp': 'swiglu'}), **settings))]
+        return [name for name, _ in lora.adapted(
+            adapted(network(**{'tie': False, 'position': 'learned', 'mlp': 'swiglu'}), **settings))]
     assert layers(lora_targets='q,down', lora_layers='1:') == ['blocks.1.attn.q', 'blocks.1.mlp.down']
-    assert layers(lora_targets='q_proj,down_proj', lora_layers='1') == ['blocks.1.attn.q', 'blocks.1.mlp.down']
+    assert layers(lora_targets='q_proj,down_proj', lora_layers='1') == ['blocks.1.attn.q',
+                                                                        'blocks.1.mlp.down']
     assert layers(lora_targets='embed,head', lora_layers='1') == ['wte', 'wpe', 'head']
     assert layers(lora_targets='c_proj', lora_layers='0') == ['blocks.0.attn.o', 'blocks.0.mlp.down']
-    assert len(layers(lora_targets='attn,mlp')) == 14 and len(layers(lora_targets='attn', lora_ranks={'attn.[qv]': 0})) == 4
+    assert (len(layers(lora_targets='attn,mlp')) == 14
+            and len(layers(lora_targets='attn', lora_ranks={'attn.[qv]': 0})) == 4)
 
 
 def test_c_attn_is_one_adapter_for_q_k_and_v():
@@ -201,7 +218,8 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
 
 def test_which_biases_are_trained():
     model = adapted(network(bias=True), lora_targets='q', lora_bias='lora_only')
-    assert {name for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name} == {f'blocks.{n}.attn.q.bias' for n in (0, 1)}
+    assert ({name for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name}
+            == {f'blocks.{n}.attn.q.bias' for n in (0, 1)})
     model = adapted(network(bias=True), lora_targets='q', lora_bias='all')
     assert sum(p.requires_grad for name, p in model.named_parameters() if name.endswith('.bias')) == 2 * 6
 
@@ -210,7 +228,8 @@ def test_the_second_factor_learns_faster():
     s = build(Settings, lora_rank=4, lora_plus=8.0, learning_rate=1e-3, lora_targets='attn,embed')
     optimizer = make_optimizer(adapted(network(), lora_targets='attn,embed', lora_plus=8.0), lora.faster(s))
     rates = {name: group['lr'] for group in optimizer.param_groups for name in group['param_names']}
-    assert len(rates) == 18 and all(rate == pytest.approx(8e-3 if name.endswith('.B') else 1e-3) for name, rate in rates.items())
+    assert len(rates) == 18 and all(rate == pytest.approx(8e-3 if name.endswith('.B') else 1e-3)
+                                    for name, rate in rates.items())
 
 
 def test_starcoder_as_the_blog_adapts_it():
@@ -224,12 +243,18 @@ def test_starcoder_as_the_blog_adapts_it():
 
 
 @pytest.mark.parametrize('settings, words', [
-    ({'lora_targets': 'attn,c_fcc'}, "lora_targets: 'c_fcc' matches nothing: takes attn, mlp, embed, head, or matrices of this network by name: wte, attn.q"),
-    ({'lora_targets': 'head'}, "'head' matches nothing"), ({'lora_targets': 'q', 'lora_layers': '2:'}, "'q' matches nothing in lora_layers=2:"),
-    ({'lora_rank': 33}, 'lora_rank=33: is more than blocks.0.attn.q has, 32 x 32'), ({'lora_ranks': {'': 0}}, 'leaves no adapter'),
-    ({'lora_ranks': {'c_attn': 2}}, "lora_ranks: 'c_attn' matches no matrix"), ({'lora_alphas': {'head': 2}}, "lora_alphas: 'head' matches no matrix"),
-    ({'lora_bias': 'all'}, 'lora_bias=all: there are no such biases'), ({'lora_whole': 'attn.q'}, 'matches blocks.0.attn.q.weight, which has an adapter'),
-    ({'lora_whole': 'nrom'}, "lora_whole: 'nrom' matches no tensor"), ({'lora_tokens': [96]}, 'lora_tokens: 96: takes tokens from 0 to 95'),
+    ({'lora_targets': 'attn,c_fcc'}, "lora_targets: 'c_fcc' matches nothing: "
+     "takes attn, mlp, embed, head, or matrices of this network by name: wte, attn.q"),
+    ({'lora_targets': 'head'}, "'head' matches nothing"),
+    ({'lora_targets': 'q', 'lora_layers': '2:'}, "'q' matches nothing in lora_layers=2:"),
+    ({'lora_rank': 33}, 'lora_rank=33: is more than blocks.0.attn.q has, 32 x 32'),
+    ({'lora_ranks': {'': 0}}, 'leaves no adapter'),
+    ({'lora_ranks': {'c_attn': 2}}, "lora_ranks: 'c_attn' matches no matrix"),
+    ({'lora_alphas': {'head': 2}}, "lora_alphas: 'head' matches no matrix"),
+    ({'lora_bias': 'all'}, 'lora_bias=all: there are no such biases'),
+    ({'lora_whole': 'attn.q'}, 'matches blocks.0.attn.q.weight, which has an adapter'),
+    ({'lora_whole': 'nrom'}, "lora_whole: 'nrom' matches no tensor"),
+    ({'lora_tokens': [96]}, 'lora_tokens: 96: takes tokens from 0 to 95'),
 ])
 def test_what_a_network_has_not_is_named(settings, words):
     with pytest.raises(UserError, match=words.replace('[', r'\[')):
@@ -237,8 +262,9 @@ def test_what_a_network_has_not_is_named(settings, words):
 
 
 @pytest.mark.parametrize('settings, words', [
-    ({'lora_rank': -1}, 'lora_rank=-1'), ({'lora_dropout': 1.0}, 'lora_dropout=1.0'), ({'lora_ranks': {'[': 1}}, "'\\[' is no pattern"),
-    ({'lora_ranks': {'q': -1}}, 'lora_ranks='), ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_tokens': [3, 3]}, 'takes each once'),
+    ({'lora_rank': -1}, 'lora_rank=-1'), ({'lora_dropout': 1.0}, 'lora_dropout=1.0'),
+    ({'lora_ranks': {'[': 1}}, "'\\[' is no pattern"), ({'lora_ranks': {'q': -1}}, 'lora_ranks='),
+    ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_tokens': [3, 3]}, 'takes each once'),
     ({'lora_layers': 'a:b'}, 'lora_layers=a:b'), ({'lora_plus': 0.0}, 'lora_plus=0'),
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
@@ -249,7 +275,8 @@ def test_settings_that_cannot_work_are_named(settings, words):
 def test_merging_what_cannot_be_merged_is_refused():
     model = adapted(network(), lora_targets='embed')
     spoken = logits(model)
-    with pytest.raises(UserError, match='the embedding is the head too, which has no adapter: surgery.py merge --untie=True'):
+    with pytest.raises(UserError, match='the embedding is the head too, which has no adapter: '
+                       'surgery.py merge --untie=True'):
         adapters.merge(model)
     adapters.untie(model)
     assert torch.equal(logits(model), spoken)
@@ -264,8 +291,10 @@ def test_merging_what_cannot_be_merged_is_refused():
 
 def three(model, **settings):
     """Saved adapters of three kinds, for the same network."""
-    kinds = {'a': {}, 'b': {'lora_targets': 'c_attn', 'lora_rank': 2}, 'c': {'lora_targets': 'embed,head,down', 'lora_rank': 3, 'lora_alpha': 5.0}}
-    return {name: adapters.take(adapted(network(**model), **(kind | settings))) for name, kind in kinds.items()}
+    kinds = {'a': {}, 'b': {'lora_targets': 'c_attn', 'lora_rank': 2},
+             'c': {'lora_targets': 'embed,head,down', 'lora_rank': 3, 'lora_alpha': 5.0}}
+    return {name: adapters.take(adapted(network(**model), **(kind | settings)))
+            for name, kind in kinds.items()}
 
 
 LEARNED = {'position': 'learned', 'tie': False}
@@ -305,7 +334,8 @@ def test_adapters_are_switched_silenced_weighed_and_added_up():
     adapters.add(one, adapters.combine([saved['a'], saved['c']], [0.5, -2.0]), 'both', 'both')
     assert torch.allclose(logits(one), weighed, atol=2e-5) and not torch.allclose(weighed, base, atol=0.1)
     two = network(**LEARNED)
-    both = adapters.combine([saved['a'], saved['b']], [1.0, 1.0])  # of which one shares an A where the other does not
+    # of which one shares an A where the other does not
+    both = adapters.combine([saved['a'], saved['b']], [1.0, 1.0])
     adapters.add(two, both, 'both', 'both')
     model.lora.shares = {'a': 1.0, 'b': 1.0}
     assert torch.allclose(logits(two), logits(model), atol=2e-5)
@@ -320,7 +350,8 @@ def test_adapters_are_switched_silenced_weighed_and_added_up():
 
 
 def test_one_with_weights_trained_whole_is_used_alone():
-    plain, whole = (adapters.take(adapted(network(), **settings)) for settings in ({}, {'lora_whole': 'norm'}))
+    plain, whole = (adapters.take(adapted(network(), **settings))
+                    for settings in ({}, {'lora_whole': 'norm'}))
     for first, second in ((plain, whole), (whole, plain)):
         model = network()
         adapters.add(model, first, 'first', 'first')
@@ -336,7 +367,8 @@ def test_a_base_is_known_by_every_tensor():
         with pytest.raises(UserError, match=f'{name} differs'):
             adapters.check_base(weights | {name: weights[name] + 1}, known, 'base', 'adapter')
     with pytest.raises(UserError, match='differs'):
-        adapters.check_base({name: t for name, t in weights.items() if name != 'norm_f.weight'}, known, 'base', 'adapter')
+        adapters.check_base({name: t for name, t in weights.items() if name != 'norm_f.weight'}, known,
+                            'base', 'adapter')
 
 
 # --- runs ---
@@ -368,11 +400,13 @@ def weights(out_dir):
     return load_file(os.path.join(checkpoint.find(str(out_dir)), 'model.safetensors'))
 
 
-@pytest.mark.parametrize('more', [[], ['--lora_pissa=True'], ['--lora_dora=True', '--lora_whole=norm', '--lora_tokens=[3]'],
+@pytest.mark.parametrize('more', [[], ['--lora_pissa=True'],
+                                  ['--lora_dora=True', '--lora_whole=norm', '--lora_tokens=[3]'],
                                   ['--lora_targets=c_attn', '--lora_plus=8']])
 def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base, dataset, more):
     once = train(tmp_path / 'once', f'--init_from={base}', *LORA, *more, dataset=dataset)
-    train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, '--max_iters=4', '--lr_decay_iters=10', dataset=dataset)
+    train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, '--max_iters=4', '--lr_decay_iters=10',
+          dataset=dataset)
     train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, dataset=dataset)
     a, b = weights(tmp_path / 'once'), weights(tmp_path / 'twice')
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -384,13 +418,16 @@ def test_checkpoints_and_the_optimizer_hold_the_adapter_alone(tmp_path, base, da
     train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
     folder = checkpoint.find(str(tmp_path / 'run'))
     held, moments = weights(tmp_path / 'run'), checkpoint.read_moments(folder)
-    assert all('.lora.' in name for name in held) and {name.replace('.lora.default.', '.lora.') for name in moments} == held.keys()
-    assert os.path.getsize(f'{folder}/model.safetensors') < os.path.getsize(f'{checkpoint.find(base)}/model.safetensors')
+    assert (all('.lora.' in name for name in held)
+            and {name.replace('.lora.default.', '.lora.') for name in moments} == held.keys())
+    assert (os.path.getsize(f'{folder}/model.safetensors')
+            < os.path.getsize(f'{checkpoint.find(base)}/model.safetensors'))
 
 
 def test_two_ranks_train_what_one_does(tmp_path, base, dataset):
     for nproc in (1, 2):
-        train(tmp_path / str(nproc), f'--init_from={base}', '--lora_rank=4', '--lora_targets=c_attn,mlp', '--learning_rate=3e-2', dataset=dataset, nproc=nproc)
+        train(tmp_path / str(nproc), f'--init_from={base}', '--lora_rank=4', '--lora_targets=c_attn,mlp',
+              '--learning_rate=3e-2', dataset=dataset, nproc=nproc)
     one, two = weights(tmp_path / '1'), weights(tmp_path / '2')
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
 
@@ -401,31 +438,41 @@ def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset
     done = run('eval.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
     assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
     (tmp_path / 'text.txt').write_text('abcdefghij' * 20)
-    said = [run('eval.py', 'text', *args, f'{tmp_path}/text.txt', '--dtype=float32').stdout.split(': ', 1)[-1] for args in (
-        [f'--out_dir={tmp_path}/run'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'], [f'--out_dir={base}'])]
+    said = [run('eval.py', 'text', *args, f'{tmp_path}/text.txt', '--dtype=float32').stdout.split(': ', 1)[-1]
+            for args in ([f'--out_dir={tmp_path}/run'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'],
+                         [f'--out_dir={base}'])]
     assert said[0] == said[1] != said[2] and 'nats' in said[0]
-    assert 'holds a whole network' in one_line(run('eval.py', 'text', f'--out_dir={base}', f'--adapter={base}', f'{tmp_path}/text.txt'))
+    assert 'holds a whole network' in one_line(run('eval.py', 'text', f'--out_dir={base}',
+                                                   f'--adapter={base}', f'{tmp_path}/text.txt'))
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/merged')
     assert done.returncode == 0, done.stderr
     (_, merged, _), (_, before, _) = read_model(str(tmp_path / 'merged')), read_model(base)
-    assert merged.keys() == before.keys() and not torch.equal(merged['blocks.0.attn.q.weight'], before['blocks.0.attn.q.weight'])
-    texts = {run('sample.py', *args, '--dtype=float32', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--start=ab').stdout for args in (
-        [f'--out_dir={tmp_path}/run'], [f'--out_dir={tmp_path}/merged'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'])}
+    assert (merged.keys() == before.keys()
+            and not torch.equal(merged['blocks.0.attn.q.weight'], before['blocks.0.attn.q.weight']))
+    texts = {run('sample.py', *args, '--dtype=float32', '--temperature=0',
+                 '--num_samples=1', '--max_new_tokens=20', '--start=ab').stdout
+             for args in ([f'--out_dir={tmp_path}/run'], [f'--out_dir={tmp_path}/merged'],
+                          [f'--out_dir={base}', f'--adapter={tmp_path}/run'])}
     assert len(texts) == 1
-    done = run('sample.py', f'--out_dir={base}', f'--adapter={tmp_path}/run', f'--adapter=again={tmp_path}/run', '--dtype=float32', '--temperature=0',
+    done = run('sample.py', f'--out_dir={base}', f'--adapter={tmp_path}/run',
+               f'--adapter=again={tmp_path}/run', '--dtype=float32', '--temperature=0',
                '--num_samples=1', '--max_new_tokens=20', '--start=ab')
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split('\n---------------\n')[:2]
-    assert first.removeprefix('run: ') == second.removeprefix('again: ') == texts.pop().split('\n---------------\n')[0]
+    assert (first.removeprefix('run: ') == second.removeprefix('again: ')
+            == texts.pop().split('\n---------------\n')[0])
 
 
 def test_a_base_with_more_positions_and_a_router_that_stays(tmp_path, dataset):
-    train(tmp_path / 'base', '--position=learned', '--n_expert=3', '--expert_bias=0.1', '--max_iters=7', dataset=dataset)
-    train(tmp_path / 'run', f'--init_from={tmp_path}/base', '--lora_rank=2', '--block_size=16', dataset=dataset)
+    train(tmp_path / 'base', '--position=learned', '--n_expert=3', '--expert_bias=0.1', '--max_iters=7',
+          dataset=dataset)
+    train(tmp_path / 'run', f'--init_from={tmp_path}/base', '--lora_rank=2', '--block_size=16',
+          dataset=dataset)
     model, _ = load_model(str(tmp_path / 'run'))
     (cfg, before, _), after = read_model(str(tmp_path / 'base')), model.state_dict()
     assert (cfg.block_size, model.cfg.block_size, len(after['wpe.weight'])) == (32, 16, 16)
-    assert before['blocks.0.mlp.expert_bias'].any() and torch.equal(after['blocks.0.mlp.expert_bias'], before['blocks.0.mlp.expert_bias'])
+    assert (before['blocks.0.mlp.expert_bias'].any()
+            and torch.equal(after['blocks.0.mlp.expert_bias'], before['blocks.0.mlp.expert_bias']))
     said = read_log(tmp_path / 'run')[-1]['val_loss']
     done = run('eval.py', 'loss', f'--out_dir={tmp_path}/run', '--dtype=float32')
     assert float(re.search(r'([\d.]+) nats a token', done.stdout)[1]) == pytest.approx(said, abs=2e-4)
@@ -436,27 +483,35 @@ def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, da
     train(tmp_path / 'run', f'--init_from={tmp_path}/base', *LORA, dataset=dataset)
     shutil.rmtree(tmp_path / 'base')
     train(tmp_path / 'base', '--seed=2', dataset=dataset)
-    for args in (['eval.py', 'loss', f'--out_dir={tmp_path}/run'], ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
-        assert 'is an adapter for another base' in (line := one_line(run(*args))) and 'blocks.0.attn.k.weight differs' in line
+    for args in (['eval.py', 'loss', f'--out_dir={tmp_path}/run'],
+                 ['sample.py', f'--out_dir={tmp_path}/base', f'--adapter={tmp_path}/run']):
+        assert ('is an adapter for another base' in (line := one_line(run(*args)))
+                and 'blocks.0.attn.k.weight differs' in line)
     shutil.rmtree(tmp_path / 'base')
-    assert f'is an adapter beside {tmp_path}/base/step_00000010, which is not there' in one_line(run('sample.py', f'--out_dir={tmp_path}/run'))
+    assert (f'is an adapter beside {tmp_path}/base/step_00000010, which is not there'
+            in one_line(run('sample.py', f'--out_dir={tmp_path}/run')))
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, base, dataset):
     train(tmp_path / 'run', f'--init_from={base}', *LORA, '--max_iters=4', dataset=dataset)
     for change in ('--lora_alpha=3', '--lora_targets=attn', '--lora_rank=2'):
-        assert change[2:].split('=')[0] in one_line(train(tmp_path / 'run', f'--init_from={base}', *LORA, change, dataset=dataset, check=False))
-    assert train(tmp_path / 'run', '--init_from=resume', dataset=dataset).returncode == 0  # without a word of adapters
+        assert change[2:].split('=')[0] in one_line(train(tmp_path / 'run', f'--init_from={base}', *LORA,
+                                                          change, dataset=dataset, check=False))
+    # without a word of adapters
+    assert train(tmp_path / 'run', '--init_from=resume', dataset=dataset).returncode == 0
     assert read_log(tmp_path / 'run')[-1]['step'] == 10
     assert 'step 10: val_loss' in train(tmp_path / 'run', '--eval_only', dataset=dataset).stdout
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--lora_rank=4'], 'lora_rank=4: adapters are trained beside weights that are there: give --init_from=DIR'),
-    (['--init_from=BASE', '--lora_targets=attn'], 'lora_targets=attn: belongs to adapters: set lora_rank too'),
+    (['--lora_rank=4'],
+     'lora_rank=4: adapters are trained beside weights that are there: give --init_from=DIR'),
+    (['--init_from=BASE', '--lora_targets=attn'],
+     'lora_targets=attn: belongs to adapters: set lora_rank too'),
     (['--init_from=BASE', '--lora_rank=4', '--lora_targets=atn'], "lora_targets: 'atn' matches nothing"),
     (['--init_from=BASE', '--lora_rank=64'], 'lora_rank=64: is more than'),
-    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'], 'lora_rank=4: goes with grow_every=0 alone, not 2'),
+    (['--init_from=BASE', '--lora_rank=4', '--grow_every=2', '--grow_to=4'],
+     'lora_rank=4: goes with grow_every=0 alone, not 2'),
 ])
 def test_bad_runs_are_one_line_and_leave_nothing(tmp_path, base, dataset, args, words):
     done = train(tmp_path / 'run', *(arg.replace('BASE', base) for arg in args), dataset=dataset, check=False)
@@ -467,21 +522,26 @@ def test_bad_runs_are_one_line_and_leave_nothing(tmp_path, base, dataset, args, 
 def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_path, base, dataset):
     train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
     for args, words in (
-            (['merge', f'--from={tmp_path}/run'], '--untie=True makes them two'), (['merge', f'--from={base}'], 'holds a whole network'),
+            (['merge', f'--from={tmp_path}/run'], '--untie=True makes them two'),
+            (['merge', f'--from={base}'], 'holds a whole network'),
             (['merge', f'--from={base}', f'--adapter={base}'], 'holds a whole network, no adapter'),
             (['merge', f'--from={base}', f'--adapter=keys={tmp_path}/run'], "'keys' is no name"),
             (['combine', f'--from={base}', f'--adapter={tmp_path}/run'], '1 given: takes two or more'),
-            (['merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[1, 2]'], 'takes one for each adapter, 1')):
+            (['merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[1, 2]'],
+             'takes one for each adapter, 1')):
         assert words in one_line(run('surgery.py', *args, f'--out_dir={tmp_path}/out'))
         assert not (tmp_path / 'out').exists()
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/out', '--untie=True')
     assert done.returncode == 0 and read_model(str(tmp_path / 'out'))[0].tie is False
     assert 'lora_' not in (tmp_path / 'out' / 'settings.json').read_text()  # it is a whole network now
-    run('surgery.py', 'merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[0.5]', f'--out_dir={tmp_path}/half', '--untie=True')
-    weights_of = [read_model(str(where))[1]['blocks.0.attn.q.weight'] for where in (base, tmp_path / 'half', tmp_path / 'out')]
-    assert torch.allclose(weights_of[1] - weights_of[0], (weights_of[2] - weights_of[0]) / 2, atol=1e-6) and not torch.equal(*weights_of[:2])
-    done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run', f'--adapter=b={tmp_path}/run', '--shares=[2, 0.5]',
-               f'--out_dir={tmp_path}/both')
+    run('surgery.py', 'merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[0.5]',
+        f'--out_dir={tmp_path}/half', '--untie=True')
+    weights_of = [read_model(str(where))[1]['blocks.0.attn.q.weight']
+                  for where in (base, tmp_path / 'half', tmp_path / 'out')]
+    assert (torch.allclose(weights_of[1] - weights_of[0], (weights_of[2] - weights_of[0]) / 2, atol=1e-6)
+            and not torch.equal(*weights_of[:2]))
+    done = run('surgery.py', 'combine', f'--from={base}', f'--adapter={tmp_path}/run',
+               f'--adapter=b={tmp_path}/run', '--shares=[2, 0.5]', f'--out_dir={tmp_path}/both')
     assert done.returncode == 0, done.stderr
     loss = run('eval.py', 'loss', f'--out_dir={tmp_path}/both')  # it knows its data
     assert loss.returncode == 0, loss.stderr

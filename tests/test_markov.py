@@ -1,4 +1,7 @@
-"""Markov chains: the table against dense cross-entropy and against counting, its memory, and its way through train.py and sample.py."""
+"""
+Markov chains: the table against dense cross-entropy and against counting, its memory, and its way through
+train.py and sample.py.
+"""
 import json
 import math
 
@@ -26,7 +29,8 @@ def chain(seed=0, **settings):
 def tokens(vocab_size=50, rows=6, length=17, seed=1):
     """x, y of random text, the common tokens first; the last targets of two rows are padding."""
     torch.manual_seed(seed)
-    text = torch.multinomial(1 / torch.arange(1.0, vocab_size + 1), rows * length, replacement=True).view(rows, length)
+    text = torch.multinomial(1 / torch.arange(1.0, vocab_size + 1), rows * length,
+                             replacement=True).view(rows, length)
     x, y = text[:, :-1].clone(), text[:, 1:].clone()
     x[:2, 9:], y[:2, 8:] = 0, -1
     return x, y
@@ -35,7 +39,8 @@ def tokens(vocab_size=50, rows=6, length=17, seed=1):
 # -----------------------------------------------------------------------------
 # The network
 
-@pytest.mark.parametrize('name, count', [('markov_pubmed', 840_768_016), ('markov_lowrank_pubmed', 14_845_952)])
+@pytest.mark.parametrize('name, count',
+                         [('markov_pubmed', 840_768_016), ('markov_lowrank_pubmed', 14_845_952)])
 def test_the_configs_have_the_parameters_of_the_originals(name, count):
     s = configure(Settings, [str(ROOT / f'config/{name}.py'), '--vocab_size=28996'])
     with torch.device('meta'):
@@ -45,7 +50,10 @@ def test_the_configs_have_the_parameters_of_the_originals(name, count):
 
 
 def test_the_first_losses_are_those_of_normal_logits():
-    """Logits of variance v: ln V + v/2. The low-rank ones have R · 1 · 1/3R, over the share that dropout keeps. At V = 28,996: 10.775 and 10.460."""
+    """
+    Logits of variance v: ln V + v/2. The low-rank ones have R · 1 · 1/3R, over the share that dropout keeps.
+    At V = 28,996: 10.775 and 10.460.
+    """
     V = 3000
     x, y = torch.randint(V, (2, 60_000), generator=torch.Generator().manual_seed(0))
     assert chain(vocab_size=V)(x[None], y[None]).item() == pytest.approx(math.log(V) + 1 / 2, abs=0.01)
@@ -54,7 +62,10 @@ def test_the_first_losses_are_those_of_normal_logits():
 
 
 def test_loss_and_gradient_of_the_table_are_those_of_dense_cross_entropy():
-    """The sparse gradient is counts alone; with count · softmax(row), which the table knows, it is the dense one."""
+    """
+    The sparse gradient is counts alone; with count · softmax(row), which the table knows, it is the dense
+    one.
+    """
     model, (x, y) = chain(), tokens()
     weight = model.wte.weight
     dense = torch.nn.Embedding(50, 50, _weight=weight.detach().clone())
@@ -119,7 +130,8 @@ def count(x, y, vocab_size=50):
 
 
 def learn(model, batches, **settings):
-    optimizer = make_optimizer(model, build(OptimConfig, **{'optimizer': 'counts', 'pseudo_counts': 100.0} | settings))
+    optimizer = make_optimizer(model, build(OptimConfig,
+                                            **{'optimizer': 'counts', 'pseudo_counts': 100.0} | settings))
     for x, y in batches:
         model(x, y, reduction='sum').backward()
         clip_gradient(model, 1.0)
@@ -200,8 +212,8 @@ def test_counting_takes_the_memory_of_one_table_and_adamw_of_four(optimizer, tab
 # -----------------------------------------------------------------------------
 # train.py and sample.py
 
-CHAIN = ['--arch=markov', '--block_size=32', '--batch_size=4', '--device=cpu', '--dtype=float32', '--max_iters=10', '--log_interval=1',
-         '--eval_interval=5', '--eval_iters=0', '--sample_tokens=0']
+CHAIN = ['--arch=markov', '--block_size=32', '--batch_size=4', '--device=cpu', '--dtype=float32',
+         '--max_iters=10', '--log_interval=1', '--eval_interval=5', '--eval_iters=0', '--sample_tokens=0']
 MARKOV = ['--optimizer=counts', '--pseudo_counts=1']
 ADAMW = ['--learning_rate=0.3', '--weight_decay=0.01']
 LOW = ['--rank_embed=16', '--dropout=0.1', '--learning_rate=3e-2']
@@ -227,11 +239,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, dataset, args):
     assert 'resuming' in done.stdout and 'a Markov chain' in done.stdout
     whole, parts = (weights(tmp_path / name) for name in ('whole', 'parts'))
     assert all(torch.equal(t, parts[name]) for name, t in whole.items())
-    states = [torch.load(f'{tmp_path}/{name}/step_00000010/optimizer.pt', weights_only=True)['state'] for name in ('whole', 'parts')]
-    assert all(torch.equal(t, states[1][n][key]) for n, state in states[0].items() for key, t in state.items())
+    states = [torch.load(f'{tmp_path}/{name}/step_00000010/optimizer.pt', weights_only=True)['state']
+              for name in ('whole', 'parts')]
+    assert all(torch.equal(t, states[1][n][key]) for n, state in states[0].items()
+               for key, t in state.items())
 
 
-@pytest.mark.parametrize('args', [['--gradient_accumulation_steps=2'], ['--gradient_accumulation_steps=2', 'nproc=2']], ids=['micro-batches', 'ranks'])
+@pytest.mark.parametrize('args', [['--gradient_accumulation_steps=2'],
+                                  ['--gradient_accumulation_steps=2', 'nproc=2']],
+                         ids=['micro-batches', 'ranks'])
 def test_micro_batches_and_ranks_see_the_same_counts(tmp_path, dataset, args):
     train(tmp_path / 'whole', *MARKOV, '--batch_size=8', dataset=dataset)
     nproc = 2 if 'nproc=2' in args else 1
@@ -247,10 +263,12 @@ def test_counts_have_no_norm_and_go_on(tmp_path, dataset):
 @pytest.mark.parametrize('args', [MARKOV, ADAMW, LOW], ids=['table', 'adamw', 'low rank'])
 def test_training_learns_what_counting_says_and_sample_reads_the_checkpoint(tmp_path, args):
     write_dataset(tmp_path / 'data', vocab_size=257)  # what the byte tokenizer has
-    train(tmp_path / 'run', *args, '--max_iters=200', '--eval_interval=200', '--log_interval=200', '--packing=document', dataset=tmp_path / 'data')
+    train(tmp_path / 'run', *args, '--max_iters=200', '--eval_interval=200', '--log_interval=200',
+          '--packing=document', dataset=tmp_path / 'data')
     first, last = (r['val_loss'] for r in read_log(tmp_path / 'run') if 'val_loss' in r)
     assert first > 5.5 and last < 1.4  # a stride of 1, 2 or 3: ln 3 = 1.1
-    done = run('sample.py', f'--out_dir={tmp_path}/run', '--start=a', '--max_new_tokens=50', '--int8', '--device=cpu')
+    done = run('sample.py', f'--out_dir={tmp_path}/run', '--start=a', '--max_new_tokens=50', '--int8',
+               '--device=cpu')
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +280,8 @@ def test_generation_goes_on_past_block_size(rank):
     for _ in range(20):
         wanted.append(int(follows[wanted[-1]]))
     for network, use_cache in ((model, True), (model, False), (pack(model, 'float32'), True)):
-        assert [3] + [int(t) for t in generate(network, [[3]], 20, temperature=0, use_cache=use_cache)] == wanted
+        assert ([3] + [int(t) for t in generate(network, [[3]], 20, temperature=0, use_cache=use_cache)]
+                == wanted)
 
 
 @pytest.mark.parametrize('args, words', [
@@ -271,15 +290,21 @@ def test_generation_goes_on_past_block_size(rank):
     (['--minutes=1'], 'arch=markov'),
     (['--dropout=1'], 'dropout=1'),
     (['--optimizer=muon'], 'optimizer=muon: a Markov chain has no matrices for Muon: use adamw'),
-    (['--optimizer=counts', '--rank_embed=4'], 'optimizer=counts: counts what follows what in a full Markov table'),
-    (['--optimizer=counts', '--arch=decoder'], 'optimizer=counts: counts what follows what in a full Markov table'),
+    (['--optimizer=counts', '--rank_embed=4'],
+     'optimizer=counts: counts what follows what in a full Markov table'),
+    (['--optimizer=counts', '--arch=decoder'],
+     'optimizer=counts: counts what follows what in a full Markov table'),
     (['--optimizer=counts', '--pseudo_counts=0'], 'pseudo_counts=0.0: takes a number above 0'),
     # what has no effect is not accepted in silence
-    *[([f'--{name}'], f'{name.partition("=")[0]}={name.partition("=")[2]}: arch=markov (a full Markov table) ignores it: leave it out')
-      for name in ('rank_head=4', 'softcap=30.0', 'dropout=0.1', 'n_layer=6', 'n_head=12', 'rank_qk=8', 'n_expert=4', 'tie=False', 'position=rope')],
-    (['--rank_embed=8', '--n_embd=64'], 'n_embd=64: arch=markov (a low-rank Markov chain) ignores it: leave it out'),
+    *[([f'--{name}'], f'{name.partition("=")[0]}={name.partition("=")[2]}: arch=markov (a full Markov table) '
+       'ignores it: leave it out')
+      for name in ('rank_head=4', 'softcap=30.0', 'dropout=0.1', 'n_layer=6', 'n_head=12', 'rank_qk=8',
+                   'n_expert=4', 'tie=False', 'position=rope')],
+    (['--rank_embed=8', '--n_embd=64'],
+     'n_embd=64: arch=markov (a low-rank Markov chain) ignores it: leave it out'),
     *[(['--optimizer=counts', f'--{name}'], f'{name}: optimizer=counts ignores it: leave it out')
-      for name in ('learning_rate=0.1', 'weight_decay=0.01', 'beta1=0.9', 'grad_clip=1.0', 'momentum=0.9', 'muon_lr=0.02', 'min_lr=0.1')],
+      for name in ('learning_rate=0.1', 'weight_decay=0.01', 'beta1=0.9', 'grad_clip=1.0', 'momentum=0.9',
+                   'muon_lr=0.02', 'min_lr=0.1')],
     (['--pseudo_counts=10'], 'pseudo_counts=10.0: optimizer=adamw ignores it: leave it out'),
     (['--muon_lr=0.1'], 'muon_lr=0.1: belongs to Muon: set optimizer=muon too'),
 ])
@@ -288,7 +313,10 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, dataset, args, words)
 
 
 def test_a_recipe_can_be_tried_without_its_muon(tmp_path, dataset):
-    """A config file gives all that a recipe has; an optimizer named on the command line leaves what is Muon's idle."""
+    """
+    A config file gives all that a recipe has; an optimizer named on the command line leaves what is Muon's
+    idle.
+    """
     s = configure(Settings, [str(ROOT / 'config/fast.py'), '--optimizer=adamw'])
     assert s.muon_lr == 0.03 and not s.uses_muon
     assert configure(Settings, ['--depth=3', '--muon_lr=0.1']).muon_lr == 0.1  # the dial takes Muon
@@ -304,7 +332,8 @@ def test_what_a_table_takes_is_said_before_it_is_taken(tmp_path, dataset, monkey
     import device as running
     monkeypatch.setattr(running, 'free_memory', lambda device: 4 * 64 ** 2 * 4 - 1)
     refused = one_line(train(tmp_path / 'none', '--max_iters=1', dataset=dataset, check=False))
-    assert 'optimizer=adamw: a full Markov table of 64 tokens takes 0.0 GB' in refused and '--optimizer=counts' in refused
+    assert ('optimizer=adamw: a full Markov table of 64 tokens takes 0.0 GB' in refused
+            and '--optimizer=counts' in refused)
     assert not (tmp_path / 'none').exists()
     monkeypatch.setattr(running, 'free_memory', lambda device: 4 * 64 ** 2 * 4)
     train(tmp_path / 'enough', '--max_iters=1', dataset=dataset)
@@ -321,11 +350,15 @@ def test_a_table_that_was_counted_under_adamw_s_name_is_read_and_not_gone_on_wit
     checkpoint.save(str(tmp_path / 'old'), state['step'], checkpoint.read_weights(folder), moments, state)
     for args in (MARKOV, ['--learning_rate=100']):
         refused = one_line(train(tmp_path / 'old', *args, '--max_iters=20', dataset=dataset, check=False))
-        assert f'out_dir={tmp_path}/old: holds a Markov table that was counted before there was optimizer=counts' in refused
-        refused = one_line(train(tmp_path / 'next', *args, f'--init_from={tmp_path}/old', '--init_keep=optimizer', dataset=dataset, check=False))
+        assert (f'out_dir={tmp_path}/old: '
+                'holds a Markov table that was counted before there was optimizer=counts' in refused)
+        refused = one_line(train(tmp_path / 'next', *args, f'--init_from={tmp_path}/old',
+                                 '--init_keep=optimizer', dataset=dataset, check=False))
         assert 'init_keep=optimizer' in refused
-    losses = [train(tmp_path / name, '--eval_only', dataset=dataset).stdout.split('val_loss ')[1].split(',')[0] for name in ('new', 'old')]
+    losses = [train(tmp_path / name, '--eval_only', dataset=dataset).stdout.split('val_loss ')[1]
+              .split(',')[0] for name in ('new', 'old')]
     assert losses[0] == losses[1]
     train(tmp_path / 'next', *MARKOV, f'--init_from={tmp_path}/old', '--max_iters=1', dataset=dataset)
-    refused = one_line(train(tmp_path / 'new', '--optimizer=counts', '--pseudo_counts=2', '--max_iters=20', dataset=dataset, check=False))
+    refused = one_line(train(tmp_path / 'new', '--optimizer=counts', '--pseudo_counts=2', '--max_iters=20',
+                             dataset=dataset, check=False))
     assert 'pseudo_counts=2.0: out_dir=' in refused

@@ -12,7 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import build, options, part_of, read_config
 from features.lora.packed import FrozenLinear
 from features.markov.network import BigramLoss
-from model import ChunkedCrossEntropy, ModelConfig, Transformer, attend, linear, make_model, rotary_table, rotate
+from model import (
+    ChunkedCrossEntropy,
+    ModelConfig,
+    Transformer,
+    attend,
+    linear,
+    make_model,
+    rotary_table,
+    rotate,
+)
 from sample import KVCache
 from train import Settings
 
@@ -50,7 +59,8 @@ VARIANTS = [
     dict(mlp_norm=True, init_std=0.02, d_ff=48),
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
     dict(rank_embed=8, rank_head=8, rank_init='normal'),
-    dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm', rank_act_qk='none', first_block_dense=True),
+    dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm',
+         rank_act_qk='none', first_block_dense=True),
     dict(rank_vo=8, rank_mlp=8, rank_guide=10),
     dict(n_expert=4, n_expert_active=2, expert_shared=True, mlp='swiglu'),
 ]
@@ -59,11 +69,12 @@ VARIANTS = [
 # --- parameter counts ---
 
 @pytest.mark.parametrize('config, vocab_size, count', [
-    ('gpt2', 50304, 124_373_760), ('gpt2_medium', 50304, 354_599_936), ('gpt2_large', 50304, 773_582_080), ('gpt2_xl', 50304, 1_556_840_000),
+    ('gpt2', 50304, 124_373_760), ('gpt2_medium', 50304, 354_599_936),
+    ('gpt2_large', 50304, 773_582_080), ('gpt2_xl', 50304, 1_556_840_000),
     ('llama_15m', 32000, 15_191_712), ('llama_42m', 32000, 41_689_600), ('llama_110m', 32000, 109_529_856),
     ('lowrank28m_dense', 49954, 66_683_136), ('lowrank28m', 49954, 96_604_288),
-    ('inheritune_medium', 50304, 253_920_256), ('inheritune_large', 50304, 419_641_600), ('inheritune_xl', 50304, 819_483_200),
-    ('inheritune_openllama', 32000, 1_815_638_400),
+    ('inheritune_medium', 50304, 253_920_256), ('inheritune_large', 50304, 419_641_600),
+    ('inheritune_xl', 50304, 819_483_200), ('inheritune_openllama', 32000, 1_815_638_400),
 ])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     s = build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size})
@@ -81,11 +92,13 @@ def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_s
 @pytest.mark.parametrize('kv_heads', [4, 2])
 def test_plain_attention_of_short_rows_in_bfloat16_is_torchs(T, kv_heads):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, T, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    q, k, v = (torch.randn(2, heads, T, 16, dtype=torch.bfloat16, requires_grad=True)
+               for heads in (4, kv_heads, kv_heads))
     ours = attend(q, k, v, None, True, 0.0)
     theirs = F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), is_causal=True, enable_gqa=True)
     assert torch.allclose(ours.float(), theirs, atol=0.03)
-    for a, b in zip(torch.autograd.grad(ours.float().square().sum(), (q, k, v)), torch.autograd.grad(theirs.square().sum(), (q, k, v))):
+    for a, b in zip(torch.autograd.grad(ours.float().square().sum(), (q, k, v)),
+                    torch.autograd.grad(theirs.square().sum(), (q, k, v))):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
@@ -95,10 +108,12 @@ def test_attention_with_a_learned_mask_is_torchs(dtype):
     q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype, requires_grad=True) for n in (20, 300, 300))
     bias = torch.randn(1, 4, 20, 300, requires_grad=True)
     mask = bias.masked_fill(torch.arange(300) > 250, -torch.inf)
-    ours, theirs = attend(q, k, v, mask, False, 0.0), F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), attn_mask=mask)
+    ours, theirs = (attend(q, k, v, mask, False, 0.0),
+                    F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), attn_mask=mask))
     error = 1e-5 if dtype == torch.float32 else 0.02
     assert (ours.float() - theirs).norm() < error * theirs.norm()
-    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), (q, k, v, bias), retain_graph=True) for y in (ours, theirs))):
+    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), (q, k, v, bias), retain_graph=True)
+                      for y in (ours, theirs))):
         assert (a - b).norm() < error * b.norm()
     with torch.no_grad():  # then the fused kernel takes it
         torch.testing.assert_close(attend(q, k, v, mask, False, 0.0), ours, rtol=0, atol=error)
@@ -156,7 +171,8 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less():
 @pytest.mark.parametrize('softcap', [0.0, 15.0])
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 def test_chunked_loss_and_its_gradients_equal_plain_cross_entropy(monkeypatch, softcap, smoothing):
-    monkeypatch.setattr('model.CHUNK', 128 * 7)  # 7 rows at a time, worked on by 2: the last chunk and the last block are parts
+    # 7 rows at a time, worked on by 2: the last chunk and the last block are parts
+    monkeypatch.setattr('model.CHUNK', 128 * 7)
     monkeypatch.setattr('model.BLOCK', 128 * 2)
     model, (x, y) = tiny(softcap=softcap), batch()
     loss = model(x, y, label_smoothing=smoothing)
@@ -172,11 +188,14 @@ def test_the_chunked_loss_multiplies_in_the_dtype_of_autocast():
     model, (x, y) = tiny(), batch()
     with torch.autocast('cpu', torch.bfloat16):
         ours, plain = model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
-    assert abs(ours - plain) < 1e-5 < abs(ours - model(x, y))  # bfloat16 logits on both sides; float32 ones differ
+    # bfloat16 logits on both sides; float32 ones differ
+    assert abs(ours - plain) < 1e-5 < abs(ours - model(x, y))
 
 
 def test_the_compiled_loss_on_a_gpu_is_one_graph_and_the_same(monkeypatch):
-    """torch.compile's version of the loss on CUDA, seen on a CPU: no graph break, the same loss and gradients."""
+    """
+    torch.compile's version of the loss on CUDA, seen on a CPU: no graph break, the same loss and gradients.
+    """
     model, (x, y) = tiny(softcap=15.0), batch()
     weights = list(model.parameters())
 
@@ -185,13 +204,17 @@ def test_the_compiled_loss_on_a_gpu_is_one_graph_and_the_same(monkeypatch):
         return ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, y.flatten(), 100, 15.0, 0.0, True)
     eager = torch.autograd.grad(3 * loss(), weights)
     compiled_loss = 3 * torch.compile(loss, fullgraph=True, dynamic=False)()
-    compiled = torch.autograd.grad(compiled_loss, weights)  # once, as in training: torch may reuse what it saved
+    # once, as in training: torch may reuse what it saved
+    compiled = torch.autograd.grad(compiled_loss, weights)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(eager, compiled))
 
 
 @pytest.mark.parametrize('function', ['ChunkedCrossEntropy', 'BigramLoss', 'FrozenLinear'])
 def test_no_function_of_ours_changes_its_output_in_place(function):
-    """A tensor's version counts operations in place. Compiled by torch 2.11, one of them makes every gradient zero."""
+    """
+    A tensor's version counts operations in place. Compiled by torch 2.11, one of them makes every gradient
+    zero.
+    """
     x, y = torch.randn(48, 16, requires_grad=True), torch.randint(100, (48,))
     if function == 'ChunkedCrossEntropy':
         out = ChunkedCrossEntropy.apply(x, torch.randn(128, 16, requires_grad=True), y, 100, 0.0, 0.1, True)
@@ -211,11 +234,13 @@ def test_masked_targets_do_not_count_and_all_masked_is_no_loss():
 def test_the_first_loss_is_ln_v():
     torch.manual_seed(0)
     x, y = batch(rows=8, vocab_size=5000)
-    untied = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4, n_embd=32, tie=False))
+    untied = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4, n_embd=32,
+                                     tie=False))
     assert abs(untied(x, y).item() - math.log(5000)) < 1e-4  # a head of zeros
     tied = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=1, n_head=12, n_embd=768))
     assert abs(tied(x, y).item() / math.log(5000) - 1) < 0.01
-    gpt2 = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4, n_embd=32, tie=True, init_std=0.02, qk_norm=False,
+    gpt2 = Transformer(ModelConfig(vocab_size=5000, block_size=32, n_layer=2, n_head=4,
+                                   n_embd=32, tie=True, init_std=0.02, qk_norm=False,
                                    position='learned', norm='layernorm', mlp='gelu', zero_init=False))
     assert abs(gpt2(x, y).item() / math.log(5000) - 1) < 0.01
 
@@ -241,7 +266,8 @@ def test_no_token_sees_a_later_one(variant):
     changed = x.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 100
     a, b = model(x), model(changed)
-    assert torch.allclose(a[:, :20], b[:, :20], atol=1e-5) and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-2)
+    assert (torch.allclose(a[:, :20], b[:, :20], atol=1e-5)
+            and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-2))
 
 
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
@@ -272,7 +298,8 @@ def test_rotary_positions_depend_on_distance_only():
 
     def score(i, j):
         return (rotate(q, table[:, i:i + 1]) * rotate(k, table[:, j:j + 1])).sum()
-    assert torch.allclose(score(3, 1), score(40, 38), atol=1e-5) and not torch.allclose(score(3, 1), score(3, 2), atol=1e-3)
+    assert (torch.allclose(score(3, 1), score(40, 38), atol=1e-5)
+            and not torch.allclose(score(3, 1), score(3, 2), atol=1e-3))
     assert torch.equal(rotate(q, table[:, :1]), q)  # position 0 is not turned
 
 
@@ -280,13 +307,16 @@ def test_rotary_positions_depend_on_distance_only():
 
 def test_full_rank_with_spectral_init_is_the_dense_network():
     """Same seed, same draws: the products are the dense matrices, and so is the loss."""
-    sizes = dict(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=32, zero_init=False, qk_norm=False)
-    dense, low = Transformer(ModelConfig(**sizes)), Transformer(ModelConfig(**sizes, rank_qk=32, rank_vo=32, rank_mlp=32))
+    sizes = dict(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=32, zero_init=False,
+                 qk_norm=False)
+    dense, low = (Transformer(ModelConfig(**sizes)),
+                  Transformer(ModelConfig(**sizes, rank_qk=32, rank_vo=32, rank_mlp=32)))
     for model in (dense, low):
         torch.manual_seed(0)
         model.init_weights()
     for a, b in zip(dense.blocks, low.blocks):
-        for x, y in ((a.attn.q, b.attn.q), (a.attn.o, b.attn.o), (a.mlp.up, b.mlp.up), (a.mlp.down, b.mlp.down)):
+        for x, y in ((a.attn.q, b.attn.q), (a.attn.o, b.attn.o), (a.mlp.up, b.mlp.up),
+                     (a.mlp.down, b.mlp.down)):
             assert torch.allclose(x.weight, y.up.weight @ y.down.weight, atol=1e-5)
     low.wte.weight = dense.wte.weight
     x, y = batch()
@@ -297,7 +327,8 @@ def test_full_rank_with_spectral_init_is_the_dense_network():
 @pytest.mark.parametrize('rank', [8, 64, 256])
 def test_factors_are_balanced_and_their_product_has_the_dense_norm_at_any_rank(rank_init, rank):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256, rank_mlp=rank, rank_init=rank_init))
+    model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256,
+                                    rank_mlp=rank, rank_init=rank_init))
     layer = model.blocks[0].mlp.up
     product, dense_norm = layer.up.weight @ layer.down.weight, 256 ** -0.5 * (256 * 1024) ** 0.5
     assert abs(product.norm() / dense_norm - 1) < 0.05
@@ -316,11 +347,13 @@ def test_low_rank_spends_what_it_should():
         layer = linear(ModelConfig(n_embd=48, d_ff=96, n_head=4, bias=True, **settings), 0, 'mlp.up')
         return sum(p.numel() for p in layer.parameters())
     assert spent(rank_mlp=8) == 8 * (48 + 96) + 96
-    assert spent(rank_mlp=8, rank_blocks=4, rank_identity=True) == 8 * (48 + 96) + 96 + 48 * 96 // 4  # not square: no identity
+    # not square: no identity
+    assert spent(rank_mlp=8, rank_blocks=4, rank_identity=True) == 8 * (48 + 96) + 96 + 48 * 96 // 4
 
 
 def test_the_most_particular_rank_counts():
-    cfg = ModelConfig(n_layer=3, n_embd=64, n_head=4, rank_qk=8, ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2}, first_block_dense=True)
+    cfg = ModelConfig(n_layer=3, n_embd=64, n_head=4, rank_qk=8,
+                      ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2}, first_block_dense=True)
     assert [cfg.rank(layer, 'attn.q') for layer in range(3)] == [0, 8, 8]
     assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [0, 4, 0]
     assert [cfg.rank(layer, 'mlp.up') for layer in range(3)] == [2, 0, 0]
@@ -328,18 +361,22 @@ def test_the_most_particular_rank_counts():
     assert blocks[1].attn.k.down.weight.shape == (4, 64) and blocks[2].attn.k.weight.shape == (64, 64)
 
 
-@pytest.mark.parametrize('act, latent', [('none', lambda z: z), ('silu', F.silu), ('rmsnorm', lambda z: z / (z * z).mean(-1, keepdim=True).sqrt()),
-                                         ('silu+rmsnorm', lambda z: F.silu(z) / (F.silu(z) ** 2).mean(-1, keepdim=True).sqrt())])
+@pytest.mark.parametrize('act, latent', [
+    ('none', lambda z: z), ('silu', F.silu), ('rmsnorm', lambda z: z / (z * z).mean(-1, keepdim=True).sqrt()),
+    ('silu+rmsnorm', lambda z: F.silu(z) / (F.silu(z) ** 2).mean(-1, keepdim=True).sqrt())])
 def test_what_is_between_the_factors(act, latent):
     torch.manual_seed(0)
-    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_act=act), 0, 'mlp.up'), torch.randn(3, 5, 48)
+    layer, x = (linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_act=act), 0, 'mlp.up'),
+                torch.randn(3, 5, 48))
     assert torch.allclose(layer(x), latent(x @ layer.down.weight.T) @ layer.up.weight.T, atol=1e-4)
-    assert linear(ModelConfig(n_embd=48, n_head=4, rank_qk=8, rank_act=act, rank_act_qk='none'), 0, 'attn.q').act(x) is x
+    assert linear(ModelConfig(n_embd=48, n_head=4, rank_qk=8, rank_act=act, rank_act_qk='none'), 0,
+                  'attn.q').act(x) is x
 
 
 def test_a_block_diagonal_and_an_identity_bring_the_full_rank_back():
     torch.manual_seed(0)
-    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_blocks=4, rank_identity=True), 0, 'mlp.up'), torch.randn(100, 48)
+    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_blocks=4,
+                                  rank_identity=True), 0, 'mlp.up'), torch.randn(100, 48)
     torch.nn.init.normal_(layer.blocks)
     layer.identity.data.fill_(0.5)
     whole = layer.up.weight @ layer.down.weight + torch.block_diag(*layer.blocks) + 0.5 * torch.eye(48)
@@ -364,7 +401,8 @@ def test_a_guided_model_starts_as_the_low_rank_one_and_ends_as_it():
     guided.set_guides(0)
     assert not torch.allclose(guided(x), plain(x), atol=1e-2)
     guided.drop_guides()
-    assert torch.equal(guided(x), plain(x)) and guided.state_dict().keys() == plain.state_dict().keys() and guided.cfg == plain.cfg
+    assert (torch.equal(guided(x), plain(x)) and guided.state_dict().keys() == plain.state_dict().keys()
+            and guided.cfg == plain.cfg)
 
 
 # --- everything trains; counts ---
@@ -387,20 +425,27 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls(variant):
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
 def test_flops_are_those_that_torch_counts(variant):
     model, (x, y) = tiny(**variant), batch(masked=0)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's flash kernel
+    # it does not know the CPU's flash kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         F.cross_entropy(F.linear(*model.head_input(model.hidden(x))).flatten(0, 1), y.flatten()).backward()
     assert abs(counter.get_total_flops() / (x.numel() * model.flops_per_token()) - 1) < 0.02
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'), (dict(n_kv_head=3), 'n_kv_head=3'), (dict(n_layer=0), 'n_layer=0'),
-    (dict(rank_qk=33), 'rank_qk=33 is larger'), (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
-    (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'), (dict(head_dim=7), 'head_dim=7 is odd'),
-    (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"), (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
-    (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'), (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
-    (dict(rank_qk=4, rank_blocks=5), 'rank_blocks=5: does not divide'), (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is no matrix"),
-    (dict(ranks={'blocks.01.attn.q': 3}), 'is no matrix'), (dict(ranks={1: 4}), '1 is no matrix'), (dict(rank_guide=5), 'rank_guide=5: no matrix'),
-    (dict(rank_identity=True), 'rank_identity=True: no matrix'), (dict(arch='markov', rank_guide=5), 'rank_guide=5'),
+    (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'), (dict(n_kv_head=3), 'n_kv_head=3'),
+    (dict(n_layer=0), 'n_layer=0'), (dict(rank_qk=33), 'rank_qk=33 is larger'),
+    (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
+    (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'),
+    (dict(head_dim=7), 'head_dim=7 is odd'), (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"),
+    (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
+    (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'),
+    (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
+    (dict(rank_qk=4, rank_blocks=5), 'rank_blocks=5: does not divide'),
+    (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is no matrix"),
+    (dict(ranks={'blocks.01.attn.q': 3}), 'is no matrix'),
+    (dict(ranks={1: 4}), '1 is no matrix'), (dict(rank_guide=5), 'rank_guide=5: no matrix'),
+    (dict(rank_identity=True), 'rank_identity=True: no matrix'),
+    (dict(arch='markov', rank_guide=5), 'rank_guide=5'),
     (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
     (dict(dropout=1.0), 'dropout'),
 ])
@@ -413,10 +458,12 @@ def test_a_hostile_number_of_layers_is_checked_at_once():
     ModelConfig(n_layer=10 ** 18, rank_qk=8, first_block_dense=True, ranks={'blocks.1.attn.q': 0}).check()
 
 
-@pytest.mark.parametrize('name', [f.name for f in fields(ModelConfig) if any(get_origin(kind) is Literal for kind in options(f.type))])
+@pytest.mark.parametrize('name', [f.name for f in fields(ModelConfig)
+                                  if any(get_origin(kind) is Literal for kind in options(f.type))])
 def test_a_choice_without_code_does_not_work_as_another_one(name):
     with pytest.raises(ValueError, match=f'^{name}=new: this choice has no code in model.py$'):
-        make_model(build(ModelConfig, **{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2, 'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
+        make_model(build(ModelConfig, **{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2,
+                                         'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
 
 
 def test_more_tokens_than_the_context_are_refused():

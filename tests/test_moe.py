@@ -1,6 +1,7 @@
 """
-Mixtures of experts: the outputs are those of a loop over tokens and of transformers' Mixtral, the router learns from the language alone, its losses
-have their closed forms, no token is dropped, padding counts for nothing, and an upcycled network starts with the function of the dense one.
+Mixtures of experts: the outputs are those of a loop over tokens and of transformers' Mixtral, the router
+learns from the language alone, its losses have their closed forms, no token is dropped, padding counts for
+nothing, and an upcycled network starts with the function of the dense one.
 """
 import json
 import math
@@ -13,7 +14,10 @@ from test_surgery import ids, operate, random_model
 from test_t5 import OURS
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func, router_z_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    load_balancing_loss_func,
+    router_z_loss_func,
+)
 
 import checkpoint
 from checkpoint import fill
@@ -26,7 +30,8 @@ from model import MLP, ModelConfig, make_model
 from optim import OptimConfig, make_optimizer
 from train import Settings
 
-KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True), dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
+KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True),
+         dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
          dict(n_embd=36, mlp_norm=True)]
 
 
@@ -48,13 +53,15 @@ def token_by_token(layer, x):
     for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
         h = x[b, t]
         p = (layer.router @ h).softmax(0)
-        chosen = (p if layer.expert_bias is None else p + layer.expert_bias).argsort(descending=True)[:cfg.n_expert_active]
+        chosen = (p if layer.expert_bias is None
+                  else p + layer.expert_bias).argsort(descending=True)[:cfg.n_expert_active]
         for e in chosen:
             def linear(name, h):
                 part = getattr(layer.experts, name)
                 return part.weight[e] @ h + (0 if part.bias is None else part.bias[e])
             inner = linear('up', h)
-            inner = layer.experts.act(linear('gate', h)) * inner if layer.experts.gate is not None else layer.experts.act(inner)
+            inner = (layer.experts.act(linear('gate', h)) * inner if layer.experts.gate is not None
+                     else layer.experts.act(inner))
             share = p[e] if cfg.n_expert_active == 1 else p[e] / p[chosen].sum()
             out[b, t] += share * linear('down', layer.experts.norm(inner))
     return out if layer.shared is None else out + layer.shared(x)
@@ -69,7 +76,8 @@ def test_a_mixture_is_a_loop_over_tokens(settings):
     out, wanted = layer(x)[0], token_by_token(layer, x)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     inputs = [x, *layer.parameters()]
-    for got, want in zip(torch.autograd.grad(out.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs)):
+    for got, want in zip(torch.autograd.grad(out.square().sum(), inputs),
+                         torch.autograd.grad(wanted.square().sum(), inputs)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
@@ -82,7 +90,8 @@ def test_grouped_products_in_bfloat16_are_those_one_by_one(settings, monkeypatch
             out = layer(x)[0]
         return out, *torch.autograd.grad(out.float().square().mean(), layer.parameters())
     calls, grouped = [], torch.nn.functional.grouped_mm
-    monkeypatch.setattr(torch.nn.functional, 'grouped_mm', lambda *args, **kwargs: calls.append(0) or grouped(*args, **kwargs))
+    monkeypatch.setattr(torch.nn.functional, 'grouped_mm',
+                        lambda *args, **kwargs: calls.append(0) or grouped(*args, **kwargs))
     ours = both()
     assert calls
     monkeypatch.setattr(torch.nn.functional, 'grouped_mm', lambda x, w, offs: torch.cat(
@@ -93,7 +102,8 @@ def test_grouped_products_in_bfloat16_are_those_one_by_one(settings, monkeypatch
 
 def test_two_active_experts_are_mixtrals():
     layer = mixture(n_expert_active=2, mlp='swiglu', d_ff=48)
-    theirs = MixtralSparseMoeBlock(MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)).eval()
+    theirs = MixtralSparseMoeBlock(MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8,
+                                                 num_experts_per_tok=2)).eval()
     theirs.gate.weight.data = layer.router.data
     theirs.experts.gate_up_proj.data = torch.cat([layer.experts.gate.weight, layer.experts.up.weight], 1).data
     theirs.experts.down_proj.data = layer.experts.down.weight.data
@@ -143,7 +153,8 @@ def test_losses_at_balance_and_at_uniform_logits():
     assert losses(layer, x, aux=0.01) == pytest.approx(0.01, rel=1e-5)
     assert losses(layer, x[:, :1], aux=0.01) == pytest.approx(0.08, rel=1e-5)  # all to one of 8
     layer.router.data.zero_()
-    assert losses(layer, x, aux=0.01) == pytest.approx(0.01, rel=1e-5) and losses(layer, x, aux=0, z=1.0) == pytest.approx(math.log(8) ** 2, rel=1e-5)
+    assert (losses(layer, x, aux=0.01) == pytest.approx(0.01, rel=1e-5)
+            and losses(layer, x, aux=0, z=1.0) == pytest.approx(math.log(8) ** 2, rel=1e-5))
     three = mixture(n_expert_active=3)
     three.router.data.zero_()
     assert losses(three, x) == pytest.approx(1, rel=1e-5)
@@ -162,7 +173,8 @@ def test_padding_counts_for_nothing():
     real = torch.arange(20) < torch.tensor([[20], [5]])
     alone = layer(x[real][None])[1]
     with_padding = layer(x, real)[1]
-    assert torch.equal(alone.load, with_padding.load) and with_padding.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+    assert (torch.equal(alone.load, with_padding.load)
+            and with_padding.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5))
     assert layer(x, torch.zeros(2, 20, dtype=torch.bool))[1].loss.item() == 0
     model, (x, y) = tiny(n_expert=4), batch(masked=0)
     y[:, 24:] = -1  # after the last target
@@ -177,15 +189,18 @@ def test_padding_counts_for_nothing():
 
 def test_the_loss_stays_nats_and_the_routers_learn_the_rest():
     x, y = batch()
-    plain, asked = tiny(n_expert=4, expert_aux=0.0, expert_z=0.0), tiny(n_expert=4, expert_aux=0.5, expert_z=0.1)
+    plain, asked = (tiny(n_expert=4, expert_aux=0.0, expert_z=0.0),
+                    tiny(n_expert=4, expert_aux=0.5, expert_z=0.1))
     for reduction, scale in (('mean', 1), ('sum', (y >= 0).sum().item())):
         losses, routings = [model(x, y, reduction=reduction) for model in (plain, asked)], []
         assert torch.equal(*losses)
-        gradients = [torch.autograd.grad(loss, model.mixtures()[0].router)[0] for loss, model in zip(losses, (plain, asked))]
+        gradients = [torch.autograd.grad(loss, model.mixtures()[0].router)[0]
+                     for loss, model in zip(losses, (plain, asked))]
         asked.real, asked.routings = (y >= 0).flip(1).cumsum(1).flip(1) > 0, routings
         asked.hidden(x)
         extra = torch.autograd.grad(sum(r.loss for r in routings), asked.mixtures()[0].router)[0]
-        torch.testing.assert_close(gradients[1] - gradients[0], scale * extra, rtol=1e-3, atol=1e-3 * scale * extra.abs().max().item())
+        torch.testing.assert_close(gradients[1] - gradients[0], scale * extra, rtol=1e-3,
+                                   atol=1e-3 * scale * extra.abs().max().item())
     asked.take_loads()
     asked.eval()(x, y)
     assert not asked.take_loads().any()  # an evaluation counts nothing
@@ -218,15 +233,21 @@ def test_a_bias_balances_what_a_loss_does_not():
 
 # --- beside the rest ---
 
-@pytest.mark.parametrize('settings, layers, matrices', [(dict(), 2, 2 * 128), (dict(mlp='swiglu'), 2, 3 * 96), (dict(n_encoder_layer=3), 5, 2 * 128)], ids=str)
+@pytest.mark.parametrize('settings, layers, matrices', [(dict(), 2, 2 * 128), (dict(mlp='swiglu'), 2, 3 * 96),
+                                                        (dict(n_encoder_layer=3), 5, 2 * 128)], ids=str)
 def test_flops_and_active_parameters_count_the_experts_that_work(settings, layers, matrices):
-    dense, one, two = (tiny(**settings, **kind) for kind in (dict(), dict(n_expert=8), dict(n_expert=8, n_expert_active=2)))
-    mlp, router = layers * matrices * 32, layers * 8 * 32  # of all layers; an encoder reads as many tokens here as a decoder
+    dense, one, two = (tiny(**settings, **kind)
+                       for kind in (dict(), dict(n_expert=8), dict(n_expert=8, n_expert_active=2)))
+    # of all layers; an encoder reads as many tokens here as a decoder
+    mlp, router = layers * matrices * 32, layers * 8 * 32
     biased = tiny(n_expert=8, bias=True)  # added, not multiplied
-    assert biased.flops_per_token() == tiny(n_expert=8).flops_per_token() and biased.num_params(active=True) < biased.num_params()
+    assert (biased.flops_per_token() == tiny(n_expert=8).flops_per_token()
+            and biased.num_params(active=True) < biased.num_params())
     assert one.num_params() - dense.num_params() == 7 * mlp + router == two.num_params() - dense.num_params()
-    assert one.num_params(active=True) - dense.num_params() == router and two.num_params(active=True) - dense.num_params() == mlp + router
-    assert one.flops_per_token() - dense.flops_per_token() == 6 * router and two.flops_per_token() - one.flops_per_token() == 6 * mlp
+    assert (one.num_params(active=True) - dense.num_params() == router
+            and two.num_params(active=True) - dense.num_params() == mlp + router)
+    assert (one.flops_per_token() - dense.flops_per_token() == 6 * router
+            and two.flops_per_token() - one.flops_per_token() == 6 * mlp)
 
 
 def test_rot5s_mixture_has_its_parameters():
@@ -241,23 +262,31 @@ def test_muon_takes_the_experts_and_not_the_router():
     optimizer = make_optimizer(model, OptimConfig(optimizer='muon', weight_decay=0.1))
     groups = {name: group for group in optimizer.param_groups for name in group['param_names']}
     assert groups['blocks.0.mlp.experts.up.weight']['muon'] and not groups['blocks.0.mlp.router']['muon']
-    assert not groups['blocks.0.mlp.experts.up.bias']['muon'] and not groups['blocks.0.mlp.experts.up.bias']['weight_decay']
-    adamw = {name: group for group in make_optimizer(model, OptimConfig(weight_decay=0.1, scalar_lr=0.5)).param_groups for name in group['param_names']}
-    assert not adamw['blocks.0.mlp.experts.up.bias']['weight_decay'] and adamw['blocks.0.mlp.experts.up.bias']['peak'] == 0.5
-    assert adamw['blocks.0.mlp.experts.up.weight']['weight_decay'] and adamw['blocks.0.mlp.router']['peak'] != 0.5
+    assert (not groups['blocks.0.mlp.experts.up.bias']['muon']
+            and not groups['blocks.0.mlp.experts.up.bias']['weight_decay'])
+    adamw = {name: group for group in make_optimizer(model, OptimConfig(weight_decay=0.1, scalar_lr=0.5))
+             .param_groups for name in group['param_names']}
+    assert (not adamw['blocks.0.mlp.experts.up.bias']['weight_decay']
+            and adamw['blocks.0.mlp.experts.up.bias']['peak'] == 0.5)
+    assert (adamw['blocks.0.mlp.experts.up.weight']['weight_decay']
+            and adamw['blocks.0.mlp.router']['peak'] != 0.5)
 
 
-@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
+@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03),
+                                            (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
 def test_packed_for_decoding_it_is_as_good_as_the_same(options, error):
     model, (x, _) = tiny(n_expert=4, expert_shared=True).eval(), batch()
     before = model(x)
     off = (pack(model, **options)(x) - before).abs().amax(-1) / before.abs().max()  # (B, T)
-    assert off.quantile(0.8) < error  # a token between two experts may change its mind, and what follows with it
+    # a token between two experts may change its mind, and what follows with it
+    assert off.quantile(0.8) < error
     assert model.blocks[0].mlp.experts.up.weight.dtype == getattr(torch, options['dtype'])
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(mlp='swiglu', bias=True, norm='layernorm'), dict(value_residual=True, mlp_norm=True)], ids=str)
-@pytest.mark.parametrize('options', [dict(), dict(n_expert_active=2), dict(expert_shared=True), dict(n_expert=3, expert_bias=0.1)], ids=str)
+@pytest.mark.parametrize('settings', [dict(), dict(mlp='swiglu', bias=True, norm='layernorm'),
+                                      dict(value_residual=True, mlp_norm=True)], ids=str)
+@pytest.mark.parametrize('options', [dict(), dict(n_expert_active=2), dict(expert_shared=True),
+                                     dict(n_expert=3, expert_bias=0.1)], ids=str)
 def test_an_upcycled_network_has_the_same_function(settings, options):
     old = random_model(**settings)
     cfg, weights = upcycle(old.cfg, old.state_dict(), **dict(n_expert=8) | options)
@@ -273,7 +302,8 @@ def test_an_upcycled_network_has_the_same_function(settings, options):
     (dict(n_expert=1), 'n_expert=1: takes 0'), (dict(n_expert=-1), 'n_expert=-1'),
     (dict(n_expert=4, n_expert_active=5), 'n_expert_active=5: takes 1 to n_expert=4'),
     (dict(n_expert=4, n_expert_active=0), 'n_expert_active=0'),
-    (dict(n_expert=4, rank_mlp=8), 'experts are dense'), (dict(n_expert=4, ranks={'blocks.1.mlp.up': 8}), 'experts are dense'),
+    (dict(n_expert=4, rank_mlp=8), 'experts are dense'),
+    (dict(n_expert=4, ranks={'blocks.1.mlp.up': 8}), 'experts are dense'),
     (dict(n_expert=4, expert_aux=-1.0), 'expert_aux=-1.0'), (dict(arch='markov', n_expert=4), 'n_expert=4')])
 def test_impossible_mixtures_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -289,21 +319,29 @@ def test_a_run_logs_its_loads_resumes_exactly_and_draws_them(dataset, tmp_path):
     whole = train(tmp_path / 'whole', *MIXTURE, dataset=dataset)
     assert '4 experts' in whole.stdout and '| experts ' in whole.stdout
     loads = [r['expert_load'] for r in read_log(tmp_path / 'whole') if 'expert_load' in r]
-    assert len(loads) == 10 and all(sum(layer) == pytest.approx(1, abs=1e-3) for step in loads for layer in step)
+    assert (len(loads) == 10
+            and all(sum(layer) == pytest.approx(1, abs=1e-3) for step in loads for layer in step))
     for iters in (5, 10):
-        train(tmp_path / 'parts', *MIXTURE, f'--max_iters={iters}', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
-    train(tmp_path / 'once', *MIXTURE, '--max_iters=10', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
-    parts, once = (checkpoint.read_weights(checkpoint.find(str(tmp_path / out), 'last')) for out in ('parts', 'once'))
-    assert all(torch.equal(parts[name], once[name]) for name in once) and parts['blocks.0.mlp.expert_bias'].any()
+        train(tmp_path / 'parts', *MIXTURE, f'--max_iters={iters}', '--lr_decay_iters=10', '--warmup_iters=0',
+              dataset=dataset)
+    train(tmp_path / 'once', *MIXTURE, '--max_iters=10', '--lr_decay_iters=10', '--warmup_iters=0',
+          dataset=dataset)
+    parts, once = (checkpoint.read_weights(checkpoint.find(str(tmp_path / out), 'last'))
+                   for out in ('parts', 'once'))
+    assert (all(torch.equal(parts[name], once[name]) for name in once)
+            and parts['blocks.0.mlp.expert_bias'].any())
     assert read_log(tmp_path / 'parts')[-1] == read_log(tmp_path / 'once')[-1]
-    drawn = run('analyze.py', 'experts', f'--out_dir={tmp_path}/whole', f'--csv={tmp_path}/loads.csv', f'--picture={tmp_path}/loads.png')
+    drawn = run('analyze.py', 'experts', f'--out_dir={tmp_path}/whole', f'--csv={tmp_path}/loads.csv',
+                f'--picture={tmp_path}/loads.png')
     assert drawn.returncode == 0 and '4 experts' in drawn.stdout, drawn.stderr
-    assert len((tmp_path / 'loads.csv').read_text().splitlines()) == 1 + 10 * 2 * 4 and (tmp_path / 'loads.png').stat().st_size > 5000
+    assert (len((tmp_path / 'loads.csv').read_text().splitlines()) == 1 + 10 * 2 * 4
+            and (tmp_path / 'loads.png').stat().st_size > 5000)
 
 
 def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
     """Losses, gradients, loads and biases: what the routers learn beside the language too."""
-    args = ['--n_expert=4', '--expert_bias=0.01', '--expert_aux=5', '--expert_z=1', '--max_iters=5', '--batch_size=2', '--gradient_accumulation_steps=2']
+    args = ['--n_expert=4', '--expert_bias=0.01', '--expert_aux=5', '--expert_z=1', '--max_iters=5',
+            '--batch_size=2', '--gradient_accumulation_steps=2']
     for nproc in (1, 2):
         train(tmp_path / str(nproc), *args, dataset=dataset, nproc=nproc)
     one, two = ([r for r in read_log(tmp_path / nproc) if 'train_loss' in r] for nproc in '12')
@@ -326,26 +364,34 @@ def test_upcycling_a_run_and_going_on(dataset, tmp_path):
 
 
 def test_growing_in_the_middle_of_a_log_interval(dataset, tmp_path):
-    train(tmp_path / 'run', '--n_expert=4', '--grow_every=3', '--grow_to=4', '--grow_by=1', '--log_interval=4', '--max_iters=12', dataset=dataset)
+    train(tmp_path / 'run', '--n_expert=4', '--grow_every=3', '--grow_to=4', '--grow_by=1',
+          '--log_interval=4', '--max_iters=12', dataset=dataset)
     loads = [r['expert_load'] for r in read_log(tmp_path / 'run') if 'expert_load' in r]
-    assert [len(step) for step in loads] == [2, 3, 4, 4] and all(sum(layer) == pytest.approx(1, abs=1e-3) for step in loads for layer in step)
+    assert ([len(step) for step in loads] == [2, 3, 4, 4]
+            and all(sum(layer) == pytest.approx(1, abs=1e-3) for step in loads for layer in step))
     drawn = run('analyze.py', 'experts', f'--out_dir={tmp_path}/run', '--picture=')
-    assert drawn.returncode == 0 and 'tokens of steps 9 to 12' in drawn.stdout and len(drawn.stdout.splitlines()) == 3 + 4, drawn.stdout + drawn.stderr
+    assert (drawn.returncode == 0 and 'tokens of steps 9 to 12' in drawn.stdout
+            and len(drawn.stdout.splitlines()) == 3 + 4), drawn.stdout + drawn.stderr
 
 
 def test_a_mixtures_settings_may_be_said_again_and_its_attention_factored(dataset, tmp_path):
     own = ['--n_expert=4', '--n_expert_active=2', '--expert_shared=True', '--expert_bias=0.01']
     train(tmp_path / 'moe', *own, dataset=dataset)
-    train(tmp_path / 'on', f'--init_from={tmp_path}/moe', *own[1:3], '--expert_bias=0.001', '--max_iters=1', dataset=dataset)
+    train(tmp_path / 'on', f'--init_from={tmp_path}/moe', *own[1:3], '--expert_bias=0.001', '--max_iters=1',
+          dataset=dataset)
     refused = train(tmp_path / 'no', '--expert_aux=0.5', dataset=dataset, check=False)
-    assert 'expert_aux=0.5: belongs to a mixture of experts' in one_line(refused) and not (tmp_path / 'no').exists()
+    assert ('expert_aux=0.5: belongs to a mixture of experts' in one_line(refused)
+            and not (tmp_path / 'no').exists())
     operate('factorize', tmp_path / 'moe', tmp_path / 'cut', '--energy=0.5')
-    assert 'n_expert=4: a network with it cannot be widened' in one_line(run('surgery.py', 'widen', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/w',
-                                                                        '--n_embd=64'))
-    assert 'n_expert=4' in one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/moe', f'--to={tmp_path}/hf'))
-    assert 'n_expert=0' in one_line(run('surgery.py', 'upcycle', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/u', '--n_expert=0'))
+    assert 'n_expert=4: a network with it cannot be widened' in one_line(
+        run('surgery.py', 'widen', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/w', '--n_embd=64'))
+    assert 'n_expert=4' in one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/moe',
+                                        f'--to={tmp_path}/hf'))
+    assert 'n_expert=0' in one_line(run('surgery.py', 'upcycle', f'--from={tmp_path}/moe',
+                                        f'--out_dir={tmp_path}/u', '--n_expert=0'))
     assert not any((tmp_path / name).exists() for name in ('w', 'hf', 'u'))
 
 
 def test_experts_in_use():
-    assert in_use(torch.full((8,), 1 / 8)).item() == pytest.approx(8) and in_use(torch.tensor([1.0, 0, 0])).item() == 1
+    assert (in_use(torch.full((8,), 1 / 8)).item() == pytest.approx(8)
+            and in_use(torch.tensor([1.0, 0, 0])).item() == 1)

@@ -16,25 +16,30 @@ from train import Settings, not_finite
 
 
 def test_cosine_is_nanogpts():
-    cfg = OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600000, max_iters=600000)
+    cfg = OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600000,
+                      max_iters=600000)
     assert learning_rate(0, cfg) == 6e-4 / 2001 and learning_rate(1999, cfg) == 6e-4 * 2000 / 2001
-    assert learning_rate(2000, cfg) == 6e-4 and math.isclose(learning_rate(301000, cfg), (6e-4 + 6e-5) / 2) and learning_rate(600000, cfg) == 6e-5
+    assert (learning_rate(2000, cfg) == 6e-4 and math.isclose(learning_rate(301000, cfg), (6e-4 + 6e-5) / 2)
+            and learning_rate(600000, cfg) == 6e-5)
 
 
 def test_linear_and_wsd():
     linear = OptimConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=0, max_iters=100, schedule='linear')
     assert [learning_rate(i, linear) for i in (0, 25, 100)] == [1.0, 0.75, 0.0]
-    wsd = OptimConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, schedule='wsd', cooldown=0.5)
+    wsd = OptimConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, schedule='wsd',
+                      cooldown=0.5)
     assert [learning_rate(i, wsd) for i in (10, 49, 50, 75, 100)] == [1.0, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_defaults_follow_the_length_of_the_run():
     cfg = OptimConfig(learning_rate=1e-3, max_iters=1000)
-    assert learning_rate(49, cfg) < learning_rate(50, cfg) == 1e-3 and math.isclose(learning_rate(1000, cfg), 1e-4)
+    assert (learning_rate(49, cfg) < learning_rate(50, cfg) == 1e-3
+            and math.isclose(learning_rate(1000, cfg), 1e-4))
 
 
 def test_without_decay_the_rate_is_constant_from_step_0_unless_a_warm_up_is_given():
-    constant = OptimConfig(learning_rate=3e-5, decay_lr=False, max_iters=1000)  # nanoGPT's config/finetune_shakespeare.py
+    # nanoGPT's config/finetune_shakespeare.py
+    constant = OptimConfig(learning_rate=3e-5, decay_lr=False, max_iters=1000)
     assert {learning_rate(step, constant) for step in (0, 1, 49, 50, 10 ** 6)} == {3e-5}
     assert learning_rate(0, constant, peak=0.02) == 0.02
     warm = OptimConfig(learning_rate=1.0, decay_lr=False, max_iters=1000, warmup_iters=9)
@@ -50,7 +55,8 @@ def test_the_rate_never_jumps(schedule, warmup_iters):
 
 
 def test_matrices_decay_norms_and_biases_do_not():
-    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=True, norm='layernorm'))
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=True,
+                                    norm='layernorm'))
     decay, rest = make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
     assert decay['weight_decay'] == 0.3 and rest['weight_decay'] == 0.0
     assert all(p.ndim == 2 for p in decay['params']) and all(p.ndim == 1 for p in rest['params'])
@@ -79,7 +85,8 @@ def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_directi
 
 def muon_and_model(**settings):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, tie=False, value_residual=True, mlp='swiglu'))
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, tie=False,
+                                    value_residual=True, mlp='swiglu'))
     cfg = OptimConfig(**{'optimizer': 'muon', 'momentum_warmup': 0, 'weight_decay': 0.0} | settings)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -103,18 +110,21 @@ def test_the_steps_are_torchs_muon(name):
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_each_at_its_rate():
-    model, optimizer, _ = muon_and_model(muon_lr=0.02, embed_lr=0.3, head_lr=0.01, scalar_lr=0.015, weight_decay=0.1)
+    model, optimizer, _ = muon_and_model(muon_lr=0.02, embed_lr=0.3, head_lr=0.01, scalar_lr=0.015,
+                                         weight_decay=0.1)
     where = {id(p): group for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
         group = where[id(p)]
-        wanted = (True, 0.02, 0.1) if p.ndim == 2 and name.startswith('blocks') else (False, 0.3 if 'wte' in name else 0.01 if 'head' in name else 0.015, 0.0)
+        wanted = ((True, 0.02, 0.1) if p.ndim == 2 and name.startswith('blocks')
+                  else (False, 0.3 if 'wte' in name else 0.01 if 'head' in name else 0.015, 0.0))
         assert (group['muon'], group['peak'], group['weight_decay']) == wanted, name
 
 
 def test_a_tied_embedding_learns_at_the_heads_rate():
     model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, tie=True))
     optimizer = make_optimizer(model, OptimConfig(optimizer='muon', embed_lr=0.3, head_lr=0.01))
-    assert [g['peak'] for g in optimizer.param_groups if any(p is model.wte.weight for p in g['params'])] == [0.01]
+    assert ([g['peak'] for g in optimizer.param_groups if any(p is model.wte.weight for p in g['params'])]
+            == [0.01])
 
 
 def test_a_step_that_overflows_float16_changes_nothing():
@@ -141,7 +151,8 @@ def test_a_tall_matrix_steps_as_its_transpose_but_further():
 
 def test_a_stack_of_matrices_is_updated_matrix_by_matrix():
     model, optimizer, _ = muon_and_model()
-    stack, single = torch.nn.Parameter(torch.zeros(3, 16, 48)), [torch.nn.Parameter(torch.zeros(16, 48)) for _ in range(3)]
+    stack, single = (torch.nn.Parameter(torch.zeros(3, 16, 48)),
+                     [torch.nn.Parameter(torch.zeros(16, 48)) for _ in range(3)])
     stack.grad = torch.randn(3, 16, 48)
     for p, g in zip(single, stack.grad.clone()):
         p.grad = g
@@ -154,10 +165,12 @@ def test_a_stack_of_matrices_is_updated_matrix_by_matrix():
 
 def low_rank_model(**settings):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, rank_qk=4, rank_mlp=8, zero_init=False))
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, rank_qk=4,
+                                    rank_mlp=8, zero_init=False))
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    return model, make_optimizer(model, OptimConfig(**{'optimizer': 'muon', 'momentum_warmup': 0, 'muon_lr': 0.1} | settings))
+    return model, make_optimizer(
+        model, OptimConfig(**{'optimizer': 'muon', 'momentum_warmup': 0, 'muon_lr': 0.1} | settings))
 
 
 def test_spectron_changes_no_product_by_more_than_the_rate():
@@ -171,7 +184,8 @@ def test_spectron_changes_no_product_by_more_than_the_rate():
             optimizer.bounds()
         before = [(up @ down).detach() for down, up in optimizer.pairs]
         optimizer.step()
-        moved[name] = max(torch.linalg.matrix_norm(up @ down - b, 2).item() for (down, up), b in zip(optimizer.pairs, before))
+        moved[name] = max(torch.linalg.matrix_norm(up @ down - b, 2).item()
+                          for (down, up), b in zip(optimizer.pairs, before))
     assert 0.02 < moved['spectron'] < 0.1 * 1.2 < moved['muon']  # Newton-Schulz ends within 1.2
 
 
@@ -193,28 +207,34 @@ def test_spectrons_norm_is_the_spectral_norm():
     down, _ = optimizer.pairs[0]
     with torch.no_grad():
         estimates = [optimizer.spectral_norm(down).item() for _ in range(50)]
-    assert math.isclose(estimates[-1], torch.linalg.matrix_norm(down, 2).item(), rel_tol=1e-2) and estimates[0] < estimates[-1]
+    assert (math.isclose(estimates[-1], torch.linalg.matrix_norm(down, 2).item(), rel_tol=1e-2)
+            and estimates[0] < estimates[-1])
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_decay_on_the_product_is_the_gradient_of_its_norm_and_replaces_the_factors_decay(optimizer):
     steps = {}
     for factor_decay in ('none', 'product'):
-        model, opt = low_rank_model(optimizer=optimizer, factor_decay=factor_decay, weight_decay=0.3, learning_rate=0.1)
+        model, opt = low_rank_model(optimizer=optimizer, factor_decay=factor_decay, weight_decay=0.3,
+                                    learning_rate=0.1)
         before = [p.detach().clone().requires_grad_() for pair in opt.pairs for p in pair]
         norm = sum((up @ down).square().sum() / 2 for down, up in zip(before[::2], before[1::2]))
         wanted = torch.autograd.grad(norm, before)
-        assert {g['weight_decay'] for g in opt.param_groups for p in g['params'] if any(p is f for pair in opt.pairs for f in pair)} == {0.0}
+        assert {g['weight_decay'] for g in opt.param_groups for p in g['params']
+                if any(p is f for pair in opt.pairs for f in pair)} == {0.0}
         opt.step()
-        steps[factor_decay] = [(p - b).detach() for p, b in zip((p for pair in opt.pairs for p in pair), before)]
+        steps[factor_decay] = [(p - b).detach()
+                               for p, b in zip((p for pair in opt.pairs for p in pair), before)]
     for none, product, gradient in zip(steps['none'], steps['product'], wanted):
         assert torch.allclose(product - none, -0.1 * 0.3 * gradient, atol=1e-5)
 
 
 def test_rates_are_scaled_by_name_and_a_pattern_that_matches_nothing_is_refused():
     model, optimizer = low_rank_model(lr_scale={r'attn\.[qk]': 2, r'attn\..\.up': 0.25, 'norm': 0})
-    rate = {name: group['peak'] for group in optimizer.param_groups for p in group['params'] for name, q in model.named_parameters() if q is p}
-    assert rate['blocks.0.attn.q.down.weight'] == 0.2 and rate['blocks.1.attn.k.up.weight'] == 0.05 and rate['blocks.0.attn.v.weight'] == 0.1
+    rate = {name: group['peak'] for group in optimizer.param_groups for p in group['params']
+            for name, q in model.named_parameters() if q is p}
+    assert (rate['blocks.0.attn.q.down.weight'] == 0.2 and rate['blocks.1.attn.k.up.weight'] == 0.05
+            and rate['blocks.0.attn.v.weight'] == 0.1)
     assert rate['norm_f.weight'] == 0
     with pytest.raises(UserError, match="lr_scale: 'attn.x' matches no tensor"):
         low_rank_model(lr_scale={'attn.x': 2})
@@ -232,17 +252,20 @@ def test_cautious_decay_shrinks_only_what_the_update_shrinks_too():
         steps.append(before - weight.detach())
     plain, decayed = steps
     shrinks = plain * before > 0
-    assert torch.allclose(decayed, torch.where(shrinks, plain + 0.02 * 5.0 * before, plain), atol=1e-6) and 0.2 < shrinks.float().mean() < 0.8
+    assert (torch.allclose(decayed, torch.where(shrinks, plain + 0.02 * 5.0 * before, plain), atol=1e-6)
+            and 0.2 < shrinks.float().mean() < 0.8)
 
 
 def test_the_momentum_warms_up_and_every_rate_follows_the_schedule():
-    model, optimizer, cfg = muon_and_model(momentum_warmup=100, schedule='linear', max_iters=200, warmup_iters=0, min_lr=0.0, muon_lr=0.02, head_lr=0.01)
+    model, optimizer, cfg = muon_and_model(momentum_warmup=100, schedule='linear', max_iters=200,
+                                           warmup_iters=0, min_lr=0.0, muon_lr=0.02, head_lr=0.01)
     seen = []
     for step in (0, 50, 100, 150):
         set_rates(optimizer, step, cfg)
         seen.append([(g['lr'] / g['peak'], g['momentum']) for g in optimizer.param_groups])
         assert len(set(seen[-1])) == 1
-    for (share, momentum), wanted in zip((s[0] for s in seen), ((1.0, 0.85), (0.75, 0.9), (0.5, 0.95), (0.25, 0.95))):
+    for (share, momentum), wanted in zip((s[0] for s in seen),
+                                         ((1.0, 0.85), (0.75, 0.9), (0.5, 0.95), (0.25, 0.95))):
         assert math.isclose(share, wanted[0]) and math.isclose(momentum, wanted[1])
 
 
@@ -253,21 +276,26 @@ def test_the_flops_of_a_step_are_torchs_count():
     assert counter.get_total_flops() == optimizer_flops(optimizer)
 
 
-@pytest.mark.parametrize('settings, words', [(dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown'),
-                                             (dict(lr_scale={'q': -1}), 'lr_scale'),
-                                             (dict(lr_scale={'attn.[q': 2}), 'is no pattern'), (dict(lr_scale={'q': True}), 'lr_scale')])
+@pytest.mark.parametrize('settings, words', [
+    (dict(learning_rate=-1.0), 'learning_rate'), (dict(beta2=1.0), 'beta2'), (dict(cooldown=0.0), 'cooldown'),
+    (dict(lr_scale={'q': -1}), 'lr_scale'),
+    (dict(lr_scale={'attn.[q': 2}), 'is no pattern'), (dict(lr_scale={'q': True}), 'lr_scale')])
 def test_values_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(min_lr=6e-5, learning_rate=3e-5), '^min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out$'),
+    (dict(min_lr=6e-5, learning_rate=3e-5),
+     '^min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out$'),
     (dict(min_lr=6e-5, learning_rate=0.0), '^min_lr=6e-05: is above learning_rate=0.0: '),
-    (dict(max_iters=5000, warmup_iters=2000, lr_decay_iters=500), '^lr_decay_iters=500: ends the decay before the warm-up of 2000 steps has ended: '),
-    (dict(max_iters=5000, lr_decay_iters=200), '^lr_decay_iters=200: ends the decay before the warm-up of 250 steps has ended: '),
+    (dict(max_iters=5000, warmup_iters=2000, lr_decay_iters=500),
+     '^lr_decay_iters=500: ends the decay before the warm-up of 2000 steps has ended: '),
+    (dict(max_iters=5000, lr_decay_iters=200),
+     '^lr_decay_iters=200: ends the decay before the warm-up of 250 steps has ended: '),
     (dict(max_iters=5000, lr_decay_iters=0), '^lr_decay_iters=0: ends the decay'),
-    (dict(max_iters=5000, lr_decay_iters=1000, min_lr=0.0), '^lr_decay_iters=1000: is below max_iters=5000: the rate would be min_lr=0 from there on')])
+    (dict(max_iters=5000, lr_decay_iters=1000, min_lr=0.0),
+     '^lr_decay_iters=1000: is below max_iters=5000: the rate would be min_lr=0 from there on')])
 def test_a_rate_that_would_rise_drop_or_stay_at_zero_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**settings).check()
@@ -275,8 +303,10 @@ def test_a_rate_that_would_rise_drop_or_stay_at_zero_is_refused(settings, words)
 
 
 @pytest.mark.parametrize('settings', [
-    dict(min_lr=6e-4), dict(max_iters=30, warmup_iters=2000), dict(max_iters=30, warmup_iters=2000, lr_decay_iters=30),
-    dict(max_iters=30, lr_decay_iters=600000), dict(max_iters=2000, lr_decay_iters=1000), dict(max_iters=0), dict(learning_rate=0.0, min_lr=0.0)], ids=str)
+    dict(min_lr=6e-4), dict(max_iters=30, warmup_iters=2000),
+    dict(max_iters=30, warmup_iters=2000, lr_decay_iters=30), dict(max_iters=30, lr_decay_iters=600000),
+    dict(max_iters=2000, lr_decay_iters=1000), dict(max_iters=0), dict(learning_rate=0.0, min_lr=0.0)],
+                         ids=str)
 def test_a_trial_of_a_long_run_is_not_refused(settings):
     OptimConfig(**settings).check()
 
@@ -289,10 +319,11 @@ def test_every_config_goes_with_its_own_rates_and_with_a_trial_of_a_few_steps():
 
 
 def test_a_run_that_is_too_short_says_so():
-    assert short_warmup(Settings(max_iters=2000, warmup_iters=2000)) == short_warmup(Settings(max_iters=30)) == []
+    assert (short_warmup(Settings(max_iters=2000, warmup_iters=2000)) == short_warmup(Settings(max_iters=30))
+            == [])
     assert short_warmup(Settings(max_iters=30, warmup_iters=2000, learning_rate=6e-4)) == [
-        'warmup_iters=2000: is longer than max_iters=30: the rate rises to 9.00e-06 and never reaches learning_rate=0.0006; '
-        '--warmup_iters=0 begins there']
+        'warmup_iters=2000: is longer than max_iters=30: '
+        'the rate rises to 9.00e-06 and never reaches learning_rate=0.0006; --warmup_iters=0 begins there']
     growing = dict(n_layer=2, grow_every=4, grow_to=8, grow_by=2)
     assert short_growth(build(Settings, max_iters=13, **growing), 2, 0) == []
     assert short_growth(build(Settings, max_iters=13, **growing), 4, 8) == []
@@ -304,14 +335,18 @@ def test_a_run_that_is_too_short_says_so():
 def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
     model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
     s = Settings(optimizer='lion', max_iters=10)
-    run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None, data=SimpleNamespace(bits_per_byte=lambda nats: None),
+    run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None,
+                          data=SimpleNamespace(bits_per_byte=lambda nats: None),
                           interval=SimpleNamespace(steps_per_second=lambda: 1.0))
-    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None), lambda: not_finite(s, 1)):
-        with pytest.raises(UserError, match='^optimizer=lion: has no code in optim.py: use adamw, muon or spectron$'):
+    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None),
+                   lambda: not_finite(s, 1)):
+        with pytest.raises(UserError,
+                           match='^optimizer=lion: has no code in optim.py: use adamw, muon or spectron$'):
             decide()
 
 
-@pytest.mark.parametrize('optimizer, main_rate', [('adamw', 'learning_rate'), ('muon', 'muon_lr'), ('spectron', 'muon_lr')])
+@pytest.mark.parametrize('optimizer, main_rate',
+                         [('adamw', 'learning_rate'), ('muon', 'muon_lr'), ('spectron', 'muon_lr')])
 def test_the_rate_of_the_blocks_matrices_is_the_one_that_is_shown_and_to_be_lowered(optimizer, main_rate):
     s = OptimConfig(optimizer=optimizer)
     assert s.main_rate == main_rate and s.uses_muon == (optimizer != 'adamw')
@@ -319,6 +354,7 @@ def test_the_rate_of_the_blocks_matrices_is_the_one_that_is_shown_and_to_be_lowe
 
 @pytest.mark.parametrize('name', ['schedule', 'factor_decay'])
 def test_a_choice_without_code_does_not_work_as_another_one(name):
-    model, s = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)), OptimConfig(**{name: 'new'})
+    model, s = (Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)),
+                OptimConfig(**{name: 'new'}))
     with pytest.raises(UserError, match=f'^{name}=new: has no code in optim.py: '):
         set_rates(make_optimizer(model, s), 5000, s)

@@ -1,6 +1,6 @@
 """
-PEFT's folders: what PEFT trains speaks here with the same logits, what is trained here speaks in PEFT, and a folder that is not exactly an adapter for
-the network is one clear line. The networks are tiny and random.
+PEFT's folders: what PEFT trains speaks here with the same logits, what is trained here speaks in PEFT, and a
+folder that is not exactly an adapter for the network is one clear line. The networks are tiny and random.
 """
 import json
 import warnings
@@ -39,10 +39,12 @@ GPT2 = dict(vocab_size=100, n_positions=32, n_embd=48, n_layer=2, n_head=4, **EN
 FAMILIES = {
     'gpt2': (GPT2LMHeadModel, GPT2Config(**GPT2)),
     'gpt_bigcode': (GPTBigCodeForCausalLM, GPTBigCodeConfig(**GPT2)),
-    'llama': (LlamaForCausalLM, LlamaConfig(vocab_size=100, max_position_embeddings=32, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                                            num_attention_heads=4, num_key_value_heads=2, **ENDS)),
-    't5': (T5ForConditionalGeneration, T5Config(vocab_size=100, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_decoder_layers=2, num_heads=4, n_positions=32,
-                                                decoder_start_token_id=0)),
+    'llama': (LlamaForCausalLM,
+              LlamaConfig(vocab_size=100, max_position_embeddings=32, hidden_size=48, intermediate_size=80,
+                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **ENDS)),
+    't5': (T5ForConditionalGeneration,
+           T5Config(vocab_size=100, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_decoder_layers=2,
+                    num_heads=4, n_positions=32, decoder_start_token_id=0)),
 }
 
 
@@ -55,7 +57,8 @@ def folders(tmp_path_factory):
         torch.manual_seed(0)
         model = cls(config).eval()
         for name, p in model.named_parameters():
-            p.data = 1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 and name.endswith('weight') else 0.15 * torch.randn(p.shape)
+            p.data = (1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 and name.endswith('weight')
+                      else 0.15 * torch.randn(p.shape))
         out[kind] = tmp_path_factory.mktemp('base') / kind
         model.save_pretrained(out[kind])
     return out
@@ -84,13 +87,14 @@ def assert_equal(found, wanted, base):
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-TARGETS = {'gpt2': ['c_attn', 'c_proj', 'c_fc'], 'gpt_bigcode': ['c_attn', 'c_proj', 'c_fc'], 'llama': ['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'],
-           't5': ['q', 'v', 'wi', 'wo']}
-TABLE = {'gpt2': ['wte', 'wpe'], 'gpt_bigcode': ['wte', 'wpe'], 'llama': ['embed_tokens', 'lm_head'], 't5': ['embed_tokens']}
+TARGETS = {'gpt2': ['c_attn', 'c_proj', 'c_fc'], 'gpt_bigcode': ['c_attn', 'c_proj', 'c_fc'],
+           'llama': ['q_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'], 't5': ['q', 'v', 'wi', 'wo']}
+TABLE = {'gpt2': ['wte', 'wpe'], 'gpt_bigcode': ['wte', 'wpe'], 'llama': ['embed_tokens', 'lm_head'],
+         't5': ['embed_tokens']}
 VARIANTS = {
-    'plain': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True},
-    'patterns': {'rank_pattern': {'c_fc': 2, 'q_proj': 2, 'decoder.*.q': 2}, 'alpha_pattern': {r'.*0\..*': 3}}, 'tables': {},
-    'biases': {'bias': 'lora_only'}, 'all biases': {'bias': 'all'},
+    'plain': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True}, 'patterns': {
+        'rank_pattern': {'c_fc': 2, 'q_proj': 2, 'decoder.*.q': 2}, 'alpha_pattern': {r'.*0\..*': 3}},
+    'tables': {}, 'biases': {'bias': 'lora_only'}, 'all biases': {'bias': 'all'},
     'tokens': {'trainable_token_indices': [5, 9]},
 }
 
@@ -104,8 +108,9 @@ def adapted_by_peft(folders, kind, variant):
         options = {'trainable_token_indices': {'wte': [5, 9]}}
     if variant == 'tokens' and kind == 't5':
         options = {'trainable_token_indices': {'shared': [5, 9]}}
-    model = peft.get_peft_model(theirs(folders[kind], kind), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type=task,
-                                                                              fan_in_fan_out=kind == 'gpt2', **options)).eval()
+    model = peft.get_peft_model(theirs(folders[kind], kind),
+                                peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type=task,
+                                                fan_in_fan_out=kind == 'gpt2', **options)).eval()
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
@@ -127,9 +132,11 @@ def test_what_peft_trains_speaks_here(folders, tmp_path, kind, variant):
 
 
 SETTINGS = {
-    'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True}, 'tokens': {'lora_tokens': [5, 9]}, 'pissa': {'lora_pissa': True},
-    'patterns': {'lora_ranks': {'mlp': 2, r'blocks.1.attn': 3}, 'lora_alphas': {r'\.0\.': 3}}, 'tables': {'lora_targets': 'attn,mlp,embed'},
-    'some': {'lora_targets': 'q,v', 'lora_layers': '1:'}, 'fused': {'lora_targets': 'c_attn,c_proj'}, 'norms': {'lora_whole': 'norm'},
+    'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True},
+    'tokens': {'lora_tokens': [5, 9]}, 'pissa': {'lora_pissa': True},
+    'patterns': {'lora_ranks': {'mlp': 2, r'blocks.1.attn': 3}, 'lora_alphas': {r'\.0\.': 3}},
+    'tables': {'lora_targets': 'attn,mlp,embed'}, 'some': {'lora_targets': 'q,v', 'lora_layers': '1:'},
+    'fused': {'lora_targets': 'c_attn,c_proj'}, 'norms': {'lora_whole': 'norm'},
     'biases': {'lora_bias': 'lora_only'}, 'all biases': {'lora_bias': 'all'},
 }
 
@@ -137,7 +144,8 @@ SETTINGS = {
 @pytest.mark.parametrize('variant', SETTINGS)
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
-    if kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant) or kind == 't5' and variant == 'tokens':
+    if (kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant)
+            or kind == 't5' and variant == 'tokens'):
         pytest.skip('they have no such thing')
     mine, s = ours(folders[kind]), build(Settings, **{'lora_rank': 4, 'lora_alpha': 6.0} | SETTINGS[variant])
     other = theirs(folders[kind], kind)
@@ -183,35 +191,45 @@ def say(**fields):
 
 
 @pytest.mark.parametrize('change, words', [
-    (drop(A), 'transformer.h.0.attn.c_attn.lora_A.weight: not in the file'), (drop(B), 'transformer.h.0.attn.c_attn.lora_B.weight: not in the file'),
-    (put(A, 4, 64), 'lora_A.weight: [4, 64], this network takes'), (put(B, 144, 8), 'lora_B.weight: [144, 8], this network takes'),
+    (drop(A), 'transformer.h.0.attn.c_attn.lora_A.weight: not in the file'),
+    (drop(B), 'transformer.h.0.attn.c_attn.lora_B.weight: not in the file'),
+    (put(A, 4, 64), 'lora_A.weight: [4, 64], this network takes'),
+    (put(B, 144, 8), 'lora_B.weight: [144, 8], this network takes'),
     (put(A.replace('h.0', 'h.7'), 4, 48), 'transformer.h.7.attn.c_attn: no family that we know'),
-    (put(A.replace('lora_A', 'lora_E'), 4), 'lora_E.weight: this network has no place for it'), (say(peft_type='IA3'), "peft_type='IA3': takes LORA"),
-    (say(r=8), 'has rank 4, the file says 8'), (say(init_lora_weights='pissa'), "init_lora_weights='pissa': this takes a part out of the base"),
+    (put(A.replace('lora_A', 'lora_E'), 4), 'lora_E.weight: this network has no place for it'),
+    (say(peft_type='IA3'), "peft_type='IA3': takes LORA"), (say(r=8), 'has rank 4, the file says 8'),
+    (say(init_lora_weights='pissa'), "init_lora_weights='pissa': this takes a part out of the base"),
     (say(lora_alpha='x'), "lora_alpha='x': is not as PEFT writes it"),
-    (say(rank_pattern={'(': 2}), "'(' is no pattern"), (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
+    (say(rank_pattern={'(': 2}), "'(' is no pattern"),
+    (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
     (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'),
-    (say(use_dora=True), 'lora_magnitude_vector: not in the file'), (say(trainable_token_indices={'wte': 5}), "{'wte': 5}: takes tokens"),
+    (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
+    (say(trainable_token_indices={'wte': 5}), "{'wte': 5}: takes tokens"),
     (say(target_modules=[5]), 'target_modules=[5]'), (say(lora_dropout=5.0), 'lora_dropout=5.0'),
     (say(modules_to_save=['ln_f']), 'modules_to_save=ln_f: not in'),
-    (put('base_model.model.transformer.ln_f.modules_to_save.weight', 48), 'modules_to_save.weight: this network has no place for it'),
-    (put('base_model.model.transformer.h.0.attn.c_attn.base_layer.bias', 10), 'c_attn.base_layer.bias: [10], this network takes [144]'),
+    (put('base_model.model.transformer.ln_f.modules_to_save.weight', 48),
+     'modules_to_save.weight: this network has no place for it'),
+    (put('base_model.model.transformer.h.0.attn.c_attn.base_layer.bias', 10),
+     'c_attn.base_layer.bias: [10], this network takes [144]'),
     (say(layers_to_transform=[0]), 'h.1.attn.c_attn.lora_A.weight: this network has no place for it'),
     (lambda tensors, config: tensors[A].fill_(float('nan')), 'lora_A.weight: holds NaN or infinity'),
-    (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: not in the file'),
-    (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
+    (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: '
+     'not in the file'), (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
 ])
 def test_folders_that_are_no_adapter_for_the_network_are_one_line(folders, good, tmp_path, change, words):
-    tensors, config = load_file(good / 'adapter_model.safetensors'), json.loads((good / 'adapter_config.json').read_text())
+    tensors, config = (load_file(good / 'adapter_model.safetensors'),
+                       json.loads((good / 'adapter_config.json').read_text()))
     change(tensors, config)
     save_file(tensors, tmp_path / 'adapter_model.safetensors')
     (tmp_path / 'adapter_config.json').write_text(json.dumps(config))
     with pytest.raises(UserError) as refused:
         add_adapters(ours(folders['gpt2']), [f'x={tmp_path}'], str(folders['gpt2']))
-    assert words in str(refused.value) and str(tmp_path) in str(refused.value) and '\n' not in str(refused.value)
+    assert (words in str(refused.value) and str(tmp_path) in str(refused.value)
+            and '\n' not in str(refused.value))
 
 
-@pytest.mark.parametrize('change', [put(A, 10 ** 6, 48), put(A, 4, 10 ** 6), put(A.replace('lora_A', 'lora_B'), 10 ** 6, 4),
+@pytest.mark.parametrize('change', [put(A, 10 ** 6, 48), put(A, 4, 10 ** 6),
+                                    put(A.replace('lora_A', 'lora_B'), 10 ** 6, 4),
                                     put(A.replace('lora_A', 'lora_C'), 10 ** 6),
                                     put('base_model.model.transformer.ln_f.weight', 10 ** 6)], ids=range(5))
 def test_shapes_are_compared_before_a_tensor_is_read(folders, good, tmp_path, monkeypatch, change):
@@ -236,7 +254,8 @@ def test_integers_are_no_adapter(folders, good, tmp_path):
 
 def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
     model = ours(folders['gpt2'])
-    for name, text, words in (('adapter_config.json', '{', 'not readable as JSON'), ('adapter_model.safetensors', 'x', 'not readable as safetensors')):
+    for name, text, words in (('adapter_config.json', '{', 'not readable as JSON'),
+                              ('adapter_model.safetensors', 'x', 'not readable as safetensors')):
         for each in ('adapter_config.json', 'adapter_model.safetensors'):
             (tmp_path / each).write_bytes((good / each).read_bytes())
         (tmp_path / name).write_text(text)
@@ -262,17 +281,21 @@ def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_
 
 
 def test_a_run_is_exported_and_speaks_in_peft(folders, dataset, tmp_path):
-    base, settings = folders['gpt2'], ['--learning_rate=3e-2', '--max_iters=4', '--eval_interval=4', '--eval_iters=1', '--sample_tokens=0']
-    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--lora_rank=4', '--lora_targets=c_attn,mlp',
-               *settings)
+    base, settings = folders['gpt2'], ['--learning_rate=3e-2', '--max_iters=4', '--eval_interval=4',
+                                       '--eval_iters=1', '--sample_tokens=0']
+    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run',
+               '--lora_rank=4', '--lora_targets=c_attn,mlp', *settings)
     assert done.returncode == 0, done.stderr
     done = run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/adapter')
     assert done.returncode == 0 and f'--adapter={tmp_path}/adapter' in done.stdout, done.stderr
-    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / 'adapter').eval()
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base),
+                                            tmp_path / 'adapter').eval()
     ids = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         said, ours = theirs(ids).logits, load_model(str(tmp_path / 'run'))[0](ids)
         plain = GPT2LMHeadModel.from_pretrained(base).eval()(ids).logits
-    assert torch.allclose(ours, said, atol=1e-5 * said.abs().max()) and not torch.allclose(plain, said, atol=1e-3)
-    one = one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/half', '--dtype=bfloat16'))
+    assert (torch.allclose(ours, said, atol=1e-5 * said.abs().max())
+            and not torch.allclose(plain, said, atol=1e-3))
+    one = one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/half',
+                       '--dtype=bfloat16'))
     assert 'holds an adapter, which goes to PEFT in float32' in one and not (tmp_path / 'half').exists()

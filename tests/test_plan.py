@@ -1,4 +1,7 @@
-"""The dial: what is given stays, what follows is derived and printed, a run that goes on keeps it, and the minutes are kept."""
+"""
+The dial: what is given stays, what follows is derived and printed, a run that goes on keeps it, and the
+minutes are kept.
+"""
 import json
 import math
 import re
@@ -47,7 +50,8 @@ def test_parameters_and_tokens_are_met_as_nearly_as_depths_allow():
     for params in (1e6, 10e6, 100e6):
         s, _ = planned(params=params, tokens=1e7)
         assert 0.6 < size(s, 512)[0] / params < 1.6
-        assert math.isclose(s.batch_size * s.gradient_accumulation_steps * s.block_size * s.max_iters, 1e7, rel_tol=0.05)
+        assert math.isclose(s.batch_size * s.gradient_accumulation_steps * s.block_size * s.max_iters, 1e7,
+                            rel_tol=0.05)
     small, large = (planned(tokens=tokens)[0].n_layer for tokens in (1e7, 1e10))
     assert small < large
 
@@ -62,7 +66,8 @@ def test_little_data_makes_a_larger_network_rather_than_more_than_four_epochs(mo
     monkeypatch.setattr('features.plan.dial.peak_flops', lambda device, dtype: 1e12)
     much, little = (planned(minutes=5, data_tokens=tokens)[0] for tokens in (1e12, 1e6))
     assert little.n_layer > much.n_layer
-    assert planned(tokens=1e7, data_tokens=1e4)[0].n_layer == planned(tokens=1e7)[0].n_layer  # tokens that are given are given
+    # tokens that are given are given
+    assert planned(tokens=1e7, data_tokens=1e4)[0].n_layer == planned(tokens=1e7)[0].n_layer
 
 
 @pytest.mark.parametrize('tokens, least, most', [(2e5, 512, 1024), (1.5e9, 2 ** 17, 2 ** 19)])
@@ -124,8 +129,9 @@ def test_weights_from_elsewhere_have_a_network_already():
 # --- minutes: the clock is not real ---
 
 MACHINES = {'steady': lambda now: 0.5, 'half as fast midway': lambda now: 0.5 if now < 150 else 1.0,
-            'twice as fast midway': lambda now: 0.5 if now < 150 else 0.25, 'busy at first': lambda now: 2.0 if now < 40 else 0.3,
-            'noisy': lambda now: 0.3 + 0.4 * (now % 1.7) / 1.7, 'a pause': lambda now: 40 if 100 < now < 120 else 0.5}
+            'twice as fast midway': lambda now: 0.5 if now < 150 else 0.25, 'busy at first': lambda now: 2.0
+            if now < 40 else 0.3, 'noisy': lambda now: 0.3 + 0.4 * (now % 1.7) / 1.7,
+            'a pause': lambda now: 40 if 100 < now < 120 else 0.5}
 
 
 @pytest.mark.parametrize('machine', MACHINES)
@@ -148,7 +154,8 @@ def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_p
         now, step = now + seconds_per_step(now), step + 1
         pace.end_step()
     assert now == pytest.approx(300, rel=0.05), fits
-    assert (machine, seconds_per_evaluation) != ('steady', 3.3) or len(set(fits)) == 1  # as fit_minutes() expects
+    # as fit_minutes() expects
+    assert (machine, seconds_per_evaluation) != ('steady', 3.3) or len(set(fits)) == 1
 
 
 def test_a_compilation_is_not_the_pace_of_what_follows():
@@ -183,7 +190,8 @@ class Machine:
     def run(self, dataset, out_dir, *args):
         self.now = 2.0  # to begin
         Log.EARLIER.clear()  # as in a new process
-        small = ['--depth=1', '--minutes=0.5', '--batch_size=4', '--gradient_accumulation_steps=1', '--log_interval=1']
+        small = ['--depth=1', '--minutes=0.5', '--batch_size=4', '--gradient_accumulation_steps=1',
+                 '--log_interval=1']
         return run_here(['train.py', f'--dataset={dataset}', f'--out_dir={out_dir}', *small, *DIAL, *args])
 
 
@@ -199,14 +207,16 @@ def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, t
     assert done.returncode == 0 and machine.now == pytest.approx(30, rel=0.05), done.stderr
     state, weights = end_of(tmp_path / 'whole')
     fits, settings = state['fits'], json.loads((tmp_path / 'whole' / 'settings.json').read_text())
-    assert len(fits) > 1 and fits[-1][1] == state['step'] == state['settings']['max_iters'] == settings['max_iters']
+    assert (len(fits) > 1
+            and fits[-1][1] == state['step'] == state['settings']['max_iters'] == settings['max_iters'])
     assert f'max_iters={fits[-1][1]} in place of {fits[-2][1]}' in done.stdout
     losses = {r['step']: r['train_loss'] for r in read_log(tmp_path / 'whole') if 'train_loss' in r}
 
     monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)  # after the last evaluation that could fit again
     interval = settings['eval_interval']
-    monkeypatch.setattr(faults, 'FAULTS', [('step', str((state['step'] - 1) // interval * interval + 1), '', 'term')])
+    monkeypatch.setattr(faults, 'FAULTS',
+                        [('step', str((state['step'] - 1) // interval * interval + 1), '', 'term')])
     assert machine.run(dataset, tmp_path / 'parts').returncode == 128 + signal.SIGTERM
     monkeypatch.setattr(faults, 'FAULTS', [])
     assert machine.run(dataset, tmp_path / 'parts').returncode == 0
@@ -229,7 +239,8 @@ def test_an_older_run_of_minutes_goes_on(dataset, tmp_path, monkeypatch):
     del state['fits']
     (folder / 'state.json').write_text(json.dumps(state))
     manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size, 'sha256': sha256(folder / 'state.json')}
+    manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size,
+                                       'sha256': sha256(folder / 'state.json')}
     (folder / 'manifest.json').write_text(json.dumps(manifest))
     done = machine.run(dataset, tmp_path)
     assert done.returncode == 0 and 'at step 6' in done.stdout, done.stderr
@@ -254,7 +265,8 @@ def test_a_run_prints_what_it_derived_and_goes_on_with_it(dataset, tmp_path):
 
 def test_minutes_are_those_of_the_whole_process(dataset, tmp_path):
     began = time.monotonic()
-    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', '--minutes=0.2', '--depth=1', *DIAL)
+    done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', '--minutes=0.2', '--depth=1',
+               *DIAL)
     assert done.returncode == 0 and 'done' in done.stdout, done.stderr
     assert 4 < time.monotonic() - began < 25  # of 12 s, on a shared machine
     records = [json.loads(line) for line in (tmp_path / 'log.jsonl').open()]
@@ -265,11 +277,13 @@ def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path, monkey
     done = Machine(monkeypatch, lambda now: 0.3).run(dataset, tmp_path / 'a')
     assert done.returncode == 0, done.stderr
     derived = dict(re.findall(r'--(\w+)=(\S+)', re.search('derived: (.*)', done.stdout).group(1)))
-    again = [f'--{name}={value}' for name, value in (derived | {'batch_size': 4, 'gradient_accumulation_steps': 1, 'log_interval': 1}).items()]
+    again = [f'--{name}={value}' for name, value in (
+        derived | {'batch_size': 4, 'gradient_accumulation_steps': 1, 'log_interval': 1}).items()]
     plain = run_here(['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/b', *again, *DIAL])
     assert plain.returncode == 0, plain.stderr
     until = int(derived['eval_interval'])  # where max_iters is fitted again
-    losses = [{r['step']: r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r and r['step'] <= until} for name in 'ab']
+    losses = [{r['step']: r['train_loss'] for r in read_log(tmp_path / name)
+               if 'train_loss' in r and r['step'] <= until} for name in 'ab']
     assert losses[0] == losses[1] and len(losses[0]) == until
 
 
@@ -277,13 +291,16 @@ def test_another_dial_or_a_step_that_cannot_be_shared_is_refused(dataset, tmp_pa
     args = ['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', '--depth=1', *DIAL]
     assert run(*args, '--tokens=2000').returncode == 0
     assert 'belongs to a run with another dial' in one_line(run(*args, '--tokens=4000'))
-    shared = run(*args, '--tokens=2000', f'--out_dir={tmp_path}/other', '--batch_size=3', '--gradient_accumulation_steps=1', nproc=2)
+    shared = run(*args, '--tokens=2000', f'--out_dir={tmp_path}/other', '--batch_size=3',
+                 '--gradient_accumulation_steps=1', nproc=2)
     assert 'cannot be shared by 2 processes' in shared.stderr and not (tmp_path / 'other').exists()
 
 
-@pytest.mark.parametrize('args, words', [(['--depth=2', '--params=1e6'], 'depth=2, params=1e+06'), (['--tokens=1e6', '--minutes=1'], 'tokens=1e+06, minutes=1'),
-                                         (['--depth=100'], 'depth=100'), (['--tokens=1e25'], 'tokens=1e+25'), (['--depth=1', '--dataset={}'], 'dataset={}'),
-                                         (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
+@pytest.mark.parametrize('args, words', [
+    (['--depth=2', '--params=1e6'], 'depth=2, params=1e+06'),
+    (['--tokens=1e6', '--minutes=1'], 'tokens=1e+06, minutes=1'), (['--depth=100'], 'depth=100'),
+    (['--tokens=1e25'], 'tokens=1e+25'), (['--depth=1', '--dataset={}'], 'dataset={}'),
+    (['--minutes=-1'], 'minutes=-1'), (['--minutes=0.01', '--depth=1'], 'minutes=0.01')])
 def test_a_dial_that_cannot_work_is_one_line_and_nothing_is_written(args, words, dataset, tmp_path):
     done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *args, *DIAL)
     assert words in one_line(done) and not Path(tmp_path / 'run').exists()

@@ -591,8 +591,10 @@ FILES = {
 
 @pytest.mark.parametrize('tokenizer', ['byte', 'char', 'bpe:400'])
 @pytest.mark.parametrize('names', FILES)
-def test_what_is_read_into_memory_has_the_bytes_of_the_pipeline(tmp_path, monkeypatch, capsys, names, tokenizer):
-    write_jsonl(tmp_path / 'few.jsonl', [*map(story, range(30)), '', ' \t', f'{story(7)} <|endoftext|> \u2585'])
+def test_what_is_read_into_memory_has_the_bytes_of_the_pipeline(tmp_path, monkeypatch, capsys, names,
+                                                                tokenizer):
+    write_jsonl(tmp_path / 'few.jsonl',
+                [*map(story, range(30)), '', ' \t', f'{story(7)} <|endoftext|> \u2585'])
     write_jsonl(tmp_path / 'many.jsonl', [story(n, 12) for n in range(1200)])
     (tmp_path / 'one.txt').write_text(story(1, 3000))
     (tmp_path / 'many.txt').write_text('\n<|endoftext|>\n'.join(story(n) for n in range(300)))

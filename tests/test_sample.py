@@ -1,4 +1,7 @@
-"""Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character is never cut."""
+"""
+Text out of a checkpoint: cached = uncached, batched = one by one, every knob does what it says, a character
+is never cut.
+"""
 import collections
 import hashlib
 import io
@@ -33,7 +36,8 @@ from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
 
 def model(**settings):
     torch.manual_seed(0)
-    model = make_model(build(ModelConfig, **{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | settings))
+    model = make_model(build(ModelConfig, **{'vocab_size': 257, 'block_size': 24, 'n_layer': 2, 'n_head': 4,
+                                             'n_embd': 32} | settings))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3)
@@ -46,7 +50,8 @@ def tokens(model, prompts, n, **options):
 
 # --- the cache ---
 
-@pytest.mark.parametrize('settings', [dict(), dict(position='learned', qk_norm=False), dict(n_kv_head=2, softcap=5.0), dict(n_kv_head=1, position='none'),
+@pytest.mark.parametrize('settings', [dict(), dict(position='learned', qk_norm=False),
+                                      dict(n_kv_head=2, softcap=5.0), dict(n_kv_head=1, position='none'),
                                       dict(rank_qk=8, rank_head=16, tie=False)], ids=str)
 def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(settings):
     m, prompts = model(**settings), [[1, 2, 3], [7, 8, 9]]
@@ -57,13 +62,15 @@ def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(s
 def test_a_cache_holds_one_dtype_where_autocast_has_norms_in_float32(monkeypatch):
     """As on GPUs since torch 2.13."""
     rms_norm = torch.nn.functional.rms_norm
-    monkeypatch.setattr(torch.nn.functional, 'rms_norm', lambda x, shape, weight=None, eps=None: rms_norm(x.float(), shape, weight, eps))
+    monkeypatch.setattr(torch.nn.functional, 'rms_norm',
+                        lambda x, shape, weight=None, eps=None: rms_norm(x.float(), shape, weight, eps))
     with torch.autocast('cpu', torch.bfloat16):
         assert tokens(model(), [[1, 2, 3]], 30, temperature=0).shape == (1, 30)
 
 
-@pytest.mark.parametrize('settings', [dict(n_kv_head=2, softcap=5.0), dict(position='learned', qk_norm=False, bias=True, norm='layernorm'),
-                                      dict(position='none', rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
+@pytest.mark.parametrize('settings', [
+    dict(n_kv_head=2, softcap=5.0), dict(position='learned', qk_norm=False, bias=True, norm='layernorm'),
+    dict(position='none', rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
 def test_compiled_decoding_is_uncached_token_for_token_also_far_beyond_the_context(settings):
     prompts = [[1, 2, 3], [7, 8, 9, 4, 2]]
     uncached = tokens(model(**settings), prompts, 60, temperature=0, use_cache=False)
@@ -95,7 +102,8 @@ def test_when_the_context_is_full_the_newer_half_is_read_afresh():
     m, prompt = model(), list(range(1, 21))
     out = prompt + tokens(m, [prompt], 30, temperature=0)[0].tolist()
     start = 0
-    for end in range(20, 50):  # the same thing said plainly: the whole window through the network for every token
+    # the same thing said plainly: the whole window through the network for every token
+    for end in range(20, 50):
         if end - start > 24:
             start = end - 12
         assert m(torch.tensor([out[start:end]]))[0, -1].argmax() == out[end]
@@ -130,8 +138,10 @@ def test_the_seed_decides():
 
 # --- packed weights ---
 
-@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03), (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
-@pytest.mark.parametrize('settings', [dict(), dict(rank_qk=8, rank_embed=16, rank_head=16, bias=True), dict(tie=False, mlp='swiglu')], ids=str)
+@pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03),
+                                            (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
+@pytest.mark.parametrize('settings', [dict(), dict(rank_qk=8, rank_embed=16, rank_head=16, bias=True),
+                                      dict(tie=False, mlp='swiglu')], ids=str)
 def test_a_packed_model_says_what_it_said_before_up_to_rounding(settings, options, error):
     x = torch.arange(20)[None]
     before, after = model(**settings)(x), pack(model(**settings), **options)(x)
@@ -159,9 +169,11 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf]])
 
 
 def frequencies(n=20000, past=((5,),), **options):
-    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0} | options
+    options = ({'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0}
+               | options)
     logits, past = LOGITS.expand(n, -1), torch.tensor(past).expand(n, -1)
-    counts = collections.Counter(draw(logits, past, generator=torch.Generator().manual_seed(0), **options).tolist())
+    counts = collections.Counter(
+        draw(logits, past, generator=torch.Generator().manual_seed(0), **options).tolist())
     return torch.tensor([counts[i] / n for i in range(6)])
 
 
@@ -175,7 +187,8 @@ def expected(logits):
     (dict(top_k=2), [2, 1, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),
     (dict(top_p=0.75), [2, 1, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),  # 0.56 + 0.21 reach 0.75
     (dict(top_p=0.5), [2, -torch.inf, -torch.inf, -torch.inf, -torch.inf, -torch.inf]),
-    (dict(min_p=0.2), [2, 1, 0.5, -torch.inf, -torch.inf, -torch.inf]),  # e^-1.5 = 0.22 stays, e^-2 = 0.14 goes
+    # e^-1.5 = 0.22 stays, e^-2 = 0.14 goes
+    (dict(min_p=0.2), [2, 1, 0.5, -torch.inf, -torch.inf, -torch.inf]),
     (dict(repetition_penalty=2.0, past=((0, 4),)), [1, 1, 0.5, 0, -2, -torch.inf]),
 ], ids=str)
 def test_tokens_are_drawn_with_the_probabilities_asked_for(options, logits):
@@ -216,7 +229,8 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, text):
         super().__init__()
-        self.cfg, self.weight = ModelConfig(vocab_size=257, block_size=1000, n_layer=1), torch.nn.Parameter(torch.zeros(1))
+        self.cfg, self.weight = (ModelConfig(vocab_size=257, block_size=1000, n_layer=1),
+                                 torch.nn.Parameter(torch.zeros(1)))
         self.ids, self.at = text.encode() + b' ' * 99, 0
 
     def hidden(self, idx, cache):
@@ -230,19 +244,22 @@ class Scripted(torch.nn.Module):
 
 
 def said(text, n=50, **options):
-    return [piece for _, piece in stream(Scripted(text), new_tokenizer('byte'), [[65]], max_new_tokens=n, temperature=0, **options)]
+    return [piece for _, piece in stream(Scripted(text), new_tokenizer('byte'), [[65]], max_new_tokens=n,
+                                         temperature=0, **options)]
 
 
 def test_a_character_is_never_cut_while_streaming():
     pieces = said('äö→😀x', n=len('äö→😀x'.encode()))
-    assert ''.join(pieces) == 'äö→😀x' and '\ufffd' not in ''.join(pieces) and len([p for p in pieces if p]) == 5
+    assert (''.join(pieces) == 'äö→😀x' and '\ufffd' not in ''.join(pieces)
+            and len([p for p in pieces if p]) == 5)
 
 
 def test_a_token_costs_the_same_however_long_the_text_is():
     tokenizer, lengths = new_tokenizer('byte'), []
     decode = tokenizer.decode
     tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
-    pieces = [piece for _, piece in stream(Scripted('äö→😀x' * 20), tokenizer, [[65] * 30], max_new_tokens=240, temperature=0)]
+    found = stream(Scripted('äö→😀x' * 20), tokenizer, [[65] * 30], max_new_tokens=240, temperature=0)
+    pieces = [piece for _, piece in found]
     assert ''.join(pieces) == 'äö→😀x' * 20 and max(lengths) <= 12
 
 
@@ -315,29 +332,34 @@ def trained(tmp_path_factory):
     """A run on bytes, made by the scripts themselves."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'text.txt').write_text('the quick brown fox jumps over the lazy dog. ' * 400, encoding='utf-8')
-    done = run('prepare.py', folder / 'text.txt', f'--out={folder / "data"}', '--tokenizer=byte', '--val_fraction=0.1')
+    done = run('prepare.py', folder / 'text.txt', f'--out={folder / "data"}', '--tokenizer=byte',
+               '--val_fraction=0.1')
     assert done.returncode == 0, done.stderr
     train(folder / 'out', '--max_iters=60', '--n_embd=48', dataset=folder / 'data')
     return folder / 'out'
 
 
 def test_a_trained_model_writes_what_it_has_read(trained):
-    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1', '--max_new_tokens=40')
+    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1',
+               '--max_new_tokens=40')
     assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
 
 
 def test_compiled_and_in_int8_it_writes_the_same(trained):
-    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1', '--max_new_tokens=40', '--compile', '--int8')
+    done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1',
+               '--max_new_tokens=40', '--compile', '--int8')
     assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
 
 
 def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
     (tmp_path / 'prompt.txt').write_text('jumps over')
-    from_file = run('sample.py', f'--out_dir={trained}', f'--start=FILE:{tmp_path / "prompt.txt"}', '--temperature=0', '--num_samples=1', '--max_new_tokens=9')
+    from_file = run('sample.py', f'--out_dir={trained}', f'--start=FILE:{tmp_path / "prompt.txt"}',
+                    '--temperature=0', '--num_samples=1', '--max_new_tokens=9')
     assert from_file.stdout.startswith('jumps over')
-    typed = run('sample.py', f'--out_dir={trained}', '--interactive', '--num_samples=1', '--max_new_tokens=5', '--temperature=0',
-                typed='the\n' + 'x' * 100 + '\nlazy\n')
-    assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout  # a prompt too long does not end the session
+    typed = run('sample.py', f'--out_dir={trained}', '--interactive', '--num_samples=1', '--max_new_tokens=5',
+                '--temperature=0', typed='the\n' + 'x' * 100 + '\nlazy\n')
+    # a prompt too long does not end the session
+    assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout
 
 
 def test_only_a_newline_ends_a_prompt(tmp_path):
@@ -391,10 +413,11 @@ def test_the_end_of_text_before_a_prompt_is_not_printed(trained):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'), (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
-    (['--start=FILE:'], 'start=FILE:: names no file'),
+    (['--start=' + 'x' * 33], 'the prompt has 33 tokens, the context of this model 32'),
+    (['--start=FILE:nowhere.txt'], 'nowhere.txt'), (['--start=FILE:'], 'start=FILE:: names no file'),
     (['--start=caf\udce9'], 'start: not UTF-8'), (['--stop=caf\udce9'], 'stop: not UTF-8'),
-    (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'), (['--temprature=1'], 'temperature'),
+    (['--top_p=0'], 'top_p'), (['--out_dir=nowhere'], 'nowhere: no such directory'),
+    (['--temprature=1'], 'temperature'),
 ])
 def test_bad_input_is_one_line(trained, args, words):
     assert words in one_line(run('sample.py', f'--out_dir={trained}', *args))
@@ -457,9 +480,11 @@ def test_a_bad_prompt_does_not_end_a_conversation_but_a_damaged_network_does(mon
 
 
 def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_path):
-    weights, state = checkpoint.read_weights(folder := checkpoint.find(str(trained))), checkpoint.load_state(folder)
+    weights, state = (checkpoint.read_weights(folder := checkpoint.find(str(trained))),
+                      checkpoint.load_state(folder))
     state['model']['vocab_size'] = 128
-    weights = {name: t[:128] if len(t) == 320 else t for name, t in weights.items()}  # of the padded vocabulary
+    # of the padded vocabulary
+    weights = {name: t[:128] if len(t) == 320 else t for name, t in weights.items()}
     folder = checkpoint.save(str(tmp_path), 1, weights, {}, state)
     assert '257 tokens, the network 128' in one_line(run('sample.py', f'--out_dir={folder}'))
 
@@ -468,14 +493,19 @@ def test_a_tokenizer_that_does_not_match_the_network_is_refused(trained, tmp_pat
 
 @pytest.fixture(scope='module')
 def documents(tmp_path_factory):
-    """A run with a document a row: each begins with Z, then other capital letters than Z, and ends after a few."""
+    """
+    A run with a document a row: each begins with Z, then other capital letters than Z, and ends after a few.
+    """
     folder, draw = tmp_path_factory.mktemp('documents'), random.Random(0)
     with open(folder / 'texts.jsonl', 'w') as f:
         for _ in range(300):
             f.write(json.dumps({'text': 'Z' + ''.join(draw.choices('ABC', k=draw.randint(3, 25)))}) + '\n')
-    prepare(PrepareSettings([f'{folder}/texts.jsonl'], out=f'{folder}/data', tokenizer='byte', val_fraction=0.2, num_proc=1))
-    done = train(folder / 'out', '--packing=document', '--max_iters=60', '--eval_interval=30', '--sample_tokens=5', '--sample_prompt=', dataset=folder / 'data')
-    assert done.stdout.count('    | Z') == 2  # of the three samples but the first, of a network that has learned nothing
+    prepare(PrepareSettings([f'{folder}/texts.jsonl'], out=f'{folder}/data', tokenizer='byte',
+                            val_fraction=0.2, num_proc=1))
+    done = train(folder / 'out', '--packing=document', '--max_iters=60', '--eval_interval=30',
+                 '--sample_tokens=5', '--sample_prompt=', dataset=folder / 'data')
+    # of the three samples but the first, of a network that has learned nothing
+    assert done.stdout.count('    | Z') == 2
     return folder / 'out'
 
 
@@ -484,31 +514,39 @@ def without_start_token(folder, to):
     found = checkpoint.find(str(folder))
     state = {key: value for key, value in checkpoint.load_state(found).items() if key != 'begin'}
     meta = read_meta(state['settings']['dataset'])
-    state['data'] = {name: hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest() for name in state['data']}
+    state['data'] = {name: hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+                     for name in state['data']}
     state['settings']['out_dir'] = str(to)
-    checkpoint.save(str(to), state['step'], checkpoint.read_weights(found), torch.load(f'{found}/optimizer.pt', weights_only=True), state)
+    checkpoint.save(str(to), state['step'], checkpoint.read_weights(found),
+                    torch.load(f'{found}/optimizer.pt', weights_only=True), state)
     (to / 'settings.json').write_text(json.dumps(state['settings']))
     return str(to)
 
 
 def test_a_network_knows_how_a_document_begins(documents):
     network, tokenizer = load(str(documents))
-    assert tokenizer.prompt_format.bos == (256,) == tuple(checkpoint.load_state(checkpoint.find(str(documents)))['begin'])
-    assert encode_prompt('', tokenizer, network.cfg) == [256] and encode_prompt('ZA', tokenizer, network.cfg) == [256, 90, 65]
+    assert (tokenizer.prompt_format.bos == (256,)
+            == tuple(checkpoint.load_state(checkpoint.find(str(documents)))['begin']))
+    assert (encode_prompt('', tokenizer, network.cfg) == [256]
+            and encode_prompt('ZA', tokenizer, network.cfg) == [256, 90, 65])
     first = network(torch.tensor([[256]]))[0, -1].log_softmax(-1)
     assert -first[90] < 0.1
-    done = run('sample.py', f'--out_dir={documents}', '--start=', '--num_samples=20', '--max_new_tokens=5', '--top_k=1')
+    done = run('sample.py', f'--out_dir={documents}', '--start=', '--num_samples=20', '--max_new_tokens=5',
+               '--top_k=1')
     assert done.stdout.count('Z') == 20 and done.stdout.startswith('Z'), done.stdout
 
 
 def test_texts_and_tasks_begin_with_the_start_token_too(documents):
     network, tokenizer = load(str(documents))
     ids = tokenizer.encode('ZABC')
-    wanted = torch.nn.functional.cross_entropy(network(torch.tensor([[256, *ids[:-1]]]))[0], torch.tensor(ids), reduction='sum').item()
+    wanted = torch.nn.functional.cross_entropy(network(torch.tensor([[256, *ids[:-1]]]))[0],
+                                               torch.tensor(ids), reduction='sum').item()
     nats, count, _ = tasks.score_text(network, tokenizer, 'ZABC', 8, torch.device('cpu'), 'float32')
     assert count == 4 and nats == pytest.approx(wanted, abs=1e-4)
-    assert tasks.encode_pair(tokenizer, '', 'ZA') == ([256], [90, 65]) and tasks.encode_pair(tokenizer, 'ZA', 'B') == ([256, 90, 65], [66])
-    long = tasks.score(network, [tasks.encode_pair(tokenizer, 'ZA' * 40, 'B')], torch.device('cpu'), 'float32')[0][0]
+    assert (tasks.encode_pair(tokenizer, '', 'ZA') == ([256], [90, 65])
+            and tasks.encode_pair(tokenizer, 'ZA', 'B') == ([256, 90, 65], [66]))
+    long = tasks.score(network, [tasks.encode_pair(tokenizer, 'ZA' * 40, 'B')], torch.device('cpu'),
+                       'float32')[0][0]
     window = torch.tensor([(tokenizer.encode('ZA' * 40))[-32:]])  # from the middle: no start token
     assert long == pytest.approx(network(window)[0, -1].log_softmax(-1)[66].item(), abs=1e-4)
 
@@ -517,24 +555,28 @@ def test_a_checkpoint_from_before_start_tokens_is_read_as_it_was_trained(documen
     old = without_start_token(documents, tmp_path / 'old')
     network, tokenizer = load(old)
     assert tokenizer.prompt_format == PromptFormat()
-    assert encode_prompt('ZA', tokenizer, network.cfg) == [90, 65] and encode_prompt('', tokenizer, network.cfg) == [256]
-    assert tasks.encode_pair(tokenizer, 'ZA', 'B') == ([90, 65], [66]) and tasks.encode_pair(tokenizer, '', 'Z') == ([256], [90])
+    assert (encode_prompt('ZA', tokenizer, network.cfg) == [90, 65]
+            and encode_prompt('', tokenizer, network.cfg) == [256])
+    assert (tasks.encode_pair(tokenizer, 'ZA', 'B') == ([90, 65], [66])
+            and tasks.encode_pair(tokenizer, '', 'Z') == ([256], [90]))
     files = TokenFiles(f'{documents.parent}/data', 'val')
     for folder, targets in ((documents, files.tokens), (old, files.tokens - files.documents)):
         assert f'all {targets:,} targets' in run('eval.py', 'loss', f'--out_dir={folder}').stdout
     args = ['--packing=document', '--max_iters=70', '--eval_interval=30']
     error = one_line(train(old, *args, dataset=documents.parent / 'data', check=False))
-    assert f'packing=document: rows begin with token 256 here, those of the run in {old} without a start token: give another --out_dir' in error
+    assert ('packing=document: rows begin with token 256 here, '
+            f'those of the run in {old} without a start token: give another --out_dir' in error)
     only = train(old, '--eval_only', dataset=documents.parent / 'data').stdout
     new = train(documents, '--eval_only', dataset=documents.parent / 'data').stdout
     assert float(only.split('val_loss ')[1].split(',')[0]) != float(new.split('val_loss ')[1].split(',')[0])
-    train(tmp_path / 'next', *args, f'--init_from={old}', '--max_iters=1', dataset=documents.parent / 'data')  # the weights begin another run
+    # the weights begin another run
+    train(tmp_path / 'next', *args, f'--init_from={old}', '--max_iters=1', dataset=documents.parent / 'data')
     assert load(str(tmp_path / 'next'))[1].prompt_format.bos == (256,)
 
 
 def test_an_adapter_trained_on_documents_speaks_from_their_start(documents, trained, tmp_path):
-    train(tmp_path / 'lora', f'--init_from={trained}', '--lora_rank=2', '--packing=document', '--max_iters=1', '--n_embd=48',
-          dataset=documents.parent / 'data')
+    train(tmp_path / 'lora', f'--init_from={trained}', '--lora_rank=2', '--packing=document', '--max_iters=1',
+          '--n_embd=48', dataset=documents.parent / 'data')
     network, tokenizer = load(str(trained))
     assert tokenizer.prompt_format.bos == ()
     [(_, own)] = add_adapters(network, tokenizer, [f'{tmp_path}/lora'], str(trained))

@@ -26,7 +26,8 @@ from surgery import FactorizeSettings
 
 def random_model(**settings):
     torch.manual_seed(0)
-    model = make_model(build(ModelConfig, **dict(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32) | settings)).eval()
+    model = make_model(build(ModelConfig, **dict(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32)
+                             | settings)).eval()
     for name, p in model.named_parameters():
         # biases and norms too
         p.data = (1 if 'norm' in name and 'weight' in name else 0) + torch.randn(p.shape) / 5
@@ -179,7 +180,8 @@ def test_gpt2_keeps_its_biases_and_its_tokenizer(tmp_path):
 
 
 def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_path):
-    low, new, chain = f'{tmp_path}/low', f'{tmp_path}/new', make_model(build(ModelConfig, arch='markov', vocab_size=64))
+    low, new, chain = (f'{tmp_path}/low', f'{tmp_path}/new',
+                       make_model(build(ModelConfig, arch='markov', vocab_size=64)))
     run_factorize(FactorizeSettings(dense, low, energy=0.6, dataset='none'))
     assert ('low: seed 1337 has no loss: surgery.py measures one'
             in table(group([read_run(dense), read_run(low)])))

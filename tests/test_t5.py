@@ -1,6 +1,7 @@
 """
-Encoder-decoders: T5 and Flan-T5 have the logits of transformers, both ways, and write what transformers writes; our own kinds of positions do what
-they say; padding, the cache and the other rows of a batch change nothing.
+Encoder-decoders: T5 and Flan-T5 have the logits of transformers, both ways, and write what transformers
+writes; our own kinds of positions do what they say; padding, the cache and the other rows of a batch change
+nothing.
 """
 import math
 
@@ -31,11 +32,13 @@ from train import Settings
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SIZES = dict(vocab_size=100, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4, n_positions=200)
+SIZES = dict(vocab_size=100, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4,
+             n_positions=200)
 T5 = dict(feed_forward_proj='relu', tie_word_embeddings=True)
 FLAN = dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)
 
-OURS = dict(vocab_size=257, n_encoder_layer=3, position='relative', mlp='relu', qk_norm=False, t5_scale=True, zero_init=False)
+OURS = dict(vocab_size=257, n_encoder_layer=3, position='relative', mlp='relu', qk_norm=False, t5_scale=True,
+            zero_init=False)
 
 
 def theirs(std=0.15, **settings):
@@ -61,17 +64,21 @@ def texts(lengths, seed=1):
 
 def their_logits(model, sources, targets):
     ids = pad(sources, 'cpu')
-    return model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), decoder_input_ids=torch.tensor(targets)).logits
+    return model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                 decoder_input_ids=torch.tensor(targets)).logits
 
 
 # --- T5 and Flan-T5 ---
 
 @torch.no_grad()
-@pytest.mark.parametrize('settings', [T5, FLAN, FLAN | dict(feed_forward_proj='gated-silu', d_kv=16), T5 | dict(num_decoder_layers=None)], ids=str)
+@pytest.mark.parametrize('settings', [T5, FLAN, FLAN | dict(feed_forward_proj='gated-silu', d_kv=16),
+                                      T5 | dict(num_decoder_layers=None)], ids=str)
 def test_t5_has_the_logits_of_transformers(settings, tmp_path):
-    model, sources, targets = theirs(**settings), texts([150, 70, 1]), texts([160] * 3, seed=2)  # beyond 128, where all distances are one
+    # beyond 128, where all distances are one
+    model, sources, targets = theirs(**settings), texts([150, 70, 1]), texts([160] * 3, seed=2)
     model.save_pretrained(tmp_path)
-    a, b = their_logits(model, sources, targets), ours(tmp_path)(torch.tensor(targets), source=pad(sources, 'cpu'))
+    a, b = (their_logits(model, sources, targets),
+            ours(tmp_path)(torch.tensor(targets), source=pad(sources, 'cpu')))
     assert a.shape == b.shape and a.std() > 0.1
     assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
@@ -88,8 +95,9 @@ def test_a_head_of_its_own_is_read(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('settings', [dict(), dict(tie=False, mlp='geglu', head_dim=16), dict(rank_qk=4, rank_mlp=8), dict(depth_scale='norm'),
-                                      dict(depth_scale='attn')], ids=str)
+@pytest.mark.parametrize('settings',
+                         [dict(), dict(tie=False, mlp='geglu', head_dim=16), dict(rank_qk=4, rank_mlp=8),
+                          dict(depth_scale='norm'), dict(depth_scale='attn')], ids=str)
 def test_transformers_has_our_logits(settings, tmp_path):
     model = tiny(**OURS | settings).eval()
     for p in model.parameters():
@@ -103,14 +111,16 @@ def test_transformers_has_our_logits(settings, tmp_path):
 
 
 def test_what_t5_has_no_place_for_is_refused(tmp_path):
-    with pytest.raises(UserError, match='position=rope, mlp=relu2: no class of transformers has this .the nearest is t5') as caught:
+    with pytest.raises(UserError, match='position=rope, mlp=relu2: '
+                       'no class of transformers has this .the nearest is t5') as caught:
         exported(tmp_path, tiny(vocab_size=257, n_encoder_layer=2, cross_rope='same', qk_norm=False))
     assert '\n' not in str(caught.value) and not (tmp_path / 'hf').exists()
 
 
-@pytest.mark.parametrize('change, words', [(dict(feed_forward_proj='gelu'), "feed_forward_proj='gelu': takes 'relu' or 'gated-gelu'"),
-                                           (dict(relative_attention_num_buckets=16), 'takes 32'), (dict(num_layers=10 ** 9), 'layers'),
-                                           (dict(d_kv=12), 'SelfAttention.q'), (dict(num_decoder_layers=2), 'decoder.block.2')], ids=str)
+@pytest.mark.parametrize('change, words', [
+    (dict(feed_forward_proj='gelu'), "feed_forward_proj='gelu': takes 'relu' or 'gated-gelu'"),
+    (dict(relative_attention_num_buckets=16), 'takes 32'), (dict(num_layers=10 ** 9), 'layers'),
+    (dict(d_kv=12), 'SelfAttention.q'), (dict(num_decoder_layers=2), 'decoder.block.2')], ids=str)
 def test_a_t5_that_is_not_ours_is_refused(change, words, tmp_path):
     theirs(**T5).save_pretrained(tmp_path)
     edit(tmp_path, **change)
@@ -119,7 +129,8 @@ def test_a_t5_that_is_not_ours_is_refused(change, words, tmp_path):
 
 def test_a_second_embedding_that_is_another_is_refused(tmp_path):
     theirs(**T5).save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors | {'encoder.embed_tokens.weight': tensors['shared.weight'].clone()})
+    rewrite(tmp_path,
+            lambda tensors: tensors | {'encoder.embed_tokens.weight': tensors['shared.weight'].clone()})
     ours(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {'encoder.embed_tokens.weight': tensors['shared.weight'] + 1})
     assert 'are not equal' in refusal(str(tmp_path))
@@ -128,28 +139,37 @@ def test_a_second_embedding_that_is_another_is_refused(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize('settings, end', [(T5, 90), (FLAN, 86)], ids=str)
 def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tmp_path):
-    model, sources = theirs(std=0.6, **settings, num_decoder_layers=2), texts([40, 25, 3, 40, 12, 7])  # their cache has as many layers as the encoder
+    # their cache has as many layers as the encoder
+    model, sources = theirs(std=0.6, **settings, num_decoder_layers=2), texts([40, 25, 3, 40, 12, 7])
     model.save_pretrained(tmp_path)
     mine, ids = ours(tmp_path), pad(sources, 'cpu')
-    theirs_in = dict(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), pad_token_id=0, eos_token_id=end, max_new_tokens=50, do_sample=False)
+    theirs_in = dict(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), pad_token_id=0,
+                     eos_token_id=end, max_new_tokens=50, do_sample=False)
 
     def cut(row):  # theirs are padded with zeros after the end
         row = row[1:]
         return row[:row.index(end)] if end in row else row
     wanted = [cut(row) for row in model.generate(**theirs_in).tolist()]
-    drawn = torch.stack(list(generate(Decoder(mine, sources), [[0]] * 6, 50, temperature=0, eot=end)), dim=1).tolist()
+    drawn = torch.stack(list(generate(Decoder(mine, sources), [[0]] * 6, 50, temperature=0, eot=end)),
+                        dim=1).tolist()
     assert [[t for t in row if t >= 0] for row in drawn] == wanted
-    assert len(set(map(tuple, wanted))) > 3 and min(map(len, wanted)) < 50  # not the same for every source, and some end
+    # not the same for every source, and some end
+    assert len(set(map(tuple, wanted))) > 3 and min(map(len, wanted)) < 50
     for beams, penalty in ((4, 1.0), (3, 0.0), (2, 2.0), (4, -1.0)):
-        wanted = [cut(row) for row in model.generate(**theirs_in, num_beams=beams, length_penalty=penalty).tolist()]
-        assert [cut([0] + beam_search(Decoder(mine, [source]), [0], 50, beams, penalty, eot=end)) for source in sources] == wanted, (beams, penalty)
+        wanted = [cut(row)
+                  for row in model.generate(**theirs_in, num_beams=beams, length_penalty=penalty).tolist()]
+        assert [cut([0] + beam_search(Decoder(mine, [source]), [0], 50, beams, penalty, eot=end))
+                for source in sources] == wanted, (beams, penalty)
 
 
 # --- every kind ---
 
-KINDS = [dict(position='relative', t5_scale=True), dict(), dict(cross_rope='same', n_kv_head=2), dict(cross_rope='offset', n_kv_head=1, tie=False),
-         dict(position='learned', norm='layernorm', bias=True, mlp='gelu', qk_norm=False), dict(position='none', value_residual=True, mlp='swiglu'),
-         dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_embed=8, rank_head=8, depth_scale='attn'), dict(source_size=50, cross_rope='offset')]
+KINDS = [dict(position='relative', t5_scale=True), dict(), dict(cross_rope='same', n_kv_head=2),
+         dict(cross_rope='offset', n_kv_head=1, tie=False),
+         dict(position='learned', norm='layernorm', bias=True, mlp='gelu', qk_norm=False),
+         dict(position='none', value_residual=True, mlp='swiglu'),
+         dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_embed=8, rank_head=8, depth_scale='attn'),
+         dict(source_size=50, cross_rope='offset')]
 
 
 def network(**settings):
@@ -164,7 +184,8 @@ def test_padding_and_the_other_rows_change_nothing(settings):
     for n, source in enumerate(sources):
         alone = model(targets[n:n + 1], source=torch.tensor([source]))
         assert torch.allclose(together[n:n + 1], alone, atol=1e-5)
-    other = source[::-1] if settings.get('position') != 'none' else source[1:]  # without positions a source is a bag of words
+    # without positions a source is a bag of words
+    other = source[::-1] if settings.get('position') != 'none' else source[1:]
     assert not torch.allclose(alone, model(targets[2:], source=torch.tensor([other])), atol=1e-3)
 
 
@@ -177,7 +198,8 @@ def test_the_encoder_sees_all_and_the_decoder_only_the_past(settings):
     changed = target.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 100
     a, b = (model(x, source=torch.tensor([source])) for x in (target, changed))
-    assert torch.allclose(a[0, :10], b[0, :10], atol=1e-6) and not torch.allclose(a[0, 10:], b[0, 10:], atol=1e-3)
+    assert (torch.allclose(a[0, :10], b[0, :10], atol=1e-6)
+            and not torch.allclose(a[0, 10:], b[0, 10:], atol=1e-3))
 
 
 @torch.no_grad()
@@ -185,7 +207,8 @@ def test_the_encoder_sees_all_and_the_decoder_only_the_past(settings):
 def test_cached_is_uncached(settings):
     model, sources, prompts = network(**settings), texts([30, 5, 11]), texts([1, 4, 2], seed=3)
     model, options = Decoder(model, sources), dict(temperature=0.9, eot=7)
-    cached, uncached = (torch.stack(list(generate(model, prompts, 60, use_cache=use, generator=torch.Generator().manual_seed(0), **options)))
+    cached, uncached = (torch.stack(list(generate(model, prompts, 60, use_cache=use,
+                                                  generator=torch.Generator().manual_seed(0), **options)))
                         for use in (True, False))
     assert torch.equal(cached, uncached) and len(cached) > 32  # beyond the context
 
@@ -194,7 +217,8 @@ def test_cached_is_uncached(settings):
 def test_a_step_over_the_whole_buffer_is_the_same():
     for settings in KINDS:
         model, x = network(**settings), torch.tensor([[1, 2, 3, 4, 5]])
-        memory, caches = model.encode(torch.tensor(texts([9]))), [KVCache(model, 5), KVCache(model, 24, compile=True)]
+        memory, caches = (model.encode(torch.tensor(texts([9]))),
+                          [KVCache(model, 5), KVCache(model, 24, compile=True)])
         for cache in caches:
             cache.extend(4)
             step(model, x[:, :4], cache, memory)
@@ -208,22 +232,28 @@ def test_offset_is_one_line_of_positions_and_same_are_two(kind):
     model, (source, target) = network(cross_rope=kind), (torch.tensor([row]) for row in texts([12, 10]))
     encoded = model.encode(source)
     before = model.hidden(target, encoded=encoded)
-    further = model.hidden(target, encoded=encoded._replace(length=encoded.length + 3))  # as if three more tokens had been between the two
+    # as if three more tokens had been between the two
+    further = model.hidden(target, encoded=encoded._replace(length=encoded.length + 3))
     assert torch.allclose(before, further) == (kind != 'offset')
     model.rotary = model.rotary[:, 5:]  # only distances count: all positions five further on
     assert torch.allclose(before, model.hidden(target, encoded=model.encode(source)), atol=1e-5)
 
 
 def test_buckets_are_those_of_t5():
-    """One distance each up to half of the buckets, then ever longer ranges up to 128: Mesh TensorFlow's, as transformers has it."""
+    """
+    One distance each up to half of the buckets, then ever longer ranges up to 128: Mesh TensorFlow's, as
+    transformers has it.
+    """
     from transformers.models.t5.modeling_t5 import T5Attention
     positions = torch.arange(300)
     for is_causal in (True, False):
         bias = RelativeBias(1, is_causal)
         bias.weight.data = torch.arange(32.0)[:, None]
-        wanted = T5Attention._relative_position_bucket(positions - positions[:, None], bidirectional=not is_causal).float()
+        wanted = T5Attention._relative_position_bucket(positions - positions[:, None],
+                                                       bidirectional=not is_causal).float()
         future = positions > positions[:, None]
-        assert torch.equal(bias(positions, positions)[0, 0], wanted.masked_fill(future, -torch.inf) if is_causal else wanted)
+        assert torch.equal(bias(positions, positions)[0, 0],
+                           wanted.masked_fill(future, -torch.inf) if is_causal else wanted)
 
 
 @pytest.mark.parametrize('settings', KINDS, ids=str)
@@ -231,7 +261,8 @@ def test_flops_are_those_of_torch(settings):
     model = network(**settings)
     T, S = model.cfg.block_size, model.cfg.source_context
     x, source = torch.ones(2, T, dtype=torch.long), torch.ones(2, S, dtype=torch.long)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's flash kernel
+    # it does not know the CPU's flash kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x, source=source).sum().backward()
     assert abs(model.flops_per_token() * 2 * T / counter.get_total_flops() - 1) < 0.02
 
@@ -242,20 +273,26 @@ def test_recomputing_changes_no_gradient():
     for recompute in (False, True):
         model.train().recompute = recompute
         model.zero_grad()
-        model(torch.tensor([target[:-1]]), torch.tensor([target[1:]]), source=torch.tensor([source])).backward()
+        model(torch.tensor([target[:-1]]), torch.tensor([target[1:]]),
+              source=torch.tensor([source])).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_t5s_init_has_logits_of_deviation_one():
-    """Embedding of deviation 1, normed stream, head over sqrt(n_embd); attention's logits too, without 1/sqrt(head_dim)."""
+    """
+    Embedding of deviation 1, normed stream, head over sqrt(n_embd); attention's logits too, without
+    1/sqrt(head_dim).
+    """
     torch.manual_seed(0)
-    cfg = part_of(build(Settings, **read_config(Settings, 'config/t5_base.py') | dict(vocab_size=500, n_layer=2, n_encoder_layer=2)), ModelConfig)
+    cfg = part_of(build(Settings, **read_config(Settings, 'config/t5_base.py')
+                        | dict(vocab_size=500, n_layer=2, n_encoder_layer=2)), ModelConfig)
     model = make_model(cfg)
     source, x = torch.randint(500, (2, 30)), torch.randint(500, (2, 30))
     with torch.no_grad():
         assert abs(model(x, source=source).std() - 1) < 0.3
-        for p, std in ((model.wte.weight[:500], 1), (model.encoder[0].attn.q.weight, (768 * 64) ** -0.5), (model.blocks[1].cross.o.weight, 768 ** -0.5),
+        for p, std in ((model.wte.weight[:500], 1), (model.encoder[0].attn.q.weight, (768 * 64) ** -0.5),
+                       (model.blocks[1].cross.o.weight, 768 ** -0.5),
                        (model.blocks[1].mlp.down.weight, 3072 ** -0.5), (model.rel.weight, 768 ** -0.5)):
             assert abs(p.std() / std - 1) < 0.1
 
@@ -283,11 +320,13 @@ def test_a_hidden_layer_beyond_float16_goes_on_in_float32(mlp, up, down):
 # --- the presets ---
 
 @pytest.mark.parametrize('config, vocab_size, count', [
-    ('t5_base', 32128, 222_903_552), ('flan_t5_base', 32128, 247_577_856), ('rot5', 32502, 223_190_784), ('rot5_rope', 32502, 223_190_016),
+    ('t5_base', 32128, 222_903_552), ('flan_t5_base', 32128, 247_577_856),
+    ('rot5', 32502, 223_190_784), ('rot5_rope', 32502, 223_190_016),
     ('rot5_rope_gqa', 32502, 194_878_464), ('rot5_mini', 32502, 46_814_208)])
 def test_presets_have_exactly_the_published_number_of_parameters(config, vocab_size, count):
     with torch.device('meta'):
-        model = make_model(part_of(build(Settings, **read_config(Settings, f'config/{config}.py') | {'vocab_size': vocab_size}), ModelConfig))
+        model = make_model(part_of(build(Settings, **read_config(Settings, f'config/{config}.py')
+                                         | {'vocab_size': vocab_size}), ModelConfig))
     assert model.num_params() == count
 
 
@@ -299,8 +338,10 @@ def test_sample_writes_what_transformers_writes(tmp_path):
     other, end = T5ForConditionalGeneration.from_pretrained(folder), ByteTokenizer().eot
     ids = torch.tensor([[*text.encode(), end]])
     for options, beams in ((['--temperature=0', '--num_samples=2'], 1), (['--num_beams=3'], 3)):
-        done = run('sample.py', f'--init_from=hf:{folder}', f'--start={text}', '--max_new_tokens=20', *options)
-        written = other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, num_beams=beams, do_sample=False)[0, 1:].tolist()
+        done = run('sample.py', f'--init_from=hf:{folder}', f'--start={text}', '--max_new_tokens=20',
+                   *options)
+        written = other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, num_beams=beams,
+                                 do_sample=False)[0, 1:].tolist()
         wanted = ByteTokenizer().decode(written[:-1] if written[-1] == end else written)
         assert done.returncode == 0 and done.stdout.split('\n----')[0] == wanted, done.stderr
 
@@ -321,20 +362,23 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
 
 # --- bad input ---
 
-@pytest.mark.parametrize('args, words', [(['--source_size=64'], 'source_size=64'), (['--cross_rope=same'], 'cross_rope=same'),
-                                         (['--n_encoder_layer=-1'], 'n_encoder_layer=-1'), (['--t5_scale=True'], 't5_scale=True')])
+@pytest.mark.parametrize(
+    'args, words', [(['--source_size=64'], 'source_size=64'), (['--cross_rope=same'], 'cross_rope=same'),
+                    (['--n_encoder_layer=-1'], 'n_encoder_layer=-1'), (['--t5_scale=True'], 't5_scale=True')])
 def test_settings_that_cannot_work_are_refused(args, words, dataset, tmp_path):
     assert words in one_line(run('train.py', *args, f'--dataset={dataset}', f'--out_dir={tmp_path}/x'))
 
 
 def test_a_kind_of_cross_attention_without_code_does_not_work_as_another_one():
-    with pytest.raises(ValueError, match='^cross_rope=new: this choice has no code in features/t5/network.py$'):
+    with pytest.raises(ValueError,
+                       match='^cross_rope=new: this choice has no code in features/t5/network.py$'):
         tiny(n_encoder_layer=1, cross_rope='new')
 
 
 def test_a_network_says_when_its_source_is_missing_or_too_long():
     model, x = network(), torch.ones(1, 4, dtype=torch.long)
-    for wrong, words in ((lambda: model(x), 'takes a source'), (lambda: model(x, source=x.new_ones(1, 33)), 'source_size=32')):
+    for wrong, words in ((lambda: model(x), 'takes a source'),
+                         (lambda: model(x, source=x.new_ones(1, 33)), 'source_size=32')):
         with pytest.raises(ValueError, match=words):
             wrong()
     assert math.isfinite(model(x, x, source=x).item())

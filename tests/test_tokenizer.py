@@ -26,7 +26,8 @@ from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, same_ids, tr
 STORY = ('One day, a little girl named Lily found a needle in her room.\n'
          'She knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n')
 LONG = STORY * 3 + inspect.getsource(argparse)[:30_000]  # to train on
-HARD = ['', ' ', '\n', '\0', 'Hello  world \n\n\t x\r\n  ', 'naïve café e\u0301', '中文没有空格。', '😀👩‍👩‍👧 x',
+HARD = ['', ' ', '\n', '\0', 'Hello  world \n\n\t x\r\n  ', 'naïve café e\u0301', '中文没有空格。',
+        '😀👩‍👩‍👧 x',
         '▁a▁▁ b▁', '<|endoftext|> <s></s> <unk> [SEP] <0x41>', '\ufeff\u200b\u2028\ufffd', 'a' * 3000,
         ' ' * 300, '1' * 50, '\U0010ffff\ue000']
 

@@ -1,6 +1,6 @@
 """
-Training as a user runs it: resume = uninterrupted, accumulation = ranks = big batch, evaluation disturbs nothing, signals lose
-nothing, bad input is one line. Every claim of equality is bit for bit.
+Training as a user runs it: resume = uninterrupted, accumulation = ranks = big batch, evaluation disturbs
+nothing, signals lose nothing, bad input is one line. Every claim of equality is bit for bit.
 """
 import json
 import os
@@ -67,58 +67,69 @@ def whole(dataset, tmp_path_factory):
 # --- resume ---
 
 def test_ten_steps_are_five_and_five_in_a_new_process(whole, dataset, tmp_path):
-    train(tmp_path, '--dropout=0.1', '--max_iters=5', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
+    train(tmp_path, '--dropout=0.1', '--max_iters=5', '--lr_decay_iters=10', '--warmup_iters=0',
+          dataset=dataset)
     train(tmp_path, '--dropout=0.1', '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset)
     assert same(last(whole), last(tmp_path))  # weights, moments, the optimizer's own step
     assert read_log(whole) == read_log(tmp_path)  # losses, norms, rates
     assert len(last(tmp_path)[1]['state']) == len(last(tmp_path)[0])  # moments for every tensor
 
 
-MUON = ['--optimizer=muon', '--tie=False', '--embed_norm', '--value_residual', '--mlp=swiglu', '--embed_lr=0.3', '--momentum_warmup=8', '--dropout=0.1']
+MUON = ['--optimizer=muon', '--tie=False', '--embed_norm', '--value_residual', '--mlp=swiglu',
+        '--embed_lr=0.3', '--momentum_warmup=8', '--dropout=0.1']
 
 
 def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset, tmp_path):
     for name, steps, nproc in (('one', (10,), 1), ('parts', (5, 10), 1), ('two', (10,), 2)):
         for max_iters in steps:
-            train(tmp_path / name, *MUON, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}', '--lr_decay_iters=10', '--warmup_iters=0',
-                  dataset=dataset, nproc=nproc)
-    assert same(last(tmp_path / 'one'), last(tmp_path / 'parts')) and read_log(tmp_path / 'one') == read_log(tmp_path / 'parts')
+            train(tmp_path / name, *MUON, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}',
+                  '--lr_decay_iters=10', '--warmup_iters=0', dataset=dataset, nproc=nproc)
+    assert (same(last(tmp_path / 'one'), last(tmp_path / 'parts'))
+            and read_log(tmp_path / 'one') == read_log(tmp_path / 'parts'))
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
-LOW_RANK = ['--rank_qk=8', '--rank_mlp=8', '--rank_guide=5', '--optimizer=spectron', '--factor_decay=product', '--rank_identity', '--rank_blocks=2',
-            '--lr_decay_iters=10', '--warmup_iters=0']
+LOW_RANK = ['--rank_qk=8', '--rank_mlp=8', '--rank_guide=5', '--optimizer=spectron', '--factor_decay=product',
+            '--rank_identity', '--rank_blocks=2', '--lr_decay_iters=10', '--warmup_iters=0']
 
 
 def test_a_low_rank_run_goes_on_bitwise_before_at_and_after_the_end_of_its_guides(dataset, tmp_path):
-    early = ['--rank_guide=5', '--eval_interval=3', '--target_val_loss=100', '--max_iters=10']  # stops at its first evaluation, after three steps
+    # stops at its first evaluation, after three steps
+    early = ['--rank_guide=5', '--eval_interval=3', '--target_val_loss=100', '--max_iters=10']
     train(tmp_path / 'parts', *LOW_RANK, '--gradient_accumulation_steps=2', *early, dataset=dataset)
     for name, steps, nproc in (('one', (10,), 1), ('parts', (5, 8, 10), 1), ('two', (10,), 2)):
         for max_iters in steps:
-            train(tmp_path / name, *LOW_RANK, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}', dataset=dataset, nproc=nproc)
+            train(tmp_path / name, *LOW_RANK, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}',
+                  dataset=dataset, nproc=nproc)
     one, parts = ([r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('one', 'parts'))
     assert same(last(tmp_path / 'one'), last(tmp_path / 'parts')) and one == parts
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
     flops = {r['step']: r['flops'] for r in read_log(tmp_path / 'one')}
-    assert flops[6] - flops[5] == flops[10] - flops[9] < (flops[5] - flops[4]) / 1.3 and not any('guide' in name for name in last(tmp_path / 'one')[0])
+    assert (flops[6] - flops[5] == flops[10] - flops[9] < (flops[5] - flops[4]) / 1.3
+            and not any('guide' in name for name in last(tmp_path / 'one')[0]))
 
 
-def test_resuming_with_another_optimizer_is_refused_and_with_other_rates_every_tensor_keeps_its_own_moments(dataset, tmp_path):
+def test_resuming_with_another_optimizer_is_refused_and_with_other_rates_every_tensor_keeps_its_own_moments(
+        dataset, tmp_path):
     train(tmp_path, '--max_iters=2', '--optimizer=muon', "--lr_scale={'attn.k': 2}", dataset=dataset)
-    assert 'optimizer=adamw' in one_line(train(tmp_path, '--max_iters=3', '--optimizer=adamw', dataset=dataset, check=False))
+    assert 'optimizer=adamw' in one_line(train(tmp_path, '--max_iters=3', '--optimizer=adamw',
+                                               dataset=dataset, check=False))
     before = moments(tmp_path)
-    train(tmp_path, '--max_iters=3', '--optimizer=muon', "--lr_scale={'attn.v': 0, 'attn.k': 3}", '--momentum=0.99999', '--momentum_warmup=0',
-          dataset=dataset)
+    train(tmp_path, '--max_iters=3', '--optimizer=muon', "--lr_scale={'attn.v': 0, 'attn.k': 3}",
+          '--momentum=0.99999', '--momentum_warmup=0', dataset=dataset)
     after = moments(tmp_path)
-    assert before.keys() == after.keys() and all((after[name] - m).norm() < 0.1 * m.norm() for name, m in before.items())
-    assert (before['blocks.0.attn.k.weight'] - after['blocks.0.attn.v.weight']).norm() > 0.5 * before['blocks.0.attn.k.weight'].norm()
+    assert (before.keys() == after.keys()
+            and all((after[name] - m).norm() < 0.1 * m.norm() for name, m in before.items()))
+    assert ((before['blocks.0.attn.k.weight'] - after['blocks.0.attn.v.weight']).norm()
+            > 0.5 * before['blocks.0.attn.k.weight'].norm())
 
 
 def moments(out_dir):
     """{name: momentum} of the matrices under Muon."""
     state = last(out_dir)[1]
     names = [name for group in state['param_groups'] for name in group['param_names']]
-    return {name: state['state'][n]['momentum'] for n, name in enumerate(names) if 'momentum' in state['state'][n]}
+    return {name: state['state'][n]['momentum'] for n, name in enumerate(names)
+            if 'momentum' in state['state'][n]}
 
 
 def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
@@ -126,7 +137,8 @@ def test_a_run_stops_at_its_target_and_stays_there(dataset, tmp_path):
     done = train(tmp_path, *race, dataset=dataset)
     records = [r for r in read_log(tmp_path) if 'val_loss' in r]
     assert records[-1]['val_loss'] <= 3.9 < records[-2]['val_loss'] and 2 < records[-1]['step'] < 100
-    assert records[0]['step'] == 2 and f'step {records[-1]["step"]}' in done.stdout  # a race does not stop for the loss it starts with
+    # a race does not stop for the loss it starts with
+    assert records[0]['step'] == 2 and f'step {records[-1]["step"]}' in done.stdout
     train(tmp_path, *race, dataset=dataset)
     assert checkpoint.find(str(tmp_path)).endswith(f'step_{records[-1]["step"]:08d}')
 
@@ -138,7 +150,9 @@ def test_the_seconds_of_the_log_count_from_the_start_of_the_process(dataset, tmp
     seconds = [json.loads(line)['seconds'] for line in open(tmp_path / 'log.jsonl')]
     assert whole / 2 < seconds[0] <= seconds[-1] < whole + 0.1  # most of it is loading torch
     train(tmp_path, '--max_iters=2', dataset=dataset, env={})
-    assert [json.loads(line)['seconds'] for line in open(tmp_path / 'log.jsonl')][-1] > seconds[-1] + whole / 4  # and goes on adding up
+    # and goes on adding up
+    assert ([json.loads(line)['seconds'] for line in open(tmp_path / 'log.jsonl')][-1]
+            > seconds[-1] + whole / 4)
 
 
 def test_the_next_batch_is_read_ahead_and_is_the_same(dataset):
@@ -148,7 +162,8 @@ def test_the_next_batch_is_read_ahead_and_is_the_same(dataset):
     for step in (0, 1, 2, 7, 8, 3):  # in order, and anywhere
         micro, targets = ahead(step)
         assert [first for first, _, _ in micro] == [4 * step, 4 * step + 2] and targets == 4 * 32
-        assert all(torch.equal(torch.from_numpy(data.rows(range(first, first + 2))[0]), x) for first, x, _ in micro)
+        assert all(torch.equal(torch.from_numpy(data.rows(range(first, first + 2))[0]), x)
+                   for first, x, _ in micro)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(whole, dataset, tmp_path):
@@ -174,11 +189,13 @@ def test_scratch_moves_the_old_run_aside(dataset, tmp_path):
     train(tmp_path / 'run', dataset=dataset)
     train(tmp_path / 'run', '--init_from=scratch', '--n_layer=1', '--max_iters=1', dataset=dataset)
     assert checkpoint.find(str(tmp_path / 'run.old1')).endswith('step_00000010')
-    assert checkpoint.find(str(tmp_path / 'run')).endswith('step_00000001') and not list(tmp_path.glob('*/lock'))
+    assert (checkpoint.find(str(tmp_path / 'run')).endswith('step_00000001')
+            and not list(tmp_path.glob('*/lock')))
 
 
 def test_init_from_a_run_takes_its_weights_and_network_with_a_fresh_schedule(whole, dataset, tmp_path):
-    done = run('train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}', *[a for a in TINY if not a.startswith(('--n_', '--block'))],
+    done = run('train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}',
+               *[a for a in TINY if not a.startswith(('--n_', '--block'))],
                f'--init_from={whole}', '--max_iters=1', '--learning_rate=0')
     assert done.returncode == 0, done.stderr
     best = checkpoint.find(str(whole), 'best')
@@ -187,7 +204,8 @@ def test_init_from_a_run_takes_its_weights_and_network_with_a_fresh_schedule(who
     assert 'n_layer=3' in one_line(refused) and not (tmp_path / 'other').exists()
 
 
-def test_after_a_damaged_checkpoint_the_steps_are_made_again_and_nothing_sound_is_lost(whole, dataset, tmp_path):
+def test_after_a_damaged_checkpoint_the_steps_are_made_again_and_nothing_sound_is_lost(whole, dataset,
+                                                                                       tmp_path):
     train(tmp_path, '--dropout=0.1', '--checkpoint_interval=1', '--keep_checkpoints=3', dataset=dataset)
     with open(tmp_path / 'step_00000010' / 'model.safetensors', 'ab') as f:
         f.write(b'x')
@@ -207,7 +225,8 @@ def test_a_changed_weight_decay_counts_from_where_the_run_goes_on(whole, dataset
 
 def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
     for name, nproc in (('one', 1), ('two', 2)):
-        train(tmp_path / name, '--dropout=0.1', '--gradient_accumulation_steps=2', dataset=dataset, nproc=nproc)
+        train(tmp_path / name, '--dropout=0.1', '--gradient_accumulation_steps=2', dataset=dataset,
+              nproc=nproc)
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
     one, two = read_log(tmp_path / 'one'), read_log(tmp_path / 'two')
     assert [r.get('train_loss') for r in one] == [r.get('train_loss') for r in two]
@@ -216,15 +235,16 @@ def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
 
 def test_ranks_with_unequal_numbers_of_targets_are_one_rank_too(dataset, tmp_path):
     for name, nproc in (('one', 1), ('two', 2)):
-        train(tmp_path / name, '--packing=document', '--gradient_accumulation_steps=2', dataset=dataset, nproc=nproc)
+        train(tmp_path / name, '--packing=document', '--gradient_accumulation_steps=2', dataset=dataset,
+              nproc=nproc)
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
 def test_accumulation_is_the_big_batch_also_when_rows_have_unequal_numbers_of_targets(dataset, tmp_path):
     """Documents, padded: the mean is over the global batch's real tokens, not the mean of means."""
     for name, sizes in (('big', (8, 1)), ('small', (2, 4))):
-        train(tmp_path / name, '--packing=document', f'--batch_size={sizes[0]}', f'--gradient_accumulation_steps={sizes[1]}', '--learning_rate=1e-3',
-              dataset=dataset)
+        train(tmp_path / name, '--packing=document', f'--batch_size={sizes[0]}',
+              f'--gradient_accumulation_steps={sizes[1]}', '--learning_rate=1e-3', dataset=dataset)
     big, small = read_log(tmp_path / 'big'), read_log(tmp_path / 'small')
     assert all(abs(a['train_loss'] - b['train_loss']) < 1e-5 for a, b in zip(big, small) if 'train_loss' in a)
 
@@ -238,18 +258,24 @@ def test_a_batch_on_two_ranks_is_shared_when_there_is_one_micro_batch(dataset, t
 
 # --- steps that are left out ---
 
-def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens(dataset, tmp_path, monkeypatch):
-    """A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained the first three."""
+def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens(dataset, tmp_path,
+                                                                                 monkeypatch):
+    """
+    A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained
+    the first three.
+    """
     monkeypatch.setattr(faults, 'FAULTS', [('loss', '46', '', 'large')])
     monkeypatch.setenv('FAULT', '')
     monkeypatch.setattr(faults, 'at', faults.happen)
-    args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70', '--warmup_iters=0']
+    args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70',
+            '--warmup_iters=0']
     done = train(tmp_path, *args, '--max_iters=60', dataset=dataset)
     assert 'on without steps 41 to 47' in done.stdout
     tokens = {r['step']: r['tokens'] // (4 * 32) for r in read_log(tmp_path)}
     assert list(tokens.values()) == sorted(tokens.values())
     assert [tokens[step] for step in (40, 48, 60)] == [40, 41, 53]
-    train(tmp_path, *args, '--max_iters=70', '--skip_steps=5', '--skip_steps=66', dataset=dataset)  # 5 was trained long ago
+    # 5 was trained long ago
+    train(tmp_path, *args, '--max_iters=70', '--skip_steps=5', '--skip_steps=66', dataset=dataset)
     tokens = {r['step']: r['tokens'] // (4 * 32) for r in read_log(tmp_path)}
     assert [tokens[step] for step in (60, 61, 70)] == [53, 54, 62]
 
@@ -265,7 +291,8 @@ def test_evaluating_every_step_changes_nothing(whole, dataset, tmp_path):
 
 def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, zero_init=False))
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16,
+                                    zero_init=False))
     torch.nn.init.normal_(model.wte.weight)
     source, ranks = Source(dataset, 'val', 8, 'stream'), Ranks('auto', torch.device('cpu'))
     assert source.rows > 36
@@ -316,7 +343,9 @@ def test_eval_only_takes_network_and_data_from_the_run(dataset, tmp_path):
 
 
 def test_eval_only_is_of_the_weights_that_init_from_names(dataset, tmp_path):
-    """nanoGPT's config/eval_gpt2.py, where out holds another run: its losses are not taken for those of GPT-2."""
+    """
+    nanoGPT's config/eval_gpt2.py, where out holds another run: its losses are not taken for those of GPT-2.
+    """
     for name, seed in (('one', 1), ('other', 2)):
         train(tmp_path / name, f'--seed={seed}', '--max_iters=1', dataset=dataset)
     train(tmp_path / 'tuned', f'--init_from={tmp_path}/one', '--max_iters=1', dataset=dataset)
@@ -332,8 +361,10 @@ def test_eval_only_is_of_the_weights_that_init_from_names(dataset, tmp_path):
 def test_the_log_has_what_the_design_promises(whole):
     records = [json.loads(line) for line in (whole / 'log.jsonl').read_text().splitlines()]
     training, evaluation = [r for r in records if 'train_loss' in r], [r for r in records if 'val_loss' in r]
-    assert [r['step'] for r in evaluation] == [0, 5, 10] and [r['step'] for r in training] == list(range(1, 11))
-    assert {'step', 'tokens', 'flops', 'seconds', 'train_loss', 'lr', 'grad_norm', 'tokens_per_second', 'mfu'} <= training[0].keys()
+    assert ([r['step'] for r in evaluation] == [0, 5, 10]
+            and [r['step'] for r in training] == list(range(1, 11)))
+    assert {'step', 'tokens', 'flops', 'seconds', 'train_loss', 'lr', 'grad_norm', 'tokens_per_second',
+            'mfu'} <= training[0].keys()
     assert {'val_loss', 'val_bpb', 'peak_memory_bytes'} <= evaluation[0].keys()
     assert training[-1]['tokens'] == 10 * 4 * 32 and evaluation[-1]['val_loss'] < evaluation[0]['val_loss']
 
@@ -353,7 +384,8 @@ def test_a_mixture_is_validated_by_source(tmp_path):
     (tmp_path / 'd1' / 'meta.json').write_text(json.dumps(meta))
     train(tmp_path / 'unknown', dataset=mixture)
     record = [r for r in read_log(tmp_path / 'unknown') if 'val_loss' in r][-1]
-    assert {name for name in record if 'bpb' in name} == {f'val_bpb/{tmp_path / "d0"}'}  # a total over what has no bytes would be too high
+    # a total over what has no bytes would be too high
+    assert {name for name in record if 'bpb' in name} == {f'val_bpb/{tmp_path / "d0"}'}
 
 
 def test_label_smoothing_and_bfloat16_train(dataset, tmp_path):
@@ -364,11 +396,13 @@ def test_label_smoothing_and_bfloat16_train(dataset, tmp_path):
 
 def test_compiled_and_plain_are_the_same_run(whole, dataset, tmp_path):
     """And a compiled run's checkpoint is an ordinary one: same names, resumed without compiling."""
-    train(tmp_path, '--dropout=0.0', '--compile=True', '--max_iters=5', '--lr_decay_iters=10', dataset=dataset, timeout=300)
+    train(tmp_path, '--dropout=0.0', '--compile=True', '--max_iters=5', '--lr_decay_iters=10',
+          dataset=dataset, timeout=300)
     train(tmp_path, '--dropout=0.0', '--lr_decay_iters=10', dataset=dataset)
     train(tmp_path / 'plain', '--dropout=0.0', dataset=dataset)
     compiled, plain = read_log(tmp_path), read_log(tmp_path / 'plain')
-    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(compiled, plain) if 'train_loss' in a)
+    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(compiled, plain)
+               if 'train_loss' in a)
     assert last(tmp_path)[0].keys() == last(whole)[0].keys()
 
 
@@ -379,13 +413,15 @@ def no_gradient(ctx, grad):
     return *(None if t is None else 0 * t for t in ctx.saved_tensors), *[None] * 6
 
 
-@pytest.mark.parametrize('args', [[], ['--optimizer=muon', '--tie=False', '--warmup_iters=9'], ['--gradient_accumulation_steps=2'],
-                                  ['--lr_decay_iters=5', '--min_lr=1e-4', '--max_iters=30', '--skip_steps=3']])
+@pytest.mark.parametrize(
+    'args', [[], ['--optimizer=muon', '--tie=False', '--warmup_iters=9'], ['--gradient_accumulation_steps=2'],
+             ['--lr_decay_iters=5', '--min_lr=1e-4', '--max_iters=30', '--skip_steps=3']])
 def test_a_gradient_of_zero_from_the_start_ends_the_run(dataset, tmp_path, monkeypatch, args):
     monkeypatch.setattr(ChunkedCrossEntropy, 'backward', no_gradient)
     last_step = 11 if '--skip_steps=3' in args else 10
     said = one_line(train(tmp_path, *args, dataset=dataset, check=False))
-    assert f'the gradient of every tensor was exactly zero in steps 1 to {last_step}' in said and torch.__version__ in said
+    assert (f'the gradient of every tensor was exactly zero in steps 1 to {last_step}' in said
+            and torch.__version__ in said)
 
 
 def test_a_loss_that_never_changes_ends_the_run(dataset, tmp_path, monkeypatch):
@@ -394,14 +430,16 @@ def test_a_loss_that_never_changes_ends_the_run(dataset, tmp_path, monkeypatch):
     assert 'the loss was exactly 4.1589 in steps 1 to 10' in said and 'learning_rate=0.01' in said
 
 
-@pytest.mark.parametrize('args', [['--learning_rate=0', '--tie=False', '--max_iters=12'], ['--max_iters=9'], ['--max_iters=9', '--tie=False']])
+@pytest.mark.parametrize('args', [['--learning_rate=0', '--tie=False', '--max_iters=12'], ['--max_iters=9'],
+                                  ['--max_iters=9', '--tie=False']])
 def test_a_run_that_is_not_to_learn_or_is_too_short_to_tell_goes_on(dataset, tmp_path, monkeypatch, args):
     monkeypatch.setattr(ChunkedCrossEntropy, 'backward', no_gradient)
     assert 'done' in train(tmp_path, *args, dataset=dataset).stdout
 
 
 def test_a_table_of_counts_has_no_gradient_and_goes_on(dataset, tmp_path):
-    args = ['--arch=markov', '--optimizer=counts', '--block_size=32', '--batch_size=4', '--max_iters=12', '--device=cpu', '--sample_tokens=0']
+    args = ['--arch=markov', '--optimizer=counts', '--block_size=32', '--batch_size=4', '--max_iters=12',
+            '--device=cpu', '--sample_tokens=0']
     done = run('train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}', *args)
     assert 'done' in done.stdout, done.stderr
 
@@ -419,7 +457,8 @@ def test_a_table_of_counts_has_no_gradient_and_goes_on(dataset, tmp_path):
     ([3.0] * 10, [0.1] * 10, [5] * 10, [1e-7] * 10, ''),  # a warm-up so long that nothing shows yet
     ([3.0] * 10, [0.0] * 10, [5] * 10, [0.0] * 10, ''),
     ([3.0] * 20, [0.1] * 20, [5] * 20, [0.1] * 3 + [0.0] * 17, 'the loss'),
-    ([*range(10, 20), *[3.0] * 20], [*[1.0] * 10, *[0.0] * 20], [5] * 30, [0.1] * 30, '')])  # the first ten count
+    # the first ten count
+    ([*range(10, 20), *[3.0] * 20], [*[1.0] * 10, *[0.0] * 20], [5] * 30, [0.1] * 30, '')])
 def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates, words):
     class TwoRanks:
         @staticmethod
@@ -438,7 +477,8 @@ def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates,
 
 def test_a_progress_line_after_a_resume_is_about_all_of_its_steps(dataset, tmp_path):
     """Also where the run was stopped between two of them: its loss, and the loads of experts."""
-    args = ['--log_interval=4', '--eval_interval=100', '--lr_decay_iters=12', '--warmup_iters=0', '--n_expert=4']
+    args = ['--log_interval=4', '--eval_interval=100', '--lr_decay_iters=12', '--warmup_iters=0',
+            '--n_expert=4']
     train(tmp_path / 'whole', *args, '--max_iters=12', dataset=dataset)
     for max_iters in (1, 3, 6, 12):
         train(tmp_path / 'cut', *args, f'--max_iters={max_iters}', dataset=dataset)
@@ -462,7 +502,8 @@ def test_how_long_it_will_take_is_said_after_the_second_step_of_a_process(datase
     for max_iters, first in ((6, 1), (9, 7)):
         said = train(tmp_path, f'--max_iters={max_iters}', dataset=dataset).stdout
         lines = [line for line in said.splitlines() if 'tokens/s' in line]
-        assert lines[0].startswith(f'step {first}/') and [line.endswith('left') for line in lines] == [False] + [True] * (len(lines) - 1)
+        assert (lines[0].startswith(f'step {first}/')
+                and [line.endswith('left') for line in lines] == [False] + [True] * (len(lines) - 1))
 
 
 # --- Weights & Biases ---
@@ -498,12 +539,14 @@ def tracker(monkeypatch):
     return tracker
 
 
-def test_a_resumed_run_goes_on_in_its_run_of_wandb_and_does_without_it_where_it_fails(dataset, tmp_path, tracker):
+def test_a_resumed_run_goes_on_in_its_run_of_wandb_and_does_without_it_where_it_fails(dataset, tmp_path,
+                                                                                      tracker):
     train(tmp_path / 'a', '--wandb_log', '--max_iters=5', dataset=dataset)
     train(tmp_path / 'a', '--wandb_log', '--max_iters=6', dataset=dataset)
     assert tracker.steps == [0, 1, 2, 3, 4, 5, 5, 6, 6]  # an evaluation has its step's loss beside it
     said = train(tmp_path / 'a', '--wandb_log', '--max_iters=8', dataset=dataset).stdout
-    assert said.count('wandb_log: gone: from here on, ') == 1 and 'done: 8 steps' in said and tracker.steps[-1] == 7
+    assert (said.count('wandb_log: gone: from here on, ') == 1 and 'done: 8 steps' in said
+            and tracker.steps[-1] == 7)
     train(tmp_path / 'b', '--wandb_log', '--max_iters=2', dataset=dataset)
     ids = [given['id'] for given in tracker.given]
     assert ids[0] == ids[1] == ids[2] != ids[3] and {given['resume'] for given in tracker.given} == {'allow'}
@@ -529,13 +572,15 @@ def test_two_runs_of_wandb_itself_without_a_network_are_one(dataset, tmp_path):
         done = run('train.py', *args, f'--max_iters={max_iters}', env={'WANDB_MODE': 'offline'})
         assert done.returncode == 0, done.stderr
     runs = [path.name for path in (tmp_path / 'wandb').glob('offline-run-*')]
-    assert len(runs) == 2 and {name.rpartition('-')[2] for name in runs} == {(tmp_path / 'wandb_id').read_text().strip()}
+    assert (len(runs) == 2
+            and {name.rpartition('-')[2] for name in runs} == {(tmp_path / 'wandb_id').read_text().strip()})
 
 
 # --- checkpoints ---
 
 def test_only_the_newest_and_the_best_are_kept(dataset, tmp_path):
-    train(tmp_path, '--checkpoint_interval=1', '--keep_checkpoints=2', '--eval_interval=4', '--max_iters=10', dataset=dataset)
+    train(tmp_path, '--checkpoint_interval=1', '--keep_checkpoints=2', '--eval_interval=4', '--max_iters=10',
+          dataset=dataset)
     steps = {int(p.name[5:]) for p in tmp_path.glob('step_*')}
     best = json.loads((tmp_path / 'best').read_text())
     assert steps == {9, 10, int(best['checkpoint'][5:])}
@@ -543,7 +588,8 @@ def test_only_the_newest_and_the_best_are_kept(dataset, tmp_path):
 
 
 def test_always_save_checkpoint_false_saves_what_is_better_and_the_end(dataset, tmp_path):
-    train(tmp_path, '--always_save_checkpoint=False', '--learning_rate=30', '--warmup_iters=5', '--eval_interval=5', dataset=dataset)
+    train(tmp_path, '--always_save_checkpoint=False', '--learning_rate=30', '--warmup_iters=5',
+          '--eval_interval=5', dataset=dataset)
     best = json.loads((tmp_path / 'best').read_text())
     assert {p.name for p in tmp_path.glob('step_*')} == {best['checkpoint'], 'step_00000010'}
 
@@ -552,7 +598,8 @@ def test_always_save_checkpoint_false_saves_what_is_better_and_the_end(dataset, 
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_bitwise(dataset, tmp_path, number):
     slow = ['--max_iters=400', '--eval_interval=1000', '--n_embd=64', '--batch_size=16', '--log_interval=1']
     args = [sys.executable, 'train.py', f'--out_dir={tmp_path / "cut"}', f'--dataset={dataset}', *TINY, *slow]
-    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if line.startswith('step 20/'):
             process.send_signal(number)
@@ -568,9 +615,11 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bitwise(dataset, tmp_
 
 
 def test_sigterm_to_torchrun_saves_once_on_all_ranks(dataset, tmp_path):
-    args = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}',
+    args = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+            '--nproc_per_node=2', 'train.py', f'--out_dir={tmp_path}', f'--dataset={dataset}',
             *TINY, '--max_iters=100000', '--eval_interval=100000']
-    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if line.startswith('step 20/'):
             process.send_signal(signal.SIGTERM)
@@ -582,7 +631,8 @@ def test_sigterm_to_torchrun_saves_once_on_all_ranks(dataset, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp_path):
-    done = train(tmp_path, '--learning_rate=1e30', '--warmup_iters=0', '--grad_clip=0', '--eval_interval=1', '--softcap=0', dataset=dataset, check=False)
+    done = train(tmp_path, '--learning_rate=1e30', '--warmup_iters=0', '--grad_clip=0', '--eval_interval=1',
+                 '--softcap=0', dataset=dataset, check=False)
     assert 'not finite' in one_line(done) and 'learning_rate' in one_line(done)
     for folder in tmp_path.glob('step_*'):
         assert all(t.isfinite().all() for t in load_file(f'{folder}/model.safetensors').values())
@@ -609,9 +659,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     (['--packing=documents'], 'stream | aligned | document'),
     (['config/nothing.py'], 'no such config file'),
     (['--seed=99999999999999999999'], 'seed='),
-    (['config/gpt2.py', *TINY, '--learning_rate=3e-5'], 'min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out'),
+    (['config/gpt2.py', *TINY, '--learning_rate=3e-5'],
+     'min_lr=6e-05: is above learning_rate=3e-05: lower it or leave it out'),
     (['--out_dir=README.md'], 'out_dir=README.md'),
-    (['--rank_embed=40', '--rank_head=40', '--n_embd=128', '--vocab_size=64', '--rank_embed=100'], 'rank_embed=100 is larger'),
+    (['--rank_embed=40', '--rank_head=40', '--n_embd=128', '--vocab_size=64', '--rank_embed=100'],
+     'rank_embed=100 is larger'),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(dataset, tmp_path, args, words):
     done = train(tmp_path / 'out', *args, dataset=dataset, check=False)
@@ -621,7 +673,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(dataset, tmp_path, args, w
 def test_an_out_dir_of_another_run_is_left_alone(whole, dataset, tmp_path):
     write_dataset(tmp_path / 'other', seed=9)
     before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*'))
-    for arg, words in (('--n_layer=3', 'n_layer=3'), ('--seed=2', 'seed=2'), ('--batch_size=2', '= 2'), (f'--dataset={tmp_path / "other"}', 'dataset=')):
+    for arg, words in (('--n_layer=3', 'n_layer=3'), ('--seed=2', 'seed=2'), ('--batch_size=2', '= 2'),
+                       (f'--dataset={tmp_path / "other"}', 'dataset=')):
         refused = one_line(train(whole, '--dropout=0.1', arg, dataset=dataset, check=False))
         assert words in refused and 'belongs to' in refused
     assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob('*')) == before
@@ -632,11 +685,15 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path):
     train(tmp_path / 'out', dataset=tmp_path / 'd')
     (tmp_path / 'd').rename(tmp_path / 'old')
     write_dataset(tmp_path / 'd', seed=2)
-    assert 'its files are not those' in one_line(train(tmp_path / 'out', '--max_iters=20', dataset=tmp_path / 'd', check=False))
+    assert 'its files are not those' in one_line(train(tmp_path / 'out', '--max_iters=20',
+                                                       dataset=tmp_path / 'd', check=False))
 
 
 def test_the_same_data_under_another_name_go_on(tmp_path, monkeypatch):
-    """Another spelling, or a copy elsewhere: their fingerprint decides. The log keeps the names of the beginning."""
+    """
+    Another spelling, or a copy elsewhere: their fingerprint decides. The log keeps the names of the
+    beginning.
+    """
     for n in range(2):
         write_dataset(tmp_path / f'd{n}', seed=n)
     shutil.copytree(tmp_path / 'd1', tmp_path / 'copy')
@@ -670,7 +727,8 @@ def test_weights_that_are_not_finite_are_not_trained(whole, dataset, tmp_path):
 
 def test_init_from_may_be_spelled_otherwise_too(dataset, whole, tmp_path):
     args = [f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY]
-    for n, name in enumerate((whole, f'{whole}/', f'{whole.parent}/./{whole.name}', os.path.relpath(whole, ROOT)), 1):
+    for n, name in enumerate((whole, f'{whole}/', f'{whole.parent}/./{whole.name}',
+                              os.path.relpath(whole, ROOT)), 1):
         assert run('train.py', *args, f'--init_from={name}', f'--max_iters={n}').returncode == 0
     said = one_line(run('train.py', *args, f'--init_from={tmp_path}', '--max_iters=9'))
     assert 'belongs to a run with init_from=' in said
@@ -682,9 +740,11 @@ def test_two_ranks_say_a_mistake_once(dataset, tmp_path):
 
 
 def test_out_of_memory_says_which_settings_to_lower(dataset, tmp_path):
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); sys.argv = sys.argv[1:]; sys.path.insert(0, '{ROOT}'); " \
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = run('-c', limit, str(ROOT / 'train.py'), f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', *TINY, '--n_embd=8192', '--n_layer=40')
+    limit = ('import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); '
+             f"sys.argv = sys.argv[1:]; sys.path.insert(0, '{ROOT}'); "
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = run('-c', limit, str(ROOT / 'train.py'), f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}',
+               *TINY, '--n_embd=8192', '--n_layer=40')
     assert 'out of memory: lower batch_size=4' in one_line(done)
 
 
@@ -695,18 +755,23 @@ def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
     from configurator import read_config
     files = {
         'train_shakespeare_char': """
-            out_dir = 'out-shakespeare-char'; eval_interval = 250; eval_iters = 200; log_interval = 10; always_save_checkpoint = False
-            wandb_log = False; wandb_project = 'shakespeare-char'; wandb_run_name = 'mini-gpt'; dataset = 'shakespeare_char'
-            gradient_accumulation_steps = 1; batch_size = 64; block_size = 256; n_layer = 6; n_head = 6; n_embd = 384; dropout = 0.2
-            learning_rate = 1e-3; max_iters = 5000; lr_decay_iters = 5000; min_lr = 1e-4; beta2 = 0.99; warmup_iters = 100""",
+            out_dir = 'out-shakespeare-char'; eval_interval = 250; eval_iters = 200; log_interval = 10
+            always_save_checkpoint = False; wandb_log = False; wandb_project = 'shakespeare-char'
+            wandb_run_name = 'mini-gpt'; dataset = 'shakespeare_char'; gradient_accumulation_steps = 1
+            batch_size = 64; block_size = 256; n_layer = 6; n_head = 6; n_embd = 384; dropout = 0.2
+            learning_rate = 1e-3; max_iters = 5000; lr_decay_iters = 5000; min_lr = 1e-4; beta2 = 0.99
+            warmup_iters = 100""",
         'train_gpt2': """
-            wandb_log = True; wandb_project = 'owt'; wandb_run_name='gpt2-124M'; batch_size = 12; block_size = 1024
-            gradient_accumulation_steps = 5 * 8; max_iters = 600000; lr_decay_iters = 600000; eval_interval = 1000; eval_iters = 200
-            log_interval = 10; weight_decay = 1e-1""",
+            wandb_log = True; wandb_project = 'owt'; wandb_run_name='gpt2-124M'; batch_size = 12
+            block_size = 1024; gradient_accumulation_steps = 5 * 8; max_iters = 600000
+            lr_decay_iters = 600000; eval_interval = 1000; eval_iters = 200; log_interval = 10
+            weight_decay = 1e-1""",
         'finetune_shakespeare': """
-            import time; out_dir = 'out-shakespeare'; eval_interval = 5; eval_iters = 40; wandb_log = False; wandb_project = 'shakespeare'
-            wandb_run_name = 'ft-' + str(time.time()); dataset = 'shakespeare'; init_from = 'gpt2-xl'; always_save_checkpoint = False
-            batch_size = 1; gradient_accumulation_steps = 32; max_iters = 20; learning_rate = 3e-5; decay_lr = False""",
+            import time; out_dir = 'out-shakespeare'; eval_interval = 5; eval_iters = 40; wandb_log = False
+            wandb_project = 'shakespeare'; wandb_run_name = 'ft-' + str(time.time())
+            dataset = 'shakespeare'; init_from = 'gpt2-xl'; always_save_checkpoint = False
+            batch_size = 1; gradient_accumulation_steps = 32; max_iters = 20; learning_rate = 3e-5
+            decay_lr = False""",
         'eval_gpt2': "batch_size = 8; eval_iters = 500; eval_only = True; wandb_log = False; init_from = 'gpt2'"}
     for name, text in files.items():
         (tmp_path / f'{name}.py').write_text(textwrap.dedent(text))
@@ -731,10 +796,12 @@ def test_the_default_data_set_is_named_and_not_guessed_for_a_config_file_of_a_wh
         begin('rates.py')
         begin('eval_gpt2.py', '--max_iters=2', '--batch_size=4')  # a run that is there goes on
         (tmp_path / 'data' / 'stdlib').unlink()
-        with pytest.raises(UserError, match=r'prepare.py stdlib .*\(stdlib is the default: --dataset=NAME takes another\)'):
+        with pytest.raises(UserError, match=r'prepare.py stdlib .*\(stdlib is the default: '
+                           r'--dataset=NAME takes another\)'):
             begin('--out_dir=new')
         begin('eval_gpt2.py', '--out_dir=new', f'--dataset={dataset}')
-        (tmp_path / 'data' / 'openwebtext').symlink_to(dataset)  # the default of nanoGPT, whose config this is
+        # the default of nanoGPT, whose config this is
+        (tmp_path / 'data' / 'openwebtext').symlink_to(dataset)
         for steps in (1, 2):
             begin('eval_gpt2.py', '--out_dir=own', '--batch_size=4', f'--max_iters={steps}')
         assert json.loads((tmp_path / 'own' / 'settings.json').read_text())['dataset'] == 'openwebtext'
@@ -760,13 +827,17 @@ def test_nanogpts_prepared_shakespeare_and_laptop_command_line_train_here(tmp_pa
     ids = np.array([stoi[c] for c in text], dtype=np.uint16)
     ids[:-2000].tofile(folder / 'train.bin')
     ids[-2000:].tofile(folder / 'val.bin')
-    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': stoi}))
-    line = ('--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 '
-            '--max_iters=20 --lr_decay_iters=2000 --dropout=0.0').split()  # its README's, fewer steps
-    (tmp_path / 'train_shakespeare_char.py').write_text("out_dir = 'out-shakespeare-char'\ndataset = 'shakespeare_char'\nalways_save_checkpoint = False\n")
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+                                                    'stoi': stoi}))
+    line = ('--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 '
+            '--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=20 --lr_decay_iters=2000 '
+            '--dropout=0.0').split()  # its README's, fewer steps
+    (tmp_path / 'train_shakespeare_char.py').write_text(
+        "out_dir = 'out-shakespeare-char'\ndataset = 'shakespeare_char'\nalways_save_checkpoint = False\n")
     done = run(ROOT / 'train.py', 'train_shakespeare_char.py', *line, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    sampled = run(ROOT / 'sample.py', '--out_dir=out-shakespeare-char', '--device=cpu', '--num_samples=1', '--max_new_tokens=20', cwd=tmp_path)
+    sampled = run(ROOT / 'sample.py', '--out_dir=out-shakespeare-char', '--device=cpu', '--num_samples=1',
+                  '--max_new_tokens=20', cwd=tmp_path)
     assert sampled.returncode == 0 and sampled.stdout.strip(), sampled.stderr
     assert Path(folder / 'train.bin').stat().st_size == 2 * (len(text) - 2000)
 
@@ -779,12 +850,16 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
         np.random.default_rng(0).integers(below, size=500).astype(dtype).tofile(folder / f'{split}.bin')
     (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': below}))
     done = train(out, '--max_iters=1', '--n_layer=1', '--n_embd=8', '--sample_tokens=5', dataset=folder)
-    assert done.stdout.count('its tokenizer is not known') == 1 and '\n    |' not in done.stdout and '\nno sample' not in done.stdout
-    assert 'tokenizer of this network is not known' in one_line(run('sample.py', f'--out_dir={out}', '--device=cpu'))
-    assert 'tokenizer of this network is not known' in one_line(run('eval.py', 'text', f'--out_dir={out}', ROOT / 'README.md', '--device=cpu'))
+    assert (done.stdout.count('its tokenizer is not known') == 1 and '\n    |' not in done.stdout
+            and '\nno sample' not in done.stdout)
+    assert ('tokenizer of this network is not known'
+            in one_line(run('sample.py', f'--out_dir={out}', '--device=cpu')))
+    assert ('tokenizer of this network is not known'
+            in one_line(run('eval.py', 'text', f'--out_dir={out}', ROOT / 'README.md', '--device=cpu')))
     assert run('eval.py', 'loss', f'--out_dir={out}', '--device=cpu').returncode == 0
     done = run('hub.py', 'export', '--as=custom', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
-    assert done.returncode == 0 and 'no tokenizer is written' in done.stdout and not (tmp_path / 'hf' / 'tokenizer.json').exists()
+    assert (done.returncode == 0 and 'no tokenizer is written' in done.stdout
+            and not (tmp_path / 'hf' / 'tokenizer.json').exists())
 
 
 
@@ -816,10 +891,14 @@ def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys
 
 @pytest.mark.slow
 def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch):
-    """As --shard has them; each with constants of its own, of which there are more than torch compiles by itself."""
+    """
+    As --shard has them; each with constants of its own, of which there are more than torch compiles by
+    itself.
+    """
     made, ran, compile_module = [], [], torch.nn.Module.compile
     monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)  # as it was, in the end
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compile_module(self, backend=counting, **options))
+    monkeypatch.setattr(torch.nn.Module, 'compile',
+                        lambda self, **options: compile_module(self, backend=counting, **options))
 
     def counting(graph, inputs):
         made.append(graph)
@@ -829,8 +908,10 @@ def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch
         ran.clear()
         model(x, x).backward()
         return len(ran)
-    s, ranks, data = Settings(compile=True, sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1)
-    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16, depth_scale='norm'))
+    s, ranks, data = (Settings(compile=True, sample_tokens=20, dtype='float32'),
+                      Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1))
+    model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16,
+                                    depth_scale='norm'))
     x, ranks.lockstep = torch.arange(64).view(2, 32), True
     compile_all(model, by_block=True)
     assert blocks_run() == 9

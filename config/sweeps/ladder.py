@@ -1,4 +1,5 @@
-# The rungs of the ladder that are trained: bigrams by gradient, of full and of low rank, and a small transformer
+# The rungs of the ladder that are trained: bigrams by gradient, of full and of low rank, and a small
+# transformer
 #   python eval.py ladder --dataset=tinystories
 import config.fast
 

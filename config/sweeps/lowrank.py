@@ -1,25 +1,32 @@
-# What low rank costs, and where it pays: the rates of every arm on one seed, every arm for the FLOPs of the first. The finalists follow in
-# lowrank_final.py; the same on novels in lowrank_novels.py
-#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories    # or FILE.jsonl --val_fraction=0.05, a small copy
+# What low rank costs, and where it pays: the rates of every arm on one seed, every arm for the FLOPs of the
+# first. The finalists follow in lowrank_final.py; the same on novels in lowrank_novels.py
+#   # or FILE.jsonl --val_fraction=0.05, a small copy
+#   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories
 #   python compare.py --sweep=config/sweeps/lowrank.py --jobs=2
 base = 'config/lowrank_study.py'
 budget = 'flops'
 
 
 def _rates(muon_lr, qk, **arm):
-    """Muon's rates, and the multiples of them that queries and keys take: two lines that cross in the middle of both."""
+    """
+    Muon's rates, and the multiples of them that queries and keys take: two lines that cross in the middle of
+    both.
+    """
     scale = [{r'attn\.[qk]\.': n} for n in qk]
     middle = scale.pop((len(scale) - 1) // 2)
     cross = [arm | {'muon_lr': muon_lr, 'lr_scale': [middle]}]
     return cross + [arm | {'muon_lr': [muon_lr[len(muon_lr) // 2]], 'lr_scale': scale}] * bool(scale)
 
 
-_wide = {'n_embd': 256, 'n_head': 8, 'd_ff': 592, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96}  # 2.65M weights in the blocks, as the dense arm
+# 2.65M weights in the blocks, as the dense arm
+_wide = {'n_embd': 256, 'n_head': 8, 'd_ff': 592, 'rank_qk': 96, 'rank_vo': 96, 'rank_mlp': 96}
 
 arms = {
     'dense': _rates([0.03, 0.05, 0.08], [1, 2, 4]),
     'qk24': _rates([0.03, 0.05, 0.08], [1, 2, 4], rank_qk=24),  # queries and keys alone: 2.32M
-    'smaller_dense': _rates([0.03, 0.05, 0.08], [2], d_ff=416),  # dense, with as few weights and FLOPs a token as qk24
+    # dense, with as few weights and FLOPs a token as qk24
+    'smaller_dense': _rates([0.03, 0.05, 0.08], [2], d_ff=416),
     'low_rank': _rates([0.02, 0.03, 0.05], [1], **_wide),
-    'low_rank_silu': _rates([0.02, 0.03, 0.05], [1], rank_act='silu', rank_act_qk='none', **_wide),  # CoLA, but for queries and keys
+    # CoLA, but for queries and keys
+    'low_rank_silu': _rates([0.02, 0.03, 0.05], [1], rank_act='silu', rank_act_qk='none', **_wide),
 }

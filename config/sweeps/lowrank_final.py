@@ -1,4 +1,5 @@
-# The finalists of config/sweeps/lowrank.py on five seeds, each at its best rates; what that sweep has run is taken over
+# The finalists of config/sweeps/lowrank.py on five seeds, each at its best rates; what that sweep has run is
+# taken over
 #   python compare.py --sweep=config/sweeps/lowrank_final.py --jobs=2
 from config.sweeps.lowrank import base, budget  # noqa: F401
 

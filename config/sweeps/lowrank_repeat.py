@@ -1,5 +1,7 @@
-# The finalists on one novel of a quarter of a million tokens, read 2, 4 and 8 times: each arm has the number of epochs that is best for it
-#   python prepare.py Doyle_Micah_1889.txt --out=data/micah --tokenizer=data/novels/tokenizer.model --val_fraction=0.1
+# The finalists on one novel of a quarter of a million tokens, read 2, 4 and 8 times: each arm has the number
+# of epochs that is best for it
+#   python prepare.py Doyle_Micah_1889.txt --out=data/micah --tokenizer=data/novels/tokenizer.model \
+#       --val_fraction=0.1
 #   python compare.py --sweep=config/sweeps/lowrank_repeat.py --jobs=2
 from config.sweeps.lowrank_novels_final import arms as _arms
 from config.sweeps.lowrank_novels_final import base  # noqa: F401

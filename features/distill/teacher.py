@@ -45,7 +45,10 @@ def ask(teacher, x, s, **more):
 
 
 def find_teacher(s, data, ranks):
-    """The network of s.teacher in eval mode. Raises UserError unless it knows the same tokens and a context as long."""
+    """
+    The network of s.teacher in eval mode. Raises UserError unless it knows the same tokens and a context as
+    long.
+    """
     if same_place(s.teacher, s.out_dir):
         raise UserError(f'teacher={s.teacher}: is the out_dir of this run: name another')
     if checkpoint.is_foreign(s.teacher):
@@ -57,10 +60,10 @@ def find_teacher(s, data, ranks):
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
-        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of this run: '
-                        f'prepare the data {checkpoint.how_to_prepare(s.teacher, folder, files)}')
+        raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of '
+                        f'this run: prepare the data {checkpoint.how_to_prepare(s.teacher, folder, files)}')
     ranks.from_first(lambda: checkpoint.check_tokenizer(f'teacher={s.teacher}', s.teacher, folder, files))
     if cfg.block_size < s.block_size:
-        raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, fewer than block_size={s.block_size}: '
-                        'lower it')
+        raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, '
+                        f'fewer than block_size={s.block_size}: lower it')
     return teacher.requires_grad_(False)

@@ -1,6 +1,7 @@
 """
-A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export --as=custom` puts this file, model.py and
-what else the network needs beside the weights; then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
+A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export
+--as=custom` puts this file, model.py and what else the network needs beside the weights; then
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
 """
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -42,15 +43,18 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
         """
-        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next ones, those below zero left out. Padding may
-        stand at the end of a row. Raises ValueError for more tokens than block_size, and for padding before text, which would be read.
+        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next
+        ones, those below zero left out. Padding may stand at the end of a row. Raises ValueError for more
+        tokens than block_size, and for padding before text, which would be read.
         """
         if attention_mask is not None and (attention_mask[:, :-1] < attention_mask[:, 1:]).any():
-            raise ValueError("attention_mask: this network reads padding before text: pad on the right, or give texts of one length at a time")
+            raise ValueError("attention_mask: this network reads padding before text: pad on the right, "
+                             "or give texts of one length at a time")
         loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
         return CausalLMOutput(loss=loss, logits=self.model(input_ids))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
         """No cache: every token reads the text again, what fits of it."""
         size = self.model.cfg.block_size
-        return {'input_ids': input_ids[:, -size:], 'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}
+        return {'input_ids': input_ids[:, -size:],
+                'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}

@@ -14,7 +14,17 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from features.lora.layers import OF_TOKENS, Place, Saved, adapted, attach, is_of_experts, layers_of, share_table, tables
+from features.lora.layers import (
+    OF_TOKENS,
+    Place,
+    Saved,
+    adapted,
+    attach,
+    is_of_experts,
+    layers_of,
+    share_table,
+    tables,
+)
 from model import make_model
 
 # -----------------------------------------------------------------------------
@@ -166,7 +176,8 @@ def combine(adapters, shares):
 def obstacle(model):
     """Why the adapters of a network cannot become part of its weights, '' if they can."""
     if model.cfg.n_encoder_layer and any(hasattr(table, 'lora') for table in tables(model)):
-        return 'encoder and decoder have adapters of their own beside one embedding: leave it out of lora_targets'
+        return ('encoder and decoder have adapters of their own beside one embedding: '
+                'leave it out of lora_targets')
     if model.cfg.tie and hasattr(model.wte, 'lora'):
         return ('the embedding is the head too, which has no adapter: '
                 'surgery.py merge --untie=True makes them two')

@@ -1,10 +1,12 @@
 """
-Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a network stay as they are, and beside some of them a product of two thin
-matrices is learned, W·x + scale·B·(A·x).
+Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a network stay as they are, and
+beside some of them a product of two thin matrices is learned, W·x + scale·B·(A·x).
 
-    python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2      # out_dir holds the adapter alone
+    # out_dir holds the adapter alone
+    python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2
 
-An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its name. What becomes of trained ones is in adapters.py.
+An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its
+name. What becomes of trained ones is in adapters.py.
 """
 import math
 import re
@@ -23,23 +25,29 @@ from model import ModelConfig
 
 class Adapter(nn.Module):
     """
-    What is learned beside one weight W (n_out, n_in): scale·B·A of A (R, n_in) and B (n_out, R), and with is_dora the length of every row. For a
-    table of embeddings W is its transpose; the experts of a mixture have one adapter each, A (E, R, n_in) and B (E, n_out, R). rows: of a table, or of a
-    head, those that are tokens and not padding. B begins at zero, in a table A (as PEFT has it): nothing changes before the first step.
+    What is learned beside one weight W (n_out, n_in): scale·B·A of A (R, n_in) and B (n_out, R), and with
+    is_dora the length of every row. For a table of embeddings W is its transpose; the experts of a mixture
+    have one adapter each, A (E, R, n_in) and B (E, n_out, R). rows: of a table, or of a head, those that are
+    tokens and not padding. B begins at zero, in a table A (as PEFT has it): nothing changes before the first
+    step.
     """
 
     def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, is_pissa=False, rows=None):
         super().__init__()
-        self.is_table, self.scale, self.dropout, self.rows = isinstance(layer, nn.Embedding), scale, dropout, rows
+        self.is_table, self.scale, self.dropout, self.rows = (isinstance(layer, nn.Embedding), scale, dropout,
+                                                              rows)
         *stack, n_out, n_in = self.of(layer).shape
         n_out, n_in = (n_out, rows or n_in) if self.is_table else (rows or n_out, n_in)
-        self.A, self.B = nn.Parameter(torch.zeros(*stack, rank, n_in)), nn.Parameter(torch.zeros(*stack, n_out, rank))
+        self.A, self.B = (nn.Parameter(torch.zeros(*stack, rank, n_in)),
+                          nn.Parameter(torch.zeros(*stack, n_out, rank)))
         if self.is_table:
             nn.init.normal_(self.B)
         else:
             nn.init.uniform_(self.A, -n_in ** -0.5, n_in ** -0.5)
-        self.length = nn.Parameter(torch.empty(n_out) if layer.weight.is_meta else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
-        for name, t in (('A0', self.A), ('B0', self.B)):  # where PiSSA begins: so much is taken out of the weight
+        self.length = nn.Parameter(torch.empty(n_out) if layer.weight.is_meta
+                                   else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
+        # where PiSSA begins: so much is taken out of the weight
+        for name, t in (('A0', self.A), ('B0', self.B)):
             self.register_buffer(name, torch.zeros_like(t) if is_pissa and not self.is_table else None)
 
     def of(self, layer):
@@ -60,10 +68,14 @@ class Adapter(nn.Module):
             self.of(layer).sub_(self.scale * B @ A)  # a view: the layer's own weight
 
     def stretch(self, layer):
-        """How many times longer the rows become, (n_out,): DoRA's length over that of W + delta, which its gradient takes as given (its section 4.3)."""
+        """
+        How many times longer the rows become, (n_out,): DoRA's length over that of W + delta, which its
+        gradient takes as given (its section 4.3).
+        """
         with torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             norm = (self.of(layer).float() + self.delta()).norm(dim=-1)
-        return torch.where(norm > 0, self.length / norm.clamp(min=1e-30), 1.0)  # a row of zeros has no length yet
+        # a row of zeros has no length yet
+        return torch.where(norm > 0, self.length / norm.clamp(min=1e-30), 1.0)
 
     def forward(self, layer, y, x, *counts):
         """What to add to y, which the layer made of x; counts as Experts take them."""
@@ -75,7 +87,9 @@ class Adapter(nn.Module):
         if self.length is None:
             return added
         bias = 0 if getattr(layer, 'bias', None) is None else layer.bias
-        return (self.fit(self.stretch(layer), y.size(-1)).type_as(y) * (y - bias + added) + bias - y).type_as(y)  # autocast leaves the bias in float32
+        # autocast leaves the bias in float32
+        return (self.fit(self.stretch(layer), y.size(-1)).type_as(y) * (y - bias + added) + bias
+                - y).type_as(y)
 
     def fit(self, t, n_out):
         """t (…, n_out) of tokens, as wide as a padded head is."""
@@ -106,8 +120,11 @@ def is_of_experts(layer):
 # Which weights
 
 OF_TOKENS = ('wte', 'wte_encoder', 'head')  # layers whose weight has a row for each token, and padding
-GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'), 'head': ('head',)}
-MATRIX = re.compile(r'((?:encoder|blocks)\.(\d+)\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')  # the last: a factor
+GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'),
+          'head': ('head',)}
+# the last: a factor
+MATRIX = re.compile(r'((?:encoder|blocks)\.(\d+)\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?'
+                    r'(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')
 
 
 class Place(NamedTuple):
@@ -118,7 +135,10 @@ class Place(NamedTuple):
 
 
 def layers_of(model):
-    """{name: (what comes before its label, label, number of its block)} of the layers that can have an adapter; a label is attn.q, or wte."""
+    """
+    {name: (what comes before its label, label, number of its block)} of the layers that can have an adapter;
+    a label is attn.q, or wte.
+    """
     found = {}
     for name, module in model.named_modules():
         if match := MATRIX.fullmatch(name):
@@ -139,12 +159,16 @@ def labels_of(target):
     for names in of_families:  # hf
         for theirs, ours in (names | {'lm_head': 'head', 'embed_tokens': 'wte'}).items():  # hf
             if theirs.split('.')[-1] == target:  # hf
-                found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name) for name in ours.split()))  # hf
+                found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name)  # hf
+                                   for name in ours.split()))  # hf
     return found
 
 
 def chosen(model, s):
-    """{layer: layers that it shares an A with} for those that a LoraConfig names. Raises UserError for a target that none has."""
+    """
+    {layer: layers that it shares an A with} for those that a LoraConfig names. Raises UserError for a target
+    that none has.
+    """
     layers, found = layers_of(model), {}
     blocks = range(10 ** 6)
     if ':' in s.lora_layers:
@@ -157,29 +181,40 @@ def chosen(model, s):
         for labels in labels_of(target.strip()):
             for name, (before, label, block) in layers.items():
                 if (label in labels or label.split('.')[-1] in labels) and (block is None or block in blocks):
-                    found[name] = before + ' '.join(labels) if len(labels) > 1 and name == before + label else name  # else a factor, or experts
+                    # else a factor, or experts
+                    found[name] = (before + ' '.join(labels) if len(labels) > 1 and name == before + label
+                                   else name)
                     matched = True
         if not matched:
-            raise UserError(f'lora_targets: {target!r} matches nothing{" in lora_layers=" + s.lora_layers if s.lora_layers else ""}: takes '
-                            f'{", ".join(GROUPS)}, or matrices of this network by name: {", ".join(dict.fromkeys(label for _, label, _ in layers.values()))}')
+            raise UserError(f'lora_targets: {target!r} matches '
+                            f'nothing{" in lora_layers=" + s.lora_layers if s.lora_layers else ""}: '
+                            f'takes {", ".join(GROUPS)}, or matrices of this network by name: '
+                            f'{", ".join(dict.fromkeys(label for _, label, _ in layers.values()))}')
     return {name: found[name] for name in layers if name in found}
 
 
 def places(model, s):
-    """The Places of adapters that a LoraConfig asks for. Raises UserError for what a network has not, and for a rank beyond a matrix."""
+    """
+    The Places of adapters that a LoraConfig asks for. Raises UserError for what a network has not, and for a
+    rank beyond a matrix.
+    """
     together, found = {}, []
     for name, key in chosen(model, s).items():
         together.setdefault(key, []).append(name)
     for setting in ('lora_ranks', 'lora_alphas'):
         for pattern in getattr(s, setting):
             if not any(re.search(pattern, name) for names in together.values() for name in names):
-                raise UserError(f'{setting}: {pattern!r} matches no matrix with an adapter; their names are like {next(iter(together.values()))[0]}')
+                raise UserError(f'{setting}: {pattern!r} matches no matrix with an adapter; '
+                                f'their names are like {next(iter(together.values()))[0]}')
     for names in together.values():
-        rank, alpha = (next((value for pattern, value in over.items() if any(re.search(pattern, name) for name in names)), plain)
+        rank, alpha = (next((value for pattern, value in over.items()
+                             if any(re.search(pattern, name) for name in names)), plain)
                        for over, plain in ((s.lora_ranks, s.lora_rank), (s.lora_alphas, s.lora_alpha)))
-        n_in, n_out = (sum(model.get_submodule(name).weight.size(side) for name in names) for side in (-1, -2))
+        n_in, n_out = (sum(model.get_submodule(name).weight.size(side) for name in names)
+                       for side in (-1, -2))
         if rank > min(n_in // len(names), n_out):
-            raise UserError(f'lora_rank={rank}: is more than {names[0]} has, {n_in // len(names)} x {n_out}: lower it, or give others by lora_ranks')
+            raise UserError(f'lora_rank={rank}: is more than {names[0]} has, {n_in // len(names)} x {n_out}: '
+                            'lower it, or give others by lora_ranks')
         if rank:
             found.append(Place(tuple(names), rank, alpha / (math.sqrt(rank) if s.lora_rs else rank)))
     if not found:
@@ -191,13 +226,16 @@ def places(model, s):
 # A network and its adapters
 
 class Tokens(nn.Module):
-    """Rows of an embedding that are trained whole, in place of those of its table: index (N,), values (N, C)."""
+    """
+    Rows of an embedding that are trained whole, in place of those of its table: index (N,), values (N, C).
+    """
 
     def __init__(self, table, index):
         super().__init__()
         weight = torch.zeros(table.weight.shape) if table.weight.is_meta else table.weight.detach()
         self.register_buffer('index', torch.tensor(index, device=weight.device), persistent=False)
-        self.register_buffer('row', torch.full((len(weight),), -1, device=weight.device), persistent=False)  # of values, -1 for other tokens
+        # of values, -1 for other tokens
+        self.register_buffer('row', torch.full((len(weight),), -1, device=weight.device), persistent=False)
         self.row[self.index] = torch.arange(len(index), device=weight.device)
         self.values = nn.Parameter(weight[self.index].float())
 
@@ -211,20 +249,24 @@ class Tokens(nn.Module):
 
 
 def row_change(A, B, x):
-    """What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or (B, n_in), tokens (B, T), or positions."""
+    """
+    What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or
+    (B, n_in), tokens (B, T), or positions.
+    """
     if isinstance(x, slice) or x.ndim == 1:
         z = A[:, :, x].mT  # (B, T, R)
     elif x.is_floating_point():
         z = x @ A.mT if x.ndim == 3 else torch.einsum('bi,bri->br', x, A)[:, None]
     else:
         z = A.gather(2, x[:, None].expand(-1, A.size(1), -1)).mT
-    return (z @ B.mT).view(*x.shape[:-1], -1) if not isinstance(x, slice) and x.is_floating_point() else z @ B.mT
+    return ((z @ B.mT).view(*x.shape[:-1], -1) if not isinstance(x, slice) and x.is_floating_point()
+            else z @ B.mT)
 
 
 class Active:
     """
-    The adapters of a network, known {name: Saved}, and which of them speak: shares {name: how much}; or, for a batch of which each row has
-    its own, rows {layer: (A, B)} of select().
+    The adapters of a network, known {name: Saved}, and which of them speak: shares {name: how much}; or, for
+    a batch of which each row has its own, rows {layer: (A, B)} of select().
     """
 
     def __init__(self):
@@ -241,7 +283,10 @@ class Active:
         return out
 
     def head_input(self, model, h, weight):
-        """Transformer.head_input() with adapters and trained rows. An adapter adds columns: h·Wᵀ + z·Bᵀ = [h z]·[W B]ᵀ."""
+        """
+        Transformer.head_input() with adapters and trained rows. An adapter adds columns: h·Wᵀ + z·Bᵀ = [h
+        z]·[W B]ᵀ.
+        """
         if model.cfg.tie:
             return h, model.wte.tokens.put(weight) if hasattr(model.wte, 'tokens') else weight
         columns, longer, inputs = [], 1.0, [h]
@@ -251,7 +296,8 @@ class Active:
                 B = adapter.B
                 if adapter.length is not None:
                     stretch = adapter.stretch(model.head)[:, None]
-                    B, longer = stretch * B, longer + share * F.pad(stretch - 1, (0, 0, 0, len(weight) - len(stretch)))
+                    B, longer = (stretch * B,
+                                 longer + share * F.pad(stretch - 1, (0, 0, 0, len(weight) - len(stretch))))
                 z = F.linear(F.dropout(h, adapter.dropout, adapter.training), adapter.A)
                 inputs.append(share * adapter.scale * z)
                 columns.append(F.pad(B, (0, 0, 0, len(weight) - len(B))))
@@ -273,13 +319,14 @@ class Saved:
 
     def description(self):
         """All but the tensors, as json can write it."""
-        return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora, 'is_pissa': self.is_pissa, 'tokens': self.tokens}
+        return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora,
+                'is_pissa': self.is_pissa, 'tokens': self.tokens}
 
 
 def attach(model, saved, name='default'):
     """
-    Hang the adapters of a Saved on the layers of its Places, under a name, with trained rows of the embedding if it has any; not yet its tensors.
-    Every adapter that is there speaks, once.
+    Hang the adapters of a Saved on the layers of its Places, under a name, with trained rows of the embedding
+    if it has any; not yet its tensors. Every adapter that is there speaks, once.
     """
     if not hasattr(model, 'lora'):
         model.lora = Active()
@@ -289,7 +336,8 @@ def attach(model, saved, name='default'):
         for layer_name in names:
             layer = model.get_submodule(layer_name)
             if is_dora and is_of_experts(layer):
-                raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: leave them out of lora_targets')
+                raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: '
+                                'leave them out of lora_targets')
             rows = model.cfg.vocab_size if layer_name in OF_TOKENS else None
             adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).train(model.training)
             adapter = adapter if layer.weight.is_meta else adapter.to(layer.weight.device)
@@ -307,7 +355,9 @@ def attach(model, saved, name='default'):
 
 
 def share_table(model):
-    """Let an encoder look up in a module of its own, of the same weight: either stack can then have an adapter."""
+    """
+    Let an encoder look up in a module of its own, of the same weight: either stack can then have an adapter.
+    """
     if model.cfg.n_encoder_layer and model.wte_encoder is None:  # t5
         model.wte_encoder = nn.Embedding(1, 1)  # t5
         model.wte_encoder.weight = model.wte.weight  # t5
@@ -321,7 +371,10 @@ def tables(model):
 
 
 def begin(model, s, is_new=True):
-    """Hang the adapters of a LoraConfig on a network and freeze the rest. is_new=False: they will be loaded. Raises UserError for what it has not."""
+    """
+    Hang the adapters of a LoraConfig on a network and freeze the rest. is_new=False: they will be loaded.
+    Raises UserError for what it has not.
+    """
     share_table(model)
     wrong = [n for n in s.lora_tokens if not 0 <= n < model.cfg.vocab_size]
     if wrong:
@@ -341,35 +394,46 @@ def move(model, layer, other):
 
 def adapted(model):
     """[(name, layer)] of the layers that have adapters."""
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(getattr(layer, 'lora', None), nn.ModuleDict)]
+    return [(name, layer) for name, layer in model.named_modules()
+            if isinstance(getattr(layer, 'lora', None), nn.ModuleDict)]
 
 
 @torch.no_grad()
 def begin_pissa(model, found, name='default'):
-    """Let new adapters begin with the largest singular values of their weights, which keep the rest (PiSSA)."""
+    """
+    Let new adapters begin with the largest singular values of their weights, which keep the rest (PiSSA).
+    """
     for names, rank, scale in found:
         layers = [model.get_submodule(layer_name) for layer_name in names]
         if isinstance(layers[0], nn.Embedding):
             continue
-        U, S, Vh = torch.linalg.svd(torch.cat([layer.weight.float() for layer in layers], dim=-2), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(torch.cat([layer.weight.float() for layer in layers], dim=-2),
+                                    full_matrices=False)
         root = (S[..., :rank] / scale).sqrt()
-        parts = (U[..., :rank] * root[..., None, :]).split([layer.weight.size(-2) for layer in layers], dim=-2)
+        parts = (U[..., :rank] * root[..., None, :]).split([layer.weight.size(-2) for layer in layers],
+                                                           dim=-2)
         for layer, B in zip(layers, parts):
             adapter = layer.lora[name]
-            adapter.A.copy_(torch.where(root[..., None] > 0, root[..., None] * Vh[..., :rank, :], adapter.A))  # of zeros: as every adapter begins
+            # of zeros: as every adapter begins
+            adapter.A.copy_(torch.where(root[..., None] > 0, root[..., None] * Vh[..., :rank, :], adapter.A))
             adapter.B.copy_(B[:adapter.rows] if adapter.rows else B)
             adapter.begin_with(adapter.A, adapter.B, layer)
 
 
 def freeze(model, s, name='default'):
-    """Let nothing be trained but the adapters of this name and what a LoraConfig names beside them. Raises UserError if that matches nothing."""
+    """
+    Let nothing be trained but the adapters of this name and what a LoraConfig names beside them. Raises
+    UserError if that matches nothing.
+    """
     with_adapter, whole, biases = {layer for layer, _ in adapted(model)}, 0, 0
     for tensor, p in model.named_parameters():
         layer, _, kind = tensor.rpartition('.')
-        is_bias = kind == 'bias' and (s.lora_bias == 'all' or s.lora_bias == 'lora_only' and layer in with_adapter)
+        is_bias = kind == 'bias' and (s.lora_bias == 'all'
+                                      or s.lora_bias == 'lora_only' and layer in with_adapter)
         is_whole = bool(s.lora_whole and '.lora.' not in tensor and re.search(s.lora_whole, tensor))
         if is_whole and kind == 'weight' and layer in with_adapter:
-            raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: leave it out of one of them')
+            raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: '
+                            'leave it out of one of them')
         whole, biases = whole + is_whole, biases + is_bias
         p.requires_grad_(f'.lora.{name}.' in tensor or layer == 'wte.tokens' or is_bias or is_whole)
     if s.lora_whole and not whole:
@@ -392,8 +456,8 @@ def faster(s):
 
 def memory(model, total):
     """
-    A line on the memory that training the adapters of a network of `total` parameters takes, beside that of training all
-    weights: gradients in float32, two moments of AdamW.
+    A line on the memory that training the adapters of a network of `total` parameters takes, beside that of
+    training all weights: gradients in float32, two moments of AdamW.
     """
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -403,4 +467,5 @@ def memory(model, total):
         return (f'{weights / 1e6:,.1f} MB of weights, {gradients / 1e6:,.1f} MB of gradients, '
                 f'{moments / 1e6:,.1f} MB of moments')
     return (f'lora: {trained:,} of {total:,} parameters are trained ({trained / total:.4%}): '
-            f'{in_words(held, 4 * trained, 8 * trained)}; all weights would be {in_words(4 * base, 4 * base, 8 * base)}')
+            f'{in_words(held, 4 * trained, 8 * trained)}; '
+            f'all weights would be {in_words(4 * base, 4 * base, 8 * base)}')

@@ -18,8 +18,8 @@ from tokenizer import same_ids
 
 def read_merged(where, folder, state, untie=False):
     """
-    (ModelConfig, {name: tensor}) of an adapter's checkpoint merged into its base; untie=True gives the head a matrix of
-    its own first. Raises UserError for an adapter that cannot be merged.
+    (ModelConfig, {name: tensor}) of an adapter's checkpoint merged into its base; untie=True gives the head a
+    matrix of its own first. Raises UserError for an adapter that cannot be merged.
     """
     model = read_adapted(state, folder)
     if untie:
@@ -31,7 +31,10 @@ def read_merged(where, folder, state, untie=False):
 
 
 def load_adapted(state, folder):
-    """The network of an adapter's checkpoint in eval mode: merged into its base, or beside it where it cannot be."""
+    """
+    The network of an adapter's checkpoint in eval mode: merged into its base, or beside it where it cannot
+    be.
+    """
     model = read_adapted(state, folder)
     if adapters.obstacle(model):
         return model
@@ -50,14 +53,16 @@ def read_adapted(state, folder):
 
 def read_base(base, cfg, adapter):
     """
-    The weights beside which the adapter in the folder `adapter` was trained; base: its state.json's entry; cfg: its
-    network. Raises UserError where they are gone or have changed.
+    The weights beside which the adapter in the folder `adapter` was trained; base: its state.json's entry;
+    cfg: its network. Raises UserError where they are gone or have changed.
     """
     where = base['from']
-    if not checkpoint.is_foreign(where) and not os.path.isdir(where):  # that checkpoint is gone: the run's best one may be the same
+    # that checkpoint is gone: the run's best one may be the same
+    if not checkpoint.is_foreign(where) and not os.path.isdir(where):
         where = os.path.dirname(where)
         if not os.path.isdir(where):
-            raise UserError(f'{adapter}: is an adapter beside {base["from"]}, which is not there: put it back')
+            raise UserError(f'{adapter}: is an adapter beside {base["from"]}, '
+                            'which is not there: put it back')
     _, weights, _ = read_model(where, encoder=True)
     adapters.check_base(weights, base['weights'], where, adapter)
     return checkpoint.shorten(weights, cfg)
@@ -65,8 +70,8 @@ def read_base(base, cfg, adapter):
 
 def add_adapters(model, given, base):
     """
-    Put adapters beside the network of `base`. given: a list of DIR or name=DIR, runs of ours or folders of PEFT's.
-    Returns {name: DIR}. Raises UserError for one that belongs to another network.
+    Put adapters beside the network of `base`. given: a list of DIR or name=DIR, runs of ours or folders of
+    PEFT's. Returns {name: DIR}. Raises UserError for one that belongs to another network.
     """
     if given and hasattr(model, 'lora'):
         raise UserError(f'{base}: is an adapter itself that is not merged: {adapters.obstacle(model)}')
@@ -74,8 +79,8 @@ def add_adapters(model, given, base):
     for entry in given:
         name, where = split_name(entry)
         if name in named or hasattr(torch.nn.ModuleDict(), name):
-            raise UserError(f'adapter={entry}: {name!r} is no name for one, or there twice: give another of letters and '
-                            'digits, name=DIR')
+            raise UserError(f'adapter={entry}: {name!r} is no name for one, or there twice: '
+                            'give another of letters and digits, name=DIR')
         named[name] = where
     weights = model.state_dict()
     loaded = {name: read_saved(where, model.cfg, weights, base) for name, where in named.items()}
@@ -93,14 +98,18 @@ def split_name(entry):
 
 
 def read_saved(where, cfg, weights, base):
-    """The Saved adapter of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these weights."""
+    """
+    The Saved adapter of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these
+    weights.
+    """
     if peft_files.is_one(where):
         check_adapter(where, base)
         return peft_files.read(where, cfg)
     folder = checkpoint.find(where, 'best')
     state = checkpoint.load_state(folder)
     if 'base' not in state:
-        raise UserError(f'adapter={where}: holds a whole network, no adapter: give it as --out_dir or --init_from')
+        raise UserError(f'adapter={where}: holds a whole network, no adapter: '
+                        'give it as --out_dir or --init_from')
     adapters.check_base(weights, state['base']['weights'], base, where)
     return adapters.described(state['lora'], checkpoint.read_weights(folder))
 
@@ -118,8 +127,8 @@ def check_adapter(where, base):
 
 def begin(model, s, start, is_blank):
     """
-    Put the adapters of the settings beside a network and freeze the rest: new ones, or those of the checkpoint that the
-    run goes on from. is_blank: their shapes alone.
+    Put the adapters of the settings beside a network and freeze the rest: new ones, or those of the
+    checkpoint that the run goes on from. is_blank: their shapes alone.
     """
     is_new = start.state is None
     layers.begin(model, s, is_new=is_new and not is_blank)

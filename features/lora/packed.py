@@ -1,5 +1,6 @@
 """
-Matrices in fewer bits: of a whole network, for decoding; of what stays as it is while adapters are trained beside it.
+Matrices in fewer bits: of a whole network, for decoding; of what stays as it is while adapters are trained
+beside it.
 
     pack(model, 'bfloat16')           # or kind='int8'; then sample.generate(model, …)
     pack_frozen(model, 'nf4')         # after lora.begin(model, s)
@@ -23,22 +24,28 @@ BLOCK = 64  # numbers of a row that share a scale in nf4
 @functools.cache
 def nf4_pairs():
     """
-    The two numbers of every byte of nf4, (256, 2): of sixteen from -1 to 1 that lie as densely as a normal distribution has its own, zero among them
-    (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E).
+    The two numbers of every byte of nf4, (256, 2): of sixteen from -1 to 1 that lie as densely as a normal
+    distribution has its own, zero among them (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3 and
+    appendix E).
     """
-    positive, negative = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8))
+    positive, negative = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
+                          for n in (9, 8))
     levels = (torch.cat([-negative, torch.zeros(1), positive.flip(0)]) / positive[0]).float()
     return torch.cartesian_prod(levels, levels)
 
 
 def to_bits(weight, kind):
-    """(stored, scale) of a matrix (n_out, n_in): int8 with a scale a row, or nf4, two numbers a byte, with one for every 64 of a row."""
+    """
+    (stored, scale) of a matrix (n_out, n_in): int8 with a scale a row, or nf4, two numbers a byte, with one
+    for every 64 of a row.
+    """
     if kind == 'int8':
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # (n_out, 1)
         return (weight / scale).round().to(torch.int8), scale
     blocks = weight.unflatten(1, (-1, BLOCK))  # (n_out, n_in / 64, 64)
     scale, levels = blocks.abs().amax(2).clamp(min=1e-12).bfloat16(), nf4_pairs()[:16, 1].to(weight.device)
-    code = torch.bucketize(blocks / scale[..., None].float(), (levels[1:] + levels[:-1]) / 2).flatten(1)  # of the nearest
+    # of the nearest
+    code = torch.bucketize(blocks / scale[..., None].float(), (levels[1:] + levels[:-1]) / 2).flatten(1)
     return (16 * code[:, ::2] + code[:, 1::2]).to(torch.uint8), scale
 
 
@@ -47,11 +54,15 @@ def from_bits(stored, scale, pairs, dtype):
     if stored.dtype == torch.uint8:
         blocks = F.embedding(stored.int(), pairs.to(dtype)).flatten(1).unflatten(1, (-1, BLOCK))
         return (blocks * scale[..., None].to(dtype)).flatten(1)
-    return stored.to(dtype) if scale is None else (stored * scale).to(dtype)  # scaled before it is multiplied: sums of integers would overflow float16
+    # scaled before it is multiplied: sums of integers would overflow float16
+    return stored.to(dtype) if scale is None else (stored * scale).to(dtype)
 
 
 class FrozenLinear(torch.autograd.Function):
-    """x·Wᵀ + b of a matrix that has no gradient and is unpacked once more for that of x: nothing but its bits is kept in between."""
+    """
+    x·Wᵀ + b of a matrix that has no gradient and is unpacked once more for that of x: nothing but its bits is
+    kept in between.
+    """
 
     @staticmethod
     def forward(ctx, x, bias, stored, scale, pairs):
@@ -69,18 +80,20 @@ class FrozenLinear(torch.autograd.Function):
 
 class Packed(nn.Module):
     """
-    A linear layer whose weights are stored as `kind` (int8, nf4, bfloat16, …) and multiplied in the dtype of autocast, or in `dtype`; the rest of the
-    network stays float32.
+    A linear layer whose weights are stored as `kind` (int8, nf4, bfloat16, …) and multiplied in the dtype of
+    autocast, or in `dtype`; the rest of the network stays float32.
 
-    One token costs what reading the weights costs. Compiled, a product of few rows is written as a sum, which becomes one loop
-    that reads the weights as stored, without copies: on a CPU 3 to 4 times faster than F.linear, whose kernels want many rows.
+    One token costs what reading the weights costs. Compiled, a product of few rows is written as a sum, which
+    becomes one loop that reads the weights as stored, without copies: on a CPU 3 to 4 times faster than
+    F.linear, whose kernels want many rows.
     """
     FEW = 4  # rows: up to there the loop is faster
 
     def __init__(self, weight, bias, dtype, kind):
         super().__init__()
         self.dtype = getattr(torch, dtype)
-        stored, scale = to_bits(weight, kind) if kind in ('int8', 'nf4') else (weight.to(getattr(torch, kind)), None)
+        stored, scale = (to_bits(weight, kind) if kind in ('int8', 'nf4')
+                         else (weight.to(getattr(torch, kind)), None))
         self.register_buffer('stored', stored)
         self.register_buffer('scale', scale)
         self.register_buffer('pairs', nf4_pairs().to(weight.device) if kind == 'nf4' else None)
@@ -101,15 +114,20 @@ class Packed(nn.Module):
             return y if self.bias is None else y + self.bias
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else self.dtype
-        y = FrozenLinear.apply(x.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stored, self.scale, self.pairs)
+        y = FrozenLinear.apply(x.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stored,
+                               self.scale, self.pairs)
         return y if mixed else y.float()
 
 
 def replace_layers(model, module, dtype, kind, which):
-    """Let a Packed take the place of every linear layer in `module` for which which(layer) holds, and of what hangs on it."""
+    """
+    Let a Packed take the place of every linear layer in `module` for which which(layer) holds, and of what
+    hangs on it.
+    """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and name != 'wte_up' and which(child):  # a tied head multiplies by that one's transpose
+            # a tied head multiplies by that one's transpose
+            if isinstance(child, nn.Linear) and name != 'wte_up' and which(child):
                 packed = Packed(child.weight, child.bias, dtype, kind)
                 lora.move(model, child, packed)
                 setattr(parent, name, packed)
@@ -118,11 +136,13 @@ def replace_layers(model, module, dtype, kind, which):
 @torch.no_grad()
 def pack(model, dtype='bfloat16', kind=''):
     """
-    Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32', 'bfloat16', 'float16'),
-    or in int8 and multiplied in dtype where there are many rows. A tied head gets a copy; the look-up keeps float32, experts are in dtype always.
+    Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32',
+    'bfloat16', 'float16'), or in int8 and multiplied in dtype where there are many rows. A tied head gets a
+    copy; the look-up keeps float32, experts are in dtype always.
     """
     if model.cfg.tie and model.cfg.arch == 'decoder':
-        weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight  # rows that lora.py has trained
+        # rows that lora.py has trained
+        weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight
         model.head = Packed(weight, None, dtype, kind or dtype)
     wide = set()
     if getattr(model.cfg, 't5_scale', False):  # t5
@@ -140,20 +160,25 @@ def pack(model, dtype='bfloat16', kind=''):
 @torch.no_grad()
 def pack_frozen(model, kind):
     """
-    Store the matrices of the blocks that are not trained as `kind` (int8, nf4, or the name of a dtype), in place, experts left out; they are multiplied
-    in the dtype of autocast, or in float32. Raises UserError for what nf4 cannot hold.
+    Store the matrices of the blocks that are not trained as `kind` (int8, nf4, or the name of a dtype), in
+    place, experts left out; they are multiplied in the dtype of autocast, or in float32. Raises UserError for
+    what nf4 cannot hold.
     """
     for name, layer in model.named_modules():
         if kind == 'nf4' and isinstance(layer, nn.Linear) and name.startswith(('blocks.', 'encoder.')):
             if layer.weight.size(1) % BLOCK and not layer.weight.requires_grad:
-                raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, takes multiples of {BLOCK}: use int8')
+                raise UserError(f'lora_store=nf4: {name} has rows of {layer.weight.size(1)}, '
+                                f'takes multiples of {BLOCK}: use int8')
     for blocks in (model.blocks, getattr(model, 'encoder', None)):
         if blocks is not None:
             replace_layers(model, blocks, 'float32', kind, lambda layer: not layer.weight.requires_grad)
 
 
 def pack_frozen_of(model, s):
-    """Store the frozen weights of a run with adapters as lora_store says; float32 and sharded ones stay as they are."""
+    """
+    Store the frozen weights of a run with adapters as lora_store says; float32 and sharded ones stay as they
+    are.
+    """
     kind = lora.how_stored(s)
     if kind != 'float32' and not s.shard:
         pack_frozen(model, kind)

@@ -14,29 +14,30 @@ from configurator import refuse_beside
 @dataclass
 class LoraConfig:
     lora_alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    lora_rs: bool = False  # scale it by alpha / sqrt(rank) instead: high ranks then learn as fast as low ones (rsLoRA,
-    # Kalajdzievski 2023, arXiv 2312.03732)
-    lora_targets: str = 'attn,mlp'  # which layers get an adapter: attn, mlp, embed, head, or matrices by name, ours
-    # (q, attn.o, up, wte, …) or those of Hugging Face's families (c_attn, q_proj, wi, …); c_attn is one adapter for q, k
-    # and v, as there
+    lora_rs: bool = False  # scale it by alpha / sqrt(rank) instead: high ranks then learn as fast as low ones
+    # (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
+    lora_targets: str = 'attn,mlp'  # which layers get an adapter: attn, mlp, embed, head, or matrices by
+    # name, ours (q, attn.o, up, wte, …) or those of Hugging Face's families (c_attn, q_proj, wi, …); c_attn
+    # is one adapter for q, k and v, as there
     lora_layers: str = ''  # only in these blocks: 8:12, or 0,5; '' = in all
-    lora_ranks: dict = field(default_factory=dict)  # other ranks, by a pattern of names: {'mlp': 4, 'blocks.0.': 0};
-    # 0 = no adapter there
+    lora_ranks: dict = field(default_factory=dict)  # other ranks, by a pattern of names: {'mlp': 4,
+    # 'blocks.0.': 0}; 0 = no adapter there
     lora_alphas: dict = field(default_factory=dict)  # other alphas, by a pattern of names
     lora_dropout: float = 0.0  # dropout on the adapter's input
-    lora_dora: bool = False  # learn length and direction of every row of a matrix apart (DoRA, Liu et al. 2024,
-    # arXiv 2402.09353); slower
-    lora_pissa: bool = False  # begin with the largest singular values of the weights instead of zero (PiSSA, Meng et al.
-    # 2024, arXiv 2404.02948)
-    lora_plus: float = 1.0  # learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354: about 16)
+    lora_dora: bool = False  # learn length and direction of every row of a matrix apart (DoRA, Liu et al.
+    # 2024, arXiv 2402.09353); slower
+    lora_pissa: bool = False  # begin with the largest singular values of the weights instead of zero (PiSSA,
+    # Meng et al. 2024, arXiv 2404.02948)
+    lora_plus: float = 1.0  # learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354:
+    # about 16)
     lora_bias: Literal['none', 'lora_only', 'all'] = 'none'  # which biases are trained too
     lora_whole: str = ''  # which other tensors are trained whole: a pattern of names, as norm
-    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the frozen matrices of the
-    # blocks are stored; auto = in the compute dtype: the same numbers from half the memory; int8 and nf4 (QLoRA, Dettmers
-    # et al. 2023, arXiv 2305.14314) round them: the losses are then those of the rounded network, while sample.py and
-    # eval.py put the adapter beside the exact one
-    lora_tokens: list[int] = field(default_factory=list)  # rows of the embedding (and of a tied head) that are trained
-    # too: new special tokens
+    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the frozen
+    # matrices of the blocks are stored; auto = in the compute dtype: the same numbers from half the memory;
+    # int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round them: the losses are then those of
+    # the rounded network, while sample.py and eval.py put the adapter beside the exact one
+    lora_tokens: list[int] = field(default_factory=list)  # rows of the embedding (and of a tied head) that
+    # are trained too: new special tokens
 
     may_change = ('lora_dropout', 'lora_plus')  # a resumed run may change these
 
@@ -55,15 +56,16 @@ class LoraConfig:
         refuse_beside(self, 'lora_rank', init_keep='weights', grow_every=0, rank_guide=0, arch='decoder',
                       factor_decay='factor')
         if self.optimizer == 'spectron':
-            raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the network, '
-                             'which are frozen: use adamw or muon')
+            raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the '
+                             'network, which are frozen: use adamw or muon')
         if self.shard and self.lora_store not in ('auto', 'float32'):
-            raise ValueError(f'shard={self.shard}: does not go with lora_store={self.lora_store}: leave it out')
+            raise ValueError(f'shard={self.shard}: does not go with lora_store={self.lora_store}: '
+                             'leave it out')
 
     def check_numbers(self):
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f'lora_rank={self.lora_rank}, lora_dropout={self.lora_dropout}: takes a rank of at least 0 '
-                             'and 0 <= dropout < 1')
+            raise ValueError(f'lora_rank={self.lora_rank}, lora_dropout={self.lora_dropout}: '
+                             'takes a rank of at least 0 and 0 <= dropout < 1')
         for name in ('lora_alpha', 'lora_plus'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number above 0')
@@ -75,8 +77,8 @@ class LoraConfig:
             for pattern, value in getattr(self, name).items():
                 is_number = isinstance(value, kinds) and not isinstance(value, bool)
                 if not isinstance(pattern, str) or not is_number or value < 0:
-                    raise ValueError(f'{name}={getattr(self, name)}: takes patterns of names, and for each a number of '
-                                     'at least 0')
+                    raise ValueError(f'{name}={getattr(self, name)}: takes patterns of names, '
+                                     'and for each a number of at least 0')
         patterns = [('lora_whole', self.lora_whole)]
         patterns += [('lora_ranks', pattern) for pattern in self.lora_ranks]
         patterns += [('lora_alphas', pattern) for pattern in self.lora_alphas]

@@ -1,6 +1,6 @@
 """
-Markov chains: the next token depends on the one before alone, by a table of all pairs or its factors, learned by
-gradients or by counting.
+Markov chains: the next token depends on the one before alone, by a table of all pairs or its factors, learned
+by gradients or by counting.
 
     python train.py config/markov_pubmed.py
 """
@@ -75,15 +75,17 @@ class MarkovOptim(OptimConfig):
 def check_machine(s, data, ranks):
     """Raise UserError where a full table does not fit into memory, or NCCL cannot add up its counts."""
     if s.optimizer == 'counts' and ranks.world > 1 and ranks.device.type == 'cuda':
-        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: use one process, or '
-                        '--device=cpu')
+        raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: '
+                        'use one process, or --device=cpu')
     is_table = s.arch == 'markov' and not s.rank_embed
     if is_table and s.optimizer != 'counts' and not s.eval_only:
         check_table_fits(s.vocab_size or data.vocab_size, s.optimizer, ranks)
 
 
 def check_table_fits(vocab_size, optimizer, ranks):
-    """Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free."""
+    """
+    Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free.
+    """
     from device import free_memory
     table = 4 * vocab_size ** 2  # bytes
     copies = 4 + (ranks.world > 1)  # weights, gradient, two moments; DDP adds gradients up in another one
@@ -91,18 +93,21 @@ def check_table_fits(vocab_size, optimizer, ranks):
     if ranks.device.type != 'cuda':  # the processes of a machine share its RAM
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     needed = table * copies * processes
-    ranks.say(f'optimizer={optimizer}: the table of {vocab_size:,} x {vocab_size:,} takes {needed / 1e9:,.1f} GB with '
-              f'its gradient and two moments; optimizer=counts takes {table / 1e9:,.1f} GB a process')
+    ranks.say(f'optimizer={optimizer}: the table of {vocab_size:,} x {vocab_size:,} '
+              f'takes {needed / 1e9:,.1f} GB with its gradient and two moments; '
+              f'optimizer=counts takes {table / 1e9:,.1f} GB a process')
     free = free_memory(ranks.device)
     if free is not None and needed > free:
-        raise UserError(f'optimizer={optimizer}: a full Markov table of {vocab_size:,} tokens takes {needed / 1e9:,.1f} '
-                        f'GB, and {free / 1e9:,.1f} are free: set --optimizer=counts, or --rank_embed for a low-rank '
-                        'chain')
+        raise UserError(f'optimizer={optimizer}: a full Markov table of {vocab_size:,} tokens takes '
+                        f'{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free: set --optimizer=counts, '
+                        'or --rank_embed for a low-rank chain')
 
 
 def refuse_old_table(settings, where, to_do):
-    """Raise UserError for a run with these settings that counted a full table when that was still called adamw."""
+    """
+    Raise UserError for a run with these settings that counted a full table when that was still called adamw.
+    """
     is_table = settings.get('arch') == 'markov' and not settings.get('rank_embed')
     if is_table and 'pseudo_counts' not in settings:
-        raise UserError(f'{where} a Markov table that was counted before there was optimizer=counts, its counts in '
-                        f'another unit: {to_do}')
+        raise UserError(f'{where} a Markov table that was counted before there was optimizer=counts, '
+                        f'its counts in another unit: {to_do}')

@@ -4,7 +4,10 @@ The loads of experts while a network trains: counted, drawn towards equal ones (
 
 
 def count_loads(run, ranks):
-    """Add the tokens that each expert was given in the last step, by all ranks, to the interval's; step expert_bias."""
+    """
+    Add the tokens that each expert was given in the last step, by all ranks, to the interval's; step
+    expert_bias.
+    """
     loads = ranks.add_up(run.model.take_loads())  # (layers, E) int64
     is_frozen = run.base is not None  # beside adapters
     if not is_frozen and not run.in_a_row:  # a skipped step changes nothing

@@ -44,7 +44,10 @@ class MoEConfig(ModelConfig):
 
 
 def may_choose(s, cfg):
-    """The settings that a run may choose which begins with weights of a network with experts: how fast a bias moves."""
+    """
+    The settings that a run may choose which begins with weights of a network with experts: how fast a bias
+    moves.
+    """
     if cfg.expert_bias and 'expert_bias' in s.given and s.expert_bias:
         return {'expert_bias'}
     return set()

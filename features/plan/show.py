@@ -91,7 +91,8 @@ def show_plan(s, device):
     params, _, per_token = size(s, vocab_size)
     stacks = ''
     if s.n_encoder_layer:  # t5
-        stacks = f', an encoder of {s.n_encoder_layer}, {s.source_context} tokens read for {s.block_size} written'  # t5
+        stacks = (f', an encoder of {s.n_encoder_layer}, '  # t5
+                  f'{s.source_context} tokens read for {s.block_size} written')  # t5
     print(f'\nthe nearest to {given / 1e6:,.1f}M: {params:,} parameters, '
           f'{s.n_layer} layers of {s.n_embd}{stacks}\n'
           f'{per_token:.3e} FLOPs a token as it is multiplied; 6 N would be {6 * params:.3e}\n'

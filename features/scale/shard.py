@@ -100,7 +100,8 @@ def part(t, like):
 
 def clip_divided(params, most):
     """
-    Scale the gradient of parameters, of which some are divided, to a norm of at most `most`. Returns the norm it had.
+    Scale the gradient of parameters, of which some are divided, to a norm of at most `most`. Returns the norm
+    it had.
     """
     divided = [p for p in params if is_divided(p.grad)]
     others = [p for p in params if not is_divided(p.grad)]

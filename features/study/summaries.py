@@ -144,8 +144,8 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
 
 def encode_source(text, tokenizer, cfg, room, cuts):
     """
-    The ids of a source with the tokens around it that the network knows from training. A source of more than `room`
-    tokens loses the end of its text; cuts (a Cuts) counts it.
+    The ids of a source with the tokens around it that the network knows from training. A source of more than
+    `room` tokens loses the end of its text; cuts (a Cuts) counts it.
     """
     form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
     ids = tokenizer.encode(text)

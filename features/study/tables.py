@@ -162,4 +162,5 @@ def validation_of(s):
     """The settings that decide on which tokens, and with how much context, a run is validated, as a tuple."""
     data = str(real_folders(s.dataset))
     denoisers = str(s.denoisers) if s.objective == 'ul2' else ''
-    return data, s.packing, s.block_size, s.eval_iters, s.objective, getattr(s, 'source_context', 0), denoisers
+    return (data, s.packing, s.block_size, s.eval_iters, s.objective, getattr(s, 'source_context', 0),
+            denoisers)

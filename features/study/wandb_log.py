@@ -24,8 +24,8 @@ def log_in():
 
 def start(s):
     """
-    The Sender for the run of Weights & Biases that belongs to out_dir. Its id is kept there: a resumed run goes on in
-    it. Raises UserError.
+    The Sender for the run of Weights & Biases that belongs to out_dir. Its id is kept there: a resumed run
+    goes on in it. Raises UserError.
     """
     import wandb
     logging.raiseExceptions = False  # or wandb's own debug.log prints tracebacks where the disk is full
@@ -35,8 +35,8 @@ def start(s):
             replace_text(path, secrets.token_hex(4) + '\n')
     name = s.wandb_run_name or os.path.basename(os.path.normpath(s.out_dir))
     try:
-        run = wandb.init(project=s.wandb_project, name=name, id=path.read_text().strip(), resume='allow', dir=s.out_dir,
-                         config=asdict(s), allow_val_change=True)
+        run = wandb.init(project=s.wandb_project, name=name, id=path.read_text().strip(), resume='allow',
+                         dir=s.out_dir, config=asdict(s), allow_val_change=True)
     except wandb.Error as error:
         raise refused(error) from None
     return Sender(run, s.out_dir)
@@ -56,7 +56,8 @@ class Sender:
         try:
             self.run.log(record, step=record['step'])
         except (wandb.Error, OSError) as error:
-            print(f'wandb_log: {error}: from here on, {os.path.join(self.out_dir, "log.jsonl")} alone', flush=True)
+            print(f'wandb_log: {error}: from here on, {os.path.join(self.out_dir, "log.jsonl")} alone',
+                  flush=True)
             self.run = None
 
 

@@ -1,6 +1,6 @@
 """
-The corpus stdlib_docs: English about Python, without code. Each module's docstrings are a document, and so is each of
-pydoc's chapters on the language.
+The corpus stdlib_docs: English about Python, without code. Each module's docstrings are a document, and so is
+each of pydoc's chapters on the language.
 
     python prepare.py stdlib_docs --tokenizer=bpe:2048       # 2 MB, no download
 """
@@ -12,7 +12,7 @@ import warnings
 
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 CODE = re.compile(r'''
-    ^[\ \t]*(?:>>>|\w+\ +::=).*(?:\n[\ \t]*\S.*)*\n?  # an example or a rule of the grammar, to the next blank line
+    ^[\ \t]*(?:>>>|\w+\ +::=).*(?:\n[\ \t]*\S.*)*\n?  # an example or a rule of the grammar, to a blank line
   | (?<=:):\n(?:\n*[\ \t]+\S.*)+                      # the indented block after ::
   | ^[\ \t]*[|+].*\n?                                 # a row of a table
 ''', re.MULTILINE | re.VERBOSE)

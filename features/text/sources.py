@@ -16,7 +16,8 @@ from features.text import synthetic
 from features.text.download import CORPORA, download_corpus
 from prepare import KINDS
 
-HERE = ('stdlib', 'stdlib_docs', 'stdlib_docstrings', *synthetic.NAMES)  # named corpora that are not downloaded
+# named corpora that are not downloaded
+HERE = ('stdlib', 'stdlib_docs', 'stdlib_docstrings', *synthetic.NAMES)
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""What a process of processes.py does. It imports nothing of ours before its environment is set, which faults.py reads."""
+"""
+What a process of processes.py does. It imports nothing of ours before its environment is set, which faults.py
+reads.
+"""
 import os
 import sys
 

@@ -1,6 +1,7 @@
 """
-Input nobody thought of: settings, token files, folders of Hugging Face's and PEFT's kind, lines of JSON, each a good one with a few random edits. Whatever
-comes of it is right or is a UserError of one line: never another exception, never a hang, and never a wrong success.
+Input nobody thought of: settings, token files, folders of Hugging Face's and PEFT's kind, lines of JSON, each
+a good one with a few random edits. Whatever comes of it is right or is a UserError of one line: never another
+exception, never a hang, and never a wrong success.
 
     python tests/faults/fuzz.py 100000              # cases of each kind; or with names: 100000 settings lines
 """
@@ -41,11 +42,14 @@ from train import Settings
 # -----------------------------------------------------------------------------
 # Edits
 
-JUNK = st.recursive(st.none() | st.booleans() | st.integers(-10, 10) | st.integers() | st.floats() | st.text(max_size=12),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=4)
-BYTES = st.lists(st.tuples(st.sampled_from(['flip', 'set', 'cut', 'insert', 'remove']), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
+JUNK = st.recursive(st.none() | st.booleans() | st.integers(-10, 10) | st.integers() | st.floats()
+                    | st.text(max_size=12), lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=4)
+BYTES = st.lists(st.tuples(st.sampled_from(['flip', 'set', 'cut', 'insert', 'remove']),
+                           st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
                  min_size=1, max_size=4)
-GRAFTS = st.lists(st.tuples(st.integers(0, 10 ** 6), st.sampled_from(['set', 'remove', 'add']), JUNK), min_size=1, max_size=3)
+GRAFTS = st.lists(st.tuples(st.integers(0, 10 ** 6), st.sampled_from(['set', 'remove', 'add']), JUNK),
+                  min_size=1, max_size=3)
 
 
 def edit_bytes(data, edits):
@@ -105,14 +109,16 @@ def same(a, b):
 # Settings
 
 NAMES = [f.name for f in dataclasses.fields(Settings)]
-GOOD = st.sampled_from(['1', '2', '8', '0.5', 'True', 'False', 'None', 'rope', 'muon', 'auto', "{'a': 1}", '[1, 2]', '1e3', '-1', ''])
-ARGS = st.lists(st.builds('--{}={}'.format, st.sampled_from(NAMES) | st.text(max_size=10), GOOD | JUNK.map(repr) | st.text(max_size=20)) | st.text(max_size=12),
-                max_size=6)
+GOOD = st.sampled_from(['1', '2', '8', '0.5', 'True', 'False', 'None', 'rope', 'muon', 'auto', "{'a': 1}",
+                        '[1, 2]', '1e3', '-1', ''])
+ARGS = st.lists(st.builds('--{}={}'.format, st.sampled_from(NAMES) | st.text(max_size=10),
+                          GOOD | JUNK.map(repr) | st.text(max_size=20)) | st.text(max_size=12), max_size=6)
 
 
 def settings_case(args):
     """A command line gives settings of the declared types, which give themselves again, or is refused."""
-    args = [arg for arg in args if arg not in ('--help', '-h') and (arg.startswith('--') or not os.path.exists(arg))]
+    args = [arg for arg in args
+            if arg not in ('--help', '-h') and (arg.startswith('--') or not os.path.exists(arg))]
     found = right_or_refused(lambda: configure(Settings, args))
     if found is not None:
         values = dataclasses.asdict(found)
@@ -132,12 +138,15 @@ def prepared():
         return files, Mixture(f'{folder}/d', 'train', 16, 1).rows(range(8))
 
 
-TOKENS = st.tuples(st.sampled_from(['meta.json', 'train_00000.bin', 'train_00001.bin', 'train_00000.idx']), BYTES, GRAFTS, st.booleans(),
-                   st.sampled_from(['stream', 'aligned', 'document']))
+TOKENS = st.tuples(st.sampled_from(['meta.json', 'train_00000.bin', 'train_00001.bin', 'train_00000.idx']),
+                   BYTES, GRAFTS, st.booleans(), st.sampled_from(['stream', 'aligned', 'document']))
 
 
 def tokens_case(case):
-    """Token files that are not as they were written are refused; with another meta.json, rows have their shape and tokens of the vocabulary."""
+    """
+    Token files that are not as they were written are refused; with another meta.json, rows have their shape
+    and tokens of the vocabulary.
+    """
     (name, edits, grafts, structured, packing), (files, right) = case, prepared()
     changed = edit_bytes(files[name], edits)
     if name == 'meta.json' and structured:
@@ -161,11 +170,15 @@ def tokens_case(case):
 
 @cache
 def llama():
-    """{file: bytes} of a small network, its ModelConfig, and {file: bytes} of PEFT's folder of an adapter for it."""
+    """
+    {file: bytes} of a small network, its ModelConfig, and {file: bytes} of PEFT's folder of an adapter for
+    it.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                                     max_position_embeddings=16, bos_token_id=1, eos_token_id=2)).save_pretrained(f'{folder}/base')
+        LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+                                     bos_token_id=1, eos_token_id=2)).save_pretrained(f'{folder}/base')
         cfg, weights = reading.load(f'hf:{folder}/base')
         model = make_model(cfg, init=False)
         model.load_state_dict(weights)
@@ -173,7 +186,8 @@ def llama():
         from features.lora import adapters
         saved = adapters.described(model.lora.known['default'].description(), adapters.state(model))
         peft_files.write(f'{folder}/adapter', cfg, saved, 'llama')
-        read = [{path.name: path.read_bytes() for path in Path(folder, name).iterdir()} for name in ('base', 'adapter')]
+        read = [{path.name: path.read_bytes() for path in Path(folder, name).iterdir()}
+                for name in ('base', 'adapter')]
         return read[0], cfg, read[1]
 
 
@@ -184,7 +198,8 @@ def changed_folder(folder, files, config, weights, case):
     in_config, edits, grafts, structured = case
     for name, data in files.items():
         if name == config and in_config:
-            data = json.dumps(edit_json(json.loads(data), grafts)).encode() if structured else edit_bytes(data, edits)
+            data = (json.dumps(edit_json(json.loads(data), grafts)).encode() if structured
+                    else edit_bytes(data, edits))
         elif name == weights and not in_config:
             data = edit_bytes(data, edits)
         Path(folder, name).write_bytes(data)
@@ -203,7 +218,9 @@ def hub_case(case):
 
 
 def adapter_case(case):
-    """A folder of PEFT's gives an adapter whose tensors have the shapes that the network wants, or is refused."""
+    """
+    A folder of PEFT's gives an adapter whose tensors have the shapes that the network wants, or is refused.
+    """
     files, cfg = llama()[2], llama()[1]
     with tempfile.TemporaryDirectory() as folder:
         changed_folder(folder, files, 'adapter_config.json', 'adapter_model.safetensors', case)
@@ -219,7 +236,8 @@ def adapter_case(case):
 
 ROW = st.dictionaries(st.sampled_from(['text', 'source', 'target', 'x']), JUNK | st.text(), max_size=3) | JUNK
 LINES = st.tuples(st.lists(ROW, max_size=4), BYTES, st.booleans(),
-                  st.sampled_from([{}, {'source': 'source', 'target': 'target'}, {'prompt_template': 'Q: {source}\n\n{x}\n\nA: ', 'target': 'target'}]),
+                  st.sampled_from([{}, {'source': 'source', 'target': 'target'},
+                                   {'prompt_template': 'Q: {source}\n\n{x}\n\nA: ', 'target': 'target'}]),
                   st.sampled_from(['strict', 'replace']))
 
 
@@ -228,20 +246,25 @@ def lines_case(case):
     rows, edits, is_edited, pair, errors = case
     data = '\n'.join(map(json.dumps, rows)).encode()
     data = edit_bytes(data, edits) if is_edited else data
-    found = right_or_refused(lambda: reader.documents(reader.Task(lines=(data, 'x.jsonl', 1, 0)), prepare.Settings(['x.jsonl'], errors=errors, **pair)))
+    found = right_or_refused(lambda: reader.documents(reader.Task(lines=(data, 'x.jsonl', 1, 0)),
+                                                      prepare.Settings(['x.jsonl'], errors=errors, **pair)))
     if found is not None:
-        assert len(found) == sum(bool(line) and not line.isspace() for line in data.decode('utf-8', 'replace').removeprefix('\ufeff').split('\n'))
+        assert len(found) == sum(bool(line) and not line.isspace() for line in data.decode('utf-8', 'replace')
+                                 .removeprefix('\ufeff').split('\n'))
         assert all(isinstance(text, str) and text.encode() is not None for _, text in found)
 
 
 # -----------------------------------------------------------------------------
 
-KINDS = {'settings': (ARGS, settings_case), 'tokens': (TOKENS, tokens_case), 'hub': (FOLDER, hub_case), 'adapter': (FOLDER, adapter_case),
-         'lines': (LINES, lines_case)}
+KINDS = {'settings': (ARGS, settings_case), 'tokens': (TOKENS, tokens_case), 'hub': (FOLDER, hub_case),
+         'adapter': (FOLDER, adapter_case), 'lines': (LINES, lines_case)}
 
 
 def fuzz(kind, cases, seconds=20):
-    """Run so many cases of a kind, none of which may take longer than `seconds`. Raises what a case raises, with the smallest case found that does."""
+    """
+    Run so many cases of a kind, none of which may take longer than `seconds`. Raises what a case raises, with
+    the smallest case found that does.
+    """
     strategy, check = KINDS[kind]
 
     def too_long(number, frame):
@@ -257,7 +280,8 @@ def fuzz(kind, cases, seconds=20):
             signal.alarm(0)
     before = signal.signal(signal.SIGALRM, too_long)
     try:
-        with mock.patch('builtins.print'):  # what is said beside the result, as that compiling is not possible
+        # what is said beside the result, as that compiling is not possible
+        with mock.patch('builtins.print'):
             run()
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -269,4 +293,5 @@ if __name__ == '__main__':
     for kind in sys.argv[2:] or KINDS:
         began = time.monotonic()
         fuzz(kind, int(sys.argv[1]))
-        print(f'{kind}: {sys.argv[1]} cases, each right or refused in one line, in {time.monotonic() - began:.0f} s', flush=True)
+        print(f'{kind}: {sys.argv[1]} cases, each right or refused in one line, '
+              f'in {time.monotonic() - began:.0f} s', flush=True)

@@ -1,6 +1,6 @@
 """
-A published checkpoint is whole, or is reported and passed over; the one before is kept until the new one is on the disk. Damage of every kind to every
-file, and the order of flushing, are in test_checkpoint.py.
+A published checkpoint is whole, or is reported and passed over; the one before is kept until the new one is
+on the disk. Damage of every kind to every file, and the order of flushing, are in test_checkpoint.py.
 """
 import json
 import os
@@ -37,11 +37,14 @@ def whole(tmp_path_factory, dataset):
 
 
 def test_the_points_are_those_of_the_protocol():
-    assert POINTS == ['save:begin', 'save:weights', 'save:optimizer', 'save:state', 'save:manifest', 'save:flushed', 'save:renamed', 'save:end', 'save:prune']
+    assert POINTS == ['save:begin', 'save:weights', 'save:optimizer', 'save:state', 'save:manifest',
+                      'save:flushed', 'save:renamed', 'save:end', 'save:prune']
 
 
-@pytest.mark.parametrize('point, background', [*((point, False) for point in POINTS), ('save:optimizer', True), ('save:renamed', True)])
-def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_been(whole, dataset, tmp_path, point, background):
+@pytest.mark.parametrize('point, background', [*((point, False) for point in POINTS),
+                                               ('save:optimizer', True), ('save:renamed', True)])
+def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_been(whole, dataset, tmp_path,
+                                                                                   point, background):
     args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', *OFTEN, f'--async_save={background}']
     at = '' if point == 'save:prune' else '@6'
     for _ in range(2):
@@ -51,7 +54,8 @@ def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_be
         assert step_of(tmp_path) == (6 if point in ('save:renamed', 'save:end', 'save:prune') else 4)
         assert all(checkpoint.damage(folder) is None for folder in published)
         state = checkpoint.load_state(published[0])
-        assert state['step'] == step_of(tmp_path) == next(iter(checkpoint.read_moments(published[0]).values()))['step']
+        assert (state['step'] == step_of(tmp_path)
+                == next(iter(checkpoint.read_moments(published[0]).values()))['step'])
         if point in ('save:renamed', 'save:end', 'save:prune'):
             break
     codes, said = run_to_end(*args)
@@ -70,7 +74,8 @@ def test_when_all_are_damaged_the_run_ends_with_an_error_and_does_not_begin_anew
             f.seek(-1, 2)
             f.write(bytes([last[0] ^ 4]))
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*'))
-    assert 'no checkpoint in it is sound (step_00000010: model.safetensors' in one_line(train(tmp_path, '--max_iters=20', dataset=dataset, check=False))
+    assert ('no checkpoint in it is sound (step_00000010: model.safetensors'
+            in one_line(train(tmp_path, '--max_iters=20', dataset=dataset, check=False)))
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*')) == before
 
 
@@ -80,17 +85,21 @@ def test_when_all_are_damaged_the_run_ends_with_an_error_and_does_not_begin_anew
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_goes_on(dataset, tmp_path, point):
     args = [*TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}']
     codes, said = run_to_end(*args, fault=f'{point}@10=full')
-    assert codes == [2] and said.count('No space left on device') == 1 and str(tmp_path) in said and 'make room' in said
+    assert (codes == [2] and said.count('No space left on device') == 1 and str(tmp_path) in said
+            and 'make room' in said)
     assert step_of(tmp_path) == 5 and not list(tmp_path.glob('*.tmp'))
     assert run_to_end(*args)[0] == [0] and step_of(tmp_path) == 10
 
 
 def test_files_that_may_not_grow_are_the_same_without_a_fault(dataset, tmp_path):
     """RLIMIT_FSIZE: the system itself refuses to write beyond 100 kB, half of the moments."""
-    limit = f'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY})); sys.argv = sys.argv[1:]; ' \
-            f"sys.path.insert(0, '{ROOT}'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = ('import resource, runpy, sys; '
+             f'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY})); '
+             f"sys.argv = sys.argv[1:]; sys.path.insert(0, '{ROOT}'); "
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = run('-c', limit, str(ROOT / 'train.py'), f'--out_dir={tmp_path}', f'--dataset={dataset}', *TINY)
-    assert 'File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path)) and not list(tmp_path.glob('*.tmp'))
+    assert ('File too large' in one_line(done) and not checkpoint.checkpoints(str(tmp_path))
+            and not list(tmp_path.glob('*.tmp')))
 
 
 # About 1.2 MB for a checkpoint, of which four are there at a time, so that 6 MB is enough
@@ -99,8 +108,8 @@ ON_A_SMALL_DISK = ['--n_embd=64', '--vocab_size=64', '--max_iters=6', '--eval_in
 
 def fill_and_go_on(disk, name, room, *more, dataset):
     """
-    A run in a folder of a SmallDisk with `room` bytes, then the same command with enough of it. Returns whether the first one
-    ended with a full disk: in one line, without half a file, its checkpoints sound.
+    A run in a folder of a SmallDisk with `room` bytes, then the same command with enough of it. Returns
+    whether the first one ended with a full disk: in one line, without half a file, its checkpoints sound.
     """
     out_dir = disk.folder / name
     args = ['train.py', f'--out_dir={out_dir}', f'--dataset={dataset}', *TINY, *ON_A_SMALL_DISK, *more]
@@ -126,7 +135,10 @@ def whole_run(tmp_path_factory, dataset):
 
 
 def full_again_and_again(disk, rooms, dataset, folder):
-    """Runs with each of these amounts of room, which end as one with enough of it. Returns how many found their disk full."""
+    """
+    Runs with each of these amounts of room, which end as one with enough of it. Returns how many found their
+    disk full.
+    """
     train(folder, *ON_A_SMALL_DISK, dataset=dataset)
     count = 0
     for n, room in enumerate(rooms):
@@ -139,24 +151,29 @@ def full_again_and_again(disk, rooms, dataset, folder):
     return count
 
 
-def test_a_disk_without_room_ends_a_run_in_one_line_at_any_point_and_it_goes_on_bitwise(small_disk, dataset, tmp_path):
+def test_a_disk_without_room_ends_a_run_in_one_line_at_any_point_and_it_goes_on_bitwise(small_disk, dataset,
+                                                                                        tmp_path):
     """The log of the beginning, the moments of the first checkpoint, the weights of the second."""
     rooms = [4096, 900_000, 1_600_000]
     assert full_again_and_again(small_disk, rooms, dataset, tmp_path / 'whole') == len(rooms)
 
 
 def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file() and path.name != 'ballast')
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*')
+                  if path.is_file() and path.name != 'ballast')
 
 
 @pytest.mark.parametrize('room', [4096, 60_000])
-def test_other_scripts_leave_nothing_half_on_a_full_disk_and_the_same_command_works_later(small_disk, whole_run, room):
+def test_other_scripts_leave_nothing_half_on_a_full_disk_and_the_same_command_works_later(small_disk,
+                                                                                          whole_run, room):
     new = small_disk.folder / 'new'
-    for command in (['surgery.py', 'grow', f'--from={whole_run}', f'--out_dir={new}', '--n_layer=3', '--dataset=none'],
+    for command in (['surgery.py', 'grow', f'--from={whole_run}',
+                     f'--out_dir={new}', '--n_layer=3', '--dataset=none'],
                     ['hub.py', 'export', f'--out_dir={whole_run}', f'--to={new}', '--as=custom']):
         small_disk.leave(room)
         said = one_line(run(*command))
-        assert 'No space left on device' in said and 'make room' in said and not files(small_disk.folder), said
+        assert ('No space left on device' in said and 'make room' in said
+                and not files(small_disk.folder)), said
         small_disk.leave(None)
         assert run(*command).returncode == 0
         shutil.rmtree(new)
@@ -171,7 +188,8 @@ def test_figures_and_tables_are_written_whole_or_not_at_all(small_disk, whole_ru
         small_disk.leave(room)
         said = one_line(run(*command))
         assert f'{name}: could not be written (No space left on device)' in said, said
-        assert (csv.read_bytes(), page.read_bytes()) == before and files(small_disk.folder) == ['page.png', 'table.csv']
+        assert ((csv.read_bytes(), page.read_bytes()) == before
+                and files(small_disk.folder) == ['page.png', 'table.csv'])
         small_disk.leave(None)
 
 
@@ -219,8 +237,8 @@ def state(value):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(keep=st.integers(1, 4),
-       actions=st.lists(st.sampled_from(['save', 'save', 'save', 'best', 'spoil the newest', 'spoil the oldest', 'leave half']), max_size=14))
+@given(keep=st.integers(1, 4), actions=st.lists(st.sampled_from(
+    ['save', 'save', 'save', 'best', 'spoil the newest', 'spoil the oldest', 'leave half']), max_size=14))
 def test_the_best_and_the_last_sound_ones_are_never_removed(tmp_path_factory, keep, actions):
     out, step, best, sound = str(tmp_path_factory.mktemp('kept')), 0, None, []  # sound: steps, oldest first
     for action in actions:
@@ -257,7 +275,8 @@ def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path)
     moments['state'][0]['m'].zero_()
     background.wait()
     assert checkpoint.read_weights(f'{tmp_path}/step_00000001')['w'].sum() == 1000
-    assert torch.load(f'{tmp_path}/step_00000001/optimizer.pt', weights_only=True)['state'][0]['m'].sum() == 1000
+    assert (torch.load(f'{tmp_path}/step_00000001/optimizer.pt', weights_only=True)['state'][0]['m'].sum()
+            == 1000)
 
 
 def test_the_thread_ends_once_all_is_written(tmp_path):
@@ -288,7 +307,8 @@ def test_a_best_one_that_was_not_marked_is_marked_when_the_run_goes_on(dataset, 
         mark_best(out_dir, step, *args)
     monkeypatch.setattr(checkpoint, 'mark_best', full)
     one_line(train(tmp_path, '--async_save', dataset=dataset, check=False))
-    assert checkpoint.best(str(tmp_path))[0].endswith('step_00000005') and read_log(tmp_path)[-1]['step'] == 10
+    assert (checkpoint.best(str(tmp_path))[0].endswith('step_00000005')
+            and read_log(tmp_path)[-1]['step'] == 10)
     monkeypatch.undo()
     train(tmp_path, '--async_save', dataset=dataset)
     assert checkpoint.best(str(tmp_path))[0].endswith('step_00000010')
@@ -296,14 +316,18 @@ def test_a_best_one_that_was_not_marked_is_marked_when_the_run_goes_on(dataset, 
 
 
 def test_a_checkpoint_of_the_background_is_of_its_step_however_late_it_is_written(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=100', '--checkpoint_interval=4', '--keep_checkpoints=9']
-    assert run_to_end(*args, f'--out_dir={tmp_path / "late"}', '--async_save', fault='save:begin@4=slow')[0] == [0]
+    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=100', '--checkpoint_interval=4',
+            '--keep_checkpoints=9']
+    assert (run_to_end(*args, f'--out_dir={tmp_path / "late"}', '--async_save', fault='save:begin@4=slow')[0]
+            == [0])
     assert run_to_end(*args, f'--out_dir={tmp_path / "at once"}')[0] == [0]
-    late, at_once = (checkpoint.read_weights(str(tmp_path / name / 'step_00000004')) for name in ('late', 'at once'))
+    late, at_once = (checkpoint.read_weights(str(tmp_path / name / 'step_00000004'))
+                     for name in ('late', 'at once'))
     assert all(torch.equal(late[name], at_once[name]) for name in at_once)
 
 
-def test_damage_is_found_where_a_file_cannot_be_read_and_a_broken_log_is_no_obstacle(dataset, tmp_path, monkeypatch):
+def test_damage_is_found_where_a_file_cannot_be_read_and_a_broken_log_is_no_obstacle(dataset, tmp_path,
+                                                                                     monkeypatch):
     train(tmp_path, dataset=dataset)
     with open(tmp_path / 'log.jsonl', 'a') as f:
         f.write('\0\0\0\n{"step": 1')
@@ -318,14 +342,15 @@ def test_damage_is_found_where_a_file_cannot_be_read_and_a_broken_log_is_no_obst
 
 def test_saved_in_the_background_a_run_is_the_same_run(whole, dataset, tmp_path):
     train(tmp_path, *SMALL, *OFTEN, '--async_save', dataset=dataset)
-    assert fingerprint(tmp_path) == whole and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000010'
+    assert (fingerprint(tmp_path) == whole
+            and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000010')
     train(tmp_path / 'plain', *SMALL, *OFTEN, dataset=dataset)
     assert read_log(tmp_path) == read_log(tmp_path / 'plain')
 
 
 def test_a_signal_while_the_background_writes_waits_for_it(dataset, tmp_path):
-    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--async_save', '--max_iters=100000', '--eval_interval=5',
-                          fault='save:manifest=slow')
+    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--async_save',
+                          '--max_iters=100000', '--eval_interval=5', fault='save:manifest=slow')
     assert processes.wait_for('step 5:')
     processes.kill(signal.SIGTERM)
     codes, said = processes.wait()

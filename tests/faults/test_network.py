@@ -1,4 +1,7 @@
-"""Two hosts, network namespaces on this machine, one of which is cut off from the other while they train. Takes root and iproute2, or it is skipped."""
+"""
+Two hosts, network namespaces on this machine, one of which is cut off from the other while they train. Takes
+root and iproute2, or it is skipped.
+"""
 import os
 import shutil
 import signal
@@ -12,7 +15,8 @@ from conftest import ROOT
 from processes import SMALL, fingerprint, run_to_end
 
 ADDRESSES = ['10.77.0.1', '10.77.0.2']
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:29500',
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+            '--rdzv_backend=c10d', f'--rdzv_endpoint={ADDRESSES[0]}:29500',
             '--rdzv_id=1', '--max_restarts=3', 'train.py']
 
 
@@ -20,26 +24,34 @@ class Host:
     """A network namespace with an end of a cable, and the torchrun in it."""
 
     def __init__(self, number, folder):
-        self.number, self.name, self.output = number, f'minnow{os.getpid()}-{number}', Path(folder, f'host{number}.txt')
+        self.number, self.name, self.output = (number, f'minnow{os.getpid()}-{number}',
+                                               Path(folder, f'host{number}.txt'))
         self.torchrun = None
 
     def plug_in(self):
-        for args in (['addr', 'add', f'{ADDRESSES[self.number]}/24', 'dev', 'cable'], ['link', 'set', 'lo', 'up'], ['link', 'set', 'cable', 'up']):
+        for args in (['addr', 'add', f'{ADDRESSES[self.number]}/24', 'dev', 'cable'],
+                     ['link', 'set', 'lo', 'up'], ['link', 'set', 'cable', 'up']):
             subprocess.run(['ip', '-n', self.name, *args], check=True)
 
     def start(self, args):
-        """What each host of a cluster is to run. The first offers the meeting place; torchrun would find that out by names, which there are none of here."""
-        command = [*TORCHRUN[:-1], f'--local_addr={ADDRESSES[self.number]}', f'--rdzv_conf=is_host={1 - self.number}', TORCHRUN[-1], *args]
-        environment = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'GLOO_SOCKET_IFNAME': 'cable',
-                                    'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+        """
+        What each host of a cluster is to run. The first offers the meeting place; torchrun would find that
+        out by names, which there are none of here.
+        """
+        command = [*TORCHRUN[:-1], f'--local_addr={ADDRESSES[self.number]}',
+                   f'--rdzv_conf=is_host={1 - self.number}', TORCHRUN[-1], *args]
+        environment = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+                                    'GLOO_SOCKET_IFNAME': 'cable', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
         with open(self.output, 'a') as f:
-            self.torchrun = subprocess.Popen(['ip', 'netns', 'exec', self.name, *command], cwd=ROOT, env=environment, stdout=f, stderr=f)
+            self.torchrun = subprocess.Popen(['ip', 'netns', 'exec', self.name, *command], cwd=ROOT,
+                                             env=environment, stdout=f, stderr=f)
 
     def cable(self, state):
         subprocess.run(['ip', '-n', self.name, 'link', 'set', 'cable', state], check=True)
 
     def processes(self):
-        return [int(pid) for pid in subprocess.run(['ip', 'netns', 'pids', self.name], capture_output=True, text=True).stdout.split()]
+        return [int(pid) for pid in subprocess.run(['ip', 'netns', 'pids', self.name], capture_output=True,
+                                                   text=True).stdout.split()]
 
     def power_off(self):
         for pid in self.processes():
@@ -54,10 +66,12 @@ class Host:
 @pytest.fixture
 def hosts(tmp_path):
     pair = [Host(n, tmp_path) for n in range(2)]
-    if not shutil.which('ip') or any(subprocess.run(['ip', 'netns', 'add', host.name], capture_output=True).returncode for host in pair):
+    if not shutil.which('ip') or any(subprocess.run(['ip', 'netns', 'add', host.name],
+                                                    capture_output=True).returncode for host in pair):
         pytest.skip('no network namespaces here')
     try:
-        subprocess.run(['ip', 'link', 'add', 'cable', 'netns', pair[0].name, 'type', 'veth', 'peer', 'name', 'cable', 'netns', pair[1].name], check=True)
+        subprocess.run(['ip', 'link', 'add', 'cable', 'netns', pair[0].name, 'type', 'veth', 'peer', 'name',
+                        'cable', 'netns', pair[1].name], check=True)
         for host in pair:
             host.plug_in()
         yield pair
@@ -75,13 +89,17 @@ def wait_for(condition, seconds):
 
 
 def args_of(dataset, out_dir):
-    return [*SMALL, f'--dataset={dataset}', f'--out_dir={out_dir}', '--max_iters=400', '--eval_interval=400', '--checkpoint_interval=20', '--hang_timeout=10']
+    return [*SMALL, f'--dataset={dataset}', f'--out_dir={out_dir}', '--max_iters=400', '--eval_interval=400',
+            '--checkpoint_interval=20', '--hang_timeout=10']
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('how', ['switched off', 'cut off'])
 def test_a_host_that_was_cut_off_and_started_again_finds_the_run_going_on(dataset, tmp_path, hosts, how):
-    """The other notices, ends its process, waits; with the host that is back it goes on from the newest checkpoint to the end of a run nobody disturbed."""
+    """
+    The other notices, ends its process, waits; with the host that is back it goes on from the newest
+    checkpoint to the end of a run nobody disturbed.
+    """
     first, second = hosts
     for host in hosts:
         host.start(args_of(dataset, tmp_path / 'out'))

@@ -28,8 +28,10 @@ STOPPED = re.compile(r'stopped by SIGTERM after step (\d+); the same command goe
 
 def torchrun(*args, nproc=2, options=(), **environment):
     """A started `torchrun train.py ARGS` in a session of its own."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', *options, 'train.py', *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'} | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}',
+               *options, 'train.py', *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'} | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, start_new_session=True)
 
 
@@ -37,37 +39,53 @@ def torchrun(*args, nproc=2, options=(), **environment):
 
 @pytest.mark.parametrize('ranks, whom, where', [
     (1, 0, 'step 20/'), (2, 1, 'step 20/'), (2, 1, 'evaluation'), (1, 0, 'save:optimizer'),
-    *(pytest.param(*case, marks=SLOW) for case in ((2, None, 'step 20/'), (1, 0, 'epochs:'), (1, 0, 'evaluation'), (1, 0, 'sample')))])
-def test_a_signal_leaves_one_checkpoint_at_the_end_of_a_step_and_the_run_goes_on_bitwise(dataset, tmp_path, ranks, whom, where):
-    """To one process, to all of two ranks or to the second alone; in a step, at the start, in an evaluation, a sample, a save."""
-    args, at_a_point = [*SMALL, *LONG, f'--dataset={dataset}'], where in ('evaluation', 'sample', 'save:optimizer')
+    *(pytest.param(*case, marks=SLOW)
+      for case in ((2, None, 'step 20/'), (1, 0, 'epochs:'), (1, 0, 'evaluation'), (1, 0, 'sample')))])
+def test_a_signal_leaves_one_checkpoint_at_the_end_of_a_step_and_the_run_goes_on_bitwise(dataset, tmp_path,
+                                                                                         ranks, whom, where):
+    """
+    To one process, to all of two ranks or to the second alone; in a step, at the start, in an evaluation, a
+    sample, a save.
+    """
+    args, at_a_point = ([*SMALL, *LONG, f'--dataset={dataset}'],
+                        where in ('evaluation', 'sample', 'save:optimizer'))
     more = ['--sample_tokens=20', '--eval_interval=20'] if at_a_point else []
-    processes = Processes(*args, *more, f'--out_dir={tmp_path / "cut"}', ranks=ranks, fault=f'{where}@20/{whom}=term' * at_a_point)
+    processes = Processes(*args, *more, f'--out_dir={tmp_path / "cut"}', ranks=ranks,
+                          fault=f'{where}@20/{whom}=term' * at_a_point)
     if not at_a_point:
         assert processes.wait_for(where)
         processes.kill(signal.SIGTERM, whom)
     codes, said = processes.wait()
     assert codes == [128 + signal.SIGTERM] * ranks and said.count('stopped by SIGTERM') == 1, said
     step = int(STOPPED.search(said)[1])
-    assert step_of(tmp_path / 'cut') == step and all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(str(tmp_path / 'cut')))
+    assert step_of(tmp_path / 'cut') == step and all(
+        checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(str(tmp_path / 'cut')))
     if at_a_point:  # an evaluation that was left is made again
         assert step == (21 if where == 'sample' else 20)
-        assert any(r['step'] == 20 and 'val_loss' in r for r in read_log(tmp_path / 'cut')) == (where == 'sample')
+        assert (any(r['step'] == 20 and 'val_loss' in r for r in read_log(tmp_path / 'cut'))
+                == (where == 'sample'))
     for name in ('cut', 'whole'):
-        assert run_to_end(*args, f'--max_iters={step + 3}', f'--out_dir={tmp_path / name}', ranks=ranks)[0] == [0] * ranks
+        assert (run_to_end(*args, f'--max_iters={step + 3}', f'--out_dir={tmp_path / name}', ranks=ranks)[0]
+                == [0] * ranks)
     assert fingerprint(tmp_path / 'cut') == fingerprint(tmp_path / 'whole')
 
 
 def test_a_signal_while_minutes_are_measured_leaves_nothing_behind(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--minutes=1', '--depth=2', '--compile=False']
-    args = [arg for arg in args if not arg.startswith(('--max_iters', '--n_', '--learning_rate', '--batch_size'))]
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--minutes=1', '--depth=2',
+            '--compile=False']
+    args = [arg for arg in args
+            if not arg.startswith(('--max_iters', '--n_', '--learning_rate', '--batch_size'))]
     codes, said = run_to_end(*args, fault='loss@3=term')
-    assert codes == [128 + signal.SIGTERM] and 'stopped before the first step' in said and not (tmp_path / 'out').exists(), said
+    assert (codes == [128 + signal.SIGTERM] and 'stopped before the first step' in said
+            and not (tmp_path / 'out').exists()), said
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing_and_a_second_sigterm_is_the_same_one(dataset, tmp_path, number, code):
-    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--checkpoint_interval=1', fault='save:manifest=slow')
+@pytest.mark.parametrize('number, code',
+                         [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing_and_a_second_sigterm_is_the_same_one(
+        dataset, tmp_path, number, code):
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}',
+                          '--checkpoint_interval=1', fault='save:manifest=slow')
     assert processes.wait_for('step 3/')
     processes.kill(number)
     time.sleep(0.1)
@@ -78,20 +96,23 @@ def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing_and_a_second_sigter
 
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_sighup_saves_as_sigterm_does_however_often_it_comes(dataset, tmp_path, ranks):
-    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', ranks=ranks, fault='save:manifest=slow')
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', ranks=ranks,
+                          fault='save:manifest=slow')
     assert processes.wait_for('step 20/')
     processes.kill(signal.SIGHUP)
     time.sleep(0.1)
     processes.kill(signal.SIGHUP)
     codes, said = processes.wait()
-    assert codes == [128 + signal.SIGHUP] * ranks and f'stopped by SIGHUP after step {step_of(tmp_path)};' in said, said
+    assert (codes == [128 + signal.SIGHUP] * ranks
+            and f'stopped by SIGHUP after step {step_of(tmp_path)};' in said), said
     assert checkpoint.damage(checkpoint.find(str(tmp_path))) is None
 
 
 def test_a_terminal_that_is_closed_is_a_sighup_and_nothing_else(dataset, tmp_path):
     """Every line that is printed after it fails with EIO."""
     ours, theirs = pty.openpty()
-    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', output=os.ttyname(theirs))
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}',
+                          output=os.ttyname(theirs))
     wait_for_line(ours, b'step 20/')
     os.close(theirs)
     os.close(ours)
@@ -108,11 +129,13 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(dataset, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(reader, True)
-    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--max_iters=60', output=str(tmp_path / 'pipe'))
+    processes = Processes(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--max_iters=60',
+                          output=str(tmp_path / 'pipe'))
     wait_for_line(reader, b'step 5/')
     os.close(reader)
     processes.processes[0].join(60)
-    assert processes.processes[0].exitcode == 0 and step_of(tmp_path / 'out') == 60 and read_log(tmp_path / 'out')[-1]['step'] == 60
+    assert (processes.processes[0].exitcode == 0 and step_of(tmp_path / 'out') == 60
+            and read_log(tmp_path / 'out')[-1]['step'] == 60)
 
 
 def wait_for_line(descriptor, words):
@@ -130,7 +153,8 @@ def test_who_ignores_sighup_as_nohup_asks_still_ignores_it():
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stop.listen()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == stop.remember
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+                and signal.getsignal(signal.SIGTERM) == stop.remember)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop.listen()
         os.kill(os.getpid(), signal.SIGHUP)
@@ -143,8 +167,10 @@ def test_who_ignores_sighup_as_nohup_asks_still_ignores_it():
 
 
 def test_a_signal_in_a_step_that_is_skipped_or_that_spikes_is_heard(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--max_iters=150', '--eval_interval=1000', '--checkpoint_interval=20']
-    for name, more, fault, step in (('skipped', [], 'step@30=term loss@30=nan', 31), ('spike', ['--rewind_spikes=6'], 'step@95=term loss@95=large', 81)):
+    args = [*SMALL, f'--dataset={dataset}', '--max_iters=150', '--eval_interval=1000',
+            '--checkpoint_interval=20']
+    for name, more, fault, step in (('skipped', [], 'step@30=term loss@30=nan', 31),
+                                    ('spike', ['--rewind_spikes=6'], 'step@95=term loss@95=large', 81)):
         codes, said = run_to_end(*args, *more, f'--out_dir={tmp_path / name}', fault=fault)
         assert codes == [128 + signal.SIGTERM] and step_of(tmp_path / name) == step, said
 
@@ -156,48 +182,65 @@ def test_a_loss_or_gradient_of_one_rank_that_is_not_finite_changes_nothing_on_an
     """… so that the run is the one that was told to leave that step out, and all ranks stay alike."""
     args = [*SMALL, f'--dataset={dataset}', '--desync_interval=1']
     codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}', ranks=2, fault=fault)
-    assert codes == [0, 0] and said.count('step 7: the loss or its gradient is not finite; no weight was changed') == 1, said
+    assert codes == [0, 0] and said.count('step 7: the loss or its gradient is not finite; '
+                                          'no weight was changed') == 1, said
     assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', '--skip_steps=6', ranks=2)[0] == [0, 0]
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
     assert fingerprint(tmp_path / 'nan') == fingerprint(tmp_path / 'left') != fingerprint(tmp_path / 'whole')
     records = {r['step']: r for r in read_log(tmp_path / 'nan')}
-    assert 'train_loss' not in records[7] and records[7]['skipped'] == records[9]['skipped'] == 1 and 'skipped' not in records[6]
+    assert ('train_loss' not in records[7] and records[7]['skipped'] == records[9]['skipped'] == 1
+            and 'skipped' not in records[6])
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=SLOW)])
-def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_is_sound_and_finite(dataset, tmp_path, optimizer):
+def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_is_sound_and_finite(dataset, tmp_path,
+                                                                                   optimizer):
     faults = ' '.join(f'loss@{step}=nan' for step in (2, *range(6, 30)))
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--max_iters=30', '--max_skipped=3', '--checkpoint_interval=1',
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}',
+                             '--max_iters=30', '--max_skipped=3', '--checkpoint_interval=1',
                              f'--optimizer={optimizer}', fault=faults)
-    assert codes == [2] and 'not finite at step 10: lower' in said and said.count('no weight was changed') == 5
-    assert step_of(tmp_path) == 6 and all(t.isfinite().all() for t in checkpoint.read_weights(checkpoint.find(str(tmp_path))).values())
-    assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[-1])['step'] == 9  # numbers that json knows
+    assert (codes == [2] and 'not finite at step 10: lower' in said
+            and said.count('no weight was changed') == 5)
+    assert step_of(tmp_path) == 6 and all(
+        t.isfinite().all() for t in checkpoint.read_weights(checkpoint.find(str(tmp_path))).values())
+    # numbers that json knows
+    assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[-1])['step'] == 9
 
 
 def test_one_that_is_not_finite_at_the_end_or_at_an_evaluation_loses_nothing(dataset, tmp_path):
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', fault='loss@4=nan loss@9=nan')
-    assert codes == [0] and step_of(tmp_path) == 10 and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000010', said
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}',
+                             fault='loss@4=nan loss@9=nan')
+    assert (codes == [0] and step_of(tmp_path) == 10
+            and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000010'), said
 
 
 def test_a_best_one_that_could_not_be_written_does_not_take_the_place_of_the_one_before(dataset, tmp_path):
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--async_save', fault='save:manifest@10=full')
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--async_save',
+                             fault='save:manifest@10=full')
     assert codes == [2] and json.loads((tmp_path / 'best').read_text())['checkpoint'] == 'step_00000005', said
 
 
 @SLOW
 def test_with_float16_too_small_factors_are_no_skipped_steps_and_nan_is(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--dtype=float16', '--max_iters=60', '--eval_interval=1000', '--max_skipped=3']
-    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}', fault=' '.join(f'loss@{step}=nan' for step in range(5, 60)))
-    assert codes == [2] and 'not finite at step' in said and not checkpoint.checkpoints(str(tmp_path / 'nan')), said
-    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "inf"}', '--rewind_spikes=6', fault='loss@5=inf loss@40=nan')
-    assert codes == [0] and 'no weight was changed' not in said and all(map(torch.isfinite, map(torch.sum, checkpoint.read_weights(
-        checkpoint.find(str(tmp_path / 'inf'))).values()))), said
+    args = [*SMALL, f'--dataset={dataset}', '--dtype=float16', '--max_iters=60', '--eval_interval=1000',
+            '--max_skipped=3']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}',
+                             fault=' '.join(f'loss@{step}=nan' for step in range(5, 60)))
+    assert (codes == [2] and 'not finite at step' in said
+            and not checkpoint.checkpoints(str(tmp_path / 'nan'))), said
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "inf"}', '--rewind_spikes=6',
+                             fault='loss@5=inf loss@40=nan')
+    assert codes == [0] and 'no weight was changed' not in said and all(map(torch.isfinite, map(
+        torch.sum, checkpoint.read_weights(checkpoint.find(str(tmp_path / 'inf'))).values()))), said
 
 
-@pytest.mark.parametrize('args', [['--n_expert=4', '--expert_bias=0.01'], ['--grow_every=5', '--grow_to=3', '--n_layer=2']], ids=['experts', 'growth'])
+@pytest.mark.parametrize('args', [['--n_expert=4', '--expert_bias=0.01'],
+                                  ['--grow_every=5', '--grow_to=3', '--n_layer=2']],
+                         ids=['experts', 'growth'])
 def test_a_skipped_step_leaves_the_bias_of_experts_and_the_schedule_of_growth(dataset, tmp_path, args):
     for name, more, fault in (('nan', [], 'loss@5=nan'), ('left', ['--skip_steps=5'], '')):
-        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / name}', *args, *more, fault=fault)
+        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / name}', *args, *more,
+                                 fault=fault)
         assert codes == [0] and said.count('grown to 3 layers') == ('--grow_to=3' in args), said
     assert fingerprint(tmp_path / 'nan') == fingerprint(tmp_path / 'left')
 
@@ -212,7 +255,9 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
 # --- spikes ---
 
 def poisoned(folder):
-    """The counting data, but a part of it is noise, which a network that has learned to count finds surprising."""
+    """
+    The counting data, but a part of it is noise, which a network that has learned to count finds surprising.
+    """
     import hashlib
 
     import numpy as np
@@ -229,23 +274,29 @@ def poisoned(folder):
 @pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=SLOW)])
 def test_a_spike_rewinds_and_the_run_is_the_one_that_left_those_steps_out_from_the_start(tmp_path, ranks):
     """By a fault: the loss of one step is infinite no more, but large."""
-    args = [*SMALL, f'--dataset={poisoned(tmp_path / "d")}', '--max_iters=150', '--eval_interval=1000', '--checkpoint_interval=20', '--learning_rate=1e-2']
-    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "spike"}', '--rewind_spikes=6', ranks=ranks, fault='loss@95=large')
+    args = [*SMALL, f'--dataset={poisoned(tmp_path / "d")}', '--max_iters=150', '--eval_interval=1000',
+            '--checkpoint_interval=20', '--learning_rate=1e-2']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "spike"}', '--rewind_spikes=6', ranks=ranks,
+                             fault='loss@95=large')
     assert codes == [0] * ranks, said
-    found = re.findall(r'step 96: loss .* back to the last checkpoint, and on without steps 87 to 96 \(samples 344 to 383\)', said)
+    found = re.findall(r'step 96: loss .* back to the last checkpoint, '
+                       r'and on without steps 87 to 96 \(samples 344 to 383\)', said)
     assert len(found) == 1 and said.count('standard deviations') == 1 and 'at step 80' in said, said
     left = [f'--skip_steps={step}' for step in range(86, 96)]
     assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', *left, ranks=ranks)[0] == [0] * ranks
     assert fingerprint(tmp_path / 'spike') == fingerprint(tmp_path / 'left')
-    assert read_log(tmp_path / 'spike') == read_log(tmp_path / 'left') and read_log(tmp_path / 'left')[-1]['tokens'] == (150 - 10) * 4 * 32
+    assert (read_log(tmp_path / 'spike') == read_log(tmp_path / 'left')
+            and read_log(tmp_path / 'left')[-1]['tokens'] == (150 - 10) * 4 * 32)
 
 
 @SLOW
 def test_a_run_that_rewound_resumes_exactly_and_one_that_always_spikes_is_given_up(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=1000', '--checkpoint_interval=20', '--rewind_spikes=6', '--lr_decay_iters=150', '--warmup_iters=0']
+    args = [*SMALL, f'--dataset={dataset}', '--eval_interval=1000', '--checkpoint_interval=20',
+            '--rewind_spikes=6', '--lr_decay_iters=150', '--warmup_iters=0']
     for name, steps in (('whole', (150,)), ('cut', (110, 150))):
         for max_iters in steps:
-            codes, said = run_to_end(*args, f'--out_dir={tmp_path / name}', f'--max_iters={max_iters}', fault='loss@95=large')
+            codes, said = run_to_end(*args, f'--out_dir={tmp_path / name}', f'--max_iters={max_iters}',
+                                     fault='loss@95=large')
             assert codes == [0], said
     assert fingerprint(tmp_path / 'whole') == fingerprint(tmp_path / 'cut')
     faults = ' '.join(f'loss@{step}=large' for step in range(60, 150))
@@ -257,12 +308,16 @@ def test_a_run_that_rewound_resumes_exactly_and_one_that_always_spikes_is_given_
 
 @pytest.mark.parametrize('more', [[], ['--init_from=scratch'], ['--max_iters=5', '--init_from=scratch']])
 def test_a_second_process_does_not_train_in_the_same_out_dir(dataset, tmp_path, more):
-    """It would mix up checkpoints, or move those of a run that goes on. A process that was killed is in nobody's way."""
+    """
+    It would mix up checkpoints, or move those of a run that goes on. A process that was killed is in nobody's
+    way.
+    """
     args = [*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=5']
     processes = Processes(*args)
     assert processes.wait_for('step 20/')
     codes, said = run_to_end(*args, *more)
-    assert codes == [2] and 'another process is training in it' in said and 'moved' not in said and os.listdir(tmp_path) == ['out'], said
+    assert (codes == [2] and 'another process is training in it' in said and 'moved' not in said
+            and os.listdir(tmp_path) == ['out']), said
     assert processes.wait_for('step 40/')
     processes.kill()
     processes.wait()
@@ -278,7 +333,8 @@ def test_out_dir_is_claimed_before_it_is_read_and_let_go_at_the_end(dataset, tmp
     monkeypatch.setattr(train, 'set_up', lambda *args: held.append(list(checkpoint.CLAIMED)) or set_up(*args))
     run_here(['train.py', *args, '--max_iters=12'])
     run_here(['train.py', *args, '--max_iters=12', '--eval_only'])
-    assert held == [[str(tmp_path)], []] and not checkpoint.CLAIMED and not (tmp_path / 'lock').exists() and step_of(tmp_path) == 12
+    assert (held == [[str(tmp_path)], []] and not checkpoint.CLAIMED and not (tmp_path / 'lock').exists()
+            and step_of(tmp_path) == 12)
 
 
 # --- hangs and restarts ---
@@ -293,7 +349,8 @@ def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_
 
 
 def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
-    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=8', ranks=2)
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=8',
+                          ranks=2)
     assert processes.wait_for('step 5/')
     processes.kill(signal.SIGSTOP)
     time.sleep(9)
@@ -304,7 +361,10 @@ def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
 
 
 class AtOnce:
-    """In place of a thread of ranks.Watch: what asks the store runs at once, and the watch itself when the test calls it."""
+    """
+    In place of a thread of ranks.Watch: what asks the store runs at once, and the watch itself when the test
+    calls it.
+    """
     def __init__(self, target, daemon):
         self.target = target
 
@@ -320,8 +380,8 @@ class AtOnce:
 
 
 @pytest.mark.parametrize('compiles, other, ends_at', [
-    (False, 'to compute gradients', 10), (True, 'to compute gradients', 100), (False, 'to compute gradients, compiling', 100),
-    (False, 'to work for all', 100)])
+    (False, 'to compute gradients', 10), (True, 'to compute gradients', 100),
+    (False, 'to compute gradients, compiling', 100), (False, 'to work for all', 100)])
 def test_a_compilation_may_take_ten_times_hang_timeout(compiles, other, ends_at, monkeypatch, capsys):
     """Of this rank or of another one, for which this one waits. The time is not real."""
     slept = []
@@ -349,7 +409,8 @@ def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, t
         return patient(self, compiles)
     monkeypatch.setattr(device.OneProcess, 'patient', noted)
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: None)
-    args = ['train.py', *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--grow_every=3', '--grow_to=4', '--eval_interval=2', '--max_iters=6']
+    args = ['train.py', *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--grow_every=3',
+            '--grow_to=4', '--eval_interval=2', '--max_iters=6']
     assert run_here([*args, '--compile=True']).returncode == 0
     first, later = [True, True], [False]  # an evaluation and a step
     assert done == [*first, *later * 3, *[True], *[True], *later * 3]
@@ -361,43 +422,56 @@ def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, t
 @pytest.mark.parametrize('init_from', ['auto', 'scratch'])
 def test_after_a_crash_torchrun_starts_it_again_and_the_end_is_the_same(dataset, tmp_path, init_from):
     args = [*SMALL, f'--dataset={dataset}', '--checkpoint_interval=2', f'--init_from={init_from}']
-    process = torchrun(*args, f'--out_dir={tmp_path / "crash"}', options=['--max_restarts=1'], FAULT='step@5/1=exit', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    process = torchrun(*args, f'--out_dir={tmp_path / "crash"}', options=['--max_restarts=1'],
+                       FAULT='step@5/1=exit', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     said, code = process.communicate(timeout=120)[0], process.wait()
-    assert code == 0 and 'resuming' in said and 'exitcode  : 13' not in said and not (tmp_path / 'crash.old1').exists(), said
+    assert (code == 0 and 'resuming' in said and 'exitcode  : 13' not in said
+            and not (tmp_path / 'crash.old1').exists()), said
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
     assert fingerprint(tmp_path / 'crash') == fingerprint(tmp_path / 'whole')
 
 
-def test_from_scratch_a_job_that_is_started_again_goes_on_with_what_it_began_and_with_nothing_older(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=2', '--init_from=scratch']
+def test_from_scratch_a_job_that_is_started_again_goes_on_with_what_it_began_and_with_nothing_older(
+        dataset, tmp_path):
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=2',
+            '--init_from=scratch']
 
     def attempt(number, job, fault=''):
         log = f'/tmp/torchelastic_x/none_{job}/attempt_{number}/0/error.json'
-        codes, said = run_to_end(*args, fault=fault, TORCHELASTIC_RESTART_COUNT=str(number), TORCHELASTIC_RUN_ID='none', TORCHELASTIC_ERROR_FILE=log)
+        codes, said = run_to_end(*args, fault=fault, TORCHELASTIC_RESTART_COUNT=str(number),
+                                 TORCHELASTIC_RUN_ID='none', TORCHELASTIC_ERROR_FILE=log)
         return codes[0], said
     assert attempt(0, 'a', 'step@7=kill')[0] == -signal.SIGKILL and step_of(tmp_path / 'out') == 6
     code, said = attempt(1, 'a')
-    assert code == 0 and f'resuming {tmp_path}/out at step 6' in said and os.listdir(tmp_path) == ['out'], said
+    assert (code == 0 and f'resuming {tmp_path}/out at step 6' in said
+            and os.listdir(tmp_path) == ['out']), said
     code, said = attempt(1, 'b')  # another job, whose first attempt ended before it began
     assert code == 0 and 'resuming' not in said and sorted(os.listdir(tmp_path)) == ['out', 'out.old1'], said
     code, said = attempt(0, 'b')  # as it was told
-    assert code == 0 and 'resuming' not in said and sorted(os.listdir(tmp_path)) == ['out', 'out.old1', 'out.old2'], said
+    assert (code == 0 and 'resuming' not in said
+            and sorted(os.listdir(tmp_path)) == ['out', 'out.old1', 'out.old2']), said
 
 
 def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--eval_interval=100', '--init_from=scratch']
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--eval_interval=100',
+            '--init_from=scratch']
     codes, said = run_to_end(*args, fault='step@5=term')
-    assert codes == [128 + signal.SIGTERM] and 'the same command without --init_from=scratch goes on from there' in said, said
+    assert (codes == [128 + signal.SIGTERM]
+            and 'the same command without --init_from=scratch goes on from there' in said), said
     codes, said = run_to_end(*args[:-1], fault='step@8=term')
-    assert codes == [128 + signal.SIGTERM] and '; the same command goes on from there' in said and step_of(tmp_path) == 9, said
+    assert (codes == [128 + signal.SIGTERM] and '; the same command goes on from there' in said
+            and step_of(tmp_path) == 9), said
 
 
 # --- drift ---
 
 def test_weights_that_differ_between_ranks_stop_the_run_naming_rank_and_tensor(dataset, tmp_path):
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--desync_interval=4', ranks=2, fault='step@5/1=shift')
-    assert codes == [2, 2] and 'weights of rank 1 are not those of rank 0 after step 8 (wte.weight)' in said, said
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}2', '--desync_interval=0', ranks=2, fault='step@5/1=shift')
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--desync_interval=4',
+                             ranks=2, fault='step@5/1=shift')
+    assert (codes == [2, 2]
+            and 'weights of rank 1 are not those of rank 0 after step 8 (wte.weight)' in said), said
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}2', '--desync_interval=0',
+                             ranks=2, fault='step@5/1=shift')
     assert codes == [0, 0], said  # without the check nobody notices
 
 
@@ -406,7 +480,11 @@ def test_other_data_or_settings_on_one_rank_are_noticed_before_the_first_step(da
     write_dataset(tmp_path / 'b' / 'd', seed=2)
     for each, words in (([['--seed=1'], ['--seed=2']], 'seed=2 on rank 1, 1 on rank 0'),
                         ([[f'--dataset={dataset}'], [f'--dataset={tmp_path / "a" / "d"}']], 'dataset=')):
-        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', ranks=2, each=each)
+        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', ranks=2,
+                                 each=each)
         assert codes == [2, 2] and words in said and not (tmp_path / 'out').exists(), said
-    codes, said = run_to_end(*SMALL, '--dataset=d', f'--out_dir={tmp_path / "out"}', ranks=2, folders=[tmp_path / 'a', tmp_path / 'b'])  # each has its own copy
-    assert codes == [2, 2] and 'the files of rank 1 are not those of rank 0' in said and not (tmp_path / 'out').exists(), said
+    # each has its own copy
+    codes, said = run_to_end(*SMALL, '--dataset=d', f'--out_dir={tmp_path / "out"}', ranks=2,
+                             folders=[tmp_path / 'a', tmp_path / 'b'])
+    assert (codes == [2, 2] and 'the files of rank 1 are not those of rank 0' in said
+            and not (tmp_path / 'out').exists()), said

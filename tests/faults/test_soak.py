@@ -1,4 +1,7 @@
-"""A run under many faults, as soak.py does it, a data set of a hundred billion windows, and whether mutants.py knows the code as it is."""
+"""
+A run under many faults, as soak.py does it, a data set of a hundred billion windows, and whether mutants.py
+knows the code as it is.
+"""
 import json
 import subprocess
 import sys
@@ -35,15 +38,20 @@ print(mixture.sources[0].rows, started, sorted(times)[50], peak() - before)
 
 
 def test_a_hundred_billion_windows_start_at_once_and_take_no_memory(tmp_path):
-    """3.2 TB of zeros in eight sparse files. Seconds until it stands; of a batch of 32; MB that the process takes for it."""
+    """
+    3.2 TB of zeros in eight sparse files. Seconds until it stands; of a batch of 32; MB that the process
+    takes for it.
+    """
     shards, tokens = 8, 10 ** 11 * 16 // 8
     for n in range(shards):
         with open(tmp_path / f'train_{n:05d}.bin', 'wb') as f:
             f.truncate(2 * tokens)
     split = {'shards': [{'file': f'train_{n:05d}.bin', 'bytes_on_disk': 2 * tokens} for n in range(shards)]}
-    meta = {'format': 1, 'tokenizer': {'kind': 'byte', 'vocab_size': 257, 'eot': 256}, 'vocab_size': 257, 'dtype': 'uint16', 'splits': {'train': split}}
+    meta = {'format': 1, 'tokenizer': {'kind': 'byte', 'vocab_size': 257, 'eot': 256}, 'vocab_size': 257,
+            'dtype': 'uint16', 'splits': {'train': split}}
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
-    done = subprocess.run([sys.executable, '-c', HUGE, ROOT, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', HUGE, ROOT, tmp_path], capture_output=True, text=True,
+                          check=True)
     rows, started, batch, peak = map(float, done.stdout.split())
     print(f'{started:.2f} s to start, {1e3 * batch:.1f} ms a batch, {peak:.0f} MB')
     assert rows == 10 ** 11 and started < 1 and batch < 0.02 and peak < 20
