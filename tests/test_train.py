@@ -772,7 +772,8 @@ def test_nanogpts_config_files_are_accepted_as_they_are(tmp_path):
             dataset = 'shakespeare'; init_from = 'gpt2-xl'; always_save_checkpoint = False
             batch_size = 1; gradient_accumulation_steps = 32; max_iters = 20; learning_rate = 3e-5
             decay_lr = False""",
-        'eval_gpt2': "batch_size = 8; eval_iters = 500; eval_only = True; wandb_log = False; init_from = 'gpt2'"}
+        'eval_gpt2': """
+            batch_size = 8; eval_iters = 500; eval_only = True; wandb_log = False; init_from = 'gpt2'"""}
     for name, text in files.items():
         (tmp_path / f'{name}.py').write_text(textwrap.dedent(text))
         Settings(**read_config(Settings, str(tmp_path / f'{name}.py')))
