@@ -138,8 +138,9 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
         typed_text(self.sample_prompt, 'sample_prompt')
         is_table = self.arch == 'markov' and not self.rank_embed  # markov
         if self.optimizer == 'counts' and self.is_new and not is_table:  # markov
-            raise ValueError('optimizer=counts: learns a full Markov table alone: '  # markov
-                             'set arch=markov and rank_embed=0, or use adamw')  # markov
+            what = 'counts what follows what in a full Markov table'  # markov
+            cure = 'set arch=markov and rank_embed=0, or use adamw'  # markov
+            raise ValueError(f'optimizer=counts: {what}: {cure}')  # markov
         idle = sorted(getattr(self, 'given', set()) & {'muon_lr', 'momentum', 'momentum_warmup'})
         # a recipe with adamw in place of Muon is an ablation
         is_chosen = 'optimizer' in getattr(self, 'given', ()) or self.is_planned
