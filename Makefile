@@ -10,17 +10,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# On Linux without an NVIDIA GPU: PyTorch's CPU wheels, which are a tenth of those with CUDA. From pip's default index where
-# PyTorch's own cannot be reached
+# $(call cpu_torch,python,version): on Linux without an NVIDIA GPU install PyTorch's CPU wheel, a tenth of the one with CUDA.
+# Where PyTorch's own index cannot be reached, what comes next takes torch from pip's default index
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
+cpu_torch = if test "$$(uname -s)" = Linux && ! nvidia-smi -L > /dev/null 2>&1; then \
+		echo "torch $(2): the CPU wheel"; \
+		$(1) -m pip install --quiet --disable-pip-version-check --no-deps --timeout 10 --retries 0 \
+			--index-url $(CPU_WHEELS) torch==$(2) || echo "torch: not from $(CPU_WHEELS), but from the default index"; \
+	fi
+TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)
 
 .venv/demo: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@if test "$$(uname -s)" = Linux && ! nvidia-smi -L > /dev/null 2>&1; then \
-		echo "torch: the CPU wheel"; \
-		$(PIP) --no-deps --timeout 10 --retries 1 --index-url $(CPU_WHEELS) $$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.txt) || \
-			echo "torch: $(CPU_WHEELS) was not reached: the default index has it too"; \
-	fi
+	@$(call cpu_torch,$(BIN)/python,$(TORCH))
 	$(PIP) -r requirements.txt
 	touch $@
 
@@ -31,7 +33,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # The text: Shakespeare where it can be downloaded, with little patience; else the documentation of this machine's Python
 FETCH = $(BIN)/python -c "from features.text import download as d; d.TRIES, d.TIMEOUT = 1, 10; d.download_corpus('shakespeare')"
 
-data/demo/meta.json: .venv/demo
+data/demo/meta.json: | .venv/demo
 	@if $(FETCH) 2> /dev/null; then \
 		echo "text: Shakespeare" && \
 		$(BIN)/python prepare.py shakespeare --tokenizer=bpe:2048 --out=data/demo; \
@@ -48,7 +50,7 @@ demo: data/demo/meta.json
 	$(TRAIN) config/demo_dense.py
 	$(TRAIN) config/demo_lowrank.py
 	$(TRAIN) config/demo_nanogpt.py
-	@grep -q shakespeare data/demo/meta.json && start='KING RICHARD:' || start='Return the '; \
+	@grep -q shakespeare data/demo/meta.json && start='KING RICHARD:' || start='Return the'; \
 	for run in dense lowrank; do \
 		echo "=== out/demo_$$run"; \
 		$(BIN)/python sample.py --out_dir=out/demo_$$run --start="$$start" $(SAMPLE) || exit 1; \
@@ -76,6 +78,7 @@ $(OLDEST)/ready: requirements.txt requirements-test.txt Makefile
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	sed 's/^torch==[0-9.]*/torch==2.11.0/' requirements.txt > $(OLDEST)/requirements.txt
 	grep -v '^-r\|^lm-eval\|^ruff' requirements-test.txt >> $(OLDEST)/requirements.txt
+	@$(call cpu_torch,$(OLDEST)/bin/python,2.11.0)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
 	touch $@
 

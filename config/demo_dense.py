@@ -15,3 +15,4 @@ muon_lr = 0.04  # between the best for 768 and for 4,096 tokens a step (docs/res
 lr_scale = {r'attn\.[qk]\.': 2}  # queries and keys: the best of 1, 2 and 4, dense and low-rank
 eval_interval, eval_iters, log_interval = 100, 14, 20
 sample_tokens = 0
+compile = False  # two minutes are too short for it, and it is the same for all three

@@ -12,8 +12,10 @@ batch_size = 8
 gradient_accumulation_steps = 1  # 2,048 tokens a step
 max_iters = 400
 optimizer = 'adamw'
-learning_rate, min_lr, warmup_iters, schedule = 1e-3, 1e-4, 100, 'cosine'
+learning_rate, min_lr, schedule = 1e-3, 1e-4, 'cosine'
+warmup_iters = None  # 5% of max_iters, as in nanoGPT's configs for Shakespeare
 embed_lr = head_lr = scalar_lr = None  # learning_rate
 beta1, beta2, weight_decay, grad_clip = 0.9, 0.99, 0.1, 1.0
 eval_interval, eval_iters, log_interval = 100, 14, 20
 sample_tokens = 0
+compile = False  # two minutes are too short for it, and it is the same for all three

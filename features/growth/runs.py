@@ -160,7 +160,7 @@ def write(s, command, old, cfg, weights, names=None):
 
     settings = dict(old.settings)
     from features.lora.settings import LoraConfig  # lora
-    settings |= dataclasses.asdict(LoraConfig())  # lora: an adapter is merged by now
+    settings |= dataclasses.asdict(LoraConfig()) | {'lora_rank': 0}  # lora: an adapter is merged by now
     settings |= dataclasses.asdict(cfg)
     settings |= {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data is not None:  # so that compare.py knows which tokens the loss is of
