@@ -42,7 +42,7 @@ class Settings:
     positional = 'sources'
     sources: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of:
     # stdlib, stdlib_docs, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed,
-    # synthetic:markov
+    # synthetic:markov, synthetic:markov2, synthetic:markov3
     out: FilePath = ''  # the folder to make; '' = data/NAME for a named corpus
     tokenizer: FilePath = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece),
     # FILE.json (tokenizers), FILE.txt (BERT), or bpe:N, trained on the text: 4096 for small models

@@ -21,8 +21,7 @@ import numpy as np
 
 from configurator import UserError
 
-KINDS = ('byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, '
-         'FILE.json or FILE.txt')
+KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, .json or .txt'
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
@@ -61,8 +60,7 @@ class Tokenizer:
     def describe(self):
         """What identifies the tokenizer, as JSON: equal descriptions are equal tokenizers."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
-        found = {'kind': self.kind, 'vocab_size': self.vocab_size, 'eot': self.eot, 'files': files,
-                 **self.more}
+        found = dict(kind=self.kind, vocab_size=self.vocab_size, eot=self.eot, files=files, **self.more)
         return {**found, 'sha256': hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
 
     def save(self, folder):
@@ -87,10 +85,6 @@ class Tokenizer:
     def start(self):
         """(id,) of the token that can begin a document in training: bos(), or BERT's [CLS]; () = none."""
         return self.bos()
-
-    def context(self, ids=()):
-        """The ids that a network reads to predict what follows a text with these ids: at least one."""
-        return [*self.prompt_format.bos, *ids] or [self.eot or 0]
 
     def with_format(self, prompt_format):
         """The same tokenizer with another prompt format."""
@@ -157,9 +151,8 @@ class TiktokenTokenizer(Tokenizer):
             self.encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network; a damaged file
             reason = f'tiktoken could not load it ({type(error).__name__})'
-            raise UserError(f'tokenizer={name}: {reason}: connect to the network once, '
-                            'or set TIKTOKEN_CACHE_DIR to a folder that has it, '
-                            'or use --tokenizer=bpe:4096') from None
+            raise UserError(f'tokenizer={name}: {reason}: connect to the network once, or set '
+                            'TIKTOKEN_CACHE_DIR to its folder, or use --tokenizer=bpe:4096') from None
         super().__init__(name, self.encoding.n_vocab, self.encoding.eot_token)
 
     def encode(self, text):
@@ -191,8 +184,7 @@ class SentencePieceTokenizer(Tokenizer):
                             'use one that has, or --tokenizer=bpe:4096')
         self.eot_text = self.sp.id_to_piece(eot)
         super().__init__('sentencepiece', n, eot, {'tokenizer.model': data}, self.sp.unk_id())
-        # A model that keeps all blanks, and adds none, can write any text but ▁, its own sign for the space.
-        # That goes as bytes
+        # A model that keeps all blanks, and adds none, can write any text but ▁, its sign for the space
         blanks, encode = ' a\n  b\t ', self.sp.encode
         self.sign = None
         if self.sp.decode(encode(blanks)) == blanks and encode('so it') == encode('so') + encode(' it'):
@@ -232,9 +224,7 @@ def needs_text(kind):
 
 
 def new_tokenizer(kind, texts=()):
-    """
-    The tokenizer that `kind` names, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str.
-    """
+    """The tokenizer of a kind, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str."""
     if needs_text(kind) and kind != 'char':
         return train_bpe(texts, int(kind[4:]))
     if kind == 'char':
@@ -253,9 +243,8 @@ def new_tokenizer(kind, texts=()):
 
 def train_bpe(texts, vocab_size):
     """
-    A sentencepiece BPE that is trained on texts and can write any text: it has tokens for all 256 bytes,
-    keeps every blank, and writes numbers digit by digit. The same texts in the same order give the same
-    model.
+    A sentencepiece BPE, trained on texts, that can write any text: it has tokens for all 256 bytes, keeps
+    every blank, and writes numbers digit by digit. Equal texts in the same order give the same model.
     """
     import sentencepiece
     # In pieces of 10,000 characters: it aborts at a word of 65,536. Not in lines, so that ".\n" can become a
@@ -264,8 +253,7 @@ def train_bpe(texts, vocab_size):
     pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
     first = next(pieces, None)
     if first is None:
-        raise UserError(f'tokenizer=bpe:{vocab_size}: '
-                        'the text has nothing that it can be trained on: use byte')
+        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing to be trained on: use byte')
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -299,27 +287,22 @@ def load_tokenizer(description, folder):
         tokenizer = described(description, data, path)
         found = tokenizer.describe()['sha256']
     except (KeyError, TypeError, ValueError) as error:
-        reason = f'no {description["kind"]} tokenizer is as the one described there ({error!r})'
-        raise UserError(f'{folder}: {reason}: prepare the data again') from None
+        raise UserError(f'{folder}: not as described there ({error!r}): prepare the data again') from None
     if description.get('sha256', found) != found:
-        reason = f'its {tokenizer.kind} tokenizer is not the one described there'
-        raise UserError(f'{folder}: {reason}: prepare the data again')
+        raise UserError(f'{folder}: not the {tokenizer.kind} tokenizer described: prepare the data again')
     return tokenizer
 
 
 def described(description, data, path):
     """The tokenizer of a description. data: the bytes of its file, which is at `path`."""
     kind = description['kind']
-    if description.get('reserved'):  # text
-        from features.text.tokenizers import load_reserved  # text
-        return load_reserved(description, data, path)  # text
+    if kind == 'unknown' or description.get('reserved'):  # text
+        from features.text.tokenizers import described_here  # text
+        return described_here(description, data, path)  # text
     if kind == 'byte':
         return ByteTokenizer()
     if kind == 'char':
         return CharTokenizer(description['chars'], description['eot'] is not None)
-    if kind == 'unknown':  # text
-        from features.text.tokenizers import UnknownTokenizer  # text
-        return UnknownTokenizer(description['vocab_size'])  # text
     if kind in TIKTOKEN:
         return TiktokenTokenizer(kind)
     if kind == 'sentencepiece':

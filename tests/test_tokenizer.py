@@ -372,9 +372,9 @@ def test_bpe_is_trained_on_text_with_any_sign(sign):
 
 
 def test_bpe_of_nothing_but_its_trainer_s_sign_is_refused():
-    with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
+    with pytest.raises(UserError, match='bpe:300: the text has nothing to be trained on: use byte'):
         new_tokenizer('bpe:300', ['\u2585\u2585', ''])
-    with pytest.raises(UserError, match='bpe:300: the text has nothing that it can be trained on: use byte'):
+    with pytest.raises(UserError, match='bpe:300: the text has nothing to be trained on: use byte'):
         new_tokenizer('bpe:300', ['\u2585\n\u2585\n'])
 
 
@@ -428,7 +428,7 @@ def test_a_changed_or_missing_file_is_refused(files, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r'tokenizer\.model: No such file'):
         load_tokenizer(description, tmp_path)
-    with pytest.raises(UserError, match='not the one described'):
+    with pytest.raises(UserError, match='not the char tokenizer described'):
         load_tokenizer({**new_tokenizer('char', ['abc']).describe(), 'chars': 'abd'}, tmp_path)
     with pytest.raises(UserError, match='kind morse'):
         load_tokenizer({'kind': 'morse', 'eot': 0}, tmp_path)

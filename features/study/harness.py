@@ -7,7 +7,7 @@ import os
 
 from configurator import UserError, whole_text
 from device import autocast
-from features.study.tasks import CONTEXTS, score, score_text
+from features.study.tasks import CONTEXTS, first_ids, score, score_text
 from features.text.cuts import Cuts
 from sample import stream
 
@@ -37,7 +37,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     class Minnow(TemplateLM):
         """The methods that lm_eval calls on a model."""
         eot_token_id = tokenizer.eot or 0
-        prefix_token_id = tokenizer.context()[0]  # of an empty context
+        prefix_token_id = first_ids(tokenizer)[0]  # of an empty context
         tokenizer_name = tokenizer.kind
 
         def tok_encode(self, string, **unused):
@@ -46,7 +46,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
         def _loglikelihood_tokens(self, requests, **unused):
             pairs = []
             for (text, _), ids, continuation in requests:  # without a text, ids is the prefix token
-                pairs.append((tokenizer.context(ids if text else ()), continuation))
+                pairs.append((first_ids(tokenizer, ids if text else ()), continuation))
             return score(model, pairs, device, dtype, cuts=contexts)
 
         def loglikelihood_rolling(self, requests, **unused):
@@ -63,7 +63,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
             if isinstance(stop, str):
                 stop = [stop]
             temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
-            ids = tokenizer.context(self.tok_encode(context))
+            ids = first_ids(tokenizer, self.tok_encode(context))
             kept, most = fit(len(ids), asked, model.cfg.block_size)
             prompts.add(len(ids), kept)
             limits.add(asked, most)

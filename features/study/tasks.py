@@ -144,6 +144,11 @@ def with_shots(items, shots, seed=0):
 # -----------------------------------------------------------------------------
 # Log-likelihoods
 
+def first_ids(tokenizer, ids=()):
+    """The ids that a network reads to predict what follows a text with these ids: at least one."""
+    return [*tokenizer.prompt_format.bos, *ids] or [tokenizer.eot or 0]
+
+
 def encode_pair(tokenizer, context, continuation):
     """
     (ids of the context, ids of the continuation), two lists.
@@ -156,7 +161,7 @@ def encode_pair(tokenizer, context, continuation):
     continuation = context[len(stripped):] + continuation
     start = tokenizer.encode(stripped)
     whole = tokenizer.encode(stripped + continuation)
-    return tokenizer.context(start), whole[len(start):]
+    return first_ids(tokenizer, start), whole[len(start):]
 
 
 CONTEXTS = 'contexts (one for each choice)'  # the word for them in lines about cut contexts
@@ -297,7 +302,7 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
         ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary
         raise UserError(f'{what}: {error}') from None
-    pairs = windows(ids, tokenizer.context()[0], model.cfg.block_size, stride)
+    pairs = windows(ids, first_ids(tokenizer)[0], model.cfg.block_size, stride)
     scores = score(model, pairs, device, dtype, what=what)
     return -sum(nats for nats, _ in scores), len(ids), len(text.encode())
 

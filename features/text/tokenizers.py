@@ -33,13 +33,6 @@ class Reserved(Tokenizer):
         return text
 
 
-def load_reserved(description, data, path):
-    """As tokenizer.described(), for a description of a Reserved."""
-    count = description['reserved']
-    inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
-    return Reserved(described(inner, data, path), count)
-
-
 class UnknownTokenizer(Tokenizer):
     """Stands for a tokenizer of which only the size is known (nanoGPT's meta.pkl): it refuses all text."""
 
@@ -52,6 +45,15 @@ class UnknownTokenizer(Tokenizer):
                         'or put itos into meta.pkl, and train again')
 
     decode = encode
+
+
+def described_here(description, data, path):
+    """As tokenizer.described(), for a tokenizer of this file."""
+    count = description.get('reserved', 0)
+    if count:
+        inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
+        return Reserved(described(inner, data, path), count)
+    return UnknownTokenizer(description['vocab_size'])
 
 
 # -----------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def explain(error):
     if high:
         return f'too large for so little text: use at most bpe:{high[1]}, or byte'
     if 'sentences_.empty()' in error:  # it drops the newlines at the end of a piece
-        return 'the text has nothing that it can be trained on: use byte'
+        return 'the text has nothing to be trained on: use byte'
     return ''
 
 
