@@ -134,7 +134,8 @@ class ModelConfig:
         ranks += [('rank_embed', self.rank_embed, table), ('rank_head', self.rank_head, table)]
         layers = set(range(min(self.n_layer, len(self.ranks) + 2)))  # the first, one without ranks of its own
         for name, rank in self.ranks.items():
-            layer, matrix = re.fullmatch(r'(?:blocks\.(0|[1-9][0-9]*)\.)?(.*)', str(name)).groups('0')
+            found = re.fullmatch(r'(?:blocks\.(0|[1-9][0-9]*)\.)?(.*)', str(name), re.DOTALL)
+            layer, matrix = found.groups('0')
             if matrix not in sizes or int(layer) >= self.n_layer:
                 raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, '
                                  'or one of a single block as blocks.0.attn.q')
