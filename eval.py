@@ -78,7 +78,7 @@ class TextSettings(ModelSettings):
 class TaskSettings(ModelSettings):
     files: list[FilePath] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
     shots: int = 0  # solved examples before each item, from the same file
-    delimiter: str = ' '  # between a query and its choices; Mosaic's tasks take '\nAnswer: '
+    delimiter: str = ' '  # between a query and its choices; \n is a new line: '\nAnswer: ' for Mosaic's tasks
     limit: int = 0  # items of each task, from its beginning; 0 = all
     seed: int = 1337  # of the examples
     csv: FilePath = ''  # file for the result of every item

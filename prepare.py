@@ -54,7 +54,7 @@ class Settings:
     num_proc: int = 0  # number of processes for large corpora; 0 = as many as are useful
     source: str = ''  # text: for pairs (objective=seq2seq), the field that is read,
     target: str = ''  # text: and the field to write; a document is source, end-of-text, target, end-of-text
-    prompt_template: str = ''  # text: instead of source, text with fields in braces: 'Q: {question}\nA: '
+    prompt_template: str = ''  # text: in place of source: 'Q: {question}\nA: ', \n is a new line
     reserve: int = 0  # text: extra tokens that no text contains (objective=ul2): 100 for 512-token rows
     part: str = ''  # text: 3/64 = only the third of 64 parts, which can run on several machines
     merge: FilePath = ''  # text: the folder to make of all its parts: --merge=OUT, without other settings
@@ -324,5 +324,5 @@ def main():
 
 
 if __name__ == '__main__':
-    import prepare as this  # under its own name: features/text imports it too
-    run_main(this.main)
+    from prepare import main  # under its own name: features/text imports this file too
+    run_main(main)

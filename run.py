@@ -16,19 +16,9 @@ from tqdm import tqdm
 import checkpoint
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
 from checkpoint import fault
-from configurator import (
-    UserError,
-    check,
-    default_of,
-    expand_home,
-    extend,
-    feature_of,
-    feature_parts,
-    from_dict,
-    own_fields,
-    part_of,
-)
+from configurator import UserError, check, expand_home, from_dict
 from device import compile_all, pick_compile, pick_dtype, process_age, zero
+from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
 from model import ModelConfig, make_model, only_in_training
 from optim import learning_rate, make_optimizer, optimizer_flops
 

@@ -25,7 +25,7 @@ import torch
 import checkpoint
 from batches import DataConfig, evaluate, splitmix
 from checkpoint import fault
-from configurator import FilePath, UserError, configure, extend, leave, run_main, typed_text
+from configurator import FilePath, UserError, configure, leave, run_main, typed_text
 from device import (
     DeviceConfig,
     OneProcess,
@@ -37,6 +37,7 @@ from device import (
     pick_device,
     zero,
 )
+from features import extend
 from model import ModelConfig
 from optim import OptimConfig, clip_gradient, set_rates
 from run import (

@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import FilePath, UserError, configure, part_of, run_main
+from configurator import FilePath, UserError, configure, run_main
 from device import NumericConfig, autocast, pick_device, pick_dtype
+from features import part_of
 from features.study import tasks
 from features.study.measure import alternate, section, show
 from model import ModelConfig, make_model

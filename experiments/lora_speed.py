@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import UserError, configure, part_of, run_main
+from configurator import UserError, configure, run_main
 from device import DeviceConfig, autocast, peak_memory, pick_compile, pick_device, pick_dtype
+from features import part_of
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack_frozen

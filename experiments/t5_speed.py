@@ -17,8 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import UserError, configure, part_of, run_main
+from configurator import UserError, configure, run_main
 from device import DeviceConfig, autocast, pick_compile, pick_device, pick_dtype
+from features import part_of
 from features.study.measure import alternate, section, show
 from model import ModelConfig, make_model
 from optim import make_optimizer

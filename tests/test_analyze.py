@@ -15,7 +15,8 @@ from test_hub import saved
 
 import checkpoint
 from analyze import WeightsSettings
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.study import spectra
 from features.study.spectra import (
     figures,

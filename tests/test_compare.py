@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import one_line, run, train
 
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.study import tuning
 from features.study.pictures import short
 from features.study.runs import Arm, arm_name, find_runs, group, read_run

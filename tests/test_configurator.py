@@ -17,7 +17,6 @@ from configurator import (
     FilePath,
     UserError,
     check_torch,
-    comments_of,
     configure,
     configure_command,
     from_dict,
@@ -28,6 +27,7 @@ from configurator import (
     typed_text,
     whole_text,
 )
+from features import comments_of
 
 
 @dataclass

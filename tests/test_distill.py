@@ -9,7 +9,7 @@ from conftest import one_line, read_log, train, write_dataset
 from test_surgery import random_model
 
 import model as model_module
-from configurator import build
+from features import build
 from features.distill.teacher import ask
 from train import Settings
 

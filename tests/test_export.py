@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import sample
 from checkpoint import fill, load_model
-from configurator import UserError, build, feature_names, with_features
+from configurator import UserError
+from features import build, feature_names, with_features
 from features.hf import reading
 from features.hf.export import export, stock
 from features.hf.families import FAMILIES, nearest

@@ -13,8 +13,9 @@ from test_surgery import ids, operate, random_model
 
 import checkpoint
 from checkpoint import fill
-from configurator import UserError, build, part_of, read_config
+from configurator import UserError, read_config
 from device import compile_all
+from features import build, part_of
 from features.growth.factorize import factorize
 from features.growth.networks import (
     average,

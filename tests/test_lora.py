@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import load_model, read_model
-from configurator import UserError, build, configure, part_of
+from configurator import UserError, configure
+from features import build, part_of
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line, read_log, run, write_dataset
 
 import checkpoint
-from configurator import build, configure, part_of
+from configurator import configure
 from device import free_memory
+from features import build, part_of
 from features.lora.packed import pack
 from model import ModelConfig, make_model
 from optim import OptimConfig, clip_gradient, make_optimizer
@@ -190,7 +191,7 @@ def test_counting_takes_the_memory_of_one_table_and_adamw_of_four(optimizer, tab
         import json, torch
         from device import peak_memory
         from model import ModelConfig, make_model
-        from configurator import build
+        from features import build
         from optim import OptimConfig, clip_gradient, make_optimizer
         def steps(V):
             model = make_model(build(ModelConfig, arch='markov', vocab_size=V, block_size=512))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import build, options, part_of, read_config
+from configurator import options, read_config
+from features import build, part_of
 from features.lora.packed import FrozenLinear
 from features.markov.network import BigramLoss
 from model import (

@@ -21,7 +21,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import checkpoint
 from checkpoint import fill
-from configurator import UserError, build, part_of, read_config
+from configurator import UserError, read_config
+from features import build, part_of
 from features.lora.packed import pack
 from features.moe.experts import in_use
 from features.moe.network import Mixture

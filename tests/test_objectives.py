@@ -11,7 +11,8 @@ import torch
 from conftest import one_line, read_log, run, sha256, train, write_dataset
 
 from batches import Mixture, open_source, validation_batch
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.hf.tokenizer_json import to_json
 from features.study.summaries import encode_source
 from features.t5 import objectives

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import UserError, build, read_config
+from configurator import UserError, read_config
+from features import build
 from features.growth.during import short_growth
 from model import ModelConfig, Transformer
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates

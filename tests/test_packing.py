@@ -10,7 +10,7 @@ import torch
 from conftest import read_log, run, train
 
 from batches import Mixture, open_source, validation_batch
-from configurator import build
+from features import build
 from features.growth import factorize
 from features.t5.objectives import Objective
 from features.t5.pairs import pack

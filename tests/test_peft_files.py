@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from checkpoint import fill, load_model
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora import layers as lora

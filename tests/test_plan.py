@@ -16,7 +16,8 @@ from conftest import one_line, read_log, run, run_here, sha256
 import checkpoint
 import train as training
 from batches import EVAL_ROWS
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.plan.dial import batch_tokens, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
 from features.scale import faults

@@ -21,7 +21,8 @@ import checkpoint
 import device
 import sample
 from batches import TokenFiles, read_meta
-from configurator import UserError, build
+from configurator import UserError
+from features import build
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, pack
 from features.lora.sampling import add_adapters

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 import checkpoint
-from configurator import UserError, build, part_of, read_config
+from configurator import UserError, read_config
 from device import autocast
+from features import build, part_of
 from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search

@@ -27,8 +27,9 @@ import checkpoint
 import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
-from configurator import UserError, build
+from configurator import UserError
 from device import compile_all
+from features import build
 from features.scale import faults
 from features.scale.ranks import Ranks
 from features.scale.settings import ScaleConfig

@@ -15,7 +15,8 @@ import re
 
 import torch
 
-from configurator import UserError, check, default_of
+from configurator import UserError, check
+from features import default_of
 from model import make_model, only_in_training
 
 # -----------------------------------------------------------------------------

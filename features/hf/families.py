@@ -15,7 +15,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configurator import build, default_of, from_dict
+from configurator import from_dict
+from features import build, default_of
 from features.hf.names import gpt2_names, llama_names, minnow_names, t5_names
 from model import ModelConfig
 

@@ -9,7 +9,8 @@ import re
 
 import torch
 
-from configurator import UserError, default_of
+from configurator import UserError
+from features import default_of
 from features.hf.families import FREE, PLAIN
 from model import LowRank
 

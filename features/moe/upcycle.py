@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError, check, extend
+from configurator import UserError, check
+from features import extend
 from features.growth.networks import refuse_unknown
 from features.growth.runs import SurgerySettings, read, write
 

@@ -16,8 +16,9 @@ import os
 import torch
 
 from batches import EVAL_ROWS, Mixture
-from configurator import ROOT, UserError, check, part_of, read_config
+from configurator import ROOT, UserError, check, read_config
 from device import peak_flops
+from features import part_of
 from features.plan.settings import DEEPEST
 from model import ModelConfig, make_model
 

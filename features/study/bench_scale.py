@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from batches import Mixture
-from configurator import part_of
 from device import autocast, pick_dtype
+from features import part_of
 from features.study.bench_train import NETWORKS, WARM_UP, train_options, train_ours
 from features.study.measure import alternate, seconds, section
 from model import ModelConfig, make_model

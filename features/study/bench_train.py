@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import ROOT, part_of
+from configurator import ROOT
 from device import autocast, peak_memory, pick_compile, pick_device, pick_dtype
+from features import part_of
 from features.study import bench_peers
 from features.study.bench_peers import Trained
 from features.study.measure import alternate, run, seconds, section

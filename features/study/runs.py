@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configurator import UserError, build, default_of, expand_paths, find_field, part_of
+from configurator import UserError, expand_paths, find_field
+from features import build, default_of, part_of
 from features.study.stats import mean_and_error, paired_difference
 from model import ModelConfig, make_model
 from run import read_records

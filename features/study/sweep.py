@@ -25,17 +25,8 @@ import torch
 
 from batches import Mixture
 from checkpoint import read_model
-from configurator import (
-    FilePath,
-    UserError,
-    check,
-    configure,
-    default_of,
-    find_field,
-    options,
-    read_config,
-    with_features,
-)
+from configurator import FilePath, UserError, check, configure, find_field, options, read_config
+from features import default_of, with_features
 from features.study.runs import NEUTRAL, blank_model, read_settings, sizes, state
 from features.text.folders import real_folders
 from model import make_model

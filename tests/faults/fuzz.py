@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 
 import prepare
 from batches import Mixture, read_meta
-from configurator import UserError, build, configure, from_dict
+from configurator import UserError, configure, from_dict
+from features import build
 from features.hf import reading
 from features.lora import peft_files
 from features.lora.layers import begin
