@@ -510,53 +510,6 @@ def load_weights(model, weights, where):
     model.load_state_dict(weights)
 
 
-def read_moments(folder):
-    """
-    {name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet.
-    """
-    import torch
-    stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
-    names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
-    return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
-
-
-def pack_moments(moments):
-    """An optimizer's state, for save(), out of what read_moments() returns."""
-    return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
-
-
-def moments_of(optimizer):
-    """The same of an optimizer."""
-    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups
-            for name, p in zip(group['param_names'], group['params'])}
-
-
-def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
-    """
-    Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay
-    as they are. Returns how many did. place(tensor, parameter): what is kept of a moment.
-    """
-    params = [(name, p) for group in optimizer.param_groups
-              for name, p in zip(group['param_names'], group['params'])]
-    fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
-           if moments.get(name)
-           and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
-    optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
-    return len(fit)
-
-
-def load_optimizer(folder, optimizer):
-    """
-    The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other
-    tensors.
-    """
-    moments = read_moments(folder)
-    if (moments.keys() != moments_of(optimizer).keys()
-            or give_moments(optimizer, moments) < sum(map(bool, moments.values()))):
-        raise UserError(f'{folder}: its optimizer has the moments of other tensors: '
-                        f'give another --out_dir with --init_from={folder}')
-
-
 # -----------------------------------------------------------------------------
 # Networks
 
@@ -635,48 +588,3 @@ def check_kind(where, cfg, encoder):
     if cfg.n_encoder_layer and not encoder:
         raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
                         'this takes a decoder alone: sample.py runs it')
-
-
-def tokenizer_of(where, folder):
-    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer()."""
-    if is_foreign(where):  # hf
-        from features.hf import reading  # hf
-        path, description = reading.tokenizer(where)  # hf
-        return description, path  # hf
-    return load_state(folder)['tokenizer'], folder
-
-
-def description_of(where, folder):
-    """The description of a network's tokenizer, {} for Hugging Face's; arguments as in check_tokenizer()."""
-    return {} if is_foreign(where) else load_state(folder)['tokenizer']
-
-
-def check_tokenizer(setting, where, folder, files):
-    """
-    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
-    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
-    be compared.
-    """
-    from tokenizer import same_ids
-    found = files.meta['tokenizer'], files.folder
-    try:
-        wanted = tokenizer_of(where, folder)
-        is_same = same_ids(wanted, found, is_padded=is_foreign(where))
-    except UserError as error:
-        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
-              'make sure that they are the same', flush=True)
-        return
-    if not is_same:
-        which = '' if setting.startswith('dataset=') else f'{files.folder} '
-        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
-                        f'prepare it {how_to_prepare(*wanted, files)}')
-
-
-def how_to_prepare(wanted, folder, files):
-    """
-    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
-    `folder`: 'with OPTIONS: COMMAND'.
-    """
-    from features.text import folders  # text
-    return folders.how_to_prepare(wanted, folder, files)  # text
-    return 'with that tokenizer'

@@ -2,6 +2,7 @@
 Parameter groups, AdamW, Muon for the matrices, and the schedule of the learning rate.
 """
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -348,3 +349,52 @@ def learning_rate(step, cfg, peak=None):
     else:
         raise UserError(f'schedule={cfg.schedule}: has no code in optim.py: use cosine, linear or wsd')
     return low + share * (high - low)
+
+
+# -----------------------------------------------------------------------------
+# The moments of a checkpoint
+
+def read_moments(folder):
+    """
+    {name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet.
+    """
+    stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
+    names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
+    return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
+
+
+def pack_moments(moments):
+    """An optimizer's state, for checkpoint.save(), out of what read_moments() returns."""
+    return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
+
+
+def moments_of(optimizer):
+    """{name of a tensor: {what: tensor}} of an optimizer."""
+    return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups
+            for name, p in zip(group['param_names'], group['params'])}
+
+
+def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
+    """
+    Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay
+    as they are. Returns how many did. place(tensor, parameter): what is kept of a moment.
+    """
+    params = [(name, p) for group in optimizer.param_groups
+              for name, p in zip(group['param_names'], group['params'])]
+    fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
+           if moments.get(name)
+           and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
+    optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
+    return len(fit)
+
+
+def load_optimizer(folder, optimizer):
+    """
+    The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other
+    tensors.
+    """
+    moments = read_moments(folder)
+    if (moments.keys() != moments_of(optimizer).keys()
+            or give_moments(optimizer, moments) < sum(map(bool, moments.values()))):
+        raise UserError(f'{folder}: its optimizer has the moments of other tensors: '
+                        f'give another --out_dir with --init_from={folder}')

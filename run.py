@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import optim
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
 from checkpoint import fault
 from configurator import UserError, check, expand_home, from_dict
@@ -21,6 +22,7 @@ from device import compile_all, pick_compile, pick_dtype, process_age, zero
 from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
 from model import ModelConfig, make_model, only_in_training
 from optim import learning_rate, make_optimizer, optimizer_flops
+from tokenizer import check_tokenizer, description_of, how_to_prepare
 
 
 @dataclass
@@ -128,9 +130,9 @@ def set_up(s, device, ranks, left_out=()):
     # 3) The state of a run that goes on
     if state and not s.eval_only:
         if not s.shard:
-            checkpoint.load_optimizer(start.folder, optimizer)
+            optim.load_optimizer(start.folder, optimizer)
         if s.shard:  # scale
-            ranks.from_first(lambda: checkpoint.load_optimizer(start.folder, optimizer))  # scale
+            ranks.from_first(lambda: optim.load_optimizer(start.folder, optimizer))  # scale
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
         # In the log, its sources keep the names they had when the run began, wherever they are now
@@ -219,10 +221,10 @@ def open_data(s, start, ranks):
     files = data.sources[0].files
     if start.weights is not None and not start.state:
         setting = f'init_from={s.init_from}'
-        ranks.from_first(lambda: checkpoint.check_tokenizer(setting, s.init_from, start.folder, files))
+        ranks.from_first(lambda: check_tokenizer(setting, s.init_from, start.folder, files))
     elif start.state and s.eval_only:  # on other data than its own, perhaps
         setting = f'dataset={data.sources[0].name}'
-        ranks.from_first(lambda: checkpoint.check_tokenizer(setting, s.out_dir, start.folder, files))
+        ranks.from_first(lambda: check_tokenizer(setting, s.out_dir, start.folder, files))
     return data, val
 
 
@@ -235,8 +237,8 @@ def build_model(s, data, start, is_blank=False):
     if s.vocab_size < data.vocab_size:
         to_do = 'leave vocab_size out'
         if start.weights is not None and not start.state:
-            wanted = checkpoint.description_of(s.init_from, start.folder)
-            to_do = f'prepare it {checkpoint.how_to_prepare(wanted, start.folder, data.sources[0].files)}'
+            wanted = description_of(s.init_from, start.folder)
+            to_do = f'prepare it {how_to_prepare(wanted, start.folder, data.sources[0].files)}'
         raise UserError(f'vocab_size={s.vocab_size}: '
                         f'the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known

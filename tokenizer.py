@@ -328,3 +328,53 @@ def same_ids(wanted, found, is_padded=False):
     from features.hf.tokenizer_json import encode_alike  # hf: they may be kept in different formats
     return encode_alike(wanted, found)  # hf
     return False
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer of a network
+
+def tokenizer_of(where, folder):
+    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer()."""
+    import checkpoint
+    if checkpoint.is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        path, description = reading.tokenizer(where)  # hf
+        return description, path  # hf
+    return checkpoint.load_state(folder)['tokenizer'], folder
+
+
+def description_of(where, folder):
+    """The description of a network's tokenizer, {} for Hugging Face's; arguments as in check_tokenizer()."""
+    import checkpoint
+    return {} if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
+
+
+def check_tokenizer(setting, where, folder, files):
+    """
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
+    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
+    be compared.
+    """
+    import checkpoint
+    found = files.meta['tokenizer'], files.folder
+    try:
+        wanted = tokenizer_of(where, folder)
+        is_same = same_ids(wanted, found, is_padded=checkpoint.is_foreign(where))
+    except UserError as error:
+        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
+              'make sure that they are the same', flush=True)
+        return
+    if not is_same:
+        which = '' if setting.startswith('dataset=') else f'{files.folder} '
+        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
+                        f'prepare it {how_to_prepare(*wanted, files)}')
+
+
+def how_to_prepare(wanted, folder, files):
+    """
+    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
+    `folder`: 'with OPTIONS: COMMAND'.
+    """
+    from features.text import folders  # text
+    return folders.how_to_prepare(wanted, folder, files)  # text
+    return 'with that tokenizer'

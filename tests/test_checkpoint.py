@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import checkpoint
+import optim
 from configurator import UserError
 
 
@@ -114,7 +115,7 @@ def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
             return os.mkdir, (str(tmp_path / 'canary'),)
     (run / 'step_00000003' / 'optimizer.pt').write_bytes(pickle.dumps(Evil()))
     with pytest.raises(Exception, match='(?i)weights.only|unsupported|magic|invalid'):
-        checkpoint.load_optimizer(str(run / 'step_00000003'),
+        optim.load_optimizer(str(run / 'step_00000003'),
                                   torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     assert not (tmp_path / 'canary').exists()
 
@@ -133,10 +134,10 @@ def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
                                   for name, shape in shapes.items()])
     moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n),
                       'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
-    checkpoint.save(str(tmp_path), 1, {}, checkpoint.pack_moments(moments), {})
+    checkpoint.save(str(tmp_path), 1, {}, optim.pack_moments(moments), {})
     optimizer = adam(b=(2, 3), a=(2, 3))
-    checkpoint.load_optimizer(f'{tmp_path}/step_00000001', optimizer)
+    optim.load_optimizer(f'{tmp_path}/step_00000001', optimizer)
     assert [optimizer.state[p]['exp_avg'][0, 0] for p in optimizer.param_groups[0]['params']] == [2, 1]
     for other in (adam(a=(2, 3)), adam(a=(2, 3), c=(2, 3)), adam(a=(2, 3), b=(3, 2))):
         with pytest.raises(UserError, match='the moments of other tensors'):
-            checkpoint.load_optimizer(f'{tmp_path}/step_00000001', other)
+            optim.load_optimizer(f'{tmp_path}/step_00000001', other)

@@ -12,6 +12,7 @@ from conftest import TINY, one_line, read_log, run_here, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
+import optim
 from checkpoint import fill
 from configurator import UserError, read_config
 from device import compile_all
@@ -310,7 +311,7 @@ def test_a_run_grows_and_can_be_interrupted_anywhere(how, dataset, tmp_path):
 def test_copied_blocks_get_moments_of_their_own(optimizer, dataset, tmp_path):
     train(tmp_path, '--n_layer=2', '--max_iters=6', '--grow_every=4', '--grow_to=4',
           f'--optimizer={optimizer}', dataset=dataset)
-    moments = checkpoint.read_moments(checkpoint.find(str(tmp_path)))
+    moments = optim.read_moments(checkpoint.find(str(tmp_path)))
     assert all(found['step'].item() == 6 for found in moments.values() if 'exp_avg' in found)
     tensors = [t for found in moments.values() for t in found.values()]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
@@ -323,7 +324,7 @@ def test_silent_growth_in_a_run_leaves_its_loss_where_it_was(dataset, tmp_path):
     plain, grown = ([r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r]
                     for name in ('plain', 'grown'))
     assert plain[:4] == grown[:4] and plain[4] == pytest.approx(grown[4], abs=1e-6)
-    moments = checkpoint.read_moments(checkpoint.find(str(tmp_path / 'grown')))
+    moments = optim.read_moments(checkpoint.find(str(tmp_path / 'grown')))
     # blocks 0 and 2 were there before
     assert [moments[f'blocks.{n}.attn.q.weight']['step'].item() for n in range(4)] == [5, 1, 5, 1]
 

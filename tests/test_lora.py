@@ -14,6 +14,7 @@ from conftest import ROOT, one_line, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
+import optim
 from checkpoint import load_model, read_model
 from configurator import UserError, configure
 from features import build, part_of
@@ -418,7 +419,7 @@ def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base,
 def test_checkpoints_and_the_optimizer_hold_the_adapter_alone(tmp_path, base, dataset):
     train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
     folder = checkpoint.find(str(tmp_path / 'run'))
-    held, moments = weights(tmp_path / 'run'), checkpoint.read_moments(folder)
+    held, moments = weights(tmp_path / 'run'), optim.read_moments(folder)
     assert (all('.lora.' in name for name in held)
             and {name.replace('.lora.default.', '.lora.') for name in moments} == held.keys())
     assert (os.path.getsize(f'{folder}/model.safetensors')

@@ -9,7 +9,7 @@ import re
 import torch
 
 import checkpoint
-from checkpoint import read_model, tokenizer_of
+from checkpoint import read_model
 from configurator import UserError, check
 from features.growth.factorize import factorize, input_moments, table
 from features.growth.networks import (
@@ -23,7 +23,7 @@ from features.growth.networks import (
 )
 from features.growth.runs import read, write
 from model import LowRank, make_model
-from tokenizer import same_ids
+from tokenizer import same_ids, tokenizer_of
 
 
 def run_inherit(s):

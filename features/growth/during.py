@@ -5,6 +5,7 @@ another (--init_keep).
 from dataclasses import fields
 
 import checkpoint
+import optim
 from configurator import UserError
 from features.growth.networks import grow, refuse_unknown
 from model import make_model, only_in_training
@@ -41,14 +42,14 @@ def grow_run(run, s, ranks):
     """
     n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
     cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
-    moments = checkpoint.moments_of(run.optimizer)
+    moments = optim.moments_of(run.optimizer)
     device = run.model.wte.weight.device
     run.model = make_model(cfg, init=False)
     run.model.load_state_dict(weights)
     run.model.to(device)
     run.model.recompute = s.recompute
     run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
-    checkpoint.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
+    optim.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
     run.network_changed(s, ranks)
     run.interval.loads = None  # of experts in other layers
     if run.losses:  # what follows is not to be compared with what was
@@ -88,7 +89,7 @@ def find_reference(s, cfg):
 def keep_moments(s, start):
     """Add to a Start what s.init_keep says to keep of the run that the weights are from. Raises UserError."""
     state = {} if checkpoint.is_foreign(s.init_from) else checkpoint.load_state(start.folder)
-    moments = checkpoint.read_moments(start.folder) if state else {}
+    moments = optim.read_moments(start.folder) if state else {}
     if not any(moments.values()):
         raise UserError(f"init_keep={s.init_keep}: {s.init_from} has no optimizer's moments: leave it out")
     stored = state['settings']
@@ -119,5 +120,5 @@ def load_moments(s, start, model, optimizer, ranks):
     """Give an optimizer the moments of the run that the weights are from."""
     count = 0
     if ranks.first or not s.shard:
-        count = checkpoint.give_moments(optimizer, checkpoint.read_moments(start.moments))
+        count = optim.give_moments(optimizer, optim.read_moments(start.moments))
     ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')

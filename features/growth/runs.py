@@ -17,12 +17,13 @@ from types import SimpleNamespace
 import torch
 
 import checkpoint
+import optim
 from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, write_json
 from configurator import FilePath, UserError
 from device import OneProcess
 from model import Transformer
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, tokenizer_of
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
 
@@ -76,7 +77,7 @@ def read(s, where, encoder=False, untie=False):
     state, moments = {}, {}
     if not checkpoint.is_foreign(where):
         state = checkpoint.load_state(folder)
-        moments = checkpoint.read_moments(folder)
+        moments = optim.read_moments(folder)
     data, val = open_data(s, where, cfg, state)
 
     if state:
@@ -87,7 +88,7 @@ def read(s, where, encoder=False, untie=False):
         tokenizer, tokenizer_folder = files.meta['tokenizer'], files.folder
         begin = ()
     else:
-        tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
+        tokenizer, tokenizer_folder = tokenizer_of(where, folder)
         begin = ()
         if not cfg.n_encoder_layer:
             begin = load_tokenizer(tokenizer, tokenizer_folder).bos()  # as sample.load() has it
@@ -177,7 +178,7 @@ def write(s, command, old, cfg, weights, names=None):
     for name, origin in (names or {}).items():
         if origin in old.moments:
             moments[name] = old.moments[origin]
-    write_run(s.out_dir, weights, checkpoint.pack_moments(moments), state, old.tokenizer_folder, after)
+    write_run(s.out_dir, weights, optim.pack_moments(moments), state, old.tokenizer_folder, after)
     print(f'written: {s.out_dir}; '
           f'python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
 

@@ -8,12 +8,12 @@ from contextlib import suppress
 import torch
 
 import checkpoint
-from checkpoint import fill, read_model, tokenizer_of
+from checkpoint import fill, read_model
 from configurator import UserError, from_dict
 from features.hf import reading
 from features.lora import adapters, layers, peft_files
 from model import ModelConfig
-from tokenizer import same_ids
+from tokenizer import same_ids, tokenizer_of
 
 
 def read_merged(where, folder, state, untie=False):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-import checkpoint
+import optim
 from configurator import UserError
 
 
@@ -150,7 +150,7 @@ def divide(run, build_model, s, start, ranks):
     """
     from optim import make_optimizer  # optim.py imports this file
     tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
-    moments = checkpoint.moments_of(run.optimizer)
+    moments = optim.moments_of(run.optimizer)
     recompute = run.model.recompute
     if ranks.first:
         run.model = build_model(s, run.data, start, is_blank=True)
@@ -166,4 +166,4 @@ def divide(run, build_model, s, start, ranks):
 
     def give_part(t, parameter):
         return give_out(t, parameter, ranks)
-    checkpoint.give_moments(run.optimizer, moments if ranks.first else shapes, give_part)
+    optim.give_moments(run.optimizer, moments if ranks.first else shapes, give_part)

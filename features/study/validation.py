@@ -3,8 +3,8 @@ The validation data of a network: what it was trained on, or another data set of
 """
 import checkpoint
 from batches import open_source
-from checkpoint import check_tokenizer, how_to_prepare
 from configurator import UserError
+from tokenizer import check_tokenizer, how_to_prepare
 
 
 def validation_sources(where, cfg, dataset='', block_size=0):
