@@ -43,13 +43,13 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model, sources):
         self.model, self.cfg, self.sources = model, model.cfg, sources
-        self.memory = model.encode(pad(sources, next(model.parameters()).device))
+        self.encoded = model.encode(pad(sources, next(model.parameters()).device))
 
     def parameters(self):
         return self.model.parameters()
 
     def hidden(self, idx, cache):
-        return self.model.hidden(idx, cache, memory=self.memory)
+        return self.model.hidden(idx, cache, self.encoded)
 
     def logits(self, h):
         return self.model.logits(h)
