@@ -1,6 +1,7 @@
 # make demo   English text, the recipe dense and with low-rank queries and keys, nanoGPT's recipe: two minutes each on 2 CPU cores,
 #             samples, a table, out/demo.png; 8 minutes in all. make demo MINUTES=0.5 is a quicker look
-# make test   the test suite; 7 minutes on 2 CPU cores
+# make test   the test suite; 5 minutes on 2 CPU cores
+# make test-all   its longer tests; 5 minutes on 2 CPU cores
 # make test-faults   runs that are killed, cut off, poisoned, hung and started again, many times over; 3 minutes
 # make test-oldest   the core's tests with the oldest torch that minnow supports, which it installs into .venv-oldest; 3 minutes on
 # 2 CPU cores
@@ -66,13 +67,16 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
+test-all: .venv/test
+	$(BIN)/python -m pytest -m full -n auto --maxprocesses=4 --dist=load
+
 test-faults: .venv/test
 	$(BIN)/python -m pytest -m slow -n 2 --dist=loadfile
 
 # The oldest torch that is supported (OLDEST_TORCH in configurator.py), without lm-eval, which these tests do not need.
 OLDEST := .venv-oldest
-CORE := model train data optim checkpoint sample configurator growth lora moe packed device objectives markov distill packing \
-        eval prepare tokenizer
+CORE := model train batches optim checkpoint sample configurator growth lora moe packed device objectives markov \
+        distill packing eval prepare tokenizer deletable
 
 $(OLDEST)/ready: requirements.txt requirements-test.txt Makefile
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -85,4 +89,4 @@ $(OLDEST)/ready: requirements.txt requirements-test.txt Makefile
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(CORE:%=tests/test_%.py)
 
-.PHONY: demo test test-faults test-oldest
+.PHONY: demo test test-all test-faults test-oldest

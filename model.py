@@ -554,7 +554,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.add_blocks()
         if cfg.position == 'relative':  # t5
-            from features.t5.network import RelativeBias  # t5
+            from features.t5.positions import RelativeBias  # t5
             self.rel = RelativeBias(cfg.n_head, is_causal=True)  # t5
         self.norm_f = norm(cfg.n_embd, cfg)
         has_factors = cfg.rank_head and not cfg.tie
@@ -674,7 +674,7 @@ class Transformer(nn.Module):
         cfg = self.cfg
         self.init_blocks(self.blocks, 1 / math.sqrt(2 * cfg.n_layer))  # as in GPT-2
         if cfg.position == 'relative':  # t5
-            from features.t5.network import init_relative  # t5
+            from features.t5.positions import init_relative  # t5
             init_relative(self)  # t5
         std = cfg.init_std or self.embedding_std()
         nn.init.normal_(self.wte.weight, std=std)

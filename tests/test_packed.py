@@ -9,6 +9,7 @@ from conftest import one_line, read_log, train
 from test_lora import adapted, ids, network
 
 import checkpoint
+from configurator import build
 from features.lora.layers import how_stored
 from features.lora.packed import BLOCK, Packed, nf4_pairs, pack_frozen
 from train import Settings
@@ -92,9 +93,9 @@ def test_an_encoder_is_stored_too():
 
 
 def test_beside_dora_rows_stay_exact():
-    assert (how_stored(Settings(lora_rank=4, dtype='bfloat16')) == 'bfloat16'
-            != how_stored(Settings(lora_rank=4, dtype='bfloat16', lora_dora=True)) == 'float32')
-    assert how_stored(Settings(lora_rank=4, lora_dora=True, lora_store='int8')) == 'int8'
+    assert (how_stored(build(Settings, lora_rank=4, dtype='bfloat16')) == 'bfloat16'
+            != how_stored(build(Settings, lora_rank=4, dtype='bfloat16', lora_dora=True)) == 'float32')
+    assert how_stored(build(Settings, lora_rank=4, lora_dora=True, lora_store='int8')) == 'int8'
 
 
 def test_nf4_minds_the_rows_of_what_it_stores_alone():

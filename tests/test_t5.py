@@ -23,7 +23,7 @@ from features import build, part_of
 from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search
-from features.t5.network import RelativeBias
+from features.t5.positions import RelativeBias
 from features.t5.sampling import Decoder, pad
 from model import ModelConfig, make_model
 from sample import KVCache, generate, step
@@ -218,13 +218,13 @@ def test_cached_is_uncached(settings):
 def test_a_step_over_the_whole_buffer_is_the_same():
     for settings in KINDS:
         model, x = network(**settings), torch.tensor([[1, 2, 3, 4, 5]])
-        memory, caches = (model.encode(torch.tensor(texts([9]))),
-                          [KVCache(model, 5), KVCache(model, 24, compile=True)])
+        decoder = Decoder(model, texts([9]))
+        caches = [KVCache(model, 5), KVCache(model, 24, compile=True)]
         for cache in caches:
             cache.extend(4)
-            step(model, x[:, :4], cache, memory)
+            step(decoder, x[:, :4], cache)
             cache.extend(1)
-        assert torch.allclose(*(step(model, x[:, 4:], cache, memory) for cache in caches), atol=1e-5)
+        assert torch.allclose(*(step(decoder, x[:, 4:], cache) for cache in caches), atol=1e-5)
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ from configurator import ROOT
 
 def write_code(folder, cfg):
     """Write the files that modeling_minnow.py needs for the network of a ModelConfig into `folder`."""
-    used = []
+    used = {}  # {feature: its files}
     if cfg.n_expert:  # moe
-        used.append('moe')  # moe
+        used['moe'] = ['network', 'settings']  # moe
     if cfg.position == 'relative':  # t5
-        used.append('t5')  # t5
+        used['t5'] = ['positions']  # t5
     files = {'features/hf/modeling_minnow.py': 'modeling_minnow.py', 'model.py': 'model.py'}
-    for feature in used:
-        for part in ('network', 'settings'):
+    for feature, parts in used.items():
+        for part in parts:
             files[f'features/{feature}/{part}.py'] = f'{feature}_{part}.py'
     for path, name in files.items():
         with open(os.path.join(ROOT, path), encoding='utf-8') as f:

@@ -130,7 +130,7 @@ T5_MLP = {  # feed_forward_proj: our mlp
 
 
 def t5_config(config):
-    from features.t5.network import RelativeBias  # t5
+    from features.t5.positions import RelativeBias  # t5
     config.one_of('relative_attention_num_buckets', RelativeBias.BUCKETS)
     config.one_of('relative_attention_max_distance', RelativeBias.FURTHEST)
     config.one_of('is_encoder_decoder', True)
@@ -216,7 +216,7 @@ def llama_fields(cfg):
 
 
 def t5_fields(cfg):
-    from features.t5.network import RelativeBias  # t5
+    from features.t5.positions import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
     return {
         'n_positions': cfg.block_size,

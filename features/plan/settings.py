@@ -35,7 +35,8 @@ class PlanConfig:
         if self.tokens and self.minutes:
             raise ValueError(f'tokens={self.tokens:g}, minutes={self.minutes:g}: give one of them, '
                              'the other follows')
-        if self.is_planned and self.n_encoder_layer and not self.plan:
+        is_asked = 'plan' in getattr(self, 'given', ())  # show.py goes on without it
+        if self.is_planned and self.n_encoder_layer and not is_asked:
             raise ValueError(f'n_encoder_layer={self.n_encoder_layer}: the dial (depth, params, tokens, '
                              'minutes) is for decoders: leave it out')
 
