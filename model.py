@@ -744,9 +744,9 @@ def make_model(cfg, init=True):
     if cfg.arch != 'decoder':
         raise no_code(cfg, 'arch')
     network = Transformer
-    if cfg.n_encoder_layer:  # t5
-        from features.t5.network import EncoderDecoder  # t5
-        network = EncoderDecoder  # t5
+    if cfg.n_encoder_layer:  # t5: encoder
+        from features.t5.network import EncoderDecoder  # t5: encoder
+        network = EncoderDecoder  # t5: encoder
     if cfg.n_expert:  # moe
         from features.moe.network import with_experts  # moe
         network = with_experts(network)  # moe

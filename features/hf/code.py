@@ -27,12 +27,15 @@ def write_code(folder, cfg):
 
 
 def without(text, used):
-    """A file's text without the lines of features that are not in `used`; it imports from its own folder."""
+    """
+    A file's text without the lines of features that are not in `used`, and of encoders. It imports from its
+    own folder.
+    """
     features = set(os.listdir(os.path.join(ROOT, 'features'))) - set(used)
     lines = []
     for line in text.split('\n'):
         mark = re.search(r'  # (\w+)(: .*)?$', line)
-        if mark is None or mark[1] not in features:
+        if mark is None or mark[1] not in features and mark[2] != ': encoder':
             lines.append(line)
     text = re.sub(r'from features\.(\w+)\.(\w+) import', r'from .\1_\2 import', '\n'.join(lines))
     return re.sub(r'^from model import', 'from .model import', text, flags=re.MULTILINE)
