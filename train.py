@@ -96,7 +96,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     params: float = 0.0  # [plan] about this many parameters
     tokens: float = 0.0  # [plan] about this many tokens to train on, by default 20 a parameter
     minutes: float = 0.0  # [plan] minutes of the whole run, from the start of the process: the steps are
-    # timed before the first one counts, and max_iters is fitted again at every evaluation
+    # timed before the first one counts, and max_iters is fitted again at every evaluation; --max_iters beside
+    # it is a limit
     plan: bool = False  # [plan] print parameters, FLOPs and memory of the network, then stop; with tokens,
     # flops or hours: the networks that several laws want for them, and the settings of the one with 20 tokens
     # a parameter

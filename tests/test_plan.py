@@ -16,9 +16,10 @@ from conftest import one_line, read_log, run, run_here, sha256
 import checkpoint
 import train as training
 from batches import EVAL_ROWS
-from configurator import UserError
+from configurator import UserError, configure
+from device import OneProcess
 from features import build
-from features.plan.dial import batch_tokens, plan, shape, size
+from features.plan.dial import batch_tokens, derive, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
 from features.scale import faults
 from run import Log
@@ -125,6 +126,21 @@ def test_every_depth_has_whole_heads():
 def test_weights_from_elsewhere_have_a_network_already():
     with pytest.raises(UserError, match='init_from=hf:somewhere'):
         planned(depth=2, init_from='hf:somewhere')
+
+
+def test_steps_on_the_command_line_are_a_limit_beside_minutes(dataset, tmp_path):
+    """Those of a config file are not."""
+    config = tmp_path / 'config.py'
+    config.write_text('max_iters = 5\n')
+    for args, most in (([str(config)], math.inf), (['--max_iters=50'], 50), ([str(config), '--max_iters=5000'], math.inf)):
+        s = configure(Settings, [*args, f'--dataset={dataset}', '--minutes=10', '--depth=1'])
+        s.dtype = 'float32'
+        derived = derive(s, None, CPU, OneProcess(CPU))
+        fit_minutes(s, derived, 1.0, 0.0)
+        assert s.max_iters == 50 if most == 50 else 500 < s.max_iters < 600
+        pace = Pace(s, clock=iter(range(100)).__next__)
+        pace.ends = [0, 1, 2]
+        assert pace.fit(2) <= most
 
 
 # --- minutes: the clock is not real ---

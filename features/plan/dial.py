@@ -154,6 +154,8 @@ def derive(s, state, device, ranks):
                         '--out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
     data = Mixture(s.dataset, 'train', s.block_size, s.seed)
     tokens = sum(source.files.tokens for source in data.sources)
+    if 'max_iters' in s.given and 'max_iters' not in s.from_files:
+        s.most_iters = s.max_iters
     planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
     for name in planned:
         setattr(s, name, state['settings'][name] if state else planned[name])

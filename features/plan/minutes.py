@@ -2,6 +2,7 @@
 --minutes: a run that ends after a time. Five steps are timed before the first one counts, and max_iters is
 fitted again at every evaluation.
 """
+import math
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -17,6 +18,11 @@ def evaluation_steps(s):
     return EVAL_ROWS * s.eval_iters / (s.batch_size * s.gradient_accumulation_steps) / 3
 
 
+def most_steps(s):
+    """The --max_iters of the command line is a limit beside minutes; that of a config file is not."""
+    return getattr(s, 'most_iters', math.inf)
+
+
 def fit_minutes(s, derived, seconds_per_step, elapsed):
     """
     Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and
@@ -27,7 +33,8 @@ def fit_minutes(s, derived, seconds_per_step, elapsed):
     if count < 10:
         raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, '
                         f'and {elapsed:.0f} s went by already: give more minutes, or a smaller --depth')
-    for name, value in ({'max_iters': round(count)} | intervals(round(count), s.batch_size)).items():
+    count = min(round(count), most_steps(s))
+    for name, value in ({'max_iters': count} | intervals(count, s.batch_size)).items():
         if name in derived:
             setattr(s, name, value)
 
@@ -96,7 +103,7 @@ class Pace:
         intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
         # the end is an evaluation too
         more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)
-        count = max(step + round(more), self.s.rank_guide)
+        count = min(max(step + round(more), self.s.rank_guide), most_steps(self.s))
         return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count
 
 
