@@ -20,6 +20,9 @@ SIZES = dict(block_size=32, batch_size=4, max_iters=4, eval_interval=4, eval_ite
 ARMS = ('full', 'r1', 'r4', 'attention', 'everywhere', 'rs', 'dora')
 
 
+pytestmark = pytest.mark.full  # whole experiments, on small networks
+
+
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     """The folder of the whole experiment with tiny networks and two seeds, its runs in this process."""

@@ -83,6 +83,7 @@ def test_the_text_is_as_long_as_asked_for_and_the_same_every_time(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('part', ['train', 'loss', 'sample'])
 def test_every_part_runs_and_writes_json(tmp_path, part):
     done = run('bench.py', part, '--quick', '--rounds=1', '--device=cpu', f'--json={tmp_path}/a.json')

@@ -50,6 +50,7 @@ def test_without_a_fault_the_run_is_that_of_train_py(dataset, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.full
 def test_with_all_faults_a_run_that_stops_goes_on_as_if_it_had_not(dataset, tmp_path):
     for name, steps in (('whole', (4,)), ('parts', (2, 4))):
         for max_iters in steps:

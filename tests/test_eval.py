@@ -129,6 +129,7 @@ def test_counted_models_meet_the_targets_of_trained_ones(dataset):
     assert above[1].loss == pytest.approx(ngrams.kneser_ney(stream, val, 64, 5).mean())
 
 
+@pytest.mark.full
 def test_the_ladder_trains_what_is_missing_and_draws_all_in_order(tmp_path, capsys):
     write_dataset(tmp_path / 'counting')
     meta = json.loads((tmp_path / 'counting' / 'meta.json').read_text())

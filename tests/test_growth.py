@@ -383,6 +383,7 @@ def count_graphs(monkeypatch, *args):
     return Counter(made), Counter(ran)
 
 
+@pytest.mark.full
 def test_a_growing_network_is_compiled_at_every_size(dataset, tmp_path, monkeypatch):
     args = ['--n_layer=1', '--grow_every=1', '--grow_to=3', '--grow_by=1', '--eval_interval=1',
             '--max_iters=4']

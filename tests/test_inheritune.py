@@ -16,6 +16,9 @@ SIZES = dict(n_layer=4, n_head=2, n_embd=32, block_size=32, batch_size=4, max_it
              eval_iters=2, dtype='float32')
 
 
+pytestmark = pytest.mark.full  # whole experiments, on small networks
+
+
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     """The folder of the whole experiment with tiny networks and two seeds, its runs in this process."""

@@ -184,6 +184,7 @@ def test_adamw_is_adamw_on_the_table():
     assert torch.allclose(model.wte.weight, theirs.weight, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('optimizer, tables, V', [('counts', 1, 16384), ('adamw', 4, 8192)])
 def test_counting_takes_the_memory_of_one_table_and_adamw_of_four(optimizer, tables, V):
     """Two steps in a process of their own. AdamW holds weights, gradient and two moments."""

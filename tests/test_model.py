@@ -193,6 +193,7 @@ def test_the_chunked_loss_multiplies_in_the_dtype_of_autocast():
     assert abs(ours - plain) < 1e-5 < abs(ours - model(x, y))
 
 
+@pytest.mark.full
 def test_the_compiled_loss_on_a_gpu_is_one_graph_and_the_same(monkeypatch):
     """
     torch.compile's version of the loss on CUDA, seen on a CPU: no graph break, the same loss and gradients.

@@ -48,6 +48,7 @@ def test_what_is_given_stays():
     assert not {'n_embd', 'mlp', 'muon_lr', 'batch_size', 'max_iters'} & derived.keys()
 
 
+@pytest.mark.full
 def test_parameters_and_tokens_are_met_as_nearly_as_depths_allow():
     for params in (1e6, 10e6, 100e6):
         s, _ = planned(params=params, tokens=1e7)
@@ -58,12 +59,14 @@ def test_parameters_and_tokens_are_met_as_nearly_as_depths_allow():
     assert small < large
 
 
+@pytest.mark.full
 def test_more_minutes_make_a_larger_network(monkeypatch):
     monkeypatch.setattr('features.plan.dial.peak_flops', lambda device, dtype: 1e11)
     depths = [planned(minutes=m)[0].n_layer for m in (1, 60, 6000)]
     assert depths == sorted(depths) and depths[0] < depths[2]
 
 
+@pytest.mark.full
 def test_little_data_makes_a_larger_network_rather_than_more_than_four_epochs(monkeypatch):
     monkeypatch.setattr('features.plan.dial.peak_flops', lambda device, dtype: 1e12)
     much, little = (planned(minutes=5, data_tokens=tokens)[0] for tokens in (1e12, 1e6))
@@ -132,7 +135,8 @@ def test_steps_on_the_command_line_are_a_limit_beside_minutes(dataset, tmp_path)
     """Those of a config file are not."""
     config = tmp_path / 'config.py'
     config.write_text('max_iters = 5\n')
-    for args, most in (([str(config)], math.inf), (['--max_iters=50'], 50), ([str(config), '--max_iters=5000'], math.inf)):
+    for args, most in (([str(config)], math.inf), (['--max_iters=50'], 50),
+                       ([str(config), '--max_iters=5000'], math.inf)):
         s = configure(Settings, [*args, f'--dataset={dataset}', '--minutes=10', '--depth=1'])
         s.dtype = 'float32'
         derived = derive(s, None, CPU, OneProcess(CPU))
@@ -280,6 +284,7 @@ def test_a_run_prints_what_it_derived_and_goes_on_with_it(dataset, tmp_path):
     assert f'done: {settings["max_iters"]} steps' in again.stdout and 'derived' in again.stdout
 
 
+@pytest.mark.full
 def test_minutes_are_those_of_the_whole_process(dataset, tmp_path):
     began = time.monotonic()
     done = run('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', '--minutes=0.2', '--depth=1',

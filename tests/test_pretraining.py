@@ -20,6 +20,9 @@ SIZES = dict(n_encoder_layer=1, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, sou
              batch_size=4, max_iters=4, tuning_iters=4, eval_interval=2, eval_iters=1, dtype='float32')
 
 
+pytestmark = pytest.mark.full  # whole experiments, on small networks
+
+
 def abstracts(names):
     return [{'source': f'The {name} of the sea was seen by nobody. It sang songs of {name} all night long.',
              'target': [f'A {name} sang.', f'Song: {name}']} for name in names]

@@ -346,6 +346,7 @@ def test_a_trained_model_writes_what_it_has_read(trained):
     assert done.returncode == 0 and 'the quick brown fox' in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_compiled_and_in_int8_it_writes_the_same(trained):
     done = run('sample.py', f'--out_dir={trained}', '--start=the quick', '--temperature=0', '--num_samples=1',
                '--max_new_tokens=40', '--compile', '--int8')

@@ -124,6 +124,7 @@ def test_the_runs_are_done_as_planned_and_their_flops_are_those_counted(make):
         assert read_log(r.out_dir)[-1]['step'] == r.settings.max_iters
 
 
+@pytest.mark.full
 def test_flops_of_a_teacher_and_of_a_network_that_grows_are_counted(make):
     whole, = expand(make({'whole': {}}))
     run_missing(make({'whole': {}}))
@@ -138,6 +139,7 @@ def test_flops_of_a_teacher_and_of_a_network_that_grows_are_counted(make):
     assert sizes(runs[2].settings)[1] == 1.5 * sizes(runs[0].settings)[1]  # its size at the end
 
 
+@pytest.mark.full
 def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
     made = make({'a': {}, 'long': {'max_iters': 100000, 'eval_interval': 20}})
     file = write(made, tmp_path / 's.py')
@@ -166,6 +168,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
     assert read_log(long.out_dir)[-1]['step'] == reached + 3
 
 
+@pytest.mark.full
 def test_a_diverged_run_is_a_result_and_is_not_tried_again(make, tmp_path):
     made = make({'a': {'learning_rate': [1e-2, 1e30]}}, {'warmup_iters': 0, 'grad_clip': 0.0})
     file = write(made, tmp_path / 's.py')
@@ -178,6 +181,7 @@ def test_a_diverged_run_is_a_result_and_is_not_tried_again(make, tmp_path):
     assert '2 runs, 0 to do' in run('compare.py', f'--sweep={file}').stdout
 
 
+@pytest.mark.full
 def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(make, tmp_path):
     write_dataset(tmp_path / 'no_val', splits=('train',))
     made = make({'bad': {'dataset': str(tmp_path / 'no_val')}, 'good': {}})

@@ -174,6 +174,7 @@ def test_every_context_begins_with_the_start_token_in_the_harness_too(folder, mo
     assert written == tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)):]
 
 
+@pytest.mark.full
 def test_the_harness_lets_our_models_write(model, tmp_path):
     """generate_until: greedy, up to a stop string or so many tokens; the end of a long prompt."""
     pytest.importorskip('lm_eval')
@@ -209,6 +210,7 @@ def harness_task(folder, texts, **generation):
     (folder / 'scored.yaml').write_text(json.dumps(task | scored))
 
 
+@pytest.mark.full
 def test_the_harness_reads_prompts_whole_and_says_what_it_cuts(model, tmp_path, monkeypatch, capsys):
     """
     lm-eval's default of 256 new tokens is more than this context of 96; the prompt is still read as far as it

@@ -46,6 +46,7 @@ def test_five_and_five_are_ten_and_without_moments_step_or_seeds_they_are_not(da
     assert go_on('seeds') != right
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_killed_anywhere_again_and_again_the_end_is_the_same(dataset, tmp_path, ranks):
     args = [*SMALL, f'--dataset={dataset}', '--max_iters=150', '--checkpoint_interval=4',

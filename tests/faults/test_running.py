@@ -339,6 +339,7 @@ def test_out_dir_is_claimed_before_it_is_read_and_let_go_at_the_end(dataset, tmp
 
 # --- hangs and restarts ---
 
+@pytest.mark.full
 def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_path):
     began = time.monotonic()
     args = [*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=10']
@@ -348,6 +349,7 @@ def test_a_rank_that_hangs_ends_the_run_which_says_which_and_where(dataset, tmp_
     assert 'in hang' in said and 'in train_step' in said  # where rank 1 stands, and rank 0
 
 
+@pytest.mark.full
 def test_a_run_that_is_suspended_has_not_hung(dataset, tmp_path):
     processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--hang_timeout=8',
                           ranks=2)
