@@ -21,7 +21,7 @@ from configurator import UserError, check, expand_home, from_dict
 from device import compile_all, pick_compile, pick_dtype, process_age, zero
 from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
 from model import ModelConfig, make_model, only_in_training
-from optim import learning_rate, make_optimizer, optimizer_flops
+from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops
 from tokenizer import check_tokenizer, description_of, how_to_prepare
 
 
@@ -129,6 +129,7 @@ def set_up(s, device, ranks, left_out=()):
 
     # 3) The state of a run that goes on
     if state and not s.eval_only:
+        describe_changes(s, state['settings'], ranks)
         if not s.shard:
             optim.load_optimizer(start.folder, optimizer)
         if s.shard:  # scale
@@ -329,6 +330,7 @@ def resume(s, ranks):
     folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
     state = checkpoint.load_state(folder)
     stored = state['settings']
+    from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
     if s.eval_only:  # what the losses of the run are of
         take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])
     if 'base' in state:
@@ -486,6 +488,18 @@ def check_same_run(s, data, state):
         raise UserError(f'dataset={s.dataset}: '
                         f'its files are not those that the run in {s.out_dir} was trained on: {to_do}')
     s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
+
+
+def describe_changes(s, stored, ranks):
+    """Say which settings of the optimizer and the loss differ from those stored: they act from here on."""
+    names = [field.name for field in fields(part_of(s, OptimConfig)) if field.name != 'max_iters']
+    names += ['label_smoothing', *only_in_training(part_of(s, ModelConfig))]
+    changed = []
+    for name in names:
+        if name in stored and stored[name] != getattr(s, name):
+            changed.append(f'{name}={getattr(s, name)} (was {stored[name]})')
+    if changed:
+        ranks.say(f'changed from here on: {", ".join(changed)}')
 
 
 def shares(dataset):

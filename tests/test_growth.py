@@ -419,3 +419,11 @@ def test_blocks_of_a_mixture_with_constants_of_their_own_are_all_compiled(monkey
         compile_all([model])
         model(ids(), ids())
     assert len(made) >= 10
+
+
+def test_a_choice_that_growth_does_not_know_is_refused():
+    """As a new kind of norm, of which nobody has shown that it can be widened."""
+    cfg = ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    cfg.norm = 'dyt'
+    with pytest.raises(UserError, match='^norm=dyt: a network with it cannot be widened'):
+        widen(cfg, {}, 32, 4)

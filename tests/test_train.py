@@ -919,3 +919,24 @@ def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch
     assert blocks_run() == 9
     show_sample(model, s, data, ranks)
     assert len(made) == 9 and blocks_run() == 9
+
+
+def test_a_run_with_a_setting_that_this_code_does_not_know_is_refused(dataset, tmp_path):
+    """As after a change to model.py that was taken back: the network would be another one."""
+    train(tmp_path, dataset=dataset)
+    folder = checkpoint.find(str(tmp_path))
+    state = checkpoint.load_state(folder)
+    state['model']['window'] = state['settings']['window'] = 5
+    weights, moments = (checkpoint.read_weights(folder),
+                        torch.load(f'{folder}/optimizer.pt', weights_only=True))
+    checkpoint.save(str(tmp_path), state['step'], weights, moments, state)
+    done = train(tmp_path, '--max_iters=20', dataset=dataset, check=False)
+    assert 'window: no such setting' in one_line(done)
+
+
+def test_a_resumed_run_says_which_settings_of_the_optimizer_it_changes(dataset, tmp_path):
+    train(tmp_path, dataset=dataset)
+    said = train(tmp_path, '--max_iters=12', '--schedule=linear', '--dropout=0.1', dataset=dataset).stdout
+    assert 'changed from here on: schedule=linear (was cosine), dropout=0.1 (was 0.0)' in said
+    assert 'changed' not in train(tmp_path, '--max_iters=14', '--schedule=linear', '--dropout=0.1',
+                                  dataset=dataset).stdout

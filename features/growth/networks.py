@@ -34,6 +34,13 @@ KNOWN = {
     'first_block_dense', 'rank_act', 'rank_act_qk', 'rank_init', 'rank_identity', 'rank_blocks', 'rank_guide',
 }
 
+# The choices of these settings that the functions take into account
+CHOICES = {
+    'position': ('rope', 'learned', 'relative', 'none'),
+    'norm': ('rmsnorm', 'layernorm'),
+    'depth_scale': ('none', 'attn', 'norm'),
+}
+
 
 def refuse_unknown(cfg, what, but=()):
     """
@@ -42,7 +49,10 @@ def refuse_unknown(cfg, what, but=()):
     """
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if (f.name not in KNOWN or f.name in but) and value != default_of(f):
+        is_known = f.name in KNOWN or f.name in only_in_training(cfg)
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            is_known = False
+        if (not is_known or f.name in but) and value != default_of(f):
             raise UserError(f'{f.name}={value}: a network with it cannot be {what}')
 
 
