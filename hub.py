@@ -1,11 +1,9 @@
 """
-Hugging Face folders: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA), T5, or our own
-class.
+Hugging Face folders: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA), T5, our own class.
 
-    python hub.py export --out_dir=out/run --to=FOLDER    # for transformers, vLLM, lm-eval, llama.cpp
-    # any decoder, with its code beside it
-    python hub.py export --out_dir=out/run --to=FOLDER --as=custom
-    python hub.py export --out_dir=out/lora --to=FOLDER   # an adapter, for PEFT
+    python hub.py export --out_dir=out/run --to=FOLDER                # for transformers, vLLM, llama.cpp
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom    # any decoder, with its code beside it
+    python hub.py export --out_dir=out/lora --to=FOLDER               # an adapter, for PEFT
 
 All scripts read such folders, and Mistral's, as hf:FOLDER: --init_from=hf:FOLDER.
 """
