@@ -416,7 +416,7 @@ def test_blocks_of_a_mixture_with_constants_of_their_own_are_all_compiled(monkey
                         lambda self, **options: compile_module(self, backend=counting, **options))
     model = network(n_layer=10, n_expert=2, depth_scale='norm')
     with torch._dynamo.config.patch(recompile_limit=8):  # as it was, in the end
-        compile_all([model])
+        compile_all(model)
         model(ids(), ids())
     assert len(made) >= 10
 
