@@ -71,7 +71,7 @@ def test_a_config_file_may_name_its_coding_as_python_files_do(tmp_path):
     (tmp_path / 'c.py').write_bytes(b"# -*- coding: latin-1 -*-\nstart = '\xe9\x85'\n")
     assert configure(Settings, [str(tmp_path / 'c.py')]).start == '\xe9\x85'
     (tmp_path / 'c.py').write_bytes('max_iters = 30\n'.encode('utf-16'))
-    with pytest.raises(UserError, match='c.py: SyntaxError: '):
+    with pytest.raises(UserError, match='c.py: (SyntaxError|ValueError): '):
         configure(Settings, [str(tmp_path / 'c.py')])
 
 

@@ -53,8 +53,9 @@ def make(tmp_path):
         stub(tmp_path / 'bin' / 'nvidia-smi', f'#!/bin/sh\nexit {int(not gpu)}\n')
         stub(tmp_path / 'bin' / 'uname', f'#!/bin/sh\necho {system}\n')
         env = os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'OFFLINE': str(int(offline))}
-        env.pop('MAKEFLAGS', None)
-        done = subprocess.run(['make', target], cwd=tmp_path, env=env, capture_output=True, text=True,
+        for name in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS'):  # of the make that runs this test
+            env.pop(name, None)
+        done = subprocess.run(['make', '--no-print-directory', target], cwd=tmp_path, env=env, capture_output=True, text=True,
                               check=True)
         return done.stdout, (tmp_path / 'calls').read_text().splitlines()
     return run
