@@ -55,8 +55,8 @@ def make(tmp_path):
         env = os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'OFFLINE': str(int(offline))}
         for name in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS'):  # of the make that runs this test
             env.pop(name, None)
-        done = subprocess.run(['make', '--no-print-directory', target], cwd=tmp_path, env=env, capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(['make', '--no-print-directory', target], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, check=True)
         return done.stdout, (tmp_path / 'calls').read_text().splitlines()
     return run
 
