@@ -1,11 +1,13 @@
 """The networks against closed forms and plain PyTorch."""
 import math
+import shutil
 from dataclasses import fields
 from typing import Literal, get_origin
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -466,6 +468,20 @@ def test_a_choice_without_code_does_not_work_as_another_one(name):
     with pytest.raises(ValueError, match=f'^{name}=new: this choice has no code in model.py$'):
         make_model(build(ModelConfig, **{'vocab_size': 64, 'n_layer': 1, 'n_embd': 32, 'n_head': 2,
                                          'n_encoder_layer': 1, 'rank_qk': 8, name: 'new'}))
+
+
+def test_a_copy_of_model_py_trains_a_decoder_where_nothing_else_is(tmp_path):
+    shutil.copy(ROOT / 'model.py', tmp_path)
+    code = """if True:
+        import sys
+        import torch
+        from model import ModelConfig, make_model
+        model = make_model(ModelConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16))
+        x = torch.randint(64, (2, 8))
+        model(x, x).backward()
+        print(sorted({name.split('.')[0] for name in sys.modules} & {'features', 'configurator'}))"""
+    done = run('-c', code, cwd=tmp_path, env={'PYTHONPATH': ''})
+    assert done.stdout == '[]\n', done.stderr
 
 
 def test_more_tokens_than_the_context_are_refused():

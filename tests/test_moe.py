@@ -27,7 +27,7 @@ from features.lora.packed import pack
 from features.moe.experts import in_use
 from features.moe.network import Mixture
 from features.moe.upcycle import upcycle
-from model import MLP, ModelConfig, make_model
+from model import MLP, ModelConfig, make_model, only_in_training
 from optim import OptimConfig, make_optimizer
 from train import Settings
 
@@ -66,6 +66,16 @@ def token_by_token(layer, x):
             share = p[e] if cfg.n_expert_active == 1 else p[e] / p[chosen].sum()
             out[b, t] += share * linear('down', layer.experts.norm(inner))
     return out if layer.shared is None else out + layer.shared(x)
+
+
+# --- settings ---
+
+def test_the_settings_of_experts_are_there_where_experts_are():
+    s = build(Settings, n_expert=4, expert_aux=0.5, vocab_size=64)
+    assert part_of(s, ModelConfig) == build(ModelConfig, n_expert=4, expert_aux=0.5, vocab_size=64)
+    dense = build(ModelConfig, n_layer=2)
+    assert not hasattr(dense, 'expert_aux') and dense == ModelConfig(n_layer=2)
+    assert {*only_in_training(part_of(s, ModelConfig))} == {'dropout', 'expert_aux', 'expert_z'}
 
 
 # --- the layer ---
