@@ -46,7 +46,7 @@ data/demo/meta.json: | .venv/demo
 # The same minutes for all. On a fast machine they are shorter: 400 steps read Shakespeare two and a half times, and more would
 # learn it by heart
 MINUTES := 2
-TRAIN = $(BIN)/python train.py --minutes=$(MINUTES) --max_iters=400
+TRAIN = $(BIN)/python train.py --minutes=$(MINUTES)
 SAMPLE := --num_samples=1 --max_new_tokens=150 --temperature=0.7 --top_k=50
 
 demo: data/demo/meta.json

@@ -63,7 +63,7 @@ def make(tmp_path):
 
 def test_the_demo_trains_three_runs_for_the_same_minutes_samples_and_compares(make):
     printed, calls = make('demo')
-    trained = [f'python train.py --minutes=2 --max_iters=400 config/demo_{name}.py' for name in RUNS]
+    trained = [f'python train.py --minutes=2 config/demo_{name}.py' for name in RUNS]
     scripts = [call for call in calls if re.match(r'python \w+\.py', call)]
     assert scripts[0].startswith('python prepare.py') and scripts[1:4] == trained
     assert ([re.search('--out_dir=(.*?) ', call)[1] for call in scripts[4:6]]
