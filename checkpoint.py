@@ -22,7 +22,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configurator import UserError, from_dict
+from configurator import UserError, from_dict, without_removed
 
 # -----------------------------------------------------------------------------
 # Files that are there whole or not at all
@@ -484,9 +484,13 @@ def find(where, which='last'):
 
 
 def load_state(folder):
-    """state.json of a checkpoint."""
-    with open(os.path.join(folder, 'state.json'), encoding='utf-8') as f:
-        return json.load(f)
+    """state.json of a checkpoint. Raises UserError for a network that this version cannot compute."""
+    path = os.path.join(folder, 'state.json')
+    with open(path, encoding='utf-8') as f:
+        state = json.load(f)
+    if 'model' in state:
+        state['model'] = without_removed(state['model'], path)
+    return state
 
 
 def read_weights(folder):

@@ -336,6 +336,23 @@ def from_dict(cls, values, where):
     return settings
 
 
+# Settings of earlier versions, each with the only value that this version still acts on
+REMOVED = {
+}
+
+
+def without_removed(values, where):
+    """
+    A stored dict of settings without those in REMOVED. Raises UserError for one at another value: what it did
+    has no code any more.
+    """
+    for name in REMOVED.keys() & values.keys():
+        if values[name] != REMOVED[name]:
+            raise UserError(f'{where}: {name}={values[name]}: minnow no longer has this setting: '
+                            'use the version that wrote this')
+    return {name: value for name, value in values.items() if name not in REMOVED}
+
+
 # -----------------------------------------------------------------------------
 # values
 

@@ -17,7 +17,7 @@ import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
 from checkpoint import fault
-from configurator import UserError, check, expand_home, from_dict
+from configurator import UserError, check, expand_home, from_dict, without_removed
 from device import compile_all, pick_compile, pick_dtype, process_age, zero
 from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
 from model import ModelConfig, make_model, only_in_training
@@ -330,6 +330,8 @@ def resume(s, ranks):
     folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
     state = checkpoint.load_state(folder)
     stored = state['settings']
+    if not s.eval_only:
+        stored = without_removed(stored, os.path.join(folder, 'state.json'))
     from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
     if s.eval_only:  # what the losses of the run are of
         take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])

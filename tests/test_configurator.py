@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT, SCRIPTS, one_line, run
 
+import configurator
 from configurator import (
     OLDEST_TORCH,
     PINNED_TORCH,
@@ -313,6 +314,14 @@ def test_every_script_with_a_main_is_checked():
         is_ours = path.name != 'same_runs.py'  # which runs other checkouts, and imports nothing of ours
         if is_ours and "__name__ == '__main__'" in path.read_text():
             assert 'run_main(main' in path.read_text(), path
+
+
+def test_a_setting_of_an_earlier_version_is_left_out_at_the_value_that_is_built_in_now(monkeypatch):
+    monkeypatch.setattr(configurator, 'REMOVED', {'rank_blocks': 0})
+    stored = {'n_layer': 2, 'rank_blocks': 0}
+    assert configurator.without_removed(stored, 'state.json') == {'n_layer': 2}
+    with pytest.raises(UserError, match='state.json: rank_blocks=16: minnow no longer has this setting'):
+        configurator.without_removed({'rank_blocks': 16}, 'state.json')
 
 
 def test_all_texts_name_the_same_oldest_torch():

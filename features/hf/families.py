@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configurator import from_dict
+from configurator import from_dict, without_removed
 from features import build, default_of
 from features.hf.names import gpt2_names, llama_names, minnow_names, t5_names
 from model import ModelConfig
@@ -166,6 +166,7 @@ def minnow_config(config):
     fields = config.get('minnow', None)
     if not isinstance(fields, dict):
         config.refuse('minnow', fields, 'takes the settings of a network')
+    fields = without_removed(fields, f'{config.path}: minnow')
     cfg = from_dict(ModelConfig, fields, f'{config.path}: minnow')
     for value in fields.values():
         if type(value) is int and value >= 2 ** 31:
