@@ -26,22 +26,20 @@ import torch
 from configurator import FilePath, UserError
 from device import autocast, zero
 
-VERIFY_UP_TO = 2 ** 28  # bytes: the hashes of smaller splits are checked at every start, which takes 0.2 s
+VERIFY_UP_TO = 2 ** 28  # bytes: at every start the hashes of splits up to this size are checked, in 0.2 s
 EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size
 
 
 @dataclass
 class DataConfig:
-    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; a mixture: {'wiki': 100, 'dolly':
-    # 20}
+    dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; {'wiki': 100, 'dolly': 20} = a
+    # mixture, whose weights count tokens
     objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] what is trained: the next
     # token; the end of a row after its beginning; masked tokens, of which prepare.py --reserve=100 makes the
     # sentinels; the targets of pairs (prepare.py --source=… --target=…), each after its source
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of
     # the stream; the same from the first document start among them (some tokens come twice an epoch, others
     # never); one document after a start token, padded, or a random crop of it if it is too long
-    mix_by: Literal['tokens', 'documents'] = 'tokens'  # what the weights of a mixture count
-    verify_data: bool = False  # check the hashes of large data sets too
 
 
 # -----------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def mix(x):
 class TokenFiles:
     """One split ('train' or 'val') of a prepared folder: its shards together are one long array of tokens."""
 
-    def __init__(self, folder, split, verify=False):
+    def __init__(self, folder, split):
         self.folder, self.split, self.meta = folder, split, read_meta(folder)
         self.vocab_size = self.meta['vocab_size']
         self.dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
@@ -94,7 +92,7 @@ class TokenFiles:
         self.bytes = info.get('bytes', 0)  # of text; 0 = not known
         self.shards = info['shards']
         self.files, self.index = [], []  # of each shard; index: where its documents start, in tokens
-        verify = verify or sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
+        verify = sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
         for shard in self.shards:
             path = os.path.join(folder, shard['file'])
             self.files.append(open_checked(path, shard['bytes_on_disk'], verify and shard.get('sha256')))
@@ -262,11 +260,11 @@ class Source:
     has it. (A network that was trained without one is evaluated without one.)
     """
 
-    def __init__(self, name, split, block_size, packing='stream', verify=False, bos=None):
+    def __init__(self, name, split, block_size, packing='stream', bos=None):
         if packing not in ('stream', 'aligned', 'document'):
             raise UserError(f'packing={packing}: has no code in batches.py: use stream, aligned or document')
         self.name, self.block_size, self.packing, self.bos = name, block_size, packing, ()
-        self.files = TokenFiles(find_folder(name), split, verify)
+        self.files = TokenFiles(find_folder(name), split)
         self.length = block_size + 1  # tokens of a row: the first is no target, the last is nothing else
         self.stride = block_size  # tokens from one row to the next
         self.rows = -(-(self.files.tokens - 1) // block_size)  # rounded up
@@ -327,12 +325,12 @@ class Source:
         return ''
 
 
-def open_source(name, split, block_size, packing='stream', verify=False, bos=None, objective=None):
+def open_source(name, split, block_size, packing='stream', bos=None, objective=None):
     """The Source of a corpus. objective: an Objective of features/t5; None = the next token."""
     if objective is not None:  # t5
         from features.t5.objectives import open_source_for  # t5
-        return open_source_for(objective, name, split, block_size, packing, verify)  # t5
-    return Source(name, split, block_size, packing, verify, bos)
+        return open_source_for(objective, name, split, block_size, packing)  # t5
+    return Source(name, split, block_size, packing, bos)
 
 
 def describe_bos(bos):
@@ -358,25 +356,17 @@ class Mixture:
     samples a source has its share, give or take one for every other source.
     """
 
-    def __init__(self, dataset, split, block_size, seed, packing='stream', mix_by='tokens', verify=False,
-                 objective=None, bos=None):
+    def __init__(self, dataset, split, block_size, seed, packing='stream', objective=None, bos=None):
         weights = dataset if isinstance(dataset, dict) else {dataset: 1}
         for name, weight in weights.items() or [('', 0)]:
             if type(name) is not str or type(weight) not in (int, float) or not 1e-6 <= weight <= 1e6:
                 raise UserError(f'dataset={dataset}: a mixture takes names, '
                                 'and for each a number between 1e-6 and 1e6')
-        if mix_by not in ('tokens', 'documents'):
-            raise UserError(f'mix_by={mix_by}: has no code in batches.py: use tokens or documents')
         self.seed, self.sources, shares = seed, [], []
         for name, weight in weights.items():
-            source = open_source(name, split, block_size, packing, verify, bos, objective)
+            source = open_source(name, split, block_size, packing, bos, objective)
             share = Fraction(str(weight))  # of the rows
-            if mix_by == 'documents':
-                if not source.files.documents:
-                    raise UserError('mix_by=documents: a source has no .idx of its documents '
-                                    '(a nanoGPT folder?): use mix_by=tokens')
-                share *= Fraction(source.rows, source.files.documents)  # rows for each document
-            elif source.packing not in ('stream', 'aligned'):  # whose rows are not full alike
+            if source.packing not in ('stream', 'aligned'):  # whose rows are not full alike
                 share /= Fraction(source.tokens_per_row()).limit_denominator(10 ** 6)
             self.sources.append(source)
             shares.append(share)

@@ -336,8 +336,11 @@ def from_dict(cls, values, where):
     return settings
 
 
-# Settings of earlier versions, each with the only value that this version still acts on
+# Settings of earlier versions, each with the only value that this version still acts on;
+# ... = any value, as it changed no result
 REMOVED = {
+    'mix_by': 'tokens',
+    'verify_data': ...,
 }
 
 
@@ -347,7 +350,7 @@ def without_removed(values, where):
     has no code any more.
     """
     for name in REMOVED.keys() & values.keys():
-        if values[name] != REMOVED[name]:
+        if REMOVED[name] not in (values[name], ...):
             raise UserError(f'{where}: {name}={values[name]}: minnow no longer has this setting: '
                             'use the version that wrote this')
     return {name: value for name, value in values.items() if name not in REMOVED}

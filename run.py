@@ -210,11 +210,10 @@ def open_data(s, start, ranks):
     bos = None
     if start.state and s.eval_only:  # judged on rows as it knows them
         bos = tuple(start.state.get('begin', ()))
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, s.mix_by, s.verify_data, objective,
-                   bos)
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, objective, bos)
     val = []
     for source in data.sources:
-        val.append(open_source(source.name, 'val', s.block_size, s.packing, s.verify_data, bos, objective))
+        val.append(open_source(source.name, 'val', s.block_size, s.packing, bos, objective))
     if ranks.world > 1:  # scale
         from features.scale.guard import check_same_start  # scale
         check_same_start(ranks, asdict(s), data.fingerprint())  # scale
@@ -436,7 +435,7 @@ def adopt(s, cfg, where):
 
 
 # settings that a resumed run may not change, beside the network's and those of features that do not say so
-IDENTITY = ['mix_by', 'packing', 'objective', 'seed', 'optimizer', 'lora_rank']
+IDENTITY = ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
 
 
 def identity(s):

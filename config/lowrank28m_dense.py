@@ -5,8 +5,7 @@
 # The blog trained on each row's last token, in pure bfloat16 and without warm-up; here every token counts,
 # weights are float32.
 out_dir = 'out/lowrank28m_dense'
-dataset = {'tinystories_zh': 200, 'dolly_zh': 20, 'oasst_zh': 50}
-mix_by = 'documents'  # as the blog's weights do
+dataset = {'tinystories_zh': 200, 'dolly_zh': 20, 'oasst_zh': 50}  # counts tokens; the blog's, documents
 
 n_layer, n_head, n_embd = 4, 12, 768
 block_size = 1024

@@ -317,8 +317,8 @@ def test_every_script_with_a_main_is_checked():
 
 
 def test_a_setting_of_an_earlier_version_is_left_out_at_the_value_that_is_built_in_now(monkeypatch):
-    monkeypatch.setattr(configurator, 'REMOVED', {'rank_blocks': 0})
-    stored = {'n_layer': 2, 'rank_blocks': 0}
+    monkeypatch.setattr(configurator, 'REMOVED', {'rank_blocks': 0, 'verify_all': ...})
+    stored = {'n_layer': 2, 'rank_blocks': 0, 'verify_all': True}
     assert configurator.without_removed(stored, 'state.json') == {'n_layer': 2}
     with pytest.raises(UserError, match='state.json: rank_blocks=16: minnow no longer has this setting'):
         configurator.without_removed({'rank_blocks': 16}, 'state.json')

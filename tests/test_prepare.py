@@ -67,7 +67,7 @@ def data_files(folder):
 
 def read(folder, split):
     """The texts of a split, through batches.py and the tokenizer."""
-    files = TokenFiles(str(folder), split, verify=True)
+    files = TokenFiles(str(folder), split)
     tokenizer = load_tokenizer(files.meta['tokenizer'], folder)
     ends = [files.read(files.document(n)[1] - 1, 1)[0] for n in range(files.documents)]
     assert set(ends) == {tokenizer.eot}  # every document ends with the end-of-text token

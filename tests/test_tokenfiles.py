@@ -60,7 +60,7 @@ def stream(folder):
     """{split: (its tokens, where its documents start and end)}"""
     found = {}
     for split in ('train', 'val'):
-        files = TokenFiles(str(folder), split, verify=True)
+        files = TokenFiles(str(folder), split)
         found[split] = files.read(0, files.tokens), [files.document(n) for n in range(files.documents)]
     return found
 

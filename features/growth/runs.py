@@ -116,8 +116,7 @@ def open_data(s, where, cfg, state):
         objective = find_objective(settings, cfg)  # t5
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'),
-                       settings.get('mix_by', 'tokens'), objective=objective,
-                       bos=tuple(state.get('begin', ())))
+                       objective, tuple(state.get('begin', ())))
     except UserError as error:
         if s.dataset != 'auto':
             raise

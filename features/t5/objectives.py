@@ -106,15 +106,15 @@ def find_objective(settings, cfg):
     return Objective(kind, source_size, settings.get('denoisers', 'ul2r'))
 
 
-def open_source_for(objective, name, split, block_size, packing, verify=False):
+def open_source_for(objective, name, split, block_size, packing):
     """The Source of a corpus for an Objective. Raises UserError where the two do not fit."""
     if objective.kind == 'causal':
         raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: '
                         'set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
     if objective.kind == 'seq2seq':
         from features.t5.pairs import PairSource
-        return PairSource(objective, name, split, block_size, packing, verify)
-    return DenoisingSource(objective, name, split, block_size, packing, verify)
+        return PairSource(objective, name, split, block_size, packing)
+    return DenoisingSource(objective, name, split, block_size, packing)
 
 
 def more_inputs(model, arrays):
@@ -247,8 +247,8 @@ def check_kind(kind):
 class DenoisingSource(Source):
     """A Source whose rows are (source, target), cut or masked by a Masking."""
 
-    def __init__(self, objective, name, split, block_size, packing, verify=False):
-        super().__init__(name, split, block_size, packing, verify, bos=())
+    def __init__(self, objective, name, split, block_size, packing):
+        super().__init__(name, split, block_size, packing, bos=())
         try:
             self.masking = Masking(objective.kind, block_size, objective.source_size, objective.denoisers,
                                    self.files.meta)

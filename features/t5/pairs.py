@@ -25,8 +25,8 @@ LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut 
 class PairSource(Source):
     """A Source whose rows are pairs: (source, target), or a list of those that share a row."""
 
-    def __init__(self, objective, name, split, block_size, packing, verify=False):
-        super().__init__(name, split, block_size, packing, verify, bos=())
+    def __init__(self, objective, name, split, block_size, packing):
+        super().__init__(name, split, block_size, packing, bos=())
         self.source_size = objective.source_size
         self.eot = self.files.meta.get('eot')
         if not self.files.meta.get('pairs'):
