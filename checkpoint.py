@@ -559,6 +559,14 @@ def load_model(where, which='best', encoder=False):
     return fill(cfg, weights, folder), folder
 
 
+def tokenizer_of(where, folder):
+    """(description, folder of its files) of the tokenizer of what read_model() read from `where`."""
+    if is_foreign(where):  # hf
+        from features.hf import reading  # hf
+        return reading.tokenizer(where)  # hf
+    return load_state(folder)['tokenizer'], folder
+
+
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's init_from has them
 
 

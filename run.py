@@ -22,7 +22,6 @@ from device import compile_all, pick_compile, pick_dtype, process_age, zero
 from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
 from model import ModelConfig, make_model, only_in_training
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops
-from tokenizer import check_tokenizer, description_of, how_to_prepare
 
 
 @dataclass
@@ -218,13 +217,14 @@ def open_data(s, start, ranks):
         from features.scale.guard import check_same_start  # scale
         check_same_start(ranks, asdict(s), data.fingerprint())  # scale
 
-    files = data.sources[0].files
+    first, where = data.sources[0], ''
     if start.weights is not None and not start.state:
-        setting = f'init_from={s.init_from}'
-        ranks.from_first(lambda: check_tokenizer(setting, s.init_from, start.folder, files))
+        setting, where = f'init_from={s.init_from}', s.init_from
     elif start.state and s.eval_only:  # on other data than its own, perhaps
-        setting = f'dataset={data.sources[0].name}'
-        ranks.from_first(lambda: check_tokenizer(setting, s.out_dir, start.folder, files))
+        setting, where = f'dataset={first.name}', s.out_dir
+    if where:  # text
+        from features.text.folders import check_tokenizer  # text
+        ranks.from_first(lambda: check_tokenizer(setting, where, start.folder, first.files))  # text
     return data, val
 
 
@@ -237,8 +237,10 @@ def build_model(s, data, start, is_blank=False):
     if s.vocab_size < data.vocab_size:
         to_do = 'leave vocab_size out'
         if start.weights is not None and not start.state:
-            wanted = description_of(s.init_from, start.folder)
-            to_do = f'prepare it {how_to_prepare(wanted, start.folder, data.sources[0].files)}'
+            to_do = 'prepare it with that tokenizer'
+            from features.text.folders import how_to_prepare_for  # text
+            files = data.sources[0].files  # text
+            to_do = f'prepare it {how_to_prepare_for(s.init_from, start.folder, files)}'  # text
         raise UserError(f'vocab_size={s.vocab_size}: '
                         f'the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known

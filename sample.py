@@ -34,7 +34,7 @@ from device import (
     pick_dtype,
     pick_exact_dtype,
 )
-from tokenizer import PromptFormat, load_tokenizer, tokenizer_of
+from tokenizer import PromptFormat, load_tokenizer
 
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
 # tokens of a sample from which compiling pays: it takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token
@@ -353,7 +353,7 @@ def load(where, which='best', encoder=False):
     encoder: whether the caller can work with an encoder-decoder. Raises UserError.
     """
     model, folder = checkpoint.load_model(where, which, encoder)
-    tokenizer = load_tokenizer(*tokenizer_of(where, folder))
+    tokenizer = load_tokenizer(*checkpoint.tokenizer_of(where, folder))
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network '
                         f'{model.cfg.vocab_size}: they do not belong together')

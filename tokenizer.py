@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from configurator import UserError
 
 KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, .json or .txt'
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
+FILES = {'.model': 'sentencepiece', '.json': 'tokenizers', '.txt': 'wordpiece'}  # a file's ending: its kind
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
 
@@ -46,9 +48,9 @@ class PromptFormat:
 
 class Tokenizer:
     """
-    What all kinds share; each has its own encode(text) and decode(ids). eot: id of the end-of-text token, or
-    None; files: {name: bytes} to keep with the data; unk: id for what the tokenizer cannot write, -1 = it can
-    write any text; more: further fields of its description.
+    What all kinds share; each has its own encode(text) and decode(ids). eot: id of the end-of-text token or
+    None; files: {name: bytes} to keep with the data; unk: id of unknown text, -1 = it can write any text;
+    more: further fields of its description.
     """
     eot_text = EOT  # how the library writes the end-of-text token; in a document, this is ordinary text
     prompt_format = PromptFormat()  # sample.load() gives the tokenizer of a network that of its training
@@ -160,13 +162,11 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids):
         self.check_ids(ids)
-        return b''.join(self.spell(i) for i in ids).decode(errors='replace')
-
-    def spell(self, i):
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:  # some ids of cl100k_base and o200k_base are not in use
-            return b''
+        pieces = []
+        for i in ids:
+            with suppress(KeyError):  # some ids of cl100k_base and o200k_base are not in use
+                pieces.append(self.encoding.decode_single_token_bytes(i))
+        return b''.join(pieces).decode(errors='replace')
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -216,7 +216,7 @@ def needs_text(kind):
             raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
         return True
     if kind not in ('byte', 'char', *TIKTOKEN):
-        if not kind.lower().endswith(('.model', '.json', '.txt')):
+        if not kind.lower().endswith(tuple(FILES)):
             raise UserError(f'tokenizer={kind}: no such tokenizer; there are {KINDS}')
         if not os.path.isfile(kind):
             raise UserError(f'tokenizer={kind}: no such file')
@@ -229,16 +229,11 @@ def new_tokenizer(kind, texts=()):
         return train_bpe(texts, int(kind[4:]))
     if kind == 'char':
         return CharTokenizer(sorted(set().union(*texts)))
-    if kind == 'byte':
-        return ByteTokenizer()
-    if kind in TIKTOKEN:
-        return TiktokenTokenizer(kind)
+    if kind in ('byte', *TIKTOKEN):
+        return described({'kind': kind})
     with open(kind, 'rb') as f:
         data = f.read()
-    if kind.lower().endswith('.model'):
-        return SentencePieceTokenizer(data, kind)
-    from features.hf.tokenizer_json import JsonTokenizer  # hf
-    return JsonTokenizer('tokenizers' if kind.lower().endswith('.json') else 'wordpiece', data, kind)  # hf
+    return described({'kind': FILES[kind[kind.rindex('.'):].lower()]}, data, kind)
 
 
 def train_bpe(texts, vocab_size):
@@ -251,17 +246,14 @@ def train_bpe(texts, vocab_size):
     # token: 4% fewer tokens on stories, 7% on Python
     stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
     pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
-    first = next(pieces, None)
-    if first is None:
-        raise UserError(f'tokenizer=bpe:{vocab_size}: the text has nothing to be trained on: use byte')
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], pieces), model_writer=model,
-            model_type='bpe', vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
-            normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT,
-            bos_id=-1, pad_id=-1, max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)
+            sentence_iterator=pieces, model_writer=model, model_type='bpe', vocab_size=vocab_size,
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name='identity',
+            add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT, bos_id=-1, pad_id=-1,
+            max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         reason = f'sentencepiece could not train it ({error})'
         from features.text.tokenizers import explain  # text
@@ -293,7 +285,7 @@ def load_tokenizer(description, folder):
     return tokenizer
 
 
-def described(description, data, path):
+def described(description, data=b'', path=''):
     """The tokenizer of a description. data: the bytes of its file, which is at `path`."""
     kind = description['kind']
     if kind == 'unknown' or description.get('reserved'):  # text
@@ -309,72 +301,5 @@ def described(description, data, path):
         return SentencePieceTokenizer(data, path)
     if kind in ('tokenizers', 'wordpiece'):  # hf
         from features.hf.tokenizer_json import JsonTokenizer  # hf
-        return JsonTokenizer(kind, data, path, description['vocab_size'])  # hf
+        return JsonTokenizer(kind, data, path, description.get('vocab_size'))  # hf
     raise UserError(f'{path}: its tokenizer is of kind {kind}, which this minnow does not know: update it')
-
-
-def same_ids(wanted, found, is_padded=False):
-    """
-    Whether two tokenizers, (description, folder of its files) each, give a text the same ids. is_padded: they
-    may have different numbers of tokens. Raises UserError if one of them is not known or cannot be read.
-    """
-    one, other = wanted[0], found[0]
-    if one['kind'] == other['kind']:
-        sizes = {description['vocab_size'] for description in (one, other) if 'vocab_size' in description}
-        if len(sizes) > 1 and not is_padded:
-            return False
-        if one == other or one['kind'] in TIKTOKEN:
-            return True
-    from features.hf.tokenizer_json import encode_alike  # hf: they may be kept in different formats
-    return encode_alike(wanted, found)  # hf
-    return False
-
-
-# -----------------------------------------------------------------------------
-# The tokenizer of a network
-
-def tokenizer_of(where, folder):
-    """(description, folder of its files) of a network's tokenizer; arguments as in check_tokenizer()."""
-    import checkpoint
-    if checkpoint.is_foreign(where):  # hf
-        from features.hf import reading  # hf
-        path, description = reading.tokenizer(where)  # hf
-        return description, path  # hf
-    return checkpoint.load_state(folder)['tokenizer'], folder
-
-
-def description_of(where, folder):
-    """The description of a network's tokenizer, {} for Hugging Face's; arguments as in check_tokenizer()."""
-    import checkpoint
-    return {} if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
-
-
-def check_tokenizer(setting, where, folder, files):
-    """
-    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
-    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
-    be compared.
-    """
-    import checkpoint
-    found = files.meta['tokenizer'], files.folder
-    try:
-        wanted = tokenizer_of(where, folder)
-        is_same = same_ids(wanted, found, is_padded=checkpoint.is_foreign(where))
-    except UserError as error:
-        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
-              'make sure that they are the same', flush=True)
-        return
-    if not is_same:
-        which = '' if setting.startswith('dataset=') else f'{files.folder} '
-        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
-                        f'prepare it {how_to_prepare(*wanted, files)}')
-
-
-def how_to_prepare(wanted, folder, files):
-    """
-    How to prepare the data set `files` again with the tokenizer `wanted`, a description, whose files are in
-    `folder`: 'with OPTIONS: COMMAND'.
-    """
-    from features.text import folders  # text
-    return folders.how_to_prepare(wanted, folder, files)  # text
-    return 'with that tokenizer'

@@ -288,7 +288,7 @@ def test_gpt2_is_fetched_once_at_a_pinned_revision(endpoint):
                for path in endpoint)
     assert len(os.listdir('data/downloads/hf/gpt2')) == 3
     asked = len(endpoint)
-    assert (reading.tokenizer('gpt2')[0] == os.path.join('data', 'downloads', 'hf', 'gpt2')
+    assert (reading.tokenizer('gpt2')[1] == os.path.join('data', 'downloads', 'hf', 'gpt2')
             and len(endpoint) == asked)
 
 
@@ -312,7 +312,7 @@ def write_tokenizer(folder, vocab_size=100):
 
 def test_the_tokenizer_of_a_folder_is_read_from_there(tmp_path):
     write_tokenizer(tmp_path)
-    folder, description = reading.tokenizer(f'hf:{tmp_path}')
+    description, folder = reading.tokenizer(f'hf:{tmp_path}')
     tokenizer = load_tokenizer(description, folder)
     assert (folder, tokenizer.vocab_size, tokenizer.eot) == (str(tmp_path), 100, 99)
     assert tokenizer.decode(tokenizer.encode('Hello')) == 'Hello'
@@ -330,7 +330,7 @@ def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tm
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)
-    assert (load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}'))).encode('a cat')
+    assert (load_tokenizer(*reading.tokenizer(f'hf:{tmp_path}')).encode('a cat')
             == wanted.encode('a cat'))
 
 
@@ -355,7 +355,7 @@ def test_nothing_is_written_into_the_folder(tmp_path):
     write_tokenizer(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
     reading.load(f'hf:{tmp_path}')
-    load_tokenizer(*reversed(reading.tokenizer(f'hf:{tmp_path}')))
+    load_tokenizer(*reading.tokenizer(f'hf:{tmp_path}'))
     assert before == {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
 
 

@@ -20,8 +20,8 @@ from configurator import UserError
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.text import pieces as module
 from features.text.pieces import cut_of, encode_long
-from features.text.tokenizers import Reserved
-from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, same_ids, train_bpe
+from features.text.tokenizers import Reserved, same_ids
+from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, train_bpe
 
 STORY = ('One day, a little girl named Lily found a needle in her room.\n'
          'She knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n')

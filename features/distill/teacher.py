@@ -14,7 +14,6 @@ import checkpoint
 from configurator import UserError
 from model import cap
 from run import same_place
-from tokenizer import check_tokenizer, description_of, how_to_prepare
 
 
 @dataclass
@@ -61,10 +60,13 @@ def find_teacher(s, data, ranks):
     if cfg.arch == 'markov':
         raise UserError(f'teacher={s.teacher}: a Markov chain, takes a transformer')
     if cfg.vocab_size != s.vocab_size:
-        wanted = description_of(s.teacher, folder)
+        to_do = 'with that tokenizer'
+        from features.text.folders import how_to_prepare_for  # text
+        to_do = how_to_prepare_for(s.teacher, folder, files)  # text
         raise UserError(f'teacher={s.teacher}: its {cfg.vocab_size:,} tokens are not the {s.vocab_size:,} of '
-                        f'this run: prepare the data {how_to_prepare(wanted, folder, files)}')
-    ranks.from_first(lambda: check_tokenizer(f'teacher={s.teacher}', s.teacher, folder, files))
+                        f'this run: prepare the data {to_do}')
+    from features.text.folders import check_tokenizer  # text
+    ranks.from_first(lambda: check_tokenizer(f'teacher={s.teacher}', s.teacher, folder, files))  # text
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, '
                         f'fewer than block_size={s.block_size}: lower it')

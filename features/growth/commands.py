@@ -5,6 +5,7 @@ Their arithmetic is in networks.py and factorize.py; `s` is the command's settin
 import dataclasses
 import glob
 import re
+from contextlib import suppress
 
 import torch
 
@@ -23,7 +24,6 @@ from features.growth.networks import (
 )
 from features.growth.runs import read, write
 from model import LowRank, make_model
-from tokenizer import same_ids, tokenizer_of
 
 
 def run_inherit(s):
@@ -122,12 +122,12 @@ def run_average(s):
 
 def has_tokenizer_of(old, where, folder):
     """Whether the network of `where` has the tokenizer of an Old one; True where that cannot be known."""
-    try:
-        theirs = tokenizer_of(where, folder)
+    with suppress(UserError):  # it is not known, or its files are not here
+        theirs = checkpoint.tokenizer_of(where, folder)
         own = old.tokenizer, old.tokenizer_folder
-        return same_ids(own, theirs, is_padded=checkpoint.is_foreign(where))
-    except UserError:  # it is not known, or its files are not here
-        return True
+        from features.text.tokenizers import same_ids  # text
+        return same_ids(own, theirs, is_padded=checkpoint.is_foreign(where))  # text
+    return True
 
 
 def run_factorize(s):

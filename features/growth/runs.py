@@ -23,7 +23,7 @@ from checkpoint import append, fill, new_folder, read_model, write_json
 from configurator import FilePath, UserError
 from device import OneProcess
 from model import Transformer
-from tokenizer import load_tokenizer, tokenizer_of
+from tokenizer import load_tokenizer
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
 
@@ -88,7 +88,7 @@ def read(s, where, encoder=False, untie=False):
         tokenizer, tokenizer_folder = files.meta['tokenizer'], files.folder
         begin = ()
     else:
-        tokenizer, tokenizer_folder = tokenizer_of(where, folder)
+        tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
         begin = ()
         if not cfg.n_encoder_layer:
             begin = load_tokenizer(tokenizer, tokenizer_folder).bos()  # as sample.load() has it

@@ -241,7 +241,7 @@ def refuse_pickles(folder):
 
 def tokenizer(where):
     """
-    (folder, description) of the tokenizer beside the weights, for load_tokenizer(description, folder). Raises
+    (description, folder) of the tokenizer beside the weights, as load_tokenizer() takes them. Raises
     UserError if there is none.
     """
     folder = find(where)
@@ -252,7 +252,7 @@ def tokenizer(where):
             sha256, = description['files'].values()
             # under the name that it has here: sentencepiece's files have two
             description['files'] = {name: sha256}
-            return folder, description
+            return description, folder
     raise UserError(f'{folder}: no tokenizer.json, tokenizer.model or spiece.model in it: let transformers '
                     'write one into a copy of it: python -c "from transformers import AutoTokenizer as T; '
                     f"T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")

@@ -6,7 +6,7 @@ written for any of ours, with the same ids for the same text. And BERT's vocabul
     text = to_json(tokenizer)      # str, the content of the file
 """
 from configurator import UserError
-from tokenizer import EOT, Tokenizer, load_tokenizer
+from tokenizer import EOT, Tokenizer
 
 # of the end-of-text token in these files
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
@@ -105,47 +105,6 @@ def wordpiece(tokenizers, data, where, size=None):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
     return tokenizer
-
-
-# -----------------------------------------------------------------------------
-# Compared
-
-TEXTS = (
-    'Once upon a time, there was a little girl who lived in a village near the forest.',
-    "It doesn't matter: 12 lazy dogs ran 3.14159 times around the house in 1984!",
-    'for i in range(len(values)): total += values[i] ** 2',
-    'The mitochondria of eukaryotic cells regulate calcium signalling through phosphorylation.',
-    'Über den Fluß führte früher eine schmale Straße.',
-    'Le garçon a déjà mangé la crème brûlée.',
-    'El niño pequeño corría por la montaña.',
-    'В начале было слово.',
-    'Η γάτα κοιμάται.',
-    '你好，世界',
-    'こんにちは世界',
-    '안녕하세요',
-    'مرحبا بالعالم',
-    'नमस्ते दुनिया',
-)
-
-
-def encode_alike(wanted, found):
-    """
-    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept
-    in different formats. Raises UserError if one of them is not known or cannot be read.
-    """
-    if 'unknown' in (wanted[0]['kind'], found[0]['kind']):
-        raise UserError('one of them is not known')
-    one, other = load_tokenizer(*wanted), load_tokenizer(*found)
-    chars = [tokenizer.more['chars'] for tokenizer in (one, other) if tokenizer.kind == 'char']
-    if len(chars) == 2:
-        return chars[0] == chars[1]
-    for text in (*TEXTS, *''.join(chars)):
-        try:
-            if one.encode(text) != other.encode(text):
-                return False
-        except UserError:  # a character that one of them does not have
-            continue
-    return True
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from configurator import UserError, from_dict
 from features.hf import reading
 from features.lora import adapters, layers, peft_files
 from model import ModelConfig
-from tokenizer import same_ids, tokenizer_of
 
 
 def read_merged(where, folder, state, untie=False):
@@ -118,9 +117,10 @@ def check_adapter(where, base):
     """Raise UserError where a folder of PEFT's has a tokenizer that is not that of the base."""
     is_same = True
     with suppress(UserError):  # most have none
-        path, description = reading.tokenizer(f'hf:{where}')
+        own = reading.tokenizer(f'hf:{where}')
         folder = '' if checkpoint.is_foreign(base) else checkpoint.find(base, 'best')
-        is_same = same_ids(tokenizer_of(base, folder), (description, path), is_padded=True)
+        from features.text.tokenizers import same_ids  # text
+        is_same = same_ids(checkpoint.tokenizer_of(base, folder), own, is_padded=True)  # text
     if not is_same:
         raise UserError(f'adapter={where}: the tokenizer beside it is not that of {base}: give its own base')
 

@@ -4,7 +4,6 @@ The validation data of a network: what it was trained on, or another data set of
 import checkpoint
 from batches import open_source
 from configurator import UserError
-from tokenizer import check_tokenizer, how_to_prepare
 
 
 def validation_sources(where, cfg, dataset='', block_size=0):
@@ -35,9 +34,11 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:
         source = open_source(name, 'val', block_size or cfg.block_size, packing, bos=bos, objective=objective)
-        check_tokenizer(f'dataset={name}', where, folder, source.files)
+        from features.text.folders import check_tokenizer, how_to_prepare_for  # text
+        check_tokenizer(f'dataset={name}', where, folder, source.files)  # text
+        to_do = 'with that tokenizer'
         if source.files.vocab_size > cfg.vocab_size:
-            to_do = how_to_prepare(state.get('tokenizer', {}), folder, source.files)
+            to_do = how_to_prepare_for(where, folder, source.files)  # text
             raise UserError(f'dataset={name}: has {source.files.vocab_size} tokens, the network of {where} '
                             f'{cfg.vocab_size}: prepare it {to_do}')
         sources.append(source)

@@ -1,15 +1,16 @@
 """
-Advice about prepared folders, data/NAME: how to make one that is missing, or that does not fit the others.
+Advice about prepared folders, data/NAME: how to make one that is missing, or that does not fit the others or
+a network.
 """
 import os
 import shlex
 from contextlib import suppress
 
+import checkpoint
 from batches import describe_bos, find_folder
 from configurator import UserError
 from features.text.cuts import Cuts
-from features.text.tokenizers import options_of
-from tokenizer import same_ids
+from features.text.tokenizers import options_of, same_ids
 
 
 def how_to_make(name):
@@ -53,6 +54,31 @@ def how_to_prepare(wanted, folder, files):
         command.append(reserve)
     command.append(f'--out={files.folder.rstrip("/")}2')
     return f'with {" and ".join(options or [tokenizer])}: {shlex.join(command)}'
+
+
+def how_to_prepare_for(where, folder, files):
+    """how_to_prepare() with the tokenizer of a network; arguments as in check_tokenizer()."""
+    wanted = {} if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
+    return how_to_prepare(wanted, folder, files)
+
+
+def check_tokenizer(setting, where, folder, files):
+    """
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
+    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
+    be compared.
+    """
+    try:
+        wanted, found = checkpoint.tokenizer_of(where, folder), (files.meta['tokenizer'], files.folder)
+        is_same = same_ids(wanted, found, is_padded=checkpoint.is_foreign(where))
+    except UserError as error:
+        print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
+              'make sure that they are the same', flush=True)
+        return
+    if not is_same:
+        which = '' if setting.startswith('dataset=') else f'{files.folder} '
+        raise UserError(f'{setting}: {which}was prepared with another tokenizer than the one of {where}: '
+                        f'prepare it {how_to_prepare_for(where, folder, files)}')
 
 
 def without_sizes(description):

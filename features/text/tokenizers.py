@@ -1,12 +1,12 @@
 """
-What tokenizer.py needs rarely: a tokenizer with reserved tokens, one that is not known, and advice.
+What tokenizer.py needs rarely: a tokenizer with reserved tokens, one that is not known, comparisons, advice.
 """
 import itertools
 import os
 import re
 
 from configurator import UserError
-from tokenizer import Tokenizer, described
+from tokenizer import TIKTOKEN, Tokenizer, described, load_tokenizer
 
 
 class Reserved(Tokenizer):
@@ -54,6 +54,54 @@ def described_here(description, data, path):
         inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
         return Reserved(described(inner, data, path), count)
     return UnknownTokenizer(description['vocab_size'])
+
+
+# -----------------------------------------------------------------------------
+# Compared
+
+TEXTS = (
+    'Once upon a time, there was a little girl who lived in a village near the forest.',
+    "It doesn't matter: 12 lazy dogs ran 3.14159 times around the house in 1984!",
+    'for i in range(len(values)): total += values[i] ** 2',
+    'The mitochondria of eukaryotic cells regulate calcium signalling through phosphorylation.',
+    'Über den Fluß führte früher eine schmale Straße.',
+    'Le garçon a déjà mangé la crème brûlée.',
+    'El niño pequeño corría por la montaña.',
+    'В начале было слово.',
+    'Η γάτα κοιμάται.',
+    '你好，世界',
+    'こんにちは世界',
+    '안녕하세요',
+    'مرحبا بالعالم',
+    'नमस्ते दुनिया',
+)
+
+def same_ids(wanted, found, is_padded=False):
+    """
+    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept
+    in different formats. is_padded: they may have different numbers of tokens. Raises UserError if one of
+    them is not known or cannot be read.
+    """
+    kinds = wanted[0]['kind'], found[0]['kind']
+    if kinds[0] == kinds[1]:
+        sizes = {description.get('vocab_size') for description, _ in (wanted, found)} - {None}
+        if len(sizes) > 1 and not is_padded:
+            return False
+        if wanted[0] == found[0] or kinds[0] in TIKTOKEN:
+            return True
+    if 'unknown' in kinds:
+        raise UserError('one of them is not known')
+    one, other = load_tokenizer(*wanted), load_tokenizer(*found)
+    chars = [tokenizer.more['chars'] for tokenizer in (one, other) if tokenizer.kind == 'char']
+    if len(chars) == 2:
+        return chars[0] == chars[1]
+    for text in (*TEXTS, *''.join(chars)):
+        try:
+            if one.encode(text) != other.encode(text):
+                return False
+        except UserError:  # a character that one of them does not have
+            continue
+    return True
 
 
 # -----------------------------------------------------------------------------
