@@ -57,57 +57,56 @@ from run import (
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     out_dir: FilePath = 'out'  # folder of the run: checkpoints, log.jsonl, settings.json
-    init_from: FilePath = 'auto'  # auto = resume if out_dir holds a run, else scratch; resume; scratch (a run
-    # in out_dir is moved aside); or weights to begin a new run with: a run or checkpoint DIR, hf:FOLDER (of
-    # Hugging Face's kind), gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init_from: FilePath = 'auto'  # auto: resume the run in out_dir, or start a new one; resume; scratch:
+    # start a new run (an old one in out_dir is moved aside). Or start from weights: a run or checkpoint DIR,
+    # hf:FOLDER (Hugging Face format), gpt2, gpt2-medium, gpt2-large, gpt2-xl
     seed: int = 1337  # seed for the weight init, data order and dropout
-    batch_size: int = 12  # rows of a micro-batch: what has to fit into memory
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks together: a step is always
+    batch_size: int = 12  # rows per micro-batch; lower it if memory runs out
+    gradient_accumulation_steps: int = 1  # micro-batches per step, summed over all ranks: a step always has
     # batch_size times this many rows
-    recompute: bool = False  # activation checkpointing: the backward pass runs the blocks again, a third
-    # slower, for a fraction of the memory
-    label_smoothing: float = 0.0  # in the training loss only
-    eval_interval: int = 250  # steps between evaluations, each with a checkpoint and a sample
-    eval_iters: int = 200  # batches of 12 rows of the validation split, whatever batch_size is, the same ones
-    # each time; 0 = the whole split
-    eval_only: bool = False  # evaluate, then stop: the weights of init_from, or the run in out_dir if it
-    # began with them
+    recompute: bool = False  # activation checkpointing: recompute the blocks in the backward pass; a third
+    # slower, a fraction of the memory
+    label_smoothing: float = 0.0  # label smoothing of the training loss
+    eval_interval: int = 250  # steps between evaluations; each also saves a checkpoint and prints samples
+    eval_iters: int = 200  # batches of 12 validation rows per evaluation, always the same rows; 0 = the whole
+    # split
+    eval_only: bool = False  # evaluate once, then stop: the run in out_dir; or, if it did not start from
+    # init_from, the weights of init_from
     target_val_loss: float = 0.0  # stop when an evaluation reaches this loss; 0 = never
-    log_interval: int = 10  # steps between progress lines
-    always_save_checkpoint: bool = True  # False: only when the validation loss is the lowest so far (and at
-    # the end)
-    checkpoint_interval: int = 0  # steps between further checkpoints; 0 = only after evaluations
-    keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best one
-    max_skipped: int = 10  # steps in a row whose loss or gradient may be NaN or infinite; they are skipped,
-    # one more ends the run
-    sample_prompt: str = '\n'  # what the samples during training begin with, typed as start of sample.py: \n
-    # is a new line
-    sample_tokens: int = 100  # length of these samples; 0 = no samples
-    wandb_log: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    log_interval: int = 10  # steps between log lines
+    always_save_checkpoint: bool = True  # False: save only if the validation loss is the lowest so far, and
+    # at the end
+    checkpoint_interval: int = 0  # steps between additional checkpoints; 0 = only after evaluations
+    keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best one
+    max_skipped: int = 10  # largest number of steps in a row that may be skipped for a NaN or infinite loss
+    # or gradient; one more ends the run
+    sample_prompt: str = '\n'  # prompt of the samples printed during training, in the syntax of sample.py's
+    # start: \n is a new line
+    sample_tokens: int = 100  # length of these samples in tokens; 0 = no samples
+    wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = 'minnow'
     wandb_run_name: str = ''  # '' = the name of out_dir
-    lora_rank: int = 0  # [lora] rank of adapters that are trained beside the frozen weights of init_from;
-    # 0 = train the weights themselves
-    teacher: FilePath = ''  # [distill] learn from this network too: a run (its best checkpoint), a checkpoint
-    # or hf:FOLDER
-    grow_every: int = 0  # [growth] steps after which the network gets more blocks, again and again; 0 = never
-    depth: int = 0  # [plan] layers; set one or several of depth, params, tokens and minutes, and the rest is
-    # derived and printed; 0 = not set, here and below
-    params: float = 0.0  # [plan] about this many parameters
-    tokens: float = 0.0  # [plan] about this many tokens to train on, by default 20 a parameter
-    minutes: float = 0.0  # [plan] minutes of the whole run, from the start of the process: the steps are
-    # timed before the first one counts, and max_iters is fitted again at every evaluation; --max_iters beside
-    # it is a limit
-    plan: bool = False  # [plan] print parameters, FLOPs and memory of the network, then stop; with tokens,
-    # flops or hours: the networks that several laws want for them, and the settings of the one with 20 tokens
-    # a parameter
-    shard: bool | int = False  # [scale] divide weights, gradients and moments among all processes (FSDP2), or
-    # among groups of this many, which hold the same (HSDP); False: every process has all (DDP)
-    async_save: bool = False  # [scale] write checkpoints in a thread while the run goes on: takes memory for
-    # a copy of weights and moments
-    rewind_spikes: float = 0.0  # [scale] go back to the last checkpoint after a loss this many standard
-    # deviations above the mean of the 128 before it (6 is a good number), and leave out the data of the 10
-    # steps up to it (PaLM, arXiv 2204.02311, section 5.1); 0 = never
+    lora_rank: int = 0  # [lora] rank of the adapters, trained on top of the frozen weights of init_from; 0 =
+    # no adapters, train the weights
+    teacher: FilePath = ''  # [distill] distill from this model: a run (its best checkpoint), a checkpoint or
+    # hf:FOLDER
+    grow_every: int = 0  # [growth] add blocks to the model every this many steps; 0 = never
+    depth: int = 0  # [plan] number of layers; set one or several of depth, params, tokens and minutes, and
+    # train.py derives and prints the rest; 0 = not set
+    params: float = 0.0  # [plan] approximate number of parameters; 0 = not set
+    tokens: float = 0.0  # [plan] approximate number of training tokens; 0 = not set: 20 per parameter
+    minutes: float = 0.0  # [plan] total time of the run in minutes. Steps are timed before training and at
+    # every evaluation, and max_iters is adjusted; --max_iters sets an upper limit
+    plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens,
+    # flops or hours: print the model sizes that several scaling laws recommend, and settings with 20 tokens
+    # per parameter
+    shard: bool | int = False  # [scale] shard weights, gradients and moments across all processes (FSDP2), or
+    # across groups of this many (HSDP). False: every process holds everything (DDP)
+    async_save: bool = False  # [scale] write checkpoints in a background thread; needs memory for a copy of
+    # weights and moments
+    rewind_spikes: float = 0.0  # [scale] if a loss is this many standard deviations above the mean of the
+    # previous 128, go back to the last checkpoint and skip the data of the 10 steps up to it (PaLM, arXiv
+    # 2204.02311, section 5.1); 0 = never, 6 is a good value
 
     features = ()  # settings of features are added when one of them is used: configurator.py
     help_first = {
