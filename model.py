@@ -24,48 +24,48 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    arch: Literal['decoder', 'markov'] = 'decoder'  # [markov] a transformer or a Markov chain
-    vocab_size: int = 0  # number of tokens; 0 = that of the data set
+    arch: Literal['decoder', 'markov'] = 'decoder'  # [markov] transformer decoder or Markov chain
+    vocab_size: int = 0  # vocabulary size; 0 = from the data set
     block_size: int = 1024  # context length in tokens
     n_layer: int = 12  # number of blocks
-    n_encoder_layer: int = 0  # [t5] number of blocks of an encoder; 0 = a decoder alone
-    n_head: int = 12  # query heads
-    n_kv_head: int = 0  # heads of keys and values; 0 = n_head, fewer = GQA (arXiv 2305.13245), 1 = MQA
+    n_encoder_layer: int = 0  # [t5] number of encoder blocks; 0 = decoder only
+    n_head: int = 12  # number of query heads
+    n_kv_head: int = 0  # number of key and value heads; 0 = n_head, fewer = GQA (arXiv 2305.13245), 1 = MQA
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # width of a head; 0 = n_embd / n_head
-    d_ff: int = 0  # width of the MLP; 0 = 4 n_embd, gated 8/3 n_embd: as many parameters, a multiple of 32
-    position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # relative: T5's bias on attention
+    d_ff: int = 0  # hidden width of the MLP; 0 = 4 n_embd; gated: 8/3 n_embd, to a multiple of 32
+    position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # relative: T5's position bias
     rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
-    norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # (Zhang & Sennrich 2019, arXiv 1910.07467)
+    norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
     norm_eps: float = 1e-5
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
-    mlp_norm: bool = False  # a norm on the MLP's hidden layer
-    qk_norm: bool = True  # RMS-normalise queries and keys: no logit growth, higher rates (arXiv 2010.04245)
+    mlp_norm: bool = False  # add a norm on the MLP's hidden layer
+    qk_norm: bool = True  # RMSNorm on queries and keys: bounded logits, higher rates (arXiv 2010.04245)
     n_expert: int = 0  # [moe] number of experts per block; 0 = a single dense MLP
-    softcap: float = 0.0  # bound the output logits to ±softcap by tanh; 0 = off (Gemma 2, arXiv 2408.00118)
-    zero_init: bool = True  # output matrices of attention and MLP start at zero: blocks start as the identity
-    embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and takes a high rate
-    depth_scale: Literal['none', 'attn', 'norm'] = 'none'  # attn: attention logits of block n over n, from 1
-    # (Inheritune, arXiv 2404.08634); norm: outputs of its norms over sqrt(n) (arXiv 2502.05795)
-    value_residual: bool = False  # mix the first block's values into those of the others (arXiv 2410.17897)
-    tie: bool = True  # one matrix for embedding and head (Press & Wolf 2017, arXiv 1608.05859)
-    bias: bool = False  # biases in linear layers and LayerNorm
-    dropout: float = 0.0  # 0 for pretraining; 0.1 and more when the data repeat many times
+    softcap: float = 0.0  # limit the output logits to ±softcap with tanh; 0 = off (Gemma 2, arXiv 2408.00118)
+    zero_init: bool = True  # output matrices of attention and MLP start at zero: blocks start as identity
+    embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and needs a high rate
+    depth_scale: Literal['none', 'attn', 'norm'] = 'none'  # attn: divide attention logits of block n by n
+    # (Inheritune, arXiv 2404.08634); norm: divide the outputs of its norms by sqrt(n) (arXiv 2502.05795)
+    value_residual: bool = False  # mix the first block's values into later ones (arXiv 2410.17897)
+    tie: bool = True  # share one matrix between embedding and head (Press & Wolf 2017, arXiv 1608.05859)
+    bias: bool = False  # use biases in linear layers and LayerNorm
+    dropout: float = 0.0  # 0 for pretraining; 0.1 or more if the data are repeated many times
     init_std: float = 0.0  # standard deviation of the initial weights; 0 = 1/sqrt(inputs). GPT-2: 0.02
-    rank_qk: int = 0  # low rank: matrices of queries and keys become up·down of this inner width; 0 = dense
-    rank_vo: int = 0  # the same for values and attention's output
-    rank_mlp: int = 0  # the same for all matrices of the MLP
-    rank_embed: int = 0  # the same for the embedding
-    rank_head: int = 0  # the same for the output head
-    ranks: dict = field(default_factory=dict)  # ranks of single matrices, over these: {'attn.k': 16,
-    # 'blocks.3.mlp.down': 0}; cross-attention and an encoder's block 3 follow them too
-    first_block_dense: bool = False  # the first block stays dense (Pufferfish, arXiv 2103.03936)
-    rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # between the factors
+    rank_qk: int = 0  # rank of the query and key matrices, as factors up·down of this inner width; 0 = dense
+    rank_vo: int = 0  # rank of the value and attention output matrices
+    rank_mlp: int = 0  # rank of all MLP matrices
+    rank_embed: int = 0  # rank of the embedding
+    rank_head: int = 0  # rank of the output head
+    ranks: dict = field(default_factory=dict)  # ranks of single matrices, which override these: {'attn.k':
+    # 16, 'blocks.3.mlp.down': 0}; also match cross-attention and an encoder's block 3
+    first_block_dense: bool = False  # keep the first block dense (Pufferfish, arXiv 2103.03936)
+    rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # activation between factors
     rank_act_qk: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] | None = None  # None = rank_act
-    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # all with the norm of the dense init
-    rank_identity: bool = False  # add a learned multiple of the input where it fits: full rank again
-    rank_blocks: int = 0  # add a block-diagonal matrix of this many blocks: full rank too (arXiv 2406.16450)
-    rank_guide: int = 0  # steps in which a dense matrix beside the factors fades out (arXiv 2406.16450)
+    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # all have the dense norm
+    rank_identity: bool = False  # add a learned multiple of the input in square layers, for full rank
+    rank_blocks: int = 0  # add a block-diagonal matrix of this many blocks, for full rank (arXiv 2406.16450)
+    rank_guide: int = 0  # add a dense matrix that fades out over this many steps (arXiv 2406.16450)
 
     only_in_training = ('dropout',)  # settings on which a trained network's function does not depend
 
