@@ -15,32 +15,32 @@ from model import LowRank
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = 6e-4  # the highest one
-    max_iters: int = 10000  # steps; a step is one update of the weights
-    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # of the fall; wsd: constant, then linear
-    decay_lr: bool = True  # False: constant from step 0, as in nanoGPT, unless warmup_iters is given
-    warmup_iters: int | None = None  # steps; None = 5% of max_iters, at most 2000; without decay_lr 0
-    lr_decay_iters: int | None = None  # step at which min_lr is reached; None = max_iters
-    min_lr: float | None = None  # at most learning_rate; None = learning_rate / 10
-    cooldown: float = 0.4  # wsd: share of lr_decay_iters in which the rate falls (arXiv 2405.18392)
-    weight_decay: float = 0.1  # of matrices; not of norms and biases, under Muon not of embeddings and head
-    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # of low-rank ones: of each factor, which
-    # shrinks the rank (Kobayashi et al. 2024, arXiv 2410.23819), or of their product (arXiv 2105.01029)
-    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: for matrices of the blocks,
-    # AdamW for the rest; spectron: Muon, and the step of low-rank factors is bounded by their norms (arXiv
-    # 2602.12429); counts: a full Markov table learns by counting (features/markov)
-    muon_lr: float = 0.02  # highest rate of the matrices under Muon
-    embed_lr: float | None = None  # highest rate of the embeddings; None = learning_rate, here and below
-    head_lr: float | None = None  # of the head, and of an embedding tied to it
-    scalar_lr: float | None = None  # of norms, biases and the mix of values
-    lr_scale: dict = field(default_factory=dict)  # multiples of these rates, by patterns of names:
-    # {'attn.[qk]': 2}. muP for factors: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (arXiv 2406.06248)
-    momentum: float = 0.95  # Muon's, Nesterov
-    momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = at once (modded-nanogpt, record 9)
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95
+    learning_rate: float = 6e-4  # peak learning rate
+    max_iters: int = 10000  # number of training steps; a step is one update of the weights
+    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # shape of the decay; wsd: constant, then linear
+    decay_lr: bool = True  # False: constant rate, as in nanoGPT; no warmup unless warmup_iters is set
+    warmup_iters: int | None = None  # warmup steps; None = 5% of max_iters, at most 2000; 0 if decay_lr=False
+    lr_decay_iters: int | None = None  # step at which the rate reaches min_lr; None = max_iters
+    min_lr: float | None = None  # final learning rate, at most learning_rate; None = learning_rate / 10
+    cooldown: float = 0.4  # wsd: fraction of lr_decay_iters in which the rate decays (arXiv 2405.18392)
+    weight_decay: float = 0.1  # for matrices, not norms and biases; with Muon not embeddings and head
+    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # weight decay of low-rank matrices: of
+    # each factor, which lowers the rank (arXiv 2410.23819), or of the product (arXiv 2105.01029)
+    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: Muon for the matrices of the
+    # blocks, AdamW for the rest; spectron: Muon with bounded steps of low-rank factors (arXiv 2602.12429);
+    # counts: counting, for a full Markov table (features/markov)
+    muon_lr: float = 0.02  # peak learning rate of the matrices trained by Muon
+    embed_lr: float | None = None  # peak learning rate of the embeddings; None = learning_rate
+    head_lr: float | None = None  # peak learning rate of the head, also if tied; None = learning_rate
+    scalar_lr: float | None = None  # peak learning rate of norms, biases, value mixing; None = learning_rate
+    lr_scale: dict = field(default_factory=dict)  # learning-rate multipliers by name pattern: {'attn.[qk]':
+    # 2}. muP for factors: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (arXiv 2406.06248)
+    momentum: float = 0.95  # Nesterov momentum of Muon
+    momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = none (modded-nanogpt, record 9)
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
     eps: float = 1e-8
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 = no clipping
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0 = no clipping
 
     def check(self):
         """Raise ValueError for values that cannot work."""
