@@ -33,13 +33,13 @@ EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss 
 @dataclass
 class DataConfig:
     dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; {'wiki': 100, 'dolly': 20} = a
-    # mixture, whose weights count tokens
-    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] what is trained: the next
-    # token; the end of a row after its beginning; masked tokens, of which prepare.py --reserve=100 makes the
-    # sentinels; the targets of pairs (prepare.py --source=… --target=…), each after its source
-    packing: Literal['stream', 'aligned', 'document'] = 'stream'  # a row is: the next block_size tokens of
-    # the stream; the same from the first document start among them (some tokens come twice an epoch, others
-    # never); one document after a start token, padded, or a random crop of it if it is too long
+    # mixture; its weights count tokens
+    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] predict: the next token; the
+    # end of a row from its beginning; masked spans (needs prepare.py --reserve=100); the target of each pair
+    # from its source (prepare.py --source=… --target=…)
+    packing: Literal['stream', 'aligned', 'document'] = 'stream'  # stream: a row is the next block_size
+    # tokens; aligned: the same, from the first document start in them (some tokens come twice per epoch,
+    # others never); document: one document after a start token, padded, or a random crop
 
 
 # -----------------------------------------------------------------------------
