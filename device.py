@@ -20,15 +20,15 @@ IMPORTED = time.perf_counter()
 
 @dataclass
 class NumericConfig:
-    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls; weights stay float32.
-    # auto = bfloat16 where it is faster; float32 for greedy text, beam searches and eval.py
+    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the fastest available
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # dtype of the matmuls; weights stay
+    # float32. auto = bfloat16 where it is faster; float32 for greedy decoding, beam search and eval.py
 
 
 @dataclass
 class DeviceConfig(NumericConfig):
-    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto = where it pays: training on CUDA, or on a
-    # CPU for minutes; samples of 4,000 tokens
+    compile: bool | Literal['auto'] = 'auto'  # use torch.compile; auto = where it saves time: training on
+    # CUDA, training on CPU for minutes, sampling 4,000 tokens
 
 
 def pick_device(name):
