@@ -24,15 +24,14 @@ from features.study.tuning import best, sweep_points, sweep_report, swept_curve
 
 @dataclass
 class Settings:
-    runs: list[FilePath] = field(default_factory=list)  # out_dirs of training runs, or patterns:
-    # 'out/sweeps/demo/*'
-    sweep: FilePath = ''  # file of a sweep: run what is missing, then report (README, config/sweeps/demo.py)
-    dry_run: bool = False  # list the runs of the sweep, run nothing
-    jobs: int = 0  # runs at a time; 0 = one per GPU, or one on a CPU
-    reference: str = ''  # the arm that the others are compared with; '' = the first one
-    picture: FilePath = 'auto'  # where to draw; '' = nowhere, auto = out/compare.png, or compare.png in the
-    # sweep's folder
-    csv: FilePath = ''  # write the table there, for notebooks
+    runs: list[FilePath] = field(default_factory=list)  # runs, or patterns: 'out/sweeps/demo/*'
+    sweep: FilePath = ''  # sweep file: do the missing runs, then report (docs/study.md)
+    dry_run: bool = False  # list the runs of the sweep, but do not run them
+    jobs: int = 0  # number of runs at a time; 0 = one per GPU, or one on a CPU
+    reference: str = ''  # arm to compare the others with; '' = the first one
+    picture: FilePath = 'auto'  # file for the plot; auto = compare.png in out or in the sweep's folder; '' =
+    # no plot
+    csv: FilePath = ''  # file for the table
 
     positional = 'runs'
 

@@ -31,16 +31,16 @@ from device import DeviceConfig, NumericConfig, pick_device, pick_exact_dtype
 
 @dataclass
 class LossSettings(DeviceConfig):
-    out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
-    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: with the lowest loss, or newest
-    dataset: FilePath = ''  # name under data/, or a folder, of the same tokenizer; '' = the run's own
+    out_dir: FilePath = 'out'  # a training run or one of its checkpoints
+    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: lowest validation loss or newest
+    dataset: FilePath = ''  # name under data/, or a folder, with the same tokenizer; '' = data of the run
 
 
 @dataclass
 class ModelSettings(NumericConfig):  # no compile: rows of every length would be compiled anew
     out_dir: FilePath = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
-    which: Literal['best', 'last'] = 'best'  # checkpoint of a run
-    adapter: FilePath = ''  # a low-rank adapter on top: a run of train.py --lora_rank, or a folder of PEFT's
+    which: Literal['best', 'last'] = 'best'  # checkpoint of a run: lowest validation loss or newest
+    adapter: FilePath = ''  # LoRA adapter to apply: a run of train.py --lora_rank, or a PEFT folder
 
     def load(self, encoder=False):
         """
@@ -61,8 +61,8 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
 
 @dataclass
 class TextSettings(ModelSettings):
-    files: list[FilePath] = field(default_factory=list)  # texts, UTF-8
-    stride: int = 0  # tokens that each window predicts; 0 = half of the context, after the other half
+    files: list[FilePath] = field(default_factory=list)  # text files, UTF-8
+    stride: int = 0  # tokens predicted per window; 0 = half of the context, with the other half before them
 
     positional = 'files'
 
@@ -76,12 +76,13 @@ class TextSettings(ModelSettings):
 
 @dataclass
 class TaskSettings(ModelSettings):
-    files: list[FilePath] = field(default_factory=list)  # tasks, JSONL in one of the shapes of tasks.py
-    shots: int = 0  # solved examples before each item, from the same file
-    delimiter: str = ' '  # between a query and its choices; \n is a new line: '\nAnswer: ' for Mosaic's tasks
-    limit: int = 0  # items of each task, from its beginning; 0 = all
-    seed: int = 1337  # of the examples
-    csv: FilePath = ''  # file for the result of every item
+    files: list[FilePath] = field(default_factory=list)  # JSONL files; features/study/tasks.py has the
+    # formats
+    shots: int = 0  # number of solved examples before each item, from the same file (few-shot)
+    delimiter: str = ' '  # text between query and choices; \n is a new line: '\nAnswer: ' for Mosaic's tasks
+    limit: int = 0  # use only this many items of each task, the first ones; 0 = all
+    seed: int = 1337  # seed for the choice of examples
+    csv: FilePath = ''  # file for the results of all items
 
     positional = 'files'
 
@@ -96,10 +97,10 @@ class TaskSettings(ModelSettings):
 
 @dataclass
 class HarnessSettings(ModelSettings):
-    tasks: str = ''  # names of lm-eval's tasks, with commas
-    shots: int | None = None  # None = as each task has it
-    limit: int = 0  # items of each task, from its beginning; 0 = all
-    include: FilePath = ''  # folder of your own tasks, YAML
+    tasks: str = ''  # names of lm-eval's tasks, separated by commas
+    shots: int | None = None  # number of solved examples before each item; None = the default of each task
+    limit: int = 0  # use only this many items of each task, the first ones; 0 = all
+    include: FilePath = ''  # folder of your own tasks in lm-eval's YAML format
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -112,16 +113,16 @@ class HarnessSettings(ModelSettings):
 
 @dataclass
 class SummarySettings(ModelSettings):
-    files: list[FilePath] = field(default_factory=list)  # pairs, JSONL; none = the run's own validation pairs
-    source: str = 'source'  # the field that the network reads
-    prompt_template: str = ''  # in place of it, as in prepare.py: \n is a new line
-    target: str = 'target'  # the field that people wrote, a text or a list of them
-    max_new_tokens: int = 100  # of each text
-    num_beams: int = 0  # hypotheses of a beam search; 0 = greedy, in batches
+    files: list[FilePath] = field(default_factory=list)  # JSONL files of pairs; none = validation pairs
+    source: str = 'source'  # field that the model reads
+    prompt_template: str = ''  # template to use in place of source, as in prepare.py; \n is a new line
+    target: str = 'target'  # field with the reference: a text, or a list of texts
+    max_new_tokens: int = 100  # maximum length of each generated text, in tokens
+    num_beams: int = 0  # number of beams of a beam search; 0 = greedy, in batches
     batch_size: int = 16
-    stripped: bool = False  # also rougeL as ROT5 reports it, without stop words
-    show: int = 3  # texts printed beside their reference
-    limit: int = 0  # pairs of each file, from its beginning; 0 = all
+    stripped: bool = False  # also print rougeL without stop words, as ROT5 reports it
+    show: int = 3  # number of texts to print beside their references
+    limit: int = 0  # use only this many pairs of each file, the first ones; 0 = all
     csv: FilePath = ''  # file for all texts and their scores
 
     positional = 'files'
@@ -140,9 +141,9 @@ class SummarySettings(ModelSettings):
 @dataclass
 class LadderSettings(DeviceConfig):
     dataset: FilePath = 'stdlib'  # name under data/, or a folder
-    sweep: FilePath = 'config/sweeps/ladder.py'  # models to train if missing; '' = counts only
+    sweep: FilePath = 'config/sweeps/ladder.py'  # trains what is missing; '' = counts only
     out: FilePath = ''  # folder of their runs; '' = out/ladder/NAME
-    picture: FilePath = 'auto'  # where to draw; '' = nowhere, auto = ladder.png in that folder
+    picture: FilePath = 'auto'  # file for the plot; auto = ladder.png in that folder, '' = no plot
 
 
 # -----------------------------------------------------------------------------

@@ -43,21 +43,22 @@ class Settings:
     sources: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # files, folders, globs, or one of:
     # stdlib, stdlib_docs, stdlib_docstrings, shakespeare, tinystories, openwebtext, fineweb_edu, pubmed,
     # synthetic:markov, synthetic:markov2, synthetic:markov3
-    out: FilePath = ''  # the folder to make; '' = data/NAME for a named corpus
-    tokenizer: FilePath = 'bpe:4096'  # byte, char, gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece),
-    # FILE.json (tokenizers), FILE.txt (BERT), or bpe:N, trained on the text: 4096 for small models
-    text_key: str = 'text'  # field of .jsonl and .parquet with the text; several are joined by newlines: a,b
-    val_fraction: float | None = None  # share for validation; None = 0.01, more of small, less of large texts
-    split: Literal['auto', 'document', 'tail'] = 'auto'  # document: by its hash, so equal ones are on one
-    # side; tail: the end of each document validates; auto: tail for .txt with fewer than 200 documents in all
-    errors: Literal['strict', 'replace'] = 'strict'  # bytes that are not UTF-8: stop, or read them as U+FFFD
-    num_proc: int = 0  # number of processes for large corpora; 0 = as many as are useful
-    source: str = ''  # text: for pairs (objective=seq2seq), the field that is read,
-    target: str = ''  # text: and the field to write; a document is source, end-of-text, target, end-of-text
-    prompt_template: str = ''  # text: in place of source: 'Q: {question}\nA: ', \n is a new line
-    reserve: int = 0  # text: extra tokens that no text contains (objective=ul2): 100 for 512-token rows
-    part: str = ''  # text: 3/64 = only the third of 64 parts, which can run on several machines
-    merge: FilePath = ''  # text: the folder to make of all its parts: --merge=OUT, without other settings
+    out: FilePath = ''  # output folder; '' = data/NAME for a named corpus
+    tokenizer: FilePath = 'bpe:4096'  # bpe:N (BPE trained on the text; 4096 for small models), char, byte,
+    # gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers) or FILE.txt (BERT)
+    text_key: str = 'text'  # text field of .jsonl and .parquet; a,b joins several fields with newlines
+    val_fraction: float | None = None  # share for validation; None = 0.01, more for small, less for large
+    # texts
+    split: Literal['auto', 'document', 'tail'] = 'auto'  # document: by a hash of each, so duplicates stay
+    # together; tail: validate on the end of each document; auto: tail for .txt with fewer than 200 documents
+    errors: Literal['strict', 'replace'] = 'strict'  # for invalid UTF-8: stop, or read it as U+FFFD
+    num_proc: int = 0  # number of processes for large corpora; 0 = chosen by size
+    source: str = ''  # text: for pairs (objective=seq2seq): the source field
+    target: str = ''  # text: the target field; a document is source, end-of-text, target, end-of-text
+    prompt_template: str = ''  # text: in place of source, a template: 'Q: {question}\nA: '; \n is a new line
+    reserve: int = 0  # text: number of tokens that no text contains (objective=ul2): 100 for 512-token rows
+    part: str = ''  # text: 3/64 = prepare only part 3 of 64, for example on several machines
+    merge: FilePath = ''  # text: merge all parts into this folder: --merge=OUT, without other settings
 
     def check(self):
         """Raise ValueError for values that cannot work."""

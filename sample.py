@@ -45,34 +45,34 @@ COMPILE_FROM = 4000
 @dataclass
 class Settings(DeviceConfig):
     out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
-    init_from: FilePath = 'resume'  # resume = from out_dir; hf:FOLDER = a Hugging Face folder; gpt2,
-    # gpt2-medium, gpt2-large, gpt2-xl
-    which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: the one with the lowest validation loss,
-    # or the newest
-    start: str = '\n'  # the prompt; where the tokenizer has no new line, the default is the end of text.
-    # FILE:prompt.txt reads it from a file, as it is there. In a typed text \n is a new line, \t a tab, \r a
-    # carriage return, \\ a backslash, \u00e4 the character of that number: write C:\\new for C:\new. In both
-    # the end of text, as the tokenizer writes it (<|endoftext|>, </s>), is that token
-    num_samples: int = 3  # drawn together, as one batch
-    max_new_tokens: int = 300  # of each sample
-    temperature: float = 0.8  # 0 = greedy, below 1 = safer, above 1 = wilder
-    top_k: int = 200  # only the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability (arXiv 1904.09751)
-    min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082)
-    repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (arXiv 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be given several
-    # times; typed as start: \n is a new line
+    init_from: FilePath = 'resume'  # resume: load out_dir; hf:FOLDER: load a Hugging Face folder; gpt2,
+    # gpt2-medium, gpt2-large, gpt2-xl: download GPT-2
+    which: Literal['best', 'last'] = 'best'  # best: lowest validation loss; last: newest
+    start: str = '\n'  # the prompt, or FILE:prompt.txt to read it from a file, unchanged. On the command line
+    # \n is a new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 a character by its number; so
+    # write C:\\new for C:\new. The tokenizer's end-of-text string (<|endoftext|>, </s>) becomes that token;
+    # it is the default prompt if there is no new-line token
+    num_samples: int = 3  # number of samples, generated as one batch
+    max_new_tokens: int = 300  # maximum length of each sample, in tokens
+    temperature: float = 0.8  # 0 = greedy; below 1 = less random; above 1 = more random
+    top_k: int = 200  # sample from the k most likely tokens only; 0 = all
+    top_p: float = 1.0  # sample from the most likely tokens of this total probability (arXiv 1904.09751)
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one (arXiv
+    # 2407.01082)
+    repetition_penalty: float = 1.0  # above 1: make tokens that already occurred less likely (arXiv
+    # 1909.05858)
+    stop: list[str] = field(default_factory=list)  # end a sample before this text; can be repeated; \n is a
+    # new line
     seed: int = 1337
-    interactive: bool = False  # read prompts from the terminal, one after another
-    use_cache: bool = True  # False: compute all keys and values anew for every token, to compare
-    adapter: list[FilePath] = field(default_factory=list)  # [lora] low-rank adapters beside the network, runs
-    # of train.py --lora_rank or folders of PEFT's; several, as name=DIR each, write num_samples each,
-    # together in one batch
-    int8: bool = False  # [lora] matrices in int8 with a scale per row: 1.3 times bfloat16's speed where
-    # decoding is compiled, slower where it is not
-    num_beams: int = 0  # [t5] above 0: one text, the likeliest that a beam search with so many hypotheses
-    # finds
-    length_penalty: float = 1.0  # [t5] of the beam search: above 0 favours longer texts, below shorter ones
+    interactive: bool = False  # read prompts from the terminal, one by one
+    use_cache: bool = True  # False: recompute all keys and values for each token; slow, for comparison
+    adapter: list[FilePath] = field(default_factory=list)  # [lora] LoRA adapters to apply: runs of train.py
+    # --lora_rank or PEFT folders. Several as --adapter=name=DIR: num_samples of each, in one batch
+    int8: bool = False  # [lora] int8 matrices with one scale per row: 1.3 times as fast as bfloat16 if
+    # decoding is compiled, slower otherwise
+    num_beams: int = 0  # [t5] above 0: beam search with this many beams; gives one text, the most likely one
+    # found
+    length_penalty: float = 1.0  # [t5] for beam search: above 0 favors longer texts, below 0 shorter ones
 
     def check(self):
         """Raise ValueError for values that cannot work."""
