@@ -341,6 +341,16 @@ def from_dict(cls, values, where):
 REMOVED = {
     'mix_by': 'tokens',
     'verify_data': ...,
+    'first_block_dense': False,
+    'rank_act_qk': None,
+    'rank_init': ...,
+    'rank_identity': False,
+    'rank_blocks': 0,
+    'rank_guide': 0,
+    'factor_decay': 'factor',
+    'momentum': 0.95,
+    'momentum_warmup': 300,
+    'eps': 1e-8,
 }
 
 

@@ -59,13 +59,7 @@ class ModelConfig:
     rank_head: int = 0  # rank of the output head
     ranks: dict = field(default_factory=dict)  # ranks of single matrices, which override these: {'attn.k':
     # 16, 'blocks.3.mlp.down': 0}; also match cross-attention and an encoder's block 3
-    first_block_dense: bool = False  # keep the first block dense (Pufferfish, arXiv 2103.03936)
     rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # activation between factors
-    rank_act_qk: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] | None = None  # None = rank_act
-    rank_init: Literal['spectral', 'orthogonal', 'normal'] = 'spectral'  # all have the dense norm
-    rank_identity: bool = False  # add a learned multiple of the input in square layers, for full rank
-    rank_blocks: int = 0  # add a block-diagonal matrix of this many blocks, for full rank (arXiv 2406.16450)
-    rank_guide: int = 0  # add a dense matrix that fades out over this many steps (arXiv 2406.16450)
 
     only_in_training = ('dropout',)  # settings on which a trained network's function does not depend
 
@@ -96,8 +90,6 @@ class ModelConfig:
     def rank(self, layer, name):
         """The rank of a matrix of block `layer`, 0 for a dense one: the most specific setting counts."""
         general = self.ranks.get(name, getattr(self, RANK_OF[name]))
-        if self.first_block_dense and layer == 0:
-            general = 0
         return self.ranks.get(f'blocks.{layer}.{name}', general)
 
     def check(self):
@@ -106,7 +98,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
         for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed',
-                     'rank_head', 'rank_blocks', 'rank_guide'):
+                     'rank_head'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
@@ -132,7 +124,6 @@ class ModelConfig:
         sizes, table = self.sizes(), (self.vocab_size or self.n_embd, self.n_embd)
         ranks = [(RANK_OF[name], getattr(self, RANK_OF[name]), size) for name, size in sizes.items()]
         ranks += [('rank_embed', self.rank_embed, table), ('rank_head', self.rank_head, table)]
-        layers = set(range(min(self.n_layer, len(self.ranks) + 2)))  # the first, one without ranks of its own
         for name, rank in self.ranks.items():
             found = re.fullmatch(r'(?:blocks\.(0|[1-9][0-9]*)\.)?(.*)', str(name), re.DOTALL)
             layer, matrix = found.groups('0')
@@ -140,22 +131,12 @@ class ModelConfig:
                 raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, '
                                  'or one of a single block as blocks.0.attn.q')
             ranks.append((f'ranks: {name}', rank, sizes[matrix]))
-            layers.add(int(layer))
         for name, rank, (n_in, n_out) in ranks:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
                 raise ValueError(f'{name}={rank}: takes a whole number, 0 for a dense matrix')
             if rank > min(n_in, n_out):
                 raise ValueError(f'{name}={rank} is larger than the matrix ({n_in} x {n_out}): lower it, '
                                  'or 0 for a dense one')
-        low_rank = [name for name in sizes if any(self.rank(layer, name) for layer in layers)]
-        for name in ('first_block_dense', 'rank_identity', 'rank_blocks', 'rank_guide'):
-            if getattr(self, name) and not low_rank:
-                raise ValueError(f'{name}={getattr(self, name)}: no matrix of the blocks is low-rank: set '
-                                 'rank_qk, rank_vo, rank_mlp or ranks too')
-        for name in low_rank:
-            if self.rank_blocks and any(n % self.rank_blocks for n in sizes[name]):
-                raise ValueError(f'rank_blocks={self.rank_blocks}: does not divide both sides of {name}, '
-                                 f'{sizes[name][0]} x {sizes[name][1]}')
 
 
 GATED = ('swiglu', 'geglu')
@@ -183,27 +164,16 @@ LATENTS = {'none': lambda z: z,
 
 
 class LowRank(nn.Module):
-    """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out), and what the settings rank_* add to it."""
+    """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)"""
 
-    def __init__(self, n_in, n_out, rank, act, cfg):
+    def __init__(self, n_in, n_out, rank, act, bias):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
-        self.up = nn.Linear(rank, n_out, bias=cfg.bias)
+        self.up = nn.Linear(rank, n_out, bias=bias)
         self.act = LATENTS[act]
-        self.identity = nn.Parameter(torch.zeros(())) if cfg.rank_identity and n_in == n_out else None
-        n = cfg.rank_blocks
-        self.blocks = nn.Parameter(torch.empty(n, n_out // n, n_in // n)) if n else None
-        self.guide = nn.Linear(n_in, n_out, bias=False) if cfg.rank_guide else None
-        self.register_buffer('share', torch.ones(()) if cfg.rank_guide else None)
 
     def forward(self, x):
-        y = self.up(self.act(self.down(x)))
-        if self.identity is not None:
-            y = y + self.identity * x.type_as(y)
-        if self.blocks is not None:
-            parts = x.unflatten(-1, (len(self.blocks), -1))  # (…, blocks, n_in / blocks)
-            y = y + torch.einsum('...ni,noi->...no', parts, self.blocks.type_as(x)).flatten(-2)
-        return y if self.guide is None else y + self.share.type_as(y) * (self.guide(x) - y)
+        return self.up(self.act(self.down(x)))
 
     def is_linear(self):
         """Whether the layer is one matrix; with an activation between its factors it is two."""
@@ -212,22 +182,16 @@ class LowRank(nn.Module):
 
     def matrix(self):
         """The matrix (n_out, n_in) of a linear layer."""
-        weight = self.up.weight @ self.down.weight
-        if self.identity is not None:
-            weight = weight + self.identity * torch.eye(len(weight))
-        if self.blocks is not None:
-            weight = weight + torch.block_diag(*self.blocks)
-        return weight if self.guide is None else torch.lerp(weight, self.guide.weight, self.share)
+        return self.up.weight @ self.down.weight
 
 
 def linear(cfg, layer, name):
     """The linear layer `name`, as in ModelConfig.sizes(), of block `layer`."""
     (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
-    setting = 'rank_act_qk' if cfg.rank_act_qk and name in ('attn.q', 'attn.k') else 'rank_act'
-    if getattr(cfg, setting) not in LATENTS:
-        raise no_code(cfg, setting)
+    if cfg.rank_act not in LATENTS:
+        raise no_code(cfg, 'rank_act')
     if rank:
-        return LowRank(n_in, n_out, rank, getattr(cfg, setting), cfg)
+        return LowRank(n_in, n_out, rank, cfg.rank_act, cfg.bias)
     return nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
@@ -237,37 +201,24 @@ def init_linear(layer, cfg, scale=1.0, zero=False):
     first, last = (layer.down, layer.up) if is_low_rank else (layer, layer)
     std = scale * (cfg.init_std or first.in_features ** -0.5)
     if is_low_rank:
-        init_factors(layer.down.weight, layer.up.weight, std, cfg)
-        if layer.blocks is not None:
-            nn.init.normal_(layer.blocks, std=0 if zero else std)
+        init_factors(layer.down.weight, layer.up.weight, std)
     else:
         nn.init.normal_(layer.weight, std=std)
     if zero:
         nn.init.zeros_(last.weight)
-    if is_low_rank and layer.guide is not None:  # the product: nothing jumps when its share begins to fall
-        layer.guide.weight.copy_(layer.up.weight @ layer.down.weight)
     if last.bias is not None:
         nn.init.zeros_(last.bias)
 
 
-def init_factors(down, up, std, cfg):
-    """Fill down (R, n_in) and up (n_out, R): up·down stands for a dense normal matrix of deviation `std`."""
-    (rank, n_in), n_out = down.shape, len(up)
-    if cfg.rank_init == 'normal':  # a product of R terms has the deviation sqrt(R) · factor_std²
-        factor_std = math.sqrt(std / math.sqrt(rank))
-        nn.init.normal_(down, std=factor_std)
-        nn.init.normal_(up, std=factor_std)
-        return
-    # at any rank the norm of the dense matrix: comparing ranks does not compare scales
-    if cfg.rank_init == 'spectral':  # truncated SVD (Khodak et al. 2021, arXiv 2105.01029)
-        dense = torch.empty(n_out, n_in, device=up.device).normal_(std=std)
-        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
-        U, S, Vh = U[:, :rank], S[:rank] * (S.norm() / S[:rank].norm()), Vh[:rank]
-    elif cfg.rank_init == 'orthogonal':  # equal singular values (Kamalakara et al. 2022, arXiv 2209.13569)
-        S = torch.full((rank,), std * math.sqrt(n_in * n_out / rank), device=up.device)
-        U, Vh = nn.init.orthogonal_(torch.empty_like(up)), nn.init.orthogonal_(torch.empty_like(down))
-    else:
-        raise no_code(cfg, 'rank_init')
+def init_factors(down, up, std):
+    """
+    Fill down (R, n_in) and up (n_out, R) by the truncated SVD of a dense normal matrix of deviation `std`
+    (Khodak et al. 2021, arXiv 2105.01029). At any rank the product has the norm of the dense matrix.
+    """
+    rank = len(down)
+    dense = torch.empty(len(up), down.size(1), device=up.device).normal_(std=std)
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    U, S, Vh = U[:, :rank], S[:rank] * (S.norm() / S[:rank].norm()), Vh[:rank]
     down.copy_(S[:, None].sqrt() * Vh)
     up.copy_(U * S.sqrt())
 
@@ -650,22 +601,6 @@ class Transformer(nn.Module):
                              self.cfg.softcap, label_smoothing, torch.is_grad_enabled(), teacher)
         return loss if reduction == 'sum' else loss / (targets >= 0).sum()
 
-    # --- low rank ---
-
-    def low_rank_layers(self):
-        return [layer for layer in self.modules() if isinstance(layer, LowRank)]
-
-    def set_guides(self, step):
-        """Their share in update number `step`: a cosine from 1 to 0 over rank_guide steps."""
-        for layer in self.low_rank_layers():
-            layer.share.fill_(0.5 * (1 + math.cos(math.pi * min(1, step / self.cfg.rank_guide))))
-
-    def drop_guides(self):
-        """Go on without them and their parameters."""
-        for layer in self.low_rank_layers():
-            layer.guide = layer.share = None
-        self.cfg.rank_guide = 0
-
     # --- init ---
 
     @torch.no_grad()
@@ -682,10 +617,10 @@ class Transformer(nn.Module):
         if self.wpe is not None:
             nn.init.normal_(self.wpe.weight, std=std)
         if self.wte_up is not None:
-            init_factors(self.wte_up.weight.T, self.wte.weight[:cfg.vocab_size], std, cfg)
+            init_factors(self.wte_up.weight.T, self.wte.weight[:cfg.vocab_size], std)
         if self.head_down is not None:
             std = cfg.init_std or cfg.n_embd ** -0.5
-            init_factors(self.head_down.weight, self.head.weight[:cfg.vocab_size], std, cfg)
+            init_factors(self.head_down.weight, self.head.weight[:cfg.vocab_size], std)
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from configurator import UserError
-from model import LowRank
 
 
 @dataclass
@@ -24,32 +23,25 @@ class OptimConfig:
     min_lr: float | None = None  # final learning rate, at most learning_rate; None = learning_rate / 10
     cooldown: float = 0.4  # wsd: fraction of lr_decay_iters in which the rate decays (arXiv 2405.18392)
     weight_decay: float = 0.1  # for matrices, not norms and biases; with Muon not embeddings and head
-    factor_decay: Literal['factor', 'product', 'none'] = 'factor'  # weight decay of low-rank matrices: of
-    # each factor, which lowers the rank (arXiv 2410.23819), or of the product (arXiv 2105.01029)
-    optimizer: Literal['adamw', 'muon', 'spectron', 'counts'] = 'adamw'  # muon: Muon for the matrices of the
-    # blocks, AdamW for the rest; spectron: Muon with bounded steps of low-rank factors (arXiv 2602.12429);
-    # counts: counting, for a full Markov table (features/markov)
+    optimizer: Literal['adamw', 'muon', 'counts'] = 'adamw'  # muon: Muon for the matrices of the blocks,
+    # AdamW for the rest; counts: counting, for a full Markov table (features/markov)
     muon_lr: float = 0.02  # peak learning rate of the matrices trained by Muon
     embed_lr: float | None = None  # peak learning rate of the embeddings; None = learning_rate
     head_lr: float | None = None  # peak learning rate of the head, also if tied; None = learning_rate
     scalar_lr: float | None = None  # peak learning rate of norms, biases, value mixing; None = learning_rate
     lr_scale: dict = field(default_factory=dict)  # learning-rate multipliers by name pattern: {'attn.[qk]':
     # 2}. muP for factors: {'attn.*down': 0.5, 'attn.*up': n_embd / (2 rank)} (arXiv 2406.06248)
-    momentum: float = 0.95  # Nesterov momentum of Muon
-    momentum_warmup: int = 300  # steps in which it rises from 0.85; 0 = none (modded-nanogpt, record 9)
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    eps: float = 1e-8
     grad_clip: float = 1.0  # maximum norm of the gradient; 0 = no clipping
 
     def check(self):
         """Raise ValueError for values that cannot work."""
         for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters',
-                     'lr_decay_iters', 'min_lr', 'muon_lr', 'embed_lr', 'head_lr', 'scalar_lr',
-                     'momentum_warmup', 'eps'):
+                     'lr_decay_iters', 'min_lr', 'muon_lr', 'embed_lr', 'head_lr', 'scalar_lr'):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
-        for name in ('beta1', 'beta2', 'momentum'):
+        for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: takes 0 <= {name} < 1')
         for pattern, scale in self.lr_scale.items():
@@ -98,9 +90,9 @@ class OptimConfig:
             return False  # markov
         if self.optimizer == 'adamw':
             return False
-        if self.optimizer in ('muon', 'spectron'):
+        if self.optimizer == 'muon':
             return True
-        raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw, muon or spectron')
+        raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw or muon')
 
     @property
     def main_rate(self):
@@ -122,16 +114,6 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         return count_table(model, cfg)  # markov
     names = [name for name, _ in model.named_parameters()]
     check_patterns(cfg, names)
-    if cfg.factor_decay not in ('factor', 'product', 'none'):
-        raise UserError(f'factor_decay={cfg.factor_decay}: has no code in optim.py: use factor, '
-                        'product or none')
-    pairs = [(layer.down.weight, layer.up.weight) for layer in model.modules() if isinstance(layer, LowRank)]
-    if cfg.optimizer == 'spectron' and not pairs:
-        raise UserError('optimizer=spectron: no matrix of the blocks is low-rank: use muon, or set rank_qk, '
-                        'rank_vo or rank_mlp')
-    without_decay = set()
-    if cfg.factor_decay != 'factor':
-        without_decay = {p for pair in pairs for p in pair}
     head = 'head.weight' if 'head.weight' in names else 'wte.weight'  # tied
     groups = {}
     for name, p in model.named_parameters():
@@ -143,7 +125,7 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         is_matrix = p.ndim >= 2 and not is_bias and not is_table and not name.endswith('.router')
         by_muon = cfg.uses_muon and is_matrix
         decays = is_matrix if cfg.uses_muon else p.ndim >= 2 and not name.endswith('.bias')
-        decay = cfg.weight_decay if decays and p not in without_decay else 0.0
+        decay = cfg.weight_decay if decays else 0.0
         rate = None
         if by_muon:
             rate = cfg.muon_lr
@@ -161,17 +143,15 @@ def make_optimizer(model, cfg, dtype=torch.float32):
     param_groups = []
     for (by_muon, rate, decay, _), params in groups.items():
         group = {'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay}
-        param_groups.append(group | {'momentum': cfg.momentum})
-    product_decay = cfg.weight_decay if cfg.factor_decay == 'product' else 0.0
-    return Muon(param_groups, dtype, pairs, product_decay, bounded=cfg.optimizer == 'spectron',
-                betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)  # one kernel for all, on CPUs too
+        param_groups.append(group | {'momentum': MOMENTUM})
+    # fused: one kernel for all, on CPUs too
+    return Muon(param_groups, dtype, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
 
 def check_patterns(cfg, names):
     """Raise UserError for a pattern of lr_scale that matches no name of a tensor."""
     for pattern in cfg.lr_scale:
-        guides = [name.replace('.down.', '.guide.') for name in names]  # which may be gone already
-        if not any(re.search(pattern, name) for name in names + guides):
+        if not any(re.search(pattern, name) for name in names):
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; '
                             f'the names are like {", ".join(names[:2] + names[-2:])}')
 
@@ -191,6 +171,11 @@ def clip_gradient(model, most):
 # -----------------------------------------------------------------------------
 # Muon
 
+# Nesterov momentum, which rises from the first one in so many steps: worth 0.11 nats in runs of 200 steps
+# (docs/results/low-rank-structure.md), 0.02 to 0.03 in longer ones (recipe.md)
+MOMENTUM, FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.95, 0.85, 300
+
+
 class Muon(torch.optim.AdamW):
     """
     AdamW, but for groups with muon=True (Jordan et al. 2024, kellerjordan.github.io/posts/muon): their update
@@ -198,27 +183,21 @@ class Muon(torch.optim.AdamW):
     rate. GPT-2 124M takes 1.5 times fewer tokens than by AdamW, for 2% more time (modded-nanogpt, record 4).
     Matrices of one shape are orthogonalised together; torch.optim.Muon takes one after the other. A tensor
     with more than two dimensions is a stack of matrices.
-
-    pairs: the low-rank factors (down, up); product_decay: weight decay of up·down; bounded: Spectron's step.
     """
 
-    def __init__(self, groups, dtype=torch.float32, pairs=(), product_decay=0.0, bounded=False, **settings):
+    def __init__(self, groups, dtype=torch.float32, **settings):
         super().__init__(groups, **settings)
         self.dtype = dtype  # to orthogonalise in
-        self.pairs, self.product_decay, self.bounded = pairs, product_decay, bounded
         self._step_supports_amp_scaling = False  # else the kernel, not GradScaler, passes over overflows
 
     @torch.no_grad()
     def step(self, closure=None):
-        bounds = self.bounds() if self.bounded else {}
-        if self.product_decay:
-            self.decay_products()
         for group in self.param_groups:
             if group['muon']:
-                self.orthogonal_step([p for p in group['params'] if p.grad is not None], group, bounds)
+                self.orthogonal_step([p for p in group['params'] if p.grad is not None], group)
         return super().step(closure)  # AdamW passes over what has no gradient left
 
-    def orthogonal_step(self, params, group, bounds=()):
+    def orthogonal_step(self, params, group):
         shapes = {}
         for p in params:  # a tall one goes with the wide ones, transposed: so is then its orthogonal factor
             shapes.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
@@ -237,7 +216,7 @@ class Muon(torch.optim.AdamW):
                 update = (update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype)
                 if hasattr(p, 'full_tensor'):  # scale
                     update = part(update, p)  # scale
-                scale = bounds[p] if p in bounds else max(1, rows / cols) ** 0.5  # a tall one: more entries
+                scale = max(1, rows / cols) ** 0.5  # a tall one: more entries
                 if group['weight_decay']:  # where the update shrinks the weight too (arXiv 2510.12402)
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
                 p.sub_(update.mul_(scale), alpha=group['lr'])
@@ -249,34 +228,6 @@ class Muon(torch.optim.AdamW):
             state['momentum'] = torch.zeros_like(p)
             state['step'] = torch.zeros(())  # AdamW asks for one when it loads
         return state['momentum']
-
-    def bounds(self):
-        """
-        {factor: scale of its step} = 1 / (|down| + |up| + 1): the product's spectral norm changes by no more
-        than the rate, |dup·down + up·ddown + dup·ddown| <= rate (Spectron, arXiv 2602.12429), within 1.2.
-        """
-        bounds = {}
-        for down, up in self.pairs:
-            bounds[down] = bounds[up] = 1 / (self.spectral_norm(down) + self.spectral_norm(up) + 1)
-        return bounds
-
-    def spectral_norm(self, p):
-        """An estimate from below: one step of power iteration, which goes on where the last one ended."""
-        state = self.state[p]
-        if 'direction' not in state:
-            self.momentum_of(p)
-            state['direction'] = torch.ones_like(p[0])
-        new = torch.nn.functional.normalize(p.T @ (p @ state['direction']), dim=0)
-        state['direction'] = torch.where(new.any(), new, state['direction'])  # a matrix of zeros has none yet
-        return (p @ state['direction']).norm()
-
-    def decay_products(self):
-        """Weight decay of up·down: the gradient of |up·down|²/2 for either factor."""
-        rates = {p: group['lr'] for group in self.param_groups for p in group['params']}
-        for down, up in self.pairs:
-            to_down, to_up = up.T @ up @ down, up @ (down @ down.T)
-            down.sub_(to_down, alpha=rates[down] * self.product_decay)
-            up.sub_(to_up, alpha=rates[up] * self.product_decay)
 
 
 def orthogonalize(g, dtype, steps=5):
@@ -295,16 +246,13 @@ def orthogonalize(g, dtype, steps=5):
 def optimizer_flops(optimizer):
     """
     Floating-point operations of the matmuls in one step: for each matrix five times x·xᵀ, a·a and the product
-    with x; and those of product_decay.
+    with x.
     """
     flops = 0
     for group in optimizer.param_groups:
         for p in group['params'] if group['muon'] else ():
             rows, cols = sorted(p.shape[-2:])
             flops += p.numel() // (rows * cols) * 5 * (4 * rows * rows * cols + 2 * rows ** 3)
-    if optimizer.product_decay:
-        for down, up in optimizer.pairs:
-            flops += 4 * len(down) * len(down) * (down.size(1) + len(up))
     return flops
 
 
@@ -315,11 +263,10 @@ def set_rates(optimizer, step, cfg):
     """Set the rates of update number `step`, every group's in proportion, and Muon's momentum."""
     if cfg.optimizer == 'counts':  # markov: it has no rate
         return  # markov
-    start = min(0.85, cfg.momentum)
-    warm = min(1.0, step / cfg.momentum_warmup) if cfg.momentum_warmup else 1.0
+    warm = min(1.0, step / MOMENTUM_WARMUP)
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(step, cfg, group['peak'])
-        group['momentum'] = start + warm * (cfg.momentum - start)
+        group['momentum'] = FIRST_MOMENTUM + warm * (MOMENTUM - FIRST_MOMENTUM)
 
 
 def learning_rate(step, cfg, peak=None):

@@ -248,10 +248,9 @@ def build_model(s, data, start, is_blank=False):
         check_same_run(s, data, start.state)
     torch.manual_seed(s.seed)
     cfg = part_of(s, ModelConfig)
-    if start.state:  # it may have changed on the way: grown, or past its guided start
+    if start.state:  # it may have grown on the way
         cfg.n_layer = start.state['model']['n_layer']
         cfg.ranks = start.state['model'].get('ranks', {})
-        cfg.rank_guide = start.state['model'].get('rank_guide', 0)
     with torch.device('meta' if is_blank else 'cpu'):
         model = make_model(cfg, init=start.is_random)
     if start.weights is not None and not is_blank:
@@ -366,9 +365,6 @@ def begin_with_others(s, ranks):
         from features.hf import reading  # hf
         ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
     cfg, weights, folder = checkpoint.read_model(s.init_from, encoder=True)
-    if cfg.rank_guide:
-        raise UserError(f'init_from={s.init_from}: was saved in the middle of its guided start (rank_guide): '
-                        'let that run go on to the end of it')
     broken = checkpoint.first_not_finite(weights)
     if broken:
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')

@@ -133,20 +133,17 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
             raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing={self.label_smoothing}: takes 0 <= label_smoothing < 1')
-        if self.rank_guide > self.max_iters:
-            raise ValueError(f'rank_guide={self.rank_guide}: is more than max_iters={self.max_iters}: '
-                             'the guides would never go: lower it')
         typed_text(self.sample_prompt, 'sample_prompt')
         is_table = self.arch == 'markov' and not self.rank_embed  # markov
         if self.optimizer == 'counts' and self.is_new and not is_table:  # markov
             what = 'counts what follows what in a full Markov table'  # markov
             cure = 'set arch=markov and rank_embed=0, or use adamw'  # markov
             raise ValueError(f'optimizer=counts: {what}: {cure}')  # markov
-        idle = sorted(getattr(self, 'given', set()) & {'muon_lr', 'momentum', 'momentum_warmup'})
+        given = getattr(self, 'given', ())
         # a recipe with adamw in place of Muon is an ablation
-        is_chosen = 'optimizer' in getattr(self, 'given', ()) or self.is_planned
-        if idle and not self.uses_muon and not is_chosen:
-            raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to Muon: set optimizer=muon too')
+        is_chosen = 'optimizer' in given or self.is_planned
+        if 'muon_lr' in given and not self.uses_muon and not is_chosen:
+            raise ValueError(f'muon_lr={self.muon_lr}: belongs to Muon: set optimizer=muon too')
 
     @property
     def is_planned(self):
@@ -271,8 +268,6 @@ def train(s, device, ranks, stop, left_out=()):
 
     while True:
         # 2) Evaluate and save
-        if run.model.cfg.rank_guide:
-            run.model.set_guides(step) if step < s.rank_guide else end_guides(run, s, ranks)
         if step >= s.max_iters and run.in_a_row > 1:
             raise not_finite(s, step)
         is_last = step >= s.max_iters
@@ -374,20 +369,6 @@ def compiling(run, what, ranks):
     is_compiled_now = what in run.to_compile
     run.to_compile.discard(what)
     return ranks.patient(is_compiled_now)
-
-
-def end_guides(run, s, ranks):
-    """Go on with the low-rank layers alone, once the share of their guides has fallen to nothing."""
-    run.model.drop_guides()
-    left = set(run.model.parameters())
-    for group in run.optimizer.param_groups:
-        kept = [(p, name) for p, name in zip(group['params'], group['param_names']) if p in left]
-        for p in set(group['params']) - left:
-            run.optimizer.state.pop(p, None)
-        group['params'] = [p for p, _ in kept]
-        group['param_names'] = [name for _, name in kept]
-    run.optimizer.param_groups = [group for group in run.optimizer.param_groups if group['params']]
-    run.network_changed(s, ranks)
 
 
 # -----------------------------------------------------------------------------

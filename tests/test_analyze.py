@@ -123,13 +123,9 @@ def test_the_product_of_factors_has_the_singular_values_of_the_matrix(shapes):
     close(singular_values(factors), dense(*factors))
 
 
-@pytest.mark.parametrize('settings', [{}, dict(rank_identity=True), dict(rank_blocks=4),
-                                      dict(rank_blocks=2, rank_identity=True, rank_guide=9)], ids=str)
-def test_the_product_of_a_layer_is_what_it_computes(settings):
-    model = random_model(rank_qk=6, rank_mlp=5, **settings)
+def test_the_product_of_a_layer_is_what_it_computes():
+    model = random_model(rank_qk=6, rank_mlp=5)
     for layer in (model.blocks[0].attn.q, model.blocks[0].mlp.down):
-        if layer.share is not None:
-            layer.share.fill_(0.3)
         torch.testing.assert_close(functools.reduce(torch.matmul, product(layer)),
                                    layer(torch.eye(layer.down.in_features)).T, rtol=1e-4, atol=1e-4)
 

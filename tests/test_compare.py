@@ -110,7 +110,7 @@ def test_patterns_find_runs_and_nothing_else(tmp_path):
 def test_a_run_older_than_a_setting_has_its_default(tmp_path):
     new, old = write_run(tmp_path / 'new', 1), tmp_path / 'old'
     settings = json.load(open(write_run(old, 2) + '/settings.json'))
-    del settings['rank_act'], settings['momentum_warmup']
+    del settings['rank_act'], settings['muon_lr']
     (old / 'settings.json').write_text(json.dumps(settings | {'a_setting_of_the_past': 1}))
     assert len(group([read_run(new), read_run(str(old))])) == 1
 

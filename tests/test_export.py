@@ -117,7 +117,6 @@ def test_half_precision_is_half_the_size(tmp_path):
     (LLAMA | dict(value_residual=True), 'value_residual=True'),
     (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'),
     (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
-    (LLAMA | dict(rank_qk=4, rank_act_qk='silu'), 'rank_qk=4, rank_act_qk=silu'),
     (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'),
     (LLAMA | dict(mlp_norm=True), 'mlp_norm=True')], ids=str)
 def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tmp_path):
@@ -131,7 +130,7 @@ CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_
            'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
            'expert_shared': True, 'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
-           'ranks': {'attn.k': 3}, 'rank_init': 'normal'}
+           'ranks': {'attn.k': 3}}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
@@ -140,9 +139,7 @@ CHANGES += [{name: choice} for name, choices in {
             for choice in choices]
 CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
             + [{'rank_embed': 8, 'rank_head': 8}])
-CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, name: value}
-            for name, value in {'first_block_dense': True, 'rank_act': 'silu', 'rank_act_qk': 'silu',
-                                'rank_identity': True, 'rank_blocks': 2, 'rank_guide': 10}.items()]
+CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'rank_act': 'silu'}]
 CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1},
             {'expert_aux': 0.5}, {'expert_z': 0.5}]
 
@@ -161,7 +158,7 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,
                 **dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32) | family | change)
-    if cfg.arch == 'markov' or cfg.rank_guide:
+    if cfg.arch == 'markov':
         assert nearest(cfg)[1]
         return
     model = network(**family | change)
@@ -198,10 +195,10 @@ def test_a_setting_that_no_family_knows_has_to_be_at_its_default():
 
 # --- the same function with fewer settings ---
 
-RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_identity', 'rank_blocks')
+RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks')
 FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True),
-          dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8, first_block_dense=True),
-          dict(rank_vo=8, rank_identity=True, rank_blocks=2), dict(rank_embed=8, rank_head=8),
+          dict(ranks={'attn.k': 3, 'blocks.1.mlp.up': 5}, rank_qk=8),
+          dict(rank_embed=8, rank_head=8),
           dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
           dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8),
           dict(depth_scale='norm', norm='layernorm', bias=True),
@@ -217,7 +214,7 @@ def test_folding_keeps_the_function_and_leaves_no_setting(settings):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(rank_vo=8, rank_qk=8, rank_act='silu', rank_act_qk='none'), dict(depth_scale='attn'),
+    dict(rank_vo=8, rank_qk=8, rank_act='silu'), dict(depth_scale='attn'),
     dict(embed_norm=True, position='learned')], ids=str)
 def test_what_cannot_be_folded_stays(settings):
     old = network(**settings)

@@ -305,8 +305,8 @@ def test_generation_goes_on_past_block_size(rank):
     (['--rank_embed=8', '--n_embd=64'],
      'n_embd=64: arch=markov (a low-rank Markov chain) ignores it: leave it out'),
     *[(['--optimizer=counts', f'--{name}'], f'{name}: optimizer=counts ignores it: leave it out')
-      for name in ('learning_rate=0.1', 'weight_decay=0.01', 'beta1=0.9', 'grad_clip=1.0', 'momentum=0.9',
-                   'muon_lr=0.02', 'min_lr=0.1')],
+      for name in ('learning_rate=0.1', 'weight_decay=0.01', 'beta1=0.9', 'grad_clip=1.0', 'muon_lr=0.02',
+                   'min_lr=0.1')],
     (['--pseudo_counts=10'], 'pseudo_counts=10.0: optimizer=adamw ignores it: leave it out'),
     (['--muon_lr=0.1'], 'muon_lr=0.1: belongs to Muon: set optimizer=muon too'),
 ])

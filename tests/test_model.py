@@ -39,8 +39,6 @@ def tiny(**settings):
     model.wte.weight.data[model.cfg.vocab_size:] = 0
     if model.head is not None:
         model.head.weight.data[model.cfg.vocab_size:] = 0
-    if model.cfg.rank_guide:
-        model.set_guides(model.cfg.rank_guide // 2)  # at their share of 1 the factors get no gradient
     return model
 
 
@@ -61,10 +59,8 @@ VARIANTS = [
     dict(n_kv_head=1, mlp='geglu', head_dim=16),
     dict(mlp_norm=True, init_std=0.02, d_ff=48),
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
-    dict(rank_embed=8, rank_head=8, rank_init='normal'),
-    dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_blocks=4, rank_identity=True, rank_act='silu+rmsnorm',
-         rank_act_qk='none', first_block_dense=True),
-    dict(rank_vo=8, rank_mlp=8, rank_guide=10),
+    dict(rank_embed=8, rank_head=8),
+    dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_act='silu+rmsnorm'),
     dict(n_expert=4, n_expert_active=2, expert_shared=True, mlp='swiglu'),
 ]
 
@@ -327,23 +323,19 @@ def test_full_rank_with_spectral_init_is_the_dense_network():
     assert torch.allclose(dense(x, y), low(x, y), atol=1e-5)
 
 
-@pytest.mark.parametrize('rank_init', ['spectral', 'orthogonal', 'normal'])
 @pytest.mark.parametrize('rank', [8, 64, 256])
-def test_factors_are_balanced_and_their_product_has_the_dense_norm_at_any_rank(rank_init, rank):
+def test_factors_are_balanced_and_their_product_has_the_dense_norm_at_any_rank(rank):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocab_size=100, block_size=8, n_layer=1, n_head=4, n_embd=256,
-                                    rank_mlp=rank, rank_init=rank_init))
+                                    rank_mlp=rank))
     layer = model.blocks[0].mlp.up
     product, dense_norm = layer.up.weight @ layer.down.weight, 256 ** -0.5 * (256 * 1024) ** 0.5
     assert abs(product.norm() / dense_norm - 1) < 0.05
     spectrum = torch.linalg.svdvals(product)
     assert rank == 256 or spectrum[rank] < 1e-4
-    if rank_init == 'orthogonal':
-        assert torch.allclose(spectrum[:rank], spectrum[0], rtol=1e-3)
-    if rank_init == 'spectral' and rank == 256:  # the whole of a dense draw
+    if rank == 256:  # the whole of a dense draw
         assert abs(spectrum[0] / (256 ** -0.5 * (256 ** 0.5 + 1024 ** 0.5)) - 1) < 0.1
-    if rank_init != 'normal':
-        assert torch.allclose(layer.up.weight.norm(), layer.down.weight.norm())
+    assert torch.allclose(layer.up.weight.norm(), layer.down.weight.norm())
 
 
 def test_low_rank_spends_what_it_should():
@@ -351,15 +343,13 @@ def test_low_rank_spends_what_it_should():
         layer = linear(ModelConfig(n_embd=48, d_ff=96, n_head=4, bias=True, **settings), 0, 'mlp.up')
         return sum(p.numel() for p in layer.parameters())
     assert spent(rank_mlp=8) == 8 * (48 + 96) + 96
-    # not square: no identity
-    assert spent(rank_mlp=8, rank_blocks=4, rank_identity=True) == 8 * (48 + 96) + 96 + 48 * 96 // 4
 
 
 def test_the_most_particular_rank_counts():
     cfg = ModelConfig(n_layer=3, n_embd=64, n_head=4, rank_qk=8,
-                      ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2}, first_block_dense=True)
-    assert [cfg.rank(layer, 'attn.q') for layer in range(3)] == [0, 8, 8]
-    assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [0, 4, 0]
+                      ranks={'attn.k': 4, 'blocks.2.attn.k': 0, 'blocks.0.mlp.up': 2})
+    assert [cfg.rank(layer, 'attn.q') for layer in range(3)] == [8, 8, 8]
+    assert [cfg.rank(layer, 'attn.k') for layer in range(3)] == [4, 4, 0]
     assert [cfg.rank(layer, 'mlp.up') for layer in range(3)] == [2, 0, 0]
     blocks = Transformer(ModelConfig(**vars(cfg) | {'vocab_size': 100})).blocks
     assert blocks[1].attn.k.down.weight.shape == (4, 64) and blocks[2].attn.k.weight.shape == (64, 64)
@@ -373,40 +363,6 @@ def test_what_is_between_the_factors(act, latent):
     layer, x = (linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_act=act), 0, 'mlp.up'),
                 torch.randn(3, 5, 48))
     assert torch.allclose(layer(x), latent(x @ layer.down.weight.T) @ layer.up.weight.T, atol=1e-4)
-    assert linear(ModelConfig(n_embd=48, n_head=4, rank_qk=8, rank_act=act, rank_act_qk='none'), 0,
-                  'attn.q').act(x) is x
-
-
-def test_a_block_diagonal_and_an_identity_bring_the_full_rank_back():
-    torch.manual_seed(0)
-    layer, x = linear(ModelConfig(n_embd=48, d_ff=48, n_head=4, rank_mlp=8, rank_blocks=4,
-                                  rank_identity=True), 0, 'mlp.up'), torch.randn(100, 48)
-    torch.nn.init.normal_(layer.blocks)
-    layer.identity.data.fill_(0.5)
-    whole = layer.up.weight @ layer.down.weight + torch.block_diag(*layer.blocks) + 0.5 * torch.eye(48)
-    assert torch.allclose(layer(x), x @ whole.T, atol=1e-4)
-    assert torch.linalg.matrix_rank(layer(x)) == 48
-
-
-def test_a_guided_model_starts_as_the_low_rank_one_and_ends_as_it():
-    cfg, x = dict(rank_qk=8, rank_mlp=8, zero_init=False), batch()[0]
-    plain, guided = tiny(**cfg), tiny(**cfg, rank_guide=10)
-    guided.load_state_dict(guided.state_dict() | plain.state_dict())
-    for layer in guided.low_rank_layers():
-        layer.guide.weight.data = (layer.up.weight @ layer.down.weight).detach()
-    assert torch.allclose(guided(x), plain(x), atol=1e-5)
-    for layer in guided.low_rank_layers():
-        layer.guide.weight.data += 1
-    shares = []
-    for step in (0, 5, 10):
-        guided.set_guides(step)
-        shares.append(guided.blocks[0].attn.q.share.item())
-    assert shares == pytest.approx([1, 0.5, 0]) and torch.allclose(guided(x), plain(x), atol=1e-5)
-    guided.set_guides(0)
-    assert not torch.allclose(guided(x), plain(x), atol=1e-2)
-    guided.drop_guides()
-    assert (torch.equal(guided(x), plain(x)) and guided.state_dict().keys() == plain.state_dict().keys()
-            and guided.cfg == plain.cfg)
 
 
 # --- everything trains; counts ---
@@ -444,13 +400,9 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
     (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'),
     (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
-    (dict(rank_qk=4, rank_blocks=5), 'rank_blocks=5: does not divide'),
     (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is no matrix"),
     (dict(ranks={'blocks.01.attn.q': 3}), 'is no matrix'),
-    (dict(ranks={1: 4}), '1 is no matrix'), (dict(rank_guide=5), 'rank_guide=5: no matrix'),
-    (dict(rank_identity=True), 'rank_identity=True: no matrix'),
-    (dict(arch='markov', rank_guide=5), 'rank_guide=5'),
-    (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
+    (dict(ranks={1: 4}), '1 is no matrix'), (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
     (dict(dropout=1.0), 'dropout'),
 ])
 def test_impossible_sizes_are_refused_by_name(settings, words):
@@ -459,7 +411,7 @@ def test_impossible_sizes_are_refused_by_name(settings, words):
 
 
 def test_a_hostile_number_of_layers_is_checked_at_once():
-    ModelConfig(n_layer=10 ** 18, rank_qk=8, first_block_dense=True, ranks={'blocks.1.attn.q': 0}).check()
+    ModelConfig(n_layer=10 ** 18, rank_qk=8, ranks={'blocks.1.attn.q': 0}).check()
 
 
 @pytest.mark.parametrize('name', [f.name for f in fields(ModelConfig)

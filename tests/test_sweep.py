@@ -116,7 +116,7 @@ def test_what_the_budget_sets_may_not_be_set(make):
 # --- running ---
 
 def test_the_runs_are_done_as_planned_and_their_flops_are_those_counted(make):
-    made = make({'dense': {}, 'muon': {'optimizer': 'muon', 'rank_mlp': 4, 'rank_guide': 2}}, budget='flops')
+    made = make({'dense': {}, 'muon': {'optimizer': 'muon', 'rank_mlp': 4}}, budget='flops')
     runs, out_dirs = expand(made), run_missing(made)
     assert out_dirs == [r.out_dir for r in runs] and all(state(r.out_dir, r.settings) == 'done' for r in runs)
     for r in runs:

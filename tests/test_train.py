@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, one_line, read_log, run, train, write_dataset
+from conftest import ROOT, TINY, one_line, read_log, run, sha256, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
@@ -77,7 +77,7 @@ def test_ten_steps_are_five_and_five_in_a_new_process(whole, dataset, tmp_path):
 
 
 MUON = ['--optimizer=muon', '--tie=False', '--embed_norm', '--value_residual', '--mlp=swiglu',
-        '--embed_lr=0.3', '--momentum_warmup=8', '--dropout=0.1']
+        '--embed_lr=0.3', '--dropout=0.1']
 
 
 def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset, tmp_path):
@@ -90,26 +90,6 @@ def test_with_muon_too_ten_steps_are_five_and_five_and_two_ranks_are_one(dataset
     assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
 
 
-LOW_RANK = ['--rank_qk=8', '--rank_mlp=8', '--rank_guide=5', '--optimizer=spectron', '--factor_decay=product',
-            '--rank_identity', '--rank_blocks=2', '--lr_decay_iters=10', '--warmup_iters=0']
-
-
-def test_a_low_rank_run_goes_on_bitwise_before_at_and_after_the_end_of_its_guides(dataset, tmp_path):
-    # stops at its first evaluation, after three steps
-    early = ['--rank_guide=5', '--eval_interval=3', '--target_val_loss=100', '--max_iters=10']
-    train(tmp_path / 'parts', *LOW_RANK, '--gradient_accumulation_steps=2', *early, dataset=dataset)
-    for name, steps, nproc in (('one', (10,), 1), ('parts', (5, 8, 10), 1), ('two', (10,), 2)):
-        for max_iters in steps:
-            train(tmp_path / name, *LOW_RANK, '--gradient_accumulation_steps=2', f'--max_iters={max_iters}',
-                  dataset=dataset, nproc=nproc)
-    one, parts = ([r for r in read_log(tmp_path / name) if 'train_loss' in r] for name in ('one', 'parts'))
-    assert same(last(tmp_path / 'one'), last(tmp_path / 'parts')) and one == parts
-    assert same(last(tmp_path / 'one'), last(tmp_path / 'two'))
-    flops = {r['step']: r['flops'] for r in read_log(tmp_path / 'one')}
-    assert (flops[6] - flops[5] == flops[10] - flops[9] < (flops[5] - flops[4]) / 1.3
-            and not any('guide' in name for name in last(tmp_path / 'one')[0]))
-
-
 def test_resuming_with_another_optimizer_is_refused_and_with_other_rates_every_tensor_keeps_its_own_moments(
         dataset, tmp_path):
     train(tmp_path, '--max_iters=2', '--optimizer=muon', "--lr_scale={'attn.k': 2}", dataset=dataset)
@@ -117,12 +97,30 @@ def test_resuming_with_another_optimizer_is_refused_and_with_other_rates_every_t
                                                dataset=dataset, check=False))
     before = moments(tmp_path)
     train(tmp_path, '--max_iters=3', '--optimizer=muon', "--lr_scale={'attn.v': 0, 'attn.k': 3}",
-          '--momentum=0.99999', '--momentum_warmup=0', dataset=dataset)
+          dataset=dataset)
     after = moments(tmp_path)
-    assert (before.keys() == after.keys()
-            and all((after[name] - m).norm() < 0.1 * m.norm() for name, m in before.items()))
-    assert ((before['blocks.0.attn.k.weight'] - after['blocks.0.attn.v.weight']).norm()
-            > 0.5 * before['blocks.0.attn.k.weight'].norm())
+    assert before.keys() == after.keys()
+    for name, m in before.items():
+        likeness = {other: torch.cosine_similarity(m.flatten(), t.flatten(), dim=0)
+                    for other, t in after.items() if t.shape == m.shape}
+        assert max(likeness, key=likeness.get) == name
+
+
+def test_the_run_of_a_deleted_optimizer_is_read_but_not_resumed(dataset, tmp_path):
+    train(tmp_path, '--max_iters=2', '--optimizer=muon', dataset=dataset)
+    folder = Path(checkpoint.find(str(tmp_path)))
+    state = json.loads((folder / 'state.json').read_text())
+    state['settings']['optimizer'] = 'spectron'
+    (folder / 'state.json').write_text(json.dumps(state))
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['files']['state.json'] = {'size': (folder / 'state.json').stat().st_size,
+                                       'sha256': sha256(folder / 'state.json')}
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    for optimizer, words in (('muon', 'belongs to a run with optimizer=spectron'),
+                             ('spectron', "got 'spectron', takes adamw | muon | counts")):
+        done = train(tmp_path, '--max_iters=3', f'--optimizer={optimizer}', dataset=dataset, check=False)
+        assert words in one_line(done)
+    checkpoint.read_model(str(tmp_path))
 
 
 def moments(out_dir):

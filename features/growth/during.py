@@ -74,8 +74,8 @@ def find_reference(s, cfg):
             if cfg.rank(n, name) != other.rank(n, name):
                 raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, '
                                 f'in this network {cfg.rank(n, name)}: its blocks do not fit')
-    free = {*only_in_training(cfg), 'n_layer', 'block_size', 'ranks', 'first_block_dense', 'n_kv_head',
-            'head_dim', 'd_ff', 'zero_init', 'init_std', 'rank_init'}
+    free = {*only_in_training(cfg), 'n_layer', 'block_size', 'ranks', 'n_kv_head', 'head_dim', 'd_ff',
+            'zero_init', 'init_std'}
     names = {field.name for config in (cfg, other) for field in fields(config)} - free
     for name in sorted(names):
         found = getattr(other, name, None)

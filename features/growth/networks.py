@@ -31,7 +31,7 @@ KNOWN = {
     'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale',
     'n_expert', 'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias',
     'bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks',
-    'first_block_dense', 'rank_act', 'rank_act_qk', 'rank_init', 'rank_identity', 'rank_blocks', 'rank_guide',
+    'rank_act',
 }
 
 # The choices of these settings that the functions take into account
@@ -147,7 +147,7 @@ def take_layers(cfg, weights, layers, silent=()):
     """
     refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
-    new = dataclasses.replace(cfg, n_layer=len(layers), first_block_dense=False, ranks=general)
+    new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general)
     for n, layer in enumerate(layers):
         for name in cfg.sizes():
             if cfg.rank(layer, name) != new.rank(n, name):
@@ -187,7 +187,7 @@ def grow(cfg, weights, n_layer, how, other=None):
 # Width
 
 NORM = r'(.*\.)?norm_\w\.(weight|bias)'  # of the stream
-NOT_WIDENED = ('n_encoder_layer', 'n_expert', 'mlp_norm', 'rank_identity', 'rank_blocks', 'rank_guide')
+NOT_WIDENED = ('n_encoder_layer', 'n_expert', 'mlp_norm')
 STREAM_OUTPUT = r'wte_up\.weight|blocks\.\d+\.(attn\.o|mlp\.down)\.(up\.)?(weight|bias)'
 
 

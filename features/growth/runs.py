@@ -63,17 +63,13 @@ class Old:
 def read(s, where, encoder=False, untie=False):
     """
     The Old network of `where`. encoder: whether the command takes an encoder-decoder too; untie: as in
-    checkpoint.read_model(). Raises UserError for a network without layers, one in the middle of a guided
-    start, and data of another tokenizer.
+    checkpoint.read_model(). Raises UserError for a network without layers and for data of another tokenizer.
     """
     if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
         raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
     cfg, weights, folder = read_model(where, encoder=encoder, untie=untie)
     if cfg.arch == 'markov':
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
-    if cfg.rank_guide:
-        raise UserError(f'from={where}: was saved in the middle of its guided start (rank_guide): '
-                        'let that run go on to the end of it')
     state, moments = {}, {}
     if not checkpoint.is_foreign(where):
         state = checkpoint.load_state(folder)

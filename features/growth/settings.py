@@ -38,4 +38,4 @@ class GrowConfig:
             raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: '
                              'give --init_from=DIR')
         if self.grow_every:
-            refuse_beside(self, 'grow_every', rank_guide=0, arch='decoder', n_encoder_layer=0)
+            refuse_beside(self, 'grow_every', arch='decoder', n_encoder_layer=0)

@@ -92,8 +92,8 @@ def refuse_kind(s, folder, cfg):
     if cfg.n_encoder_layer and s.as_ == 'custom':
         raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: '
                         'it goes as T5 or not at all')
-    if cfg.arch == 'markov' or cfg.rank_guide:
-        raise UserError(f'{folder}: a Markov chain, or a guided start that has not ended, is not exported')
+    if cfg.arch == 'markov':
+        raise UserError(f'{folder}: a Markov chain is not exported')
 
 
 # -----------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def t5_fields(cfg):
 # logits do not depend on them (the init, training, settings of experts without experts, rope_theta without
 # rotary positions)
 FREE = {'vocab_size', 'block_size', 'source_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'norm_eps', 'tie',
-        'bias', 'rope_theta', 'zero_init', 'init_std', 'rank_init', 'dropout',
+        'bias', 'rope_theta', 'zero_init', 'init_std', 'dropout',
         'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias'}
 
 # Settings that have to have this value, unless the family wants another
@@ -262,7 +262,6 @@ PLAIN = {
     'rank_mlp': 0,
     'ranks': {},
     'rank_act': 'none',
-    'rank_act_qk': None,
 }
 
 

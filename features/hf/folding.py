@@ -16,8 +16,7 @@ from model import LowRank
 
 # Settings that fold() takes into account. Any other one, such as a new one, has to be at its default
 KNOWN = FREE | PLAIN.keys() | {
-    'n_kv_head', 'head_dim', 'position', 'cross_rope', 'norm', 'mlp', 'rank_embed', 'rank_head',
-    'first_block_dense', 'rank_identity', 'rank_blocks', 'rank_guide'}
+    'n_kv_head', 'head_dim', 'position', 'cross_rope', 'norm', 'mlp', 'rank_embed', 'rank_head'}
 
 
 @torch.no_grad()
@@ -58,10 +57,6 @@ def fold_layers(model, weights):
         'rank_mlp': 0,
         'ranks': {},
         'rank_act': 'none',
-        'rank_act_qk': None,
-        'first_block_dense': False,
-        'rank_identity': False,
-        'rank_blocks': 0,
     }
 
 

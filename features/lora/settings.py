@@ -53,11 +53,7 @@ class LoraConfig:
             raise ValueError(f'lora_layers={self.lora_layers}: takes a range as 8:12, or blocks as 0,5')
         if not self.lora_rank:
             return
-        refuse_beside(self, 'lora_rank', init_keep='weights', grow_every=0, rank_guide=0, arch='decoder',
-                      factor_decay='factor')
-        if self.optimizer == 'spectron':
-            raise ValueError(f'lora_rank={self.lora_rank}: optimizer=spectron bounds the factors of the '
-                             'network, which are frozen: use adamw or muon')
+        refuse_beside(self, 'lora_rank', init_keep='weights', grow_every=0, arch='decoder')
         if self.shard and self.lora_store not in ('auto', 'float32'):
             raise ValueError(f'shard={self.shard}: does not go with lora_store={self.lora_store}: '
                              'leave it out')

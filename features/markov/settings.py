@@ -48,9 +48,6 @@ class MarkovConfig(ModelConfig):
         if self.rank_head:
             raise ValueError(f"rank_head={self.rank_head}: arch='markov' has one rank, rank_embed: "
                              "leave rank_head out")
-        if self.rank_guide:
-            raise ValueError(f"rank_guide={self.rank_guide}: arch='markov' has no layers to guide: "
-                             "leave it out")
         if self.n_expert:
             raise ValueError(f"n_expert={self.n_expert}: arch='markov' has no MLPs: leave it out")
         if self.softcap and not self.rank_embed:

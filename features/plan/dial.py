@@ -68,7 +68,6 @@ def size(s, vocab_size):
     """
     cfg = part_of(s, ModelConfig)
     cfg.vocab_size = s.vocab_size or vocab_size
-    cfg.rank_guide = 0
     with torch.device('meta'):
         model = make_model(cfg, init=False)
     return model.num_params(), sum(p.numel() for p in model.blocks.parameters()), model.flops_per_token()

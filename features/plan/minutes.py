@@ -103,7 +103,7 @@ class Pace:
         intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
         # the end is an evaluation too
         more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)
-        count = min(max(step + round(more), self.s.rank_guide), most_steps(self.s))
+        count = min(step + round(more), most_steps(self.s))
         return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count
 
 

@@ -32,7 +32,7 @@ class ScaleConfig:
             raise ValueError(f'skip_steps={self.skip_steps}: takes steps from 0 on')
         if not self.shard:
             return
-        refuse_beside(self, 'shard', grow_every=0, rank_guide=0, arch='decoder', factor_decay='factor')
+        refuse_beside(self, 'shard', grow_every=0, arch='decoder')
         if self.dtype == 'float16':
             raise ValueError(f'shard={self.shard}: does not go with dtype=float16: leave it out')
         if self.optimizer not in ('adamw', 'muon'):

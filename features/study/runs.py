@@ -99,10 +99,10 @@ def blank_model(s, **changes):
     The network of a run on the meta device: shapes without numbers. changes: fields of ModelConfig in place
     of those at the run's end.
     """
-    at_end = {'rank_guide': 0}
+    cfg = part_of(s, ModelConfig)
     if s.grow_every:  # growth
-        at_end['n_layer'] = s.grow_to  # growth
-    cfg = dataclasses.replace(part_of(s, ModelConfig), **at_end | changes)
+        cfg.n_layer = s.grow_to  # growth
+    cfg = dataclasses.replace(cfg, **changes)
     with torch.device('meta'):
         model = make_model(cfg, init=False)
         if s.lora_rank:  # lora

@@ -26,15 +26,10 @@ from model import LowRank
 # The matrices of a network
 
 def product(layer):
-    """
-    The factors of a linear layer's weight: one if it is dense, or if what is added to its factors gives it
-    full rank.
-    """
+    """The factors of a linear layer's weight: one if it is dense."""
     if not isinstance(layer, LowRank):
         return [layer.weight]
-    if layer.identity is None and layer.blocks is None and layer.guide is None:
-        return [layer.up.weight, layer.down.weight]
-    return [layer.matrix()]
+    return [layer.up.weight, layer.down.weight]
 
 
 def is_linear(layer):

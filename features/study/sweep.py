@@ -266,8 +266,7 @@ def vocabulary(dataset):
 def cost(s):
     """
     (FLOPs of a step at the end of a run, extra FLOPs of its earlier steps). A step includes the optimizer and
-    a teacher. Earlier steps cost more while low-rank layers have guides, and less before a network has grown.
-    The network is not built.
+    a teacher. Earlier steps cost less before a network has grown. The network is not built.
     """
     tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = None
@@ -281,8 +280,6 @@ def cost(s):
 
     at_end = per_step()
     extra = 0
-    if s.rank_guide:
-        extra += s.rank_guide * (per_step(rank_guide=s.rank_guide) - at_end)
     if s.grow_every:  # growth
         for n_layer in range(s.n_layer, s.grow_to, s.grow_by):  # growth
             extra += s.grow_every * (per_step(n_layer=n_layer) - at_end)  # growth
