@@ -30,14 +30,19 @@ from model import make_model
 # -----------------------------------------------------------------------------
 # Saved and loaded
 
+def stored(description):
+    """The Saved of a state.json's entry `lora`, without its tensors."""
+    places = [Place(tuple(names), rank, scale) for names, rank, scale in description['places']]
+    return Saved(**description | {'places': places})
+
+
 def described(description, tensors):
     """
     The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank
     then, beside the weights as they were.
     """
-    out = Saved(**description | {'places': [Place(tuple(names), rank, scale)
-                                            for names, rank, scale in description['places']]},
-                tensors=dict(tensors))
+    out = stored(description)
+    out.tensors = dict(tensors)
     for n, (names, rank, scale) in enumerate(out.places if out.is_pissa else ()):
         for name in names:
             begun = {factor: out.tensors.pop(f'{name}.lora.{factor}0', None) for factor in 'AB'}

@@ -382,7 +382,7 @@ def begin(model, s, is_new=True):
     attach(model, saved := Saved(places(model, s), s.lora_dropout, s.lora_dora, s.lora_pissa, s.lora_tokens))
     if s.lora_pissa and is_new:
         begin_pissa(model, saved.places)
-    freeze(model, s)
+    freeze(model, trained_whole(model, s))
 
 
 def move(model, layer, other):
@@ -420,26 +420,34 @@ def begin_pissa(model, found, name='default'):
             adapter.begin_with(adapter.A, adapter.B, layer)
 
 
-def freeze(model, s, name='default'):
+def freeze(model, whole=()):
+    """Let nothing be trained but the adapters and the tensors with the names `whole`."""
+    for name, p in model.named_parameters():
+        p.requires_grad_('.lora.' in name or name in whole)
+
+
+def trained_whole(model, s):
     """
-    Let nothing be trained but the adapters of this name and what a LoraConfig names beside them. Raises
-    UserError if that matches nothing.
+    The names of the tensors that are trained whole beside adapters, as a LoraConfig asks. Raises UserError if
+    that matches nothing.
     """
-    with_adapter, whole, biases = {layer for layer, _ in adapted(model)}, 0, 0
-    for tensor, p in model.named_parameters():
+    with_adapter, whole, biases = {layer for layer, _ in adapted(model)}, [], []
+    for tensor, _ in model.named_parameters():
         layer, _, kind = tensor.rpartition('.')
-        is_bias = kind == 'bias' and (s.lora_bias == 'all'
-                                      or s.lora_bias == 'lora_only' and layer in with_adapter)
-        is_whole = bool(s.lora_whole and '.lora.' not in tensor and re.search(s.lora_whole, tensor))
-        if is_whole and kind == 'weight' and layer in with_adapter:
-            raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: '
-                            'leave it out of one of them')
-        whole, biases = whole + is_whole, biases + is_bias
-        p.requires_grad_(f'.lora.{name}.' in tensor or layer == 'wte.tokens' or is_bias or is_whole)
+        if '.lora.' in tensor:
+            continue
+        if kind == 'bias' and (s.lora_bias == 'all' or s.lora_bias == 'lora_only' and layer in with_adapter):
+            biases.append(tensor)
+        if s.lora_whole and re.search(s.lora_whole, tensor):
+            if kind == 'weight' and layer in with_adapter:
+                raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: '
+                                'leave it out of one of them')
+            whole.append(tensor)
     if s.lora_whole and not whole:
         raise UserError(f'lora_whole: {s.lora_whole!r} matches no tensor: takes a pattern of names, as norm')
     if s.lora_bias != 'none' and not biases:
         raise UserError(f'lora_bias={s.lora_bias}: there are no such biases in this network: leave it out')
+    return {'wte.tokens.values', *whole, *biases}
 
 
 def how_stored(s):

@@ -127,10 +127,16 @@ def check_adapter(where, base):
 
 def begin(model, s, start, is_blank):
     """
-    Put the adapters of the settings beside a network and freeze the rest: new ones, or those of the
+    Put adapters beside a network and freeze the rest: those of the settings, or the trained ones of the
     checkpoint that the run goes on from. is_blank: their shapes alone.
     """
-    is_new = start.state is None
-    layers.begin(model, s, is_new=is_new and not is_blank)
-    if not is_new and not is_blank:
-        adapters.load_state(model, checkpoint.read_weights(start.folder), start.folder)
+    if start.state is None:
+        return layers.begin(model, s, is_new=not is_blank)
+    tensors = checkpoint.read_weights(start.folder)
+    saved = adapters.stored(start.state['lora'])
+    saved.dropout = s.lora_dropout
+    layers.share_table(model)
+    layers.attach(model, saved)
+    layers.freeze(model, tensors)
+    if not is_blank:
+        adapters.load_state(model, tensors, start.folder)
