@@ -337,7 +337,7 @@ def from_dict(cls, values, where):
 
 
 # Settings of earlier versions, each with the only value that this version still acts on;
-# ... = any value, as it changed no result
+# ... = any value, as it changed no result or stands elsewhere in the checkpoint
 REMOVED = {
     'mix_by': 'tokens',
     'verify_data': ...,
@@ -351,6 +351,8 @@ REMOVED = {
     'momentum': 0.95,
     'momentum_warmup': 300,
     'eps': 1e-8,
+    'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
+    'lora_whole': ...,
 }
 
 

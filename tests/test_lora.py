@@ -42,15 +42,36 @@ def network(**changes):
     return model
 
 
-def adapted(model, is_moved=True, **settings):
-    """`model` with adapters, away from where they begin."""
+def adapted(model, is_moved=True, places=None, tokens=(), whole='', **settings):
+    """
+    `model` with adapters, away from where they begin. As adapters of PEFT have them: places(), to change the
+    Places; tokens, rows of the embedding that are trained; whole, a pattern of other tensors that are.
+    """
     s = build(Settings, **{'lora_rank': 4} | settings)
     s.check()
-    lora.begin(model, s)
+    if places or tokens or whole:
+        begin_like_peft(model, s, places or list, list(tokens), whole)
+    else:
+        lora.begin(model, s)
     for p in model.parameters() if is_moved else ():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     return model
+
+
+def begin_like_peft(model, s, places=list, tokens=(), whole=''):
+    """lora.begin() with what adapters of PEFT have and our settings do not: see adapted()."""
+    lora.share_table(model)
+    found = places(lora.places(model, s))
+    lora.attach(model, lora.Saved(found, s.lora_dropout, s.lora_dora, tokens=list(tokens)))
+    names = {name for name, _ in model.named_parameters() if whole and re.search(whole, name)}
+    lora.freeze(model, names | {'wte.tokens.values'})
+
+
+def uneven(places):
+    """Other ranks and scales, and none in the second block."""
+    return [lora.Place(names, 2 if 'mlp' in names[0] else rank, 0.75 if 'attn' in names[0] else scale)
+            for names, rank, scale in places if not names[0].startswith('blocks.1.')]
 
 
 def ids(rows=3, length=16, seed=1):
@@ -69,14 +90,13 @@ def logits(model):
 KINDS = {
     'plain': ({}, {}),
     'everything': ({'tie': False, 'position': 'learned', 'bias': True},
-                   {'lora_targets': 'attn,mlp,embed,head', 'lora_whole': 'norm', 'lora_bias': 'all'}),
+                   {'lora_targets': 'attn,mlp,embed,head', 'whole': r'norm|\.bias$'}),
     'dora': ({'tie': False, 'bias': True, 'n_kv_head': 2},
              {'lora_targets': 'attn,mlp,embed,head', 'lora_dora': True}),
     'pissa': ({'tie': False}, {'lora_targets': 'c_attn,up,head', 'lora_pissa': True, 'lora_rs': True}),
     'low rank': ({'rank_qk': 8, 'rank_mlp': 16, 'rank_act': 'silu'}, {}),
-    'experts': ({'n_expert': 4, 'n_expert_active': 2, 'mlp': 'swiglu'}, {'lora_tokens': [3, 5]}),
-    'tied rows': ({}, {'lora_tokens': [3, 5], 'lora_ranks': {'mlp': 2, r'blocks\.1': 0},
-                       'lora_alphas': {'attn': 3}}),
+    'experts': ({'n_expert': 4, 'n_expert_active': 2, 'mlp': 'swiglu'}, {'tokens': [3, 5]}),
+    'tied rows': ({}, {'tokens': [3, 5], 'places': uneven}),
     'encoder-decoder': ({'n_encoder_layer': 2, 'position': 'relative', 't5_scale': True, 'mlp': 'relu'},
                         {'lora_targets': 'q,v,wi'}),
 }
@@ -125,8 +145,7 @@ def test_the_loss_in_chunks_is_that_of_the_logits_and_trains_the_same_tensors(ki
 
 
 def test_what_is_added_is_the_product_times_alpha_over_rank():
-    for settings, scale in (({'lora_alpha': 6}, 6 / 4), ({'lora_alpha': 6, 'lora_rs': True}, 3),
-                            ({'lora_alphas': {'blocks.0': 8}}, 2)):
+    for settings, scale in (({'lora_alpha': 6}, 6 / 4), ({'lora_alpha': 6, 'lora_rs': True}, 3)):
         model = adapted(network(), **settings)
         layer = model.blocks[0].attn.q
         adapter, x = layer.lora['default'], torch.randn(5, 32)
@@ -136,7 +155,7 @@ def test_what_is_added_is_the_product_times_alpha_over_rank():
 
 @pytest.mark.parametrize('model_settings, settings',
                          [*(KINDS[kind] for kind in KINDS if kind != 'encoder-decoder'),
-                          ({}, {'lora_targets': 'attn,embed', 'lora_tokens': [3, 5]})], ids=str)
+                          ({}, {'lora_targets': 'attn,embed', 'tokens': [3, 5]})], ids=str)
 def test_packed_for_sampling_they_say_the_same(model_settings, settings):
     model = adapted(network(**model_settings), **settings)
     spoken = logits(model)
@@ -202,13 +221,12 @@ def test_what_targets_mean():
     def layers(**settings):
         return [name for name, _ in lora.adapted(
             adapted(network(**{'tie': False, 'position': 'learned', 'mlp': 'swiglu'}), **settings))]
-    assert layers(lora_targets='q,down', lora_layers='1:') == ['blocks.1.attn.q', 'blocks.1.mlp.down']
-    assert layers(lora_targets='q_proj,down_proj', lora_layers='1') == ['blocks.1.attn.q',
-                                                                        'blocks.1.mlp.down']
-    assert layers(lora_targets='embed,head', lora_layers='1') == ['wte', 'wpe', 'head']
-    assert layers(lora_targets='c_proj', lora_layers='0') == ['blocks.0.attn.o', 'blocks.0.mlp.down']
-    assert (len(layers(lora_targets='attn,mlp')) == 14
-            and len(layers(lora_targets='attn', lora_ranks={'attn.[qv]': 0})) == 4)
+    for targets in ('q,down', 'q_proj,down_proj'):
+        assert layers(lora_targets=targets) == ['blocks.0.attn.q', 'blocks.0.mlp.down', 'blocks.1.attn.q',
+                                                'blocks.1.mlp.down']
+    assert layers(lora_targets='embed,head') == ['wte', 'wpe', 'head']
+    assert layers(lora_targets='c_proj')[:2] == ['blocks.0.attn.o', 'blocks.0.mlp.down']
+    assert len(layers(lora_targets='attn,mlp')) == 14
 
 
 def test_c_attn_is_one_adapter_for_q_k_and_v():
@@ -216,14 +234,6 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
     q, k, v = (getattr(model.blocks[0].attn, name).lora['default'] for name in 'qkv')
     assert q.A is k.A and k.A is v.A and q.B is not k.B
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * (32 + 96)
-
-
-def test_which_biases_are_trained():
-    model = adapted(network(bias=True), lora_targets='q', lora_bias='lora_only')
-    assert ({name for name, p in model.named_parameters() if p.requires_grad and '.lora.' not in name}
-            == {f'blocks.{n}.attn.q.bias' for n in (0, 1)})
-    model = adapted(network(bias=True), lora_targets='q', lora_bias='all')
-    assert sum(p.requires_grad for name, p in model.named_parameters() if name.endswith('.bias')) == 2 * 6
 
 
 def test_the_second_factor_learns_faster():
@@ -248,15 +258,7 @@ def test_starcoder_as_the_blog_adapts_it():
     ({'lora_targets': 'attn,c_fcc'}, "lora_targets: 'c_fcc' matches nothing: "
      "takes attn, mlp, embed, head, or matrices of this network by name: wte, attn.q"),
     ({'lora_targets': 'head'}, "'head' matches nothing"),
-    ({'lora_targets': 'q', 'lora_layers': '2:'}, "'q' matches nothing in lora_layers=2:"),
     ({'lora_rank': 33}, 'lora_rank=33: is more than blocks.0.attn.q has, 32 x 32'),
-    ({'lora_ranks': {'': 0}}, 'leaves no adapter'),
-    ({'lora_ranks': {'c_attn': 2}}, "lora_ranks: 'c_attn' matches no matrix"),
-    ({'lora_alphas': {'head': 2}}, "lora_alphas: 'head' matches no matrix"),
-    ({'lora_bias': 'all'}, 'lora_bias=all: there are no such biases'),
-    ({'lora_whole': 'attn.q'}, 'matches blocks.0.attn.q.weight, which has an adapter'),
-    ({'lora_whole': 'nrom'}, "lora_whole: 'nrom' matches no tensor"),
-    ({'lora_tokens': [96]}, 'lora_tokens: 96: takes tokens from 0 to 95'),
 ])
 def test_what_a_network_has_not_is_named(settings, words):
     with pytest.raises(UserError, match=words.replace('[', r'\[')):
@@ -265,9 +267,7 @@ def test_what_a_network_has_not_is_named(settings, words):
 
 @pytest.mark.parametrize('settings, words', [
     ({'lora_rank': -1}, 'lora_rank=-1'), ({'lora_dropout': 1.0}, 'lora_dropout=1.0'),
-    ({'lora_ranks': {'[': 1}}, "'\\[' is no pattern"), ({'lora_ranks': {'q': -1}}, 'lora_ranks='),
-    ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_tokens': [3, 3]}, 'takes each once'),
-    ({'lora_layers': 'a:b'}, 'lora_layers=a:b'), ({'lora_plus': 0.0}, 'lora_plus=0'),
+    ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_plus': 0.0}, 'lora_plus=0'),
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -353,7 +353,7 @@ def test_adapters_are_switched_silenced_weighed_and_added_up():
 
 def test_one_with_weights_trained_whole_is_used_alone():
     plain, whole = (adapters.take(adapted(network(), **settings))
-                    for settings in ({}, {'lora_whole': 'norm'}))
+                    for settings in ({}, {'whole': 'norm'}))
     for first, second in ((plain, whole), (whole, plain)):
         model = network()
         adapters.add(model, first, 'first', 'first')
@@ -403,7 +403,7 @@ def weights(out_dir):
 
 
 @pytest.mark.parametrize('more', [[], ['--lora_pissa=True'],
-                                  ['--lora_dora=True', '--lora_whole=norm', '--lora_tokens=[3]'],
+                                  ['--lora_dora=True'],
                                   ['--lora_targets=c_attn', '--lora_plus=8']])
 def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base, dataset, more):
     once = train(tmp_path / 'once', f'--init_from={base}', *LORA, *more, dataset=dataset)
@@ -503,6 +503,33 @@ def test_a_run_goes_on_as_it_began(tmp_path, base, dataset):
     assert train(tmp_path / 'run', '--init_from=resume', dataset=dataset).returncode == 0
     assert read_log(tmp_path / 'run')[-1]['step'] == 10
     assert 'step 10: val_loss' in train(tmp_path / 'run', '--eval_only', dataset=dataset).stdout
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_what_its_settings_asked_for(tmp_path, base, dataset):
+    """lora_layers, lora_tokens and lora_whole: state.json and the tensors say the same."""
+    out = tmp_path / 'run'
+    train(out, f'--init_from={base}', '--lora_rank=4', '--lora_targets=attn', '--max_iters=4',
+          dataset=dataset)
+    folder = checkpoint.find(str(out))
+    state, some = checkpoint.load_state(folder), next(iter(optim.read_moments(folder).values()))
+    model = checkpoint.fill(*read_model(base))
+
+    def second_block(places):
+        return [place for place in places if 'blocks.1.' in place.names[0]]
+    begin_like_peft(model, build(Settings, lora_rank=4, lora_targets='attn'), second_block, [3], 'norm_f')
+    saved = adapters.take(model)
+    state['lora'] = saved.description()
+    state['settings'] |= {'lora_layers': '1:', 'lora_tokens': [3], 'lora_whole': 'norm_f'}
+    moments = {name: {what: torch.zeros_like(p) if t.ndim else t for what, t in some.items()}
+               for name, p in model.named_parameters() if p.requires_grad}
+    shutil.rmtree(folder)
+    checkpoint.write(folder, 4, saved.tensors, optim.pack_moments(moments), state, ())
+    train(out, '--init_from=resume', dataset=dataset)
+    after = weights(out)
+    assert after.keys() == saved.tensors.keys() >= {'norm_f.weight', 'wte.tokens.values'}
+    assert all(not torch.equal(after[name], t) for name, t in saved.tensors.items())
+    assert run('sample.py', f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=4').returncode == 0
+    assert run('surgery.py', 'merge', f'--from={out}', f'--out_dir={tmp_path}/merged').returncode == 0
 
 
 @pytest.mark.parametrize('args, words', [

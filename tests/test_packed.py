@@ -53,11 +53,11 @@ def test_a_stored_layer_is_trained_through_as_a_dense_one(kind, compiled):
 
 @pytest.mark.parametrize('settings', [{}, dict(rank_qk=8, rank_mlp=8),
                                       dict(bias=True, tie=False, n_encoder_layer=1, source_size=16)], ids=str)
-@pytest.mark.parametrize('lora', [{}, dict(lora_targets='attn,mlp,embed,head', lora_whole='norm'),
+@pytest.mark.parametrize('lora', [{}, dict(lora_targets='attn,mlp,embed,head', whole='norm'),
                                   dict(lora_pissa=True)], ids=str)
 def test_stored_as_they_are_multiplied_the_numbers_are_the_same(settings, lora):
     def gradients(store):
-        model = adapted(network(**settings | ({'tie': False} if lora.get('lora_whole') else {})),
+        model = adapted(network(**settings | ({'tie': False} if lora.get('whole') else {})),
                         **lora).train()
         if store:
             before = sum(p.nbytes for p in model.parameters())
@@ -76,7 +76,7 @@ def test_stored_as_they_are_multiplied_the_numbers_are_the_same(settings, lora):
 
 
 def test_nothing_that_is_trained_is_rounded():
-    model = adapted(network(bias=True), lora_whole='mlp.up.weight', lora_targets='attn', lora_bias='all')
+    model = adapted(network(bias=True), whole=r'mlp.up.weight|bias$', lora_targets='attn')
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     pack_frozen(model, 'int8')
     left = dict(model.named_parameters())
@@ -99,7 +99,7 @@ def test_beside_dora_rows_stay_exact():
 
 
 def test_nf4_minds_the_rows_of_what_it_stores_alone():
-    model = adapted(network(n_embd=64, n_head=2, rank_mlp=8), lora_targets='attn', lora_whole='mlp')
+    model = adapted(network(n_embd=64, n_head=2, rank_mlp=8), lora_targets='attn', whole='mlp')
     pack_frozen(model, 'nf4')
     assert isinstance(model.blocks[0].attn.q, Packed)
 

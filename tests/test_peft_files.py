@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import one_line, run
 from safetensors.torch import load_file, save_file
+from test_lora import adapted, uneven
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,12 +25,9 @@ from transformers import (
 
 from checkpoint import fill, load_model
 from configurator import UserError
-from features import build
 from features.hf import reading
 from features.lora import adapters, peft_files
-from features.lora import layers as lora
 from features.lora.load import add_adapters
-from train import Settings
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -134,11 +132,10 @@ def test_what_peft_trains_speaks_here(folders, tmp_path, kind, variant):
 
 SETTINGS = {
     'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True},
-    'tokens': {'lora_tokens': [5, 9]}, 'pissa': {'lora_pissa': True},
-    'patterns': {'lora_ranks': {'mlp': 2, r'blocks.1.attn': 3}, 'lora_alphas': {r'\.0\.': 3}},
-    'tables': {'lora_targets': 'attn,mlp,embed'}, 'some': {'lora_targets': 'q,v', 'lora_layers': '1:'},
-    'fused': {'lora_targets': 'c_attn,c_proj'}, 'norms': {'lora_whole': 'norm'},
-    'biases': {'lora_bias': 'lora_only'}, 'all biases': {'lora_bias': 'all'},
+    'tokens': {'tokens': [5, 9]}, 'pissa': {'lora_pissa': True}, 'uneven': {'places': uneven},
+    'tables': {'lora_targets': 'attn,mlp,embed'}, 'fused': {'lora_targets': 'c_attn,c_proj'},
+    'norms': {'whole': 'norm'},
+    'biases': {'whole': r'(attn|mlp).*\.bias'}, 'all biases': {'whole': r'\.bias'},
 }
 
 
@@ -148,14 +145,11 @@ def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     if (kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant)
             or kind == 't5' and variant == 'tokens'):
         pytest.skip('they have no such thing')
-    mine, s = ours(folders[kind]), build(Settings, **{'lora_rank': 4, 'lora_alpha': 6.0} | SETTINGS[variant])
+    mine = ours(folders[kind])
     other = theirs(folders[kind], kind)
     base, _ = same(mine, other, kind)
     torch.manual_seed(2)
-    lora.begin(mine, s)
-    for p in mine.parameters():
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn_like(p)
+    adapted(mine, **{'lora_alpha': 6.0} | SETTINGS[variant])
     peft_files.write(str(tmp_path / 'adapter'), mine.cfg, adapters.take(mine), kind)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*(issing|nexpected|ismatch).*')  # PEFT only warns of it
@@ -272,7 +266,7 @@ def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
 
 def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
     mine = ours(folders['gpt2'])
-    lora.begin(mine, build(Settings, lora_rank=2, lora_targets='attn', lora_whole='mlp.up.weight'))
+    adapted(mine, lora_rank=2, lora_targets='attn', whole='mlp.up.weight')
     with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
         peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0

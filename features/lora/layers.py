@@ -123,7 +123,7 @@ OF_TOKENS = ('wte', 'wte_encoder', 'head')  # layers whose weight has a row for 
 GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'),
           'head': ('head',)}
 # the last: a factor
-MATRIX = re.compile(r'((?:encoder|blocks)\.(\d+)\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?'
+MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?'
                     r'(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')
 
 
@@ -136,16 +136,16 @@ class Place(NamedTuple):
 
 def layers_of(model):
     """
-    {name: (what comes before its label, label, number of its block)} of the layers that can have an adapter;
-    a label is attn.q, or wte.
+    {name: (what comes before its label, label)} of the layers that can have an adapter; a label is attn.q, or
+    wte.
     """
     found = {}
     for name, module in model.named_modules():
         if match := MATRIX.fullmatch(name):
             if isinstance(module, nn.Linear) or is_of_experts(module):
-                found[name] = match[1], f'{match[3]}.{match[4]}', int(match[2])
+                found[name] = match[1], f'{match[2]}.{match[3]}'
         elif name in (*OF_TOKENS, 'wpe'):
-            found[name] = '', name.removesuffix('_encoder'), None
+            found[name] = '', name.removesuffix('_encoder')
     return found
 
 
@@ -170,26 +170,18 @@ def chosen(model, s):
     that none has.
     """
     layers, found = layers_of(model), {}
-    blocks = range(10 ** 6)
-    if ':' in s.lora_layers:
-        first, last = s.lora_layers.split(':')
-        blocks = blocks[int(first or 0):int(last) if last else None]
-    elif s.lora_layers:
-        blocks = {int(n) for n in s.lora_layers.split(',')}
     for target in s.lora_targets.split(','):
         matched = False
         for labels in labels_of(target.strip()):
-            for name, (before, label, block) in layers.items():
-                if (label in labels or label.split('.')[-1] in labels) and (block is None or block in blocks):
-                    # else a factor, or experts
-                    found[name] = (before + ' '.join(labels) if len(labels) > 1 and name == before + label
-                                   else name)
+            for name, (before, label) in layers.items():
+                if label in labels or label.split('.')[-1] in labels:
+                    is_whole = name == before + label  # not a factor, or experts
+                    found[name] = before + ' '.join(labels) if len(labels) > 1 and is_whole else name
                     matched = True
         if not matched:
-            raise UserError(f'lora_targets: {target!r} matches '
-                            f'nothing{" in lora_layers=" + s.lora_layers if s.lora_layers else ""}: '
+            raise UserError(f'lora_targets: {target!r} matches nothing: '
                             f'takes {", ".join(GROUPS)}, or matrices of this network by name: '
-                            f'{", ".join(dict.fromkeys(label for _, label, _ in layers.values()))}')
+                            f'{", ".join(dict.fromkeys(label for _, label in layers.values()))}')
     return {name: found[name] for name in layers if name in found}
 
 
@@ -198,27 +190,18 @@ def places(model, s):
     The Places of adapters that a LoraConfig asks for. Raises UserError for what a network has not, and for a
     rank beyond a matrix.
     """
-    together, found = {}, []
+    together = {}
     for name, key in chosen(model, s).items():
         together.setdefault(key, []).append(name)
-    for setting in ('lora_ranks', 'lora_alphas'):
-        for pattern in getattr(s, setting):
-            if not any(re.search(pattern, name) for names in together.values() for name in names):
-                raise UserError(f'{setting}: {pattern!r} matches no matrix with an adapter; '
-                                f'their names are like {next(iter(together.values()))[0]}')
+    scale = s.lora_alpha / (math.sqrt(s.lora_rank) if s.lora_rs else s.lora_rank)
+    found = []
     for names in together.values():
-        rank, alpha = (next((value for pattern, value in over.items()
-                             if any(re.search(pattern, name) for name in names)), plain)
-                       for over, plain in ((s.lora_ranks, s.lora_rank), (s.lora_alphas, s.lora_alpha)))
-        n_in, n_out = (sum(model.get_submodule(name).weight.size(side) for name in names)
-                       for side in (-1, -2))
-        if rank > min(n_in // len(names), n_out):
-            raise UserError(f'lora_rank={rank}: is more than {names[0]} has, {n_in // len(names)} x {n_out}: '
-                            'lower it, or give others by lora_ranks')
-        if rank:
-            found.append(Place(tuple(names), rank, alpha / (math.sqrt(rank) if s.lora_rs else rank)))
-    if not found:
-        raise UserError(f'lora_ranks={s.lora_ranks}: leaves no adapter: give one a rank above 0')
+        weights = [model.get_submodule(name).weight for name in names]
+        n_in, n_out = weights[0].size(-1), sum(weight.size(-2) for weight in weights)
+        if s.lora_rank > min(n_in, n_out):
+            raise UserError(f'lora_rank={s.lora_rank}: is more than {names[0]} has, {n_in} x {n_out}: '
+                            'lower it')
+        found.append(Place(tuple(names), s.lora_rank, scale))
     return found
 
 
@@ -376,13 +359,11 @@ def begin(model, s, is_new=True):
     Raises UserError for what it has not.
     """
     share_table(model)
-    wrong = [n for n in s.lora_tokens if not 0 <= n < model.cfg.vocab_size]
-    if wrong:
-        raise UserError(f'lora_tokens: {wrong[0]}: takes tokens from 0 to {model.cfg.vocab_size - 1}')
-    attach(model, saved := Saved(places(model, s), s.lora_dropout, s.lora_dora, s.lora_pissa, s.lora_tokens))
+    saved = Saved(places(model, s), s.lora_dropout, s.lora_dora, s.lora_pissa)
+    attach(model, saved)
     if s.lora_pissa and is_new:
         begin_pissa(model, saved.places)
-    freeze(model, trained_whole(model, s))
+    freeze(model)
 
 
 def move(model, layer, other):
@@ -424,30 +405,6 @@ def freeze(model, whole=()):
     """Let nothing be trained but the adapters and the tensors with the names `whole`."""
     for name, p in model.named_parameters():
         p.requires_grad_('.lora.' in name or name in whole)
-
-
-def trained_whole(model, s):
-    """
-    The names of the tensors that are trained whole beside adapters, as a LoraConfig asks. Raises UserError if
-    that matches nothing.
-    """
-    with_adapter, whole, biases = {layer for layer, _ in adapted(model)}, [], []
-    for tensor, _ in model.named_parameters():
-        layer, _, kind = tensor.rpartition('.')
-        if '.lora.' in tensor:
-            continue
-        if kind == 'bias' and (s.lora_bias == 'all' or s.lora_bias == 'lora_only' and layer in with_adapter):
-            biases.append(tensor)
-        if s.lora_whole and re.search(s.lora_whole, tensor):
-            if kind == 'weight' and layer in with_adapter:
-                raise UserError(f'lora_whole: {s.lora_whole!r} matches {tensor}, which has an adapter: '
-                                'leave it out of one of them')
-            whole.append(tensor)
-    if s.lora_whole and not whole:
-        raise UserError(f'lora_whole: {s.lora_whole!r} matches no tensor: takes a pattern of names, as norm')
-    if s.lora_bias != 'none' and not biases:
-        raise UserError(f'lora_bias={s.lora_bias}: there are no such biases in this network: leave it out')
-    return {'wte.tokens.values', *whole, *biases}
 
 
 def how_stored(s):

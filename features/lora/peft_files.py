@@ -165,13 +165,11 @@ def write_whole(model, known, ranks, tensors):
                 continue
             if (any(part is None for part in parts)
                     or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1)):
-                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here: '
-                                'leave it out of lora_whole and lora_bias')
+                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here')
             tensors[f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'] = torch.cat(parts)
             whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
     if trained:
-        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT: '
-                        'leave it out of lora_whole and lora_bias')
+        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT')
     return sorted(whole)
 
 

@@ -4,8 +4,7 @@ Low-rank adapters (LoRA, DoRA, PiSSA, QLoRA) trained beside frozen weights.
     python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2
 """
 import math
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from configurator import refuse_beside
@@ -19,10 +18,6 @@ class LoraConfig:
     lora_targets: str = 'attn,mlp'  # which layers get an adapter: attn, mlp, embed, head, or matrices by
     # name, ours (q, attn.o, up, wte, …) or those of Hugging Face's families (c_attn, q_proj, wi, …); c_attn
     # is one adapter for q, k and v, as there
-    lora_layers: str = ''  # only in these blocks: 8:12, or 0,5; '' = in all
-    lora_ranks: dict = field(default_factory=dict)  # other ranks, by a pattern of names: {'mlp': 4,
-    # 'blocks.0.': 0}; 0 = no adapter there
-    lora_alphas: dict = field(default_factory=dict)  # other alphas, by a pattern of names
     lora_dropout: float = 0.0  # dropout on the adapter's input
     lora_dora: bool = False  # learn length and direction of every row of a matrix apart (DoRA, Liu et al.
     # 2024, arXiv 2402.09353); slower
@@ -30,14 +25,10 @@ class LoraConfig:
     # Meng et al. 2024, arXiv 2404.02948)
     lora_plus: float = 1.0  # learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354:
     # about 16)
-    lora_bias: Literal['none', 'lora_only', 'all'] = 'none'  # which biases are trained too
-    lora_whole: str = ''  # which other tensors are trained whole: a pattern of names, as norm
     lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the frozen
     # matrices of the blocks are stored; auto = in the compute dtype: the same numbers from half the memory;
     # int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round them: the losses are then those of
     # the rounded network, while sample.py and eval.py put the adapter beside the exact one
-    lora_tokens: list[int] = field(default_factory=list)  # rows of the embedding (and of a tied head) that
-    # are trained too: new special tokens
 
     may_change = ('lora_dropout', 'lora_plus')  # a resumed run may change these
 
@@ -48,9 +39,6 @@ class LoraConfig:
         if idle and not self.lora_rank:
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to adapters: set lora_rank too')
         self.check_numbers()
-        self.check_patterns()
-        if self.lora_layers and not re.fullmatch(r'\d*:\d*|\d+(,\d+)*', self.lora_layers):
-            raise ValueError(f'lora_layers={self.lora_layers}: takes a range as 8:12, or blocks as 0,5')
         if not self.lora_rank:
             return
         refuse_beside(self, 'lora_rank', init_keep='weights', grow_every=0, arch='decoder')
@@ -65,21 +53,3 @@ class LoraConfig:
         for name in ('lora_alpha', 'lora_plus'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number above 0')
-        if len(set(self.lora_tokens)) < len(self.lora_tokens):
-            raise ValueError(f'lora_tokens={self.lora_tokens}: takes each once')
-
-    def check_patterns(self):
-        for name, kinds in (('lora_ranks', int), ('lora_alphas', (int, float))):
-            for pattern, value in getattr(self, name).items():
-                is_number = isinstance(value, kinds) and not isinstance(value, bool)
-                if not isinstance(pattern, str) or not is_number or value < 0:
-                    raise ValueError(f'{name}={getattr(self, name)}: takes patterns of names, '
-                                     'and for each a number of at least 0')
-        patterns = [('lora_whole', self.lora_whole)]
-        patterns += [('lora_ranks', pattern) for pattern in self.lora_ranks]
-        patterns += [('lora_alphas', pattern) for pattern in self.lora_alphas]
-        for name, pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f'{name}: {pattern!r} is no pattern: {error}') from None
