@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from configurator import FilePath, UserError
-from device import autocast, zero
+from model import autocast, zero
 
 VERIFY_UP_TO = 2 ** 28  # bytes: at every start the hashes of splits up to this size are checked, in 0.2 s
 EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size

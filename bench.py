@@ -21,8 +21,7 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from checkpoint import replace_json, writing
-from configurator import FilePath, configure, run_main
-from device import pick_device
+from configurator import FilePath, configure, pick_device, run_main
 from features.study.bench_prepare import bench_prepare
 from features.study.bench_sample import bench_sample
 from features.study.bench_scale import bench_scale

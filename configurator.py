@@ -19,6 +19,7 @@ import keyword
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -26,6 +27,7 @@ import traceback
 import types
 import typing
 from contextlib import suppress
+from importlib.util import find_spec
 
 from features import (
     about_feature,
@@ -566,3 +568,118 @@ def choices(annotation):
             if any(typing.get_origin(kind) is typing.Literal for kind in options(annotation)) else '')
 
 
+# -----------------------------------------------------------------------------
+# The machine: which device, which number format. Measured where documentation misleads. torch is imported
+# where it is needed, as prepare.py does without it
+
+@dataclasses.dataclass
+class NumericConfig:
+    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the fastest available
+    dtype: typing.Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # dtype of the matmuls; weights
+    # stay float32. auto = bfloat16 where it is faster; float32 for greedy decoding, beam search and eval.py
+
+
+@dataclasses.dataclass
+class DeviceConfig(NumericConfig):
+    compile: bool | typing.Literal['auto'] = 'auto'  # use torch.compile; auto = where it saves time: training
+    # on CUDA, training on CPU for minutes, sampling 4,000 tokens
+
+
+def pick_device(name):
+    """torch.device for a setting. Raises UserError for one that this machine has not."""
+    import torch
+    count = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    if name == 'auto':
+        name = next(kind for kind in count if count[kind])
+    kind, _, number = name.partition(':')
+    if kind not in count or (number and not number.isdigit()):
+        raise UserError(f'device={name}: takes auto, cpu, cuda, cuda:N or mps')
+    if not number and kind == 'cuda':
+        number = os.environ.get('LOCAL_RANK', '')  # torchrun: a GPU each
+    number = int(number or 0)
+    if number >= count[kind]:
+        raise UserError(f'device={name}: this machine has {count[kind]} {kind} device(s), '
+                        f'number {number} was asked for; --device=cpu works everywhere')
+    if kind == 'cuda':
+        name = f'cuda:{number}'
+        torch.cuda.set_device(name)
+    torch.set_float32_matmul_precision('high')  # tf32 where there is any
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """
+    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bfloat16 can be 4x faster or 100x
+    slower there. One line says so to a user who asks for it where it is slow.
+    """
+    import torch
+    if device.type == 'cuda' and name == 'auto':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if device.type == 'cpu' and name in ('auto', 'bfloat16'):
+        gain = matmul_flops(device, torch.bfloat16) / matmul_flops(device, torch.float32)
+        if name == 'auto':
+            return 'bfloat16' if gain > 1.5 else 'float32'
+        if gain < 0.5:
+            print(f'dtype=bfloat16: {1 / gain:.0f} times slower than float32 on this CPU, '
+                  'which has no instructions for it: leave it out', flush=True)
+    return 'float32' if name == 'auto' else name
+
+
+def pick_exact_dtype(name, device):
+    """
+    pick_dtype() for results that rounding would change: evaluations, greedy text, beams. auto is 'float32',
+    and float32 is multiplied without tf32.
+    """
+    import torch
+    dtype = 'float32' if name == 'auto' else pick_dtype(name, device)
+    if dtype == 'float32':
+        torch.set_float32_matmul_precision('highest')
+    return dtype
+
+
+def pick_compile(setting, device, flops=0.0):
+    """
+    Whether to compile; one line says so where it cannot work. auto: on CUDA, and on a CPU for a run of 5e13
+    `flops` or more, two minutes: compiling takes 20 s there and saves a fourth of the time (10.6M parameters
+    in bfloat16: 8,900 against 6,400 tokens/s).
+    """
+    is_wanted = setting
+    if setting == 'auto':
+        is_wanted = device.type == 'cuda' or (device.type == 'cpu' and flops >= 5e13)
+    if not is_wanted:
+        return False
+    missing = ''
+    if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
+        missing = 'C++ compiler'
+    if device.type == 'cuda' and find_spec('triton') is None:
+        missing = 'triton'
+    if missing:
+        print(f'compile: no {missing} on this machine, going on without', flush=True)
+        return False
+    import torch._dynamo
+    torch._dynamo.config.suppress_errors = True  # code that cannot be compiled runs as it is
+    return True
+
+
+def matmul_flops(device, dtype, n=512, seconds=0.02):
+    """FLOP/s of an n x n matmul: the fastest of those that fit into `seconds`, at least three."""
+    import torch
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    b = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / fastest(lambda: (a @ b)[0, 0].item(), seconds)
+
+
+def fastest(compute, seconds):
+    """Seconds of the fastest compute() of those that fit into `seconds`, at least three."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])  # the first one sets things up
+
+
+def is_out_of_memory(error):
+    """Whether an error of torch or Python means that memory is used up."""
+    text = str(error)
+    return isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate memory" in text

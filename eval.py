@@ -23,8 +23,17 @@ from typing import Literal
 os.environ['GOMP_SPINCOUNT'] = os.environ.get('GOMP_SPINCOUNT', '1000')
 
 import sample
-from configurator import FilePath, UserError, configure_command, run_main, typed_text
-from device import DeviceConfig, NumericConfig, pick_device, pick_exact_dtype
+from configurator import (
+    DeviceConfig,
+    FilePath,
+    NumericConfig,
+    UserError,
+    configure_command,
+    pick_device,
+    pick_exact_dtype,
+    run_main,
+    typed_text,
+)
 
 # -----------------------------------------------------------------------------
 # Settings

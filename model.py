@@ -10,6 +10,7 @@ Shapes in comments: B batch, T tokens, C n_embd, H heads, D head_dim, V vocabula
 """
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -686,3 +687,31 @@ def make_model(cfg, init=True):
         from features.moe.network import with_experts  # moe
         network = with_experts(network)  # moe
     return network(cfg, init)
+
+
+# -----------------------------------------------------------------------------
+# How it is computed
+
+def autocast(device, dtype):
+    """Context in which matmuls run in `dtype`."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+def zero(device):
+    """A zero to sum losses in: in float64 the order of the sum hardly matters. MPS has float32 only."""
+    return torch.zeros((), device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+
+
+def compile_all(model, by_block=False):
+    """
+    Let a network, or each of its blocks, be compiled when it is first called. Forget what was compiled
+    before, which belongs to a network that has changed or gone: torch counts the variants of every function,
+    and beyond its limit a function runs uncompiled. Blocks share their code, each with constants of its own.
+    """
+    torch._dynamo.reset()
+    blocks = [*getattr(model, 'blocks', ()), *(getattr(model, 'encoder', None) or ())]
+    torch._dynamo.config.recompile_limit = 8 * max(1, len(blocks))
+    for module in model.blocks if by_block else [model]:
+        module.compile(dynamic=False)

@@ -1,12 +1,15 @@
 """
 A training run: what it works with, where it starts, what it logs. train.py makes the steps.
 
-`s` is train.py's Settings, `ranks` the processes of the run: device.OneProcess, or features/scale's Ranks.
+`s` is train.py's Settings, `ranks` the processes of the run: OneProcess, or features/scale's Ranks.
 """
 import json
 import math
 import os
+import signal
 import sys
+import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 
@@ -17,11 +20,21 @@ import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
 from checkpoint import fault
-from configurator import UserError, check, expand_home, from_dict, without_removed
-from device import compile_all, pick_compile, pick_dtype, process_age, zero
+from configurator import (
+    UserError,
+    check,
+    expand_home,
+    from_dict,
+    matmul_flops,
+    pick_compile,
+    pick_dtype,
+    without_removed,
+)
 from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
-from model import ModelConfig, make_model, only_in_training
+from model import ModelConfig, compile_all, make_model, only_in_training, zero
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops
+
+IMPORTED = time.perf_counter()
 
 
 @dataclass
@@ -810,3 +823,169 @@ def show_sample(model, s, data, ranks, stop=False):
     except UserError as error:
         ranks.say(f'no sample: {error}')
     model.train()
+
+
+# -----------------------------------------------------------------------------
+# The process
+
+def stop_signals():
+    """The signals that ask a run to save and stop."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
+class StopSignal:
+    """
+    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its
+    step. A second Ctrl-C or SIGTERM ends the process at once. But a SIGTERM within five seconds of another
+    signal is the same: where a whole job is told to stop, torchrun passes on the signals that its processes
+    have received themselves. So is any SIGHUP: a shell and the system send several. A process that was
+    started with SIGHUP ignored, as by nohup, still ignores it.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+
+    def listen(self):
+        for number in stop_signals():
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        if not self.number or (number == signal.SIGTERM and self.number == signal.SIGHUP):
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - self.since > 5):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def __bool__(self):
+        return self.number > 0
+
+
+def print_above(bar, text):
+    """Print a line; where a progress bar is on the terminal, above it."""
+    if bar is not None:
+        bar.clear()
+    print(text, flush=True)
+    if bar is not None:
+        bar.refresh()
+
+
+class OneProcess:
+    """
+    A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun
+    started; those that take a number, a flag or a value work on all of them together.
+    """
+    rank, world = 0, 1
+    first = True  # whether this is rank 0
+    lockstep = False  # whether all ranks must make the same passes through the network, as sharded ones do
+    bar = None  # the progress bar on the terminal of rank 0
+
+    def __init__(self, device):
+        self.device = device
+
+    def say(self, text):
+        """Print on rank 0."""
+        print_above(self.bar, text)
+
+    def sum(self, *values):
+        """The sums of some numbers over all ranks, as a list of floats."""
+        return torch.tensor(values, dtype=torch.float64).tolist()
+
+    def add_up(self, tensor):
+        """The sum of a tensor over all ranks, in place."""
+        return tensor
+
+    def any(self, flag):
+        """Whether `flag` is true: here, or where all go in lockstep, on any rank."""
+        return bool(flag)
+
+    def gather(self, value):
+        """What every rank gives, as a list."""
+        return [value]
+
+    def from_first(self, compute):
+        """What compute() returns on rank 0; its UserError too."""
+        return compute()
+
+    def beat(self, doing):
+        """Say that this rank goes on, and with what."""
+
+    def alive(self, doing=None):
+        """Say that this rank is still at work."""
+
+    def patient(self, is_compiling):
+        """Context of a step or an evaluation; if it compiles, the other ranks wait longer."""
+        return nullcontext()
+
+    def wrap(self, model):
+        """The model as it is trained: with DDP around it on several ranks."""
+        return model
+
+    def job(self):
+        """Names of the torchrun processes that started the ranks."""
+        return []
+
+    def was_restarted(self, out_dir):
+        """Whether torchrun restarted these ranks after they began the run in out_dir."""
+        return False
+
+    def has_lost_one(self, error):
+        """Whether an error means that another rank has gone."""
+        return False
+
+    def end(self):
+        """Part from the other ranks."""
+
+
+# dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12,
+              'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+              'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s the device could reach: by a GPU's data sheet, by a CPU's best matmul; None = not known."""
+    if device.type == 'cpu':
+        return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
+    if device.type == 'cuda' and dtype != 'float32':
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    return None
+
+
+def process_age():
+    """Seconds since this process began, imports included; else since this file was imported."""
+    try:
+        with open('/proc/self/stat', encoding='utf-8') as f:
+            fields = f.read().rpartition(')')[2].split()
+        ticks = int(fields[19])  # field 22: when it began, in clock ticks since the machine did
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, AttributeError):
+        return time.perf_counter() - IMPORTED
+
+
+def peak_memory(device):
+    """The most bytes this process has held: on the GPU, else in RAM."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    peak = read_field('/proc/self/status', 'VmHWM:')
+    if peak is not None:  # Linux, where getrusage() would count memory of the process that started this one
+        return 1024 * peak
+    import resource  # not on Windows
+    import sys
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def read_field(path, name):
+    """The number after `name` at the beginning of a line of a file; None without such a line or file."""
+    with suppress(OSError):
+        with open(path) as f:
+            for line in f:
+                words = line.split()
+                if words and words[0] == name:
+                    return int(words[1])
+    return None

@@ -23,19 +23,24 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see t
 import torch
 
 import checkpoint
-from configurator import FilePath, UserError, configure, run_main, typed_text
-from device import (
-    NOT_FINITE,
+from configurator import (
     DeviceConfig,
-    autocast,
+    FilePath,
+    UserError,
+    configure,
     is_out_of_memory,
     pick_compile,
     pick_device,
     pick_dtype,
     pick_exact_dtype,
+    run_main,
+    typed_text,
 )
+from model import autocast
 from tokenizer import PromptFormat, load_tokenizer
 
+# Why numbers are NaN or infinite, and what to do
+NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
 # tokens of a sample from which compiling pays: it takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token
 # (10.6M parameters)

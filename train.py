@@ -25,28 +25,31 @@ import torch
 import checkpoint
 from batches import DataConfig, evaluate, splitmix
 from checkpoint import fault
-from configurator import FilePath, UserError, configure, leave, run_main, typed_text
-from device import (
+from configurator import (
     DeviceConfig,
-    OneProcess,
-    StopSignal,
-    autocast,
+    FilePath,
+    UserError,
+    configure,
     is_out_of_memory,
-    peak_flops,
-    peak_memory,
+    leave,
     pick_device,
-    zero,
+    run_main,
+    typed_text,
 )
 from features import extend
-from model import ModelConfig
+from model import ModelConfig, autocast, zero
 from optim import OptimConfig, clip_gradient, set_rates
 from run import (
     Log,
+    OneProcess,
+    StopSignal,
     check_dataset,
     close_bar,
     describe,
     move_bar,
     open_bar,
+    peak_flops,
+    peak_memory,
     report,
     set_up,
     show_losses,

@@ -23,12 +23,11 @@ import torch
 
 import checkpoint
 import train
-from configurator import configure, run_main
-from device import peak_memory, pick_device
+from configurator import configure, pick_device, run_main
 from features.scale import background
 from features.scale.guard import check_alike
 from features.scale.ranks import Ranks
-from run import set_up
+from run import peak_memory, set_up
 from train import save
 
 

@@ -16,12 +16,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import FilePath, UserError, configure, run_main
-from device import NumericConfig, autocast, pick_device, pick_dtype
+from configurator import FilePath, NumericConfig, UserError, configure, pick_device, pick_dtype, run_main
 from features import part_of
 from features.study import tasks
 from features.study.measure import alternate, section, show
-from model import ModelConfig, make_model
+from model import ModelConfig, autocast, make_model
 from tokenizer import new_tokenizer
 
 ROOT = Path(__file__).parent.parent

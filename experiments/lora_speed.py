@@ -21,15 +21,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import UserError, configure, run_main
-from device import DeviceConfig, autocast, peak_memory, pick_compile, pick_device, pick_dtype
+from configurator import DeviceConfig, UserError, configure, pick_compile, pick_device, pick_dtype, run_main
 from features import part_of
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack_frozen
 from features.study.measure import alternate, run, section, show
-from model import ModelConfig, make_model
+from model import ModelConfig, autocast, make_model
 from optim import make_optimizer
+from run import peak_memory
 from sample import generate
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import prepare
 import train
 from checkpoint import replace_text, replacing
-from configurator import FilePath, UserError, configure, run_main
-from device import pick_device, pick_dtype
+from configurator import FilePath, UserError, configure, pick_device, pick_dtype, run_main
 from features.study import summaries
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, paired_difference, show_interval, show_mean

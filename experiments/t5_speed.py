@@ -17,11 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from configurator import UserError, configure, run_main
-from device import DeviceConfig, autocast, pick_compile, pick_device, pick_dtype
+from configurator import DeviceConfig, UserError, configure, pick_compile, pick_device, pick_dtype, run_main
 from features import part_of
 from features.study.measure import alternate, section, show
-from model import ModelConfig, make_model
+from model import ModelConfig, autocast, make_model
 from optim import make_optimizer
 
 CONFIG = str(Path(__file__).parent.parent / 'config' / 'rot5_mini.py')

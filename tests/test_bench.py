@@ -10,10 +10,10 @@ from conftest import one_line, run, train
 
 from bench import Settings
 from configurator import UserError
-from device import memory_bandwidth
 from features.study import measure
 from features.study.bench_prepare import write_text
 from features.study.bench_scale import sparse_dataset
+from features.study.measure import memory_bandwidth
 
 
 def test_the_sides_take_turns():

@@ -16,10 +16,10 @@ import model
 import run as runs
 import train as training
 from batches import Batches, Mixture, Source, validation_batch
-from device import OneProcess
 from experiments import blog
 from features import build
 from optim import learning_rate, make_optimizer
+from run import OneProcess
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 CORE = ['train', 'run', 'model', 'batches', 'optim', 'checkpoint', 'sample', 'prepare', 'tokenizer',
-        'configurator', 'device']
+        'configurator']
 FEATURES = sorted(path.name for path in (ROOT / 'features').iterdir() if (path / 'README.md').exists())
 
 # Import torch once, then fork a process for each tree: it runs the scripts there as a user does

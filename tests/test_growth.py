@@ -15,7 +15,6 @@ import checkpoint
 import optim
 from checkpoint import fill
 from configurator import UserError, read_config
-from device import compile_all
 from features import build, part_of
 from features.growth.factorize import factorize
 from features.growth.networks import (
@@ -28,7 +27,7 @@ from features.growth.networks import (
     widen,
 )
 from features.moe.upcycle import upcycle
-from model import AttentionInputs, ModelConfig, make_model
+from model import AttentionInputs, ModelConfig, compile_all, make_model
 from train import Settings
 
 KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned', tie=False),

@@ -13,9 +13,9 @@ from conftest import ROOT, one_line, read_log, run, write_dataset
 
 import checkpoint
 from configurator import configure
-from device import free_memory
 from features import build, part_of
 from features.lora.packed import pack
+from features.markov.settings import free_memory
 from model import ModelConfig, make_model
 from optim import OptimConfig, clip_gradient, make_optimizer
 from sample import generate
@@ -190,7 +190,7 @@ def test_counting_takes_the_memory_of_one_table_and_adamw_of_four(optimizer, tab
     """Two steps in a process of their own. AdamW holds weights, gradient and two moments."""
     code = '''if True:
         import json, torch
-        from device import peak_memory
+        from run import peak_memory
         from model import ModelConfig, make_model
         from features import build
         from optim import OptimConfig, clip_gradient, make_optimizer
@@ -331,7 +331,7 @@ def test_what_a_table_takes_is_said_before_it_is_taken(tmp_path, dataset, monkey
     said = 'the table of 64 x 64 takes 0.0 GB with its gradient and two moments'
     assert said in train(tmp_path / 'adamw', '--max_iters=1', dataset=dataset).stdout
     assert said not in train(tmp_path / 'counts', *MARKOV, '--max_iters=1', dataset=dataset).stdout
-    import device as running
+    import features.markov.settings as running
     monkeypatch.setattr(running, 'free_memory', lambda device: 4 * 64 ** 2 * 4 - 1)
     refused = one_line(train(tmp_path / 'none', '--max_iters=1', dataset=dataset, check=False))
     assert ('optimizer=adamw: a full Markov table of 64 tokens takes 0.0 GB' in refused

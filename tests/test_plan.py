@@ -17,12 +17,11 @@ import checkpoint
 import train as training
 from batches import EVAL_ROWS
 from configurator import UserError, configure
-from device import OneProcess
 from features import build
 from features.plan.dial import batch_tokens, derive, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
 from features.scale import faults
-from run import Log
+from run import Log, OneProcess
 from train import Settings
 
 CPU = torch.device('cpu')

@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from test_export import written
 
 import checkpoint
-import device
+import configurator
 import sample
 from batches import TokenFiles, read_meta
 from configurator import UserError
@@ -433,7 +433,7 @@ def test_without_any_input_there_are_no_prompts(monkeypatch):
 
 def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):
     speeds = {torch.bfloat16: 4.0, torch.float32: 1.0}
-    monkeypatch.setattr(device, 'matmul_flops', lambda d, dtype: speeds[dtype])
+    monkeypatch.setattr(configurator, 'matmul_flops', lambda d, dtype: speeds[dtype])
     (tmp_path / 'text.txt').write_text('the quick')
     short = ['sample.py', '--num_samples=1', '--max_new_tokens=3']
     text = ['eval.py', 'text', tmp_path / 'text.txt']

@@ -18,14 +18,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import checkpoint
 from configurator import UserError, read_config
-from device import autocast
 from features import build, part_of
 from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search
 from features.t5.positions import RelativeBias
 from features.t5.sampling import Decoder, pad
-from model import ModelConfig, make_model
+from model import ModelConfig, autocast, make_model
 from sample import KVCache, generate, step
 from tokenizer import ByteTokenizer
 from train import Settings

@@ -28,12 +28,11 @@ import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
 from configurator import UserError
-from device import compile_all
 from features import build
 from features.scale import faults
 from features.scale.ranks import Ranks
 from features.scale.settings import ScaleConfig
-from model import ChunkedCrossEntropy, ModelConfig, Transformer
+from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import Muon
 from run import FirstSteps, Interval, show_sample
 from tokenizer import new_tokenizer

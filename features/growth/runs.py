@@ -21,8 +21,8 @@ import optim
 from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, write_json
 from configurator import FilePath, UserError
-from device import OneProcess
 from model import Transformer
+from run import OneProcess
 from tokenizer import load_tokenizer
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on

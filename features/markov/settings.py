@@ -6,7 +6,11 @@ by gradients or by counting.
 """
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
 
 from configurator import UserError, refuse_idle
 from model import ModelConfig
@@ -83,7 +87,6 @@ def check_table_fits(vocab_size, optimizer, ranks):
     """
     Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free.
     """
-    from device import free_memory
     table = 4 * vocab_size ** 2  # bytes
     copies = 4 + (ranks.world > 1)  # weights, gradient, two moments; DDP adds gradients up in another one
     processes = 1
@@ -98,6 +101,23 @@ def check_table_fits(vocab_size, optimizer, ranks):
         raise UserError(f'optimizer={optimizer}: a full Markov table of {vocab_size:,} tokens takes '
                         f'{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free: set --optimizer=counts, '
                         'or --rank_embed for a low-rank chain')
+
+
+def free_memory(device):
+    """Bytes that this process can still take, of the GPU or of RAM (in its container); None = not known."""
+    from run import read_field
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    available = read_field('/proc/meminfo', 'MemAvailable:')
+    if available is not None:
+        free.append(1024 * available)
+    with suppress(OSError, ValueError):  # without a limit it is 'max', which is no number
+        limit = int(Path('/sys/fs/cgroup/memory.max').read_text())
+        used = int(Path('/sys/fs/cgroup/memory.current').read_text())
+        page_cache = read_field('/sys/fs/cgroup/memory.stat', 'inactive_file') or 0  # it is given back
+        free.append(limit - used + page_cache)
+    return min(free, default=None)
 
 
 def refuse_old_table(settings, where, to_do):

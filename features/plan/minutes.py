@@ -9,8 +9,8 @@ from functools import partial
 import checkpoint
 from batches import EVAL_ROWS, evaluate
 from configurator import UserError
-from device import process_age
 from features.plan.dial import intervals
+from run import process_age
 
 
 def evaluation_steps(s):

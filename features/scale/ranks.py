@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from configurator import UserError
-from device import print_above
+from run import print_above
 
 
 class Ranks:

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 
 import sample
-from device import autocast, pick_dtype
+from configurator import pick_dtype
 from features.lora.packed import pack
 from features.study import bench_peers
 from features.study.bench_train import NETWORKS, network
 from features.study.measure import alternate, section
-from model import make_model
+from model import autocast, make_model
 
 
 def bench_sample(s, device, machine):

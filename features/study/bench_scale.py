@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 from batches import Mixture
-from device import autocast, pick_dtype
+from configurator import pick_dtype
 from features import part_of
 from features.study.bench_train import NETWORKS, WARM_UP, train_options, train_ours
 from features.study.measure import alternate, seconds, section
-from model import ModelConfig, make_model
+from model import ModelConfig, autocast, make_model
 from optim import make_optimizer
 from train import Settings
 

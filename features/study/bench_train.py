@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import ROOT
-from device import autocast, peak_memory, pick_compile, pick_device, pick_dtype
+from configurator import ROOT, pick_compile, pick_device, pick_dtype
 from features import part_of
 from features.study import bench_peers
 from features.study.bench_peers import Trained
 from features.study.measure import alternate, run, seconds, section
-from model import ModelConfig, Transformer, make_model
+from model import ModelConfig, Transformer, autocast, make_model
 from optim import make_optimizer
+from run import peak_memory
 from train import Settings
 
 NETWORKS = {

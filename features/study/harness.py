@@ -6,9 +6,9 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
 import os
 
 from configurator import UserError, whole_text
-from device import autocast
 from features.study.tasks import CONTEXTS, first_ids, score, score_text
 from features.text.cuts import Cuts
+from model import autocast
 from sample import stream
 
 # -----------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import torch
 
 from checkpoint import replace_text, writing
 from configurator import ROOT, UserError
-from device import stop_signals
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
 from features.text.workers import cores
+from run import stop_signals
 
 
 def run_missing(sweep, jobs=0):

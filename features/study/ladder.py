@@ -14,8 +14,7 @@ import numpy as np
 
 import checkpoint
 from batches import TokenFiles, find_folder, losses
-from configurator import UserError
-from device import DeviceConfig
+from configurator import DeviceConfig, UserError
 from features.markov import ngrams
 from features.study.jobs import run_missing
 from features.study.pictures import figure, save

@@ -16,8 +16,7 @@ import time
 
 import torch
 
-from configurator import ROOT, UserError
-from device import matmul_flops, memory_bandwidth
+from configurator import ROOT, UserError, fastest, matmul_flops
 from features.text.workers import cores
 
 # -----------------------------------------------------------------------------
@@ -66,6 +65,13 @@ def ceiling(device, dtype, sizes):
         if 2 * n ** 3 / best > 0.1:
             break
     return best
+
+
+def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
+    """Bytes/s of a copy of `size` bytes, read and written: more than any cache holds."""
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.ones(size, dtype=torch.uint8, device=device)
+    return 2 * size / fastest(lambda: a.copy_(b)[0].item(), seconds)
 
 
 # -----------------------------------------------------------------------------

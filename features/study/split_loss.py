@@ -14,10 +14,11 @@ import torch
 import checkpoint
 from batches import Source, batch_loss, losses
 from checkpoint import load_model
-from configurator import UserError
-from device import NOT_FINITE, compile_all, pick_compile, pick_device, pick_exact_dtype
+from configurator import UserError, pick_compile, pick_device, pick_exact_dtype
 from features.study.stats import PARTS, loss_and_error, show_error
 from features.study.validation import validation_sources
+from model import compile_all
+from sample import NOT_FINITE
 
 
 @dataclass

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from configurator import UserError, whole_text
-from device import autocast
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
 from features.study.tasks import read_lines
@@ -27,6 +26,7 @@ from features.t5.beams import beam_search
 from features.t5.sampling import read_sources, source_format
 from features.text.cuts import Cuts
 from features.text.pairs import fill, template_fields
+from model import autocast
 from sample import generate
 
 # English function words, which carry no topic

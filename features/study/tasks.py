@@ -25,12 +25,12 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, typed_text, whole_text
-from device import NOT_FINITE, autocast
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
 from features.text.cuts import Cuts
 from features.text.pieces import encode_long
-from sample import read_text
+from model import autocast
+from sample import NOT_FINITE, read_text
 
 # -----------------------------------------------------------------------------
 # Items

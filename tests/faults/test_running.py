@@ -15,11 +15,10 @@ from conftest import ROOT, read_log, run_here, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
-import device
+import run
 import train
-from device import StopSignal
 from features.scale import ranks
-from run import set_up
+from run import StopSignal, set_up
 
 SLOW = pytest.mark.slow
 LONG = ['--max_iters=100000', '--eval_interval=100000', '--lr_decay_iters=400', '--warmup_iters=20']
@@ -404,12 +403,12 @@ def test_a_compilation_may_take_ten_times_hang_timeout(compiles, other, ends_at,
 
 
 def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, tmp_path, monkeypatch):
-    done, patient = [], device.OneProcess.patient
+    done, patient = [], run.OneProcess.patient
 
     def noted(self, compiles):
         done.append(compiles)
         return patient(self, compiles)
-    monkeypatch.setattr(device.OneProcess, 'patient', noted)
+    monkeypatch.setattr(run.OneProcess, 'patient', noted)
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: None)
     args = ['train.py', *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--grow_every=3',
             '--grow_to=4', '--eval_interval=2', '--max_iters=6']
