@@ -17,12 +17,11 @@ from features.study import attention, spectra
 @dataclass
 class WeightsSettings:
     out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
-    along: bool = False  # measure every checkpoint in out_dir, against the step; train.py
-    # --keep_checkpoints=100 keeps them
-    against: FilePath = ''  # another such network with the same settings: the figures are of the difference
-    # to it
-    csv: FilePath = ''  # file for the figures of every matrix; the table has the median of each kind
-    picture: FilePath = 'out/weights.png'  # where to draw; '' = nowhere
+    along: bool = False  # measure every checkpoint in out_dir and show the figures by step (keep the
+    # checkpoints with train.py --keep_checkpoints=100)
+    against: FilePath = ''  # measure the difference to this model, which must have the same settings
+    csv: FilePath = ''  # file for the figures of every matrix; the printed table has the median of each kind
+    picture: FilePath = 'out/weights.png'  # file for the plot; '' = no plot
 
 
 COMMANDS = {

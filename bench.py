@@ -37,12 +37,13 @@ BENCHES = {'train': bench_train, 'loss': bench_loss, 'sample': bench_sample, 'pr
 class Settings:
     positional = 'what'
     what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, or all
-    peer: FilePath = ''  # a clone of nanoGPT to run beside ours; '' = ours alone
-    json: FilePath = ''  # write everything here too: the machine, every sample, medians, ratios
-    rounds: int = 3  # how often each side runs
-    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the best there is
-    text: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # prepare's sources, as in prepare.py
-    quick: bool = False  # tiny sizes: shows in a minute that everything runs, its figures mean nothing
+    peer: FilePath = ''  # a clone of nanoGPT to compare with; '' = none
+    json: FilePath = ''  # file for all results: the machine, every sample, medians, ratios
+    rounds: int = 3  # number of measurements of each program
+    device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the fastest available
+    text: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # text for the prepare benchmark:
+    # sources as in prepare.py
+    quick: bool = False  # tiny sizes: checks in a minute that everything runs; the figures mean nothing
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -17,10 +17,10 @@ from features.hf import export
 @dataclass
 class ExportSettings:
     out_dir: FilePath = 'out'  # a run (its best checkpoint) or a checkpoint
-    to: FilePath = ''  # the folder to write; it must not be there yet
-    as_: Literal['stock', 'custom'] = 'stock'  # stock: as a class that transformers has; custom: any decoder,
-    # as our own class, whose code is copied into the folder
-    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
+    to: FilePath = ''  # folder to write; it must not exist yet
+    as_: Literal['stock', 'custom'] = 'stock'  # stock: a class of transformers; custom: minnow's own class
+    # for any decoder; its code is copied into the folder
+    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # dtype of the exported weights
 
     def check(self):
         """Raise ValueError for values that cannot work."""

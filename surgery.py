@@ -36,11 +36,10 @@ from features.moe import upcycle  # moe
 
 @dataclass
 class InheritSettings(SurgerySettings):
-    layers: str = ''  # blocks to take: 0-11, 0,2,4, first:6, last:6 or middle:6; in any order, each as often
-    # as you like
-    fresh: str = ''  # parts to draw anew instead of inheriting them, with commas: wpe,norm_f is what
-    # Inheritune's own code forgot; attn, mlp and norm are possible too
-    seed: int = 1337  # of what is drawn anew
+    layers: str = ''  # blocks to copy: 0-11, 0,2,4, first:6, last:6 or middle:6; in any order, also repeated
+    fresh: str = ''  # parts to re-initialize instead, separated by commas: attn, mlp, norm, norm_f, wpe.
+    # Inheritune's own code forgets wpe,norm_f
+    seed: int = 1337  # seed for the re-initialized parts
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -50,10 +49,10 @@ class InheritSettings(SurgerySettings):
 
 @dataclass
 class GrowSettings(SurgerySettings):
-    n_layer: int = 0  # number of blocks to grow to
-    how: Literal['stack', 'interleave', 'zero'] = 'stack'  # where the new blocks come from. stack: all blocks
-    # again on top; interleave: each block several times in a row; zero: the same, but the output matrices of
-    # the copies are zero, so that the function stays
+    n_layer: int = 0  # new number of blocks
+    how: Literal['stack', 'interleave', 'zero'] = 'stack'  # source of the new blocks. stack: repeat all
+    # blocks on top; interleave: repeat each block several times; zero: the same, with output matrices of
+    # zero, so that the model computes the same function
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -63,10 +62,10 @@ class GrowSettings(SurgerySettings):
 
 @dataclass
 class WidenSettings(SurgerySettings):
-    n_embd: int = 0  # new width; 0 = as it is
-    n_head: int = 0  # new number of heads, each as wide as before; 0 = as it is
-    d_ff: int = 0  # new width of the MLP; 0 = as it is
-    seed: int = 1337  # of the weights that read what is new
+    n_embd: int = 0  # new width; 0 = unchanged
+    n_head: int = 0  # new number of heads of the same width; 0 = unchanged
+    d_ff: int = 0  # new hidden width of the MLP; 0 = unchanged
+    seed: int = 1337  # seed for the weights that read the new dimensions
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -76,20 +75,20 @@ class WidenSettings(SurgerySettings):
 
 @dataclass
 class AverageSettings(SurgerySettings):
-    from_: list[FilePath] = field(default_factory=list)  # the old networks, --from=DIR for each, or a
-    # pattern: --from='out/run/step_*'
+    from_: list[FilePath] = field(default_factory=list)  # the old models: --from=DIR for each, or a pattern:
+    # --from='out/run/step_*'
 
 
 @dataclass
 class FactorizeSettings(SurgerySettings):
-    dataset: FilePath | dict = 'auto'  # data to weigh the errors by and to measure the losses on; auto = the
-    # data it was trained on, if they are there; none = the plain SVD, and no losses
-    rank_qk: int = 0  # rank of queries and keys; 0 = they stay dense
-    rank_vo: int = 0  # rank of the values and of attention's output
-    rank_mlp: int = 0  # rank of the MLP's matrices
-    energy: float = 0.0  # in place of ranks: each matrix gets the rank that keeps this share of its energy, a
-    # multiple of 8; it stays dense where two factors would not be smaller. With a dataset: of the energy of
-    # its outputs
+    dataset: FilePath | dict = 'auto'  # data to weight the errors by and to measure the losses on; auto = the
+    # data of the old run, if they are there; none = plain SVD, no losses
+    rank_qk: int = 0  # rank of queries and keys; 0 = dense
+    rank_vo: int = 0  # rank of values and attention output; 0 = dense
+    rank_mlp: int = 0  # rank of all MLP matrices; 0 = dense
+    energy: float = 0.0  # instead of ranks: each matrix gets the smallest rank, a multiple of 8, that keeps
+    # this share of its energy (with a dataset: of the energy of its outputs); it stays dense if factors would
+    # not be smaller
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -10,8 +10,8 @@ from configurator import refuse_beside
 
 @dataclass
 class DistillConfig:
-    distill_mix: float = 0.5  # the teacher's share of the training loss; the rest is cross-entropy
-    distill_temperature: float = 1.0  # temperature of both distributions; higher = more weight on unlikely
+    distill_mix: float = 0.5  # weight of the teacher's term in the training loss; the rest is cross-entropy
+    distill_temperature: float = 1.0  # temperature of both distributions; higher puts more weight on unlikely
     # tokens
 
     may_change = ('distill_mix', 'distill_temperature')  # a resumed run may change these

@@ -30,9 +30,9 @@ SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
 
 @dataclass
 class SurgerySettings:
-    from_: FilePath = ''  # the old network: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
-    out_dir: FilePath = ''  # where the new one goes: a new directory
-    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = the data it was trained on, if
+    from_: FilePath = ''  # the old model: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # folder for the new model; it must not exist yet
+    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = the data of the old run, if
     # they are there; none = no losses
 
     def check(self):

@@ -11,15 +11,14 @@ from configurator import FilePath, refuse_beside
 
 @dataclass
 class GrowConfig:
-    grow_to: int = 0  # number of blocks at which growth ends; n_layer is the number it begins with
-    grow_by: int = 2  # blocks added at a time, as in Inheritune (Sanyal et al. 2024, arXiv 2404.08634)
-    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # which blocks are copied, as in surgery.py
+    grow_to: int = 0  # final number of blocks; n_layer is the initial number
+    grow_by: int = 2  # blocks added each time, as in Inheritune (Sanyal et al. 2024, arXiv 2404.08634)
+    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # how new blocks are made, as in surgery.py
     # grow
-    grow_from: FilePath = ''  # inherit the new blocks from this network instead: a run, a checkpoint or
-    # hf:FOLDER
-    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep of init_from=DIR: its
-    # weights; the optimizer's moments too, with a fresh schedule; or all, so that the run goes on at its step
-    # of schedule and data
+    grow_from: FilePath = ''  # copy the new blocks from this model instead: a run, a checkpoint or hf:FOLDER
+    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep from init_from=DIR.
+    # weights: only the weights; optimizer: also the moments, with a new schedule; schedule: everything, so
+    # that the run continues at its step of schedule and data
 
     # a resumed run may change these
     may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from', 'init_keep')

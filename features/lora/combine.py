@@ -18,10 +18,10 @@ from features.lora.load import add_adapters, read_saved, split_name
 
 @dataclass
 class MergeSettings(SurgerySettings):
-    adapter: list[FilePath] = field(default_factory=list)  # what to add to --from: runs of train.py
-    # --lora_rank or PEFT's folders; none = --from holds an adapter itself
-    shares: list[float] = field(default_factory=list)  # the factor of each adapter; none = 1 for all
-    untie: bool = False  # give the head a matrix of its own, where the adapted embedding is the head too
+    adapter: list[FilePath] = field(default_factory=list)  # adapters to merge into --from: runs of train.py
+    # --lora_rank or PEFT folders; none = --from is itself a run with an adapter
+    shares: list[float] = field(default_factory=list)  # weight of each adapter; none = 1 for all
+    untie: bool = False  # give the head its own matrix, if the adapted embedding is tied to it
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -13,22 +13,22 @@ from configurator import refuse_beside
 @dataclass
 class LoraConfig:
     lora_alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    lora_rs: bool = False  # scale it by alpha / sqrt(rank) instead: high ranks then learn as fast as low ones
-    # (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
-    lora_targets: str = 'attn,mlp'  # which layers get an adapter: attn, mlp, embed, head, or matrices by
-    # name, ours (q, attn.o, up, wte, …) or those of Hugging Face's families (c_attn, q_proj, wi, …); c_attn
-    # is one adapter for q, k and v, as there
+    lora_rs: bool = False  # scale by alpha / sqrt(rank) instead, so that high ranks learn as fast as low
+    # ranks (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
+    lora_targets: str = 'attn,mlp'  # layers to adapt: attn, mlp, embed, head, or matrix names of minnow (q,
+    # attn.o, up, wte, …) or of Hugging Face models (c_attn, q_proj, wi, …); c_attn is one adapter for q, k
+    # and v
     lora_dropout: float = 0.0  # dropout on the adapter's input
-    lora_dora: bool = False  # learn length and direction of every row of a matrix apart (DoRA, Liu et al.
-    # 2024, arXiv 2402.09353); slower
-    lora_pissa: bool = False  # begin with the largest singular values of the weights instead of zero (PiSSA,
-    # Meng et al. 2024, arXiv 2404.02948)
-    lora_plus: float = 1.0  # learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354:
-    # about 16)
-    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # how the frozen
-    # matrices of the blocks are stored; auto = in the compute dtype: the same numbers from half the memory;
-    # int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round them: the losses are then those of
-    # the rounded network, while sample.py and eval.py put the adapter beside the exact one
+    lora_dora: bool = False  # train the magnitude and direction of each matrix row separately (DoRA, Liu et
+    # al. 2024, arXiv 2402.09353); slower
+    lora_pissa: bool = False  # init the adapters from the largest singular values of the weights instead of
+    # zero (PiSSA, Meng et al. 2024, arXiv 2404.02948)
+    lora_plus: float = 1.0  # learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, arXiv
+    # 2402.12354: about 16)
+    lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # storage of the
+    # frozen matrices of the blocks; auto = compute dtype, which halves the memory without changing the
+    # results. int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round the weights: training losses
+    # are those of the rounded model; sample.py and eval.py apply the adapter to the exact weights
 
     may_change = ('lora_dropout', 'lora_plus')  # a resumed run may change these
 

@@ -61,7 +61,8 @@ class MarkovConfig(ModelConfig):
 
 @dataclass
 class MarkovOptim(OptimConfig):
-    pseudo_counts: float = 100.0  # optimizer=counts: weight of each row's random start, in observations
+    pseudo_counts: float = 100.0  # optimizer=counts: weight of each row's random init, as a number of
+    # observations
 
     def check(self):
         """Raise ValueError for a value that cannot work, and for settings that the optimizer ignores."""

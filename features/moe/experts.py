@@ -21,7 +21,7 @@ from run import read_records
 class ExpertsSettings:
     out_dir: FilePath = 'out'  # a training run
     csv: FilePath = ''  # file for the shares of every expert at every step of the log
-    picture: FilePath = 'out/experts.png'  # where to draw; '' = nowhere
+    picture: FilePath = 'out/experts.png'  # file for the plot; '' = no plot
 
 
 def in_use(shares):

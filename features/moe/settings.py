@@ -8,14 +8,15 @@ from model import ModelConfig
 
 @dataclass
 class MoEConfig(ModelConfig):
-    n_expert_active: int = 1  # experts for each token (1: Switch, arXiv 2101.03961; 2: Mixtral)
-    expert_shared: bool = False  # one more MLP, for all tokens (DeepSeekMoE, arXiv 2401.06066)
-    expert_aux: float = 0.01  # weight of the loss for equal loads, 1 per layer when they are equal (Switch)
-    expert_z: float = 0.001  # weight of the loss that keeps the router's logits small, mean(logsumexp²)
+    n_expert_active: int = 1  # experts per token (1: Switch, arXiv 2101.03961; 2: Mixtral)
+    expert_shared: bool = False  # add a shared MLP for all tokens (DeepSeekMoE, arXiv 2401.06066)
+    expert_aux: float = 0.01  # weight of the load-balancing loss, which is 1 per layer if loads are equal
+    # (Switch)
+    expert_z: float = 0.001  # weight of the router z-loss, mean(logsumexp²), which keeps its logits small
     # (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)
-    expert_bias: float = 0.0  # balance without a loss: after every step, the bias by which an expert is
-    # picked rises by this if it had too few tokens and falls if it had too many (Wang et al. 2024,
-    # arXiv 2408.15664: 0.001, with expert_aux=0). Whether there is a bias is settled when a network begins
+    expert_bias: float = 0.0  # load balancing without a loss: after each step, a bias in the choice of
+    # experts rises by this for experts with too few tokens and falls for those with too many (Wang et al.
+    # 2024, arXiv 2408.15664: 0.001, with expert_aux=0). It cannot be added to a trained model
 
     only_in_training = ('expert_aux', 'expert_z')
 

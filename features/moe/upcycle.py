@@ -17,11 +17,11 @@ from features.growth.runs import SurgerySettings, read, write
 
 @dataclass
 class UpcycleSettings(SurgerySettings):
-    n_expert: int = 8  # number of experts, each a copy of the MLP
+    n_expert: int = 8  # number of experts; each starts as a copy of the MLP
     n_expert_active: int = 1  # experts per token
-    expert_shared: bool = False  # keep the MLP for all tokens; the experts beside it are silent at first
-    expert_bias: float = 0.0  # as in training: balance without a loss
-    seed: int = 1337  # of the routers
+    expert_shared: bool = False  # keep the MLP for all tokens; the experts added to it output zero at first
+    expert_bias: float = 0.0  # load balancing without a loss, as in train.py
+    seed: int = 1337  # seed for the routers
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -11,8 +11,8 @@ DEEPEST = 48  # layers
 
 @dataclass
 class PlanConfig:
-    flops: float = 0.0  # with plan: floating-point operations of the whole run
-    hours: float = 0.0  # with plan: hours of this machine
+    flops: float = 0.0  # with plan: floating-point operations of the run
+    hours: float = 0.0  # with plan: duration of the run in hours on this machine
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -12,13 +12,14 @@ from configurator import refuse_beside
 
 @dataclass
 class ScaleConfig:
-    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto = nccl on CUDA
-    skip_steps: list[int] = field(default_factory=list)  # steps, from 0, whose data are left out: the
-    # schedule goes on, no weight changes
-    desync_interval: int = 100  # steps between comparisons of all ranks' weights, bit for bit; 0 = never
-    hang_timeout: float = 600.0  # seconds without progress of a rank after which all end and say which one is
-    # behind; ten times that while rank 0 works for all, as when saving, and while the network is compiled;
-    # 0 = never, until torch.distributed gives up after half an hour
+    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # backend of torch.distributed; auto = nccl on CUDA,
+    # else gloo
+    skip_steps: list[int] = field(default_factory=list)  # steps, counted from 0, whose data are skipped: the
+    # schedule advances, the weights do not change
+    desync_interval: int = 100  # steps between bitwise comparisons of the weights of all ranks; 0 = never
+    hang_timeout: float = 600.0  # if a rank makes no progress for this many seconds, all ranks stop and name
+    # it; ten times as long while rank 0 works for all, for example when it saves, and while the model is
+    # compiled; 0 = never: torch.distributed stops the run after half an hour
 
     # a resumed run may change these
     may_change = ('backend', 'skip_steps', 'desync_interval', 'hang_timeout')

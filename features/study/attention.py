@@ -33,14 +33,14 @@ class AttentionSettings:
     out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
     dataset: FilePath = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = the data
     # of the run
-    sequences: int = 100  # number of sequences of the validation split, the same ones each time
-    length: int = 100  # tokens of a sequence
-    tau: float = 0.9  # share of the energy that counts as all of it
+    sequences: int = 100  # number of validation sequences, the same ones each time
+    length: int = 100  # length of each sequence in tokens
+    tau: float = 0.9  # share of the energy for rank and mass
     lazy: float = 1.0  # a layer is lazy if its MaxRank is at most this
-    batch_averaged: bool = False  # of the mean of the matrices over the sequences, as in the notebook of
-    # Inheritune's authors; that lowers ranks
+    batch_averaged: bool = False  # analyze the mean of the matrices over the sequences, as in the notebook of
+    # Inheritune's authors; this lowers the ranks
     csv: FilePath = ''  # file for the figures of every head
-    picture: FilePath = 'out/attention.png'  # where to draw; '' = nowhere
+    picture: FilePath = 'out/attention.png'  # file for the plot; '' = no plot
 
     def check(self):
         """Raise ValueError for values that cannot work."""

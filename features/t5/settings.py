@@ -15,12 +15,13 @@ from model import ModelConfig
 
 @dataclass
 class T5Config(ModelConfig):
-    source_size: int = 0  # context of the encoder in tokens; 0 = block_size
-    cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: as
-    # in T5Gemma; same: source and target count from 0, as in ROT5; offset: the target counts on from its end
-    t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1) and a tied head's logits
-    # are over sqrt(n_embd); attention logits are not over sqrt(head_dim), queries start that much smaller;
-    # output matrices start at 1/sqrt(inputs) whatever the depth
+    source_size: int = 0  # context length of the encoder in tokens; 0 = block_size
+    cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: none,
+    # as in T5Gemma; same: source and target both start at 0, as in ROT5; offset: the target continues the
+    # source's positions
+    t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1); logits of a tied head
+    # are divided by sqrt(n_embd); attention logits are not divided by sqrt(head_dim), so queries start
+    # smaller; output matrices start at 1/sqrt(inputs) at any depth
 
     @property
     def source_context(self):
@@ -47,7 +48,7 @@ class T5Config(ModelConfig):
 
 @dataclass
 class ObjectiveConfig(DataConfig):
-    denoisers: str | list = 'ul2r'  # of objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as
+    denoisers: str | list = 'ul2r'  # for objective=ul2: t5, ul2r, ul2, or [[span, rate, weight, mode], …] as
     # in features/t5/objectives.py
 
     def check(self):
