@@ -1,11 +1,11 @@
 """
-What is inside a checkpoint, in figures and pictures.
+Analyze a checkpoint: tables and plots of its weights, attention and experts.
 
     python analyze.py weights --out_dir=out/run                          # ranks and spectra of every matrix
-    python analyze.py weights --out_dir=out/run --along                  # of every checkpoint that is kept
-    python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER    # of the change that training made
-    python analyze.py attention --out_dir=out/run                        # ranks, columns, lazy layers
-    python analyze.py experts --out_dir=out/run                          # how experts share the tokens
+    python analyze.py weights --out_dir=out/run --along                  # the same for every checkpoint
+    python analyze.py weights --out_dir=out/tuned --against=hf:FOLDER    # the same for the change by training
+    python analyze.py attention --out_dir=out/run                        # ranks of attention, lazy layers
+    python analyze.py experts --out_dir=out/run                          # tokens per expert
 """
 from dataclasses import dataclass
 

@@ -1,21 +1,19 @@
 """
-How fast: against the limits of this machine, and against nanoGPT.
+Measure speed and memory, and compare them with the limits of the machine and with nanoGPT.
 
-    python bench.py all   # ours, and the machine's ceilings; on a GPU too
+    python bench.py all   # minnow, and the peak speed of the machine; on a GPU too
     python bench.py train sample --peer=PATH/TO/nanoGPT --json=bench.json
 
-    train      tokens/s, share of the matmul ceiling and peak memory of train.py: the 10.6M network of
-               nanoGPT's train_shakespeare_char, on CUDA GPT-2 124M too
-    loss       the chunked cross-entropy against torch's: seconds by vocabulary, and the peak memory of a
-               whole training step
-    sample     tokens/s of 500 tokens from the 10.6M network, one at a time, and the share of the memory
-               bandwidth
-    prepare    MB/s of GPT-2's BPE, and peak memory by size of the text
-    scale      how cost grows: data sets of 1 MB to 100 GB, context, width, vocabulary, ranks
+    train      train.py: tokens/s, share of the peak matmul speed (MFU), peak memory, for the 10.6M model of
+               nanoGPT's train_shakespeare_char; on CUDA also for GPT-2 124M
+    loss       the chunked cross-entropy against torch's: seconds by vocabulary size, and the peak memory of a
+               training step
+    sample     tokens/s for 500 tokens from the 10.6M model, one row, and the share of the memory bandwidth
+    prepare    MB/s with GPT-2's BPE, and peak memory by size of the text
+    scale      how the cost grows with data size (1 MB to 100 GB), context, width, vocabulary and ranks
 
-Every side runs as its users run it, with its own defaults. The sides take turns (A B A B), so that a
-disturbance of the machine affects all of them. The tables show medians, extremes, and the ratio of our figure
-to each other one.
+Each program runs with its own defaults, as its users run it. The programs take turns (A B A B), so that a
+disturbance affects all of them. The tables show medians, extremes, and ratios to minnow.
 """
 import os
 from dataclasses import asdict, dataclass, field

@@ -1,14 +1,14 @@
 """
-Several runs in one table and one picture, their seeds grouped.
+Compare runs in one table and one plot, grouped by seed.
 
     python compare.py out/demo_dense out/demo_lowrank --picture=out/demo.png
     python compare.py 'out/sweeps/demo/*' --reference=dense,learning_rate=0.002
     python compare.py --sweep=config/sweeps/demo.py          # runs what is missing first
 
-Runs that differ only in their seed are one arm. The table has the mean ± standard error of each arm, and its
-difference to the reference: paired by seed, with a 95% interval. Only the loss at the end of a run counts,
-where the learning rate has decayed: in the middle of its schedule a run looks worse than it is. To compare
-arms of unlike cost, give them equal budgets (budget='flops' in a sweep) instead of reading off their curves.
+Runs that differ only in their seed form one arm. The table has the mean ± standard error of each arm, and its
+difference from the reference, paired by seed, with a 95% interval. The comparison uses the loss at the end of
+a run, when the learning rate has decayed: in the middle of its schedule, a run looks worse than it is. To
+compare arms of different cost, give them equal budgets (budget='flops' in a sweep).
 """
 import os
 from dataclasses import dataclass, field

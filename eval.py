@@ -1,19 +1,19 @@
 """
-How good a model is.
+Evaluate a model.
 
     # nats per token and bits per byte of a checkpoint, on the whole validation split
     python eval.py loss --out_dir=out/tinystories_cpu
-    # the same, and the perplexity, of any text
+    # the same for any text, and its perplexity
     python eval.py text --out_dir=out/tinystories_cpu FILE.txt
-    # zero- and few-shot tasks from files (features/study/tasks.py), or those of lm-evaluation-harness
+    # zero- and few-shot tasks from files (features/study/tasks.py), or from lm-evaluation-harness
     python eval.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl
     python eval.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy
-    # ROUGE of what it writes (features/study/summaries.py); without a file, for its own validation pairs
+    # ROUGE of generated summaries (features/study/summaries.py); without a file, of the validation pairs
     python eval.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target
-    # from uniform guesses over counts to a transformer, on the same tokens
+    # baselines on the same tokens: uniform guessing, n-gram counts, a transformer
     python eval.py ladder --dataset=tinystories
 
-`python eval.py loss --help` prints the settings of one of them.
+`python eval.py loss --help` prints the settings of a command.
 """
 import os
 from dataclasses import dataclass, field

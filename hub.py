@@ -1,11 +1,12 @@
 """
-Hugging Face folders: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA), T5, our own class.
+Export to Hugging Face folders: GPT-2, GPTBigCode (StarCoder), Llama (TinyLlama, SmolLM, OpenLLaMA), T5, or
+minnow's own class.
 
     python hub.py export --out_dir=out/run --to=FOLDER                # for transformers, vLLM, llama.cpp
-    python hub.py export --out_dir=out/run --to=FOLDER --as=custom    # any decoder, with its code beside it
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom    # any decoder, with its code
     python hub.py export --out_dir=out/lora --to=FOLDER               # an adapter, for PEFT
 
-All scripts read such folders, and Mistral's, as hf:FOLDER: --init_from=hf:FOLDER.
+All scripts load these folders, and also Mistral's, as hf:FOLDER: --init_from=hf:FOLDER.
 """
 from dataclasses import dataclass
 from typing import Literal

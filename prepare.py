@@ -1,5 +1,5 @@
 """
-Any text → token files.
+Turn any text into token files.
 
     python prepare.py                                           # Python's standard library: no download
     python prepare.py book.txt --tokenizer=char --out=data/book
@@ -7,7 +7,7 @@ Any text → token files.
 
 A source is a .txt file, a .jsonl (or .ndjson) file with a document in each line, or a folder of such files. A
 .txt is one document, or several that are separated by lines of <|endoftext|>. This file reads all text into
-memory. features/text adds large corpora (several processes, resumed if interrupted), packed files, .parquet,
+memory. features/text adds large corpora (several processes, resumable), compressed files, .parquet,
 globs, named corpora such as tinystories, pairs of a source and a target, and parts on several machines.
 
     OUT/train_00000.bin …, val_00000.bin …   token ids, little-endian uint16 (uint32 above 65,536 tokens); the

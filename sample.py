@@ -1,5 +1,5 @@
 """
-Text from a checkpoint.
+Sample text from a checkpoint.
 
     python sample.py --out_dir=out/lowrank --start="Once upon a time" --num_samples=3
     python sample.py --out_dir=out/lowrank --start=FILE:prompt.txt --temperature=0      # greedy

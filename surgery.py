@@ -1,5 +1,5 @@
 """
-A new network out of a trained one.
+Make a new model from a trained one.
 
     python surgery.py inherit --from=out/big --out_dir=out/small --layers=0-11
     python surgery.py grow --from=out/small --out_dir=out/big --n_layer=12 --how=zero
@@ -12,17 +12,17 @@ A new network out of a trained one.
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both
     python train.py --init_from=out/small --out_dir=out/small_tuned      # then train on
 
-    inherit     a smaller network: the first layers, or others (0,2,4 or last:6)
-    grow        more layers; with --how=zero the function stays
-    widen       larger n_embd, n_head or d_ff; the function stays
-    average     the mean of several networks
-    factorize   low rank: the same in all layers, or a rank for each matrix by its energy
-    upcycle     a mixture of experts; the function stays
-    merge       an adapter and its base as one network
-    combine     several adapters as one
+    inherit     keep some of the layers: the first ones, or others (0,2,4 or last:6)
+    grow        add layers; with --how=zero the model computes the same function
+    widen       enlarge n_embd, n_head or d_ff; the model computes the same function
+    average     average the weights of several models
+    factorize   factorize matrices to low rank: given ranks, or a rank for each matrix by its energy
+    upcycle     convert to a mixture of experts; the model computes the same function
+    merge       merge an adapter into its base model
+    combine     combine several adapters into one
 
-Each command writes a checkpoint at step 0, with settings and a log as a run has them, and prints size and
-loss beside the old ones.
+Each command writes a run with one checkpoint at step 0, and prints the size and loss of the old and the new
+model.
 """
 from dataclasses import dataclass, field
 from typing import Literal

@@ -4,8 +4,8 @@ Train a model.
     python train.py config/tinystories_cpu.py --learning_rate=2e-3          # one process
     torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
 
-Run the same command again and the run goes on where it was: checkpoints, log.jsonl and settings.json are in
-out_dir. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) save at the end of the step, then stop.
+To resume a run, run the same command again. out_dir holds checkpoints, log.jsonl and settings.json. On
+Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes the step, saves a checkpoint and stops.
 """
 import os
 

@@ -1,5 +1,5 @@
 """
-Distillation: learn from the distribution of another network too (Hinton et al. 2015, arXiv 1503.02531).
+Distillation: train on the output distribution of a teacher model (Hinton et al. 2015, arXiv 1503.02531).
 
     python train.py --teacher=out/large --out_dir=out/small --n_layer=4
 """

@@ -1,5 +1,5 @@
 """
-Growth: a network that gets more blocks while it trains, and runs that begin with the optimizer of another.
+Growth: add blocks to the model during training, or start a run with the optimizer state of another run.
 
     python train.py --n_layer=4 --grow_every=500 --grow_to=12
 """

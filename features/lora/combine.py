@@ -1,8 +1,8 @@
 """
-Several adapters as one, or an adapter in the weights of its base: the commands merge and combine of
-surgery.py.
+The commands merge and combine of surgery.py: merge adapters into the weights of their base model, or combine
+several adapters into one.
 
-    python surgery.py merge --from=out/lora --out_dir=out/merged                           # one network again
+    python surgery.py merge --from=out/lora --out_dir=out/merged                           # into one model
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both   # one adapter
 """
 import dataclasses

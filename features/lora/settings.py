@@ -1,5 +1,5 @@
 """
-Low-rank adapters (LoRA, DoRA, PiSSA, QLoRA) trained beside frozen weights.
+Low-rank adapters (LoRA, DoRA, PiSSA, QLoRA) on top of frozen weights.
 
     python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2
 """

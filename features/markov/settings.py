@@ -1,6 +1,6 @@
 """
-Markov chains: the next token depends on the one before alone, by a table of all pairs or its factors, learned
-by gradients or by counting.
+Markov chains: the next token depends only on the previous one. The model is a full or a low-rank table of
+logits, trained by gradient descent or by counting.
 
     python train.py config/markov_pubmed.py
 """

@@ -1,11 +1,11 @@
 """
-How the tokens were shared out to the experts of a mixture while it was trained.
+Show how many tokens each expert received during training.
 
     python analyze.py experts --out_dir=out/moe
 
-A router that has fallen for a few experts leaves the others without training; one that treats all experts
-alike has not learned which tokens are whose. The log of train.py has the share of the tokens that each expert
-got, layer by layer, padding left out.
+If a router picks only a few experts, the others are not trained. If it picks all experts equally for all
+kinds of tokens, the experts have not specialized. train.py logs each expert's share of the tokens in each
+layer, without padding.
 """
 import os
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 """
-Mixtures of experts: every block has several MLPs, and a router picks some of them for each token.
+Mixtures of experts: every block has several MLPs (experts), and a router picks some of them for each token.
 """
 from dataclasses import dataclass
 

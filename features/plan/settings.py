@@ -1,5 +1,6 @@
 """
-The dial: the network, batch, rates and steps that follow from a depth, a size, a number of tokens or minutes.
+The dial: derive model size, batch size, learning rates and steps from a depth, a number of parameters, tokens
+or minutes.
 
     python train.py --minutes=5            # the best model that this machine can train in five minutes
     python train.py --plan --hours=3       # what scaling laws would choose; nothing is trained

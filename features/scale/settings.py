@@ -1,6 +1,6 @@
 """
-Many processes and long runs: data-parallel or sharded training, checkpoints in the background, guards against
-loss spikes, hanging ranks and ranks that drift apart.
+Many processes and long runs: data-parallel or sharded training, background checkpoints, and guards against
+loss spikes, hanging ranks and ranks whose weights differ.
 
     torchrun --nproc_per_node=2 train.py config/lowrank.py
 """

@@ -1,17 +1,16 @@
 """
-What attention does, after "Inheritune" (Sanyal et al. 2024, arXiv 2404.08634): how many directions and how
-many tokens the attention matrices A of each head and layer consist of. A is (T, T), after the softmax; its
-rows sum to 1.
+Analyze attention as in "Inheritune" (Sanyal et al. 2024, arXiv 2404.08634): the rank of the attention matrix
+A of each head, and how many tokens it attends to. A is (T, T), after the softmax; its rows sum to 1.
 
     python analyze.py attention --out_dir=out/run
 
     rank   the least k for which the k largest squared singular values of A are 90% of all
     mass   the least m for which the m columns of A with the largest squared norms are 90% of |A|²
 
-Both are means over sequences. MaxRank of a layer is the rank of its largest head, AvgMass the mean mass of
-its heads. A layer with MaxRank 1 is called lazy: all its heads do one thing for all positions. The table has
-the numbers of three such things below: attending to everything alike (uniform), to the first token alone
-(sink), to oneself (identity).
+Both are means over sequences. MaxRank of a layer is the largest rank of its heads, AvgMass the mean mass of
+its heads. A layer with MaxRank 1 is called lazy: all its heads attend in the same way at all positions. For
+comparison, the table also lists three simple patterns: attend to all tokens equally (uniform), only to the
+first token (sink), only to itself (identity).
 """
 import contextlib
 from dataclasses import dataclass

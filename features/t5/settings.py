@@ -1,6 +1,6 @@
 """
-Encoder-decoders and their objectives (T5, UL2, ROT5): an encoder reads a source in both directions, and the
-decoder attends to its output; denoising, prefixes, pairs.
+Encoder-decoders and their objectives (T5, UL2, ROT5): a bidirectional encoder reads the source, and the
+decoder attends to its output. Objectives: denoising, prefix, pairs.
 
     python train.py config/rot5_cpu.py
 """
