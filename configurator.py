@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import glob
+import importlib
 import inspect
 import keyword
 import math
@@ -30,15 +31,14 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 from features import (
-    about_feature,
+    all_fields,
     build,
-    comments_of,
+    comment_of,
     core_fields,
     default_of,
-    feature_classes,
     feature_names,
-    own_fields,
-    settings_of,
+    feature_of,
+    with_features,
 )
 
 try:
@@ -54,9 +54,7 @@ PINNED_TORCH = '2.13.0'  # the version in requirements.txt
 
 
 class UserError(Exception):
-    """
-    Something the user can mend. The text is one line that names the setting or the file and what to change.
-    """
+    """An error of the user. The text is one line that names the setting or the file, and what to change."""
 
 
 class FilePath(str):
@@ -92,7 +90,6 @@ def run_main(main, output_is_all=False):
     except KeyboardInterrupt:
         leave(130)
     except BrokenPipeError:  # | head has seen enough
-        silence(stdout)
         leave(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -148,10 +145,8 @@ class Output:
 
 def silence(stream):
     """Let a stream that cannot be written to lead nowhere."""
-    with suppress(OSError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+    with suppress(OSError), open(os.devnull, 'wb') as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 def check_torch():
@@ -159,26 +154,19 @@ def check_torch():
     if 'torch' not in sys.modules:  # prepare.py works without it
         return
     found = sys.modules['torch'].__version__  # as 2.13.0+cpu, 2.12.0a0+git123
-    if parse_version(found) < parse_version(OLDEST_TORCH):
+    oldest = [int(number) for number in OLDEST_TORCH.split('.')]
+    if [int(number) for number in re.findall(r'\d+', found)[:2]] < oldest:
         raise UserError(f'torch {found}: minnow needs torch {OLDEST_TORCH} or later: '
                         f'pip install torch=={PINNED_TORCH}')
 
 
-def parse_version(text):
-    """[major, minor] of a version."""
-    return [int(number) for number in re.findall(r'\d+', text)[:2]]
-
-
 def refuse(reason):
     """Say in one line why this process ends, and exit with code 2."""
-    rank = os.environ.get('RANK', '0')
-    # under torchrun every rank finds most mistakes: the first says it and torchrun ends the others, else they
-    # speak up
-    if rank != '0':
+    name, rank = os.path.basename(sys.argv[0]), os.environ.get('RANK', '0')
+    if rank != '0':  # rank 0 finds most mistakes too: it says them, and torchrun ends the others
         time.sleep(3)
-    name = os.path.basename(sys.argv[0])
-    prefix = f'{name}: rank {rank}: ' if rank != '0' else f'{name}: '
-    print(prefix + ' '.join(str(reason).split()), file=sys.stderr)
+        name += f': rank {rank}'
+    print(f'{name}:', *str(reason).split(), file=sys.stderr)
     leave(2)
 
 
@@ -227,9 +215,9 @@ def configure(cls, argv=None):
             if not equals and bool not in options(setting.type):
                 raise UserError(f'--{key}: has no value: write --{key}=VALUE, in one word')
             value = parse(text if equals else 'True', setting, f'--{key}')
-            given[setting.name] = lists.setdefault(key, []) if isinstance(value, list) else value
             if isinstance(value, list):
-                given[setting.name] += value
+                value = lists[key] = lists.get(key, []) + value
+            given[setting.name] = value
         elif positional:
             given.setdefault(positional, []).extend(convert([arg], find_field(cls, positional, arg), arg))
         else:
@@ -273,28 +261,6 @@ def check(settings, where=''):
                 part.check(settings)
             except ValueError as error:  # model.py knows none of our files, so it raises plain ValueErrors
                 raise UserError(f'{where}: {error}' if where else error) from None
-
-
-def refuse_idle(settings, part, takes, why):
-    """
-    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one
-    that is not among the names `takes`. why: what ignores it.
-    """
-    idle = sorted(getattr(settings, 'given', set()) & {f.name for f in dataclasses.fields(part)} - takes)
-    if idle:
-        raise ValueError(f'{idle[0]}={getattr(settings, idle[0])}: {why} ignores it: leave it out')
-
-
-def refuse_beside(settings, name, **plain):
-    """
-    Raise ValueError for a setting that does not go with the setting `name`: one that is not at this plain
-    value.
-    """
-    for other, value in plain.items():
-        found = getattr(settings, other, value)
-        if found != value:
-            raise ValueError(f'{name}={getattr(settings, name)}: goes with {other}={value} alone, '
-                             f'not {found}: leave it out')
 
 
 def read_config(cls, path):
@@ -379,11 +345,9 @@ def find_field(cls, key, where, hint=''):
     """
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = core_fields(cls)
     if key not in fields:
-        for name in feature_names():
-            for part in feature_classes(getattr(cls, 'core', cls), name):
-                fields |= {field.name: field for field in dataclasses.fields(part)}
+        fields = all_fields(cls)
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)
         hint = (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint
@@ -408,7 +372,44 @@ def parse(text, field, where):
         return convert(text, field, where)  # --start=123 and --out_dir=1e5 stay text where text is wanted
 
 
-ESCAPES = {'n': '\n', 't': '\t', 'r': '\r', '\\': '\\'}
+def convert(value, field, where):
+    """
+    `value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and
+    what it takes.
+    """
+    kinds = options(field.type)
+    for kind in kinds:
+        try:
+            value = as_kind(value, kind)
+            if kind is dict and FilePath in kinds:  # a mixture: {folder: its share}
+                value = {as_kind(key, FilePath): item for key, item in value.items()}
+            return value
+        except (ValueError, OverflowError):
+            pass
+    raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
+
+
+def as_kind(value, kind):
+    """`value` as one type of an annotation wants it. Raises ValueError if it is of another."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [as_kind(item, inner[0]) for item in items]
+    if kind is FilePath and type(value) is str:
+        return expand_home(value)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():  # --max_iters=1e4
+        return int(value)
+    if type(value) is kind or value in inner:  # inner: the choices of a Literal
+        return value
+    raise ValueError
+
+
+def expand_home(path):
+    """A path with the home directory in place of ~ at its beginning, or after hf: or an adapter's name=."""
+    start = re.match(r'(hf:|[\w-]+=)?', path)[0]
+    return start + os.path.expanduser(path.removeprefix(start))
 
 
 def typed_text(text, where):
@@ -418,8 +419,7 @@ def typed_text(text, where):
     backslashes are themselves. Raises UserError as whole_text() does.
     """
     def meaning(found):
-        code = found[1]
-        return chr(int(code[1:], 16)) if code[0] == 'u' else ESCAPES[code]
+        return found[0].encode().decode('unicode_escape')
     return whole_text(re.sub(r'\\([ntr\\]|u[0-9a-fA-F]{4})', meaning, text), where)
 
 
@@ -437,64 +437,10 @@ def whole_text(text, where):
     return text
 
 
-def expand_home(path):
-    """
-    A path with the home directory in place of ~ at its beginning, also after hf: and an adapter's name=.
-    """
-    found = re.fullmatch(r'(hf:|[\w-]+=)?(~.*)', path, re.DOTALL)
-    return (found[1] or '') + os.path.expanduser(found[2]) if found else path
-
-
-def expand_paths(value, field):
-    """
-    The value of a setting, with expand_home() of each path if its type has FilePath in it: of a dict the keys
-    are paths.
-    """
-    if not any(kind in (FilePath, list[FilePath]) for kind in options(field.type)):
-        return value
-    if isinstance(value, str):
-        return expand_home(value)
-    if isinstance(value, list):
-        return [expand_paths(item, field) for item in value]
-    if isinstance(value, dict):
-        return {expand_paths(key, field): item for key, item in value.items()}
-    return value
-
-
-def convert(value, field, where):
-    """
-    `value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and
-    what it takes.
-    """
-    value = expand_paths(value, field)
-    for kind in options(field.type):
-        if kind is type(None) and value is None:
-            return value
-        if typing.get_origin(kind) is typing.Literal:
-            if any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind)):
-                return value
-        elif (kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
-              and math.isfinite(value)):
-            return float(value)
-        elif kind is int and isinstance(value, float) and value.is_integer():  # --max_iters=1e4
-            return int(value)
-        elif kind in (int, bool, str, dict, list) and type(value) is kind:
-            return value
-        elif kind is FilePath and type(value) is str:
-            return value
-        elif typing.get_origin(kind) is list:
-            items, inner = value if isinstance(value, (list, tuple)) else [value], typing.get_args(kind)[0]
-            if inner is float and all(type(item) in (int, float) for item in items):
-                return [float(item) for item in items]
-            if all(isinstance(item, str if inner is FilePath else inner) for item in items):
-                return list(items)
-    raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
-
-
 def options(annotation):
     """int | None → (int, NoneType); Literal['a', 'b'] → (Literal['a', 'b'],)"""
-    return (typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union)
-            else (annotation,))
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a path'}
@@ -503,11 +449,11 @@ NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a
 def describe(annotation):
     names = []
     for kind in options(annotation):
-        if typing.get_origin(kind) is typing.Literal:
-            names += [str(choice) for choice in typing.get_args(kind)]
-        elif typing.get_origin(kind) is list:
-            inner = typing.get_args(kind)[0]
-            names.append(f'a list of {NAMES.get(inner, inner.__name__)}')
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is list:
+            names.append(f'a list of {describe(inner[0])}')
+        elif inner:  # the choices of a Literal
+            names += map(str, inner)
         else:
             names.append(NAMES.get(kind, kind.__name__))
     return ' | '.join(names)
@@ -518,54 +464,59 @@ def describe(annotation):
 
 def help_text(cls, which=''):
     """
-    The text of --help: the settings of `cls` that people set first, in the groups of cls.help_first, if it
-    has some, else all; then the features. which='all': all of the core; which=NAME: those of the feature
-    NAME. Raises UserError for another name.
+    The text of --help: the settings in cls.help_first, if it has some, else all of the core; then the names
+    of the features. which='all': all of the core; which=NAME: those of the feature NAME. Raises UserError for
+    another name.
     """
-    parts = [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
-    features = {name: settings for name in feature_names() if (settings := settings_of(cls, name))}
-    if which in features:
-        return '\n'.join([about_feature(name=which), '',
-                          *(help_line(*setting) for setting in features[which])])
-    if which not in ('', 'all'):
+    fields, features = all_fields(cls), {}
+    for name in fields:
+        features.setdefault(feature_of(cls, name), []).append(name)
+    features = {name: features[name] for name in feature_names() if name in features}
+    if which not in ('', 'all', *features):
         raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
-    lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
+    if which in features:
+        cls = with_features(cls, which)
+        lines = [help_line(cls, fields[name]) for name in features[which]]
+        return '\n'.join([about_feature(which), '', *lines])
     groups = getattr(cls, 'help_first', None)
-    if groups and not which:
-        own = {field.name: (field, comments_of(part).get(field.name)) for part in parts
-               for field in dataclasses.fields(part) if field.name in own_fields(part)}
-        for title, names in groups.items():
-            lines += ['', title, *(help_line(*own[name]) for name in names)]
-    else:
-        for part in parts:
-            fields = [field for field in dataclasses.fields(part) if field.name in own_fields(part)]
-            if fields:
-                lines += ['', f'{part.__name__} ({os.path.basename(inspect.getsourcefile(part))})']
-                lines += [help_line(field, comments_of(part).get(field.name)) for field in fields]
+    is_short = groups and not which
+    if not is_short:
+        groups = {}
+        for part in reversed(cls.__mro__):
+            if inspect.get_annotations(part):
+                file = os.path.basename(inspect.getsourcefile(part))
+                groups[f'{part.__name__} ({file})'] = inspect.get_annotations(part)
+    lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
+    for title, names in groups.items():
+        lines += ['', title, *(help_line(cls, fields[name]) for name in names)]
     if features:
         lines += ['', 'Features: --help=NAME lists their settings']
         lines += [two_columns(name, about_feature(name)) for name in features]
-    if groups and not which:
+    if is_short:
         lines += ['', '--help=all lists every setting of the core']
     return '\n'.join(lines)
 
 
-def help_line(field, comment):
-    features = '|'.join(os.listdir(os.path.join(ROOT, 'features')))
-    comment = re.sub(rf'^(\[\w+\]|({features}):) ', '', comment or '')  # without the mark of a feature
-    return two_columns(f'--{field.name.rstrip("_")}={default_of(field)!r}', choices(field.type) + comment)
+def about_feature(name):
+    """The first paragraph of the docstring of a feature's settings, in one line."""
+    text = importlib.import_module(f'features.{name}.settings').__doc__
+    return ' '.join(text.strip().partition('\n\n')[0].split())
+
+
+def help_line(cls, field):
+    marks = '|'.join([r'\[\w+\]', *(f'{name}:' for name in os.listdir(os.path.join(ROOT, 'features')))])
+    comment = re.sub(f'^({marks}) ', '', comment_of(cls, field.name))
+    if any(typing.get_origin(kind) is typing.Literal for kind in options(field.type)):
+        comment = f'{describe(field.type)}: {comment}'
+    return two_columns(f'--{field.name.rstrip("_")}={default_of(field)!r}', comment)
 
 
 def two_columns(name, text):
     """A name and its explanation, wrapped beside it."""
-    lines = textwrap.wrap(text, 72, break_long_words=False, break_on_hyphens=False) or ['']
-    first = f'  {name}'.ljust(36) + '  ' + lines[0]
-    return '\n'.join([first.rstrip(), *(38 * ' ' + line for line in lines[1:])])
-
-
-def choices(annotation):
-    return (describe(annotation) + ': '
-            if any(typing.get_origin(kind) is typing.Literal for kind in options(annotation)) else '')
+    first = f'  {name}'.ljust(36) + '  '
+    text = textwrap.fill(text, 110, initial_indent=first, subsequent_indent=38 * ' ', break_long_words=False,
+                         break_on_hyphens=False)
+    return text or first.rstrip()
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from inspect import get_annotations
 from itertools import takewhile
 
 import torch
@@ -30,7 +31,7 @@ from configurator import (
     pick_dtype,
     without_removed,
 )
-from features import default_of, extend, feature_of, feature_parts, own_fields, part_of
+from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training, zero
 from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops
 
@@ -368,7 +369,8 @@ def take_over(s, stored, names):
     """Take the stored settings of these names that the user did not give."""
     for name in names:
         if name not in s.given and name in stored:
-            extend(s, feature_of(type(s), name))
+            if not hasattr(s, name):
+                extend(s, feature_of(type(s), name))
             setattr(s, name, stored[name])
 
 
@@ -456,9 +458,9 @@ def identity(s):
     network = part_of(s, ModelConfig)
     names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
     names += IDENTITY
-    for part in feature_parts(type(s)):
+    for part in getattr(s, 'parts', ()):
         if not issubclass(part, ModelConfig):
-            names += [name for name in own_fields(part) if name not in getattr(part, 'may_change', ())]
+            names += [name for name in get_annotations(part) if name not in getattr(part, 'may_change', ())]
     return names
 
 

@@ -6,7 +6,8 @@ Growth: add blocks to the model during training, or start a run with the optimiz
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import FilePath, refuse_beside
+from configurator import FilePath
+from features import refuse_beside
 
 
 @dataclass

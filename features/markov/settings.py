@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, refuse_idle
+from configurator import UserError
 from model import ModelConfig
 from optim import OptimConfig
 
@@ -72,6 +72,16 @@ class MarkovOptim(OptimConfig):
         if self.optimizer == 'counts':
             takes = {'optimizer', 'max_iters', 'pseudo_counts'}
         refuse_idle(self, MarkovOptim, takes, f'optimizer={self.optimizer}')
+
+
+def refuse_idle(settings, part, takes, why):
+    """
+    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one
+    that is not among the names `takes`. why: what ignores it.
+    """
+    idle = sorted(getattr(settings, 'given', set()) & {field.name for field in fields(part)} - takes)
+    if idle:
+        raise ValueError(f'{idle[0]}={getattr(settings, idle[0])}: {why} ignores it: leave it out')
 
 
 def check_machine(s, data, ranks):

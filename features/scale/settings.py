@@ -7,7 +7,7 @@ loss spikes, hanging ranks and ranks whose weights differ.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import refuse_beside
+from features import refuse_beside
 
 
 @dataclass

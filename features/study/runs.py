@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configurator import UserError, expand_paths, find_field
+from configurator import UserError, convert, find_field
 from features import build, default_of, part_of
 from features.study.stats import mean_and_error, paired_difference
 from model import ModelConfig, make_model
@@ -48,9 +48,9 @@ def read_settings(out_dir):
     for key, value in stored.items():
         try:
             f = find_field(Settings, key, out_dir)
+            value = convert(value, f, out_dir)
         except UserError:
             continue
-        value = expand_paths(value, f)
         if value != default_of(f):  # the defaults of features that the run does not use are left out
             values[f.name] = value
     return build(Settings, **values)
