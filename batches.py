@@ -3,8 +3,9 @@ Token files → batches. The order of the data is a function, not a state:
 
     batch = f(seed, global sample number)
 
-So a resumed run needs one integer, any number of ranks and micro-batches sees the same global batch, and an
-evaluation never disturbs training. Memory holds open files only: 1e11 rows cost as much as ten.
+So a resumed run needs only one integer, the global batch is the same for any number of ranks and
+micro-batches, and evaluation never affects training. Only open files are in memory: 1e11 rows cost as much as
+ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
     x, y = data.rows(range(32))   # (32, 256) int64 each: y is x one token later, -1 where there is no target
@@ -47,8 +48,8 @@ class DataConfig:
 
 def permute(i, n, key):
     """
-    The place of i in a keyed permutation of range(n): a Feistel network of 6 rounds over the next even number
-    of bits, repeated until the result is below n (Black & Rogaway 2002, "Ciphers with arbitrary finite
+    The position of i in a keyed permutation of range(n): a Feistel network of 6 rounds over the next even
+    number of bits, repeated until the result is below n (Black & Rogaway 2002, "Ciphers with arbitrary finite
     domains"). It costs 20 µs, where an array of n numbers would cost memory.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits of either half
@@ -64,7 +65,7 @@ def permute(i, n, key):
 
 
 def splitmix(*numbers):
-    """A 64-bit hash of integers: one seed out of (seed, epoch, …)."""
+    """A 64-bit hash of integers; makes one seed from (seed, epoch, …)."""
     state = 0
     for number in numbers:
         state = mix((state + number + 0x9E3779B97F4A7C15) % 2 ** 64)
@@ -82,7 +83,7 @@ def mix(x):
 # Token files
 
 class TokenFiles:
-    """One split ('train' or 'val') of a prepared folder: its shards together are one long array of tokens."""
+    """One split ('train' or 'val') of a prepared folder: its shards, read as one long array of tokens."""
 
     def __init__(self, folder, split):
         self.folder, self.split, self.meta = folder, split, read_meta(folder)
@@ -128,7 +129,7 @@ class TokenFiles:
         return np.concatenate([*parts, np.empty(0, self.dtype)]).astype(np.int64)
 
     def document(self, number):
-        """(first, last + 1) token position of a document."""
+        """(first, last + 1) token positions of a document."""
         shard = int(np.searchsorted(self.doc_starts, number, 'right')) - 1
         start, index = int(self.starts[shard]), self.index[shard]
         local = number - int(self.doc_starts[shard])
@@ -146,14 +147,14 @@ class TokenFiles:
         return None
 
     def document_lengths(self):
-        """Tokens of every document, (documents,) int64."""
+        """Length of every document in tokens, (documents,) int64."""
         sizes = np.diff(self.starts)
         lengths = [np.diff(np.append(index, size)) for index, size in zip(self.index, sizes)]
         return np.concatenate(lengths).astype(np.int64)
 
 
 def open_checked(path, size, sha256):
-    """The opened file, its size and its hash, where there is one, checked. Raises UserError."""
+    """Open a file and check its size, and its hash if meta.json has one. Raises UserError."""
     try:
         file = open(path, 'rb')
     except OSError as error:
@@ -179,7 +180,7 @@ def find_folder(name):
 
 
 def read_meta(folder):
-    """The content of meta.json in a prepared folder. Raises UserError for what it cannot be."""
+    """The content of meta.json in a prepared folder. Raises UserError if it is invalid."""
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, 'train.bin')):  # text
@@ -201,7 +202,7 @@ def read_meta(folder):
 
 
 def bad_field(meta):
-    """The first field of meta.json that cannot be right, or None. File names must not leave the folder."""
+    """The first invalid field of meta.json, or None. File names must not point outside the folder."""
     tokenizer, vocab_size, splits = meta.get('tokenizer'), meta.get('vocab_size'), meta.get('splits')
     if type(tokenizer) is not dict or type(tokenizer.get('kind')) is not str:
         return 'tokenizer'
@@ -230,7 +231,7 @@ def bad_field(meta):
 
 
 def is_shard(shard, width):
-    """Whether an entry of meta.json can describe a file of tokens of `width` bytes."""
+    """Whether an entry of meta.json is a valid description of a token file with `width` bytes per token."""
     if type(shard) is not dict or not is_file_name(shard.get('file')) or not shard['file'].endswith('.bin'):
         return False
     if not is_count(shard.get('bytes_on_disk')) or shard['bytes_on_disk'] % width:
@@ -254,7 +255,7 @@ def is_count(value):
 
 class Source:
     """
-    One corpus as numbered rows of tokens: row(number) for number in range(rows) is the whole split once.
+    One corpus as numbered rows of tokens: row(number) for number in range(rows) covers the split once.
 
     bos: the start token before every document, (id,) or (), where a row is a document; None = as the data set
     has it. (A network that was trained without one is evaluated without one.)
@@ -314,11 +315,11 @@ class Source:
         return float(np.minimum(targets, self.stride).sum() / self.rows)
 
     def bytes_per_token(self):
-        """Bytes of text for each target; 0 where they are not known. Bytes of pairs are of targets alone."""
+        """Bytes of text per target; 0 if not known. For pairs, only the bytes of the targets count."""
         return 0 if self.files.meta.get('pairs') else self.files.bytes / self.files.tokens
 
     def too_long(self):
-        """A line about documents that are longer than a row; '' if all fit, or a row is no document."""
+        """A line about documents that are longer than a row; '' if all fit, or if rows are not documents."""
         if self.packing == 'document':  # text
             from features.text.folders import count_long_documents  # text
             return count_long_documents(self)  # text
@@ -326,7 +327,7 @@ class Source:
 
 
 def open_source(name, split, block_size, packing='stream', bos=None, objective=None):
-    """The Source of a corpus. objective: an Objective of features/t5; None = the next token."""
+    """The Source of a corpus. objective: an Objective of features/t5; None = predict the next token."""
     if objective is not None:  # t5
         from features.t5.objectives import open_source_for  # t5
         return open_source_for(objective, name, split, block_size, packing)  # t5
@@ -338,7 +339,7 @@ def describe_bos(bos):
 
 
 def start_token(meta):
-    """(id,) of the token before a document: BOS, else the end of text; () if there is neither."""
+    """(id,) of the start token of a document: BOS, else the end-of-text token; () if there is neither."""
     for name in ('bos', 'eot'):
         if meta.get(name) is not None:
             return (meta[name],)
@@ -350,7 +351,7 @@ def start_token(meta):
 
 class Mixture:
     """
-    The training data: sample i of the run → a row of one of its sources.
+    The training data: maps sample i of the run to a row of one of its sources.
 
     Each source goes through all its rows exactly once an epoch, in another order each epoch. Of any first n
     samples a source has its share, give or take one for every other source.
@@ -381,7 +382,7 @@ class Mixture:
             self.bytes_per_token = sum(rate * n for rate, n in zip(rates, targets)) / sum(targets)
 
     def locate(self, i):
-        """Sample i → (number of its source, how many samples of that source came before)."""
+        """Sample i → (index of its source, number of earlier samples from that source)."""
         left = sum(self.shares)
         for k, share in enumerate(self.shares):  # source k takes its share of the samples that 0…k-1 left
             before = i * share // left
@@ -402,13 +403,13 @@ class Mixture:
         return self.sources[0].batch(rows)
 
     def epochs(self, samples):
-        """How often the first `samples` samples go through each source: {name: epochs}."""
+        """Number of epochs of each source in the first `samples` samples: {name: epochs}."""
         total = sum(self.shares)
         return {source.name: samples * share / total / source.rows
                 for share, source in zip(self.shares, self.sources)}
 
     def bits_per_byte(self, nats_per_token):
-        """A loss in bits per byte of text, None where the bytes are not known."""
+        """A loss in bits per byte of text; None if the number of bytes is not known."""
         return nats_per_token / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def fingerprint(self):
@@ -429,7 +430,7 @@ class Mixture:
 
 
 def check_alike(sources):
-    """Raise UserError unless all sources have the same tokens."""
+    """Raise UserError unless all sources have the same tokenizer."""
     first = sources[0]
     for source in sources[1:]:
         one, other = first.files.meta, source.files.meta
@@ -446,7 +447,7 @@ def check_alike(sources):
 # The batches of a step
 
 class Batches:
-    """This rank's micro-batches. A thread reads those of the next step while a step is computed."""
+    """This rank's micro-batches. A thread reads those of the next step during the current step."""
 
     def __init__(self, data, s, ranks):
         self.data, self.s, self.ranks = data, s, ranks

@@ -1,5 +1,5 @@
 """
-The network: a GPT, dense or low-rank, in plain PyTorch. Copy this file elsewhere: it works without others.
+The model: a GPT, dense or low-rank, in plain PyTorch. You can copy this file: it works alone.
 
     model = make_model(ModelConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768))
     loss = model(idx, targets)   # idx, targets: (B, T) int64; targets of -1 are ignored
@@ -151,7 +151,7 @@ def only_in_training(cfg):
 
 
 def no_code(cfg, name, where='model.py'):
-    """The error for a choice of a setting that no code acts on: it must not pass for another choice."""
+    """The error for a choice of a setting that has no code, so that it does not act as another choice."""
     return ValueError(f'{name}={getattr(cfg, name)}: this choice has no code in {where}')
 
 
@@ -213,8 +213,8 @@ def init_linear(layer, cfg, scale=1.0, zero=False):
 
 def init_factors(down, up, std):
     """
-    Fill down (R, n_in) and up (n_out, R) by the truncated SVD of a dense normal matrix of deviation `std`
-    (Khodak et al. 2021, arXiv 2105.01029). At any rank the product has the norm of the dense matrix.
+    Fill down (R, n_in) and up (n_out, R) with the truncated SVD of a dense normal matrix with deviation `std`
+    (Khodak et al. 2021, arXiv 2105.01029). At any rank, the product has the norm of the dense matrix.
     """
     rank = len(down)
     dense = torch.empty(len(up), down.size(1), device=up.device).normal_(std=std)
@@ -406,11 +406,12 @@ GPU_CHUNK = 2 ** 28
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Sum of the cross-entropies of softmax(softcap(h·Wᵀ)) without ever holding all logits: head, loss and both
-    gradients run chunk by chunk in the forward pass (idea: Liger kernel, arXiv 2410.10989). At V = 50k the
-    logits, their softmax and its gradient are most of a small model's memory; the price is a V x C buffer for
-    W's gradient, and no second backward. On a CPU a chunk's logits become gradients a block at a time, in its
-    cache: half the time of torch's cross_entropy on all. On a GPU torch.compile fuses the passes instead.
+    Sum of the cross-entropies of softmax(softcap(h·Wᵀ)), without storing all logits: the head, the loss and
+    both gradients are computed chunk by chunk in the forward pass (idea: Liger kernel, arXiv 2410.10989). At
+    V = 50k, the logits, their softmax and its gradient take most of a small model's memory. The price is a V
+    x C buffer for W's gradient, and no second backward pass. On a CPU, the logits of a chunk become gradients
+    block by block in the cache, which takes half the time of torch's cross_entropy. On a GPU, torch.compile
+    fuses the passes instead.
     """
     @staticmethod
     def forward(ctx, h, weight, targets, n_vocab, softcap, smoothing, with_grad, teacher=None):
@@ -448,8 +449,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, teacher=None, taught=None):
     """
-    Sum of the cross-entropies of logits (rows, V padded), without the padding. with_grad: its gradient takes
-    the place of the logits. In float32, in as few passes as possible.
+    Sum of the cross-entropies of logits (rows, V padded), without the padding. with_grad: overwrite the
+    logits with their gradient. In float32, in as few passes as possible.
     """
     real, y = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
     z = logits[:, :n_vocab].float()
@@ -530,8 +531,8 @@ class Transformer(nn.Module):
                 teacher=None):
         """
         idx (B, T) int64 → logits (B, T, vocab_size) float32; with targets (B, T), the loss. cache: keys and
-        values of earlier tokens (sample.py). pieces (B, T): the number of each token's text, for texts that
-        share a row and do not see each other.
+        values of earlier tokens (sample.py). pieces (B, T): the index of each token's text, for several texts
+        packed into one row and masked from each other.
         """
         h = self.hidden(idx, cache, pieces)
         if targets is None:
@@ -575,7 +576,7 @@ class Transformer(nn.Module):
         return x
 
     def before_head(self, h):
-        """h (…, C) → the input of the head's matrix: the inner factor of a low-rank head is applied here."""
+        """h (…, C) → the input of the head's matrix: applies the inner factor of a low-rank head."""
         if self.cfg.tie:
             return h if self.wte_up is None else h @ self.wte_up.weight
         return h if self.head_down is None else self.head_down(h)
@@ -588,7 +589,7 @@ class Transformer(nn.Module):
         return h, weight
 
     def logits(self, h):
-        """h (…, C) → logits (…, vocab_size) in float32, without the vocabulary's padding."""
+        """h (…, C) → logits (…, vocab_size) in float32, without the padding of the vocabulary."""
         logits = F.linear(*self.head_input(h)) if self.head is None else self.head(self.before_head(h))
         return cap(logits.float()[..., :self.cfg.vocab_size], self.cfg.softcap)
 
@@ -626,7 +627,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def init_blocks(self, blocks, output_scale, query_scale=1.0):
-        """Matrices get the deviation init_std or 1/sqrt(inputs), those of outputs that times output_scale."""
+        """Init matrices with deviation init_std or 1/sqrt(inputs), outputs with output_scale times that."""
         cfg = self.cfg
         for layer in blocks.modules():
             if isinstance(layer, Attention):
@@ -648,7 +649,7 @@ class Transformer(nn.Module):
     # --- counts ---
 
     def num_params(self, active=False):
-        """Parameters, tied ones once, without the vocabulary's padding. active: those that a token meets."""
+        """Number of parameters, tied ones once, without vocabulary padding. active: those used per token."""
         tables = [self.wte.weight] if self.head is None else [self.wte.weight, self.head.weight]
         padding = (self.cfg.padded_vocab - self.cfg.vocab_size) * sum(table.size(1) for table in tables)
         return sum(p.numel() for p in self.parameters()) - padding
@@ -661,7 +662,7 @@ class Transformer(nn.Module):
         return 2 * sum(self.multiplications().values()) + attention
 
     def multiplications(self):
-        """{weight: multiplications of a token: forward, for the gradient of its input, for the weight's}."""
+        """{weight: multiplications per token for the forward pass, the input's gradient, the weight's}."""
         is_trained, found = any(p.requires_grad for p in self.parameters()), {}
         for name, p in self.named_parameters():
             passes = 3 if p.requires_grad else 1 + is_trained
@@ -673,7 +674,7 @@ class Transformer(nn.Module):
 
 
 def make_model(cfg, init=True):
-    """The network that a ModelConfig describes. init=False: its weights will be loaded."""
+    """Make the model that a ModelConfig describes. init=False: skip the init; weights will be loaded."""
     if cfg.arch == 'markov':  # markov
         from features.markov.network import Markov  # markov
         return Markov(cfg, init)  # markov
@@ -706,9 +707,9 @@ def zero(device):
 
 def compile_all(model, by_block=False):
     """
-    Let a network, or each of its blocks, be compiled when it is first called. Forget what was compiled
-    before, which belongs to a network that has changed or gone: torch counts the variants of every function,
-    and beyond its limit a function runs uncompiled. Blocks share their code, each with constants of its own.
+    Compile a model, or each of its blocks, at its first call. Previously compiled code is dropped, because it
+    belongs to a model that has changed: torch counts the variants of every function, and beyond a limit it
+    does not compile it. Blocks share their code, each with its own constants.
     """
     torch._dynamo.reset()
     blocks = [*getattr(model, 'blocks', ()), *(getattr(model, 'encoder', None) or ())]

@@ -1,5 +1,5 @@
 """
-Parameter groups, AdamW, Muon for the matrices, and the schedule of the learning rate.
+Parameter groups, AdamW, Muon for the matrices, and the learning-rate schedule.
 """
 import math
 import os
@@ -59,7 +59,7 @@ class OptimConfig:
             self.check_decay()
 
     def check_decay(self):
-        """Raise ValueError for a rate that would rise in its decay, drop at once or stay at 0."""
+        """Raise ValueError for a rate that would rise during the decay, drop at once or stay at 0."""
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f'min_lr={self.min_lr}: is above learning_rate={self.learning_rate}: '
                              'lower it or leave it out')
@@ -96,7 +96,7 @@ class OptimConfig:
 
     @property
     def main_rate(self):
-        """The name of the setting that holds the highest rate of the blocks' matrices."""
+        """The name of the setting with the peak learning rate of the blocks' matrices."""
         return 'muon_lr' if self.uses_muon else 'learning_rate'
 
 
@@ -105,9 +105,9 @@ class OptimConfig:
 
 def make_optimizer(model, cfg, dtype=torch.float32):
     """
-    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with weight decay on what has two dimensions and is no
-    bias, as in nanoGPT. Or Muon, which multiplies in `dtype`, for the matrices of the blocks, and AdamW
-    without decay for the rest. Tensors with the same settings are a group. Raises UserError.
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with weight decay for tensors of two dimensions except
+    biases, as in nanoGPT. With Muon: Muon for the matrices of the blocks, with matmuls in `dtype`, and AdamW
+    without weight decay for the rest. Tensors with the same settings form a group. Raises UserError.
     """
     if cfg.optimizer == 'counts':  # markov
         from features.markov.counts import count_table  # markov
@@ -149,7 +149,7 @@ def make_optimizer(model, cfg, dtype=torch.float32):
 
 
 def check_patterns(cfg, names):
-    """Raise UserError for a pattern of lr_scale that matches no name of a tensor."""
+    """Raise UserError for a pattern of lr_scale that matches no tensor name."""
     for pattern in cfg.lr_scale:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; '
@@ -158,8 +158,8 @@ def check_patterns(cfg, names):
 
 def clip_gradient(model, most):
     """
-    Scale the gradient to a norm of at most `most`; returns the norm it had. A Markov table's counts, which
-    are sparse, are no part of it: their step is bounded.
+    Scale the gradient to a norm of at most `most`. Returns the norm before. The sparse counts of a Markov
+    table are not included: their step is bounded.
     """
     dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     if any(hasattr(p.grad, 'full_tensor') for p in dense):  # scale
@@ -178,11 +178,11 @@ MOMENTUM, FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.95, 0.85, 300
 
 class Muon(torch.optim.AdamW):
     """
-    AdamW, but for groups with muon=True (Jordan et al. 2024, kellerjordan.github.io/posts/muon): their update
-    is the orthogonal matrix nearest to the momentum, so that every direction of a matrix learns at the same
-    rate. GPT-2 124M takes 1.5 times fewer tokens than by AdamW, for 2% more time (modded-nanogpt, record 4).
-    Matrices of one shape are orthogonalised together; torch.optim.Muon takes one after the other. A tensor
-    with more than two dimensions is a stack of matrices.
+    Muon for groups with muon=True (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW for the
+    others. Muon's update is the orthogonal matrix nearest to the momentum, so that all directions of a matrix
+    learn at the same rate. GPT-2 124M needs 1.5 times fewer tokens than with AdamW, for 2% more time
+    (modded-nanogpt, record 4). Matrices of the same shape are orthogonalized together; torch.optim.Muon does
+    them one by one. A tensor with more than two dimensions is a stack of matrices.
     """
 
     def __init__(self, groups, dtype=torch.float32, **settings):
@@ -232,8 +232,9 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(g, dtype, steps=5):
     """
-    The orthogonal factors of matrices g (N, rows, cols), rows <= cols: singular values end within 0.7…1.2.
-    Newton-Schulz iteration with a quintic, tuned for slope at zero, stable in bfloat16 (Jordan et al.).
+    The orthogonal factors of matrices g (N, rows, cols), rows <= cols; their singular values are within
+    0.7…1.2. Newton-Schulz iteration with a quintic tuned for slope at zero, stable in bfloat16 (Jordan et
+    al.).
     """
     x = g.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -271,8 +272,8 @@ def set_rates(optimizer, step, cfg):
 
 def learning_rate(step, cfg, peak=None):
     """
-    The rate of update number `step`, from 0: linear warm-up, then cfg.schedule down to min_lr. peak: the
-    highest rate of another group of tensors; its whole schedule is in proportion to that of learning_rate.
+    The learning rate of update number `step`, counted from 0: linear warm-up, then cfg.schedule down to
+    min_lr. peak: the peak rate of another group of tensors; its schedule has the same shape.
     """
     warmup, end = cfg.warmup, cfg.decay_end
     high = cfg.learning_rate if peak is None else peak
@@ -323,8 +324,8 @@ def moments_of(optimizer):
 
 def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied blocks move apart
     """
-    Let an optimizer go on with those moments that belong to tensors of its own; rates, betas and decay stay
-    as they are. Returns how many did. place(tensor, parameter): what is kept of a moment.
+    Load the moments of those tensors that the optimizer has; learning rates, betas and weight decay do not
+    change. Returns the number of tensors. place(tensor, parameter): the part of a moment to keep.
     """
     params = [(name, p) for group in optimizer.param_groups
               for name, p in zip(group['param_names'], group['params'])]
@@ -336,10 +337,7 @@ def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied bl
 
 
 def load_optimizer(folder, optimizer):
-    """
-    The moments of a checkpoint for the optimizer of the same network. Raises UserError for moments of other
-    tensors.
-    """
+    """Load the moments of a checkpoint of the same model. Raises UserError for moments of other tensors."""
     moments = read_moments(folder)
     if (moments.keys() != moments_of(optimizer).keys()
             or give_moments(optimizer, moments) < sum(map(bool, moments.values()))):
