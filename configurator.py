@@ -14,15 +14,12 @@ import dataclasses
 import difflib
 import errno
 import glob
-import importlib
-import inspect
 import keyword
 import math
 import os
 import re
 import shutil
 import sys
-import textwrap
 import time
 import traceback
 import types
@@ -30,16 +27,7 @@ import typing
 from contextlib import suppress
 from importlib.util import find_spec
 
-from features import (
-    all_fields,
-    build,
-    comment_of,
-    core_fields,
-    default_of,
-    feature_names,
-    feature_of,
-    with_features,
-)
+from features import all_fields, build, core_fields, default_of
 
 try:
     import fcntl  # noqa: F401 — every script takes locks; Windows has none of these
@@ -194,8 +182,7 @@ def leave(code):
 
 def configure(cls, argv=None):
     """
-    An instance of the dataclass `cls` from its defaults, then config files, then --key=value, in the order
-    given.
+    An instance of the dataclass `cls`: defaults, then config files and --key=value in the order given.
 
     A bare argument is a config file, unless cls.positional names a list setting that collects the bare ones.
     A list setting may be given several times (--stop=a --stop=b); a bare --flag means True.
@@ -204,6 +191,7 @@ def configure(cls, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     for arg in argv:
         if arg in ('--help', '-h') or arg.startswith('--help='):
+            from features.help import help_text
             print(help_text(cls, arg.partition('=')[2]))
             sys.exit(0)
     positional = getattr(cls, 'positional', None)
@@ -233,10 +221,8 @@ def configure(cls, argv=None):
 
 def configure_command(commands, argv=None):
     """
-    (function, its settings) of the command that the first argument names: `python surgery.py factorize
-    --from=DIR`.
-    commands: {name: (function, its dataclass)}. Raises UserError as configure() does, and for no such
-    command.
+    (function, its settings) of the command that the first argument names, as in `surgery.py grow --from=DIR`.
+    commands: {name: (function, its dataclass)}. Raises UserError as configure() does.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands:
@@ -251,10 +237,7 @@ def configure_command(commands, argv=None):
 
 
 def check(settings, where=''):
-    """
-    Run the checks of every dataclass that `settings` inherits; their ValueErrors become UserErrors, after
-    `where` the settings are from.
-    """
+    """Run check() of every dataclass that `settings` inherits. Raises UserError, with `where` before it."""
     for part in type(settings).__mro__:
         if 'check' in vars(part):
             try:
@@ -289,9 +272,8 @@ def read_config(cls, path):
 
 def from_dict(cls, values, where):
     """
-    An instance of `cls` from a dict (settings.json, a checkpoint's): strict in keys and types, as files are.
-    Settings of a feature that is not used are left out: checkpoints of before features had folders hold all
-    of them.
+    An instance of `cls` from a dict (settings.json, a checkpoint's). Raises UserError as configure() does.
+    Settings of unused features are left out: checkpoints from before features had folders hold all.
     """
     converted = {}
     for key, value in values.items():
@@ -325,10 +307,7 @@ REMOVED = {
 
 
 def without_removed(values, where):
-    """
-    A stored dict of settings without those in REMOVED. Raises UserError for one at another value: what it did
-    has no code any more.
-    """
+    """A stored dict of settings without those in REMOVED. Raises UserError for one at another value."""
     for name in REMOVED.keys() & values.keys():
         if REMOVED[name] not in (values[name], ...):
             raise UserError(f'{where}: {name}={values[name]}: minnow no longer has this setting: '
@@ -340,9 +319,7 @@ def without_removed(values, where):
 # values
 
 def find_field(cls, key, where, hint=''):
-    """
-    The field of `cls` for a setting. Raises UserError with the nearest name and `hint` if there is none.
-    """
+    """The field of `cls` for a setting. Raises UserError, with `hint` at its end."""
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     fields = core_fields(cls)
@@ -356,10 +333,7 @@ def find_field(cls, key, where, hint=''):
 
 
 def parse(text, field, where):
-    """
-    The value that `text` of a command line has for `field`: a Python literal where that fits, else the text
-    itself.
-    """
+    """The value of `text` in --key=text: a Python literal where `field` takes that, else the text itself."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -373,10 +347,7 @@ def parse(text, field, where):
 
 
 def convert(value, field, where):
-    """
-    `value` as the annotation of `field` wants it. Raises UserError that names the setting, what it got and
-    what it takes.
-    """
+    """`value` as the annotation of `field` wants it. Raises UserError that says what it takes."""
     kinds = options(field.type)
     for kind in kinds:
         try:
@@ -457,66 +428,6 @@ def describe(annotation):
         else:
             names.append(NAMES.get(kind, kind.__name__))
     return ' | '.join(names)
-
-
-# -----------------------------------------------------------------------------
-# --help
-
-def help_text(cls, which=''):
-    """
-    The text of --help: the settings in cls.help_first, if it has some, else all of the core; then the names
-    of the features. which='all': all of the core; which=NAME: those of the feature NAME. Raises UserError for
-    another name.
-    """
-    fields, features = all_fields(cls), {}
-    for name in fields:
-        features.setdefault(feature_of(cls, name), []).append(name)
-    features = {name: features[name] for name in feature_names() if name in features}
-    if which not in ('', 'all', *features):
-        raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
-    if which in features:
-        cls = with_features(cls, which)
-        lines = [help_line(cls, fields[name]) for name in features[which]]
-        return '\n'.join([about_feature(which), '', *lines])
-    groups = getattr(cls, 'help_first', None)
-    is_short = groups and not which
-    if not is_short:
-        groups = {}
-        for part in reversed(cls.__mro__):
-            if inspect.get_annotations(part):
-                file = os.path.basename(inspect.getsourcefile(part))
-                groups[f'{part.__name__} ({file})'] = inspect.get_annotations(part)
-    lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
-    for title, names in groups.items():
-        lines += ['', title, *(help_line(cls, fields[name]) for name in names)]
-    if features:
-        lines += ['', 'Features: --help=NAME lists their settings']
-        lines += [two_columns(name, about_feature(name)) for name in features]
-    if is_short:
-        lines += ['', '--help=all lists every setting of the core']
-    return '\n'.join(lines)
-
-
-def about_feature(name):
-    """The first paragraph of the docstring of a feature's settings, in one line."""
-    text = importlib.import_module(f'features.{name}.settings').__doc__
-    return ' '.join(text.strip().partition('\n\n')[0].split())
-
-
-def help_line(cls, field):
-    marks = '|'.join([r'\[\w+\]', *(f'{name}:' for name in os.listdir(os.path.join(ROOT, 'features')))])
-    comment = re.sub(f'^({marks}) ', '', comment_of(cls, field.name))
-    if any(typing.get_origin(kind) is typing.Literal for kind in options(field.type)):
-        comment = f'{describe(field.type)}: {comment}'
-    return two_columns(f'--{field.name.rstrip("_")}={default_of(field)!r}', comment)
-
-
-def two_columns(name, text):
-    """A name and its explanation, wrapped beside it."""
-    first = f'  {name}'.ljust(36) + '  '
-    text = textwrap.fill(text, 110, initial_indent=first, subsequent_indent=38 * ' ', break_long_words=False,
-                         break_on_hyphens=False)
-    return text or first.rstrip()
 
 
 # -----------------------------------------------------------------------------

@@ -66,9 +66,7 @@ def extend(settings, *names):
 
 
 def part_of(settings, cls):
-    """
-    The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), features included.
-    """
+    """The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), with features."""
     cls = with_features(cls, *getattr(settings, 'features', ()))
     return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 

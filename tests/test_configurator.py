@@ -22,7 +22,6 @@ from configurator import (
     configure,
     configure_command,
     from_dict,
-    help_text,
     options,
     read_config,
     run_main,
@@ -30,6 +29,7 @@ from configurator import (
     whole_text,
 )
 from features import comment_of
+from features.help import help_text
 
 
 @dataclass
