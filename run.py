@@ -133,11 +133,7 @@ def set_up(s, device, ranks, left_out=()):
         from features.growth.during import check_growth  # growth
         check_growth(s, model.cfg)  # growth
     newton_schulz_dtype = torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32
-    optim_settings = s
-    if s.lora_rank:  # lora
-        from features.lora.layers import faster  # lora
-        optim_settings = faster(s)  # lora: B learns at another rate than A
-    optimizer = make_optimizer(model, optim_settings, newton_schulz_dtype)
+    optimizer = make_optimizer(model, s, newton_schulz_dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
 
     # 3) The state of a run that goes on
@@ -197,7 +193,7 @@ def set_up(s, device, ranks, left_out=()):
     s.compile = pick_compile(s.compile, device, run.flops_per_step * s.max_iters / ranks.world)
     if s.shard:  # scale
         from features.scale.shard import divide  # scale
-        divide(run, build_model, optim_settings, start, ranks)  # scale
+        divide(run, build_model, s, start, ranks)  # scale
     if s.compile:
         compile_all(run.model, by_block=bool(s.shard))
         run.to_compile = {'step', 'evaluation'}

@@ -236,9 +236,9 @@ def test_c_attn_is_one_adapter_for_q_k_and_v():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * (32 + 96)
 
 
-def test_the_second_factor_learns_faster():
-    s = build(Settings, lora_rank=4, lora_plus=8.0, learning_rate=1e-3, lora_targets='attn,embed')
-    optimizer = make_optimizer(adapted(network(), lora_targets='attn,embed', lora_plus=8.0), lora.faster(s))
+def test_the_second_factor_can_learn_faster():
+    s = build(Settings, lora_rank=4, lr_scale={r'\.B$': 8.0}, learning_rate=1e-3)
+    optimizer = make_optimizer(adapted(network(), lora_targets='attn,embed'), s)
     rates = {name: group['lr'] for group in optimizer.param_groups for name in group['param_names']}
     assert len(rates) == 18 and all(rate == pytest.approx(8e-3 if name.endswith('.B') else 1e-3)
                                     for name, rate in rates.items())
@@ -267,7 +267,7 @@ def test_what_a_network_has_not_is_named(settings, words):
 
 @pytest.mark.parametrize('settings, words', [
     ({'lora_rank': -1}, 'lora_rank=-1'), ({'lora_dropout': 1.0}, 'lora_dropout=1.0'),
-    ({'lora_alpha': 0.0}, 'lora_alpha=0'), ({'lora_plus': 0.0}, 'lora_plus=0'),
+    ({'lora_alpha': 0.0}, 'lora_alpha=0'),
 ])
 def test_settings_that_cannot_work_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -404,7 +404,7 @@ def weights(out_dir):
 
 @pytest.mark.parametrize('more', [[], ['--lora_pissa=True'],
                                   ['--lora_dora=True'],
-                                  ['--lora_targets=c_attn', '--lora_plus=8']])
+                                  ['--lora_targets=c_attn', "--lr_scale={'B$': 8}"]])
 def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base, dataset, more):
     once = train(tmp_path / 'once', f'--init_from={base}', *LORA, *more, dataset=dataset)
     train(tmp_path / 'twice', f'--init_from={base}', *LORA, *more, '--max_iters=4', '--lr_decay_iters=10',

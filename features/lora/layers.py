@@ -10,7 +10,7 @@ name. What becomes of trained ones is in adapters.py.
 """
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -410,13 +410,6 @@ def freeze(model, whole=()):
 def how_stored(s):
     """What lora_store says of a run; auto is float32 beside DoRA, which measures the rows of the weights."""
     return s.lora_store if s.lora_store != 'auto' else 'float32' if s.lora_dora else s.dtype
-
-
-def faster(s):
-    """The settings of a run as its optimizer is to have them: B learns lora_plus times as fast."""
-    if s.lora_plus == 1:
-        return s
-    return replace(s, lr_scale=s.lr_scale | {r'\.lora\.\w+\.B$': s.lora_plus})
 
 
 def memory(model, total):

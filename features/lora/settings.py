@@ -23,14 +23,12 @@ class LoraConfig:
     # al. 2024, arXiv 2402.09353); slower
     lora_pissa: bool = False  # init the adapters from the largest singular values of the weights instead of
     # zero (PiSSA, Meng et al. 2024, arXiv 2404.02948)
-    lora_plus: float = 1.0  # learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, arXiv
-    # 2402.12354: about 16)
     lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # storage of the
     # frozen matrices of the blocks; auto = compute dtype, which halves the memory without changing the
     # results. int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round the weights: training losses
     # are those of the rounded model; sample.py and eval.py apply the adapter to the exact weights
 
-    may_change = ('lora_dropout', 'lora_plus')  # a resumed run may change these
+    may_change = ('lora_dropout',)  # a resumed run may change it
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -50,6 +48,5 @@ class LoraConfig:
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
             raise ValueError(f'lora_rank={self.lora_rank}, lora_dropout={self.lora_dropout}: '
                              'takes a rank of at least 0 and 0 <= dropout < 1')
-        for name in ('lora_alpha', 'lora_plus'):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f'{name}={getattr(self, name)}: takes a number above 0')
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f'lora_alpha={self.lora_alpha}: takes a number above 0')

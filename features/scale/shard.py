@@ -144,10 +144,7 @@ def build_divided(build_model, s, data, start, ranks):
 
 
 def divide(run, build_model, s, start, ranks):
-    """
-    Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks. s: the optimizer's
-    settings.
-    """
+    """Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks."""
     from optim import make_optimizer  # optim.py imports this file
     tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
     moments = optim.moments_of(run.optimizer)
