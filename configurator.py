@@ -303,6 +303,7 @@ REMOVED = {
     'eps': 1e-8,
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
     'lora_whole': ...,
+    'lora_pissa': False,
     'lora_plus': 1.0,
 }
 

@@ -132,7 +132,7 @@ def test_what_peft_trains_speaks_here(folders, tmp_path, kind, variant):
 
 SETTINGS = {
     'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True},
-    'tokens': {'tokens': [5, 9]}, 'pissa': {'lora_pissa': True}, 'uneven': {'places': uneven},
+    'tokens': {'tokens': [5, 9]}, 'uneven': {'places': uneven},
     'tables': {'lora_targets': 'attn,mlp,embed'}, 'fused': {'lora_targets': 'c_attn,c_proj'},
     'norms': {'whole': 'norm'},
     'biases': {'whole': r'(attn|mlp).*\.bias'}, 'all biases': {'whole': r'\.bias'},

@@ -30,30 +30,24 @@ from model import make_model
 # -----------------------------------------------------------------------------
 # Saved and loaded
 
-def stored(description):
-    """The Saved of a state.json's entry `lora`, without its tensors."""
-    places = [Place(tuple(names), rank, scale) for names, rank, scale in description['places']]
-    return Saved(**description | {'places': places})
-
-
 def described(description, tensors):
     """
-    The Saved of a checkpoint; what PiSSA took out of the weights is added to the factors, of twice the rank
-    then, beside the weights as they were.
+    The Saved of a checkpoint: its state.json's entry `lora` and its {name: tensor}. Runs of earlier versions
+    with PiSSA have taken B0·A0 out of a weight: the factors get these too, beside the whole weight.
     """
-    out = stored(description)
-    out.tensors = dict(tensors)
-    for n, (names, rank, scale) in enumerate(out.places if out.is_pissa else ()):
+    tensors = dict(tensors)
+    places = []
+    for names, rank, scale in description['places']:
         for name in names:
-            begun = {factor: out.tensors.pop(f'{name}.lora.{factor}0', None) for factor in 'AB'}
-            if begun['B'] is not None:
-                out.places[n] = Place(names, 2 * rank, scale)
-                out.tensors[f'{name}.lora.B'] = torch.cat([out.tensors[f'{name}.lora.B'], -begun['B']],
-                                                          dim=-1)
-            if f'{name}.lora.A' in out.tensors and begun['A'] is not None:
-                out.tensors[f'{name}.lora.A'] = torch.cat([out.tensors[f'{name}.lora.A'], begun['A']], dim=-2)
-    out.is_pissa = False
-    return out
+            A, B = f'{name}.lora.A', f'{name}.lora.B'
+            A0, B0 = tensors.pop(f'{A}0', None), tensors.pop(f'{B}0', None)
+            if B0 is not None:
+                tensors[B] = torch.cat([tensors[B], -B0], dim=-1)
+                rank = tensors[B].size(-1)
+            if A0 is not None and A in tensors:  # layers that share it keep it once
+                tensors[A] = torch.cat([tensors[A], A0], dim=-2)
+        places.append(Place(tuple(names), rank, scale))
+    return Saved(places, description['dropout'], description['is_dora'], description['tokens'], tensors)
 
 
 def take(model, name='default'):
@@ -62,9 +56,8 @@ def take(model, name='default'):
 
 
 def state(model, name='default'):
-    """{name: tensor} of what the adapter of this name is: all that is trained, and where PiSSA began."""
-    kept = {tensor: t for tensor, t in (*model.named_parameters(), *model.named_buffers())
-            if f'.lora.{name}.' in tensor}
+    """{name: tensor} of what the adapter of this name is: all that is trained."""
+    kept = {tensor: p for tensor, p in model.named_parameters() if f'.lora.{name}.' in tensor}
     kept |= {tensor: p for tensor, p in model.named_parameters()
              if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
     return {tensor.replace(f'.lora.{name}.', '.lora.'): t for tensor, t in kept.items()}
@@ -86,9 +79,6 @@ def load_state(model, tensors, where, name='default'):
             raise UserError(f'{where}: {tensor}: found {found}, the adapter of this network has {wanted}: '
                             'it belongs to another base')
         own[tensor].copy_(tensors[tensor])
-    for _, layer in adapted(model):
-        if name in layer.lora and layer.lora[name].A0 is not None:
-            layer.lora[name].begin_with(layer.lora[name].A0, layer.lora[name].B0, layer)
 
 
 def blank(cfg):

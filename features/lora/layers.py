@@ -32,7 +32,7 @@ class Adapter(nn.Module):
     step.
     """
 
-    def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, is_pissa=False, rows=None):
+    def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, rows=None):
         super().__init__()
         self.is_table, self.scale, self.dropout, self.rows = (isinstance(layer, nn.Embedding), scale, dropout,
                                                               rows)
@@ -46,9 +46,6 @@ class Adapter(nn.Module):
             nn.init.uniform_(self.A, -n_in ** -0.5, n_in ** -0.5)
         self.length = nn.Parameter(torch.empty(n_out) if layer.weight.is_meta
                                    else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
-        # where PiSSA begins: so much is taken out of the weight
-        for name, t in (('A0', self.A), ('B0', self.B)):
-            self.register_buffer(name, torch.zeros_like(t) if is_pissa and not self.is_table else None)
 
     def of(self, layer):
         """The weight of its layer, as (…, n_out, n_in)."""
@@ -58,14 +55,6 @@ class Adapter(nn.Module):
     def delta(self):
         """What it adds to the weight, (…, n_out, n_in)."""
         return self.scale * self.B @ self.A
-
-    @torch.no_grad()
-    def begin_with(self, A, B, layer):
-        """PiSSA: the adapter is these from the first step on, and the weight what they leave of it."""
-        if self.A0 is not None:
-            for t, value in ((self.A0, A), (self.B0, B)):
-                t.copy_(value)
-            self.of(layer).sub_(self.scale * B @ A)  # a view: the layer's own weight
 
     def stretch(self, layer):
         """
@@ -295,7 +284,6 @@ class Saved:
     places: list
     dropout: float = 0.0
     is_dora: bool = False
-    is_pissa: bool = False
     tokens: list = field(default_factory=list)  # of the embedding, trained whole
     tensors: dict = field(default_factory=dict)
     beside: dict = field(default_factory=dict)  # tensors of its base that came along
@@ -303,7 +291,7 @@ class Saved:
     def description(self):
         """All but the tensors, as json can write it."""
         return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora,
-                'is_pissa': self.is_pissa, 'tokens': self.tokens}
+                'tokens': self.tokens}
 
 
 def attach(model, saved, name='default'):
@@ -313,16 +301,15 @@ def attach(model, saved, name='default'):
     """
     if not hasattr(model, 'lora'):
         model.lora = Active()
-    dropout, is_dora, is_pissa, tokens = saved.dropout, saved.is_dora, saved.is_pissa, saved.tokens
     for names, rank, scale in saved.places:
         first = None
         for layer_name in names:
             layer = model.get_submodule(layer_name)
-            if is_dora and is_of_experts(layer):
+            if saved.is_dora and is_of_experts(layer):
                 raise UserError(f'lora_dora=True: {layer_name} are experts, takes single matrices: '
                                 'leave them out of lora_targets')
             rows = model.cfg.vocab_size if layer_name in OF_TOKENS else None
-            adapter = Adapter(layer, rank, scale, dropout, is_dora, is_pissa, rows).train(model.training)
+            adapter = Adapter(layer, rank, scale, saved.dropout, saved.is_dora, rows).train(model.training)
             adapter = adapter if layer.weight.is_meta else adapter.to(layer.weight.device)
             first = first or adapter
             adapter.A = first.A
@@ -331,8 +318,8 @@ def attach(model, saved, name='default'):
                 layer.register_forward_hook(model.lora.hook)
             layer.lora[name] = adapter
     model.lora.shares[name], model.lora.known[name] = 1.0, saved
-    if tokens:
-        model.wte.tokens = Tokens(model.wte, tokens)
+    if saved.tokens:
+        model.wte.tokens = Tokens(model.wte, saved.tokens)
         for table in tables(model):
             table.register_forward_hook(model.wte.tokens.hook)
 
@@ -353,16 +340,12 @@ def tables(model):
     return [model.wte]
 
 
-def begin(model, s, is_new=True):
+def begin(model, s):
     """
-    Hang the adapters of a LoraConfig on a network and freeze the rest. is_new=False: they will be loaded.
-    Raises UserError for what it has not.
+    Hang the adapters of a LoraConfig on a network and freeze the rest. Raises UserError for what it has not.
     """
     share_table(model)
-    saved = Saved(places(model, s), s.lora_dropout, s.lora_dora, s.lora_pissa)
-    attach(model, saved)
-    if s.lora_pissa and is_new:
-        begin_pissa(model, saved.places)
+    attach(model, Saved(places(model, s), s.lora_dropout, s.lora_dora))
     freeze(model)
 
 
@@ -377,28 +360,6 @@ def adapted(model):
     """[(name, layer)] of the layers that have adapters."""
     return [(name, layer) for name, layer in model.named_modules()
             if isinstance(getattr(layer, 'lora', None), nn.ModuleDict)]
-
-
-@torch.no_grad()
-def begin_pissa(model, found, name='default'):
-    """
-    Let new adapters begin with the largest singular values of their weights, which keep the rest (PiSSA).
-    """
-    for names, rank, scale in found:
-        layers = [model.get_submodule(layer_name) for layer_name in names]
-        if isinstance(layers[0], nn.Embedding):
-            continue
-        U, S, Vh = torch.linalg.svd(torch.cat([layer.weight.float() for layer in layers], dim=-2),
-                                    full_matrices=False)
-        root = (S[..., :rank] / scale).sqrt()
-        parts = (U[..., :rank] * root[..., None, :]).split([layer.weight.size(-2) for layer in layers],
-                                                           dim=-2)
-        for layer, B in zip(layers, parts):
-            adapter = layer.lora[name]
-            # of zeros: as every adapter begins
-            adapter.A.copy_(torch.where(root[..., None] > 0, root[..., None] * Vh[..., :rank, :], adapter.A))
-            adapter.B.copy_(B[:adapter.rows] if adapter.rows else B)
-            adapter.begin_with(adapter.A, adapter.B, layer)
 
 
 def freeze(model, whole=()):

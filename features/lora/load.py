@@ -131,12 +131,11 @@ def begin(model, s, start, is_blank):
     checkpoint that the run goes on from. is_blank: their shapes alone.
     """
     if start.state is None:
-        return layers.begin(model, s, is_new=not is_blank)
-    tensors = checkpoint.read_weights(start.folder)
-    saved = adapters.stored(start.state['lora'])
+        return layers.begin(model, s)
+    saved = adapters.described(start.state['lora'], checkpoint.read_weights(start.folder))
     saved.dropout = s.lora_dropout
     layers.share_table(model)
     layers.attach(model, saved)
-    layers.freeze(model, tensors)
+    layers.freeze(model, saved.tensors)
     if not is_blank:
-        adapters.load_state(model, tensors, start.folder)
+        adapters.load_state(model, saved.tensors, start.folder)

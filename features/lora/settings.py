@@ -1,5 +1,5 @@
 """
-Low-rank adapters (LoRA, DoRA, PiSSA, QLoRA) on top of frozen weights.
+Low-rank adapters (LoRA, DoRA, QLoRA) on top of frozen weights.
 
     python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2
 """
@@ -21,8 +21,6 @@ class LoraConfig:
     lora_dropout: float = 0.0  # dropout on the adapter's input
     lora_dora: bool = False  # train the magnitude and direction of each matrix row separately (DoRA, Liu et
     # al. 2024, arXiv 2402.09353); slower
-    lora_pissa: bool = False  # init the adapters from the largest singular values of the weights instead of
-    # zero (PiSSA, Meng et al. 2024, arXiv 2404.02948)
     lora_store: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4'] = 'auto'  # storage of the
     # frozen matrices of the blocks; auto = compute dtype, which halves the memory without changing the
     # results. int8 and nf4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314) round the weights: training losses

@@ -43,7 +43,7 @@ def show_network(s, vocab_size):
         trained = total
         if s.lora_rank:
             from features.lora.layers import begin
-            begin(model, s, is_new=False)
+            begin(model, s)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             flops = model.flops_per_token()
     print(f'parameters   {total:,}, {blocks:,} of them in the blocks')

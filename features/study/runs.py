@@ -107,7 +107,7 @@ def blank_model(s, **changes):
         model = make_model(cfg, init=False)
         if s.lora_rank:  # lora
             from features.lora import layers as lora  # lora
-            lora.begin(model, s, is_new=False)  # lora
+            lora.begin(model, s)  # lora
     return model
 
 
