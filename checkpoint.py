@@ -9,9 +9,9 @@ Checkpoints: atomic, verified, without pickle.
                                               alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
-whole, or was damaged later; loading verifies it and falls back to the newest sound one. fault() names the
-points where tests kill the process.
+A checkpoint is written under a temporary name, flushed to disk, then renamed. So a directory named step_… is
+complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. fault()
+marks the points where tests kill the process.
 """
 import hashlib
 import json
@@ -33,10 +33,7 @@ from configurator import UserError, from_dict, without_removed
 
 @contextmanager
 def writing(what, to_do):
-    """
-    Turn the OSError of whatever is written inside into a UserError: `what` could not be written, and what to
-    do.
-    """
+    """Turn an OSError raised inside into a UserError: `what` could not be written, and what to do."""
     try:
         yield
     except BrokenPipeError:  # no file: run_main() knows what to do
@@ -88,7 +85,7 @@ def write_torch(path, value):
 
 
 class Watched:
-    """An open file that remembers the OSError which its last write ended with."""
+    """An open file that remembers the OSError of its last write."""
 
     def __init__(self, file):
         self.file, self.error, self.flush = file, None, file.flush
@@ -104,9 +101,8 @@ class Watched:
 @contextmanager
 def replacing(path, mode='w', suffix='.tmp'):
     """
-    An opened file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk.
-    If anything goes wrong before that, the old file stays and nothing else does. suffix: of its name until
-    then.
+    Open a file that replaces `path` once it is complete and on disk ('w': text, 'wb': bytes). On any error,
+    the old file stays and no other file is left. suffix: ending of the temporary name.
     """
     encoding, newline = (None, None) if 'b' in mode else ('utf-8', '')
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
@@ -137,14 +133,14 @@ def replace_json(path, value):
 
 
 def write_all(f, data):
-    """Write all bytes to an unbuffered file: the system may take a part of them at a time."""
+    """Write all bytes to an unbuffered file; the system may accept only a part at a time."""
     data = memoryview(data)
     while data:
         data = data[f.write(data):]
 
 
 def append(path, text):
-    """Add text to the end of a file: all of it, or nothing."""
+    """Append text to a file: all of it or, on an error, nothing."""
     with open(path, 'ab', buffering=0) as f:
         size = f.tell()
         try:
@@ -166,8 +162,8 @@ def sha256(path):
 @contextmanager
 def new_folder(path, setting='to'):
     """
-    A folder to write into, which takes the name `path` once it is whole. Raises UserError, which calls it by
-    its setting, where there is something already or it cannot be written.
+    Make a folder that gets the name `path` once it is complete. Raises UserError, which names the setting, if
+    `path` exists or cannot be written.
     """
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise UserError(f'{setting}={path}: is there already: give a new folder')
@@ -189,9 +185,9 @@ def new_folder(path, setting='to'):
 
 def lock(path):
     """
-    Whether a folder, or a file that is made for it, is this process's alone now: a descriptor to close in the
-    end, or None if another process has it. It is let go when a process ends, whatever ends it. Where a file
-    system knows no locks (NFS none of folders), anybody has it.
+    Lock a folder, or a file that is made for it. Returns a descriptor to close at the end, or None if another
+    process holds the lock. The lock ends with the process. If the file system has no locks (NFS has none for
+    folders), every process gets it.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:
@@ -209,7 +205,7 @@ def lock(path):
 
 
 def is_at(fd, path):
-    """Whether an opened file is the one of this name."""
+    """Whether an opened file is the one at this path."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except OSError:
@@ -221,8 +217,8 @@ def is_at(fd, path):
 
 def fault(point, step=None, value=None):
     """
-    Do nothing and return `value`; with FAULT in the environment, what that says happens at this point
-    (tests).
+    Do nothing and return `value`. For tests: the environment variable FAULT makes a fault happen at this
+    point.
     """
     if 'FAULT' in os.environ:  # scale
         from features.scale import faults  # scale
@@ -260,9 +256,9 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
-    Write out_dir/step_{step}, then remove older checkpoints beyond the newest `keep`, but never the best one.
-    The arguments are those of write(). Returns the directory. Raises UserError where that could not be
-    written, and for weights that are not finite.
+    Write out_dir/step_{step}, then remove older checkpoints except the newest `keep` and the best one. The
+    arguments are those of write(). Returns the directory. Raises UserError if it could not be written, or if
+    a weight is NaN or infinite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
@@ -285,7 +281,7 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
 
 
 def check_finite(weights, where):
-    """Raise UserError if a number in {name: tensor} is not finite."""
+    """Raise UserError if a number in {name: tensor} is NaN or infinite."""
     broken = first_not_finite(weights)
     if broken:
         raise UserError(f'{where}: not written, as {broken} is not finite: lower the learning rate; '
@@ -293,22 +289,22 @@ def check_finite(weights, where):
 
 
 def first_not_finite(weights):
-    """The name of the first of {name: tensor} in which a number is not finite; None if there is none."""
+    """The name of the first tensor in {name: tensor} with a NaN or infinite number; None if there is none."""
     return next((name for name, t in weights.items() if t.is_floating_point() and not is_finite(t)), None)
 
 
 def is_finite(t, size=2 ** 24):
     """
-    Whether all numbers of a tensor are finite. It reads `size` of them at a time: isfinite() allocates 1.7
-    times its input.
+    Whether all numbers of a tensor are finite. Reads `size` numbers at a time, because isfinite() allocates
+    1.7 times its input.
     """
     return all(part.isfinite().all() for part in t.detach().reshape(-1).split(size))
 
 
 def prune(out_dir, keep):
     """
-    Remove what is older than the newest `keep` sound checkpoints, but never the best one, and what a crash
-    left half-written.
+    Remove checkpoints except the newest `keep` sound ones and the best one, and incomplete folders that a
+    crash left.
     """
     sound = 0
     for folder in checkpoints(out_dir):
@@ -324,8 +320,8 @@ def prune(out_dir, keep):
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
     """
-    Whether damage() finds nothing; looked at again only when a file has another size or time: reading all of
-    it is as dear as writing it.
+    Whether damage() finds nothing. Checked again only if the size or time of a file has changed: reading all
+    files is as expensive as writing them.
     """
     try:
         with os.scandir(folder) as entries:
@@ -339,7 +335,8 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 
 def mark_best(out_dir, step, val_loss, keep=2):
     """
-    Let out_dir/best name the checkpoint of `step`, if that could be written; the best one before may then go.
+    Write to out_dir/best that the checkpoint of `step` is the best one, if that checkpoint was written. The
+    previous best one may then be removed.
     """
     path = os.path.join(out_dir, 'best')
     if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
@@ -351,9 +348,8 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make out_dir and write settings.json. A run that begins moves another one that is there aside, to
-    out_dir.old1 and so on; one that goes on after `step` sets later checkpoints, which were found damaged,
-    aside as step_….damaged.
+    Make out_dir and write settings.json. A new run moves an existing run aside, to out_dir.old1 and so on. A
+    run that resumes after `step` moves later checkpoints, which are damaged, aside as step_….damaged.
     """
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
         set_aside(out_dir, step, settings)
@@ -372,7 +368,8 @@ CLAIMED = {}  # out_dir: its lock
 
 def claim(out_dir):
     """
-    Let no other process train in out_dir, if there is one, until release(). Raises UserError where one does.
+    Lock out_dir, if it exists, until release(), so that no other process trains in it. Raises UserError if
+    one does.
     """
     path = os.path.join(out_dir, 'lock')
     if not os.path.isdir(out_dir) or out_dir in CLAIMED and is_at(CLAIMED[out_dir], path):
@@ -390,7 +387,7 @@ def claim(out_dir):
 
 
 def release(out_dir):
-    """Let others train in out_dir, once all is written."""
+    """Unlock out_dir after everything is written."""
     if out_dir in CLAIMED:
         path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):
@@ -440,7 +437,7 @@ def best(out_dir):
 
 
 def damage(folder):
-    """What is wrong with a checkpoint directory, in a few words; None if it is as it was written."""
+    """A short description of what is wrong with a checkpoint directory; None if it is undamaged."""
     try:
         with open(os.path.join(folder, 'manifest.json'), encoding='utf-8') as f:
             files = json.load(f)['files']
@@ -457,9 +454,9 @@ def damage(folder):
 
 def find(where, which='last'):
     """
-    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, of which `which` is taken:
-    'last', or 'best' (the last if there is none). A damaged one is reported and the newest sound one taken.
-    Raises UserError when none is sound.
+    The directory of a sound checkpoint. `where`: a checkpoint, or an out_dir, from which `which` is taken:
+    'last' or 'best' (the last one if there is no best). If it is damaged, this is reported and the newest
+    sound checkpoint is taken. Raises UserError if none is sound.
     """
     if which not in ('last', 'best'):
         raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
@@ -484,7 +481,7 @@ def find(where, which='last'):
 
 
 def load_state(folder):
-    """state.json of a checkpoint. Raises UserError for a network that this version cannot compute."""
+    """Read state.json of a checkpoint. Raises UserError for a model that this version cannot compute."""
     path = os.path.join(folder, 'state.json')
     with open(path, encoding='utf-8') as f:
         state = json.load(f)
@@ -501,8 +498,8 @@ def read_weights(folder):
 
 def load_weights(model, weights, where):
     """
-    Copy {name: tensor} into `model`: every tensor, no other, each of the same shape. Raises UserError that
-    names the first that is not.
+    Copy {name: tensor} into `model`. The names and shapes must match exactly. Raises UserError that names the
+    first mismatch.
     """
     own = model.state_dict()
     for name in sorted(weights.keys() | own.keys()):
@@ -520,9 +517,9 @@ def load_weights(model, weights, where):
 def read_model(where, which='best', encoder=False, untie=False):
     """
     (ModelConfig, {name: tensor}, folder) of a checkpoint directory, of a run's `which` checkpoint, or of
-    hf:FOLDER. An adapter is merged into its base; untie=True gives the head a matrix of its own first.
-    encoder: whether the caller can work with an encoder-decoder. Raises UserError otherwise, and for an
-    adapter that cannot be merged.
+    hf:FOLDER. An adapter is merged into its base; untie=True first gives the head its own matrix. encoder:
+    whether the caller supports encoder-decoders. Raises UserError if it does not, and for an adapter that
+    cannot be merged.
     """
     if is_foreign(where):  # hf
         from features.hf import reading  # hf
@@ -544,8 +541,8 @@ def read_model(where, which='best', encoder=False, untie=False):
 
 def load_model(where, which='best', encoder=False):
     """
-    (the network in eval mode, its folder) of what read_model() reads. An adapter that cannot be merged stays
-    beside its base.
+    (the model in eval mode, its folder), from the same sources as read_model(). An adapter that cannot be
+    merged is kept as separate layers.
     """
     if not is_foreign(where):
         folder = find(where, which)
@@ -560,7 +557,9 @@ def load_model(where, which='best', encoder=False):
 
 
 def tokenizer_of(where, folder):
-    """(description, folder of its files) of the tokenizer of what read_model() read from `where`."""
+    """
+    (description, folder of its files) of the tokenizer of the model that read_model() read from `where`.
+    """
     if is_foreign(where):  # hf
         from features.hf import reading  # hf
         return reading.tokenizer(where)  # hf
@@ -571,12 +570,12 @@ GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's in
 
 
 def is_foreign(where):
-    """Whether `where` names a network of Hugging Face's kind: hf:FOLDER, or a published GPT-2."""
+    """Whether `where` names a Hugging Face model: hf:FOLDER, or a published GPT-2."""
     return where.startswith('hf:') or where in GPT2_NAMES
 
 
 def shorten(weights, cfg):
-    """Weights with no more learned positions than a network of this ModelConfig has."""
+    """Cut the learned positions of the weights to the context length of this ModelConfig."""
     if cfg.position == 'learned':
         longest = cfg.block_size
         if cfg.n_encoder_layer:  # t5
@@ -587,8 +586,8 @@ def shorten(weights, cfg):
 
 def fill(cfg, weights, where):
     """
-    The network of a ModelConfig in eval mode, with these weights. Raises UserError where they are not its
-    own.
+    A model with this ModelConfig and these weights, in eval mode. Raises UserError if the weights do not
+    match.
     """
     from model import make_model
     model = make_model(cfg, init=False)

@@ -3,11 +3,11 @@ Settings: defaults < config file < --key=value.
 
     python train.py config/lowrank.py --n_layer=6 --learning_rate=1e-3 --start="a=b"
 
-A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it; a
-script's Settings inherits the dataclasses it needs. The settings of a feature stand in
+A setting is declared once, as a dataclass field with a comment beside it, in the file that uses it. A
+script's Settings inherits the dataclasses it needs. The settings of a feature are in
 features/NAME/settings.py and are added when one of them is used. A config file is a small Python file of
-assignments (nanoGPT's run unchanged). It is code and runs with your rights: read a stranger's before you use
-it. `--help` prints the settings with their defaults and comments, `--help=NAME` those of a feature.
+assignments (nanoGPT's work unchanged). It is code and runs with your permissions: read it before you use it.
+`--help` prints the settings with their defaults and comments, `--help=NAME` those of a feature.
 """
 import ast
 import dataclasses
@@ -42,13 +42,13 @@ PINNED_TORCH = '2.13.0'  # the version in requirements.txt
 
 
 class UserError(Exception):
-    """An error of the user. The text is one line that names the setting or the file, and what to change."""
+    """An error that the user can fix. Its text is one line that names the setting or file and the fix."""
 
 
 class FilePath(str):
     """
-    The type of a setting that names a file or a folder. Its values are plain str in which ~ has become the
-    home directory: a shell does that at the beginning of a word alone, not after --out=.
+    The type of a setting that is a path. Its value is a plain str with ~ replaced by the home directory: a
+    shell replaces it only at the beginning of a word, not after --out=.
     """
 
 
@@ -60,9 +60,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def run_main(main, output_is_all=False):
     """
-    Call main(). A UserError, an old torch or a disk that is full or broken becomes one line on stderr and
+    Call main(). A UserError, an old torch or a full or broken disk becomes a one-line error on stderr and
     exit code 2; Ctrl-C becomes exit code 130.
-    output_is_all: whether main() only prints: it then ends when nobody can read its output.
+    output_is_all: main() only prints, so it stops if nobody can read its output.
     """
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, False)
@@ -132,7 +132,7 @@ class Output:
 
 
 def silence(stream):
-    """Let a stream that cannot be written to lead nowhere."""
+    """Redirect a stream that cannot be written to the null device."""
     with suppress(OSError), open(os.devnull, 'wb') as null:
         os.dup2(null.fileno(), stream.fileno())
 
@@ -149,7 +149,7 @@ def check_torch():
 
 
 def refuse(reason):
-    """Say in one line why this process ends, and exit with code 2."""
+    """Print a one-line error and exit with code 2."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get('RANK', '0')
     if rank != '0':  # rank 0 finds most mistakes too: it says them, and torchrun ends the others
         time.sleep(3)
@@ -159,14 +159,14 @@ def refuse(reason):
 
 
 def among_others():
-    """Whether this is one of several processes that torchrun started."""
+    """Whether torchrun started this process together with others."""
     return int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 
 def leave(code):
     """
-    Exit. One of several ranks does without tidying up: NCCL would wait for the others, and gloo's threads,
-    now and then, abort or wait for ever.
+    Exit. With several ranks, exit without clean-up: NCCL would wait for the other ranks, and gloo's threads
+    sometimes abort or wait for ever.
     """
     if among_others():
         if 'wandb' in sys.modules:
@@ -182,11 +182,10 @@ def leave(code):
 
 def configure(cls, argv=None):
     """
-    An instance of the dataclass `cls`: defaults, then config files and --key=value in the order given.
-
-    A bare argument is a config file, unless cls.positional names a list setting that collects the bare ones.
-    A list setting may be given several times (--stop=a --stop=b); a bare --flag means True.
-    Raises UserError for an unknown key, a wrong type or a bad choice, and whatever cls.check() finds.
+    An instance of the dataclass `cls` from its defaults, overridden by config files and --key=value in order.
+    A bare argument is a config file, or, if cls.positional names a list setting, an item of that list. A list
+    setting can be given several times (--stop=a --stop=b); a bare --flag means True. Raises UserError for an
+    unknown key, a wrong type, an invalid choice, and for the errors of cls.check().
     """
     argv = sys.argv[1:] if argv is None else argv
     for arg in argv:
@@ -247,7 +246,7 @@ def check(settings, where=''):
 
 
 def read_config(cls, path):
-    """The settings that the Python file `path` assigns, as a dict. It runs in a namespace of its own."""
+    """The settings that the Python file `path` assigns, as a dict. It is executed in its own namespace."""
     path = expand_home(path)
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, glob.glob('config/**/*.py', recursive=True), 1)
@@ -321,7 +320,7 @@ def without_removed(values, where):
 # values
 
 def find_field(cls, key, where, hint=''):
-    """The field of `cls` for a setting. Raises UserError, with `hint` at its end."""
+    """The field of `cls` for a setting. If there is none, raises UserError with a similar name and `hint`."""
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     fields = core_fields(cls)
@@ -335,7 +334,7 @@ def find_field(cls, key, where, hint=''):
 
 
 def parse(text, field, where):
-    """The value of `text` in --key=text: a Python literal where `field` takes that, else the text itself."""
+    """The value for `field` in a command-line `text`: a Python literal if possible, else the text itself."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -349,7 +348,7 @@ def parse(text, field, where):
 
 
 def convert(value, field, where):
-    """`value` as the annotation of `field` wants it. Raises UserError that says what it takes."""
+    """Convert `value` to the annotation of `field`. Raises UserError that says which values are accepted."""
     kinds = options(field.type)
     for kind in kinds:
         try:
@@ -380,16 +379,16 @@ def as_kind(value, kind):
 
 
 def expand_home(path):
-    """A path with the home directory in place of ~ at its beginning, or after hf: or an adapter's name=."""
+    """Replace ~ with the home directory: at the beginning of a path, or after hf: or an adapter's name=."""
     start = re.match(r'(hf:|[\w-]+=)?', path)[0]
     return start + os.path.expanduser(path.removeprefix(start))
 
 
 def typed_text(text, where):
     r"""
-    The text that the setting `where` means, whether a shell, a config file or a terminal gave it: \n is a
-    new line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character of that number. Other
-    backslashes are themselves. Raises UserError as whole_text() does.
+    Replace escapes in the text of the setting `where`, from a shell, a config file or a terminal: \n is a new
+    line, \t a tab, \r a carriage return, \\ a backslash, \u00e4 the character with that number. Other
+    backslashes stay. Raises UserError like whole_text().
     """
     def meaning(found):
         return found[0].encode().decode('unicode_escape')
@@ -398,9 +397,9 @@ def typed_text(text, where):
 
 def whole_text(text, where):
     """
-    A text that can be written in UTF-8: two halves of a character, as JSON may spell one, become one. Raises
-    UserError, which calls the text `where`, for a half alone. Python reads bytes of a command line or a
-    terminal that are not UTF-8 as such halves.
+    A text that can be written as UTF-8: surrogate pairs, which JSON may contain, are joined. Raises
+    UserError, which calls the text `where`, for a single surrogate. Python reads invalid UTF-8 from a command
+    line or a terminal as surrogates.
     """
     text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'surrogatepass')
     half = re.search('[\ud800-\udfff]', text)

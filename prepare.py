@@ -92,12 +92,12 @@ def find_files(sources):
 
 
 def kind_of(path):
-    """'text' or 'lines', by the ending of the path; None for others."""
+    """'text' or 'lines', by the file extension; None for others."""
     return KINDS.get(os.path.splitext(path.lower())[1])
 
 
 def read(path, kind, s):
-    """Yield (where, text) of each document of a file; where is 'notes.txt:2', for instance."""
+    """Yield (where, text) of each document of a file; where is for example 'notes.txt:2'."""
     with open(path, 'rb') as f:
         if kind == 'text':
             for number, text in enumerate(separate(decode(f.read(), s, path)), 1):
@@ -113,7 +113,7 @@ def read(path, kind, s):
 
 
 def decode(data, s, path, offset=0):
-    """The text of bytes that begin at `offset` in a file. Raises UserError if they are not UTF-8."""
+    """The text of bytes at `offset` in a file. Raises UserError for invalid UTF-8."""
     try:
         return data.decode('utf-8', s.errors)
     except UnicodeDecodeError as error:
@@ -122,7 +122,7 @@ def decode(data, s, path, offset=0):
 
 
 def separate(text):
-    """The documents of a .txt. A byte-order mark before one is dropped: joined files have several."""
+    """Split a .txt into documents. Drops a byte-order mark before a document: joined files have several."""
     *documents, last = SEPARATOR.split(text.removeprefix('\ufeff'))
     documents = [document.removesuffix('\n').removesuffix('\r') for document in documents]
     if last or not documents:
@@ -142,13 +142,13 @@ def parse(line, where):
 
 
 def text_of(row, s, where):
-    """The text of a row: its fields of text_key, joined by newlines; empty ones are left out."""
+    """The text of a row: its fields in text_key, joined by newlines, without empty ones."""
     texts = [field_of(row, key, s, where) for key in s.text_key.split(',')]
     return '\n'.join(filter(None, texts))
 
 
 def field_of(row, key, s, where, setting='text_key'):
-    """A field of a row: text, or None. Raises UserError if it is something else."""
+    """A field of a row: text, or None. Raises UserError for other types."""
     if key not in row:
         raise UserError(f'{where}: no field {key}; it has {", ".join(row)}: set --{setting}')
     text = row[key]
@@ -177,12 +177,12 @@ def divide(text, s):
 
 
 def hash_of(text):
-    """A number below 2**64, the same for equal documents."""
+    """A number below 2**64; equal documents have equal numbers."""
     return int.from_bytes(hashlib.blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big')
 
 
 def check_sides(counts, s):
-    """Raise UserError if one side of the split has no documents. counts: {side: number of documents}."""
+    """Raise UserError if train or val has no documents. counts: {side: number of documents}."""
     for side, other in (('train', 'val'), ('val', 'train')):
         if not counts[side]:
             advice = 'use another --val_fraction, or --split=tail'
@@ -193,7 +193,7 @@ def check_sides(counts, s):
 
 
 def encode(texts, tokenizer):
-    """(ids of all texts, an end-of-text token after each, uint16 or uint32; number of ids of each text)."""
+    """(ids of all texts, each followed by an end-of-text token, uint16 or uint32; ids per text)."""
     ids, lengths = tokenizer.encode_documents(texts)
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # as uint16 it would be another
         reason = f'gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged'
@@ -206,7 +206,7 @@ def dtype_of(tokenizer):
 
 
 def write_side(folder, side, texts, tokenizer):
-    """Write the token file and the index of a side. Returns what meta.json says of it."""
+    """Write the token file and the index of train or val. Returns its entry of meta.json."""
     path = os.path.join(folder, f'{side}_00000')
     counts = {'tokens': 0, 'documents': len(texts), 'bytes': sum(len(text.encode()) for text in texts)}
     with open(f'{path}.bin', 'wb') as token_file, open(f'{path}.idx', 'wb') as index:
@@ -225,7 +225,7 @@ def write_side(folder, side, texts, tokenizer):
 # The run
 
 def prepare(s):
-    """Prepare the sources. Returns (folder, meta.json, figures for the summary: None = complete before)."""
+    """Prepare the sources. Returns (folder, meta.json, figures for the summary; None if already complete)."""
     out = s.out.rstrip('/')
     from features.text import pipeline  # text
     if pipeline.is_needed(s, out):  # text: it is, but for some megabytes of .txt and .jsonl and a new folder
@@ -269,7 +269,7 @@ def prepare_in_memory(s, files, folder):
 
 
 def describe(s, files):
-    """What decides the result: the settings, and a hash of the names, sizes and times of the inputs."""
+    """Everything that determines the result: the settings, and a hash of the inputs' names, sizes, times."""
     paths = [path for path, _ in files]
     if os.path.isfile(s.tokenizer):
         paths.append(s.tokenizer)
@@ -288,7 +288,7 @@ def meta_of(s, tokenizer, description, splits, source):
 
 
 def summary(out, meta, figures, state='already prepared'):
-    """Print what a person wants to know of a prepared data set. figures: None if it is not new."""
+    """Print a summary of a prepared data set. figures: None if it was already complete."""
     print(f'{out}: {"ready" if figures else state}')
     total = dict.fromkeys(('documents', 'tokens', 'bytes'), 0)
     for side, split in meta['splits'].items():

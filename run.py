@@ -40,7 +40,7 @@ IMPORTED = time.perf_counter()
 
 @dataclass
 class Run:
-    """What a training run works with."""
+    """The objects that a training run works with."""
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -72,11 +72,11 @@ class Run:
     base: dict = None  # where the frozen network is, and its fingerprint (lora)
 
     def tokens(self, step):
-        """The tokens of the first `step` steps, without those of the steps that were left out."""
+        """The number of tokens in the first `step` steps, without skipped data."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
 
     def network_changed(self, s, ranks):
-        """Compile, wrap and count anew: the network is another one from this step on."""
+        """Compile, wrap and count again, because the model has changed."""
         if s.compile:
             compile_all(self.model)
             self.to_compile = {'step', 'evaluation'}
@@ -91,7 +91,7 @@ class Run:
 
 
 def step_flops(model, optimizer, teacher, tokens):
-    """Floating-point operations of one step of so many tokens, the optimizer and a teacher included."""
+    """Floating-point operations of one step with this many tokens, including the optimizer and a teacher."""
     per_token = model.flops_per_token()
     if teacher:  # distill
         per_token += teacher.flops_per_token()  # distill
@@ -102,7 +102,7 @@ def step_flops(model, optimizer, teacher, tokens):
 # Set up
 
 def set_up(s, device, ranks, left_out=()):
-    """The Run that the settings describe, as it stands. left_out: steps without data, after a rewind."""
+    """Make the Run for these settings, at its current step. left_out: steps without data, after a rewind."""
     # 1) Where it starts
     start = find_start(s, ranks)
     state = start.state
@@ -209,8 +209,8 @@ def set_up(s, device, ranks, left_out=()):
 
 def open_data(s, start, ranks):
     """
-    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError where
-    another rank has other data, or the tokenizer is not that of the network to start with.
+    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError if
+    another rank has different data, or if the tokenizer is not that of the initial model.
     """
     objective = None
     if s.objective != 'causal' or s.n_encoder_layer:  # t5
@@ -240,8 +240,8 @@ def open_data(s, start, ranks):
 
 def build_model(s, data, start, is_blank=False):
     """
-    The network on the CPU. is_blank: its shapes alone, on the meta device. Raises UserError where its
-    vocabulary or its run is not that of the data.
+    The model on the CPU. is_blank: only its shapes, on the meta device. Raises UserError if its vocabulary or
+    its run does not match the data.
     """
     s.vocab_size = s.vocab_size or data.vocab_size
     if s.vocab_size < data.vocab_size:
@@ -276,9 +276,9 @@ def build_model(s, data, start, is_blank=False):
 
 def check_dataset(s):
     """
-    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our
-    default: nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError
-    where it is not, and where the default is not there.
+    Choose the data set if the user sets none. A config file of a whole run was not written for our default:
+    nanoGPT's configs for GPT-2 mean its own data, openwebtext, which is used if it exists. Raises UserError
+    if it does not, and if the default data set does not exist.
     """
     if 'dataset' in s.given:
         return
@@ -302,9 +302,7 @@ def check_dataset(s):
 
 @dataclass
 class Start:
-    """
-    What a run begins with: random weights, its own newest checkpoint, or weights that were trained elsewhere.
-    """
+    """What a run starts from: random weights, its own newest checkpoint, or weights from elsewhere."""
     folder: str = ''  # of the checkpoint, or of the weights and their tokenizer
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
@@ -319,7 +317,7 @@ class Start:
 
 
 def find_start(s, ranks):
-    """The Start of the run of these settings, whose network becomes that of `s`. Raises UserError."""
+    """The Start of a run with these settings; sets the model settings of `s`. Raises UserError."""
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
     if found and s.init_from == 'scratch' and ranks.was_restarted(s.out_dir):
         s.init_from = 'auto'
@@ -336,7 +334,7 @@ def find_start(s, ranks):
 
 
 def resume(s, ranks):
-    """The Start at the newest sound checkpoint in out_dir."""
+    """The Start from the newest sound checkpoint in out_dir."""
     folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
     state = checkpoint.load_state(folder)
     stored = state['settings']
@@ -362,7 +360,7 @@ def resume(s, ranks):
 
 
 def take_over(s, stored, names):
-    """Take the stored settings of these names that the user did not give."""
+    """Copy these stored settings, unless the user set them."""
     for name in names:
         if name not in s.given and name in stored:
             if not hasattr(s, name):
@@ -371,7 +369,7 @@ def take_over(s, stored, names):
 
 
 def begin_with_others(s, ranks):
-    """The Start with the weights that init_from names."""
+    """The Start from the weights that init_from names."""
     if checkpoint.is_foreign(s.init_from):  # hf
         from features.hf import reading  # hf
         ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
@@ -392,12 +390,12 @@ def begin_with_others(s, ranks):
 
 
 def stored_model(stored, state):
-    """The network's settings among those of a run: as it began, and so perhaps smaller than it is by now."""
+    """The model settings among those of a run: its initial ones, so the model may be larger now."""
     return {name: stored[name] for name in state['model'] if name in stored}
 
 
 def began_with_others(s):
-    """Whether init_from names weights, and the run in out_dir did not begin with them."""
+    """Whether init_from names weights and the run in out_dir did not start from them."""
     if s.init_from in ('auto', 'scratch', 'resume'):
         return False
     stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
@@ -405,7 +403,7 @@ def began_with_others(s):
 
 
 def same_place(one, other):
-    """Whether two settings name the same run, checkpoint or folder, however they are spelled."""
+    """Whether two settings name the same run, checkpoint or folder in different spellings."""
     if one.startswith('hf:') and other.startswith('hf:'):
         one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
         return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
@@ -414,9 +412,8 @@ def same_place(one, other):
 
 def adopt(s, cfg, where):
     """
-    Take the network's settings from the ModelConfig of weights that were trained elsewhere. The user may
-    choose a shorter context, and what matters in training only. Raises UserError for any other setting that
-    differs.
+    Take the model settings from the ModelConfig of loaded weights. The user may set a shorter context and
+    settings that matter only in training. Raises UserError for any other setting that differs.
     """
     if s.block_size > cfg.block_size and 'block_size' in s.given:
         raise UserError(f'block_size={s.block_size}: '
@@ -449,7 +446,7 @@ IDENTITY = ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
 
 def identity(s):
     """
-    The names of the settings that a resumed run may not change: the network, and which rows step n reads.
+    The names of the settings that a resumed run may not change: the model, and the rows that step n reads.
     """
     network = part_of(s, ModelConfig)
     names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
@@ -461,7 +458,7 @@ def identity(s):
 
 
 def check_same_run(s, data, state):
-    """Raise UserError unless the stored run is this one: same network, same data in the same order."""
+    """Raise UserError unless the stored run is the same: same model, same data in the same order."""
     stored = state['settings']
     unset = type(s)()
     to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
@@ -501,7 +498,7 @@ def check_same_run(s, data, state):
 
 
 def describe_changes(s, stored, ranks):
-    """Say which settings of the optimizer and the loss differ from those stored: they act from here on."""
+    """Print the settings of optimizer and loss that differ from the stored ones; they apply from now on."""
     names = [field.name for field in fields(part_of(s, OptimConfig)) if field.name != 'max_iters']
     names += ['label_smoothing', *only_in_training(part_of(s, ModelConfig))]
     changed = []
@@ -513,7 +510,7 @@ def describe_changes(s, stored, ranks):
 
 
 def shares(dataset):
-    """The weights of a mixture, in their order; None of a single data set."""
+    """The weights of a mixture, in order; None for a single data set."""
     return list(dataset.values()) if isinstance(dataset, dict) else None
 
 
@@ -522,10 +519,9 @@ def shares(dataset):
 
 class FirstSteps:
     """
-    The first COUNT steps of a process, judged once when all are made: a gradient of exactly zero in every
-    tensor, or a loss that does not change at all, means that something is broken. Steps without targets, as
-    those that were skipped, do not count. The numbers stay on the device until then, so that no step waits
-    for them.
+    Checks the first COUNT steps of a process together: if the gradient of every tensor is exactly zero, or if
+    the loss does not change at all, something is broken. Steps without targets, such as skipped ones, do not
+    count. The numbers stay on the device until then, so that no step waits for them.
     """
     COUNT = 10
     SMALLEST_LOSS = 1e-4  # below it the network knows its data, and float32 rounds what is left to zero
@@ -571,7 +567,7 @@ class FirstSteps:
 # Log
 
 class Log:
-    """log.jsonl in out_dir, a JSON object a line, and Weights & Biases if asked. Only rank 0 writes."""
+    """log.jsonl in out_dir, one JSON object per line, and Weights & Biases if enabled. Only rank 0 writes."""
     EARLIER = {}  # path: seconds of the run before this process
     TO_DO = 'make room, then run the same command to resume'
 
@@ -617,7 +613,7 @@ class Log:
 
 
 def read_records(path):
-    """The records of a log.jsonl, without lines that are cut off or damaged; [] where there is no file."""
+    """The records of a log.jsonl, without truncated or damaged lines; [] if there is no file."""
     if not os.path.exists(path):
         return []
     records = []
@@ -634,9 +630,9 @@ def read_records(path):
 
 class Interval:
     """
-    Sums over the steps since the last progress line. Checkpoints hold them, so that the line after a resume
-    covers all of its steps. Time is that of this process, without slow steps: the first one, and those that
-    compile.
+    Sums over the steps since the last log line. Checkpoints store them, so that the first log line after a
+    resume covers all of its steps. Its time is that of this process, without slow steps: the first one and
+    those that compile.
     """
 
     def __init__(self, device, stored=None, ranks=None):
@@ -665,7 +661,7 @@ class Interval:
         self.targets += done.targets
 
     def time(self, seconds, is_slow):
-        """Count the time of a step."""
+        """Add the time of a step."""
         if is_slow or not self.is_timed:
             self.slow = seconds
         else:
@@ -677,13 +673,13 @@ class Interval:
         return self.steps / self.seconds if self.steps else 1 / self.slow
 
     def stored(self, ranks):
-        """The sums as JSON can hold them; all ranks must call it together."""
+        """The sums as JSON; all ranks must call it together."""
         loads = None if self.loads is None else self.loads.tolist()
         return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
 
 
 def open_bar(s, step, ranks):
-    """The progress bar of rank 0, from this step on; None without a terminal: a bar has no place in a log."""
+    """The progress bar of rank 0, from this step on; None without a terminal."""
     close_bar(ranks)  # of a run that was rewound
     if not ranks.first or not sys.stderr.isatty():
         return None
@@ -692,7 +688,7 @@ def open_bar(s, step, ranks):
 
 
 def move_bar(bar, s, step):
-    """Let the bar show this step. With minutes, the number of steps changes."""
+    """Show this step in the progress bar. With `minutes`, the number of steps changes."""
     if bar is not None:
         bar.total = s.max_iters
         bar.update(step - bar.n)
@@ -708,7 +704,7 @@ RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks')
 
 
 def describe(s, run, ranks):
-    """Print what is about to be trained, in a few lines."""
+    """Print a short description of the model and the run."""
     cfg = run.model.cfg
     parts = [f'{cfg.n_layer} layers, {s.n_embd} wide, {s.n_head} heads']
     if s.n_encoder_layer:  # t5
@@ -758,7 +754,7 @@ def describe(s, run, ranks):
 
 
 def short_warmup(s):
-    """[a line that says so, if the warm-up is longer than the run]."""
+    """[a warning line, if the warm-up is longer than the run]."""
     if not s.warmup > s.max_iters > 0:
         return []
     rate = getattr(s, s.main_rate)
@@ -806,8 +802,8 @@ def report(s, run, step, loss, norm, peak, ranks):
 
 def show_sample(model, s, data, ranks, stop=False):
     """
-    Print one continuation of s.sample_prompt. It has a random stream of its own, so training does not notice
-    it. stop: true as soon as it is to be left.
+    Print one continuation of s.sample_prompt. It uses its own random numbers, so it does not affect training.
+    stop: becomes true when it must end.
     """
     is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
     if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it

@@ -106,10 +106,9 @@ class Settings(DeviceConfig):
 
 class KVCache:
     """
-    Keys and values of up to `size` tokens: for every layer two buffers (B, kv_heads, size, D), keys rotated.
-
-    The buffers stay where they are, and positions are a tensor. So every step of one token can have the same
-    shapes and addresses: it compiles once, and a CUDA graph can replay it (the idea: gpt-fast).
+    Keys and values of up to `size` tokens: two buffers (B, kv_heads, size, D) per layer; keys are rotated.
+    The buffers never move, and positions are a tensor. So every step of one token has the same shapes and
+    addresses: it is compiled once, and a CUDA graph can replay it (idea: gpt-fast).
     """
 
     def __init__(self, model, size, compile=False):
@@ -132,7 +131,7 @@ class KVCache:
         return is_static
 
     def update(self, layer, k, v):
-        """Store k, v (B, kv_heads, T, D) of a layer after extend(T). Returns all to attend to."""
+        """Store k, v (B, kv_heads, T, D) of a layer after extend(T). Returns all keys and values."""
         if self.buffers[layer] is None:  # zeros: what the mask hides must be finite
             shape = k.size(0), k.size(1), self.size, k.size(3)
             self.buffers[layer] = [k.new_zeros(shape), v.new_zeros(shape)]
@@ -151,7 +150,7 @@ class KVCache:
 
 
 class NotFinite(UserError):
-    """The network's logits are NaN or infinite: no token can be drawn."""
+    """The model's logits are NaN or infinite, so no token can be sampled."""
 
     def __init__(self):
         super().__init__(f'the logits are NaN or infinite: {NOT_FINITE}')
@@ -162,15 +161,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              repetition_penalty=1.0, generator=None, eot=None, vocab_size=None, use_cache=True,
              compile=False):
     """
-    Yield the next tokens of all rows, (B,) int64, max_new_tokens times; -1 where a row has ended with `eot`.
-
-    prompts: B lists of token ids, of any lengths. A longer prompt overrides what is drawn for it at first (no
-    padding, no mask): such a row yields -1 until its prompt ends, and then max_new_tokens like the others.
-    Only the first vocab_size tokens are drawn: a network may have more than its tokenizer (nanoGPT's 50304).
-    When the context is full it slides: its newer half is read afresh at positions 0…, so every token is
-    computed as in training, with learned positions too, and cached = uncached token for token.
-    compile: one compiled graph for each token (prompts are read eagerly, in one pass); it needs the cache.
-    Raises NotFinite where the logits are no numbers.
+    Yield the next tokens of all rows, (B,) int64, max_new_tokens times; -1 for a row that has ended with
+    `eot`.
+    prompts: B lists of token ids of any length. While a longer prompt is read, its tokens replace the sampled
+    ones (no padding, no mask): the row yields -1 until its prompt ends, and then max_new_tokens tokens like
+    the others. Only the first vocab_size tokens are sampled: a model may have more than its tokenizer
+    (nanoGPT's 50304). When the context is full, its newer half is read again from position 0. So every token
+    is computed as in training, also with learned positions, and results with and without cache are the same.
+    compile: one compiled graph per token (prompts are read eagerly, in one pass); needs the cache. Raises
+    NotFinite if the logits are NaN or infinite.
     """
     T, V, device = model.cfg.block_size, vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -205,7 +204,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def next_logits(model, window, cache):
-    """Logits (B, vocab_size) after `window` (B, T). Only tokens that are not cached are computed."""
+    """Logits (B, vocab_size) after `window` (B, T). Only tokens that are not in the cache are computed."""
     if cache is None:
         return step(model, window, None)
     new = window[:, cache.length:]
@@ -221,14 +220,14 @@ def step(model, idx, cache):
 
 @functools.cache
 def compiled_step(device_type):
-    """step() of one token as one graph, which CUDA replays: launching kernels takes longer than they run."""
+    """step() of one token as one graph. CUDA replays it: launching kernels takes longer than running them."""
     return torch.compile(step, dynamic=False, mode='reduce-overhead' if device_type == 'cuda' else None)
 
 
 def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, generator):
     """
-    Next tokens (B,) for logits (B, V) after the tokens past (B, T); greedy at temperature 0. A row of logits
-    with NaN or inf in it gives -1; -inf is a token that is never drawn.
+    Next tokens (B,) from logits (B, V) after the tokens past (B, T); greedy if temperature is 0. A row whose
+    logits contain NaN or inf gives -1; a token with -inf is never sampled.
     """
     if repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, past, True)
@@ -260,7 +259,7 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
 
 def stream(model, tokenizer, prompts, stop=(), **options):
     """
-    Yield (row, text) pieces as they become certain: whole characters, cut before the first of the strings
+    Yield (row, text) pieces as soon as they are final: whole characters, up to the first of the strings
     `stop`.
     options: those of generate().
     """
@@ -280,8 +279,8 @@ def stream(model, tokenizer, prompts, stop=(), **options):
 
 class Row:
     """
-    The text of one row of a batch as it grows, up to the first of the strings `stop`. A token costs the same
-    however long the text is: only the last tokens are decoded.
+    The text of one row of a batch as it grows, up to the first of the strings `stop`. Adding a token has
+    constant cost, because only the last tokens are decoded.
     """
     CONTEXT = 8  # tokens decoded before the new ones, because tokenizers drop a leading space
     UNFINISHED = '\ufffd'  # decoders write it for bytes that are no character, or not yet
@@ -297,7 +296,7 @@ class Row:
         self.go_on_after(prompt)
 
     def add(self, token):
-        """Take a token. Returns the text that is certain now."""
+        """Add a token. Returns the text that is now final."""
         self.begun = True
         self.new.append(token)
         count = len(self.new)
@@ -312,7 +311,7 @@ class Row:
         return self.show(text)
 
     def end(self):
-        """Returns what was held back: no token comes any more."""
+        """Returns the remaining text, when no more tokens follow."""
         text = self.show(self.text_of(len(self.new)), is_last=True)
         self.alive = False
         return text
@@ -329,7 +328,7 @@ class Row:
         return self.decode(self.context + self.new[:count])[len(self.decode(self.context)):]
 
     def show(self, text, is_last=False):
-        """Returns what can be shown of the text so far: all that no stop string can begin in."""
+        """Returns the text that is final so far: everything that cannot be the beginning of a stop string."""
         self.held += text
         places = [self.held.find(stop) for stop in self.stop if stop in self.held]
         certain = len(self.held) if is_last else first_beginning(self.held, self.stop)
@@ -341,7 +340,7 @@ class Row:
 
 
 def first_beginning(text, stop):
-    """The first place from which the rest of `text` is the beginning of a stop string, but not all of it."""
+    """The first position where the rest of `text` is a proper prefix of a stop string."""
     longest = max((len(s) for s in stop), default=0)
     for place in range(max(0, len(text) - longest + 1), len(text)):
         if any(len(s) > len(text) - place and s.startswith(text[place:]) for s in stop):
@@ -354,8 +353,8 @@ def first_beginning(text, stop):
 
 def load(where, which='best', encoder=False):
     """
-    (network in eval mode, its tokenizer) of a checkpoint, of a run's `which` checkpoint, or of hf:FOLDER.
-    encoder: whether the caller can work with an encoder-decoder. Raises UserError.
+    (model in eval mode, its tokenizer) of a checkpoint, of a run's `which` checkpoint, or of hf:FOLDER.
+    encoder: whether the caller supports encoder-decoders. Raises UserError.
     """
     model, folder = checkpoint.load_model(where, which, encoder)
     tokenizer = load_tokenizer(*checkpoint.tokenizer_of(where, folder))
@@ -369,7 +368,7 @@ def load(where, which='best', encoder=False):
 
 
 def stored_format(state, tokenizer):
-    """The PromptFormat of the training of a network, or an adapter; state: its checkpoint's state.json."""
+    """The PromptFormat that a model or an adapter was trained with; state: state.json of its checkpoint."""
     bos, settings = tuple(state.get('begin', ())), state['settings']
     if settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.sampling import prompt_format  # t5
@@ -378,7 +377,7 @@ def stored_format(state, tokenizer):
 
 
 def read_text(path):
-    """The text of a file in UTF-8 with its line ends, without a byte-order mark. Raises UserError."""
+    """The text of a UTF-8 file without its byte-order mark; line ends are kept. Raises UserError."""
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()
@@ -389,7 +388,7 @@ def read_text(path):
 
 
 def read_prompt(start):
-    """The text of a prompt; FILE:path reads it. Raises UserError for what is not UTF-8."""
+    """The text of a prompt; FILE:path reads it from a file. Raises UserError for invalid UTF-8."""
     if start == 'FILE:':
         raise UserError('start=FILE:: names no file: write --start=FILE:prompt.txt')
     if start.startswith('FILE:'):
@@ -399,8 +398,8 @@ def read_prompt(start):
 
 def read_prompts(file):
     """
-    Yield the lines of an open text file; only a newline ends one. Bytes that are not UTF-8 come as halves of
-    characters, which typed_text() refuses.
+    Yield the lines of an open text file; only a newline ends a line. Invalid UTF-8 gives surrogates, which
+    typed_text() refuses.
     """
     file.reconfigure(newline='\n', errors='surrogateescape')
     for line in file:
@@ -408,7 +407,7 @@ def read_prompts(file):
 
 
 def default_prompt(text, tokenizer):
-    """The default `text` of a prompt; '', the end of text, where the tokenizer cannot write it."""
+    """The default prompt `text`; '', the end of text, if the tokenizer cannot encode it."""
     try:
         ids = tokenizer.encode(text)
     except UserError:  # a character that is not in the vocabulary
@@ -418,9 +417,9 @@ def default_prompt(text, tokenizer):
 
 def encode_prompt(text, tokenizer, cfg):
     """
-    The token ids of a prompt: the text, and around it the tokens that the network knows from training. The
-    end of text, written in it as the tokenizer does, is that token. An empty prompt is the end of the
-    document before. Raises UserError for one that is too long.
+    The token ids of a prompt: the text with the special tokens around it that the model saw in training. The
+    tokenizer's end-of-text string in the text becomes that token. An empty prompt is the end-of-text token.
+    Raises UserError for a prompt that is too long.
     """
     form, most, what = tokenizer.prompt_format, cfg.block_size, 'the prompt'
     if cfg.n_encoder_layer:  # t5
@@ -438,8 +437,8 @@ def encode_prompt(text, tokenizer, cfg):
 
 def sample_of_training(model, s, data, ranks):
     """
-    Yield the prompt that train.py's settings name, then the text after it, piece by piece. Its stream of
-    random numbers is its own. Raises UserError where there can be no sample.
+    Yield the prompt from train.py's settings, then the text after it, piece by piece. It uses its own random
+    numbers. Raises UserError if no sample can be made.
     """
     files = data.sources[0].files
     tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder).with_format(PromptFormat(data.bos))
@@ -469,8 +468,8 @@ def sample_of_training(model, s, data, ranks):
 
 def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
     """
-    Draw s.num_samples continuations of `text` as one batch. The first appears as it is written, the others
-    after it. adapters: [(name, tokenizer), …]; if they are several, each writes that many.
+    Sample s.num_samples continuations of `text` as one batch. The first one is printed while it is generated,
+    the others after it. adapters: [(name, tokenizer), …]; with several, each makes that many samples.
     """
     prompts = [encode_prompt(text, tokenizer, model.cfg)] * s.num_samples
     texts = [shown_prompt(text, tokenizer, model.cfg)] * s.num_samples
@@ -498,14 +497,14 @@ def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
 
 
 def shown_prompt(text, tokenizer, cfg):
-    """The prompt as it is printed before the text that follows it; '' if it is a source that was read."""
+    """The prompt as it is printed before the generated text; '' for the source of an encoder-decoder."""
     if tokenizer.prompt_format.suffix or cfg.n_encoder_layer:
         return ''
     return text.removeprefix(tokenizer.eot_text)
 
 
 def converse(*more):
-    """print_samples() for each line of the terminal. A prompt that cannot be used does not end it."""
+    """Call print_samples() for each line of the terminal. An invalid prompt does not end the program."""
     if sys.stdin is None:  # Python has none where it was closed from the start
         raise UserError('interactive=True: its input is closed: give --start=TEXT in its place')
     for text in read_prompts(sys.stdin):

@@ -31,13 +31,13 @@ UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this si
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The token ids that a network saw around a text in training, and so takes around a prompt."""
+    """The special tokens that a model saw around a text in training, and therefore needs around a prompt."""
     bos: tuple = ()  # (id,) before the first token of a document
     prefix: tuple = ()  # before a text that is read before another is written,
     suffix: tuple = ()  # and after it
 
     def add_to(self, ids, eot):
-        """The ids with these around them, eot if there is nothing; a bos or suffix of eot is not doubled."""
+        """Add these ids around `ids`; eot if there are none. A bos or suffix of eot is not doubled."""
         before, after = [*self.bos, *self.prefix], list(self.suffix)
         if before == [eot] and ids[:1] == [eot]:
             before = []
@@ -48,9 +48,9 @@ class PromptFormat:
 
 class Tokenizer:
     """
-    What all kinds share; each has its own encode(text) and decode(ids). eot: id of the end-of-text token or
-    None; files: {name: bytes} to keep with the data; unk: id of unknown text, -1 = it can write any text;
-    more: further fields of its description.
+    Base class. Each kind has its own encode(text) and decode(ids). eot: id of the end-of-text token or None;
+    files: {name: bytes} to store with the data; unk: id of unknown text, -1 = any text can be encoded; more:
+    further fields of its description.
     """
     eot_text = EOT  # how the library writes the end-of-text token; in a document, this is ordinary text
     prompt_format = PromptFormat()  # sample.load() gives the tokenizer of a network that of its training
@@ -60,7 +60,7 @@ class Tokenizer:
         self.files, self.unk, self.more = files or {}, unk, more
 
     def describe(self):
-        """What identifies the tokenizer, as JSON: equal descriptions are equal tokenizers."""
+        """A description of the tokenizer as JSON; equal descriptions mean equal tokenizers."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         found = dict(kind=self.kind, vocab_size=self.vocab_size, eot=self.eot, files=files, **self.more)
         return {**found, 'sha256': hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
@@ -73,7 +73,7 @@ class Tokenizer:
         return self.describe()
 
     def encode_documents(self, texts):
-        """(ids of all texts, an end-of-text token after each; number of ids of each text), int64 arrays."""
+        """(ids of all texts, each followed by an end-of-text token; number of ids per text), int64 arrays."""
         from features.text.pieces import encode_documents  # text: long texts piece by piece, twice as fast
         return encode_documents(self, texts)  # text
         ids = [self.encode(text) + [self.eot] for text in texts]
@@ -81,11 +81,11 @@ class Tokenizer:
         return np.array(list(itertools.chain.from_iterable(ids)), np.int64), lengths
 
     def bos(self):
-        """(id,) of the token that the tokenizer's own library puts before a text; () if it puts none."""
+        """(id,) of the token that the tokenizer's own library adds before a text; () if it adds none."""
         return ()
 
     def start(self):
-        """(id,) of the token that can begin a document in training: bos(), or BERT's [CLS]; () = none."""
+        """(id,) of the start token of a document in training: bos(), or BERT's [CLS]; () = none."""
         return self.bos()
 
     def with_format(self, prompt_format):
@@ -95,7 +95,7 @@ class Tokenizer:
         return other
 
     def check_ids(self, ids):
-        """Raise UserError for an id outside the vocabulary: libraries wrap around or crash there."""
+        """Raise UserError for an id outside the vocabulary: libraries would wrap around or crash."""
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f'token {i} is outside the vocabulary of {self.vocab_size} of the '
@@ -120,7 +120,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """A token for each of `chars`, in order; then the end-of-text token, unless eot=False (as in nanoGPT)."""
+    """One token per character of `chars`, then the end-of-text token, unless eot=False (as in nanoGPT)."""
 
     def __init__(self, chars, eot=True):
         if any(len(c) != 1 for c in chars) or len(set(chars)) != len(chars):
@@ -145,7 +145,7 @@ class CharTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken, which downloads it once and keeps it (in TIKTOKEN_CACHE_DIR, if set)."""
+    """A tiktoken encoding. tiktoken downloads it once and caches it (in TIKTOKEN_CACHE_DIR, if set)."""
 
     def __init__(self, name):
         import tiktoken
@@ -210,7 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
 # New, trained, loaded
 
 def needs_text(kind):
-    """Whether this kind is made from the text. Raises UserError for an unknown kind or a missing file."""
+    """Whether this kind is trained on the text. Raises UserError for an unknown kind or a missing file."""
     if kind.startswith('bpe:'):
         if not re.fullmatch(r'[1-9]\d{0,8}', kind[4:], re.ASCII):
             raise UserError(f'tokenizer={kind}: takes the size of the vocabulary, as in bpe:4096')
@@ -224,7 +224,7 @@ def needs_text(kind):
 
 
 def new_tokenizer(kind, texts=()):
-    """The tokenizer of a kind, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str."""
+    """Make a tokenizer of a kind, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str."""
     if needs_text(kind) and kind != 'char':
         return train_bpe(texts, int(kind[4:]))
     if kind == 'char':
@@ -238,8 +238,8 @@ def new_tokenizer(kind, texts=()):
 
 def train_bpe(texts, vocab_size):
     """
-    A sentencepiece BPE, trained on texts, that can write any text: it has tokens for all 256 bytes, keeps
-    every blank, and writes numbers digit by digit. Equal texts in the same order give the same model.
+    Train a sentencepiece BPE that can encode any text: it has tokens for all 256 bytes, keeps all spaces, and
+    splits numbers into digits. Equal texts in the same order give the same model.
     """
     import sentencepiece
     # In pieces of 10,000 characters: it aborts at a word of 65,536. Not in lines, so that ".\n" can become a
@@ -263,7 +263,7 @@ def train_bpe(texts, vocab_size):
 
 
 def load_tokenizer(description, folder):
-    """The tokenizer of a description that save() returned. Its file is read from `folder`, and checked."""
+    """Load the tokenizer of a description from save(). Its file is read from `folder` and verified."""
     path, data = folder, b''
     for name, sha256 in description.get('files', {}).items():  # one at most
         path = os.path.join(folder, name)

@@ -150,7 +150,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
 
     @property
     def is_planned(self):
-        """Whether features/plan derives the network, batch and rates."""
+        """Whether features/plan derives the model size, batch size and learning rates."""
         return bool(self.depth or self.params or self.tokens or self.minutes)
 
     @property
@@ -160,7 +160,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     @property
     def is_new(self):
         """
-        Whether the run begins with random weights, unless out_dir holds a run: init_from names no others.
+        Whether the run starts from random weights unless out_dir holds a run: init_from names no weights.
         """
         return self.init_from in ('auto', 'scratch')
 
@@ -181,7 +181,7 @@ class Step:
 def train_step(run, s, step, ranks, stop=False):
     """
     Update the weights once. If the loss or a gradient is NaN or infinite on any rank, all ranks skip the
-    update: no weight and no moment changes, and the Step has no targets.
+    update: weights and moments do not change, and the Step has no targets.
     """
     optimizer, scaler = run.optimizer, run.scaler
     set_rates(optimizer, step, s)
@@ -237,8 +237,8 @@ def train_step(run, s, step, ranks, stop=False):
 
 def train(s, device, ranks, stop, left_out=()):
     """
-    Run the training that the settings describe, from where it stands to its end or to a signal. Returns the
-    signal's number, 0 at the end. left_out: steps without data, after a rewind.
+    Train until the end or until a signal. Returns the signal's number, 0 at the end. left_out: steps without
+    data, after a rewind.
     """
     # 1) Set up
     if not s.eval_only:
@@ -347,7 +347,7 @@ def train(s, device, ranks, stop, left_out=()):
 
 
 def count_skipped(run, s, is_skipped, step, ranks):
-    """Count a skipped step, or the end of a row of them. Raises UserError for too long a row."""
+    """Count skipped steps in a row. Raises UserError if there are too many."""
     if not is_skipped:
         run.in_a_row = 0
         return
@@ -366,8 +366,8 @@ def not_finite(s, step):
 
 def compiling(run, what, ranks):
     """
-    Context of a 'step' or an 'evaluation': the first one takes as long as compiling does, and all ranks wait
-    for it.
+    Context of a 'step' or an 'evaluation': the first one includes compiling, and all ranks wait longer for
+    it.
     """
     is_compiled_now = what in run.to_compile
     run.to_compile.discard(what)
@@ -379,8 +379,8 @@ def compiling(run, what, ranks):
 
 def evaluation(s, step, run, ranks, stop):
     """
-    Do what is due every eval_interval steps: the validation loss, a checkpoint, a sample. Returns False where
-    a signal ended the evaluation.
+    The work of every eval_interval steps: validation loss, checkpoint, sample. Returns False if a signal
+    ended it.
     """
     if run.pace:  # plan
         run.pace.begin_evaluation(step, run, ranks)  # plan: fits max_iters again
@@ -413,8 +413,8 @@ def evaluation(s, step, run, ranks, stop):
 
 def save_once(s, step, run, ranks, most=1):
     """
-    Save, unless that is done. most: how many skipped steps in a row there may be up to now. Weights that gave
-    no finite loss or gradient again and again are broken.
+    Save, unless this step is already saved. most: the allowed number of skipped steps in a row so far.
+    Weights that repeatedly give no finite loss or gradient are broken.
     """
     if run.saved != step and run.in_a_row <= most:
         save(s, step, run, ranks)
@@ -422,7 +422,7 @@ def save_once(s, step, run, ranks, most=1):
 
 
 def save(s, step, run, ranks):
-    """Let rank 0 write a checkpoint, while the others wait."""
+    """Rank 0 writes a checkpoint; the other ranks wait."""
     weights = run.model.state_dict()
     if s.lora_rank:  # lora
         from features.lora import adapters  # lora
@@ -447,9 +447,7 @@ def save(s, step, run, ranks):
 
 
 def in_order(s, write):
-    """
-    Call write(); with async_save in the thread that writes checkpoints, after what it has to write already.
-    """
+    """Call write(); with async_save, in the thread that writes checkpoints, after its earlier work."""
     if s.async_save:  # scale
         from features.scale import background  # scale
         return background.submit(write)  # scale
@@ -457,7 +455,7 @@ def in_order(s, write):
 
 
 def stored_state(s, step, run, ranks):
-    """state.json of a checkpoint: what resuming needs beside weights and moments."""
+    """state.json of a checkpoint: everything that resuming needs except weights and moments."""
     files = run.data.sources[0].files
     state = {
         'step': step,
