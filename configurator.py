@@ -300,6 +300,8 @@ REMOVED = {
     'momentum': 0.95,
     'momentum_warmup': 300,
     'eps': 1e-8,
+    'max_skipped': ..., 'skip_steps': ..., 'desync_interval': ...,
+    'init_keep': ...,
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
     'lora_whole': ...,
     'lora_pissa': False,

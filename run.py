@@ -148,15 +148,7 @@ def set_up(s, device, ranks, left_out=()):
         # In the log, its sources keep the names they had when the run began, wherever they are now
         for source, name in zip([*data.sources, *val], [*state['data'], *state['data']]):
             source.name = name
-    elif start.moments:  # growth
-        from features.growth.during import load_moments  # growth
-        load_moments(s, start, model, optimizer, ranks)  # growth
-    begun = state or {'step': start.step}
-    if start.moments and start.flops:  # growth
-        begun['flops'] = start.flops  # growth
-    asked = set(left_out)
-    if 'skip_steps' in s.given:  # scale
-        asked.update(s.skip_steps)  # scale
+    begun = state or {'step': 0}
     run = Run(
         model=model,
         optimizer=optimizer,
@@ -170,7 +162,7 @@ def set_up(s, device, ranks, left_out=()):
         flops=0.0,
         tokens_per_step=s.rows_per_step * s.block_size,
         # Earlier steps were trained and are in the weights: a spike's steps may begin before the checkpoint
-        left_out={*begun.get('left_out', ()), *(n for n in asked if n >= begun['step'])},
+        left_out={*begun.get('left_out', ()), *(n for n in left_out if n >= begun['step'])},
         is_borrowed=start.weights is not None and not state,
         skipped=begun.get('skipped', 0),
         job=ranks.job(),
@@ -307,9 +299,6 @@ class Start:
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
     base: dict = None  # state.json's entry for the base of an adapter
-    moments: str = ''  # the folder of the optimizer's moments that are kept
-    step: int = 0  # where schedule and data go on
-    flops: float = 0.0  # spent before
 
     @property
     def is_random(self):
@@ -383,9 +372,6 @@ def begin_with_others(s, ranks):
         from features.lora.adapters import fingerprint  # lora
         where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora
         start.base = {'from': where, 'weights': fingerprint(weights)}  # lora
-    if getattr(s, 'init_keep', 'weights') != 'weights':  # growth
-        from features.growth.during import keep_moments  # growth
-        keep_moments(s, start)  # growth
     return start
 
 

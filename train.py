@@ -56,6 +56,8 @@ from run import (
     show_sample,
 )
 
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient may be NaN or infinite; one more ends the run
+
 
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
@@ -81,8 +83,6 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     # at the end
     checkpoint_interval: int = 0  # steps between additional checkpoints; 0 = only after evaluations
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best one
-    max_skipped: int = 10  # largest number of steps in a row that may be skipped for a NaN or infinite loss
-    # or gradient; one more ends the run
     sample_prompt: str = '\n'  # prompt of the samples printed during training, in the syntax of sample.py's
     # start: \n is a new line
     sample_tokens: int = 100  # length of these samples in tokens; 0 = no samples
@@ -129,7 +129,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
                      'keep_checkpoints'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss', 'max_skipped'):
+        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not 0 <= self.seed < 2 ** 63:
@@ -312,7 +312,7 @@ def train(s, device, ranks, stop, left_out=()):
         if s.rewind_spikes and done.targets:  # scale
             from features.scale.rewind import notice_spike  # scale
             notice_spike(run, s, ranks.sum(done.nats.item())[0] / done.targets, step - 1, ranks)  # scale
-        if ranks.world > 1 and s.desync_interval and step % s.desync_interval == 0:  # scale
+        if ranks.world > 1:  # scale
             from features.scale.guard import check_alike  # scale
             check_alike(run.model, ranks, step)  # scale
 
@@ -354,7 +354,7 @@ def count_skipped(run, s, is_skipped, step, ranks):
     run.skipped += 1
     run.in_a_row += 1
     ranks.say(f'step {step}: the loss or its gradient is not finite; no weight was changed')
-    if run.in_a_row > s.max_skipped:
+    if run.in_a_row > MAX_SKIPPED:
         raise not_finite(s, step)
 
 

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from contextlib import chdir
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +29,8 @@ import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
 from configurator import UserError
-from features import build
 from features.scale import faults
 from features.scale.ranks import Ranks
-from features.scale.settings import ScaleConfig
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import Muon
 from run import FirstSteps, Interval, show_sample
@@ -273,7 +272,8 @@ def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens
     assert list(tokens.values()) == sorted(tokens.values())
     assert [tokens[step] for step in (40, 48, 60)] == [40, 41, 53]
     # 5 was trained long ago
-    train(tmp_path, *args, '--max_iters=70', '--skip_steps=5', '--skip_steps=66', dataset=dataset)
+    monkeypatch.setattr(training, 'train', partial(training.train, left_out=[5, 66]))
+    train(tmp_path, *args[1:], '--max_iters=70', dataset=dataset)
     tokens = {r['step']: r['tokens'] // (4 * 32) for r in read_log(tmp_path)}
     assert [tokens[step] for step in (60, 61, 70)] == [53, 54, 62]
 
@@ -303,12 +303,6 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
         wanted = model(x, y).item()
         assert [val_loss(eval_iters, n) for n in (1, 4, 5, 8, 1000)] == pytest.approx([wanted] * 5, abs=1e-5)
     assert val_loss(1, 8) != pytest.approx(val_loss(3, 8), abs=1e-5)
-
-
-def test_a_step_before_the_first_cannot_be_left_out():
-    with pytest.raises(ValueError, match=r'skip_steps=\[3, -1\]: takes steps from 0 on'):
-        ScaleConfig.check(build(Settings, skip_steps=[3, -1]))
-    ScaleConfig.check(build(Settings, skip_steps=[0]))
 
 
 def test_eval_only_prints_the_losses_and_writes_nothing(whole, dataset, tmp_path):
@@ -413,10 +407,13 @@ def no_gradient(ctx, grad):
 
 @pytest.mark.parametrize(
     'args', [[], ['--optimizer=muon', '--tie=False', '--warmup_iters=9'], ['--gradient_accumulation_steps=2'],
-             ['--lr_decay_iters=5', '--min_lr=1e-4', '--max_iters=30', '--skip_steps=3']])
+             ['--lr_decay_iters=5', '--min_lr=1e-4', '--max_iters=30']])
 def test_a_gradient_of_zero_from_the_start_ends_the_run(dataset, tmp_path, monkeypatch, args):
     monkeypatch.setattr(ChunkedCrossEntropy, 'backward', no_gradient)
-    last_step = 11 if '--skip_steps=3' in args else 10
+    last_step = 10
+    if '--max_iters=30' in args:
+        monkeypatch.setattr(training, 'train', partial(training.train, left_out=[3]))
+        last_step = 11
     said = one_line(train(tmp_path, *args, dataset=dataset, check=False))
     assert (f'the gradient of every tensor was exactly zero in steps 1 to {last_step}' in said
             and torch.__version__ in said)

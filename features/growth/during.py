@@ -1,6 +1,5 @@
 """
-A network that gets more blocks while it trains (--grow_every), and runs that go on with the moments of
-another (--init_keep).
+A network that gets more blocks while it trains (--grow_every).
 """
 from dataclasses import fields
 
@@ -84,41 +83,3 @@ def find_reference(s, cfg):
             raise UserError(f'grow_from={s.grow_from}: has {name}={found}, this network {own}: '
                             'its blocks do not fit')
     return other, weights
-
-
-def keep_moments(s, start):
-    """Add to a Start what s.init_keep says to keep of the run that the weights are from. Raises UserError."""
-    state = {} if checkpoint.is_foreign(s.init_from) else checkpoint.load_state(start.folder)
-    moments = optim.read_moments(start.folder) if state else {}
-    if not any(moments.values()):
-        raise UserError(f"init_keep={s.init_keep}: {s.init_from} has no optimizer's moments: leave it out")
-    stored = state['settings']
-    if s.arch == 'markov':
-        from features.markov.settings import refuse_old_table
-        refuse_old_table(stored, f'init_keep={s.init_keep}: {s.init_from} holds', 'leave it out')
-    if stored['optimizer'] != s.optimizer:
-        raise UserError(f'init_keep={s.init_keep}: the moments in {s.init_from} are those of '
-                        f'{stored["optimizer"]}: set optimizer to that')
-    start.moments = start.folder
-    if s.init_keep == 'optimizer':
-        return
-    if s.init_keep != 'schedule':
-        raise UserError(f'init_keep={s.init_keep}: has no code in during.py: use weights, '
-                        'optimizer or schedule')
-    rows = stored['batch_size'] * stored['gradient_accumulation_steps']
-    if s.rows_per_step != rows and 'surgery' not in state:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: init_keep=schedule '
-                        f'goes on in the data of {s.init_from}, which had {rows} rows a step: give as many')
-    start.step = state.get('of_step', state['step'])
-    start.flops = state['flops']
-    if start.step >= s.max_iters:
-        raise UserError(f'max_iters={s.max_iters}: '
-                        f'the weights in {s.init_from} are at step {start.step} of their schedule: raise it')
-
-
-def load_moments(s, start, model, optimizer, ranks):
-    """Give an optimizer the moments of the run that the weights are from."""
-    count = 0
-    if ranks.first or not s.shard:
-        count = optim.give_moments(optimizer, optim.read_moments(start.moments))
-    ranks.say(f'{count} of {len(list(model.parameters()))} tensors go on with the moments of {s.init_from}')

@@ -1,5 +1,5 @@
 """
-Growth: add blocks to the model during training, or start a run with the optimizer state of another run.
+Growth: add blocks to the model during training.
 
     python train.py --n_layer=4 --grow_every=500 --grow_to=12
 """
@@ -17,12 +17,9 @@ class GrowConfig:
     grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # how new blocks are made, as in surgery.py
     # grow
     grow_from: FilePath = ''  # copy the new blocks from this model instead: a run, a checkpoint or hf:FOLDER
-    init_keep: Literal['weights', 'optimizer', 'schedule'] = 'weights'  # what to keep from init_from=DIR.
-    # weights: only the weights; optimizer: also the moments, with a new schedule; schedule: everything, so
-    # that the run continues at its step of schedule and data
 
     # a resumed run may change these
-    may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from', 'init_keep')
+    may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from')
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -34,8 +31,5 @@ class GrowConfig:
         if self.grow_from and not self.grow_every:
             raise ValueError(f'grow_from={self.grow_from}: '
                              'is where blocks come from with grow_every and grow_to: give these too')
-        if self.init_keep != 'weights' and self.init_from in ('auto', 'scratch'):
-            raise ValueError(f'init_keep={self.init_keep}: belongs to weights that were trained before: '
-                             'give --init_from=DIR')
         if self.grow_every:
             refuse_beside(self, 'grow_every', arch='decoder', n_encoder_layer=0)

@@ -37,7 +37,7 @@ class LoraConfig:
         self.check_numbers()
         if not self.lora_rank:
             return
-        refuse_beside(self, 'lora_rank', init_keep='weights', grow_every=0, arch='decoder')
+        refuse_beside(self, 'lora_rank', grow_every=0, arch='decoder')
         if self.shard and self.lora_store not in ('auto', 'float32'):
             raise ValueError(f'shard={self.shard}: does not go with lora_store={self.lora_store}: '
                              'leave it out')

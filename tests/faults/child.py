@@ -2,12 +2,17 @@
 What a process of processes.py does. It imports nothing of ours before its environment is set, which faults.py
 reads.
 """
+import importlib
 import os
 import sys
+from functools import partial
 
 
-def child(root, args, environment, output, folder):
-    """train.py with these arguments in a working folder, what it says in a file."""
+def child(root, args, environment, output, folder, constants, left_out):
+    """
+    train.py with these arguments in a working folder, what it says in a file. constants: {'module.NAME':
+    value} to set; left_out: steps without data, counted from 0.
+    """
     os.setsid()
     os.environ.update(environment)
     os.chdir(folder)
@@ -24,4 +29,9 @@ def child(root, args, environment, output, folder):
     faults.arm()
     import train
     from configurator import run_main
+    for name, value in constants.items():
+        module, _, constant = name.rpartition('.')
+        setattr(importlib.import_module(module), constant, value)
+    if left_out:
+        train.train = partial(train.train, left_out=left_out)
     run_main(train.main)

@@ -179,11 +179,12 @@ def test_a_signal_in_a_step_that_is_skipped_or_that_spikes_is_heard(dataset, tmp
 @pytest.mark.parametrize('fault', [pytest.param('loss@6/1=nan', marks=SLOW), 'loss@6/1=inf', 'step@6/1=inf'])
 def test_a_loss_or_gradient_of_one_rank_that_is_not_finite_changes_nothing_on_any(dataset, tmp_path, fault):
     """… so that the run is the one that was told to leave that step out, and all ranks stay alike."""
-    args = [*SMALL, f'--dataset={dataset}', '--desync_interval=1']
-    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}', ranks=2, fault=fault)
+    args = [*SMALL, f'--dataset={dataset}']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}', ranks=2, fault=fault,
+                             constants={'features.scale.guard.INTERVAL': 1})
     assert codes == [0, 0] and said.count('step 7: the loss or its gradient is not finite; '
                                           'no weight was changed') == 1, said
-    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', '--skip_steps=6', ranks=2)[0] == [0, 0]
+    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', left_out=[6], ranks=2)[0] == [0, 0]
     assert run_to_end(*args, f'--out_dir={tmp_path / "whole"}', ranks=2)[0] == [0, 0]
     assert fingerprint(tmp_path / 'nan') == fingerprint(tmp_path / 'left') != fingerprint(tmp_path / 'whole')
     records = {r['step']: r for r in read_log(tmp_path / 'nan')}
@@ -196,8 +197,8 @@ def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_is_sound_and_fini
                                                                                    optimizer):
     faults = ' '.join(f'loss@{step}=nan' for step in (2, *range(6, 30)))
     codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}',
-                             '--max_iters=30', '--max_skipped=3', '--checkpoint_interval=1',
-                             f'--optimizer={optimizer}', fault=faults)
+                             '--max_iters=30', '--checkpoint_interval=1', f'--optimizer={optimizer}',
+                             fault=faults, constants={'train.MAX_SKIPPED': 3})
     assert (codes == [2] and 'not finite at step 10: lower' in said
             and said.count('no weight was changed') == 5)
     assert step_of(tmp_path) == 6 and all(
@@ -221,8 +222,7 @@ def test_a_best_one_that_could_not_be_written_does_not_take_the_place_of_the_one
 
 @SLOW
 def test_with_float16_too_small_factors_are_no_skipped_steps_and_nan_is(dataset, tmp_path):
-    args = [*SMALL, f'--dataset={dataset}', '--dtype=float16', '--max_iters=60', '--eval_interval=1000',
-            '--max_skipped=3']
+    args = [*SMALL, f'--dataset={dataset}', '--dtype=float16', '--max_iters=60', '--eval_interval=1000']
     codes, said = run_to_end(*args, f'--out_dir={tmp_path / "nan"}',
                              fault=' '.join(f'loss@{step}=nan' for step in range(5, 60)))
     assert (codes == [2] and 'not finite at step' in said
@@ -237,9 +237,9 @@ def test_with_float16_too_small_factors_are_no_skipped_steps_and_nan_is(dataset,
                                   ['--grow_every=5', '--grow_to=3', '--n_layer=2']],
                          ids=['experts', 'growth'])
 def test_a_skipped_step_leaves_the_bias_of_experts_and_the_schedule_of_growth(dataset, tmp_path, args):
-    for name, more, fault in (('nan', [], 'loss@5=nan'), ('left', ['--skip_steps=5'], '')):
-        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / name}', *args, *more,
-                                 fault=fault)
+    for name, left_out, fault in (('nan', [], 'loss@5=nan'), ('left', [5], '')):
+        codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / name}', *args,
+                                 left_out=left_out, fault=fault)
         assert codes == [0] and said.count('grown to 3 layers') == ('--grow_to=3' in args), said
     assert fingerprint(tmp_path / 'nan') == fingerprint(tmp_path / 'left')
 
@@ -281,8 +281,8 @@ def test_a_spike_rewinds_and_the_run_is_the_one_that_left_those_steps_out_from_t
     found = re.findall(r'step 96: loss .* back to the last checkpoint, '
                        r'and on without steps 87 to 96 \(samples 344 to 383\)', said)
     assert len(found) == 1 and said.count('standard deviations') == 1 and 'at step 80' in said, said
-    left = [f'--skip_steps={step}' for step in range(86, 96)]
-    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', *left, ranks=ranks)[0] == [0] * ranks
+    assert run_to_end(*args, f'--out_dir={tmp_path / "left"}', left_out=[*range(86, 96)],
+                      ranks=ranks)[0] == [0] * ranks
     assert fingerprint(tmp_path / 'spike') == fingerprint(tmp_path / 'left')
     assert (read_log(tmp_path / 'spike') == read_log(tmp_path / 'left')
             and read_log(tmp_path / 'left')[-1]['tokens'] == (150 - 10) * 4 * 32)
@@ -467,13 +467,13 @@ def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
 # --- drift ---
 
 def test_weights_that_differ_between_ranks_stop_the_run_naming_rank_and_tensor(dataset, tmp_path):
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--desync_interval=4',
-                             ranks=2, fault='step@5/1=shift')
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', ranks=2,
+                             fault='step@5/1=shift', constants={'features.scale.guard.INTERVAL': 4})
     assert (codes == [2, 2]
             and 'weights of rank 1 are not those of rank 0 after step 8 (wte.weight)' in said), said
-    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}2', '--desync_interval=0',
-                             ranks=2, fault='step@5/1=shift')
-    assert codes == [0, 0], said  # without the check nobody notices
+    codes, said = run_to_end(*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}2', ranks=2,
+                             fault='step@5/1=shift')
+    assert codes == [0, 0], said  # after ten steps there was no check: nobody notices
 
 
 def test_other_data_or_settings_on_one_rank_are_noticed_before_the_first_step(dataset, tmp_path):

@@ -16,7 +16,7 @@ import checkpoint
 from checkpoint import load_model
 
 ARGS = [*SMALL, '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1',
-        '--gradient_accumulation_steps=4', '--desync_interval=3']
+        '--gradient_accumulation_steps=4']
 
 
 def near(one, other, most=1e-5):
@@ -32,7 +32,8 @@ def near(one, other, most=1e-5):
 
 
 def finish(folder, dataset, *args, ranks=2):
-    codes, said = run_to_end(*ARGS, f'--dataset={dataset}', f'--out_dir={folder}', *args, ranks=ranks)
+    codes, said = run_to_end(*ARGS, f'--dataset={dataset}', f'--out_dir={folder}', *args, ranks=ranks,
+                             constants={'features.scale.guard.INTERVAL': 3})
     assert codes == [0] * ranks, said
     return said
 
