@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -93,58 +94,60 @@ class TokenFiles:
         self.bytes = info.get('bytes', 0)  # of text; 0 = not known
         self.shards = info['shards']
         self.files, self.index = [], []  # of each shard; index: where its documents start, in tokens
-        verify = sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
+        self.starts, self.doc_starts = [0], [0]  # where each shard starts, and the last one ends, in tokens
+        # and in documents
+        is_small = sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
         for shard in self.shards:
-            path = os.path.join(folder, shard['file'])
-            self.files.append(open_checked(path, shard['bytes_on_disk'], verify and shard.get('sha256')))
-            self.index.append(np.empty(0, np.uint64))
+            path, index = os.path.join(folder, shard['file']), np.empty(0, np.uint64)
+            self.files.append(open_checked(path, shard['bytes_on_disk'], is_small and shard.get('sha256')))
             if shard.get('documents'):
                 path = path.removesuffix('.bin') + '.idx'
-                open_checked(path, 8 * shard['documents'], verify and shard['idx_sha256']).close()
-                self.index[-1] = np.memmap(path, '<u8', 'r')
-        sizes = [shard['bytes_on_disk'] // self.dtype.itemsize for shard in self.shards]
-        self.starts = np.cumsum([0] + sizes)  # where each shard starts, and the last one ends, in tokens
-        self.doc_starts = np.cumsum([0] + [len(index) for index in self.index])  # the same in documents
-        self.tokens, self.documents = int(self.starts[-1]), int(self.doc_starts[-1])
+                open_checked(path, 8 * shard['documents'], is_small and shard['idx_sha256']).close()
+                index = np.memmap(path, '<u8', 'r')
+            self.index.append(index)
+            self.starts.append(self.starts[-1] + shard['bytes_on_disk'] // self.dtype.itemsize)
+            self.doc_starts.append(self.doc_starts[-1] + len(index))
+        self.tokens, self.documents = self.starts[-1], self.doc_starts[-1]
         if self.tokens < 2:
             raise UserError(f'{folder}: its {split} split holds no tokens to train on: '
                             'prepare it again with more text (python prepare.py --help)')
 
     def read(self, start, length):
         """Tokens [start, start + length), int64, fewer at the end. A memmap would fill the memory."""
-        parts, shard = [], int(np.searchsorted(self.starts, start, 'right')) - 1
-        while length > 0 and shard < len(self.files):
-            file, offset = self.files[shard], start - int(self.starts[shard])
-            n = min(length, int(self.starts[shard + 1]) - start)
+        end, parts = min(start + length, self.tokens), [np.empty(0, self.dtype)]
+        while start < end:
+            shard = bisect_right(self.starts, start) - 1
+            file, offset = self.files[shard], start - self.starts[shard]
+            n = min(end, self.starts[shard + 1]) - start
             data = os.pread(file.fileno(), n * self.dtype.itemsize, offset * self.dtype.itemsize)
             part = np.frombuffer(data, self.dtype)
             if len(part) != n:
                 raise UserError(f'{file.name}: became shorter while in use: prepare it again')
-            if n and part.max() >= self.vocab_size:
+            if part.max() >= self.vocab_size:
                 raise UserError(f'{file.name}: token {part.max()} near position {offset} is beyond the '
                                 f'vocabulary of {self.vocab_size}: the file is damaged or of another '
                                 'tokenizer; prepare it again')
             parts.append(part)
-            start, length, shard = start + n, length - n, shard + 1
-        return np.concatenate([*parts, np.empty(0, self.dtype)]).astype(np.int64)
+            start += n
+        return np.concatenate(parts).astype(np.int64)
 
     def document(self, number):
-        """(first, last + 1) token positions of a document."""
-        shard = int(np.searchsorted(self.doc_starts, number, 'right')) - 1
-        start, index = int(self.starts[shard]), self.index[shard]
-        local = number - int(self.doc_starts[shard])
+        """(first, last + 1) token position of a document."""
+        shard = bisect_right(self.doc_starts, number) - 1
+        start, index = self.starts[shard], self.index[shard]
+        local = number - self.doc_starts[shard]
         if local + 1 < len(index):
             return start + int(index[local]), start + int(index[local + 1])
-        return start + int(index[local]), int(self.starts[shard + 1])
+        return start + int(index[local]), self.starts[shard + 1]
 
     def next_document(self, position):
-        """Position of the first document that starts at or after `position`; None after the last one."""
-        for shard in range(int(np.searchsorted(self.starts, position, 'right')) - 1, len(self.index)):
-            start, index = int(self.starts[shard]), self.index[shard]
-            local = int(np.searchsorted(index, max(0, position - start)))
+        """Position of the first document that starts at or after `position`; after the last one, the end."""
+        for shard in range(bisect_right(self.starts, position) - 1, len(self.index)):
+            start, index = self.starts[shard], self.index[shard]
+            local = np.searchsorted(index, max(0, position - start))
             if local < len(index):
                 return start + int(index[local])
-        return None
+        return self.tokens
 
     def document_lengths(self):
         """Length of every document in tokens, (documents,) int64."""
@@ -195,50 +198,43 @@ def read_meta(folder):
             raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: not a valid meta.json ({error}): prepare the data set again') from None
-    field = bad_field(meta)
-    if field:
-        raise UserError(f'{path}: {field} is not what it can be: prepare the data set again')
+    check_meta(meta, path)
     return meta
 
 
-def bad_field(meta):
-    """The first invalid field of meta.json, or None. File names must not point outside the folder."""
+def check_meta(meta, path):
+    """Raise UserError for a field of meta.json that cannot be right. File names must not leave the folder."""
+    def check(is_right, field):
+        if not is_right:
+            raise UserError(f'{path}: {field} is not what it can be: prepare the data set again')
+
     tokenizer, vocab_size, splits = meta.get('tokenizer'), meta.get('vocab_size'), meta.get('splits')
-    if type(tokenizer) is not dict or type(tokenizer.get('kind')) is not str:
-        return 'tokenizer'
+    check(type(tokenizer) is dict and type(tokenizer.get('kind')) is str, 'tokenizer')
     files, reserved = tokenizer.get('files', {}), tokenizer.get('reserved', 0)
-    if not is_count(reserved):
-        return 'tokenizer'
-    if type(files) is not dict or not all(is_file_name(name) for name in files):
-        return 'tokenizer.files'
-    if not is_count(vocab_size) or not reserved < vocab_size <= 2 ** 32:
-        return 'vocab_size'
+    check(is_count(reserved), 'tokenizer')
+    check(type(files) is dict and all(is_file_name(name) for name in files), 'tokenizer.files')
+    check(is_count(vocab_size) and reserved < vocab_size <= 2 ** 32, 'vocab_size')
     for name in ('eot', 'bos'):
-        if meta.get(name) is not None and not (is_count(meta[name]) and meta[name] < vocab_size):
-            return name
-    if meta.get('dtype') not in ('uint16', 'uint32'):
-        return 'dtype'
-    if type(splits) is not dict:
-        return 'splits'
-    width = np.dtype(meta['dtype']).itemsize
+        check(meta.get(name) is None or is_count(meta[name]) and meta[name] < vocab_size, name)
+    check(meta.get('dtype') in ('uint16', 'uint32'), 'dtype')
+    check(type(splits) is dict, 'splits')
     for name, split in splits.items():
-        if type(split) is not dict or type(split.get('shards')) is not list:
-            return f'splits.{name}'
-        shards_are_good = all(is_shard(shard, width) for shard in split['shards'])
-        if not shards_are_good or not is_count(split.get('bytes', 0)):
-            return f'splits.{name}'
-    return None
+        check(type(split) is dict and type(split.get('shards')) is list, f'splits.{name}')
+        check(is_count(split.get('bytes', 0)), f'splits.{name}')
+        for shard in split['shards']:
+            check(is_shard(shard, np.dtype(meta['dtype']).itemsize), f'splits.{name}')
 
 
 def is_shard(shard, width):
-    """Whether an entry of meta.json is a valid description of a token file with `width` bytes per token."""
-    if type(shard) is not dict or not is_file_name(shard.get('file')) or not shard['file'].endswith('.bin'):
+    """Whether an entry of meta.json can describe a file of tokens of `width` bytes."""
+    if type(shard) is not dict:
         return False
-    if not is_count(shard.get('bytes_on_disk')) or shard['bytes_on_disk'] % width:
-        return False
-    if not is_count(shard.get('documents', 0)) or shard.get('documents') and 'idx_sha256' not in shard:
-        return False
-    return type(shard.get('sha256', '')) is str and type(shard.get('idx_sha256', '')) is str
+    size, documents = shard.get('bytes_on_disk'), shard.get('documents', 0)
+    hashes = [shard.get('sha256', ''), shard.get('idx_sha256', '')]
+    return (is_file_name(shard.get('file')) and shard['file'].endswith('.bin')
+            and is_count(size) and size % width == 0
+            and is_count(documents) and (documents == 0 or 'idx_sha256' in shard)
+            and all(type(sha256) is str for sha256 in hashes))
 
 
 def is_file_name(name):
@@ -282,7 +278,7 @@ class Source:
             start = number * self.stride
             if self.packing == 'aligned':
                 document = self.files.next_document(start)
-                if document is not None and document < min(start + self.stride, self.files.tokens - 1):
+                if document < min(start + self.stride, self.files.tokens - 1):
                     start = document
             return self.files.read(start, self.length)
         first, end = self.files.document(number)

@@ -59,7 +59,7 @@ MUTANTS = [
      '        return torch.zeros_like(like)\n    dist', 'faults/test_shard.py',
      'one_process_to_rounding and scalars'),
     # input
-    ('batches.py', 'if n and part.max() >= self.vocab_size:', 'if False:', 'test_batches.py',
+    ('batches.py', 'if part.max() >= self.vocab_size:', 'if False:', 'test_batches.py',
      'damaged_data_set or fuzz'),
     ('features/text/nanogpt.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')",
      'return super().find_class(module, name)', 'test_batches.py',
