@@ -371,11 +371,9 @@ class Mixture:
         self.bos, self.vocab_size = self.sources[0].bos, self.sources[0].files.vocab_size
         scale = math.lcm(*(share.denominator for share in shares))
         self.shares = [int(share * scale) for share in shares]  # integers: locate() is exact for any i
-        rates = [source.bytes_per_token() for source in self.sources]
-        self.bytes_per_token = min(rates)  # of text, for each target; 0 unless all sources know theirs
-        if len(rates) > 1 and all(rates):
-            targets = [share * source.tokens_per_row() for share, source in zip(self.shares, self.sources)]
-            self.bytes_per_token = sum(rate * n for rate, n in zip(rates, targets)) / sum(targets)
+        rates = [source.bytes_per_token() for source in self.sources]  # of text, for each target
+        targets = [share * source.tokens_per_row() for share, source in zip(self.shares, self.sources)]
+        self.bytes_per_token = np.average(rates, weights=targets) if all(rates) else 0  # 0 = not known
 
     def locate(self, i):
         """Sample i → (index of its source, number of earlier samples from that source)."""
@@ -429,9 +427,8 @@ def check_alike(sources):
     """Raise UserError unless all sources have the same tokenizer."""
     first = sources[0]
     for source in sources[1:]:
-        one, other = first.files.meta, source.files.meta
-        is_same = one['tokenizer'] == other['tokenizer'] and one['vocab_size'] == other['vocab_size']
-        if not is_same or first.bos != source.bos:
+        ours, theirs = [(s.files.meta['tokenizer'], s.files.vocab_size, s.bos) for s in (first, source)]
+        if ours != theirs:
             problem = f'{first.name} and {source.name} were prepared with different tokenizers'
             from features.text.folders import compare_tokens  # text
             problem = compare_tokens(first, source)  # text: '' if it is one tokenizer in two formats
@@ -489,31 +486,32 @@ def evaluate(model, sources, s, ranks, stop=False):
     the bytes of text are not known. None, on all ranks, if `stop` becomes true on one of them.
     """
     model.eval()
-    result, all_nats, all_targets, all_bytes = {}, 0.0, 0.0, 0.0
+    result, total = {}, np.zeros(3)  # nats, targets, bytes of text
     for source in sources:
         nats, targets, is_stopped = sum_losses(model, source, s, ranks, stop)
         if is_stopped:
-            model.train()
-            return None
-        text_bytes = targets * source.bytes_per_token()
-        all_nats, all_targets, all_bytes = all_nats + nats, all_targets + targets, all_bytes + text_bytes
+            break
+        sums = np.array([nats, targets, targets * source.bytes_per_token()])
+        total += sums
         if len(sources) > 1:
-            result |= losses(nats, targets, text_bytes, '/' + source.name)
+            result |= losses(*sums.tolist(), '/' + source.name)
     model.train()
+    if is_stopped:
+        return None
     if not all(source.bytes_per_token() for source in sources):
-        all_bytes = 0
-    return losses(all_nats, all_targets, all_bytes) | result
+        total[2] = 0
+    return losses(*total.tolist()) | result
 
 
 def sum_losses(model, source, s, ranks, stop):
     """(nats, targets, whether to stop), summed over the validation rows of a Source and the ranks."""
     numbers = validation_rows(source, EVAL_ROWS * s.eval_iters)
-    mine = numbers[ranks.rank::ranks.world]
     most = -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
     height = min(4 * s.batch_size, most)  # without gradients, four times the rows fit
     nats, targets = zero(ranks.device), 0
     for i in range(0, most, height):
-        new_nats, new_targets = batch_loss(model, source, mine[i:i + height], height, ranks.device, s.dtype)
+        mine = numbers[ranks.rank::ranks.world][i:i + height]
+        new_nats, new_targets = batch_loss(model, source, mine, height, ranks.device, s.dtype)
         nats, targets = nats + new_nats, targets + new_targets
         ranks.alive()
         if ranks.any(stop):
