@@ -12,6 +12,7 @@ ten.
 
 The path of a batch from a step: Batches → Mixture.rows → Source.row → TokenFiles.read.
 """
+import functools
 import hashlib
 import json
 import math
@@ -93,21 +94,19 @@ class TokenFiles:
         info = self.meta['splits'].get(split, {'shards': []})
         self.bytes = info.get('bytes', 0)  # of text; 0 = not known
         self.shards = info['shards']
-        self.files, self.index = [], []  # of each shard; index: where its documents start, in tokens
-        self.starts, self.doc_starts = [0], [0]  # where each shard starts, and the last one ends, in tokens
-        # and in documents
+        self.files, self.index = [], []  # index: (start of a shard, path of its .idx)
+        self.starts = [0]  # where each shard starts, and the last one ends, in tokens
+        self.documents = sum(shard.get('documents', 0) for shard in self.shards)
         is_small = sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
         for shard in self.shards:
-            path, index = os.path.join(folder, shard['file']), np.empty(0, np.uint64)
+            path = os.path.join(folder, shard['file'])
             self.files.append(open_checked(path, shard['bytes_on_disk'], is_small and shard.get('sha256')))
             if shard.get('documents'):
                 path = path.removesuffix('.bin') + '.idx'
                 open_checked(path, 8 * shard['documents'], is_small and shard['idx_sha256']).close()
-                index = np.memmap(path, '<u8', 'r')
-            self.index.append(index)
+                self.index.append((self.starts[-1], path))
             self.starts.append(self.starts[-1] + shard['bytes_on_disk'] // self.dtype.itemsize)
-            self.doc_starts.append(self.doc_starts[-1] + len(index))
-        self.tokens, self.documents = self.starts[-1], self.doc_starts[-1]
+        self.tokens = self.starts[-1]
         if self.tokens < 2:
             raise UserError(f'{folder}: its {split} split holds no tokens to train on: '
                             'prepare it again with more text (python prepare.py --help)')
@@ -131,29 +130,15 @@ class TokenFiles:
             start += n
         return np.concatenate(parts).astype(np.int64)
 
+    @functools.cached_property
+    def bounds(self):
+        """Where the documents start, and the last one ends, in tokens, (documents + 1,) int64, in memory."""
+        starts = [start + np.fromfile(path, '<i8') for start, path in self.index]
+        return np.concatenate([*starts, [self.tokens]])
+
     def document(self, number):
         """(first, last + 1) token position of a document."""
-        shard = bisect_right(self.doc_starts, number) - 1
-        start, index = self.starts[shard], self.index[shard]
-        local = number - self.doc_starts[shard]
-        if local + 1 < len(index):
-            return start + int(index[local]), start + int(index[local + 1])
-        return start + int(index[local]), self.starts[shard + 1]
-
-    def next_document(self, position):
-        """Position of the first document that starts at or after `position`; after the last one, the end."""
-        for shard in range(bisect_right(self.starts, position) - 1, len(self.index)):
-            start, index = self.starts[shard], self.index[shard]
-            local = np.searchsorted(index, max(0, position - start))
-            if local < len(index):
-                return start + int(index[local])
-        return self.tokens
-
-    def document_lengths(self):
-        """Length of every document in tokens, (documents,) int64."""
-        sizes = np.diff(self.starts)
-        lengths = [np.diff(np.append(index, size)) for index, size in zip(self.index, sizes)]
-        return np.concatenate(lengths).astype(np.int64)
+        return self.bounds[number:number + 2].tolist()
 
 
 def open_checked(path, size, sha256):
@@ -277,9 +262,9 @@ class Source:
         if self.packing != 'document':
             start = number * self.stride
             if self.packing == 'aligned':
-                document = self.files.next_document(start)
+                document = self.files.bounds[np.searchsorted(self.files.bounds, start)]
                 if document < min(start + self.stride, self.files.tokens - 1):
-                    start = document
+                    start = int(document)
             return self.files.read(start, self.length)
         first, end = self.files.document(number)
         start = first - len(self.bos)  # the start token counts as the document's first one
@@ -304,7 +289,7 @@ class Source:
         """Mean number of targets in a row."""
         if self.packing in ('stream', 'aligned'):
             return (self.files.tokens - 1) / self.rows
-        targets = self.files.document_lengths() + len(self.bos) - 1  # all tokens of a row but its first
+        targets = np.diff(self.files.bounds) + len(self.bos) - 1  # all tokens of a row but its first
         if not (targets > 0).any():
             raise UserError(f'packing=document: no document of {self.name} has more than one token: '
                             'use packing=stream')

@@ -75,10 +75,6 @@ def test_reads_cross_shards_and_documents_are_found(corpus):
     for number in range(97):
         start, end = files.document(number)
         assert np.array_equal(stream[start:end], docs['train'][number])
-    starts = np.cumsum([0] + [len(d) for d in docs['train']])[:-1]
-    for position in range(0, len(stream), 7):
-        later = starts[starts >= position]
-        assert files.next_document(position) == (later[0] if len(later) else files.tokens)
 
 
 # --- rows ---
@@ -125,6 +121,12 @@ def test_aligned_rows_begin_with_a_document(corpus):
     # documents are shorter than 64 here, so each window has a start
     assert all(tuple(row[:3]) in starts for row in x)
     assert abs((y >= 0).sum() / data.sources[0].files.tokens - 1) < 0.1
+    source, stream = Source(folder, 'train', 5, 'aligned'), np.concatenate(docs['train'])
+    starts = np.cumsum([0] + [len(d) for d in docs['train']])
+    for number in range(source.rows):
+        begun = starts[(starts >= 5 * number) & (starts < min(5 * number + 5, len(stream) - 1))]
+        start = begun[0] if len(begun) else 5 * number
+        assert np.array_equal(source.row(number), stream[start:start + 6])
 
 
 def test_document_rows_are_padded_masked_and_cropped(corpus):

@@ -41,7 +41,7 @@ class PairSource(Source):
         if self.source_size or packing == 'document':
             self.packing, self.rows = 'document', self.files.documents
         else:
-            lengths = np.minimum(self.files.document_lengths(), block_size + 1) - 1
+            lengths = np.minimum(np.diff(self.files.bounds), block_size + 1) - 1
             self.packing, (self.packed, self.until) = 'pairs', pack(lengths, block_size)
             self.rows = len(self.until)
 
@@ -75,7 +75,7 @@ class PairSource(Source):
         """A line about the pairs that are cut, '' if all fit. At most LOOK_AT of the long ones are read."""
         T, S = self.block_size, self.source_size
         shortest = min(S, T) + 1 if S else T + 2  # pair that may be cut, in tokens
-        numbers, seen = np.flatnonzero(self.files.document_lengths() >= shortest), self.files.documents
+        numbers, seen = np.flatnonzero(np.diff(self.files.bounds) >= shortest), self.files.documents
         if len(numbers) > LOOK_AT:
             numbers = numbers[:LOOK_AT]
             seen = int(numbers[-1]) + 1

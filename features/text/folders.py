@@ -6,6 +6,8 @@ import os
 import shlex
 from contextlib import suppress
 
+import numpy as np
+
 import checkpoint
 from batches import describe_bos, find_folder
 from configurator import UserError
@@ -123,7 +125,7 @@ def compare_tokens(first, other):
 def count_long_documents(source):
     """A line about the documents of a Source that are longer than its rows; '' if all fit."""
     cuts = Cuts('documents')
-    lengths = source.files.document_lengths() + len(source.bos)
+    lengths = np.diff(source.files.bounds) + len(source.bos)
     for length in lengths[lengths > source.length]:
         cuts.add(int(length), source.length)
     cuts.seen = len(lengths)
