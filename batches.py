@@ -137,7 +137,7 @@ class TokenFiles:
         return np.concatenate([*starts, [self.tokens]])
 
     def document(self, number):
-        """(first, last + 1) token position of a document."""
+        """(first, last + 1) token positions of a document."""
         return self.bounds[number:number + 2].tolist()
 
 
@@ -188,7 +188,7 @@ def read_meta(folder):
 
 
 def check_meta(meta, path):
-    """Raise UserError for a field of meta.json that cannot be right. File names must not leave the folder."""
+    """Raise UserError for an invalid field of meta.json. File names must not point outside the folder."""
     def check(is_right, field):
         if not is_right:
             raise UserError(f'{path}: {field} is not what it can be: prepare the data set again')
@@ -211,7 +211,7 @@ def check_meta(meta, path):
 
 
 def is_shard(shard, width):
-    """Whether an entry of meta.json can describe a file of tokens of `width` bytes."""
+    """Whether an entry of meta.json is a valid description of a token file with `width` bytes per token."""
     if type(shard) is not dict:
         return False
     size, documents = shard.get('bytes_on_disk'), shard.get('documents', 0)
@@ -357,7 +357,7 @@ class Mixture:
         scale = math.lcm(*(share.denominator for share in shares))
         self.shares = [int(share * scale) for share in shares]  # integers: locate() is exact for any i
         rates = [source.bytes_per_token() for source in self.sources]  # of text, for each target
-        targets = [share * source.tokens_per_row() for share, source in zip(self.shares, self.sources)]
+        targets = [share * source.tokens_per_row() for share, source in zip(shares, self.sources)]
         self.bytes_per_token = np.average(rates, weights=targets) if all(rates) else 0  # 0 = not known
 
     def locate(self, i):
