@@ -22,9 +22,8 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 
 def build(cls, **values):
     """
-    An instance of `cls` with these values and with the other settings of each feature that they use:
-    build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError for a switch whose feature is not
-    there.
+    An instance of `cls` with these values, including the settings of the features that they use:
+    build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError if a feature's folder is missing.
     """
     used, core = set(), core_fields(cls)
     for key, value in values.items():
@@ -38,7 +37,7 @@ def build(cls, **values):
 
 
 def with_features(cls, *names):
-    """The dataclass `cls` with the settings of these features, beside those it has already."""
+    """The dataclass `cls` with the settings of these features added."""
     core = getattr(cls, 'core', cls)
     names = sorted({*names, *getattr(cls, 'features', ())} - {None})
     return join(core, tuple(name for name in names if feature_parts(core, name)))
@@ -66,7 +65,7 @@ def extend(settings, *names):
 
 
 def part_of(settings, cls):
-    """The dataclass `cls` out of settings that inherit it (ModelConfig out of train.py's), with features."""
+    """An instance of `cls` from settings that inherit it (ModelConfig from train.py's), with features."""
     cls = with_features(cls, *getattr(settings, 'features', ()))
     return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
@@ -109,7 +108,7 @@ def core_fields(cls):
 
 
 def all_fields(cls):
-    """{name: field} of the settings that `cls` can have: its own, then those of every feature."""
+    """{name: field} of all settings of `cls`: its own, then those of every feature."""
     found = core_fields(cls)
     for name in feature_names():
         for part in feature_parts(getattr(cls, 'core', cls), name):
@@ -119,7 +118,7 @@ def all_fields(cls):
 
 @functools.cache
 def feature_of(cls, key):
-    """The feature whose switch the setting `key` of `cls` is, or that declares it; None for neither."""
+    """The feature that the setting `key` of `cls` switches on, or that declares it; None for neither."""
     core = getattr(cls, 'core', cls)
     if key in core_fields(core):
         mark = re.match(r'\[(\w+)\]', comment_of(core, key))

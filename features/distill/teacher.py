@@ -18,7 +18,7 @@ from run import same_place
 
 @dataclass
 class Teacher:
-    """What the teacher says about a batch of N tokens."""
+    """The teacher's output for a batch of N tokens."""
     h: torch.Tensor  # (N, C') and
     weight: torch.Tensor  # (V padded, C'): their product is its logits, as in head_input()
     softcap: float
@@ -26,11 +26,11 @@ class Teacher:
     mix: float
 
     def logits(self, first, rows, dtype):
-        """Logits of `rows` tokens from token number `first` on, (rows, V padded), multiplied in dtype."""
+        """Logits (rows, V padded) of `rows` tokens, starting at token number `first`; matmuls in dtype."""
         return self.h[first:first + rows].to(dtype) @ self.weight.to(dtype).T
 
     def divergence(self, student, teacher):
-        """Of logits (rows, V): KL(teacher ‖ student) (rows, 1), its gradient times temperature (rows, V)."""
+        """For logits (rows, V): KL(teacher ‖ student) (rows, 1), its gradient times temperature (rows, V)."""
         student = (student / self.temperature).log_softmax(1)
         teacher = (cap(teacher.float(), self.softcap) / self.temperature).log_softmax(1)
         kl = (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
@@ -39,15 +39,14 @@ class Teacher:
 
 @torch.no_grad()
 def ask(teacher, x, s, **more):
-    """What the network `teacher` says about tokens x (B, T). s: Settings; more: see loss.reading()."""
+    """The output of the model `teacher` for tokens x (B, T). s: Settings; more: see loss.reading()."""
     h, weight = teacher.head_input(teacher.hidden(x, **more))
     return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
 
 
 def find_teacher(s, data, ranks):
     """
-    The network of s.teacher in eval mode. Raises UserError unless it knows the same tokens and a context as
-    long.
+    The model of s.teacher in eval mode. Raises UserError if its tokenizer differs or its context is shorter.
     """
     if same_place(s.teacher, s.out_dir):
         raise UserError(f'teacher={s.teacher}: is the out_dir of this run: name another')

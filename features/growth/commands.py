@@ -47,8 +47,7 @@ def run_inherit(s):
 
 def fresh_names(fresh, weights):
     """
-    The names of the tensors of the parts that are listed in the setting `fresh`. Raises UserError for other
-    parts.
+    The names of the tensors in the parts listed in the setting `fresh`. Raises UserError for unknown parts.
     """
     found = set()
     for part in fresh.split(','):
@@ -63,7 +62,7 @@ def fresh_names(fresh, weights):
 
 
 def parts_of(weights):
-    """The parts of a network that `fresh` can name: q, attn, wte, norm, …"""
+    """The parts of a model that `fresh` can name: q, attn, wte, norm, …"""
     parts = set()
     for name in weights:
         for part in name.split('.')[:-1]:
@@ -121,7 +120,7 @@ def run_average(s):
 
 
 def has_tokenizer_of(old, where, folder):
-    """Whether the network of `where` has the tokenizer of an Old one; True where that cannot be known."""
+    """Whether the model of `where` has the same tokenizer as an Old one; True if this is not known."""
     with suppress(UserError):  # it is not known, or its files are not here
         theirs = checkpoint.tokenizer_of(where, folder)
         own = old.tokenizer, old.tokenizer_folder
@@ -153,8 +152,8 @@ def run_factorize(s):
 
 def with_ranks(cfg, s):
     """
-    A ModelConfig with the ranks of factorize's settings; its other settings of low rank in the blocks at
-    their defaults.
+    A ModelConfig with the ranks of factorize's settings; other low-rank settings of the blocks get their
+    defaults.
     """
     ranks = {}
     for field in dataclasses.fields(cfg):
@@ -166,7 +165,7 @@ def with_ranks(cfg, s):
 
 
 def uniform_ranks(cfg):
-    """{name: rank} of the low-rank layers of a network."""
+    """{name: rank} of the low-rank layers of a model."""
     with torch.device('meta'):
         model = make_model(cfg)
     return {name: layer.down.out_features for name, layer in model.named_modules()

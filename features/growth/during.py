@@ -12,7 +12,7 @@ from optim import make_optimizer
 
 
 def check_growth(s, cfg):
-    """Raise UserError at the start where the network of this ModelConfig cannot grow as the settings ask."""
+    """Raise UserError at the start if the model of this ModelConfig cannot grow as the settings ask."""
     refuse_unknown(cfg, 'grown')
     if s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
@@ -22,9 +22,7 @@ def check_growth(s, cfg):
 
 
 def short_growth(s, n_layer, step):
-    """
-    [a line that says so, if the run ends before the network is grown]. n_layer: number of blocks at `step`.
-    """
+    """[a warning line, if the run ends before the growth does]. n_layer: number of blocks at `step`."""
     # at a checkpoint it has not grown yet
     times = (s.max_iters - 1) // s.grow_every - max(0, step - 1) // s.grow_every
     reached = min(s.grow_to, n_layer + times * s.grow_by)
@@ -35,10 +33,7 @@ def short_growth(s, n_layer, step):
 
 
 def grow_run(run, s, ranks):
-    """
-    Add blocks to the network of a Run. It goes on with the same schedule, and with the moments of the old
-    blocks.
-    """
+    """Add blocks to the model of a Run. The schedule continues, and the old blocks keep their moments."""
     n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
     cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
     moments = optim.moments_of(run.optimizer)
@@ -58,8 +53,7 @@ def grow_run(run, s, ranks):
 
 def find_reference(s, cfg):
     """
-    (ModelConfig, weights) of s.grow_from, whose blocks this network is to get. Raises UserError if they do
-    not fit.
+    (ModelConfig, weights) of s.grow_from, whose blocks are to be copied. Raises UserError if they do not fit.
     """
     other, weights, _ = checkpoint.read_model(s.grow_from)
     if other.n_layer < s.grow_to:

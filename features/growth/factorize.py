@@ -30,8 +30,8 @@ def dense_layers(model):
 @torch.no_grad()
 def input_moments(model, data):
     """
-    {name: E[x·xᵀ] (n_in, n_in), float64} of the inputs x of every dense layer of the blocks, over at most
-    SAMPLE tokens of a Mixture, padding left out.
+    {name: E[x·xᵀ] (n_in, n_in), float64} of the inputs x of every dense layer of the blocks, from at most
+    SAMPLE tokens of a Mixture, without padding.
     """
     layers = dense_layers(model)
     sums = {name: 0 for name in layers}
@@ -67,10 +67,10 @@ def input_moments(model, data):
 
 def decompose(weight, moment=None):
     """
-    (U, S, R) in float64 with weight = U·diag(S)·R, so that the cut after rank r, W_r, is the best one of that
-    rank. Without a moment the best in |W - W_r|: the SVD. With moment = E[x·xᵀ] = L·Lᵀ the best in the
-    outputs, E|(W - W_r)·x|² = |(W - W_r)·L|²: by the SVD of W·L (SVD-LLM, Wang et al. 2024,
-    arXiv 2403.07378).
+    (U, S, R) in float64 with weight = U·diag(S)·R, so that truncation to rank r, W_r, is optimal. Without a
+    moment it minimizes |W - W_r|: the SVD. With moment = E[x·xᵀ] = L·Lᵀ it minimizes the error of the
+    outputs, E|(W - W_r)·x|² = |(W - W_r)·L|², by the SVD of W·L (SVD-LLM, Wang et al. 2024, arXiv
+    2403.07378).
     """
     weight = weight.double()
     if moment is None:
@@ -83,8 +83,8 @@ def decompose(weight, moment=None):
 
 def factors(U, S, R, rank):
     """
-    (down (rank, n_in), up (n_out, rank)) whose product is the cut at `rank`. Both have the same singular
-    values: the roots of the product's.
+    (down (rank, n_in), up (n_out, rank)) whose product is the truncation to `rank`. Both have the same
+    singular values: the square roots of the product's.
     """
     U, S, Vh = torch.linalg.svd((U[:, :rank] * S[:rank]) @ R[:rank], full_matrices=False)
     root = S[:rank].sqrt()
@@ -97,10 +97,10 @@ def factors(U, S, R, rank):
 @torch.no_grad()
 def factorize(model, ranks, energy=0.0, moments=None):
     """
-    ({name: tensor}, [record of each matrix]) of `model` with its dense matrices in two factors. ranks: {name:
-    rank}, 0 = dense; or energy > 0: each matrix gets the least multiple of 8 that keeps this share of its
-    energy, and stays dense where two factors would not be smaller. moments: those of input_moments(); energy
-    is that of the outputs then. A bias stays with the outer factor. Raises UserError for a network with
+    ({name: tensor}, [record of each matrix]) of `model` with its dense matrices factorized. ranks: {name:
+    rank}, 0 = dense; or energy > 0: each matrix gets the smallest multiple of 8 that keeps this share of its
+    energy, and stays dense if the factors would not be smaller. moments: from input_moments(); then energy
+    means the energy of the outputs. A bias stays with the outer factor. Raises UserError for a model with
     settings that are not KNOWN.
     """
     refuse_unknown(model.cfg, 'factorized')
@@ -134,8 +134,8 @@ def factorize(model, ranks, energy=0.0, moments=None):
 
 def table(records, by_output):
     """
-    A line for every kind of matrix: its ranks, and the relative Frobenius error and the share of the energy
-    that is kept, medians over the layers. by_output: whether that is the energy of its outputs.
+    A line for every kind of matrix: its ranks, the relative Frobenius error and the share of the energy that
+    is kept, as medians over the layers. by_output: this is the energy of the outputs.
     """
     what = 'output' if by_output else 'energy'
     lines = [f'{"matrix":10}  {"shape":>10}  {"rank":>16}  {"error":>7}  {what} kept']

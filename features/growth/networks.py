@@ -44,8 +44,8 @@ CHOICES = {
 
 def refuse_unknown(cfg, what, but=()):
     """
-    Raise UserError for a setting of a ModelConfig that is not at its default, and is not KNOWN or is in
-    `but`. what: what cannot be done with such a network, for the message.
+    Raise UserError for a setting of a ModelConfig that differs from its default and is not KNOWN, or is in
+    `but`. what: the operation, for the message.
     """
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
@@ -61,9 +61,8 @@ def refuse_unknown(cfg, what, but=()):
 
 def parse_layers(text, n_layer):
     """
-    [number of a block, …] of '0-11', '0,2,4', 'first:6', 'last:6', 'middle:6', or several of these with
-    commas between them. A block may come more than once. Raises UserError for another text, and for a block
-    that a network of n_layer blocks does not have.
+    [block index, …] from '0-11', '0,2,4', 'first:6', 'last:6', 'middle:6', or several of these separated by
+    commas. A block may be repeated. Raises UserError for any other text, and for a block beyond n_layer.
     """
     layers = []
     for part in text.replace(' ', '').split(','):
@@ -81,7 +80,7 @@ def parse_layers(text, n_layer):
 
 
 def parse_range(part, n_layer):
-    """(first block, the one after the last) of 'last:6', '0-11' or '4'; None for another text."""
+    """(first block, last block + 1) of 'last:6', '0-11' or '4'; None for any other text."""
     where, _, count = part.partition(':')
     if where in ('first', 'last', 'middle') and count.isdecimal():
         start = 0
@@ -122,9 +121,7 @@ def grown_layers(cfg, target, how):
 
 
 def layer_names(names, layers):
-    """
-    {name in a network whose block n is block layers[n]: name in the old one}, for the tensors that both have.
-    """
+    """{new name: old name} of the tensors of a model whose block n is block layers[n] of the old model."""
     out = {name: name for name in names if not name.startswith('blocks.')}
     for n, layer in enumerate(layers):
         prefix = f'blocks.{layer}.'
@@ -141,9 +138,9 @@ OUTPUT = r'(attn\.o|mlp\.((experts|shared)\.)?down)\.(?!down\.)'
 
 def take_layers(cfg, weights, layers, silent=()):
     """
-    (ModelConfig, weights) of a network whose block n is block layers[n] of this one; the rest is the same.
-    The blocks n in `silent` add nothing at first: their output matrices are zero. Raises UserError for a
-    network with an encoder or with settings that are not KNOWN.
+    (ModelConfig, weights) of a model whose block n is block layers[n] of this one; the rest is unchanged. The
+    output matrices of the blocks in `silent` are zero, so that these blocks add nothing at first. Raises
+    UserError for a model with an encoder or with settings that are not KNOWN.
     """
     refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
@@ -166,9 +163,9 @@ def take_layers(cfg, weights, layers, silent=()):
 
 def grow(cfg, weights, n_layer, how, other=None):
     """
-    (ModelConfig, weights, {name: old name} of the tensors that there were) of a network with n_layer blocks:
-    with copies of its own, `how` as in grown_layers(), or with the next blocks of another network,
-    other = (ModelConfig, weights). Raises UserError for settings that are not KNOWN.
+    (ModelConfig, weights, {name: old name} of the existing tensors) of a model with n_layer blocks: with
+    copies of its own blocks, `how` as in grown_layers(), or with the next blocks of another model, other =
+    (ModelConfig, weights). Raises UserError for settings that are not KNOWN.
     """
     refuse_unknown(cfg, 'grown')
     if other is not None:
@@ -192,9 +189,7 @@ STREAM_OUTPUT = r'wte_up\.weight|blocks\.\d+\.(attn\.o|mlp\.down)\.(up\.)?(weigh
 
 
 def stream_dim(name, cfg):
-    """
-    The dimension in which the tensor `name` writes to the stream between the blocks; None if it does not.
-    """
+    """The dimension in which the tensor `name` writes to the residual stream; None if it does not."""
     if name == 'wpe.weight':
         return 1
     if name == 'wte.weight':
@@ -207,12 +202,13 @@ def stream_dim(name, cfg):
 @torch.no_grad()
 def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
     """
-    (ModelConfig, weights) of larger sizes (0: as it is) and the same function: each old tensor is a corner of
-    its new one. New entries of the stream, heads and MLP are written by zeros, so that nothing changes, and
-    read by random weights, so that they learn from the first step (after Net2Net, Chen et al. 2016,
-    arXiv 1511.05641, without its copies, which stay alike). A norm divides by the energy over more entries:
-    its weight and norm_eps make up for that. LayerNorm's mean is zero once that of the stream is: center().
-    Random numbers are torch's. Raises UserError for a network that cannot be widened exactly.
+    (ModelConfig, weights) of larger sizes (0 = unchanged) that compute the same function: each old tensor is
+    a corner of the new one. The weights that write new entries of the residual stream, heads and MLP are
+    zero, so that the function does not change. The weights that read them are random, so that they learn from
+    the first step (after Net2Net, Chen et al. 2016, arXiv 1511.05641, but without copies, which would stay
+    equal). A norm averages over more entries; its weight and norm_eps compensate for that. LayerNorm needs a
+    residual stream of mean zero: center(). Uses torch's random numbers. Raises UserError for a model that
+    cannot be widened exactly.
     """
     n_embd = n_embd or cfg.n_embd
     n_head = n_head or cfg.n_head
@@ -246,7 +242,7 @@ def widen(cfg, weights, n_embd=0, n_head=0, d_ff=0):
 
 
 def refuse_width(cfg, n_embd, n_head, d_ff):
-    """Raise UserError for a network that cannot have these sizes and keep its function."""
+    """Raise UserError if a model cannot have these sizes and compute the same function."""
     refuse_unknown(cfg, 'widened and keep its function', but=NOT_WIDENED)
     if getattr(cfg, 't5_scale', False) and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: '
@@ -267,8 +263,8 @@ def refuse_width(cfg, n_embd, n_head, d_ff):
 
 def center(cfg, weights):
     """
-    (ModelConfig, weights) of the same function whose stream has mean zero, as LayerNorm makes it anyhow. A
-    tied head becomes a matrix of its own. Raises UserError for a network that cannot be centered.
+    (ModelConfig, weights) of the same function with a residual stream of mean zero, which LayerNorm subtracts
+    anyway. A tied head gets its own matrix. Raises UserError for a model that cannot be centered.
     """
     if cfg.embed_norm:
         raise UserError('embed_norm=True, norm=layernorm: '
@@ -291,9 +287,9 @@ def center(cfg, weights):
 
 def average(cfgs, weights, names):
     """
-    (ModelConfig, weights) with the means of several networks' tensors (model soups, Wortsman et al. 2022,
-    arXiv 2203.05482; the last checkpoints of a run: LAWA, Kaddour 2022, arXiv 2209.14981). names: of the
-    networks, for the messages. Raises UserError unless all have the same settings.
+    (ModelConfig, weights) with the mean of several models' weights (model soups, Wortsman et al. 2022, arXiv
+    2203.05482; the last checkpoints of a run: LAWA, Kaddour 2022, arXiv 2209.14981). names: of the models,
+    for messages. Raises UserError unless all have the same settings.
     """
     for cfg, name in zip(cfgs, names):
         for f in dataclasses.fields(cfg):

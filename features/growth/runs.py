@@ -45,7 +45,7 @@ class SurgerySettings:
 
 @dataclass
 class Old:
-    """The network to operate on, and what belongs to it."""
+    """The model to operate on, with its run, data and tokenizer."""
     model: Transformer
     settings: dict  # of its run; {} for weights of others
     state: dict  # its state.json; {} for weights of others
@@ -62,8 +62,8 @@ class Old:
 
 def read(s, where, encoder=False, untie=False):
     """
-    The Old network of `where`. encoder: whether the command takes an encoder-decoder too; untie: as in
-    checkpoint.read_model(). Raises UserError for a network without layers and for data of another tokenizer.
+    The Old model of `where`. encoder: whether the command supports encoder-decoders; untie: as in
+    checkpoint.read_model(). Raises UserError for a model without layers and for data of another tokenizer.
     """
     if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
         raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
@@ -96,7 +96,7 @@ def read(s, where, encoder=False, untie=False):
 def open_data(s, where, cfg, state):
     """
     (the training Mixture, the validation Sources) of s.dataset; (None, []) if there is none. state: the
-    state.json of the network of `where`. Raises UserError for data of another tokenizer than its own.
+    state.json of the model of `where`. Raises UserError for data of another tokenizer.
     """
     settings = state.get('settings', {})
     name = s.dataset
@@ -128,7 +128,7 @@ def open_data(s, where, cfg, state):
 # Losses
 
 def loss_settings(cfg, val):
-    """The settings of the losses: about SAMPLE validation tokens, or all where there are no more."""
+    """The settings of the losses: about SAMPLE validation tokens, or all if there are fewer."""
     count = max(1, SAMPLE // cfg.block_size // EVAL_ROWS)
     if all(source.rows <= EVAL_ROWS * count for source in val):
         count = 0  # all
@@ -148,9 +148,8 @@ def losses(model, val):
 
 def write(s, command, old, cfg, weights, names=None):
     """
-    Write the new network as a run in s.out_dir, and print its size and losses beside those of `old`. names:
-    {tensor: the old one that it was}, whose optimizer's moments go along. Raises UserError where it cannot be
-    written.
+    Write the new model as a run in s.out_dir, and print its size and losses beside those of `old`. names:
+    {tensor: its old name}; the optimizer moments of these are kept. Raises UserError if it cannot be written.
     """
     new = fill(cfg, weights, s.out_dir)
     after = losses(new, old.val)
@@ -179,7 +178,7 @@ def write(s, command, old, cfg, weights, names=None):
 
 
 def report(old, new, before, after):
-    """Print parameters, FLOPs and losses of the Old network and of the new model."""
+    """Print parameters, FLOPs and losses of the old and the new model."""
     for what, a, b in (('parameters', old.model.num_params(), new.num_params()),
                        ('training FLOPs a token', old.model.flops_per_token(), new.flops_per_token())):
         print(f'{what:24}{a:14,} → {b:14,}  {b / a - 1:+.1%}')
@@ -188,7 +187,7 @@ def report(old, new, before, after):
 
 
 def new_state(command, cfg, settings, tokenizer, begin):
-    """The state.json of a run of no steps, made by a command of surgery.py."""
+    """The state.json of a run with no steps, made by a command of surgery.py."""
     return {
         'step': 0,
         'model': dataclasses.asdict(cfg),
@@ -202,8 +201,8 @@ def new_state(command, cfg, settings, tokenizer, begin):
 
 def write_run(out_dir, weights, moments, state, tokenizer_folder, losses=None):
     """
-    Write a run of no steps as the new folder out_dir, whole or not at all: its checkpoint, settings.json and
-    log.jsonl. Raises UserError where it cannot be written, and for weights that are not finite.
+    Write a run with no steps as the new folder out_dir, complete or not at all: checkpoint, settings.json and
+    log.jsonl. Raises UserError if it cannot be written, or if weights are NaN or infinite.
     """
     checkpoint.check_finite(weights, out_dir)
     tokenizer_files = [os.path.join(tokenizer_folder, name) for name in state['tokenizer'].get('files', ())]

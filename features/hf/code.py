@@ -9,7 +9,7 @@ from configurator import ROOT
 
 
 def write_code(folder, cfg):
-    """Write the files that modeling_minnow.py needs for the network of a ModelConfig into `folder`."""
+    """Write the files that modeling_minnow.py needs for the model of a ModelConfig into `folder`."""
     used = {}  # {feature: its files}
     if cfg.n_expert:  # moe
         used['moe'] = ['network', 'settings']  # moe
@@ -28,8 +28,7 @@ def write_code(folder, cfg):
 
 def without(text, used):
     """
-    A file's text without the lines of features that are not in `used`, and of encoders. It imports from its
-    own folder.
+    The text of a file without the lines of encoders and of features not in `used`. Its imports are local.
     """
     features = set(os.listdir(os.path.join(ROOT, 'features'))) - set(used)
     lines = []

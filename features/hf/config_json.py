@@ -18,7 +18,7 @@ class Config:
         self.fields = read_json(self.path)
 
     def refuse(self, name, value, why):
-        """Raise UserError: the field `name` has this value, and `why` it cannot."""
+        """Raise UserError: the field `name` has this value, which is not possible because of `why`."""
         shown = repr(value)
         if len(shown) >= 100:
             shown = shown[:100] + '…'
@@ -32,7 +32,7 @@ class Config:
         return value
 
     def size(self, name, default=None):
-        """A whole number from 1."""
+        """An integer of at least 1."""
         value = self.get(name, default)
         if type(value) is not int or not 1 <= value < 2 ** 31:
             self.refuse(name, value, 'takes a whole number from 1, below 2**31')
@@ -46,7 +46,7 @@ class Config:
         return float(value)
 
     def one_of(self, name, *known):
-        """A field that has one of the values `known`; the first one is the default."""
+        """A field whose value must be one of `known`; the first one is the default."""
         value = self.get(name, known[0])
         if value not in known:
             self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
@@ -54,7 +54,7 @@ class Config:
 
 
 def read_json(path):
-    """The object in a JSON file, as a dict. Raises UserError where there is none."""
+    """The object in a JSON file, as a dict. Raises UserError if the file has none."""
     try:
         with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
             value = json.load(f)

@@ -36,8 +36,8 @@ def run(s):
 
 def export(s):
     """
-    Write the folder s.to, whole or not at all. Returns the model_type, 'peft' for an adapter. Raises
-    UserError for a network or a tokenizer that has no place there.
+    Write the folder s.to, complete or not at all. Returns the model_type, 'peft' for an adapter. Raises
+    UserError for a model or a tokenizer that cannot be exported.
     """
     if os.path.exists(s.to):
         raise UserError(f'to={s.to}: is there already: give a new folder')
@@ -88,7 +88,7 @@ def export(s):
 
 
 def refuse_kind(s, folder, cfg):
-    """Raise UserError for a network that cannot be exported at all."""
+    """Raise UserError for a model that cannot be exported in any format."""
     if cfg.n_encoder_layer and s.as_ == 'custom':
         raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: '
                         'it goes as T5 or not at all')
@@ -124,7 +124,7 @@ def stock(cfg, weights, where):
 
 
 def their_tensor(cfg, weights, row):
-    """The tensor of a names.Row out of ours; biases that we do not have are zero."""
+    """The tensor of a names.Row, made from ours; biases that we do not have are zero."""
     parts = []
     for name, length in row.ours.items():
         if name.endswith('bias') and name not in weights:
@@ -138,7 +138,7 @@ def their_tensor(cfg, weights, row):
 
 
 def custom(cfg, weights):
-    """(fields of config.json, {name: tensor}) of our own class, which comes along as code."""
+    """(fields of config.json, {name: tensor}) of minnow's own class, which is exported with its code."""
     fields = {
         'architectures': [FAMILIES['minnow'].architecture],
         'model_type': 'minnow',
@@ -154,7 +154,7 @@ def custom(cfg, weights):
 
 def export_adapter(s, folder, state, cfg):
     """
-    Write the adapter of a checkpoint for PEFT. Raises UserError for settings that an adapter does not have.
+    Write the adapter of a checkpoint for PEFT. Raises UserError for settings that do not apply to an adapter.
     """
     from features.lora import adapters, peft_files
     if s.as_ == 'custom' or s.dtype != 'float32':

@@ -65,7 +65,7 @@ def check_rotary(config, name, context, head_dim):
 
 
 def read_rope(config):
-    """Move the settings of rotary positions to the top level of config.json's fields."""
+    """Move the rotary settings to the top level of config.json's fields."""
     for name in ('rope_parameters', 'rope_scaling'):  # as transformers 5 writes it, and as it was before
         rope = config.get(name, {})
         is_plain = isinstance(rope, dict)
@@ -307,7 +307,7 @@ def t5_wants(cfg):
 
 @dataclass
 class Family:
-    """All that is to be known of one model_type."""
+    """Everything about one model_type."""
     architecture: str  # the class of transformers
     prefix: str  # before all names but the head's; a file may leave it out
     read: Callable  # Config → ModelConfig
@@ -343,7 +343,7 @@ FAMILIES = {
 
 
 def obstacles(family, cfg):
-    """The settings of a network that have no place in a family, as ['name=value', …]."""
+    """The settings of a model that a family does not support, as ['name=value', …]."""
     special = PLAIN | family.wants(cfg)
     wanted = {}
     for field in dataclasses.fields(cfg):
@@ -359,7 +359,7 @@ def obstacles(family, cfg):
 
 
 def nearest(cfg):
-    """(the family with the fewest obstacles for a network, of those that are written; its obstacles)."""
+    """(the family with the fewest obstacles for a model, among those we can export; its obstacles)."""
     kind, fewest = None, None
     for name, family in FAMILIES.items():
         has_encoder = name == 't5'

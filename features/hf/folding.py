@@ -22,8 +22,8 @@ KNOWN = FREE | PLAIN.keys() | {
 @torch.no_grad()
 def fold(model):
     """
-    (ModelConfig, {name: tensor}) of the same function with fewer settings. A setting that cannot be folded
-    stays. Raises UserError for a network with settings that are not KNOWN.
+    (ModelConfig, {name: tensor}) of the same function with fewer settings. A setting that cannot be folded is
+    kept. Raises UserError for a model with settings that are not KNOWN.
     """
     for field in dataclasses.fields(model.cfg):
         value = getattr(model.cfg, field.name)
@@ -41,7 +41,7 @@ def fold(model):
 # Each of these changes `weights` in place and returns {setting: its new value}
 
 def fold_layers(model, weights):
-    """Multiply out the factors of the blocks, unless an activation stands between them."""
+    """Multiply out the factors of the blocks, unless there is an activation between them."""
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
     if not all(layer.is_linear() for layer in low_rank.values()):
         return {}
@@ -70,7 +70,7 @@ def fold_embeddings(model, weights):
 
 
 def fold_embed_norm(model, weights):
-    """Normalize the embedding once; a head that was tied to it becomes a matrix of its own."""
+    """Normalize the embedding once; a head that was tied to it gets its own matrix."""
     cfg = model.cfg
     if not cfg.embed_norm or cfg.position == 'learned':  # learned positions are added before the norm
         return {}

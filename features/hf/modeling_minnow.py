@@ -31,7 +31,7 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Weights are loaded; the table of angles and the loads of experts are in no file."""
+        """Weights are loaded; the rotary table and the experts' loads are not stored in files."""
         if getattr(module, 'load', None) is not None:
             module.load.zero_()
         if getattr(module, 'rotary', None) is not None:
@@ -43,9 +43,9 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
         """
-        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean loss of the next
-        ones, those below zero left out. Padding may stand at the end of a row. Raises ValueError for more
-        tokens than block_size, and for padding before text, which would be read.
+        input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean next-token loss,
+        ignoring labels below zero. A row may be padded at its end. Raises ValueError for more tokens than
+        block_size, and for padding before text, which the model would read.
         """
         if attention_mask is not None and (attention_mask[:, :-1] < attention_mask[:, 1:]).any():
             raise ValueError("attention_mask: this network reads padding before text: pad on the right, "
@@ -54,7 +54,7 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=self.model(input_ids))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """No cache: every token reads the text again, what fits of it."""
+        """No cache: each step reads the last block_size tokens again."""
         size = self.model.cfg.block_size
         return {'input_ids': input_ids[:, -size:],
                 'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}

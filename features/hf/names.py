@@ -69,7 +69,7 @@ def t5_names(cfg):
 
 
 def t5_stack_names(cfg, stack, ours, rel, has_cross):
-    """The names of T5's encoder or decoder. A layer of theirs is a norm and the attention or MLP after it."""
+    """The names of T5's encoder or decoder. In T5, a layer is a norm and the attention or MLP after it."""
     names = {f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias': rel}
     layer = f'{stack}.block.N.layer.0'
     names[f'{layer}.layer_norm'] = f'{ours}.N.norm_1'
@@ -95,7 +95,7 @@ def t5_stack_names(cfg, stack, ours, rel, has_cross):
 # Tensors
 
 class Row(NamedTuple):
-    """One tensor of theirs."""
+    """One tensor of the other library."""
     theirs: str  # its name, without the prefix
     ours: dict  # {our tensor: its rows}: one below the other they are theirs
     shape: list  # of theirs; the vocabulary has no padding
@@ -104,7 +104,7 @@ class Row(NamedTuple):
 
 def name_rows(family, cfg):
     """
-    The Row of every tensor of a network. Raises UserError where it lacks a tensor that the family wants.
+    The Row of every tensor of a model. Raises UserError if the model lacks a tensor that the family needs.
     """
     names = dict(family.names(cfg))
     if not names:
@@ -120,7 +120,7 @@ def name_rows(family, cfg):
 
 
 def own_rows(cfg):
-    """The same where their names are ours, padding and all."""
+    """The same for our own names, with padding."""
     rows = []
     for name, shape in shapes_of(cfg).items():
         length = shape[0] if shape else 1
@@ -129,16 +129,15 @@ def own_rows(cfg):
 
 
 def shapes_of(cfg):
-    """{name: shape} of a network's tensors, without their numbers."""
+    """{name: shape} of a model's tensors, without allocating them."""
     with torch.device('meta'):
         return {name: list(t.shape) for name, t in make_model(cfg).state_dict().items()}
 
 
 def rows_of(family, cfg, theirs, ours, kind, shapes):
     """
-    The Rows of one module's weight or bias (`kind`) in every layer; [] for a bias that the network does not
-    have.
-    shapes: those of the tensors of a network with one layer.
+    The Rows of one module's weight or bias (`kind`) in every layer; [] for a bias that the model does not
+    have. shapes: those of the tensors of a model with one layer.
     """
     parts = [f'{part}.{kind}' for part in ours.split()]
     part_shapes = [shapes.get(part.replace('.N.', '.0.')) for part in parts]

@@ -34,8 +34,8 @@ PINNED = {  # checkpoint.GPT2_NAMES: revisions of openai-community/NAME, which t
 
 def find(where):
     """
-    The folder of `where`: hf:FOLDER, or a name of PINNED, which is fetched if it is not there yet. Raises
-    UserError if there is none.
+    The folder of `where`: hf:FOLDER, or a name in PINNED, which is downloaded if necessary. Raises UserError
+    if there is none.
     """
     if where in PINNED:
         return fetch(where)
@@ -49,9 +49,7 @@ def find(where):
 
 
 def fetch(name):
-    """
-    The folder of a network of PINNED, downloaded from the hub, or from the mirror that HF_ENDPOINT names.
-    """
+    """Download a model of PINNED from the hub, or from the mirror in HF_ENDPOINT. Returns its folder."""
     from features.text.download import download
     folder = os.path.join('data', 'downloads', 'hf', name)
     endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
@@ -66,9 +64,9 @@ def fetch(name):
 
 def load(where):
     """
-    (ModelConfig, {name: float32 tensor}) of a folder: our names and shapes, zeros in the padding of the
-    vocabulary. where: hf:FOLDER or a name of PINNED. Raises UserError, in one line, for whatever is not
-    exactly a network of ours.
+    (ModelConfig, {name: float32 tensor}) of a folder, with our names and shapes and zeros in the vocabulary
+    padding. where: hf:FOLDER or a name in PINNED. Raises a one-line UserError if our model cannot represent
+    it exactly.
     """
     folder = find(where)
     config = Config(folder)
@@ -103,9 +101,7 @@ def load(where):
 
 
 def family_of(config):
-    """
-    The Family that a Config names. Raises UserError for an unknown one, code of its own, quantized weights.
-    """
+    """The Family of a Config. Raises UserError for an unknown family, custom code or quantized weights."""
     kind = config.get('model_type', None)
     if type(kind) is not str or kind not in FAMILIES:
         config.refuse('model_type', kind, f'takes {" or ".join(FAMILIES)}')
@@ -119,14 +115,14 @@ def family_of(config):
 
 
 def read_config(config, family):
-    """The ModelConfig of a Config. Raises UserError for sizes that do not go together."""
+    """The ModelConfig of a Config. Raises UserError for inconsistent sizes."""
     cfg = family.read(config)
     check(cfg, config.path)
     return cfg
 
 
 def embedding_of(family, cfg):
-    """The name of the embedding in a family's files."""
+    """The name of the embedding in the files of a family."""
     names = list(family.names(cfg))
     if not names:  # ours
         return 'wte.weight'
@@ -134,7 +130,7 @@ def embedding_of(family, cfg):
 
 
 def copies_of_embedding(family, cfg, slices):
-    """The further names under which the files hold the embedding."""
+    """The other names under which the files store the embedding."""
     copies = []
     for name in slices:
         if re.fullmatch(family.copies, name) or cfg.tie and name == f'{HEAD}.weight':
@@ -153,8 +149,8 @@ def check_copies(config, slices, embedding, copies):
 
 def checked_rows(folder, family, cfg, slices):
     """
-    The names.Row of every tensor of the network. Raises UserError where the headers do not hold it: no number
-    in config.json makes us allocate more than the files have.
+    The names.Row of every tensor of the model. Raises UserError if the file headers do not have it, so that
+    no number in config.json can make us allocate more than the files contain.
     """
     layers = cfg.n_layer + cfg.n_encoder_layer
     if layers > len(slices):
@@ -171,7 +167,7 @@ def checked_rows(folder, family, cfg, slices):
 
 
 def read_row(tensor, row):
-    """{our name: float32 tensor} of one tensor of theirs, a slice of a file."""
+    """{our name: float32 tensor} of one of their tensors, a slice of a file."""
     t = tensor[...].float()
     if row.is_flipped:
         t = t.t().contiguous()
@@ -189,8 +185,8 @@ def read_row(tensor, row):
 
 def read_headers(folder, prefix):
     """
-    {name of a tensor without `prefix`: slice} of all files. A slice knows its shape and dtype from the file's
-    header; its [...] reads the tensor. Raises UserError for files that are missing or broken.
+    {name of a tensor without `prefix`: slice} of all files. A slice has the shape and dtype from the file's
+    header; slice[...] reads the tensor. Raises UserError for missing or broken files.
     """
     slices = {}
     for file in weight_files(folder):
@@ -208,7 +204,7 @@ def read_headers(folder, prefix):
 
 
 def weight_files(folder):
-    """The names of the safetensors files of a folder. Raises UserError where there are none."""
+    """The names of the safetensors files of a folder. Raises UserError if there are none."""
     if os.path.exists(os.path.join(folder, 'model.safetensors')):
         return ['model.safetensors']
     index = os.path.join(folder, 'model.safetensors.index.json')
@@ -241,8 +237,8 @@ def refuse_pickles(folder):
 
 def tokenizer(where):
     """
-    (description, folder) of the tokenizer beside the weights, as load_tokenizer() takes them. Raises
-    UserError if there is none.
+    (description, folder) of the tokenizer in the folder, for load_tokenizer(). Raises UserError if there is
+    none.
     """
     folder = find(where)
     for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
@@ -259,9 +255,7 @@ def tokenizer(where):
 
 
 def decoder_start(where):
-    """
-    The token with which the decoder of an encoder-decoder begins. Raises UserError for an impossible one.
-    """
+    """The start token of the decoder of an encoder-decoder. Raises UserError if it is invalid."""
     config = Config(find(where))
     token = config.get('decoder_start_token_id', 0)
     if type(token) is not int or not 0 <= token < config.size('vocab_size'):

@@ -64,8 +64,7 @@ class JsonTokenizer(Tokenizer):
 
     def added(self):
         """
-        (ids before, ids after) that the library puts around a text: Llama's <s> before it, T5's </s> after
-        it.
+        (ids before, ids after) that the library adds around a text: Llama's <s> before, T5's </s> after.
         """
         text = self.tokenizer.encode('a')
         of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
@@ -78,7 +77,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def read(tokenizers, data, where):
-    """The library's tokenizer in the bytes of a tokenizer.json."""
+    """The library's tokenizer from the bytes of a tokenizer.json."""
     try:
         return tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
     except Exception as error:  # the library raises nothing narrower
@@ -87,8 +86,8 @@ def read(tokenizers, data, where):
 
 def wordpiece(tokenizers, data, where, size=None):
     """
-    BERT's tokenizer for the pieces of a vocab.txt, one in each line, read as the tokenizers library does;
-    cased if a piece has an upper-case letter. size: of the vocabulary, if a description says it.
+    BERT's tokenizer from a vocab.txt with one piece per line, read as the tokenizers library does; cased if a
+    piece has an upper-case letter. size: of the vocabulary, if known.
     """
     lines = data.decode('utf-8-sig', errors='replace').removesuffix('\n').split('\n')
     # a piece of blanks only keeps its place
@@ -123,8 +122,8 @@ BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 def to_json(tokenizer, begin=()):
     """
-    The content of a tokenizer.json. begin: (id,) of a start token that the library is to put before every
-    text. Raises UserError if the tokenizers library cannot do what `tokenizer` does.
+    The content of a tokenizer.json. begin: (id,) of a start token that the library adds before every text.
+    Raises UserError if the tokenizers library cannot represent `tokenizer`.
     """
     text = plain(tokenizer)
     if not begin:
@@ -137,7 +136,7 @@ def to_json(tokenizer, begin=()):
 
 
 def spelling(text, token):
-    """The name that a tokenizer.json with this content has for a token; None for None."""
+    """The text of a token in a tokenizer.json with this content; None for None."""
     if token is None:
         return None
     import tokenizers
@@ -146,8 +145,7 @@ def spelling(text, token):
 
 def plain(tokenizer):
     """
-    The content of a tokenizer.json that puts nothing before a text, or what the tokenizer's own file puts
-    there.
+    The content of a tokenizer.json that adds no tokens before a text, or those of the tokenizer's own file.
     """
     try:
         import tokenizers
@@ -176,7 +174,7 @@ def with_reserved(tokenizers, tokenizer):
 
 
 def convert(tokenizers, tokenizer):
-    """The library's tokenizer for one of ours."""
+    """The library's tokenizer that is equal to one of ours."""
     if tokenizer.kind == 'byte':
         return from_bytes(tokenizers, tokenizer)
     if tokenizer.kind == 'char':
@@ -193,8 +191,8 @@ def convert(tokenizers, tokenizer):
 
 def byte_level(tokenizers, vocab, merges, eot, pattern=None):
     """
-    A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)]; `pattern` matches the words, each encoded
-    alone.
+    A BPE over bytes: vocab {bytes: id}, merges [(bytes, bytes)]; `pattern` matches the words, which are
+    encoded separately.
     """
     def spell(token):
         return ''.join(BYTE_CHARS[b] for b in token)
@@ -216,7 +214,7 @@ def from_bytes(tokenizers, tokenizer):
 
 
 def from_chars(tokenizers, tokenizer):
-    """A word for each character."""
+    """One token per character."""
     vocab = {c: i for i, c in enumerate(tokenizer.spelling)}
     theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=tokenizer.spelling[-1]))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
@@ -227,7 +225,7 @@ def from_chars(tokenizers, tokenizer):
 
 def from_tiktoken(tokenizers, tokenizer):
     """
-    tiktoken joins the pair whose union has the lowest id; the library wants a list of pairs in that order:
+    tiktoken merges the pair whose union has the lowest id. The library needs a list of pairs in that order:
     the last merge of each token.
     """
     ranks = tokenizer.encoding._mergeable_ranks
@@ -236,7 +234,7 @@ def from_tiktoken(tokenizers, tokenizer):
 
 
 def last_merge(token, rank, ranks):
-    """The two parts that `token` consists of when all merges before its own are done."""
+    """The two parts of `token` after all merges before its own."""
     parts = [token[n:n + 1] for n in range(len(token))]
     while len(parts) > 2:
         _, place = min((ranks.get(parts[n] + parts[n + 1], rank), n) for n in range(len(parts) - 1))
@@ -245,7 +243,7 @@ def last_merge(token, rank, ranks):
 
 
 def from_sentencepiece(tokenizers, tokenizer):
-    """BPE joins the pair whose union has the highest score; Unigram takes the scores themselves."""
+    """BPE merges the pair whose union has the highest score; Unigram uses the scores themselves."""
     from sentencepiece import sentencepiece_model_pb2
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp.serialized_model_proto())
     is_bpe = model.trainer_spec.model_type == 2
@@ -269,7 +267,7 @@ def from_sentencepiece(tokenizers, tokenizer):
 
 def bpe_of(tokenizers, model):
     """
-    The library's BPE of a sentencepiece model: all pairs that join to a piece, the highest scores first.
+    The library's BPE of a sentencepiece model: all pairs that merge to a piece, the highest scores first.
     """
     places = {p.piece: n for n, p in enumerate(model.pieces)}
     normal = [p for p in model.pieces if p.type in (p.NORMAL, p.USER_DEFINED)]

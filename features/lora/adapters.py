@@ -32,8 +32,8 @@ from model import make_model
 
 def described(description, tensors):
     """
-    The Saved of a checkpoint: its state.json's entry `lora` and its {name: tensor}. Runs of earlier versions
-    with PiSSA have taken B0·A0 out of a weight: the factors get these too, beside the whole weight.
+    The Saved of a checkpoint, from its state.json's entry `lora` and its {name: tensor}. Earlier versions
+    with PiSSA subtracted B0·A0 from the weight: here the factors get it too, and the weight stays complete.
     """
     tensors = dict(tensors)
     places = []
@@ -51,12 +51,12 @@ def described(description, tensors):
 
 
 def take(model, name='default'):
-    """The Saved that an adapter of a network is now."""
+    """The current adapter of a model, as a Saved."""
     return described(model.lora.known[name].description(), state(model, name))
 
 
 def state(model, name='default'):
-    """{name: tensor} of what the adapter of this name is: all that is trained."""
+    """{name: tensor} of everything that the adapter of this name trains."""
     kept = {tensor: p for tensor, p in model.named_parameters() if f'.lora.{name}.' in tensor}
     kept |= {tensor: p for tensor, p in model.named_parameters()
              if p.requires_grad and '.lora.' not in tensor or tensor == 'wte.tokens.values'}
@@ -66,8 +66,7 @@ def state(model, name='default'):
 @torch.no_grad()
 def load_state(model, tensors, where, name='default'):
     """
-    Copy what state() returned: every tensor, no other. Raises UserError that names the first one that has no
-    place.
+    Load what state() returned. Names must match exactly. Raises UserError that names the first mismatch.
     """
     whole = {tensor: p for tensor, p in model.named_parameters()
              if tensor in tensors and '.lora.' not in tensor}
@@ -82,7 +81,7 @@ def load_state(model, tensors, where, name='default'):
 
 
 def blank(cfg):
-    """A network without its numbers, as adapters are hung on it."""
+    """The model without its weights, for attaching adapters."""
     with torch.device('meta'):
         model = make_model(cfg, init=False)
         share_table(model)
@@ -102,8 +101,8 @@ def sizes(cfg):
 
 def add(model, saved, where, name):
     """
-    Let a Saved speak in a network, under a name. Raises UserError, naming `where` it is from, if it is one
-    for another.
+    Add a Saved to a model under a name, and activate it. Raises UserError, naming `where` it is from, if it
+    is for another model.
     """
     others = list(model.lora.known.values()) if hasattr(model, 'lora') else []
     if others and any('.lora.' not in tensor for each in (saved, *others) for tensor in each.tensors):
@@ -122,12 +121,12 @@ def add(model, saved, where, name):
 
 
 def fingerprint(weights):
-    """{name: checksum} of the weights of a base, to know it again by."""
+    """{name: checksum} of the weights of a base model, to recognize it."""
     return {name: zlib.crc32(t.reshape(-1).view(torch.uint8).numpy()) for name, t in weights.items()}
 
 
 def check_base(weights, known, where, adapter):
-    """Raise UserError unless these weights, from `where`, are those that an adapter was trained beside."""
+    """Raise UserError unless these weights, from `where`, are those that the adapter was trained on."""
     found = fingerprint(weights)
     for name in sorted(known.keys() | found.keys()):
         if found.get(name) != known.get(name):
@@ -140,8 +139,8 @@ def check_base(weights, known, where, adapter):
 
 def combine(adapters, shares):
     """
-    One Saved that says what several say, each so many times: their factors side by side, exact, its rank the
-    sum of theirs. Raises UserError.
+    One Saved equal to the weighted sum of several: their factors are concatenated, which is exact; its rank
+    is the sum of theirs. Raises UserError.
     """
     for each in adapters:
         if each.is_dora or each.tokens or any('.lora.' not in tensor for tensor in each.tensors):
@@ -169,7 +168,7 @@ def combine(adapters, shares):
 
 
 def obstacle(model):
-    """Why the adapters of a network cannot become part of its weights, '' if they can."""
+    """Why the adapters of a model cannot be merged into its weights; '' if they can."""
     if model.cfg.n_encoder_layer and any(hasattr(table, 'lora') for table in tables(model)):
         return ('encoder and decoder have adapters of their own beside one embedding: '
                 'leave it out of lora_targets')
@@ -182,8 +181,8 @@ def obstacle(model):
 @torch.no_grad()
 def merge(model):
     """
-    Add what the adapters say to the weights, in float32, and silence them. Returns {layer: its weight
-    before}, for unmerge(). Raises UserError where one weight cannot say it.
+    Add the adapters to the weights, in float32, and deactivate them. Returns {layer: its weight before}, for
+    unmerge(). Raises UserError if a weight cannot represent the result.
     """
     if obstacle(model):
         raise UserError(f'adapters cannot be merged: {obstacle(model)}')
@@ -202,7 +201,7 @@ def merge(model):
 
 @torch.no_grad()
 def unmerge(model, before):
-    """Take back what merge() did."""
+    """Undo merge()."""
     for name, weight in before.items():
         model.get_submodule(name).weight.copy_(weight)
     model.lora.shares = model.lora.silent
@@ -210,7 +209,7 @@ def unmerge(model, before):
 
 @torch.no_grad()
 def untie(model):
-    """Give the head a matrix of its own, the embedding as it is; the function of the network stays."""
+    """Give the head its own copy of the embedding matrix; the function does not change."""
     cfg, wte = model.cfg, model.wte
     if not cfg.tie:
         return
@@ -224,7 +223,7 @@ def untie(model):
 
 
 def base_state(model):
-    """{name: tensor} of a network without its adapters."""
+    """{name: tensor} of a model without its adapters."""
     return {name: t for name, t in model.state_dict().items()
             if '.lora.' not in name and not name.startswith(('wte_encoder.', 'wte.tokens.'))}
 
@@ -235,8 +234,8 @@ def base_state(model):
 @torch.no_grad()
 def select(model, names):
     """
-    Let row n of every batch have the adapter names[n], or none if that is ''; select(model, []) lets all of
-    them speak in all rows again.
+    Use the adapter names[n] for row n of every batch, none if that is ''; select(model, []) activates all
+    adapters in all rows again.
     """
     model.lora.rows = {}
     for layer_name, layer in adapted(model) if names else ():

@@ -56,7 +56,7 @@ def run_merge(s):
 
 
 def shares_of(s):
-    """The factor of each adapter."""
+    """The weight of each adapter."""
     return s.shares or [1.0] * len(s.adapter)
 
 
@@ -81,7 +81,7 @@ def run_combine(s):
 
 
 def common_settings(states):
-    """The settings of data and objective that all of these runs share, from their state.json."""
+    """The settings of data and objective that all of these runs have in common, from their state.json."""
     if not states:
         return {}
     runs = [state['settings'] for state in states]
@@ -94,7 +94,7 @@ def common_settings(states):
 
 
 def common_begin(states):
-    """The start token of several runs, (id,) or (), from their state.json; () where they differ."""
+    """The start token of several runs, (id,) or (), from their state.json; () if they differ."""
     found = {tuple(state.get('begin', ())) for state in states}
     if len(found) == 1:
         return found.pop()

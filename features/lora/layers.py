@@ -25,11 +25,11 @@ from model import ModelConfig
 
 class Adapter(nn.Module):
     """
-    What is learned beside one weight W (n_out, n_in): scale·B·A of A (R, n_in) and B (n_out, R), and with
-    is_dora the length of every row. For a table of embeddings W is its transpose; the experts of a mixture
-    have one adapter each, A (E, R, n_in) and B (E, n_out, R). rows: of a table, or of a head, those that are
-    tokens and not padding. B begins at zero, in a table A (as PEFT has it): nothing changes before the first
-    step.
+    The trained update of one weight W (n_out, n_in): scale·B·A with A (R, n_in) and B (n_out, R); with
+    is_dora also the norm of every row. For an embedding table, W is its transpose. Each expert of a mixture
+    has its own adapter, A (E, R, n_in) and B (E, n_out, R). rows: the rows of a table or head that are
+    tokens, not padding. B is initialized to zero, for a table A (as in PEFT), so that nothing changes before
+    the first step.
     """
 
     def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, rows=None):
@@ -48,18 +48,18 @@ class Adapter(nn.Module):
                                    else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
 
     def of(self, layer):
-        """The weight of its layer, as (…, n_out, n_in)."""
+        """The weight of the layer, as (…, n_out, n_in)."""
         weight = layer.weight.T if self.is_table else layer.weight
         return weight if self.rows is None else weight[:, :self.rows] if self.is_table else weight[:self.rows]
 
     def delta(self):
-        """What it adds to the weight, (…, n_out, n_in)."""
+        """The update of the weight, (…, n_out, n_in)."""
         return self.scale * self.B @ self.A
 
     def stretch(self, layer):
         """
-        How many times longer the rows become, (n_out,): DoRA's length over that of W + delta, which its
-        gradient takes as given (its section 4.3).
+        The factor by which rows are rescaled, (n_out,): DoRA's magnitude divided by the norm of W + delta,
+        which is detached from the gradient (its section 4.3).
         """
         with torch.no_grad(), torch.autocast(self.A.device.type, enabled=False):
             norm = (self.of(layer).float() + self.delta()).norm(dim=-1)
@@ -67,7 +67,7 @@ class Adapter(nn.Module):
         return torch.where(norm > 0, self.length / norm.clamp(min=1e-30), 1.0)
 
     def forward(self, layer, y, x, *counts):
-        """What to add to y, which the layer made of x; counts as Experts take them."""
+        """The adapter's output to add to y, the layer's output for x; counts as Experts take them."""
         if self.is_table:
             z = self.A.T[x] if isinstance(x, slice) else F.embedding(x, self.A.T)  # (…, R)
         else:
@@ -81,11 +81,11 @@ class Adapter(nn.Module):
                 - y).type_as(y)
 
     def fit(self, t, n_out):
-        """t (…, n_out) of tokens, as wide as a padded head is."""
+        """Pad t (…, n_out) of tokens to the width of a padded head."""
         return t if t.size(-1) == n_out else F.pad(t, (0, n_out - t.size(-1)))
 
     def change(self, layer):
-        """What a merged weight has more than that of the layer, in its shape and float32."""
+        """The merged weight minus the weight of the layer, in its shape and float32."""
         change = self.delta()
         if self.length is not None:
             change = self.stretch(layer)[:, None] * (self.of(layer).float() + change) - self.of(layer).float()
@@ -101,7 +101,7 @@ def multiply(x, weight, *counts):
 
 
 def is_of_experts(layer):
-    """Whether the weight of a layer is a stack of matrices, one for each expert of a mixture."""
+    """Whether the weight of a layer is a stack of matrices, one per expert."""
     return not isinstance(layer, nn.Linear) and getattr(layer, 'weight', torch.empty(0)).ndim == 3
 
 
@@ -117,7 +117,7 @@ MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp)\.(?:experts\.|
 
 
 class Place(NamedTuple):
-    """Layers that share one A, and what their adapter is like."""
+    """Layers that share one A, and the settings of their adapter."""
     names: tuple
     rank: int
     scale: float
@@ -125,8 +125,7 @@ class Place(NamedTuple):
 
 def layers_of(model):
     """
-    {name: (what comes before its label, label)} of the layers that can have an adapter; a label is attn.q, or
-    wte.
+    {name: (prefix, label)} of the layers that can have an adapter; a label is for example attn.q or wte.
     """
     found = {}
     for name, module in model.named_modules():
@@ -155,8 +154,8 @@ def labels_of(target):
 
 def chosen(model, s):
     """
-    {layer: layers that it shares an A with} for those that a LoraConfig names. Raises UserError for a target
-    that none has.
+    {layer: layers that share an A with it} of the layers selected by a LoraConfig. Raises UserError for a
+    target that matches no layer.
     """
     layers, found = layers_of(model), {}
     for target in s.lora_targets.split(','):
@@ -176,8 +175,8 @@ def chosen(model, s):
 
 def places(model, s):
     """
-    The Places of adapters that a LoraConfig asks for. Raises UserError for what a network has not, and for a
-    rank beyond a matrix.
+    The Places of the adapters of a LoraConfig. Raises UserError for layers that the model does not have, and
+    for a rank larger than a matrix.
     """
     together = {}
     for name, key in chosen(model, s).items():
@@ -199,7 +198,7 @@ def places(model, s):
 
 class Tokens(nn.Module):
     """
-    Rows of an embedding that are trained whole, in place of those of its table: index (N,), values (N, C).
+    Rows of an embedding that are trained fully and replace those of the table: index (N,), values (N, C).
     """
 
     def __init__(self, table, index):
@@ -216,13 +215,13 @@ class Tokens(nn.Module):
         return torch.where(row[..., None] >= 0, F.embedding(row.clamp(min=0), self.values).type_as(y), y)
 
     def put(self, weight):
-        """A table's weight with these rows in it."""
+        """The table's weight with these rows replaced."""
         return weight.index_copy(0, self.index, self.values.type_as(weight))
 
 
 def row_change(A, B, x):
     """
-    What adapters A (B, R, n_in) and B (B, n_out, R), one for each row, have to say to x: (B, T, n_in) or
+    The output of adapters A (B, R, n_in) and B (B, n_out, R), a different one per row, for x: (B, T, n_in) or
     (B, n_in), tokens (B, T), or positions.
     """
     if isinstance(x, slice) or x.ndim == 1:
@@ -237,8 +236,8 @@ def row_change(A, B, x):
 
 class Active:
     """
-    The adapters of a network, known {name: Saved}, and which of them speak: shares {name: how much}; or, for
-    a batch of which each row has its own, rows {layer: (A, B)} of select().
+    The adapters of a model, known {name: Saved}, and which of them are active: shares {name: weight}; or, if
+    each row of a batch has its own, rows {layer: (A, B)} from select().
     """
 
     def __init__(self):
@@ -280,7 +279,7 @@ class Active:
 
 @dataclass
 class Saved:
-    """An adapter as it is saved: how it is to be attached, and the tensors that load_state() takes."""
+    """An adapter as it is saved: how to attach it, and the tensors for load_state()."""
     places: list
     dropout: float = 0.0
     is_dora: bool = False
@@ -289,15 +288,15 @@ class Saved:
     beside: dict = field(default_factory=dict)  # tensors of its base that came along
 
     def description(self):
-        """All but the tensors, as json can write it."""
+        """Everything except the tensors, for JSON."""
         return {'places': self.places, 'dropout': self.dropout, 'is_dora': self.is_dora,
                 'tokens': self.tokens}
 
 
 def attach(model, saved, name='default'):
     """
-    Hang the adapters of a Saved on the layers of its Places, under a name, with trained rows of the embedding
-    if it has any; not yet its tensors. Every adapter that is there speaks, once.
+    Attach the adapters of a Saved to the layers of its Places, under a name, with its trained embedding rows;
+    its tensors are not loaded yet. All existing adapters become active with weight 1.
     """
     if not hasattr(model, 'lora'):
         model.lora = Active()
@@ -326,7 +325,8 @@ def attach(model, saved, name='default'):
 
 def share_table(model):
     """
-    Let an encoder look up in a module of its own, of the same weight: either stack can then have an adapter.
+    Give an encoder its own embedding module with the same weight, so that each stack can have its own
+    adapter.
     """
     if model.cfg.n_encoder_layer and model.wte_encoder is None:  # t5
         model.wte_encoder = nn.Embedding(1, 1)  # t5
@@ -334,7 +334,7 @@ def share_table(model):
 
 
 def tables(model):
-    """The modules that look up tokens, one for each stack of a network."""
+    """The embedding modules, one per stack of a model."""
     if model.cfg.n_encoder_layer and model.wte_encoder is not None:  # t5
         return [model.wte, model.wte_encoder]  # t5
     return [model.wte]
@@ -342,7 +342,7 @@ def tables(model):
 
 def begin(model, s):
     """
-    Hang the adapters of a LoraConfig on a network and freeze the rest. Raises UserError for what it has not.
+    Attach the adapters of a LoraConfig to a model and freeze the rest. Raises UserError if they do not fit.
     """
     share_table(model)
     attach(model, Saved(places(model, s), s.lora_dropout, s.lora_dora))
@@ -350,7 +350,7 @@ def begin(model, s):
 
 
 def move(model, layer, other):
-    """Hang what hangs on a layer on another that takes its place; after merge() that is nothing any more."""
+    """Move the hooks of a layer to the layer that replaces it; after merge() there are none."""
     if hasattr(layer, 'lora') and model.lora.shares:
         other.lora = layer.lora
         other.register_forward_hook(model.lora.hook)
@@ -363,7 +363,7 @@ def adapted(model):
 
 
 def freeze(model, whole=()):
-    """Let nothing be trained but the adapters and the tensors with the names `whole`."""
+    """Freeze everything except the adapters and the tensors with the names `whole`."""
     for name, p in model.named_parameters():
         p.requires_grad_('.lora.' in name or name in whole)
 
@@ -375,7 +375,7 @@ def how_stored(s):
 
 def memory(model, total):
     """
-    A line on the memory that training the adapters of a network of `total` parameters takes, beside that of
+    A line with the memory for training the adapters of a model with `total` parameters, compared with
     training all weights: gradients in float32, two moments of AdamW.
     """
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

@@ -17,8 +17,8 @@ from model import ModelConfig
 
 def read_merged(where, folder, state, untie=False):
     """
-    (ModelConfig, {name: tensor}) of an adapter's checkpoint merged into its base; untie=True gives the head a
-    matrix of its own first. Raises UserError for an adapter that cannot be merged.
+    (ModelConfig, {name: tensor}) of an adapter's checkpoint, merged into its base; untie=True first gives the
+    head its own matrix. Raises UserError for an adapter that cannot be merged.
     """
     model = read_adapted(state, folder)
     if untie:
@@ -30,10 +30,7 @@ def read_merged(where, folder, state, untie=False):
 
 
 def load_adapted(state, folder):
-    """
-    The network of an adapter's checkpoint in eval mode: merged into its base, or beside it where it cannot
-    be.
-    """
+    """The model of an adapter's checkpoint in eval mode, merged into its base if possible."""
     model = read_adapted(state, folder)
     if adapters.obstacle(model):
         return model
@@ -42,7 +39,7 @@ def load_adapted(state, folder):
 
 
 def read_adapted(state, folder):
-    """The network of an adapter's checkpoint, the adapter beside its base, in eval mode."""
+    """The model of an adapter's checkpoint in eval mode, with the adapter as separate layers."""
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
     model = fill(cfg, read_base(state['base'], cfg, folder), state['base']['from'])
     saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
@@ -52,8 +49,8 @@ def read_adapted(state, folder):
 
 def read_base(base, cfg, adapter):
     """
-    The weights beside which the adapter in the folder `adapter` was trained; base: its state.json's entry;
-    cfg: its network. Raises UserError where they are gone or have changed.
+    The base weights of the adapter in the folder `adapter`; base: its state.json's entry; cfg: its model.
+    Raises UserError if they are missing or have changed.
     """
     where = base['from']
     # that checkpoint is gone: the run's best one may be the same
@@ -69,8 +66,8 @@ def read_base(base, cfg, adapter):
 
 def add_adapters(model, given, base):
     """
-    Put adapters beside the network of `base`. given: a list of DIR or name=DIR, runs of ours or folders of
-    PEFT's. Returns {name: DIR}. Raises UserError for one that belongs to another network.
+    Add adapters to the model of `base`. given: a list of DIR or name=DIR, our runs or PEFT folders. Returns
+    {name: DIR}. Raises UserError for an adapter of another model.
     """
     if given and hasattr(model, 'lora'):
         raise UserError(f'{base}: is an adapter itself that is not merged: {adapters.obstacle(model)}')
@@ -89,7 +86,7 @@ def add_adapters(model, given, base):
 
 
 def split_name(entry):
-    """(name, DIR) of name=DIR, or of DIR alone, which may have = in it too."""
+    """(name, DIR) from name=DIR, or from DIR alone, which may contain = too."""
     name, equals, where = entry.partition('=')
     if equals and re.fullmatch(r'\w[\w-]*', name) and not os.path.isdir(entry):
         return name, where
@@ -98,7 +95,7 @@ def split_name(entry):
 
 def read_saved(where, cfg, weights, base):
     """
-    The Saved adapter of a run of ours or of a folder of PEFT's, for a network of this ModelConfig with these
+    The Saved adapter of one of our runs or of a PEFT folder, for a model with this ModelConfig and these
     weights.
     """
     if peft_files.is_one(where):
@@ -114,7 +111,7 @@ def read_saved(where, cfg, weights, base):
 
 
 def check_adapter(where, base):
-    """Raise UserError where a folder of PEFT's has a tokenizer that is not that of the base."""
+    """Raise UserError if a PEFT folder has a tokenizer that differs from the base's."""
     is_same = True
     with suppress(UserError):  # most have none
         own = reading.tokenizer(f'hf:{where}')
@@ -127,8 +124,8 @@ def check_adapter(where, base):
 
 def begin(model, s, start, is_blank):
     """
-    Put adapters beside a network and freeze the rest: those of the settings, or the trained ones of the
-    checkpoint that the run goes on from. is_blank: their shapes alone.
+    Add adapters to a model and freeze the rest: new ones from the settings, or those of the checkpoint that
+    the run resumes from. is_blank: only their shapes.
     """
     if start.state is None:
         return layers.begin(model, s)

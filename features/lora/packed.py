@@ -24,9 +24,8 @@ BLOCK = 64  # numbers of a row that share a scale in nf4
 @functools.cache
 def nf4_pairs():
     """
-    The two numbers of every byte of nf4, (256, 2): of sixteen from -1 to 1 that lie as densely as a normal
-    distribution has its own, zero among them (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3 and
-    appendix E).
+    The two numbers of each byte of nf4, (256, 2): 16 values from -1 to 1 including zero, with the density of
+    a normal distribution (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E).
     """
     positive, negative = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
                           for n in (9, 8))
@@ -36,8 +35,8 @@ def nf4_pairs():
 
 def to_bits(weight, kind):
     """
-    (stored, scale) of a matrix (n_out, n_in): int8 with a scale a row, or nf4, two numbers a byte, with one
-    for every 64 of a row.
+    (stored, scale) of a matrix (n_out, n_in): int8 with one scale per row, or nf4 with two numbers per byte
+    and one scale per 64 numbers of a row.
     """
     if kind == 'int8':
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # (n_out, 1)
@@ -60,8 +59,8 @@ def from_bits(stored, scale, pairs, dtype):
 
 class FrozenLinear(torch.autograd.Function):
     """
-    x·Wᵀ + b of a matrix that has no gradient and is unpacked once more for that of x: nothing but its bits is
-    kept in between.
+    x·Wᵀ + b with a frozen matrix. W is unpacked again for the gradient of x, so that only its packed form is
+    stored between the passes.
     """
 
     @staticmethod
@@ -80,12 +79,11 @@ class FrozenLinear(torch.autograd.Function):
 
 class Packed(nn.Module):
     """
-    A linear layer whose weights are stored as `kind` (int8, nf4, bfloat16, …) and multiplied in the dtype of
-    autocast, or in `dtype`; the rest of the network stays float32.
-
-    One token costs what reading the weights costs. Compiled, a product of few rows is written as a sum, which
-    becomes one loop that reads the weights as stored, without copies: on a CPU 3 to 4 times faster than
-    F.linear, whose kernels want many rows.
+    A linear layer whose weights are stored as `kind` (int8, nf4, bfloat16, …) and multiplied in autocast's
+    dtype, or in `dtype`; the rest of the model stays float32.
+    The cost of one token is reading the weights. When compiled, a product with few rows is written as a sum,
+    which becomes one loop that reads the stored weights without copies: on a CPU 3 to 4 times faster than
+    F.linear, whose kernels are made for many rows.
     """
     FEW = 4  # rows: up to there the loop is faster
 
@@ -121,8 +119,7 @@ class Packed(nn.Module):
 
 def replace_layers(model, module, dtype, kind, which):
     """
-    Let a Packed take the place of every linear layer in `module` for which which(layer) holds, and of what
-    hangs on it.
+    Replace every linear layer in `module` for which which(layer) is true by a Packed, and move its hooks.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -136,9 +133,9 @@ def replace_layers(model, module, dtype, kind, which):
 @torch.no_grad()
 def pack(model, dtype='bfloat16', kind=''):
     """
-    Make `model` one for decoding only, in place, and return it: its matrices are stored in dtype ('float32',
-    'bfloat16', 'float16'), or in int8 and multiplied in dtype where there are many rows. A tied head gets a
-    copy; the look-up keeps float32, experts are in dtype always.
+    Convert `model`, in place, to one for decoding only, and return it: its matrices are stored in dtype
+    ('float32', 'bfloat16', 'float16'), or in int8 and multiplied in dtype if there are many rows. A tied head
+    gets a copy; the embedding stays float32, and experts always use dtype.
     """
     if model.cfg.tie and model.cfg.arch == 'decoder':
         # rows that lora.py has trained
@@ -160,9 +157,9 @@ def pack(model, dtype='bfloat16', kind=''):
 @torch.no_grad()
 def pack_frozen(model, kind):
     """
-    Store the matrices of the blocks that are not trained as `kind` (int8, nf4, or the name of a dtype), in
-    place, experts left out; they are multiplied in the dtype of autocast, or in float32. Raises UserError for
-    what nf4 cannot hold.
+    Store the frozen matrices of the blocks as `kind` (int8, nf4, or the name of a dtype), in place, except
+    experts. They are multiplied in autocast's dtype, or in float32. Raises UserError for sizes that nf4 does
+    not support.
     """
     for name, layer in model.named_modules():
         if kind == 'nf4' and isinstance(layer, nn.Linear) and name.startswith(('blocks.', 'encoder.')):
@@ -176,8 +173,8 @@ def pack_frozen(model, kind):
 
 def pack_frozen_of(model, s):
     """
-    Store the frozen weights of a run with adapters as lora_store says; float32 and sharded ones stay as they
-    are.
+    Store the frozen weights of a run with adapters as lora_store says; float32 and sharded weights are not
+    changed.
     """
     kind = lora.how_stored(s)
     if kind != 'float32' and not s.shard:

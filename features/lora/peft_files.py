@@ -41,8 +41,8 @@ PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take som
 
 def modules(family, cfg):
     """
-    {their module: [ours, …]} of all matrices, tables and norms of a network; several of ours are one of
-    theirs, one below the other.
+    {their module: [ours, …]} of all matrices, tables and norms of a model; several of ours are stacked to one
+    of theirs.
     """
     family, found = FAMILIES[family], {}
     for theirs, ours in (family.names(cfg) | {HEAD: 'head'}).items():
@@ -58,7 +58,7 @@ def modules(family, cfg):
 
 
 def is_target(module, wanted):
-    """Whether PEFT's target_modules, a list of endings or a pattern, mean this module."""
+    """Whether PEFT's target_modules, a list of suffixes or a pattern, match this module."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, module) is not None
     return any(module == ending or module.endswith('.' + ending) for ending in wanted)
@@ -69,8 +69,8 @@ def is_target(module, wanted):
 
 def fuse(layers, name):
     """
-    (A, B, length or None, scale) of one matrix that is several of ours, not all of which need have an
-    adapter, in float32.
+    (A, B, magnitude or None, scale) of one of their matrices that consists of several of ours, in float32;
+    not all of ours need an adapter.
     """
     with_adapter = {layer: layer.lora[name] for layer in layers if name in getattr(layer, 'lora', ())}
     some = list(with_adapter.values())
@@ -98,8 +98,8 @@ def fuse(layers, name):
 @torch.no_grad()
 def write(folder, cfg, saved, family, base=''):
     """
-    Write a lora.Saved, for a network of this ModelConfig, as PEFT reads it beside that network of
-    transformers' `family`: a new folder, whole or not at all. Raises UserError for what has no place in PEFT.
+    Write a lora.Saved, for a model of this ModelConfig, in PEFT's format for the model of transformers'
+    `family`: a new folder, complete or not at all. Raises UserError for features that PEFT does not have.
     """
     model, name = adapters.blank(cfg), 'default'
     for tensor, t in saved.tensors.items():  # trained whole
@@ -153,9 +153,7 @@ def write(folder, cfg, saved, family, base=''):
 
 
 def write_whole(model, known, ranks, tensors):
-    """
-    Add what is trained whole to the tensors; returns the endings of the modules that PEFT is to keep whole.
-    """
+    """Add the fully trained tensors; returns the suffixes of the modules that PEFT must store fully."""
     trained, whole = {name: p for name, p in model.named_parameters()
                       if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
     for theirs, ours in known.items():
@@ -174,7 +172,7 @@ def write_whole(model, known, ranks, tensors):
 
 
 def family_of(cfg, base):
-    """The family by whose names a network of this ModelConfig goes. Raises UserError if there is none."""
+    """The family whose names a model of this ModelConfig has. Raises UserError if there is none."""
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
     if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
             and FAMILIES[kind].names(cfg)):
@@ -191,14 +189,14 @@ def family_of(cfg, base):
 # In
 
 def is_one(folder):
-    """Whether a folder is PEFT's."""
+    """Whether a folder is an adapter in PEFT's format."""
     return os.path.isfile(os.path.join(folder, 'adapter_config.json'))
 
 
 def read(folder, cfg):
     """
-    The lora.Saved of a folder, for a network of this ModelConfig. Raises UserError, in one line, for whatever
-    is not exactly an adapter for it.
+    The lora.Saved of a folder, for a model of this ModelConfig. Raises a one-line UserError if it is not
+    exactly an adapter for this model.
     """
     path, weights = (os.path.join(folder, name)
                      for name in ('adapter_config.json', 'adapter_model.safetensors'))
@@ -238,7 +236,7 @@ def read(folder, cfg):
 
 
 class Reading:
-    """One folder as it is read. tensors: {name: slice}: shapes are compared before a tensor is read."""
+    """One folder while it is read. tensors: {name: slice}; shapes are checked before a tensor is read."""
 
     def __init__(self, path, config, tensors, cfg):
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
@@ -265,7 +263,7 @@ class Reading:
         return self.tensors[name].get_shape()
 
     def take(self, name, *shape):
-        """A tensor of the file in float32, of this shape; None for a size: any."""
+        """A tensor of the file in float32, which must have this shape; None for a size: any size."""
         found = self.shape(name)
         if len(found) != len(shape) or any(size not in (None, n) for n, size in zip(found, shape)):
             self.refuse(f'{name}: {found}, '
@@ -331,7 +329,7 @@ class Reading:
             out.tensors[f'{name}.lora.length'] = part
 
     def whole(self, out):
-        """What was trained beside adapters: rows of the embedding, norms and biases."""
+        """Everything that was trained in addition to adapters: rows of the embedding, norms and biases."""
         tokens = self.config.get('trainable_token_indices')
         if tokens:
             out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))

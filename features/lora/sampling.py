@@ -9,9 +9,9 @@ from tokenizer import PromptFormat
 
 def add_adapters(model, tokenizer, given, where, merge=False):
     """
-    Put adapters beside the network of `where` (given: as load.add_adapters() takes them). Returns
-    [(name, tokenizer)]: the tokenizer of each has the prompt format that it was trained with. merge: make a
-    single adapter a part of the weights, if that can be.
+    Add adapters to the model of `where` (given: as in load.add_adapters()). Returns [(name, tokenizer)]; each
+    tokenizer has the prompt format that the adapter was trained with. merge: merge a single adapter into the
+    weights, if possible.
     """
     found = []
     for name, folder in load.add_adapters(model, given, where).items():
@@ -33,7 +33,7 @@ def select_adapters(model, named, count):
 
 
 def prompts_of_each(named, text, cfg, count):
-    """(token ids, what is printed before the text) of the prompt `text` for the rows of select_adapters()."""
+    """(token ids, text to print before the sample) of the prompt `text` for the rows of select_adapters()."""
     prompts, texts = [], []
     for name, tokenizer in named:
         prompts += [encode_prompt(text, tokenizer, cfg)] * count

@@ -9,14 +9,14 @@ from configurator import UserError
 
 class Counts(torch.optim.Optimizer):
     """
-    The rows of a table are the logits of softmaxes p (V, V); their p.grad is minus the counts of BigramLoss,
-    a sum over targets and no mean.
-
-    The step is the natural gradient (Amari 1998). In the frequencies q of a row it leads straight to those of
-    a batch of n observations, q ← (1 - η) q + η counts/n, here with η = n/(pseudo_counts + all n so far), as
-    SGD's rates fall (Bottou 2010). So q is always (pseudo_counts·q₀ + all counts)/(pseudo_counts + all n):
-    add-k smoothing, at the price of one number of state a row. Where nothing was counted, all logits of a row
-    fall alike, which a softmax does not see: only the counted ones are written.
+    The rows of a table are the logits of softmaxes p (V, V). p.grad is minus the counts of BigramLoss: a sum
+    over targets, not a mean.
+    The step is the natural gradient (Amari 1998). For the frequencies q of a row, it moves straight towards
+    those of a batch of n observations, q ← (1 - η) q + η counts/n, with η = n/(pseudo_counts + all n so far),
+    which decays like the rates of SGD (Bottou 2010). So q is always (pseudo_counts·q₀ + all
+    counts)/(pseudo_counts + all n): add-k smoothing with one number of state per row. All logits of a row
+    without counts would fall equally, which does not change the softmax, so only the counted ones are
+    written.
     """
     pairs, product_decay, dtype = (), 0.0, torch.float32  # as Muon has them
 
@@ -45,7 +45,7 @@ class Counts(torch.optim.Optimizer):
 
 
 def count_table(model, cfg):
-    """The optimizer that counts, for a full Markov table. Raises UserError for another network."""
+    """The counting optimizer for a full Markov table. Raises UserError for any other model."""
     if model.cfg.arch != 'markov' or model.cfg.rank_embed:
         raise UserError('optimizer=counts: counts what follows what in a full Markov table: '
                         'set arch=markov and rank_embed=0, or use adamw')

@@ -13,14 +13,13 @@ from model import ChunkedCrossEntropy, ModelConfig, cap
 
 class BigramLoss(torch.autograd.Function):
     """
-    Sum of -log softmax(table[previous])[target]. It reads every row of the table that occurs once, however
-    often it occurs, and holds a few rows at a time.
-
-    The gradient of a row that occurs n times is n·softmax(row) - counts of what followed, and the table
-    itself knows the softmax. So backward hands over the counts alone: a sparse (V, V) tensor of -counts, an
-    entry a token, which adds up over micro-batches and ranks as gradients do; optimizer=counts steps by it.
-    At V = 29k and 5,500 targets that is 0.1 MB; the rows would be 170, a dense gradient 3,363. sparse=False:
-    the dense gradient, for any other optimizer.
+    Sum of -log softmax(table[previous])[target]. It reads each row of the table that occurs once, and holds
+    only a few rows at a time.
+    The gradient of a row that occurs n times is n·softmax(row) - counts of the next tokens, and the softmax
+    can be computed from the table. So backward returns only the counts: a sparse (V, V) tensor of -counts,
+    one entry per token, which is summed over micro-batches and ranks like a gradient; optimizer=counts uses
+    it. At V = 29k and 5,500 targets that is 0.1 MB; the rows would take 170 MB, a dense gradient 3,363 MB.
+    sparse=False: the dense gradient, for any other optimizer.
     """
     @staticmethod
     def forward(ctx, table, previous, targets, sparse):  # (V, V), (N,), (N,)
@@ -49,9 +48,9 @@ class BigramLoss(torch.autograd.Function):
 
 class Markov(nn.Module):
     """
-    A first-order Markov chain with Transformer's interface. The logits of the next token are a row of a table
-    (V, V), one row for each previous token; with rank_embed = R the table is a product (V, R)·(R, V). It has
-    two factors, because one, E·Eᵀ, could not tell ab from ba.
+    A first-order Markov chain with the interface of Transformer. The logits of the next token are a row of a
+    table (V, V), one row per previous token. With rank_embed = R, the table is a product (V, R)·(R, V). It
+    needs two factors, because E·Eᵀ is symmetric and could not tell ab from ba.
     """
 
     def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
@@ -76,16 +75,16 @@ class Markov(nn.Module):
         return idx if self.head is None else self.drop(self.wte(idx))
 
     def logits(self, h):
-        """h (…, R), or indices (…) of a full table → logits (…, vocab_size) in float32."""
+        """h (…, R), or token ids (…) of a full table → logits (…, vocab_size) in float32."""
         if self.head is None:
             return self.wte.weight[h].float()
         return cap(self.head(h).float(), self.cfg.softcap)
 
     def compile(self, *args, **kwargs):
-        """Does nothing: the sizes in forward() differ from batch to batch."""
+        """Does nothing, because the sizes in forward() differ between batches."""
 
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0):
-        """As Transformer.forward()."""
+        """Like Transformer.forward()."""
         if targets is None:
             return self.logits(self.hidden(idx))
         real = targets >= 0  # no token needs its neighbours, so padding is left out before it costs anything
@@ -103,8 +102,8 @@ class Markov(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Logits of deviation 1: the table, or the embedding, is normal, the head uniform in ±1/sqrt(R). The
-        first loss of a table is ln V + 1/2.
+        Logits of deviation 1: the table or the embedding is normal, the head uniform in ±1/sqrt(R). The first
+        loss of a table is ln V + 1/2.
         """
         nn.init.normal_(self.wte.weight)
         if self.head is not None:
@@ -115,5 +114,5 @@ class Markov(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations of training on one token: of the head; a table is looked up."""
+        """Floating-point operations of training on one token: those of the head; a table lookup has none."""
         return 6 * self.cfg.rank_embed * self.cfg.vocab_size

@@ -20,7 +20,7 @@ from optim import OptimConfig
 @dataclass
 class MarkovTraining:
     def check(self):
-        """Raise ValueError for settings of train.py that do not go with a Markov chain."""
+        """Raise ValueError for settings of train.py that cannot be used with a Markov chain."""
         if self.arch != 'markov':
             return
         if self.objective != 'causal':
@@ -38,7 +38,7 @@ class MarkovTraining:
 @dataclass
 class MarkovConfig(ModelConfig):
     def check(self):
-        """Raise ValueError for settings that a Markov chain does not take."""
+        """Raise ValueError for settings that a Markov chain does not have."""
         if self.arch != 'markov':
             return
         takes = {'arch', 'vocab_size', 'block_size', 'rank_embed'}
@@ -65,7 +65,7 @@ class MarkovOptim(OptimConfig):
     # observations
 
     def check(self):
-        """Raise ValueError for a value that cannot work, and for settings that the optimizer ignores."""
+        """Raise ValueError for invalid values, and for settings that the optimizer ignores."""
         if not 0 < self.pseudo_counts < math.inf:
             raise ValueError(f'pseudo_counts={self.pseudo_counts}: takes a number above 0')
         takes = {field.name for field in fields(OptimConfig)}
@@ -76,8 +76,8 @@ class MarkovOptim(OptimConfig):
 
 def refuse_idle(settings, part, takes, why):
     """
-    Raise ValueError for a setting of the dataclass `part` that the user gave although it has no effect: one
-    that is not among the names `takes`. why: what ignores it.
+    Raise ValueError for a setting of the dataclass `part` that the user set although it has no effect: one
+    that is not in `takes`. why: what ignores it.
     """
     idle = sorted(getattr(settings, 'given', set()) & {field.name for field in fields(part)} - takes)
     if idle:
@@ -85,7 +85,7 @@ def refuse_idle(settings, part, takes, why):
 
 
 def check_machine(s, data, ranks):
-    """Raise UserError where a full table does not fit into memory, or NCCL cannot add up its counts."""
+    """Raise UserError if a full table does not fit into memory, or if NCCL cannot sum its counts."""
     if s.optimizer == 'counts' and ranks.world > 1 and ranks.device.type == 'cuda':
         raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: '
                         'use one process, or --device=cpu')
@@ -96,7 +96,7 @@ def check_machine(s, data, ranks):
 
 def check_table_fits(vocab_size, optimizer, ranks):
     """
-    Say how much memory a full Markov table takes with dense gradients. Raises UserError if that is not free.
+    Print how much memory a full Markov table takes with dense gradients. Raises UserError if it is not free.
     """
     table = 4 * vocab_size ** 2  # bytes
     copies = 4 + (ranks.world > 1)  # weights, gradient, two moments; DDP adds gradients up in another one
@@ -133,7 +133,7 @@ def free_memory(device):
 
 def refuse_old_table(settings, where, to_do):
     """
-    Raise UserError for a run with these settings that counted a full table when that was still called adamw.
+    Raise UserError for a run that trained a full table by counting in a version where that was called adamw.
     """
     is_table = settings.get('arch') == 'markov' and not settings.get('rank_embed')
     if is_table and 'pseudo_counts' not in settings:

@@ -5,7 +5,7 @@ The loads of experts while a network trains: counted, drawn towards equal ones (
 
 def count_loads(run, ranks):
     """
-    Add the tokens that each expert was given in the last step, by all ranks, to the interval's; step
+    Add the tokens per expert in the last step, of all ranks, to those of the interval, and update
     expert_bias.
     """
     loads = ranks.add_up(run.model.take_loads())  # (layers, E) int64
@@ -16,7 +16,7 @@ def count_loads(run, ranks):
 
 
 def shares_of(loads):
-    """(each expert's share of its layer's tokens as nested lists, the same in words) of loads (layers, E)."""
+    """(each expert's share of its layer's tokens as nested lists, the same as text) of loads (layers, E)."""
     shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
     rounded = [[round(share, 4) for share in layer] for layer in shares.tolist()]
     return rounded, f'experts {shares.min():.0%} to {shares.max():.0%}'

@@ -26,16 +26,16 @@ class ExpertsSettings:
 
 def in_use(shares):
     """
-    shares (…, E) of the tokens → (…): how many experts are in use, exp(entropy): E if all have as many
-    tokens, 1 if one has them all.
+    shares (…, E) of the tokens → (…): the effective number of experts, exp(entropy): E for equal shares, 1 if
+    one expert has all tokens.
     """
     return torch.special.entr(shares).sum(-1).exp()
 
 
 def read_shares(out_dir):
     """
-    (steps [n], shares (n, layers, E) of the tokens since the record before) out of a run's log. Raises
-    UserError where there are none.
+    (steps [n], shares (n, layers, E) of the tokens since the last record) from a run's log. Raises UserError
+    if it has none.
     """
     records = read_records(os.path.join(out_dir, 'log.jsonl'))
     records = [record for record in records if 'expert_load' in record]
@@ -60,7 +60,7 @@ def table(shares):
 
 
 def draw(steps, shares, title):
-    """Each layer's shares (n, layers, E) at the end, and how many experts were in use at every step."""
+    """Plot each layer's final shares (n, layers, E), and the number of experts in use at every step."""
     page = figure(11, 4.5)  # before the import: it says what to install
     from matplotlib.ticker import MaxNLocator
     left, right = page.subplots(1, 2)

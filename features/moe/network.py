@@ -22,7 +22,7 @@ from features.moe.settings import MoEConfig
 # Linear layers of experts
 
 def grouped_linear(x, weight, counts):
-    """x (N, n_in), sorted by expert, weight (E, n_out, n_in), counts (E,) of each one's rows → (N, n_out)."""
+    """x (N, n_in), sorted by expert, weight (E, n_out, n_in), counts (E,) rows per expert → (N, n_out)."""
     device, dtype = x.device.type, weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -49,7 +49,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(cfg.n_expert, n_out)) if cfg.bias else None
 
     def forward(self, x, counts):
-        """x (N, n_in), sorted by expert, counts (E,) rows of each → (N, n_out)."""
+        """x (N, n_in), sorted by expert, counts (E,) rows per expert → (N, n_out)."""
         y = grouped_linear(x, self.weight, counts)
         if self.bias is None:
             return y
@@ -60,7 +60,7 @@ class Experts(nn.Module):
 # The mixture in a block
 
 class Routing(NamedTuple):
-    """What a router did with a batch, in training."""
+    """The routing of a batch, in training."""
     loss: torch.Tensor  # () float32, to be added to the mean loss
     load: torch.Tensor  # (E,) int64: tokens of each expert, without padding
 
@@ -68,7 +68,7 @@ class Routing(NamedTuple):
 class Mixture(nn.Module):
     """
     n_expert MLPs. A router picks n_expert_active of them for each token and weights their outputs. Tokens are
-    sorted by expert, and none is dropped, however many want the same one.
+    sorted by expert. No token is dropped, whatever the load of an expert.
     """
 
     def __init__(self, cfg, layer, mlp):  # mlp: the class of each expert
@@ -83,7 +83,7 @@ class Mixture(nn.Module):
         self.register_buffer('load', load, persistent=False)  # since take_loads()
 
     def forward(self, x, real=None):
-        """x (B, T, C), real (B, T): False for padding → (B, T, C), and in training the Routing."""
+        """x (B, T, C), real (B, T): False for padding → (B, T, C), and in training also the Routing."""
         h, k = x.flatten(0, 1), self.cfg.n_expert_active  # (N, C)
         # bfloat16 rounds away what tells experts apart (Switch, 2.4)
         with torch.autocast(x.device.type, enabled=False):
@@ -123,7 +123,7 @@ class Mixture(nn.Module):
 
 @functools.cache
 def with_experts(network):
-    """The class `network`, Transformer or a subclass, for blocks with a Mixture."""
+    """The class `network`, Transformer or a subclass, with a Mixture in its blocks."""
     class ExpertNetwork(WithExperts, network):
         pass
     return ExpertNetwork
@@ -138,7 +138,7 @@ class WithExperts:
         self.real = self.routings = None  # of the forward pass that is running
 
     def forward(self, idx, targets=None, *args, **more):
-        """As the forward() of the network without experts."""
+        """Like forward() of the model without experts."""
         self.routings = []
         if targets is not None:  # a token is padding if no target comes after it
             self.real = (targets >= 0).flip(1).cumsum(1).flip(1) > 0
@@ -170,7 +170,7 @@ class WithExperts:
         return loss if reduction == 'sum' else loss / count
 
     def mixtures(self):
-        """The Mixture of each layer, the encoder's first."""
+        """The Mixture of each layer, those of the encoder first."""
         return [module for module in self.modules() if isinstance(module, Mixture)]
 
     def take_loads(self):
@@ -181,13 +181,13 @@ class WithExperts:
         return loads
 
     def balance(self, loads):
-        """A step of expert_bias towards equal loads. loads (layers, E): of one step, of all ranks."""
+        """Update expert_bias towards equal loads. loads (layers, E): of one step, of all ranks."""
         if self.cfg.expert_bias:
             for mixture, load in zip(self.mixtures(), loads.float()):
                 mixture.expert_bias += self.cfg.expert_bias * torch.sign(load.mean() - load)
 
     def init_blocks(self, *args):
-        """Routers start small, so that every expert is tried."""
+        """The routers' weights start small, so that every expert is used."""
         super().init_blocks(*args)
         for mixture in self.mixtures():
             nn.init.normal_(mixture.router, std=0.02)
@@ -211,5 +211,5 @@ class WithExperts:
 
 
 def is_of_experts(name):
-    """Whether a parameter of this name is a stack, one part for each expert."""
+    """Whether a parameter of this name is a stack with one part per expert."""
     return re.search(r'\.mlp\.experts\.(up|gate|down)\.', name) is not None

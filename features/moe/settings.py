@@ -36,7 +36,7 @@ class MoEConfig(ModelConfig):
                              'and ranks of the MLP, out')
 
     def check_idle(self):
-        """Raise ValueError for a setting of experts that the user gave without experts."""
+        """Raise ValueError for a setting of experts that the user set without n_expert."""
         is_new = getattr(self, 'init_from', 'auto') in ('auto', 'scratch')  # else init_from has a network
         idle = sorted(getattr(self, 'given', set()) & vars(MoEConfig)['__annotations__'].keys())
         if idle and is_new:
@@ -46,8 +46,8 @@ class MoEConfig(ModelConfig):
 
 def may_choose(s, cfg):
     """
-    The settings that a run may choose which begins with weights of a network with experts: how fast a bias
-    moves.
+    The settings that a new run may change when it starts from a model with experts: the step size of the
+    bias.
     """
     if cfg.expert_bias and 'expert_bias' in s.given and s.expert_bias:
         return {'expert_bias'}

@@ -41,14 +41,13 @@ def run(s):
 @torch.no_grad()
 def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expert_bias=0.0):
     """
-    (ModelConfig, weights) of a mixture with the function of a dense network: each expert is a copy of its
-    MLP, so that it does not matter which ones the router picks. They grow apart by the tokens that they get,
-    without added noise.
-
-    One active expert is multiplied by its probability, 1/n_expert at first: its output matrix makes up for
-    that (He et al. 2024, arXiv 2410.07524). The shares of two and more add up to 1. With a shared expert,
-    that one is the MLP, and the output matrices of the others are zero. The routers are almost zero, but not
-    equal. Random numbers are torch's. Raises UserError for a network that is a mixture already.
+    (ModelConfig, weights) of a mixture that computes the function of a dense model: each expert is a copy of
+    its MLP, so the router's choice does not matter. The experts become different because they get different
+    tokens; no noise is added.
+    The output of a single active expert is multiplied by its probability, 1/n_expert at first; its output
+    matrix compensates for that (He et al. 2024, arXiv 2410.07524). The weights of two or more experts sum to
+    1. A shared expert is the MLP, and the output matrices of the others are zero. The routers are almost
+    zero, but not equal. Uses torch's random numbers. Raises UserError for a model that is already a mixture.
     """
     if cfg.n_expert:
         raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: '

@@ -39,7 +39,7 @@ LAWS = {
 
 
 def optima(tokens=0.0, flops=0.0):
-    """{law: (parameters, tokens, FLOPs)} for so many tokens, or for so many FLOPs."""
+    """{law: (parameters, tokens, FLOPs)} for this number of tokens, or of FLOPs."""
     out = {}
     for name, (k, a, m, b) in LAWS.items():
         C = flops or (tokens / m) ** (1 / b)

@@ -36,8 +36,8 @@ REACHED = 0.5
 
 def shape(depth, device):
     """
-    The network of a depth: 64 wide for each layer, as nanochat has it, and heads of 64 where there are four
-    of them.
+    The shape of a model with this depth: width 64 per layer, as in nanochat, and heads of width 64 if there
+    are at least four.
     """
     width = max(128, 64 * depth)
     return {'n_layer': depth, 'n_embd': width, 'n_head': max(4, width // 64),
@@ -46,25 +46,25 @@ def shape(depth, device):
 
 def batch_tokens(tokens):
     """
-    Tokens a step for a run of so many, a power of two. Few tokens want small batches: 768 were best for 200
-    thousand (docs/results), about 2^18 are for 1.5 billion (modded-nanogpt, track 1); a power law between the
-    two.
+    Tokens per step for a run of this many tokens, a power of two. Short runs need small batches: 768 was best
+    for 200 thousand tokens (docs/results), about 2^18 for 1.5 billion (modded-nanogpt, track 1). A power law
+    connects these two.
     """
     return 2 ** round(math.log2(768 * (tokens / 2e5) ** 0.65))
 
 
 def rates(width):
     """
-    AdamW's rates for a width: the head's falls with its root (nanochat). Muon's and the embedding's hold for
-    all.
+    AdamW's learning rates for a width: the head's falls with its square root (nanochat). Muon's and the
+    embedding's do not depend on it.
     """
     return {'head_lr': 0.004 * (768 / width) ** 0.5}
 
 
 def size(s, vocab_size):
     """
-    (parameters, those of the blocks, floating-point operations a token) of the network that `s` describes,
-    without making it.
+    (parameters, parameters in the blocks, FLOPs per token) of the model that `s` describes, without making
+    it.
     """
     cfg = part_of(s, ModelConfig)
     cfg.vocab_size = s.vocab_size or vocab_size
@@ -78,9 +78,9 @@ def size(s, vocab_size):
 
 def plan(s, vocab_size, data_tokens, device, world):
     """
-    Derive what the dial of `s` (train.py's Settings) leaves open, in place, for data of so many tokens.
-    Returns {setting: value} of what was derived. For minutes, max_iters is a guess until fit_minutes() knows
-    the time of a step.
+    Derive the settings that `s` (train.py's Settings) leaves open, in place, for a data set with this many
+    tokens. Returns {setting: derived value}. With minutes, max_iters is a guess until fit_minutes() knows the
+    time of a step.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
         raise UserError(f'init_from={s.init_from}: has a network already: leave depth, params, '
@@ -143,8 +143,8 @@ def intervals(count, batch_size):
 
 def derive(s, state, device, ranks):
     """
-    Set what follows from the dial, on all ranks alike; a run that goes on keeps what was derived when it
-    began. Returns {setting: value} of what was derived.
+    Set the derived settings, the same on all ranks; a resumed run keeps those from its start. Returns
+    {setting: derived value}.
     """
     dial = {name: getattr(s, name) for name in ('depth', 'params', 'tokens', 'minutes')}
     if state and any(state['settings'].get(name, 0) != value for name, value in dial.items()):

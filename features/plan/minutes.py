@@ -14,19 +14,19 @@ from run import process_age
 
 
 def evaluation_steps(s):
-    """The work of an evaluation, in steps of training: a row is a third of the work of a training row."""
+    """The cost of an evaluation in training steps: a validation row costs a third of a training row."""
     return EVAL_ROWS * s.eval_iters / (s.batch_size * s.gradient_accumulation_steps) / 3
 
 
 def most_steps(s):
-    """The --max_iters of the command line is a limit beside minutes; that of a config file is not."""
+    """The limit on max_iters: --max_iters from the command line; that of a config file is not a limit."""
     return getattr(s, 'most_iters', math.inf)
 
 
 def fit_minutes(s, derived, seconds_per_step, elapsed):
     """
     Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and
-    the intervals that follow.
+    set the intervals.
     """
     evaluations = 6 * evaluation_steps(s)
     count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
@@ -41,9 +41,9 @@ def fit_minutes(s, derived, seconds_per_step, elapsed):
 
 class Pace:
     """
-    How fast a run of s.minutes goes, and how many steps are left: the machine may slow down or be free again
-    after the first fit. clock() returns the seconds since this process began, `earlier` are those of the
-    run's processes before it.
+    The speed of a run with s.minutes, and the steps that are left: the machine's speed may change after the
+    first fit. clock() returns the seconds since this process started; `earlier` are the seconds of the run's
+    earlier processes.
     """
     SMALL = 0.02  # a change of max_iters by less is not worth a bend in the schedule
 
@@ -58,7 +58,7 @@ class Pace:
         self.evaluation = None  # seconds that the last one took, with checkpoint and sample
 
     def elapsed(self):
-        """Seconds of the run."""
+        """Seconds since the start of the run."""
         return self.earlier + self.clock()
 
     def end_step(self):
@@ -66,8 +66,7 @@ class Pace:
 
     def begin_evaluation(self, step, run, ranks):
         """
-        Fit max_iters again, before the checkpoint of this step is written: a run that goes on there has it
-        too.
+        Fit max_iters again before the checkpoint of this step is written, so that a resumed run has it too.
         """
         self.began = self.elapsed()
         self.is_compiling = 'evaluation' in run.to_compile
@@ -87,10 +86,7 @@ class Pace:
         self.ends = [self.elapsed()]
 
     def fit(self, step):
-        """
-        The max_iters with which the run ends after s.minutes, as seen from an evaluation at `step` that is to
-        come.
-        """
+        """The max_iters with which the run ends after s.minutes, computed before an evaluation at `step`."""
         steps = len(self.ends) - 1
         if steps < 1:  # the run has gone on from a checkpoint of this step, whose fit it keeps
             return self.s.max_iters
@@ -109,8 +105,8 @@ class Pace:
 
 def spend_minutes(run, s, ranks, stop, train_step):
     """
-    Compile what is to be compiled, time five steps after three, leave no trace of them, and set max_iters so
-    that the whole process takes s.minutes. Returns False where a signal ended that.
+    Compile, time five steps after three warm-up steps, undo these steps, and set max_iters so that the whole
+    process takes s.minutes. Returns False if a signal interrupted it.
     """
     weights = {name: t.clone() for name, t in run.model.state_dict().items()}
     times = []

@@ -17,8 +17,8 @@ from run import adopt, peak_flops
 
 def find_vocabulary(s):
     """
-    The size of the vocabulary by the settings, or by the data set where there is one; otherwise that of GPT-2
-    is assumed, and a line says so.
+    The vocabulary size from the settings, or from the data set if it exists; otherwise GPT-2's is assumed,
+    and a line says so.
     """
     if s.vocab_size:
         return s.vocab_size
@@ -33,7 +33,7 @@ def find_vocabulary(s):
 
 
 def show_network(s, vocab_size):
-    """Print the parameters, FLOPs and memory of the network of train.py's Settings, without making it."""
+    """Print the parameters, FLOPs and memory of the model of train.py's Settings, without making it."""
     s.vocab_size = vocab_size
     check(s)
     with torch.device('meta'):
@@ -67,8 +67,8 @@ def show_network(s, vocab_size):
 
 def show_plan(s, device):
     """
-    Print the network of the settings; or, given s.tokens, s.flops or s.hours, what the laws of chinchilla.py
-    want for these, and the network that plan() makes of the last law.
+    Print the model of the settings; or, given s.tokens, s.flops or s.hours, the model sizes by the laws of
+    chinchilla.py, and the settings that plan() derives for the last law.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
         cfg, _, _ = checkpoint.read_model(s.init_from, encoder=True)

@@ -12,20 +12,20 @@ PENDING = []  # futures of what is being written, in order
 
 
 def submit(write, *args):
-    """Call write(*args) in a thread, after what was submitted before."""
+    """Call write(*args) in the thread, after everything that was submitted before."""
     global THREAD
     THREAD = THREAD or ThreadPoolExecutor(1)
     PENDING.append(THREAD.submit(write, *args))
 
 
 def wait():
-    """Return when everything is written. Raises the first error of the thread."""
+    """Wait until everything is written. Raises the first error of the thread."""
     while PENDING:
         PENDING.pop(0).result()
 
 
 def close():
-    """End the thread once it has written everything; its errors are dropped."""
+    """End the thread after it has written everything; ignores its errors."""
     global THREAD
     if THREAD:
         THREAD.shutdown()
@@ -35,7 +35,6 @@ def close():
 
 def snapshot(tree):
     """
-    A copy of a nest of dicts and lists, its tensors in the memory of the CPU: the next step does not change
-    it.
+    A copy of nested dicts and lists with the tensors in CPU memory, which the next step does not change.
     """
     return tree_map_only(torch.Tensor, lambda t: t.detach().to('cpu', copy=True), tree)

@@ -20,7 +20,7 @@ FAULTS = []
 
 
 def at(point, step=None, value=None):
-    """`value`, as the fault that FAULT has for this point leaves it."""
+    """`value`, changed by the fault that FAULT defines for this point."""
     return value
 
 
@@ -45,7 +45,7 @@ def first_weight(model):
 
 
 def infinite_gradient(value):
-    """Of the next backward pass alone."""
+    """Make the gradient of the next backward pass infinite."""
     if not hasattr(value, 'parameters'):
         return value + float('inf')
 

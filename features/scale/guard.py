@@ -15,8 +15,8 @@ INTERVAL = 100  # steps between comparisons of all ranks' weights: 0.01% of a ru
 
 def check_alike(model, ranks, step):
     """
-    Every INTERVAL steps, raise UserError if the weights of some rank are not those of rank 0, bit for bit: it
-    names the rank and the first such tensor.
+    Raise UserError if the weights of a rank differ from those of rank 0, bit for bit; names the rank and the
+    first such tensor.
     """
     if step % INTERVAL:
         return
@@ -30,14 +30,14 @@ def check_alike(model, ranks, step):
 
 
 def checksums(model):
-    """{name: a number for its bits} of every parameter that all ranks hold whole."""
+    """{name: checksum} of every parameter that all ranks hold completely."""
     sums = {name: bits(p.detach()).sum() for name, p in model.named_parameters() if not is_divided(p)}
     return dict(zip(sums, torch.stack([*sums.values()]).tolist())) if sums else {}
 
 
 def bits(t):
     """
-    A tensor's bits as int64, eight bytes at a time, for a checksum: sums that wrap around cost no more than
+    A tensor's bits as int64, eight bytes at a time, for a checksum; summing with overflow is as fast as
     reading.
     """
     flat = t.contiguous().view(-1).view(torch.uint8)
@@ -47,7 +47,7 @@ def bits(t):
 
 
 def check_same_start(ranks, settings, fingerprint):
-    """Raise UserError if some rank was given other settings than rank 0, or other data."""
+    """Raise UserError if a rank has other settings or other data than rank 0."""
     starts = ranks.gather((settings, fingerprint))
     for rank, (theirs, data) in enumerate(starts):
         # nanoGPT's has the time in it

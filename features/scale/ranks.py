@@ -47,7 +47,7 @@ class Ranks:
             self.watch.beat(doing)
 
     def alive(self, doing=None):
-        """Say that it is still at work, in a number of steps of its own."""
+        """Report that this rank is still working, within its own steps."""
         if self.watch:
             self.watch.doing, self.watch.quiet = doing or self.watch.doing, 0.0
 
@@ -66,7 +66,7 @@ class Ranks:
 
     def end(self):
         """
-        Part from the others, which do the same. A rank that has failed does not: it leaves, and they find its
+        Shut down together with the other ranks. A rank that has failed just exits, and the others find its
         connections closed.
         """
         if self.world > 1:
@@ -76,7 +76,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def sum(self, *values):
-        """The sums over all ranks of some numbers, as a list of floats."""
+        """Sum some numbers over all ranks; a list of floats."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             self.beat('to add up numbers')
@@ -88,7 +88,7 @@ class Ranks:
         return self.sum(bool(flag))[0] > 0 if self.lockstep else bool(flag)
 
     def gather(self, value):
-        """What every rank gives, as a list, on all ranks."""
+        """The values from all ranks, as a list, on all ranks."""
         out = [value] * self.world
         if self.world > 1:
             self.beat('to compare with the others')
@@ -103,13 +103,13 @@ class Ranks:
         return sorted(set(filter(None, self.gather(agent()))))
 
     def add_up(self, tensor):
-        """The same of a tensor on the device, without waiting for it."""
+        """The same for a tensor on the device, asynchronously."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def from_first(self, compute):
-        """What compute() returns on rank 0, on all ranks; its UserError too."""
+        """The result of compute() on rank 0, on all ranks; its UserError too."""
         box = [None]
         self.beat(Watch.BUSY if self.first else 'to hear from rank 0')
         if self.first:
@@ -129,7 +129,7 @@ class Ranks:
             print_above(self.bar, text)
 
     def wrap(self, model):
-        """The model with DDP around it; a sharded one exchanges its gradients itself."""
+        """The model wrapped in DDP; a sharded model communicates its gradients itself."""
         if self.world == 1 or self.lockstep:
             return model
         with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
@@ -138,8 +138,8 @@ class Ranks:
 
     def was_restarted(self, out_dir):
         """
-        Whether the run in out_dir was begun by this torchrun job, which has started its processes again after
-        a failure: they are to go on, though their command says --init_from=scratch.
+        Whether this torchrun job started the run in out_dir and has restarted its processes after a failure:
+        then they resume, even with --init_from=scratch.
         """
         job = self.job()
         if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
@@ -154,14 +154,14 @@ class Ranks:
         return self.from_first(look)
 
     def has_lost_one(self, error):
-        """Whether an error is what gloo or NCCL raise when another process has gone."""
+        """Whether an error is the one that gloo or NCCL raise when another process has gone."""
         signs = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
                  'NCCL communicator was aborted', 'remote process exited')
         return self.world > 1 and any(words in str(error) for words in signs)
 
 
 def agent():
-    """A name, unique in the world, of the torchrun process that started this one; '' if none did."""
+    """A globally unique name of the torchrun process that started this one; '' without torchrun."""
     if 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
         return ''
     # a file of this attempt, in a folder with a random name: …/attempt_0/0/error.json
@@ -170,7 +170,7 @@ def agent():
 
 
 def where_it_stands():
-    """The stacks of all other threads of this process."""
+    """The stack traces of all other threads of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return ''.join(f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame))
                    for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
@@ -178,10 +178,10 @@ def where_it_stands():
 
 class Watch:
     """
-    A thread that ends this process when the rank has stood still for `seconds`, after it said which rank is
-    behind and where every thread stands: where one rank hangs, the others wait for it. All ranks pass the
-    same beats in the same order, so the one with the fewest is the one that hangs. It counts its own ticks,
-    not the clock: a run that was suspended has not stood still.
+    A thread that ends this process if the rank makes no progress for `seconds`. It first prints which rank is
+    behind and the stack of every thread, because all ranks wait if one hangs. All ranks send the same beats
+    in the same order, so the rank with the fewest beats is the one that hangs. It counts its own ticks
+    instead of reading the clock, so that a suspended run does not count as hanging.
     """
     BUSY = 'to work for all'  # of rank 0, as saving: may take ten times as long,
     COMPILING = ', compiling'  # and so may this
@@ -230,7 +230,8 @@ class Watch:
 
     def reach(self, ask):
         """
-        What ask() finds in the store; None where that does not answer in time, as rank 0 is gone or cut off.
+        The answer of ask() from the store; None if it does not come in time, because rank 0 is gone or
+        unreachable.
         """
         store, found = self.store, []
 

@@ -13,8 +13,8 @@ REWINDS = 5  # a run is given up after this many spikes, one soon after another
 
 class Spike(Exception):
     """
-    The loss of update number `step` was far above those before it. .steps: whose data are to be left out, as
-    what did the harm may be some steps back.
+    The loss of update number `step` was far above the previous losses. .steps: the steps whose data are
+    skipped; the cause may be some steps back.
     """
     WIDTH = 10
 
@@ -24,7 +24,7 @@ class Spike(Exception):
 
 
 class Losses:
-    """The losses of the last SPAN steps, with which the next one is compared once there are ENOUGH."""
+    """The losses of the last SPAN steps. New losses are compared with them once there are ENOUGH."""
     SPAN, ENOUGH = 128, 32
 
     def __init__(self, most, recent=()):
@@ -32,8 +32,8 @@ class Losses:
 
     def add(self, loss):
         """
-        Whether a loss is more than `most` standard deviations above the mean of those before it; if not, it
-        is one of them from now on.
+        Whether a loss is more than `most` standard deviations above the mean of the previous losses; if not,
+        it is added to them.
         """
         if (len(self.recent) >= self.ENOUGH
                 and loss > statistics.fmean(self.recent) + self.most * statistics.stdev(self.recent)):
@@ -43,7 +43,7 @@ class Losses:
 
 
 def notice_spike(run, s, loss, step, ranks):
-    """Raise Spike if the loss of update number `step` is far above those before it."""
+    """Raise Spike if the loss of update number `step` is far above the previous losses."""
     if not run.losses.add(loss):
         return
     if s.async_save:
@@ -61,8 +61,8 @@ def notice_spike(run, s, loss, step, ranks):
 
 def rewinding(train, s, read_settings, device, ranks, stop):
     """
-    train(s, device, ranks, stop, left_out), begun again after every spike with the settings that
-    read_settings() returns. Raises UserError when there are too many spikes, one soon after another.
+    Call train(s, device, ranks, stop, left_out), and call it again after every spike with the settings that
+    read_settings() returns. Raises UserError after too many spikes within a short time.
     """
     left_out = set()
     count = 0

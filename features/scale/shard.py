@@ -22,10 +22,9 @@ from configurator import UserError
 
 def shard_model(model, size, dtype, ranks):
     """
-    Divide a Transformer of shapes alone, on the meta device, among groups of `size` ranks, on whose devices
-    it then waits for its numbers (give_numbers); groups hold the same (HSDP). Norms, biases and routers stay
-    whole on every rank, in float32: returns these parameters, whose gradients share_gradients() has to
-    average.
+    Shard a Transformer on the meta device across groups of `size` ranks; give_numbers() then fills it. All
+    groups hold the same (HSDP). Norms, biases and routers are not sharded and stay float32: returns these
+    parameters, whose gradients share_gradients() must average.
     """
     # here, as they take a second to import, which a run on one device need not wait for
     from torch.distributed.device_mesh import init_device_mesh
@@ -51,15 +50,15 @@ def shard_model(model, size, dtype, ranks):
 
 @torch.no_grad()
 def give_numbers(model, tensors, ranks):
-    """Fill a divided Transformer with {name: tensor} of rank 0, its buffers included."""
+    """Fill a sharded Transformer with {name: tensor} of rank 0, including its buffers."""
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         t.copy_(give_out(tensors[name], t, ranks))
 
 
 def give_out(t, like, ranks):
     """
-    This rank's part of the tensor t of rank 0, of which the others know the shape alone; it is divided as
-    `like` is, if that has its shape.
+    This rank's shard of the tensor t of rank 0; the other ranks know only its shape. It is sharded like
+    `like` if the shapes are equal.
     """
     ranks.alive('to hand out the network')
     device = like.device if t.ndim else 'cpu'  # counts of an optimizer's steps
@@ -72,7 +71,7 @@ def give_out(t, like, ranks):
 
 
 def share_gradients(parameters, ranks):
-    """Average the gradients of parameters that every rank holds."""
+    """Average the gradients of parameters that are not sharded."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if grads:
         mean = ranks.add_up(torch.cat([g.flatten() for g in grads])) / ranks.world
@@ -81,17 +80,17 @@ def share_gradients(parameters, ranks):
 
 
 def is_divided(t):
-    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    """Whether a tensor is a DTensor, of which each rank holds a shard."""
     return hasattr(t, 'full_tensor')
 
 
 def whole(t):
-    """All of a tensor that may be divided; all ranks have to ask."""
+    """The full tensor of a shard; all ranks must call it together."""
     return t.full_tensor() if is_divided(t) else t
 
 
 def part(t, like):
-    """This rank's part of a whole tensor t, divided as the parameter `like` is, if that is."""
+    """This rank's shard of a full tensor t, sharded like the parameter `like`, if that is sharded."""
     if not is_divided(like):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -99,10 +98,7 @@ def part(t, like):
 
 
 def clip_divided(params, most):
-    """
-    Scale the gradient of parameters, of which some are divided, to a norm of at most `most`. Returns the norm
-    it had.
-    """
+    """Clip the gradient norm of parameters, some of them sharded, to `most`. Returns the norm before."""
     divided = [p for p in params if is_divided(p.grad)]
     others = [p for p in params if not is_divided(p.grad)]
     norms = []
@@ -118,8 +114,8 @@ def clip_divided(params, most):
 
 def gather(tree, ranks):
     """
-    A nest of dicts and lists whose divided tensors are put together one after the other, in the CPU's memory
-    of rank 0; empty ones elsewhere.
+    Nested dicts and lists with full tensors, gathered one by one in the CPU memory of rank 0; empty ones on
+    the other ranks.
     """
     def put_together(t):
         full = whole(t)
@@ -128,7 +124,7 @@ def gather(tree, ranks):
 
 
 def group_size(shard, world):
-    """How many ranks share one copy: all for shard=True. Raises UserError."""
+    """The number of ranks that share one copy; all ranks for shard=True. Raises UserError."""
     size = world if shard is True else int(shard)
     if world == 1 or size < 2 or world % size:
         raise UserError(f'shard={shard}: divides the network among that many of {world} processes: '
@@ -137,14 +133,14 @@ def group_size(shard, world):
 
 
 def build_divided(build_model, s, data, start, ranks):
-    """What build_model() makes: the network on rank 0's CPU, and its shapes alone on the others."""
+    """Like build_model(): the model on the CPU of rank 0, and only its shapes on the other ranks."""
     built = []
     ranks.from_first(lambda: built.append(build_model(s, data, start)))
     return built[0] if ranks.first else build_model(s, data, start, is_blank=True)
 
 
 def divide(run, build_model, s, start, ranks):
-    """Divide the network and the optimizer of a Run, which rank 0 has built, among all ranks."""
+    """Shard the model and the optimizer of a Run, which rank 0 has built, across all ranks."""
     from optim import make_optimizer  # optim.py imports this file
     tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
     moments = optim.moments_of(run.optimizer)

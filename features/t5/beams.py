@@ -9,7 +9,7 @@ from sample import KVCache, NotFinite, Row, next_logits
 
 
 def check_settings(s):
-    """Raise ValueError for settings of sample.py that do not go with num_beams."""
+    """Raise ValueError for settings of sample.py that cannot be combined with num_beams."""
     if s.num_beams < 0:
         raise ValueError(f'num_beams={s.num_beams}: must not be negative')
     if len(s.adapter) > 1:
@@ -34,14 +34,13 @@ def print_best(model, tokenizer, prompt, s):
 @torch.no_grad()
 def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, eot=None, vocab_size=None):
     """
-    The best continuation of a prompt (a list of token ids) that num_beams hypotheses at a time find, a list
-    of token ids, up to and with `eot`. Its score is the highest: its log-probability over its length to the
-    power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6). The search ends when
-    the best open hypothesis, at its present length, is no better than the worst of num_beams finished ones,
-    as that of transformers (early_stopping=False) does.
-
+    The best continuation of a prompt (a list of token ids) that a beam search with num_beams hypotheses
+    finds, a list of token ids up to and including `eot`. The score is the log-probability divided by the
+    length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6). The
+    search ends when the best open hypothesis, at its present length, is no better than the worst of num_beams
+    finished ones, like that of transformers (early_stopping=False).
     model: a decoder, or a sampling.Decoder of an encoder-decoder that has read one source. Raises ValueError
-    for more tokens than block_size, and NotFinite where the logits are no numbers.
+    for more tokens than block_size, and NotFinite if the logits are NaN or infinite.
     """
     V, device = vocab_size or model.cfg.vocab_size, next(model.parameters()).device
     size = len(prompt) + max_new_tokens
@@ -78,7 +77,7 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
 
 
 def select(cache, rows):
-    """Let a KVCache go on with these rows (B,) of the batch, of which one may come several times."""
+    """Reorder a KVCache to these rows (B,) of the batch; a row may be repeated."""
     for layers in (cache.buffers, cache.source):
         for n, tensors in enumerate(layers):
             if tensors is not None:

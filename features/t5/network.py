@@ -27,17 +27,17 @@ class EncoderOutput(NamedTuple):
 
 
 class CrossInputs(NamedTuple):
-    """What cross-attention takes beside x and the encoder's output, the same in all blocks."""
+    """The inputs of cross-attention besides x and the encoder's output, the same in all blocks."""
     query_angles: torch.Tensor | None  # rotary, of the target's tokens, (2, T, D/2) or (2, B, T, D/2)
     key_angles: torch.Tensor | None  # of the source's tokens, (2, S, D/2)
     mask: torch.Tensor  # as in EncoderOutput
 
 
 class T5Attention(Attention):
-    """Self-attention in a stack of an encoder-decoder; it is causal where there is no mask."""
+    """Self-attention of an encoder-decoder; causal if there is no mask."""
 
     def output(self, q, k, v, mask):
-        """As Attention.output(); t5_scale takes 1/sqrt(D) out of the logits."""
+        """Like Attention.output(); with t5_scale, logits are not divided by sqrt(D)."""
         if self.cfg.depth_scale == 'attn':
             q = q / (self.layer + 1)
         if self.cfg.t5_scale:
@@ -48,7 +48,7 @@ class T5Attention(Attention):
 
 
 class CrossAttention(T5Attention):
-    """Queries of x, keys and values of the encoder's output."""
+    """Attention with queries from x, keys and values from the encoder's output."""
 
     def __init__(self, cfg, layer):
         super().__init__(cfg, layer)
@@ -70,7 +70,7 @@ class CrossAttention(T5Attention):
 
 
 class WideMLP(MLP):
-    """T5's hidden layer may pass 65,504, the largest float16: it goes on in float32, as in transformers."""
+    """T5's hidden layer may exceed 65,504, the largest float16, so it stays float32, as in transformers."""
 
     def forward(self, x, *counts):
         up = self.up(x, *counts)
@@ -101,7 +101,7 @@ class DecoderBlock(EncoderBlock):
         self.add_mlp(cfg, layer)
 
     def forward(self, x, inputs, v0, cache, encoded, cross):
-        """As Block.forward(); encoded (B, S, C), cross: the CrossInputs."""
+        """Like Block.forward(); encoded (B, S, C), cross: the CrossInputs."""
         y, v0 = self.attn(self.normed(self.norm_1, x), inputs, v0, cache)
         x = x + self.drop(y)
         x = x + self.drop(self.cross(self.normed(self.norm_x, x), encoded, cross, cache))
@@ -112,7 +112,7 @@ class DecoderBlock(EncoderBlock):
 # The network
 
 class EncoderDecoder(Transformer):
-    """An encoder and a decoder. Raises ValueError for more tokens than source_size, too."""
+    """An encoder and a decoder. Raises ValueError also for more tokens than source_size."""
     TABLES = (*Transformer.TABLES, 'wte_encoder.', 'rel_encoder.')
 
     def __init__(self, cfg, init=True):
@@ -136,7 +136,7 @@ class EncoderDecoder(Transformer):
         self.blocks = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.n_layer))
 
     def forward(self, idx, targets=None, cache=None, reduction='mean', label_smoothing=0.0, source=None):
-        """As Transformer.forward(). source (B, S) int64: what is read, -1 for padding at the end."""
+        """Like Transformer.forward(). source (B, S) int64: the encoder's input, -1 for padding at the end."""
         if source is None:
             raise ValueError('an encoder-decoder takes a source')
         h = self.hidden(idx, cache, self.encode(source))
@@ -145,7 +145,7 @@ class EncoderDecoder(Transformer):
         return self.loss(h, targets, reduction, label_smoothing)
 
     def encode(self, source):
-        """The EncoderOutput of source (B, S), of which every row has a token at least."""
+        """The EncoderOutput of source (B, S); every row needs at least one token."""
         if source.size(1) > self.cfg.source_context:
             raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
         real = source >= 0
@@ -161,7 +161,7 @@ class EncoderDecoder(Transformer):
         return EncoderOutput(self.norm_encoder(self.run(self.encoder, x, inputs)), mask, real.sum(1))
 
     def hidden(self, idx, cache=None, encoded=None):
-        """As Transformer.hidden(); encoded: what encode() returned."""
+        """Like Transformer.hidden(); encoded: the result of encode()."""
         cross = CrossInputs(None, None, encoded.mask)
         if self.cfg.cross_rope != 'none':
             positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.positions
@@ -179,7 +179,7 @@ class EncoderDecoder(Transformer):
     # --- init, counts ---
 
     def init_blocks(self, blocks, output_scale):
-        """Both stacks, the encoder first. t5_scale: see T5Config."""
+        """Init both stacks, the encoder first. t5_scale: see T5Config."""
         cfg = self.cfg
         for stack in (self.encoder, blocks):
             output_scale, query_scale = 1 / math.sqrt(2 * len(stack)), 1.0
@@ -192,8 +192,8 @@ class EncoderDecoder(Transformer):
 
     def flops_per_token(self):
         """
-        As Transformer.flops_per_token(), for one token of the target and its share of the source, which is
-        source_size / block_size tokens: for the encoder, and for keys and values of cross-attention.
+        Like Transformer.flops_per_token(), for one target token and its share of the source, source_size /
+        block_size tokens, in the encoder and in the keys and values of cross-attention.
         """
         cfg, T, S = self.cfg, self.cfg.block_size, self.cfg.source_context
         target, source = 0, 0

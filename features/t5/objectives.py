@@ -51,7 +51,7 @@ DENOISERS = {
 
 
 def parse_denoisers(denoisers):
-    """[Denoiser, …] of a name or a list of lists. Raises ValueError."""
+    """[Denoiser, …] from a name or a list of lists. Raises ValueError."""
     if isinstance(denoisers, str):
         if denoisers not in DENOISERS:
             raise ValueError(f'denoisers={denoisers}: takes {", ".join(DENOISERS)}, or [[span, rate, '
@@ -88,7 +88,7 @@ def is_denoiser(entry):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the settings say about the objective; Mixture() and open_source() of batches.py take it."""
+    """The settings of the objective, for Mixture() and open_source() of batches.py."""
     kind: str  # prefix, ul2 or seq2seq
     source_size: int = 0  # tokens that the encoder reads; 0 = a decoder alone
     denoisers: str | list = 'ul2r'
@@ -96,9 +96,9 @@ class Objective:
 
 def find_objective(settings, cfg):
     """
-    The Objective of a run, None for the next token in a decoder. settings: train.py's as a dict, or those
-    that a run stored; a run from before there were objectives is causal. cfg: the ModelConfig, or train.py's
-    settings.
+    The Objective of a run; None for next-token prediction in a decoder. settings: train.py's as a dict, or
+    those of a stored run; a run from before there were objectives is causal. cfg: the ModelConfig, or
+    train.py's settings.
     """
     kind, source_size = settings.get('objective', 'causal'), getattr(cfg, 'source_context', 0)
     if kind == 'causal' and not source_size:
@@ -107,7 +107,7 @@ def find_objective(settings, cfg):
 
 
 def open_source_for(objective, name, split, block_size, packing):
-    """The Source of a corpus for an Objective. Raises UserError where the two do not fit."""
+    """The Source of a corpus for an Objective. Raises UserError if they do not match."""
     if objective.kind == 'causal':
         raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: '
                         'set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
@@ -119,9 +119,8 @@ def open_source_for(objective, name, split, block_size, packing):
 
 def more_inputs(model, arrays):
     """
-    {name: tensor} of what a batch holds beside x and y, as the forward pass takes it: an encoder's source
-    (B, S), or of packed pairs the number of the pair that each token is of (B, T). arrays: a list of one, or
-    of none.
+    {name: tensor} of the inputs of a batch besides x and y, for the forward pass: an encoder's source (B, S),
+    or, for packed pairs, the index of each token's pair (B, T). arrays: a list of one, or of none.
     """
     if not arrays:
         return {}
@@ -133,20 +132,20 @@ def more_inputs(model, arrays):
 # Masking
 
 def count_masked(length, d):
-    """(masked tokens, spans) of a row of `length` tokens, at least 2."""
+    """(masked tokens, spans) for a row of `length` tokens, at least 2."""
     masked = min(max(round(length * d.rate), 1), length - 1)
     spans = min(max(round(masked / d.span), 1), masked, length - masked)
     return masked, spans
 
 
 def split_at_random(length, pieces, rng):
-    """(pieces,) int64 of at least 1 that sum to `length`; every way to do so is equally likely."""
+    """(pieces,) int64 of at least 1 that sum to `length`; all splits are equally likely."""
     cuts = np.sort(rng.permutation(length - 1)[:pieces - 1]) + 1
     return np.diff(cuts, prepend=0, append=length)
 
 
 def mask_spans(length, d, rng):
-    """Which tokens of a row are masked, (length,) bool: kept pieces and spans in turn (as in T5)."""
+    """Which tokens of a row are masked, (length,) bool: kept pieces and masked spans alternate (as in T5)."""
     masked, spans = count_masked(length, d)
     kept = split_at_random(length - masked, spans, rng)
     lengths = np.stack([kept, split_at_random(masked, spans, rng)], axis=1).ravel()
@@ -155,8 +154,8 @@ def mask_spans(length, d, rng):
 
 def denoise(tokens, d, rng, reserved, eot):
     """
-    (source, target) int64 of a row of tokens (L,). In the source a sentinel stands for each masked span; the
-    target is each sentinel and then its span. Both end with eot. reserved: (first, last) of the reserved
+    (source, target) int64 from a row of tokens (L,). In the source, a sentinel replaces each masked span; the
+    target is each sentinel followed by its span. Both end with eot. reserved: (first, last) of the reserved
     tokens.
     """
     first, last = reserved
@@ -179,8 +178,8 @@ def denoise(tokens, d, rng, reserved, eot):
 
 class Masking:
     """
-    Rows of tokens → (source, target), for objective=prefix and ul2. length: tokens of a row, as many as fit
-    the network. Raises UserError where no row fits or the tokenizer does not.
+    Turns rows of tokens into (source, target), for objective=prefix and ul2. length: tokens per row, as many
+    as fit the model. Raises UserError if no row fits or the tokenizer has too few reserved tokens.
     """
 
     def __init__(self, kind, block_size, source_size, denoisers, meta):
@@ -209,7 +208,7 @@ class Masking:
         self.until = np.cumsum(weights) / weights.sum()
 
     def fits(self, length, d):
-        """Whether the source and the target of a row of `length` tokens fit the network."""
+        """Whether the source and the target of a row of `length` tokens fit the model."""
         if d.span:
             masked, spans = count_masked(length, d)
             source = length - masked + spans
@@ -222,13 +221,13 @@ class Masking:
         return length + 2 * spans + marks + 1 <= self.T + 1
 
     def count_reserved(self):
-        """How many reserved tokens the rows need: the modes, and a sentinel for each span."""
+        """The number of reserved tokens that the rows need: the modes, and a sentinel per span."""
         modes = len(MODES) if any(d.mode for d in self.denoisers) else 0
         spans = [count_masked(self.length, d)[1] for d in self.denoisers if d.span]
         return modes + max(spans, default=0)
 
     def example(self, tokens, noise):
-        """(source, target), int64, of a row of tokens. noise: an integer that draws denoiser and mask."""
+        """(source, target), int64, from a row of tokens. noise: the random seed for denoiser and mask."""
         rng = np.random.Generator(np.random.PCG64(noise))
         number = int(np.searchsorted(self.until, rng.random(), 'right'))
         d = self.denoisers[min(number, len(self.denoisers) - 1)]
@@ -236,7 +235,7 @@ class Masking:
 
 
 def check_kind(kind):
-    """Raise UserError for an objective without code here: it must not work as another one."""
+    """Raise UserError for an objective that has no code here, so that it does not act as another one."""
     if kind not in ('causal', 'prefix', 'ul2', 'seq2seq'):
         raise UserError(f'objective={kind}: has no code in objectives.py: use causal, prefix, ul2 or seq2seq')
 
@@ -245,7 +244,7 @@ def check_kind(kind):
 # Rows
 
 class DenoisingSource(Source):
-    """A Source whose rows are (source, target), cut or masked by a Masking."""
+    """A Source whose rows are (source, target), split or masked by a Masking."""
 
     def __init__(self, objective, name, split, block_size, packing):
         super().__init__(name, split, block_size, packing, bos=())
@@ -262,7 +261,7 @@ class DenoisingSource(Source):
         return self.masking.example(super().row(number, noise), splitmix(noise, 1))
 
     def batch(self, rows, height=0):
-        """x, y (B, T), and for an encoder source (B, S)."""
+        """x, y (B, T), and for an encoder also source (B, S)."""
         if self.masking.S:
             return encoder_batch(rows, self.block_size, self.masking.S, self.masking.eot, height)
         x, y, _ = decoder_batch([[row] for row in rows], self.block_size, height)
@@ -274,9 +273,8 @@ class DenoisingSource(Source):
 
 def encoder_batch(examples, T, S, eot, height=0):
     """
-    x, y (B, T), source (B, S) int64 of B pairs of source and target, or `height` if that is more. x begins
-    with eot.
-    y: -1 where there is no target; source: -1 after its end. A row of padding has a source of one token.
+    x, y (B, T), source (B, S) int64 of B source–target pairs, or `height` if that is more. x begins with eot.
+    y: -1 where there is no target; source: -1 for padding. A padding row has a source of one token.
     """
     height = max(len(examples), height)
     x, y = np.zeros((height, T), np.int64), np.full((height, T), -1, np.int64)
@@ -292,9 +290,8 @@ def encoder_batch(examples, T, S, eot, height=0):
 
 def decoder_batch(rows, T, height=0):
     """
-    x, y, pieces (B, T) int64 of B rows, each a list of pairs of source and target one after another, or
-    `height` if that is more. y: -1 where there is no target. pieces: the number of the pair in its row that a
-    token is of.
+    x, y, pieces (B, T) int64 of B rows, each a list of concatenated source–target pairs, or `height` if that
+    is more. y: -1 where there is no target. pieces: the index of each token's pair in its row.
     """
     height = max(len(rows), height)
     x, y = np.zeros((height, T), np.int64), np.full((height, T), -1, np.int64)

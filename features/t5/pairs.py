@@ -23,7 +23,7 @@ LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut 
 
 
 class PairSource(Source):
-    """A Source whose rows are pairs: (source, target), or a list of those that share a row."""
+    """A Source whose rows are pairs: (source, target), or a list of those packed into one row."""
 
     def __init__(self, objective, name, split, block_size, packing):
         super().__init__(name, split, block_size, packing, bos=())
@@ -52,7 +52,7 @@ class PairSource(Source):
         return [self.pair(n) for n in self.packed[first:self.until[number]]]
 
     def pair(self, number):
-        """(source, target), int64, of pair `number`, cut to the room that they have."""
+        """(source, target), int64, of pair `number`, truncated to fit."""
         return cut_pair(self.tokens(number), self.block_size, self.source_size, self.eot)
 
     def tokens(self, number):
@@ -60,7 +60,7 @@ class PairSource(Source):
         return self.files.read(first, end - first)
 
     def batch(self, rows, height=0):
-        """x, y (B, T), and for an encoder source (B, S), or of packed pairs pieces (B, T)."""
+        """x, y (B, T), for an encoder also source (B, S), for packed pairs also pieces (B, T)."""
         if self.source_size:
             return encoder_batch(rows, self.block_size, self.source_size, self.eot, height)
         if self.packing == 'pairs':
@@ -72,7 +72,7 @@ class PairSource(Source):
         return 0  # a target stands for a part of the text alone
 
     def too_long(self):
-        """A line about the pairs that are cut, '' if all fit. At most LOOK_AT of the long ones are read."""
+        """A line about truncated pairs, '' if all fit. Reads at most LOOK_AT of the long ones."""
         T, S = self.block_size, self.source_size
         shortest = min(S, T) + 1 if S else T + 2  # pair that may be cut, in tokens
         numbers, seen = np.flatnonzero(np.diff(self.files.bounds) >= shortest), self.files.documents
@@ -98,7 +98,7 @@ class PairSource(Source):
 
 
 def cut_pair(tokens, block_size, source_size, eot):
-    """(source, target), int64, of the tokens of a pair, cut to the room that they have in a row."""
+    """(source, target), int64, from the tokens of a pair, truncated to fit a row."""
     length = source_length(tokens, eot)
     source, target = tokens[:length], tokens[length:]
     for_source, for_target = share_room(block_size, source_size, len(source), len(target))
@@ -108,12 +108,12 @@ def cut_pair(tokens, block_size, source_size, eot):
 
 
 def source_length(tokens, eot):
-    """How many of the tokens of a pair are its source: up to the first end of text, and with it."""
+    """The length of the source in a pair's tokens: up to and including the first end-of-text token."""
     return int(np.flatnonzero(tokens == eot)[0]) + 1
 
 
 def share_room(block_size, source_size, source, target):
-    """(tokens of room for the source, for the target) in a row; source, target: their lengths."""
+    """(room for the source, room for the target) in a row, in tokens; source, target: their lengths."""
     if source_size:
         return source_size, block_size
     row = block_size + 1  # the last token is written, never read
@@ -123,9 +123,9 @@ def share_room(block_size, source_size, source, target):
 
 def pack(lengths, room):
     """
-    Which of `lengths` share a row of `room`: (their numbers, row after row; where each row ends), int64. The
-    longest goes first, each into the fullest row that still has room for it (best-fit decreasing: at most
-    11/9 of the fewest rows, Johnson et al. 1974, SIAM J. Comput. 3).
+    Pack `lengths` into rows of `room`: (their indices, row after row; the end of each row), int64. Best-fit
+    decreasing: the longest first, each into the fullest row with enough room (at most 11/9 of the optimal
+    number of rows, Johnson et al. 1974, SIAM J. Comput. 3).
     """
     # spaces: the room left in rows, sorted; with_space: the rows that have it
     rows, with_space, spaces = [], {}, []

@@ -9,8 +9,9 @@ import torch.nn as nn
 
 class RelativeBias(nn.Embedding):
     """
-    A learned number for each head and bucket of distances, added to the logits of attention (section 2.1).
-    Half of the buckets hold one distance each, the others ever longer ranges, the last one all from 128 on.
+    A learned bias for each head and bucket of distances, added to the attention logits (section 2.1). Half of
+    the buckets are for a single distance each, the others for increasing ranges, the last one for all from
+    128 on.
     """
     BUCKETS, FURTHEST = 32, 128
 
@@ -19,7 +20,7 @@ class RelativeBias(nn.Embedding):
         self.is_causal = is_causal
 
     def forward(self, queries, keys):
-        """Positions (T,) of queries and (S,) of keys → (1, H, T, S); -inf for the future, if causal."""
+        """Positions (T,) of queries and (S,) of keys → (1, H, T, S); -inf for future positions, if causal."""
         distance = keys - queries[:, None]  # (T, S)
         bias = super().forward(self.buckets(distance)).permute(2, 0, 1)  # (H, T, S)
         if self.is_causal:
@@ -40,7 +41,7 @@ class RelativeBias(nn.Embedding):
 
 
 def init_relative(model):
-    """Fill the RelativeBias of each stack."""
+    """Init the RelativeBias of each stack."""
     std = model.cfg.init_std or model.cfg.n_embd ** -0.5
     nn.init.normal_(model.rel.weight, std=std)
     if model.cfg.n_encoder_layer:

@@ -10,7 +10,7 @@ from tokenizer import PromptFormat
 
 
 def prompt_format(kind, denoisers, tokenizer, bos=()):
-    """The PromptFormat of a network that was trained with objective=kind and these denoisers."""
+    """The PromptFormat of a model trained with objective=kind and these denoisers."""
     check_kind(kind)
     if kind == 'causal':
         return PromptFormat(bos)
@@ -23,22 +23,22 @@ def prompt_format(kind, denoisers, tokenizer, bos=()):
 
 
 def source_format(tokenizer):
-    """The PromptFormat of the text that an encoder reads: it ends with the end of text at least."""
+    """The PromptFormat of the encoder's input: it ends at least with the end-of-text token."""
     own = tokenizer.prompt_format
     return PromptFormat((), own.prefix, own.suffix or (tokenizer.eot or 0,))
 
 
 def read_sources(model, tokenizer, sources):
     """
-    (the decoder of an encoder-decoder that has read sources, the prompts that it goes on from), as generate()
-    takes them. sources: lists of token ids.
+    (the decoder of an encoder-decoder that has read the sources, its prompts), for generate(). sources: lists
+    of token ids.
     """
     start = list(tokenizer.prompt_format.bos) or [tokenizer.eot or 0]
     return Decoder(model, sources), [start] * len(sources)
 
 
 class Decoder:
-    """The decoder of an encoder-decoder that has read these sources, a batch of lists of token ids."""
+    """The decoder of an encoder-decoder that has read a batch of sources, lists of token ids."""
 
     @torch.no_grad()
     def __init__(self, model, sources):
@@ -56,6 +56,6 @@ class Decoder:
 
 
 def pad(rows, device):
-    """Lists of token ids → (B, S) int64, -1 at the ends of the shorter ones."""
+    """Lists of token ids → (B, S) int64, padded with -1."""
     tensors = [torch.tensor(row, device=device) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=-1)

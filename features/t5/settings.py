@@ -25,7 +25,7 @@ class T5Config(ModelConfig):
 
     @property
     def source_context(self):
-        """Context of the encoder in tokens, 0 without one."""
+        """Context length of the encoder in tokens, 0 without an encoder."""
         return (self.source_size or self.block_size) if self.n_encoder_layer else 0
 
     def check(self):
@@ -63,8 +63,8 @@ class ObjectiveConfig(DataConfig):
 
 def adopt_source_size(s, cfg, where):
     """
-    The encoder's context of a run that begins with weights of a network with the ModelConfig cfg: they were
-    trained for one length, but distances are no parameters, so the user may choose another.
+    Set the encoder's context length of a run that starts from the weights of a model with the ModelConfig
+    cfg: it was trained with one length, but the length is not a weight, so the user may choose another.
     """
     if 'source_size' in s.given and cfg.position == 'learned' and s.source_size > cfg.source_context:
         raise UserError(f'source_size={s.source_size}: '
