@@ -1,10 +1,10 @@
 """
-Features: one folder each, which can be deleted. Here is how their settings join those of the core.
+Features: each has its own folder, which can be deleted. This file adds their settings to those of the core.
 
-features/NAME/settings.py holds dataclasses. One that inherits a dataclass of the core (MoEConfig of
-ModelConfig) is added to whatever inherits that one too; one that inherits none is added to the settings of
-train.py, which say `features = ()`. A core field whose comment begins with [NAME] is the feature's switch:
-the core asks for it, and any value but its default brings in the feature's other settings.
+features/NAME/settings.py holds dataclasses. If one inherits a dataclass of the core (MoEConfig inherits
+ModelConfig), its settings are added to every class that inherits the same one. If it inherits none, they are
+added to train.py's Settings, which has `features = ()`. A core field whose comment begins with [NAME]
+switches the feature on: any value except its default adds the feature's other settings.
 """
 import dataclasses
 import functools

@@ -1,10 +1,10 @@
 """
-Distillation (Hinton et al. 2015, arXiv 1503.02531): a network learns from the distribution of a teacher.
+Distillation (Hinton et al. 2015, arXiv 1503.02531): train on the output distribution of a teacher model.
 
     loss = model(idx, targets, teacher=ask(teacher, idx, s))
 
 The loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student), with mix = distill_mix and
-temperature = distill_temperature. The teacher's logits are made chunk by chunk, as the student's are.
+temperature = distill_temperature. The teacher's logits are computed in chunks, like the student's.
 """
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """
-The commands of surgery.py that make a network smaller or larger: inherit, grow, widen, average, factorize.
-Their arithmetic is in networks.py and factorize.py; `s` is the command's settings.
+The commands of surgery.py that change a model's size: inherit, grow, widen, average, factorize. They call
+networks.py and factorize.py; `s` is the command's settings.
 """
 import dataclasses
 import glob

@@ -1,10 +1,10 @@
 """
-The dense matrices of a trained network in two factors each, by a truncated SVD: of the matrix, or of what it
-makes of its inputs.
+Factorize the dense matrices of a trained model into two factors each, by a truncated SVD of the matrix, or of
+its outputs on data.
 
-    moments = input_moments(model, data)                   # leave it out for the SVD of the matrices alone
+    moments = input_moments(model, data)                   # without it: plain SVD of the matrices
     weights, records = factorize(model, {'blocks.0.attn.q': 16}, moments=moments)
-    weights, records = factorize(model, {}, energy=0.95)   # each matrix gets the rank that keeps so much
+    weights, records = factorize(model, {}, energy=0.95)   # the rank of each matrix keeps 95% of its energy
     print(table(records, by_output=False))
 """
 from statistics import median

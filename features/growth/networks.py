@@ -1,13 +1,13 @@
 """
-The arithmetic of growth: the settings and tensors of a network out of those of another.
+Make the settings and tensors of a new model from those of another.
 
     cfg, weights = take_layers(cfg, weights, [0, 1, 2, 3])                  # the first four blocks
     cfg, weights = take_layers(cfg, weights, [0, 0, 1, 1], silent={1, 3})   # twice as many, the same function
     cfg, weights = widen(cfg, weights, n_embd=512, n_head=8)                # the same function
     cfg, weights = average(cfgs, weights, names)                            # the mean of several networks
 
-Weights are {name: tensor}, names those of model.py. A map {new name: old name} says which tensor each one
-was, so that an optimizer's moments can follow.
+Weights are {name: tensor} with the names of model.py. A map {new name: old name} gives the origin of each
+tensor, so that its optimizer moments can be kept.
 """
 import dataclasses
 import math

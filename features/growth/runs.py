@@ -1,12 +1,12 @@
 """
-A trained network in, a new run out: what each command of surgery.py does before and after its own arithmetic.
+Read a trained model and write a new run: the common part of all commands of surgery.py.
 
     old = read(s, s.from_)
     cfg, weights = widen(old.model.cfg, old.model.state_dict(), n_embd=512)
     write(s, 'widen', old, cfg, weights)
 
-`s` is the command's settings. The new run is a checkpoint at step 0, with settings and a log as train.py
-writes them.
+`s` is the command's settings. The new run has a checkpoint at step 0, and settings.json and log.jsonl like a
+run of train.py.
 """
 import dataclasses
 import json

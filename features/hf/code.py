@@ -1,6 +1,6 @@
 """
-The code of a network beside its exported weights: model.py without the features that the network does not use
-and the files of those that it uses. All lie in one folder, as transformers wants them.
+Export the code of a model with its weights: model.py without the features that the model does not use, and
+the files of those that it uses, in one folder, as transformers needs them.
 """
 import os
 import re

@@ -1,8 +1,8 @@
 """
-Read a JSON file of somebody else: config.json with its fields.
+Read and check the fields of an untrusted config.json.
 
     config = Config(folder)
-    width = config.size('n_embd')      # UserError, with the file and the field in it, unless that is a size
+    width = config.size('n_embd')      # if it is not a valid size: UserError with the file and the field
 """
 import json
 import os

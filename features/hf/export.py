@@ -1,8 +1,8 @@
 """
-Write the network of a run as a Hugging Face folder: config.json, model.safetensors and the tokenizer.
+Write the model of a run as a Hugging Face folder: config.json, model.safetensors and the tokenizer.
 
-    python hub.py export --out_dir=out/run --to=FOLDER                  # as a class that transformers has
-    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any decoder, with its code beside it
+    python hub.py export --out_dir=out/run --to=FOLDER                  # as a class of transformers
+    python hub.py export --out_dir=out/run --to=FOLDER --as=custom      # any decoder, with its code
     python hub.py export --out_dir=out/lora --to=FOLDER                 # an adapter, for PEFT
 """
 import dataclasses

@@ -1,15 +1,15 @@
 """
-The families of networks that transformers knows: the fields of their config.json, read and written. The names
-of their tensors are in names.py.
+The model families of transformers: read and write the fields of their config.json. The names of their tensors
+are in names.py.
 
     gpt2         GPT-2
     gpt_bigcode  StarCoder: GPT-2 with one head of keys and values
     llama        Llama, TinyLlama, SmolLM, OpenLLaMA
-    mistral      read, not written: Llama's class has the same network
+    mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
     minnow       our own class, as hub.py export --as=custom writes it
 
-reading.py and export.py work by the table FAMILIES. A further family is one more entry there.
+reading.py and export.py use the table FAMILIES. To add a family, add an entry there.
 """
 import dataclasses
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """
-The same function with fewer settings, so that a network fits a class of transformers: factors are multiplied
-out, depth_scale becomes part of the weights, and so does the norm of the embedding.
+Fold settings that no class of transformers has into the weights, without changing the function: multiply out
+low-rank factors, and fold depth_scale and the embedding norm into the weights.
 
     cfg, weights = fold(model)
 """

@@ -1,7 +1,7 @@
 """
-A network of minnow as a class of transformers, for those that no class of its own fits. `hub.py export
---as=custom` puts this file, model.py and what else the network needs beside the weights; then
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
+A class of transformers for minnow's models, for those that no existing class fits. `hub.py export
+--as=custom` writes this file, model.py and the other files that the model needs into the folder with the
+weights. Then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) works.
 """
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput

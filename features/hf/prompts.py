@@ -1,5 +1,5 @@
 """
-What tokens stand around a prompt for a network of Hugging Face's.
+The special tokens around a prompt for Hugging Face models.
 """
 from features.hf import reading
 from tokenizer import PromptFormat

@@ -1,12 +1,11 @@
 """
-Read networks and tokenizers out of Hugging Face folders: config.json, model.safetensors, tokenizer.json.
+Load models and tokenizers from Hugging Face folders: config.json, model.safetensors, tokenizer.json.
 
-    cfg, weights = load('hf:FOLDER')      # safetensors, whole or in shards
-    cfg, weights = load('gpt2-medium')    # fetched once into data/downloads/hf
+    cfg, weights = load('hf:FOLDER')      # safetensors, in one file or in shards
+    cfg, weights = load('gpt2-medium')    # downloaded once into data/downloads/hf
 
-A folder is somebody else's file. Every size that config.json names is compared with the headers of the
-weights before anything is allocated; every tensor must be known and is used; pickles and code are never
-touched.
+A folder is untrusted. Every size in config.json is compared with the headers of the weights before anything
+is allocated. Every tensor must be known and is used. Pickles and code are never opened.
 """
 import os
 import re

@@ -1,6 +1,6 @@
 """
-tokenizer.json, which the tokenizers library and all that is built on it read: as a tokenizer of ours, and
-written for any of ours, with the same ids for the same text. And BERT's vocabularies, vocab.txt.
+Read tokenizer.json, the format of the tokenizers library, and write it for any of our tokenizers, with the
+same ids for the same text. Also reads BERT's vocabularies, vocab.txt.
 
     tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file

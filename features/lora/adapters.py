@@ -1,11 +1,11 @@
 """
-What becomes of trained adapters (lora.py): saved and loaded, known to be for this base, added up, merged into
-the weights, one for every row of a batch.
+Trained adapters: save and load them, check their base, combine them, merge them into the weights, and use a
+different one for each row of a batch.
 
-    python sample.py --out_dir=out/lora                            # the base is found again
-    # several beside one base, PEFT's too (peft_files.py)
+    python sample.py --out_dir=out/lora                            # loads the base too
+    # several adapters of one base, PEFT's too (peft_files.py)
     python sample.py --out_dir=out/base --adapter=out/lora --adapter=law=FOLDER
-    python surgery.py merge --from=out/lora --out_dir=out/merged   # one network again
+    python surgery.py merge --from=out/lora --out_dir=out/merged   # merge into the base
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both
 """
 import zlib

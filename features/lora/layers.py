@@ -1,12 +1,12 @@
 """
-Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a network stay as they are, and
-beside some of them a product of two thin matrices is learned, W·x + scale·B·(A·x).
+Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the weights of a model are frozen, and a product
+of two thin matrices is trained and added to some of them, W·x + scale·B·(A·x).
 
     # out_dir holds the adapter alone
     python train.py --init_from=out/base --out_dir=out/lora --lora_rank=16 --learning_rate=1e-2
 
-An adapter hangs on its layer by a hook: model.py knows nothing of it, and a layer's own weight keeps its
-name. What becomes of trained ones is in adapters.py.
+An adapter is attached to its layer by a forward hook. So model.py needs no code for it, and the layer's
+weight keeps its name. adapters.py has the functions for trained adapters.
 """
 import math
 import re

@@ -1,5 +1,5 @@
 """
-Adapters read from checkpoints of ours and from PEFT's folders, and their base network found again.
+Load adapters from our checkpoints and from PEFT folders, with their base model.
 """
 import os
 import re

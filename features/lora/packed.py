@@ -1,6 +1,5 @@
 """
-Matrices in fewer bits: of a whole network, for decoding; of what stays as it is while adapters are trained
-beside it.
+Store matrices in fewer bits: those of a whole model, for decoding, or frozen ones while adapters are trained.
 
     pack(model, 'bfloat16')           # or kind='int8'; then sample.generate(model, …)
     pack_frozen(model, 'nf4')         # after lora.begin(model, s)

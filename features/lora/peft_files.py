@@ -1,11 +1,11 @@
 """
-Adapters as PEFT keeps them, in and out: a folder with adapter_config.json and adapter_model.safetensors.
+Read and write adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors.
 
-    write('FOLDER', cfg, saved, family='gpt2')    # a lora.Saved, for a network of this ModelConfig
-    saved = read('FOLDER', cfg)                   # and out of such a folder, for adapters.add()
+    write('FOLDER', cfg, saved, family='gpt2')    # write a lora.Saved, for a model with this ModelConfig
+    saved = read('FOLDER', cfg)                   # read one, for adapters.add()
 
-PEFT only warns of tensors that it misses, and passes over those that it does not know: a wrong prefix is an
-adapter that says nothing. Here every tensor must have its place, and every place its tensor.
+PEFT only warns about missing tensors and ignores unknown ones, so an adapter with a wrong prefix has no
+effect. Here all names must match exactly.
 """
 import math
 import os

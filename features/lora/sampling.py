@@ -1,5 +1,5 @@
 """
-Samples of adapters beside a network: python sample.py --adapter=DIR, several in one batch.
+Sample with adapters: python sample.py --adapter=DIR, also several in one batch.
 """
 import checkpoint
 from features.lora import adapters, load, peft_files

@@ -1,6 +1,6 @@
 """
-The optimizer of a full Markov table, which learns by counting: --optimizer=counts. It takes a third of
-AdamW's memory and has no learning rate.
+The optimizer that trains a full Markov table by counting: --optimizer=counts. It needs a third of AdamW's
+memory and no learning rate.
 """
 import torch
 

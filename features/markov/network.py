@@ -1,5 +1,5 @@
 """
-First-order Markov chains: the next token depends on the one before alone.
+First-order Markov chains: the next token depends only on the previous one.
 
     model = make_model(ModelConfig(arch='markov', vocab_size=257))                  # a table of logits (V, V)
     model = make_model(ModelConfig(arch='markov', vocab_size=257, rank_embed=64))   # its low-rank factors

@@ -1,5 +1,5 @@
 """
-The loads of experts while a network trains: counted, drawn towards equal ones (expert_bias), reported.
+The loads of experts during training: count them, balance them (expert_bias), and report them.
 """
 
 

@@ -1,6 +1,6 @@
 """
-A mixture of experts out of a dense network, with the same function (sparse upcycling, Komatsuzaki et al.
-2022, arXiv 2212.05055).
+Convert a dense model to a mixture of experts that computes the same function (sparse upcycling, Komatsuzaki
+et al. 2022, arXiv 2212.05055).
 
     python surgery.py upcycle --from=out/dense --out_dir=out/moe --n_expert=8
 """

@@ -1,10 +1,10 @@
 """
-How large a network so many tokens, FLOPs or hours want, by the laws that people quote, side by side: they
-differ by a factor of 1.4.
+The optimal model size for a number of tokens, FLOPs or hours, by several published scaling laws, which differ
+by a factor of 1.4.
 
     python train.py --plan --tokens=1.37e9
     python train.py --plan --flops=1e18
-    python train.py --plan --hours=3            # of this machine, at half of its ceiling
+    python train.py --plan --hours=3            # of this machine, at half of its peak speed
 """
 from dataclasses import dataclass
 

@@ -1,14 +1,14 @@
 """
-One dial. Of the depth, the parameters, the tokens or the minutes wanted, train.py derives everything else:
-the network, the batch, the rates and the steps, with the recipe of config/fast.py. It prints what it derived;
-what is given stays as it is given, but for the steps of a config file where tokens or minutes are asked for.
+The dial: from a depth, a number of parameters, tokens or minutes, train.py derives the model size, batch
+size, learning rates and steps, with the recipe of config/fast.py, and prints them. Settings that the user
+sets are kept, except the number of steps from a config file if tokens or minutes are given.
 
     python train.py --minutes=5             # the best model that this machine can train in five minutes
-    python train.py --depth=6               # 20 tokens a parameter
+    python train.py --depth=6               # 20 tokens per parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
-    # what the published laws would choose (chinchilla.py), and that network; nothing is trained
+    # print what published scaling laws choose (chinchilla.py), without training
     python train.py --plan --hours=3
-    python train.py config/gpt2.py --plan   # parameters, FLOPs and memory of a network; no data are needed
+    python train.py config/gpt2.py --plan   # parameters, FLOPs and memory of a model; needs no data
 """
 import math
 import os

@@ -1,6 +1,6 @@
 """
---minutes: a run that ends after a time. Five steps are timed before the first one counts, and max_iters is
-fitted again at every evaluation.
+--minutes: end a run after a given time. Five steps are timed before training, and max_iters is adjusted at
+every evaluation.
 """
 import math
 from dataclasses import asdict, replace

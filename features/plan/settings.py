@@ -3,7 +3,7 @@ The dial: derive model size, batch size, learning rates and steps from a depth, 
 or minutes.
 
     python train.py --minutes=5            # the best model that this machine can train in five minutes
-    python train.py --plan --hours=3       # what scaling laws would choose; nothing is trained
+    python train.py --plan --hours=3       # print what scaling laws recommend, without training
 """
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """
---plan: the parameters, FLOPs and memory of a network, or the networks that scaling laws want. Nothing is
-trained.
+--plan: print the parameters, FLOPs and memory of a model, or the model sizes that scaling laws recommend,
+without training.
 """
 import torch
 

@@ -1,6 +1,5 @@
 """
-Checkpoints written by a thread while the run goes on (--async_save). What is written must be a copy:
-snapshot().
+Write checkpoints in a background thread (--async_save). Everything written must be a copy: snapshot().
 """
 from concurrent.futures import ThreadPoolExecutor
 

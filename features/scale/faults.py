@@ -1,13 +1,13 @@
 """
-Where tests make things go wrong. The code names points, as faults.at('save:renamed'); FAULT says what happens
+Fault injection for tests. The code marks points, such as faults.at('save:renamed'); FAULT says what happens
 at some of them:
 
-    FAULT='save:renamed=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, parted by spaces
+    FAULT='save:renamed=kill loss@7/1=nan' python train.py …     POINT[@STEP][/RANK]=ACTION, space-separated
 
-kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a
-second, full is a disk with no room. The others are done to the value that is handed over: nan, inf and large
-to a loss, inf to the gradient and shift to a weight of a model. Without FAULT, at() is an empty function.
-After a restart by torchrun no fault happens again.
+kill and term send this process a signal, exit ends it at once, hang sleeps for ever, slow sleeps for half a
+second, full simulates a full disk. The other actions change the value that is passed: nan, inf and large
+change a loss, inf the gradient and shift a weight of a model. Without FAULT, at() does nothing. After a
+restart by torchrun, no fault happens again.
 """
 import errno
 import os

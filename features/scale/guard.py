@@ -1,6 +1,6 @@
 """
-What watches over a run: gradients that are zero everywhere, ranks that drift apart or were started
-differently.
+Guards of a run: detect gradients that are zero everywhere, ranks whose weights differ, and ranks that were
+started differently.
 """
 import torch
 

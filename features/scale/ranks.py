@@ -1,5 +1,5 @@
 """
-The processes of a run: torchrun starts several, which share its batches; python one.
+The processes (ranks) of a run. torchrun starts several, which share the batches; python starts one.
 """
 import gc
 import json

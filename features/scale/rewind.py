@@ -1,6 +1,6 @@
 """
---rewind_spikes: back to the last checkpoint after a loss that jumps, and on without the data of the steps up
-to it.
+--rewind_spikes: after a loss spike, go back to the last checkpoint and skip the data of the steps up to the
+spike.
 """
 import gc
 import statistics

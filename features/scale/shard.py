@@ -1,16 +1,16 @@
 """
-Weights, gradients and moments divided among processes (FSDP2: Zhao et al. 2023, arXiv 2304.11277; Rajbhandari
-et al. 2020, arXiv 1910.02054), so that a network may be as large as all devices together hold. A block's
-weights are put together for its own forward and backward pass, then let go.
+Shard weights, gradients and moments across processes (FSDP2: Zhao et al. 2023, arXiv 2304.11277; Rajbhandari
+et al. 2020, arXiv 1910.02054), so that a model may be as large as the memory of all devices together. The
+weights of a block are gathered for its forward and backward pass, then freed.
 
-What is written is the plain checkpoint, put together in the memory of rank 0: any number of processes reads
-it, sharded or not, and so do sample.py and the rest. torch.distributed.checkpoint would let every process
-write its part, but its files are pickles and notice no damage. The price: the CPU's memory of rank 0 has to
-hold the network and its moments, 12 bytes a parameter, when it writes, and at the start, when it builds them
-or reads them (moments twice for a moment) as an undivided run does and gives every rank its part, a tensor at
-a time. The others begin with shapes alone (the meta device), but for what they read, and let go, of weights
-that were trained elsewhere (init_from). With several micro-batches gradients are exchanged after each, or all
-of them would be held whole.
+Checkpoints have the usual format: rank 0 gathers and writes them. So any number of processes can load them,
+sharded or not, and so can sample.py and the other scripts. With torch.distributed.checkpoint every process
+could write its shard, but its files are pickles and do not detect damage. The price: rank 0 needs CPU memory
+for the model and its moments, 12 bytes per parameter, when it writes, and at the start, when it builds or
+loads them (for a moment with two copies of the moments) and sends each rank its shard, tensor by tensor. The
+other ranks start with shapes only (the meta device), except for weights of init_from, which they read and
+free again. With several micro-batches, gradients are communicated after each one; otherwise every rank would
+hold all of them.
 """
 import torch
 import torch.distributed as dist

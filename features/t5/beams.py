@@ -1,5 +1,5 @@
 """
-Beam search: the likeliest text that several hypotheses at a time find (python sample.py --num_beams=4).
+Beam search: keep several hypotheses and return the most likely text (python sample.py --num_beams=4).
 """
 import torch
 

@@ -1,5 +1,5 @@
 """
-An encoder-decoder (T5, Raffel et al. 2020, arXiv 1910.10683) out of the parts of model.py.
+An encoder-decoder (T5, Raffel et al. 2020, arXiv 1910.10683), made from the parts of model.py.
 
     model = make_model(build(ModelConfig, n_encoder_layer=12, t5_scale=True, position='relative', …))
     loss = model(idx, targets, source=source)   # source (B, S) int64, -1 where a row is padded at its end

@@ -1,14 +1,14 @@
 """
-Objectives: from a row of tokens they make a source to read and a target to write.
+Objectives: turn a row of tokens into a source (the input) and a target (to predict).
 
-    prefix     a row is cut anywhere: its beginning is read, its end written
-    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): some tokens are masked, and written. Each row
-               has one of several denoisers, drawn by their weights
-    seq2seq    pairs of prepare.py: the source is read, the target written (pairs.py)
+    prefix     a row is split at random: the source is its beginning, the target its end
+    ul2        denoising (Tay et al. 2022, arXiv 2205.05131): spans of the source are masked, and the target
+               contains them. Each row uses one of several denoisers, drawn at random by their weights
+    seq2seq    pairs of prepare.py (pairs.py)
 
-An encoder-decoder reads the source with its encoder. A decoder alone reads the source before the target, and
-its loss is over the target only. The mask is a function of the integer `noise`, which is one of
-(seed, sample): training masks anew in each epoch, validation always alike.
+An encoder-decoder reads the source with its encoder. A decoder-only model reads the source before the target,
+and the loss is computed on the target only. The mask is a function of the integer `noise`, which is a hash of
+(seed, sample): in training, the masks differ in each epoch; in validation, they are always the same.
 """
 from dataclasses import dataclass
 

@@ -1,14 +1,14 @@
 """
-Pairs of a source and a target, objective=seq2seq: rows of the data sets that prepare.py makes with
---source=FIELD --target=FIELD.
+Source–target pairs, objective=seq2seq: rows of the data sets that prepare.py makes with --source=FIELD
+--target=FIELD.
 
-A pair that is too long is cut, each side at its end. An encoder reads source_size tokens, and the decoder
-writes block_size. A decoder alone has block_size + 1 tokens for both: each side has half of them, and what
-the other leaves. So a long target never takes the place of the source that it answers. train.py prints how
-many pairs are cut.
+A pair that is too long is truncated, each side at its end. An encoder has room for source_size tokens, its
+decoder for block_size. A decoder-only model has room for block_size + 1 tokens in total: each side gets half,
+plus what the other side does not need. So a long target never displaces its source. train.py prints how many
+pairs are truncated.
 
-Rows of a decoder hold as many pairs as fit, each masked from the others (packing=document: one pair a row);
-the pairs of a row are the same in every epoch. An encoder reads one pair a row.
+A row of a decoder holds as many pairs as fit, masked from each other (packing=document: one pair per row);
+the pairs of a row are the same in every epoch. An encoder reads one pair per row.
 """
 from bisect import bisect_left, insort
 

@@ -1,5 +1,5 @@
 """
-T5's positions (Raffel et al. 2020, arXiv 1910.10683): numbers that are learned for ranges of distances.
+T5's relative positions (Raffel et al. 2020, arXiv 1910.10683): a learned bias for each range of distances.
 """
 import math
 

@@ -1,6 +1,6 @@
 """
-Text from networks that read a source before they write: which tokens stand around it, and encoder-decoders as
-sample.generate() takes them.
+Sample from models that read a source first: the special tokens around it, and a wrapper of encoder-decoders
+for sample.generate().
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence
