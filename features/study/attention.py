@@ -55,7 +55,8 @@ class AttentionSettings:
 
 def least(energies, tau):
     """
-    energies (…, T) from 0 → (…): how many of them, the largest first, make up the share tau of their sum.
+    energies (…, T) ≥ 0 → (…): the smallest number of them, the largest first, whose sum is the share tau of
+    the total.
     """
     kept = energies.sort(-1, descending=True).values.cumsum(-1)
     return 1 + (kept < tau * kept[..., -1:] * (1 - 1e-12)).sum(-1)
@@ -67,12 +68,12 @@ def rank(A, tau=0.9):
 
 
 def mass(A, tau=0.9):
-    """The number (…) of columns that carry attention matrices A (…, T, T)."""
+    """The number (…) of columns with most of the norm of attention matrices A (…, T, T)."""
     return least(A.double().square().sum(-2), tau)
 
 
 def nulls(T, tau=0.9):
-    """{name: (rank, mass)} of attention that looks at nothing in particular."""
+    """{name: (rank, mass)} of the three simple attention patterns."""
     uniform = torch.ones(T, T).tril()
     matrices = {
         'uniform': uniform / uniform.sum(1, keepdim=True),
@@ -87,7 +88,7 @@ def nulls(T, tau=0.9):
 
 @contextlib.contextmanager
 def watching(see):
-    """Inside it, see(A) is called with the attention A (B, H, T, T) of every layer in its turn."""
+    """Context in which see(A) is called with the attention A (B, H, T, T) of every layer in turn."""
     fused = networks.attend
 
     def attend(q, k, v, mask, is_causal, dropout):
@@ -104,7 +105,7 @@ def watching(see):
 
 
 class Sums:
-    """Of one layer, over the sequences: ranks (H,), masses (H,) and matrices A (H, T, T)."""
+    """Sums over the sequences for one layer: ranks (H,), masses (H,) and matrices A (H, T, T)."""
 
     def __init__(self):
         self.ranks = 0
@@ -121,7 +122,7 @@ class Sums:
 @torch.no_grad()
 def measure(model, batches, tau=0.9):
     """
-    [{layer, head, rank, mass, averaged_rank, averaged_mass}] of every head: the means over the sequences of
+    [{layer, head, rank, mass, averaged_rank, averaged_mass}] of every head: means over the sequences of
     `batches`, which yields x (B, T), and the same figures of the mean matrix. Memory does not grow with the
     number of batches.
     """
@@ -199,8 +200,8 @@ COLUMNS = {
 
 def table(layers, null, lazy):
     """
-    A line for each layer, then means (that of MaxRank is AvgRank), then the numbers of attention that looks
-    at nothing in particular.
+    A line for each layer, then means (the mean of MaxRank is AvgRank), then the three simple attention
+    patterns.
     """
     lines = [f'{"layer":10}' + ''.join(f'{name:>12}' for name in COLUMNS)]
     lazy_layers = []
@@ -234,8 +235,8 @@ def cells(name, row):
 
 def draw(records, layers, null, averaged, title):
     """
-    Three panels against the layer: ranks and masses, the heads as points and the layer as a line, beside
-    attention that looks at nothing in particular; norms of the gradient.
+    Three panels by layer: ranks and masses, with heads as points, the layer as a line and the simple patterns
+    for comparison; norms of the gradient.
     """
     page = figure(12, 4)
     prefix = 'averaged_' if averaged else ''
@@ -291,7 +292,7 @@ def windows(sources, s):
 
 def look(s):
     """
-    (the figures of every head, of every layer, a title) of the network in s.out_dir; s: AttentionSettings.
+    (the figures of every head, of every layer, a title) of the model in s.out_dir; s: AttentionSettings.
     """
     model, folder = load_model(s.out_dir)
     if model.cfg.arch == 'markov':

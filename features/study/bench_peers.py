@@ -17,7 +17,7 @@ from features.study.measure import run
 
 @dataclass
 class Trained:
-    """The figures of a training run, ours or theirs."""
+    """The figures of a training run, minnow's or nanoGPT's."""
     rates: list[float]  # tokens/s of every step
     peak: float  # memory, MiB
     dtype: str
@@ -26,8 +26,7 @@ class Trained:
 
 def train(peer, config, tokens, options, folder, device):
     """
-    The Trained of its train.py with one of its config files and options of the command line; tokens: per
-    step.
+    The Trained of nanoGPT's train.py with one of its config files and command-line options; tokens: per step.
     """
     command = [sys.executable, 'train.py', f'config/{config}.py', '--compile=True', '--wandb_log=False',
                f'--out_dir={folder}/peer']
@@ -44,7 +43,7 @@ def train(peer, config, tokens, options, folder, device):
 
 
 def network(peer, sizes):
-    """Its network of these sizes, with random weights."""
+    """nanoGPT's model of these sizes, with random weights."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(peer, 'model.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,7 +55,7 @@ def network(peer, sizes):
 
 def training(peer, sizes, device):
     """
-    (optimizer, a function of tokens x, y (B, T) that returns the loss) of its network, compiled, with its
+    (optimizer, a function of tokens x, y (B, T) that returns the loss) of nanoGPT's model, compiled, with its
     defaults.
     """
     model = network(peer, sizes).to(device)
@@ -74,8 +73,8 @@ runpy.run_path({!r}, run_name='__main__')"""
 
 def prepare(peer, name, folder, num_proc, documents):
     """
-    (seconds, peak MiB) of its data/NAME/prepare.py, in a copy of that folder: 'shakespeare' on text.txt in
-    `folder`, 'openwebtext' on the documents in text.jsonl.
+    (seconds, peak MiB) of nanoGPT's data/NAME/prepare.py, in a copy of that folder: 'shakespeare' on text.txt
+    in `folder`, 'openwebtext' on the documents in text.jsonl.
     """
     place = os.path.join(folder, name)
     os.makedirs(place)

@@ -49,7 +49,7 @@ def bench_prepare(s, device, machine):
 
 
 def add_peer(s, arms, notes, folder, size, documents):
-    """Add nanoGPT's two scripts to the arms, and what they do to the notes."""
+    """Add nanoGPT's two scripts to the arms, and a description to the notes."""
     arms['nanoGPT, a text'] = partial(prepare_peer, s.peer, 'shakespeare', folder, size, 1, documents)
     notes.append('nanoGPT, a text: its data/shakespeare/prepare.py, encode_ordinary of the whole file')
     if importlib.util.find_spec('datasets'):
@@ -65,7 +65,7 @@ def add_peer(s, arms, notes, folder, size, documents):
 def write_text(s, folder, mb, txt=True):
     """
     Write `mb` MB of documents as text.jsonl (and all in one text.txt): random pieces of the sources s.text,
-    as long as web pages, the same every time. Returns (bytes, documents).
+    as long as web pages, always the same. Returns (bytes, documents).
     """
     texts = source_texts(s)
     longest = 800 if s.quick else 5000
@@ -87,7 +87,7 @@ def write_text(s, folder, mb, txt=True):
 
 
 def source_texts(s):
-    """The documents of the sources s.text that are not empty, a list of texts."""
+    """The non-empty documents of the sources s.text, as a list of texts."""
     settings = prepare.Settings(split='document', val_fraction=0.01)
     reader = Reader(sources.find_files(s.text), settings)
     texts = []

@@ -19,8 +19,8 @@ from model import autocast, make_model
 
 def bench_sample(s, device, machine):
     """
-    Yield the section of bench.py sample: text from random weights, a row at a time. The limit is reading all
-    weights from memory once per token.
+    Yield the section of bench.py sample: sampling from a model with random weights, one row at a time. The
+    limit is to read all weights from memory once per token.
     """
     sizes = NETWORKS['tiny' if s.quick else '10.6M']
     count = 50 if s.quick else 500
@@ -53,7 +53,7 @@ def bench_sample(s, device, machine):
 
 
 def sample_figures(model, write, count, device, machine):
-    """{metric: value} of one call of write(), which writes `count` tokens with the network `model`."""
+    """{metric: value} of one call of write(), which generates `count` tokens with the model `model`."""
     start = time.perf_counter()
     write()
     if device.type == 'cuda':
@@ -64,7 +64,7 @@ def sample_figures(model, write, count, device, machine):
 
 
 def write_ours(model, count):
-    """Write `count` tokens as sample.py does."""
+    """Generate `count` tokens like sample.py."""
     generator = torch.Generator().manual_seed(0)
     for _ in sample.generate(model, [[0]], count, temperature=0.8, top_k=200, generator=generator,
                              compile=True):
@@ -72,14 +72,14 @@ def write_ours(model, count):
 
 
 def write_peer(model, count, device, dtype):
-    """Write `count` tokens as nanoGPT's sample.py does."""
+    """Generate `count` tokens like nanoGPT's sample.py."""
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
     with autocast(device, dtype):
         model.generate(prompt, count, temperature=0.8, top_k=200)
 
 
 def transformers_network(sizes):
-    """transformers' GPT-2 of these sizes, with random weights."""
+    """GPT-2 of transformers with these sizes and random weights."""
     import transformers
     cfg = transformers.GPT2Config(
         vocab_size=sizes['vocab_size'],
@@ -93,7 +93,7 @@ def transformers_network(sizes):
 
 
 def write_transformers(model, count, device, dtype):
-    """Write `count` tokens with a network of transformers."""
+    """Generate `count` tokens with a model of transformers."""
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
     with autocast(device, dtype):
         model.generate(prompt, max_new_tokens=count, do_sample=True, temperature=0.8, top_k=200,

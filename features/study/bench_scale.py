@@ -24,7 +24,7 @@ from train import Settings
 
 def bench_scale(s, device, machine):
     """
-    Yield the sections of bench.py scale: data sets of 1 MB to 100 GB, then networks that grow in one size.
+    Yield the sections of bench.py scale: data sets of 1 MB to 100 GB, then models that grow in one dimension.
     """
     yield scale_data(s, device)
     tokens = 2048 if device.type == 'cpu' else 32768  # per step
@@ -44,7 +44,7 @@ def bench_scale(s, device, machine):
 # Data
 
 def scale_data(s, device):
-    """The section on the size of the data. The files are sparse: holes that take no room on the disk."""
+    """The section on the size of the data. The files are sparse and need no disk space."""
     sizes = {'1 MB': 10 ** 6, '100 MB': 10 ** 8, '10 GB': 10 ** 10, '100 GB': 10 ** 11}
     with tempfile.TemporaryDirectory() as folder:
         arms = {}
@@ -57,7 +57,7 @@ def scale_data(s, device):
 
 
 def sparse_dataset(folder, size):
-    """Write a prepared data set of `size` bytes of token 0 that takes no room: its files are holes."""
+    """Write a prepared data set of `size` bytes of token 0 as sparse files, which need no disk space."""
     os.makedirs(folder)
     splits = {}
     for split, count in (('train', size // 2), ('val', 10 ** 5)):
@@ -105,8 +105,7 @@ def data_figures(folder, device, quick):
 
 def scale_network(s, device, tokens, most, names, values):
     """
-    The section on a network in which the settings `names` take each of `values`, with `tokens` tokens per
-    step.
+    The section on a model in which the settings `names` take each of `values`, with `tokens` tokens per step.
     """
     base = {'n_layer': 2, 'n_head': 4, 'n_embd': most // 2, 'block_size': most // 2, 'vocab_size': 4 * most}
     arms = {}
@@ -132,8 +131,8 @@ def step_time(step, count, device, quick):
 
 def training_step(sizes, tokens, device):
     """
-    (a function that does a training step of a network of these sizes, its tokens: at most `tokens`, one row
-    at least).
+    (a function that does one training step of a model of these sizes, its tokens: at most `tokens`, at least
+    one row).
     """
     s = Settings(**sizes)
     model = make_model(part_of(s, ModelConfig)).to(device)

@@ -36,7 +36,7 @@ WARM_UP = 5  # steps that are not counted: they compile and allocate
 
 
 def network(sizes):
-    """The ModelConfig of a network of these sizes ({setting: value}), all else at train.py's defaults."""
+    """The ModelConfig of a model of these sizes ({setting: value}), with train.py's other defaults."""
     return part_of(Settings(**sizes), ModelConfig)
 
 
@@ -45,8 +45,8 @@ def network(sizes):
 
 def bench_train(s, device, machine):
     """
-    Yield the sections of bench.py train: train.py, and nanoGPT's, on the same random tokens. Their text has
-    no effect on speed.
+    Yield the sections of bench.py train: train.py, and nanoGPT's, on the same random tokens, which have no
+    effect on speed.
     """
     names = ['10.6M']
     if device.type == 'cuda':
@@ -75,19 +75,19 @@ def bench_train(s, device, machine):
 
 
 def flops_per_token(sizes):
-    """FLOPs of training per token, forward and backward, of a network of these sizes."""
+    """Training FLOPs per token, forward and backward, of a model of these sizes."""
     with torch.device('meta'):
         return make_model(network(sizes)).flops_per_token()
 
 
 def shrink_batch(sizes, flops, machine):
-    """Halve the batch until a step takes 3 s at most, at half of the machine's ceiling."""
+    """Halve the batch until a step takes at most 3 s at half of the peak matmul speed."""
     while sizes['batch_size'] * sizes['block_size'] * flops > 1.5 * machine['flops']['float32']:
         sizes['batch_size'] //= 2
 
 
 def timed_steps(s, device):
-    """Number of steps that are counted."""
+    """Number of steps that are timed."""
     if s.quick:
         return 3
     return 50 if device.type == 'cuda' else 8
@@ -105,7 +105,7 @@ def train_figures(side, flops, machine):
 
 
 def random_tokens(folder, vocab_size, count):
-    """Write a data set of `count` random tokens per split in nanoGPT's form, which both can read."""
+    """Write a data set of `count` random tokens per split in nanoGPT's format, which both can read."""
     rng = np.random.default_rng(0)
     for split in ('train', 'val'):
         rng.integers(vocab_size, size=count, dtype=np.uint16).tofile(os.path.join(folder, f'{split}.bin'))
@@ -152,7 +152,7 @@ def train_ours(options, folder, device):
 # loss
 
 class HeadAlone(Transformer):
-    """A network whose blocks cost nothing: what is timed is the head and the loss."""
+    """A model without the cost of blocks, to time only the head and the loss."""
 
     def hidden(self, idx, *_):
         return self.h
@@ -213,7 +213,7 @@ def plain_loss(model, x, y):
 
 def step_memory(kind, sizes, device, peer='', **more):
     """
-    {'peak memory, MiB', 'loss'} of two training steps in a process of their own; arguments as in two_steps().
+    {'peak memory, MiB', 'loss'} of two training steps in their own process; arguments as in two_steps().
     """
     peer = os.path.abspath(peer) if peer else ''
     call = ('from features.study import bench_train; '

@@ -16,9 +16,9 @@ from sample import stream
 
 def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None):
     """
-    lm_eval's results, a dict, for a list of task names. shots: None = as each task has it. limit: items per
-    task; 0 = all. include: a folder of your own tasks. Raises UserError if lm-eval is not installed, does not
-    know a task, or cannot get its data.
+    The results of lm_eval, a dict, for a list of task names. shots: None = the default of each task. limit:
+    items per task; 0 = all. include: a folder of your own tasks. Raises UserError if lm-eval is not
+    installed, does not know a task, or cannot get its data.
     """
     # else lm-eval forks for its bootstrap beside torch's threads, which may hang
     os.environ.setdefault('DISABLE_MULTIPROC', '1')
@@ -104,15 +104,13 @@ def run(s):
 
 def fit(length, asked, block_size):
     """
-    (tokens of a prompt to read, new tokens to write) for a prompt of `length` tokens and a task that asks for
-    `asked` new ones, lm-eval's max_gen_toks.
-
-    A prompt that fits the context is read whole. The text may be as long as the rest of the context, or half
-    of the context if that is more: generate() then slides on, and still reads the end of the prompt. A prompt
-    that is longer than the context loses its beginning, to leave room for the text, but not more than half of
-    the context.
-
-    lm-eval's own models cut every prompt to block_size - max_gen_toks tokens, and stop if none is left.
+    (tokens of a prompt to read, new tokens to generate) for a prompt of `length` tokens and a task that asks
+    for `asked` new ones, lm-eval's max_gen_toks.
+    A prompt that fits the context is read completely. The generated text may be as long as the rest of the
+    context, or half of the context if that is more; generate() then slides the context and still reads the
+    end of the prompt. A prompt that is longer than the context is truncated at its beginning to leave room
+    for the text, but to no less than half of the context.
+    lm-eval's own models truncate every prompt to block_size - max_gen_toks tokens, and fail if none are left.
     """
     free = min(asked, block_size // 2)
     kept = length if length <= block_size else block_size - free
@@ -121,8 +119,8 @@ def fit(length, asked, block_size):
 
 def still_read(kept, count, block_size):
     """
-    Tokens of a prompt of `kept` tokens that generate() reads when it writes number `count` of fit()'s new
-    ones.
+    Tokens of a prompt of `kept` tokens that generate() still reads when it generates number `count` of
+    fit()'s new tokens.
     """
     if kept + count - 1 <= block_size:
         return kept

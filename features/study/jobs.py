@@ -26,8 +26,8 @@ from run import stop_signals
 
 def run_missing(sweep, jobs=0):
     """
-    Run what is missing of a Sweep, and return the out_dirs of all its runs. jobs: processes at a time;
-    0 = one per GPU, or one on a CPU. A run that diverges is a result. If a run fails, the others go on, and a
+    Run the missing runs of a Sweep, and return the out_dirs of all its runs. jobs: number of processes; 0 =
+    one per GPU, or one on a CPU. A run that diverges is a result. If a run fails, the others continue, and a
     UserError is raised at the end.
     """
     runs = expand(sweep)
@@ -46,8 +46,8 @@ def run_missing(sweep, jobs=0):
 @contextmanager
 def locked(folder):
     """
-    Hold `folder` for this sweep alone. The runs inherit the lock, so it is held until the last of them has
-    ended, however this process ends. Raises UserError if another sweep holds it.
+    Lock `folder` for this sweep. The runs inherit the lock, so it is held until the last of them has ended,
+    however this process ends. Raises UserError if another sweep holds it.
     """
     import fcntl  # here: Windows has none, and configurator.py has to say so first
     try:
@@ -65,7 +65,7 @@ def locked(folder):
 
 
 def places(jobs):
-    """The environment variables of each process that may run at a time, a list of dicts."""
+    """The environment variables of each process that may run at the same time, a list of dicts."""
     count = torch.cuda.device_count()
     if count:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')
@@ -92,7 +92,7 @@ class Job:
 def work(runs, free, lock):
     """
     Run all `runs`, as many at a time as there are `free` places. Returns [(run, reason)] of those that
-    failed. A signal to stop, or a full disk, lets the running ones save and end, and is raised.
+    failed. A stop signal or a full disk lets the active ones save and end, and is then raised.
     """
     progress = Progress(runs)
     queue = list(runs)
@@ -131,7 +131,7 @@ def interrupt(number, frame):
 
 
 class Progress:
-    """The line for each run that ends, with an estimate of the minutes that are left."""
+    """Prints a line for each run that ends, with an estimate of the remaining minutes."""
 
     def __init__(self, runs):
         self.count = len(runs)
@@ -152,12 +152,12 @@ class Progress:
 
 
 def start_job(run, place, lock):
-    """The Job of a Run, its process started in this place."""
+    """The Job of a Run, with its process started in this place."""
     return Job(run, place, start(run, place, lock), time.monotonic())
 
 
 def start(run, place, lock):
-    """The process of a Run. It has a session of its own: a Ctrl-C then reaches it only once, from work()."""
+    """The process of a Run. It has its own session, so that it gets a Ctrl-C only once, from work()."""
     os.makedirs(run.out_dir, exist_ok=True)
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *run.args]
     with open(os.path.join(run.out_dir, 'output.txt'), 'a', encoding='utf-8') as output:
@@ -174,7 +174,7 @@ def start(run, place, lock):
 def outcome(run, code):
     """
     The result of a Run whose process ended with this exit code: 'val_loss X', 'diverged' or 'failed with CODE
-    (REASON)'. A divergence is written to diverged.txt, so that the run is not repeated.
+    (REASON)'. A divergence is recorded in diverged.txt, so that the run is not repeated.
     """
     if state(run.out_dir, run.settings) == 'done':
         losses = [r['val_loss'] for r in read_log(run.out_dir) if 'val_loss' in r]

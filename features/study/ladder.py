@@ -28,14 +28,14 @@ COLOURS = {'counts': 'C0', 'SVD of the counts': 'C2', 'gradient': 'C1', 'limit':
 
 @dataclass
 class Rung:
-    """A model and its loss on the validation split, in nats per token."""
+    """A model of the ladder and its validation loss in nats per token."""
     name: str
     kind: str  # a key of COLOURS
     loss: float
     error: float | None = 0.0  # standard error
 
     def bits(self, files):
-        """Bits per byte of text; None if the TokenFiles `files` do not know their bytes."""
+        """Bits per byte of text; None if the TokenFiles `files` do not store the number of bytes."""
         return losses(self.loss, 1, files.bytes / files.tokens).get('val_bpb')
 
 
@@ -45,7 +45,7 @@ class Rung:
 def count_rungs(train, val, vocab_size):
     """
     ([rungs below a bigram], [bigrams], [rungs above]) in closed form, from token streams (N,) int64. Their
-    smoothing is chosen on the last tenth of `train`.
+    smoothing is tuned on the last tenth of `train`.
     """
     uniform = np.full(len(val) - 1, math.log(vocab_size))
     unigram, _ = ngrams.tuned(ngrams.unigram, train, val, vocab_size)
@@ -67,7 +67,7 @@ def count_rungs(train, val, vocab_size):
 
 
 def counted(name, nats, kind='counts'):
-    """The Rung of a model that gives these nats, (N,), to the validation tokens."""
+    """The Rung of a model with these losses in nats, (N,), for the validation tokens."""
     mean, error = loss_and_error(nats, np.ones(len(nats)))
     return Rung(name, kind, mean, error)
 
@@ -112,8 +112,8 @@ def check_arm(name, arm, base, path):
 
 def trained_rungs(sweep, s, wanted):
     """
-    ([bigrams], [other rungs]): trained if they are missing, and evaluated at the end of their training.
-    Raises UserError for one that predicts not all of the `wanted` validation targets.
+    ([bigrams], [other rungs]): trained if they are missing, and evaluated at the end of training. Raises
+    UserError for one that does not predict all of the `wanted` validation targets.
     """
     run_missing(sweep)
     bigrams = []
@@ -153,7 +153,7 @@ def ladder_table(rungs, files, entropy):
 
 
 def draw_ladder(rungs, files, title, path):
-    """A bar for each rung, in order, written to `path`."""
+    """A bar plot of the rungs, in order, written to `path`."""
     values = [rung.bits(files) or rung.loss for rung in rungs]
     page = figure(9, 1.2 + 0.3 * len(rungs))
     axis = page.subplots()

@@ -23,10 +23,7 @@ from features.text.workers import cores
 # The machine
 
 def measure_machine(device):
-    """
-    The names of the machine's parts, and its ceilings: FLOP/s of a large matmul by dtype, bytes/s of a large
-    copy.
-    """
+    """The machine's hardware names and limits: FLOP/s of a large matmul by dtype, bytes/s of a large copy."""
     if device.type == 'cpu':
         dtypes = ['float32', 'bfloat16']
         sizes = (512, 1024, 2048)
@@ -45,7 +42,7 @@ def measure_machine(device):
 
 
 def cpu_name():
-    """The CPU's model, as Linux names it; elsewhere its architecture."""
+    """The CPU's model name on Linux; elsewhere its architecture."""
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             for line in f:
@@ -56,8 +53,8 @@ def cpu_name():
 
 def ceiling(device, dtype, sizes):
     """
-    FLOP/s of the best square matmul of these sizes, in order. It stops after one that takes a tenth of a
-    second: CPUs that only emulate a dtype would take minutes.
+    FLOP/s of the fastest square matmul of these sizes, in order. It stops after one that takes a tenth of a
+    second, because CPUs that only emulate a dtype would take minutes.
     """
     best = 0.0
     for n in sizes:
@@ -80,7 +77,7 @@ def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
 def alternate(arms, rounds):
     """
     Call each of the functions `arms` ({name: function}) in turn, `rounds` times. Each returns {metric:
-    value}. Returns {name: {metric: [a value per round]}}.
+    value}. Returns {name: {metric: [one value per round]}}.
     """
     samples = {name: {} for name in arms}
     for _ in range(rounds):
@@ -92,8 +89,8 @@ def alternate(arms, rounds):
 
 def seconds(function, device, least=3, budget=1.0):
     """
-    Median time of a call, after one that warms up: at least `least` calls, and more while `budget` seconds
-    are not spent.
+    Median time of a call, after one warm-up call: at least `least` calls, and more until `budget` seconds are
+    used.
     """
     times = []
     end = 0
@@ -109,9 +106,9 @@ def seconds(function, device, least=3, budget=1.0):
 
 def run(command, device=None, tree=False, **options):
     """
-    Run a command to its end. Returns ([(seconds since its start, line)] that it printed, its seconds, its
-    peak memory in MiB): memory of `device` if that is a GPU, else RAM; with tree=True, RAM of its child
-    processes too. options: of subprocess.Popen. Raises UserError if the command fails.
+    Run a command. Returns ([(seconds since its start, line)] of its output, its seconds, its peak memory in
+    MiB): memory of `device` if that is a GPU, else RAM; with tree=True, including its child processes.
+    options: of subprocess.Popen. Raises UserError if the command fails.
     """
     paths = [ROOT] + os.environ.get('PYTHONPATH', '').split(os.pathsep)
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONDONTWRITEBYTECODE': '1'}
@@ -142,10 +139,7 @@ def run(command, device=None, tree=False, **options):
 
 
 def ram(pid, tree):
-    """
-    The most bytes that a process has held in RAM, with tree=True also its child processes; 0 where there is
-    no /proc.
-    """
+    """The peak RAM of a process in bytes, with tree=True including its child processes; 0 without /proc."""
     try:
         with open(f'/proc/{pid}/status') as f:
             held = 1024 * int(re.search(r'VmHWM:\s+(\d+)', f.read())[1])
@@ -170,8 +164,7 @@ def gpu_memory(device):
 
 def section(title, samples, notes=()):
     """
-    A part of the report: `samples` as alternate() returns them, with medians and ratios, and lines below the
-    table.
+    A part of the report: `samples` from alternate(), with medians and ratios, and lines below the table.
     """
     return {'title': title, 'samples': samples, **summarize(samples), 'notes': list(notes)}
 
@@ -211,7 +204,7 @@ def show(part):
 
 
 def arm_line(part, name, metric):
-    """The line of an arm: median, extremes, and how many times its figure the first arm's is."""
+    """The line of an arm: median, extremes, and the ratio of the first arm's figure to it."""
     samples = part['samples']
     width = max(len(other) for other in samples)
     values = samples[name][metric]

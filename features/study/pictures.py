@@ -16,7 +16,7 @@ from configurator import UserError
 # For all scripts
 
 def figure(width, height):
-    """A matplotlib Figure of this size in inches. Raises UserError where matplotlib is not installed."""
+    """A matplotlib Figure of this size in inches. Raises UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -26,7 +26,7 @@ def figure(width, height):
 
 
 def save(page, path):
-    """Write a Figure to `path`, and make its folder. Raises UserError where that cannot be done."""
+    """Write a Figure to `path`, and make its folder. Raises UserError if that is not possible."""
     if not os.path.splitext(path)[1]:
         path += '.png'
     kind = os.path.splitext(path)[1][1:]
@@ -41,8 +41,8 @@ def save(page, path):
 
 def write_csv(rows, path):
     """
-    Write dicts with the same keys as a table to `path`, and make its folder. Raises UserError where that
-    cannot be done.
+    Write dicts with the same keys as a table to `path`, and make its folder. Raises UserError if that is not
+    possible.
     """
     with writing(f'csv={path}', 'give another path, or make room'):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -57,9 +57,10 @@ def write_csv(rows, path):
 
 def draw(arms, path, swept=None):
     """
-    Validation loss against tokens, FLOPs and seconds: the mean over the seeds with a band of its standard
-    error, single seeds thin. The first of `arms` is the reference, in grey. swept, for a sweep: {arm:
-    (setting, [(value, final loss, its error)])}; it adds a panel of the final loss against the swept setting.
+    Plot validation loss against tokens, FLOPs and seconds: the mean over the seeds with a band of its
+    standard error, and single seeds as thin lines. The first of `arms` is the reference, in grey. swept, for
+    a sweep: {arm: (setting, [(value, final loss, its error)])}; it adds a panel of the final loss against the
+    swept setting.
     """
     page = figure(17 if swept else 13, 4.2)  # first: it says so if matplotlib is missing
     colours = {arm.name: colour_of(n) for n, arm in enumerate(arms)}

@@ -37,7 +37,7 @@ NEUTRAL = {
 def read_settings(out_dir):
     """
     The Settings of the run in `out_dir`, None if it has none. Settings that an older run did not store get
-    their defaults; those that no longer exist are ignored.
+    their defaults; removed settings are ignored.
     """
     try:
         with open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
@@ -57,7 +57,7 @@ def read_settings(out_dir):
 
 
 def changed_settings(s):
-    """{setting: value} of Settings that differ from their defaults and change what a run learns."""
+    """{setting: value} of Settings that differ from their defaults and affect what a run learns."""
     changed = {}
     for f in dataclasses.fields(s):
         value = getattr(s, f.name)
@@ -96,8 +96,8 @@ def state(out_dir, s):
 
 def blank_model(s, **changes):
     """
-    The network of a run on the meta device: shapes without numbers. changes: fields of ModelConfig in place
-    of those at the run's end.
+    The model of a run on the meta device: shapes without weights. changes: fields of ModelConfig that replace
+    those at the end of the run.
     """
     cfg = part_of(s, ModelConfig)
     if s.grow_every:  # growth
@@ -113,8 +113,8 @@ def blank_model(s, **changes):
 
 def sizes(s):
     """
-    (parameters, parameters in the blocks, trained parameters) of the network at the end of a run with
-    Settings `s`.
+    (parameters, parameters in the blocks, trained parameters) of the model at the end of a run with Settings
+    `s`.
     """
     model = blank_model(s)
     parameters = model.num_params()
@@ -139,7 +139,7 @@ class Arm:
     swept: dict = field(default_factory=dict)  # {setting: value} of what a sweep varies
 
     def seeds(self, state='done'):
-        """The seeds of the runs in this state, a set."""
+        """The seeds of the runs with this state, a set."""
         return {seed for seed, run in self.runs.items() if run['state'] == state}
 
     def last(self, key):
@@ -160,8 +160,8 @@ class Arm:
 
     def minus(self, reference):
         """
-        (mean, half width of the 95% interval, pairs) of this arm's final losses minus another's; None if no
-        seed is in both.
+        (mean, half width of the 95% interval, pairs) of this arm's final losses minus another's; None if they
+        have no seed in common.
         """
         return paired_difference(self.last('val_loss'), reference.last('val_loss'))
 
@@ -223,8 +223,8 @@ def read_run(out_dir):
 
 def find_runs(patterns):
     """
-    The out_dirs that names and glob patterns match, each once. A pattern skips what is not a run, and runs
-    that were moved aside (NAME.old1). Raises UserError for a pattern that matches no run.
+    The out_dirs that match names and glob patterns, each once. A pattern skips folders that are not runs, and
+    runs that were moved aside (NAME.old1). Raises UserError for a pattern that matches no run.
     """
     found = []
     for pattern in patterns:
@@ -248,7 +248,7 @@ def is_run(path):
 
 def group(runs):
     """
-    The Arms of runs: those that differ only in their seed are one arm, named after the folder of its first
+    Group runs into Arms: runs that differ only in their seed are one arm, named after the folder of its first
     run. Raises UserError if two runs have the same settings and seed.
     """
     arms = {}
@@ -272,8 +272,8 @@ def group(runs):
 
 def arm_name(out_dir):
     """
-    The folder's name without the seed: out/dense,seed=1 → dense. If the seed is the whole name, that of the
-    folder above: dense/seed=3 → dense.
+    The folder's name without the seed: out/dense,seed=1 → dense. If the name is only the seed, the name of
+    the parent folder: dense/seed=3 → dense.
     """
     for part in reversed(os.path.normpath(out_dir).split(os.sep)):
         name = re.sub(r'(^|[,_.-])(seed|s)[=_-]?\d+$', '', part)

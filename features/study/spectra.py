@@ -26,14 +26,14 @@ from model import LowRank
 # The matrices of a network
 
 def product(layer):
-    """The factors of a linear layer's weight: one if it is dense."""
+    """The factors of a linear layer's weight; a single one if it is dense."""
     if not isinstance(layer, LowRank):
         return [layer.weight]
     return [layer.up.weight, layer.down.weight]
 
 
 def is_linear(layer):
-    """Whether a layer is one matrix: a low-rank one with an activation between its factors is two."""
+    """Whether a layer is one matrix; a low-rank layer with an activation between its factors is two."""
     return not isinstance(layer, LowRank) or layer.is_linear()
 
 
@@ -127,8 +127,8 @@ def multiply(factors):
 
 def halves(factors):
     """
-    (a, b) with a·b the product of two factors or more, in float64, cut where it is narrowest: nothing wider
-    is ever formed.
+    (a, b) whose product a·b is the product of two or more factors, in float64, split at the narrowest place,
+    so that no wider matrix is formed.
     """
     factors = [f.double() for f in factors]
     widths = [f.size(1) for f in factors[:-1]]
@@ -178,7 +178,8 @@ def gaussian(shapes):
 
 def rank_for(s, energy):
     """
-    The smallest rank that keeps this share of the sum of squares of the singular values s, largest first.
+    The smallest rank that keeps this share of the sum of squares of the singular values s, which are sorted,
+    largest first.
     """
     kept = s.square().cumsum(0)
     return min(len(s), int(torch.searchsorted(kept, energy * kept[-1])) + 1)
@@ -189,9 +190,9 @@ RANKS = ('stable_rank', 'effective_rank', 'rank_90', 'rank_99')
 
 def figures(s):
     """
-    Norms and ranks by the singular values s, largest first: stable rank |W|_F²/|W|₂², effective rank
-    exp(entropy of s/sum(s)) (Roy & Vetterli 2007), and the ranks that keep 90% and 99% of the energy. A
-    matrix of zeros has rank 0.
+    Norms and ranks from the singular values s, largest first: stable rank |W|_F²/|W|₂², effective rank
+    exp(entropy of s/sum(s)) (Roy & Vetterli 2007), and the ranks that keep 90% and 99% of the energy. A zero
+    matrix has rank 0.
     """
     out = {'frobenius': s.norm().item(), 'spectral': s[0].item()}
     if s[0] == 0:
@@ -207,7 +208,7 @@ def figures(s):
 @torch.no_grad()
 def measure(model, base=None, step=0):
     """
-    [record] of every matrix of `model`, or of its difference to that of `base`: name, kind, layer, shape,
+    [record] of every matrix of `model`, or of its difference from that of `base`: name, kind, layer, shape,
     figures(), the same ranks of a random matrix as null_…, and both spectra: s, null.
     """
     before = matrices(base) if base else {}
@@ -248,7 +249,7 @@ def by_kind(records):
 # The table
 
 def spread(values):
-    """'median (lowest-highest)', or one number where all are shown alike."""
+    """'median (lowest-highest)', or one number if all are printed the same."""
     low, mid, high = (short(v) for v in (min(values), median(values), max(values)))
     if low == high:
         return mid
@@ -264,8 +265,8 @@ def short(v):
 
 def table(records):
     """
-    A line for every kind of matrix: the median and the range over its layers or heads, beside the random
-    ones'.
+    A line for every kind of matrix: the median and the range over its layers or heads, and those of random
+    matrices.
     """
     lines = [['matrix', 'shape', 'rank', 'pays', 'stable rank', 'null', 'effective rank', 'null',
               '90% energy', 'null', '99% energy', 'null', 'spectral norm']]
@@ -300,8 +301,8 @@ def aligned(lines):
 
 def draw_spectra(records, title):
     """
-    A panel for every kind of matrix: singular values over the largest of a random matrix of the same norm, a
-    line a layer (and head).
+    A panel for every kind of matrix: singular values divided by the largest of a random matrix of the same
+    norm, one line per layer (and head).
     """
     kinds = by_kind(records)
     columns = min(4, len(kinds))
@@ -328,7 +329,7 @@ def draw_spectra(records, title):
 
 
 def draw_kind(axis, kind, records, colors):
-    """The spectra of one kind of matrix, and that of a random one."""
+    """Plot the spectra of one kind of matrix, and that of a random one."""
     for record in records:
         s, null = record['s'], record['null']
         scale = s.norm().item() / null.norm().item() * null.numpy()[0]
@@ -345,7 +346,7 @@ def draw_kind(axis, kind, records, colors):
 
 def draw_along(records, title):
     """
-    Stable and effective rank against the step, as shares of the random ones: the median of every kind of
+    Plot stable and effective rank by step, divided by those of random matrices: the median of every kind of
     matrix.
     """
     page = figure(11, 4.5)
@@ -372,7 +373,7 @@ LARGEST_TABLE = 8192  # tokens of a Markov chain's full table: 0.5 GB in float64
 
 
 def merged_model(where):
-    """(the network of `where`, its folder); an adapter is in its weights."""
+    """(the model of `where`, its folder); an adapter is merged into its weights."""
     cfg, tensors, folder = read_model(where)
     return fill(cfg, tensors, folder), folder
 
@@ -406,8 +407,8 @@ def run(s):
 
 def places(s):
     """
-    The networks to measure: s.out_dir, or with --along its checkpoints, oldest first. Raises UserError for
-    none.
+    The models to measure: s.out_dir, or with --along its checkpoints, oldest first. Raises UserError if there
+    are none.
     """
     if not s.along:
         return [s.out_dir]
@@ -426,7 +427,7 @@ def check_table(cfg, where):
 
 
 def check_same_matrices(model, base, s):
-    """Raise UserError unless two networks have the same matrices."""
+    """Raise UserError unless two models have the same matrices."""
     mine, theirs = shapes(model), shapes(base)
     for name in sorted(mine | theirs):
         found, wanted = mine.get(name, 'no such matrix'), theirs.get(name, 'no such matrix')
@@ -441,7 +442,7 @@ def shapes(model):
 
 
 def explain(records):
-    """Print what the columns and names of the table mean."""
+    """Print the meaning of the columns and names of the table."""
     print('median (range) over layers and heads; null: of random Gaussian matrices; pays: '
           'the rank below which two factors are smaller than the matrix\n'
           'qk: W_qᵀW_k of each head, ov: W_oW_v')

@@ -23,7 +23,7 @@ from sample import NOT_FINITE
 
 @dataclass
 class SplitLoss:
-    """The losses of a network on every row of a validation split."""
+    """The losses of a model on every row of a validation split."""
     source: Source
     nats: np.ndarray  # (rows,) summed over the targets of a row
     targets: np.ndarray  # (rows,) number of targets
@@ -46,7 +46,7 @@ def row_losses(folder, dataset, s):
 
 @torch.no_grad()
 def losses_on(model, source, folder, device, dtype):
-    """The SplitLoss of a network on all rows of a Source. Raises UserError for a loss that is not finite."""
+    """The SplitLoss of a model on all rows of a Source. Raises UserError for a loss that is not finite."""
     nats = []
     targets = []
     for row in range(source.rows):

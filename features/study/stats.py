@@ -14,7 +14,7 @@ import numpy as np
 # Numbers
 
 def mean_and_error(values):
-    """(mean, standard error of the mean) of some numbers; the error of a single number is None."""
+    """(mean, standard error of the mean) of some numbers; for a single number the error is None."""
     values = list(values)
     mean = statistics.mean(values)
     if len(values) == 1:
@@ -80,11 +80,10 @@ def loss_and_error(nats, targets):
     """
     (nats per token, standard error) from the summed losses `nats` and target counts `targets` of consecutive
     rows or tokens, both (N,). The error is None if only one part has targets.
-
-    The error is that of batch means: PARTS contiguous parts of the split are taken as independent. Rows are
-    not independent, because rows of one document are alike: for unigrams on stdlib the error is 0.014 by rows
-    of 256 tokens, 0.028 by documents and 0.026 by parts. With fewer documents than parts it is still too
-    small. This needs no .idx file.
+    The error is computed by batch means: PARTS contiguous parts of the split are treated as independent. Rows
+    are not independent, because rows of one document are similar: for unigrams on stdlib the error is 0.014
+    by rows of 256 tokens, 0.028 by documents and 0.026 by parts. With fewer documents than parts it is still
+    too small. This method needs no .idx file.
     """
     starts = np.unique(np.linspace(0, len(nats), PARTS, endpoint=False).astype(int))
     nats = np.add.reduceat(nats, starts)  # (parts,)
@@ -108,7 +107,7 @@ def show_error(error, digits=4):
 
 
 def show_mean(mean, error, digits=4):
-    """'4.1333 ± 0.0882'; without an error the mean alone; '-' for no mean."""
+    """'4.1333 ± 0.0882'; without an error only the mean; '-' for None."""
     if mean is None:
         return '-'
     if error is None:
@@ -118,7 +117,7 @@ def show_mean(mean, error, digits=4):
 
 def show_interval(mean, width, digits=4):
     """
-    '-0.0267 [-0.0646, +0.0113]': a difference and its 95% interval; without a width the difference alone.
+    '-0.0267 [-0.0646, +0.0113]': a difference and its 95% interval; without a width only the difference.
     """
     if width is None:
         return f'{mean:+.{digits}f}'

@@ -45,22 +45,22 @@ weren what when where which while who whom why will with won would wouldn y you 
 
 @dataclass
 class Pair:
-    """A source and the texts that people wrote for it."""
+    """A source and its reference texts."""
     source: str
     references: list[str]
 
 
 def read_pairs(path, source, target, template=''):
     """
-    The Pairs of a JSONL file with these two fields; a target is a text or a list of them. template: a prompt
-    template in place of the source, as prepare.py takes it. Raises UserError, with the line, for what is no
+    The Pairs of a JSONL file with these two fields; a target is a text or a list of texts. template: a prompt
+    template instead of the source, as in prepare.py. Raises UserError with the line number for an invalid
     pair.
     """
     return read_lines(path, lambda row, where: to_pair(row, source, target, template, where))
 
 
 def to_pair(row, source, target, template, where):
-    """The Pair of a line's JSON value. Raises UserError, with `where`, for what is none."""
+    """The Pair of a line's JSON value. Raises UserError, with `where`, if it is invalid."""
     sources = template_fields(template) if template else [source]
     setting = 'prompt_template' if template else 'source'
     for key, name in [(key, setting) for key in sources] + [(target, 'target')]:
@@ -80,8 +80,8 @@ def to_pair(row, source, target, template, where):
 
 def stored_pairs(files, tokenizer):
     """
-    The Pairs of a split that prepare.py made (batches.TokenFiles), decoded from their tokens. Raises
-    UserError if it holds no pairs.
+    The Pairs of a split made by prepare.py (batches.TokenFiles), decoded from their tokens. Raises UserError
+    if it contains no pairs.
     """
     if not files.meta.get('pairs'):
         raise UserError(f'files: none is given, and {files.folder} has no pairs: '
@@ -100,11 +100,10 @@ def stored_pairs(files, tokenizer):
 
 def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, device, dtype, what='written'):
     """
-    [text] that the network writes for each of `sources`: greedily, or by a beam search. The longest come
-    first, so that the rows of a batch have similar lengths.
-
-    A source that is too long loses its end, and one line says how many did. Raises UserError where
-    max_new_tokens leaves a decoder less room for a source than training does (objectives.py): half of its
+    [text] that the model generates for each of `sources`: greedily, or by beam search. The longest sources
+    come first, so that the rows of a batch have similar lengths.
+    A source that is too long is truncated at its end, and a line reports how many were. Raises UserError if
+    max_new_tokens leaves a decoder less room for a source than in training (objectives.py): half of its
     context.
     """
     T = model.cfg.block_size
@@ -144,8 +143,8 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
 
 def encode_source(text, tokenizer, cfg, room, cuts):
     """
-    The ids of a source with the tokens around it that the network knows from training. A source of more than
-    `room` tokens loses the end of its text; cuts (a Cuts) counts it.
+    The ids of a source with the special tokens that the model saw in training. A source of more than `room`
+    tokens is truncated at its end; cuts (a Cuts) counts it.
     """
     form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
     ids = tokenizer.encode(text)
@@ -162,15 +161,15 @@ def encode_source(text, tokenizer, cfg, room, cuts):
 # Scoring
 
 def strip(text):
-    """The words of a text that are no stop words, in lower case, joined by blanks."""
+    """The words of a text without stop words, in lower case, joined by spaces."""
     words = re.findall(r'[a-z]+', text.lower())
     return ' '.join(word for word in words if word not in STOP_WORDS)
 
 
 def scorer(stripped=False):
     """
-    A function of a text and its references that returns {'rougeL', 'rougeLsum'} against the best of them, F1
-    from 0 to 1, and 'stripped' if asked for. Raises UserError if rouge-score is not installed.
+    A function of a text and its references that returns {'rougeL', 'rougeLsum'} for the best reference, F1
+    from 0 to 1, and 'stripped' if requested. Raises UserError if rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer

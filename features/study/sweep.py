@@ -46,7 +46,7 @@ class Sweep:
     out: FilePath = ''  # folder of the runs; '' = out/sweeps/ and the name of the sweep's file
 
     def check(self):
-        """Raise ValueError for what cannot be a sweep."""
+        """Raise ValueError for an invalid sweep."""
         if not self.arms:
             raise ValueError('arms: has none: write arms = {NAME: {SETTING: VALUE}}')
         for name, arm in self.arms.items():
@@ -61,7 +61,7 @@ class Sweep:
             raise ValueError("out='': name the folder of the runs")
 
     def check_grid(self, name, grid):
-        """Raise ValueError for bad seeds or a bad budget in a grid of the arm `name`."""
+        """Raise ValueError for invalid seeds or an invalid budget in a grid of the arm `name`."""
         seeds = grid.get('seeds', self.seeds)
         if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f'arms: {name}: seeds={seeds}: takes a list of different numbers')
@@ -93,7 +93,7 @@ class Run:
 
 
 def read_sweep(path):
-    """The Sweep that a Python file of assignments describes. Raises UserError for a file that is none."""
+    """The Sweep that a Python file of assignments describes. Raises UserError for an invalid file."""
     sweep = Sweep(**read_config(Sweep, path))
     if not sweep.out:
         name = os.path.splitext(os.path.basename(path))[0]
@@ -111,7 +111,7 @@ def read_sweep(path):
 def expand(sweep):
     """
     The Runs of a sweep, seed by seed, so that arms can be compared before the last seed is done. Raises
-    UserError for what cannot work.
+    UserError for settings that cannot work.
     """
     check(sweep)
     if isinstance(sweep.base, dict):
@@ -132,14 +132,14 @@ def expand(sweep):
 
 
 def grids(arm):
-    """The grids of an arm, a list: the arm itself, or the list of dicts that it is."""
+    """The grids of an arm, a list: the arm itself, or its list of dicts."""
     return arm if isinstance(arm, list) else [arm]
 
 
 def expand_grid(sweep, name, grid, rows):
     """
-    Add [the Run of each seed] of each point of a grid of the arm `name` to `rows`, which has those of earlier
-    grids.
+    Add [the Run of each seed] for each point of a grid of the arm `name` to `rows`, which has those of
+    earlier grids.
     """
     seeds = grid.get('seeds', sweep.seeds)
     by_flops = grid.get('budget', sweep.budget) == 'flops'
@@ -154,7 +154,7 @@ def expand_grid(sweep, name, grid, rows):
 
 
 def first_flops(rows):
-    """FLOPs of the first run that has any: the budget of those after it. None before there is one."""
+    """FLOPs of the first run that has any: the budget of the later ones. None before there is one."""
     for row in rows:
         if row[0].flops:  # a Markov table that is counted has none
             return row[0].flops
@@ -163,8 +163,8 @@ def first_flops(rows):
 
 def split(name, arm):
     """
-    ({setting: value} of what is the same in the whole arm, {setting: list of values} of what is swept).
-    Raises UserError for a setting that a sweep cannot have.
+    ({setting: value} of the settings that are the same in the whole arm, {setting: list of values} of the
+    swept ones). Raises UserError for a setting that a sweep cannot have.
     """
     fixed = {}
     swept = {}
@@ -187,8 +187,8 @@ def split(name, arm):
 
 def make_run(sweep, name, fixed, swept, seed, flops=None):
     """
-    The Run of one point and seed. flops: its budget, from which max_iters is computed; None = as the settings
-    say. Raises UserError, with the name of the run, for settings that cannot work.
+    The Run of one point and seed. flops: its budget, which determines max_iters; None = as the settings say.
+    Raises UserError, with the name of the run, for settings that cannot work.
     """
     parts = [name] + [f'{key}={slug(value)}' for key, value in swept.items()] + [f'seed={seed}']
     folder = ','.join(parts)
@@ -227,14 +227,14 @@ def base_of(sweep):
 
 
 def arguments(files, given):
-    """The command line for train.py of config files and {setting: value}."""
+    """The command-line arguments of train.py for config files and {setting: value}."""
     return files + [f'--{key}={value}' for key, value in given.items()]
 
 
 def settle(files, given):
     """
-    Settings as train.py will have them, with the vocabulary size of the data and the network of the weights
-    that the run starts from. Raises UserError for settings that cannot work or that a sweep cannot have.
+    The final settings of train.py, with the vocabulary size of the data and the model of the weights that the
+    run starts from. Raises UserError for settings that cannot work or that a sweep cannot have.
     """
     s = configure(Settings, arguments(files, given))
     if s.is_planned:
@@ -265,8 +265,8 @@ def vocabulary(dataset):
 
 def cost(s):
     """
-    (FLOPs of a step at the end of a run, extra FLOPs of its earlier steps). A step includes the optimizer and
-    a teacher. Earlier steps cost less before a network has grown. The network is not built.
+    (FLOPs of a step at the end of a run, additional FLOPs of its earlier steps). A step includes the
+    optimizer and a teacher. Earlier steps cost less if the model grows. The model is not built.
     """
     tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
     teacher = None
@@ -298,7 +298,7 @@ def slug(value):
 
 
 def check_grids(runs):
-    """Raise UserError where the grids of an arm do not sweep the same settings, or share a run."""
+    """Raise UserError if the grids of an arm do not sweep the same settings, or have a run in common."""
     swept_by = {}
     folders = set()
     for run in runs:
@@ -312,7 +312,7 @@ def check_grids(runs):
 
 
 def check_folders(runs):
-    """Raise UserError where a folder holds a run with other settings than the sweep's."""
+    """Raise UserError if a folder holds a run with settings other than the sweep's."""
     for run in runs:
         stored = read_settings(run.out_dir)
         if stored is None:
@@ -334,12 +334,12 @@ def check_folders(runs):
 # What is left to do
 
 def is_ended(run):
-    """Whether a Run is finished or has diverged: it is not run again."""
+    """Whether a Run is finished or has diverged, so that it is not run again."""
     return state(run.out_dir, run.settings) in ('done', 'diverged')
 
 
 def list_runs(runs):
-    """A line for each Run of a sweep, and one for what is left, as text."""
+    """A line for each Run of a sweep, and one for the number of missing ones, as text."""
     width = max(len(run.name) for run in runs)
     lines = [f'{"run":{width}}  parameters   steps      FLOPs  state']
     for r in runs:

@@ -19,8 +19,8 @@ from features.text.folders import real_folders
 
 def row(arm, reference):
     """
-    The figures of an Arm beside those of the reference, {name: number or None}: what the table and the csv
-    file show.
+    The figures of an Arm and its differences from the reference, {name: number or None}: the content of the
+    table and the csv file.
     """
     run = next(iter(arm.runs.values()))
     out = {
@@ -52,8 +52,8 @@ def row(arm, reference):
 
 def values_of_all(arm, key):
     """
-    The values of `key` at the end of all finished runs of an arm; none unless all have it: the columns of a
-    row are means over the same seeds.
+    The values of `key` at the end of all finished runs of an arm; none unless all have it, so that all
+    columns of a row are means over the same seeds.
     """
     found = arm.last(key)
     if found.keys() != arm.seeds():
@@ -86,7 +86,7 @@ def table(arms):
 
 
 def cells(figures):
-    """The texts of a row() in the table, one per column."""
+    """The texts of a row() for the table, one per column."""
     def show(name, form):
         return '-' if figures[name] is None else format(figures[name], form)
 
@@ -129,9 +129,7 @@ def notes(arms):
 
 
 def notes_on(arm, reference):
-    """
-    Lines about one arm: parameters that are not trained, runs that do not count, seeds without a partner.
-    """
+    """Lines about one arm: frozen parameters, runs that do not count, seeds without a partner."""
     lines = []
     run = next(iter(arm.runs.values()))
     if run['trained'] < run['parameters']:
@@ -159,7 +157,7 @@ def listed(seeds):
 
 
 def validation_of(s):
-    """The settings that decide on which tokens, and with how much context, a run is validated, as a tuple."""
+    """The settings that determine the validation tokens and their context, as a tuple."""
     data = str(real_folders(s.dataset))
     denoisers = str(s.denoisers) if s.objective == 'ul2' else ''
     return (data, s.packing, s.block_size, s.eval_iters, s.objective, getattr(s, 'source_context', 0),

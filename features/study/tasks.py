@@ -38,8 +38,8 @@ from sample import NOT_FINITE, read_text
 @dataclass
 class Item:
     """
-    One line of a task: which of `choices` follows `context`; with a single choice, whether the model writes
-    it.
+    One line of a task: which of `choices` follows `context`; with a single choice, whether the model
+    generates it.
     """
     context: str
     choices: list[str]
@@ -50,7 +50,7 @@ class Item:
 def read_lines(path, convert):
     """
     [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises
-    UserError for a line that is no JSON, with its number, and for an empty file.
+    UserError with the line number for invalid JSON, and for an empty file.
     """
     out = []
     try:
@@ -70,7 +70,7 @@ def read_lines(path, convert):
 
 
 def parse(line, where):
-    """The value of a line of JSON. Raises UserError, with `where`, for a line that is none."""
+    """The value of a line of JSON. Raises UserError, with `where`, if it is invalid."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -79,8 +79,8 @@ def parse(line, where):
 
 def read_items(path, delimiter=' '):
     """
-    The Items of a JSONL file; `delimiter` is put between a query and its choices. Raises UserError, with the
-    line, for what is no item.
+    The Items of a JSONL file; `delimiter` is put between a query and its choices. Raises UserError with the
+    line number for an invalid item.
     """
     items = read_lines(path, lambda fields, where: to_item(fields, delimiter, where))
     with_choices = [len(item.choices) > 1 for item in items]
@@ -90,7 +90,7 @@ def read_items(path, delimiter=' '):
 
 
 def to_item(fields, delimiter, where):
-    """The Item of a line's JSON value. Raises UserError, with `where`, for what is none."""
+    """The Item of a line's JSON value. Raises UserError, with `where`, if it is invalid."""
     keys = fields.keys() if isinstance(fields, dict) else set()
     gold = 0
     if {'query', 'choices', 'gold'} <= keys:
@@ -122,8 +122,8 @@ def to_item(fields, delimiter, where):
 
 def with_shots(items, shots, seed=0):
     """
-    The items, each after `shots` solved examples: other items of the file, drawn by (seed, number of the
-    item). Raises UserError if the file has too few.
+    The items, each after `shots` solved examples: other items of the file, chosen at random by (seed, number
+    of the item). Raises UserError if the file has too few.
     """
     if not shots:
         return items
@@ -145,17 +145,16 @@ def with_shots(items, shots, seed=0):
 # Log-likelihoods
 
 def first_ids(tokenizer, ids=()):
-    """The ids that a network reads to predict what follows a text with these ids: at least one."""
+    """The ids that a model reads to predict the text after these ids: at least one."""
     return [*tokenizer.prompt_format.bos, *ids] or [tokenizer.eot or 0]
 
 
 def encode_pair(tokenizer, context, continuation):
     """
     (ids of the context, ids of the continuation), two lists.
-
-    Blanks at the context's end move to the continuation, since tokens begin with them. The two are encoded as
-    one text, which is divided where the context alone ends. A context begins with the start token if the
-    network was trained with one; otherwise an empty context is the end-of-text token.
+    Spaces at the end of the context move to the continuation, because tokens begin with them. The two are
+    encoded as one text, which is split where the context alone ends. A context begins with the start token if
+    the model was trained with one; otherwise an empty context is the end-of-text token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped):] + continuation
@@ -171,7 +170,7 @@ BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}
 
 @dataclass
 class Row:
-    """A context and its continuation, as score() feeds them to the network."""
+    """A context and its continuation, in the form that score() feeds to the model."""
     number: int  # in the list of pairs
     ids: list[int]  # of both, without what does not fit
     length: int  # tokens of the continuation
@@ -180,16 +179,13 @@ class Row:
 @torch.no_grad()
 def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None):
     """
-    [(log-likelihood of the continuation in nats, whether greedy decoding would write it)] of pairs (ids of a
-    context, ids of a continuation), in their order.
-
+    [(log-likelihood of the continuation in nats, whether greedy decoding would generate it)] of pairs (ids of
+    a context, ids of a continuation), in their order.
     The longest rows go first, rows of similar length together. Only the positions that predict a continuation
-    pass through the head: that saves most of the time with a large vocabulary.
-
-    A context that is too long loses its beginning. cuts: the Cuts that counts them, for a caller that reports
-    them; without one, a line reports them here.
-
-    Raises UserError for a continuation that is longer than the context of the network, and for a
+    pass through the head, which saves most of the time with a large vocabulary.
+    A context that is too long is truncated at its beginning. cuts: the Cuts that counts this, for a caller
+    that reports it; without one, a line reports it here.
+    Raises UserError for a continuation that is longer than the context length of the model, and for a
     log-likelihood that is not finite.
     """
     T = model.cfg.block_size
@@ -246,10 +242,9 @@ def score_batch(model, batch, width, device, dtype):
 
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
     """
-    [[(log-likelihood, greedy) of every choice] of every Item], as score() returns them.
-
-    Raises UserError, with the line, for text that the tokenizer cannot encode, and for a choice that has no
-    tokens, has more than the network reads, or leaves one token of a longer context.
+    [[(log-likelihood, greedy) of every choice] of every Item], as returned by score().
+    Raises UserError with the line number for text that the tokenizer cannot encode, and for a choice that has
+    no tokens, has more than the model can read, or leaves one token of a longer context.
     """
     T = model.cfg.block_size
     pairs = []
@@ -283,8 +278,7 @@ def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='sc
 def windows(ids, first, T, stride):
     """
     Yield (context, continuation) so that every token of a text is in one continuation: T tokens after the
-    token `first`, then `stride` at a time, each with as many tokens before them as a network that reads T has
-    room for.
+    token `first`, then `stride` at a time, each with as many tokens before them as fit into a context of T.
     """
     if ids:
         yield [first], ids[:T]
@@ -295,8 +289,8 @@ def windows(ids, first, T, stride):
 
 def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     """
-    (nats, tokens, bytes in UTF-8) of a text. Each token is predicted from all tokens before it that fit,
-    except for `stride` of them at most. Raises UserError for a text that the tokenizer cannot encode.
+    (nats, tokens, UTF-8 bytes) of a text. Each token is predicted from all previous tokens that fit, except
+    for at most `stride` of them. Raises UserError for a text that the tokenizer cannot encode.
     """
     try:
         ids = encode_long(tokenizer, text)
@@ -312,8 +306,8 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
 
 def figures(items, scores):
     """
-    ({measure: (value, standard error)}, [a record per item]) of a task and the scores of its items. The error
-    of a single item is None.
+    ({measure: (value, standard error)}, [one record per item]) of a task and the scores of its items. For a
+    single item, the error is None.
     """
     records = [record_of(n, item, found) for n, (item, found) in enumerate(zip(items, scores))]
     measures = {}
@@ -330,7 +324,7 @@ def figures(items, scores):
 
 
 def record_of(n, item, scores):
-    """What became of item number n, with the scores of its choices, as a dict."""
+    """The result of item number n, with the scores of its choices, as a dict."""
     likelihoods = [nats for nats, _ in scores]
     if len(scores) == 1:
         return {'item': n, 'acc': int(scores[0][1]), 'nats': likelihoods[0]}

@@ -44,8 +44,8 @@ def find_point(points, swept):
 
 def best(points):
     """
-    The best of an arm's points, by the mean over the seeds that all of them have: five seeds must not be
-    compared with a single lucky one. A diverged run counts as infinite.
+    The best of an arm's points by the mean over the seeds that all of them have, because five seeds must not
+    be compared with a single lucky one. A diverged run counts as infinite.
     """
     seeds = shared_seeds(points)
     chosen = points[0]
@@ -59,14 +59,14 @@ def best(points):
 
 
 def measured_seeds(point):
-    """The seeds with which a point has been finished or has diverged."""
+    """The seeds for which a point is finished or has diverged."""
     return point.seeds() | point.seeds('diverged')
 
 
 def shared_seeds(points):
     """
     The seeds that all of an arm's points have, a set; points without any run are ignored. If no seed is in
-    all, because runs failed: the one that most points have.
+    all points, because runs failed: the seed that most points have.
     """
     found = [measured_seeds(point) for point in points if measured_seeds(point)]
     if not found:
@@ -91,8 +91,8 @@ def mean_loss(point, seeds):
 
 def beyond(points, chosen):
     """
-    {setting: the value to try next} where the chosen point has the smallest or the largest value of a number
-    that was tried.
+    {setting: the next value to try} for the settings in which the chosen point has the smallest or largest
+    number tried.
     """
     out = {}
     for key, value in chosen.swept.items():
@@ -104,7 +104,8 @@ def beyond(points, chosen):
 
 def next_value(tried, chosen):
     """
-    The value to try next beyond `chosen`; None if it is no number, or not the smallest or largest one tried.
+    The next value to try beyond `chosen`; None if it is not a number, or not the smallest or largest one
+    tried.
     """
     if number(chosen) is None:
         return None
@@ -126,7 +127,7 @@ def next_value(tried, chosen):
 
 def continue_grid(value, near):
     """
-    The number after `near` and `value`: by their ratio, at most 4, or by their difference where one is not
+    The number that continues `near`, `value`: by their ratio, at most 4, or by their difference if one is not
     positive.
     """
     if min(value, near) > 0:
@@ -156,7 +157,7 @@ def number(value):
 
 def sweep_report(name, points):
     """
-    The points of an arm as text, a line each, the best one marked, and a warning if it lies at the edge.
+    The points of an arm as text, one line each, the best one marked, and a warning if it is at the edge.
     """
     chosen = best(points)
     settings = [' '.join(f'{key}={value}' for key, value in point.swept.items()) for point in points]
@@ -184,9 +185,9 @@ def result_of(point):
 
 def swept_curve(points):
     """
-    (setting, [(its value, mean loss, standard error)]) over the first swept setting with two numbers or more,
-    the other settings at their best. The means are over the seeds that all points have. (None, []) without
-    such a setting.
+    (setting, [(its value, mean loss, standard error)]) over the first swept setting with two or more numbers,
+    with the other settings at their best. The means are over the seeds that all points have. (None, []) if
+    there is no such setting.
     """
     key = first_number(points)
     if key is None:
@@ -205,7 +206,7 @@ def swept_curve(points):
 
 
 def first_number(points):
-    """The first swept setting that has two numbers or more among `points`; None if there is none."""
+    """The first swept setting that has two or more numbers among `points`; None if there is none."""
     for key in points[0].swept:
         values = {point.swept[key] for point in points if type(point.swept[key]) in (int, float)}
         if len(values) > 1:
@@ -257,7 +258,7 @@ def tuned(base, arms_of, grid, seeds, out, jobs):
 
 
 def run_points(base, arms_of, points, seeds, out, jobs):
-    """Run {arm: [its points]} with each of `seeds`, and return them as {arm: [an Arm per point]}."""
+    """Run {arm: [its points]} with each of `seeds`, and return them as {arm: [one Arm per point]}."""
     arms = {name: [] for name in points}
     for seed in seeds:
         for name, settings in arms_of(seed).items():

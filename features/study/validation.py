@@ -8,8 +8,8 @@ from configurator import UserError
 
 def validation_sources(where, cfg, dataset='', block_size=0):
     """
-    The validation split of every corpus that the network of `where` was trained on, or of `dataset`, as
-    batches.Sources with rows of block_size, or as long as the network reads. Raises UserError where there is
+    The validation split of every corpus that the model of `where` was trained on, or of `dataset`, as
+    batches.Sources with rows of block_size, or of the model's context length. Raises UserError if there is
     none, or one of another tokenizer.
     """
     state = {}

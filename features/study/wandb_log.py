@@ -24,8 +24,8 @@ def log_in():
 
 def start(s):
     """
-    The Sender for the run of Weights & Biases that belongs to out_dir. Its id is kept there: a resumed run
-    goes on in it. Raises UserError.
+    The Sender for the run of Weights & Biases that belongs to out_dir. Its id is stored there, so that a
+    resumed run continues it. Raises UserError.
     """
     import wandb
     logging.raiseExceptions = False  # or wandb's own debug.log prints tracebacks where the disk is full
@@ -43,7 +43,7 @@ def start(s):
 
 
 class Sender:
-    """Sends records to a run of Weights & Biases. If that fails, the training goes on without it."""
+    """Sends records to a run of Weights & Biases. If sending fails, training continues without it."""
 
     def __init__(self, run, out_dir):
         self.run = run

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Cuts:
-    """How many of some texts were cut, to how many tokens, and how much they lost."""
+    """Counts truncated texts: how many, to how many tokens, and how many tokens were lost."""
     what: str  # what is counted, in the plural
     seen: int = 0  # texts, whether they fit or not
     cut: int = 0  # texts that did not fit
@@ -21,7 +21,7 @@ class Cuts:
     lost: int = 0  # tokens that were cut off one of them: the most
 
     def add(self, length, room):
-        """Count a text of `length` tokens, of which `room` are kept if there are more."""
+        """Count a text of `length` tokens, of which at most `room` are kept."""
         self.seen += 1
         if length <= room:
             return
@@ -31,7 +31,7 @@ class Cuts:
         self.cut += 1
 
     def line(self):
-        """The counts in one line; '' if every text fitted."""
+        """The counts in one line; '' if no text was truncated."""
         if not self.cut:
             return ''
         kept = f'{self.most:,}'

@@ -28,7 +28,7 @@ def documents_of(path):
 
 
 def docstrings_of(path):
-    """The docstrings of a Python file with a blank line between them; '' where it has none."""
+    """The docstrings of a Python file, separated by blank lines; '' if it has none."""
     try:
         with tokenize.open(path) as f, warnings.catch_warnings(action='ignore'):
             tree = ast.parse(f.read())

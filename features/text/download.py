@@ -58,8 +58,8 @@ CORPORA = {
 
 def download_corpus(name):
     """
-    The paths of the files of a named corpus, which are downloaded if they are not there. The environment
-    variable MINNOW_MIRROR=http://… names another host.
+    The paths of the files of a named corpus; missing files are downloaded. The environment variable
+    MINNOW_MIRROR=http://… sets another host.
     """
     base, files = CORPORA[name]
     if mirror := os.environ.get('MINNOW_MIRROR'):
@@ -71,8 +71,8 @@ def download_corpus(name):
 
 def download(url, path, size=None, sha256=None):
     """
-    Download the file at `url` to `path`, unless that exists. size, sha256: of the file, where known. Raises
-    UserError that says what to do; the next attempt continues with what has arrived.
+    Download the file at `url` to `path`, unless it exists. size, sha256: of the file, if known. Raises
+    UserError that says what to do; the next attempt continues where this one stopped.
     """
     if os.path.exists(path):
         if size is not None and os.path.getsize(path) != size:
@@ -121,7 +121,7 @@ def complete(url, f, path, size, sha256):
 
 
 def fault_of(path, size, sha256):
-    """How a file differs from one of this size and hash, None = not known; '' if it does not."""
+    """How a file differs from this size and hash (None = not known); '' if it does not."""
     found = os.path.getsize(path)
     if size is not None and found != size:
         return f'{found} bytes where {size} are expected'
@@ -134,8 +134,8 @@ def fault_of(path, size, sha256):
 
 def fetch(url, f, size, name):
     """
-    Append the rest of the file at `url` to the open file `f`. Returns the size of the whole, None if that is
-    not known.
+    Append the rest of the file at `url` to the open file `f`. Returns the size of the whole file, None if not
+    known.
     """
     have = f.tell()
     if have == size:

@@ -16,14 +16,15 @@ LONGEST = 5  # documents that are listed
 
 
 def count_literals(texts, tokenizer):
-    """{text of an end-of-text token: how often it occurs in the texts}."""
+    """{text of an end-of-text token: number of occurrences in the texts}."""
     names = {EOT, tokenizer.eot_text}
     return {name: sum(text.count(name) for text in texts) for name in names}
 
 
 def longest_of(lengths, places):
     """
-    [(tokens, place)] of the longest documents. lengths: tokens of each, int64; places: 'notes.txt:1' of each.
+    [(tokens, place)] of the longest documents. lengths: tokens of each, int64; places: for example
+    'notes.txt:1'.
     """
     order = np.argsort(-lengths, kind='stable')[:LONGEST]
     return [(int(lengths[n]), places[n]) for n in order]
@@ -31,7 +32,7 @@ def longest_of(lengths, places):
 
 def figures_of(found, folder, meta, s, tokenizer, seconds):
     """
-    The figures of documents [(where, text)] whose token files one process has written into a folder in
+    The figures of documents [(where, text)] whose token files were written into a folder by one process in
     `seconds`.
     """
     texts = [text for _, text in found]
@@ -57,8 +58,8 @@ def figures_of(found, folder, meta, s, tokenizer, seconds):
 
 class Figures:
     """
-    The figures of a run in several processes. They are kept in `progress`, a dict that is written as JSON, so
-    that a run that is resumed has the figures of all of its documents.
+    The figures of a run with several processes. They are kept in `progress`, a dict that is written as JSON,
+    so that a resumed run has the figures of all its documents.
     """
 
     def __init__(self, progress, vocab_size):
@@ -72,7 +73,7 @@ class Figures:
             self.used |= np.unpackbits(bits, count=vocab_size).astype(bool)
 
     def add(self, task, tokens, notes):
-        """Count what workers.tokenize() returned for a task."""
+        """Add the notes that workers.tokenize() returned for a task."""
         for ids, _, _ in tokens.values():
             self.used[ids] = True
         longest = notes['longest']
@@ -88,18 +89,18 @@ class Figures:
             self.progress['literal'][name] = self.progress['literal'].get(name, 0) + times
 
     def store(self):
-        """Write into `progress` what is not kept there all the time."""
+        """Write the figures into `progress`."""
         self.progress['used'] = np.packbits(self.used).tobytes().hex()
 
     def summary(self, tokens):
-        """The figures for print_figures(). tokens: how many there are in all."""
+        """The figures for print_figures(). tokens: their total number."""
         progress = self.progress
         return {'unused': 1 - self.used.mean(), 'unknown': progress['unknown'] / max(tokens, 1),
                 'empty': progress['empty'], 'longest': progress['longest'], 'literal': progress['literal']}
 
 
 def say_untrained(texts, tokenizer):
-    """Say if bpe:N is to be trained on texts with a sign that sentencepiece cannot be trained on."""
+    """Print a line if bpe:N is trained on texts with a character that sentencepiece cannot be trained on."""
     count = sum(text.count(UNTRAINED) for text in texts)
     if count and tokenizer.startswith('bpe:'):
         print(f'tokenizer={tokenizer}: it is trained without U+2585 ({count:,} in the text), '
@@ -107,7 +108,7 @@ def say_untrained(texts, tokenizer):
 
 
 def print_figures(meta, figures):
-    """Print the figures in prepare.py's summary. figures: None for a data set that was prepared before."""
+    """Print the figures in prepare.py's summary. figures: None for a data set that was already complete."""
     if 'entropy' in meta:
         print(f'    the entropy of the source is {meta["entropy"]:.4f} nats a token: no model can do better')
     if not figures:

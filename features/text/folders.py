@@ -16,7 +16,7 @@ from features.text.tokenizers import options_of, same_ids
 
 
 def how_to_make(name):
-    """The rest of an error line about the data set `name`, which is not there: the command that makes it."""
+    """The end of an error message about a missing data set `name`: the command that makes it."""
     from features.text.download import CORPORA
     from features.text.sources import HERE
     corpora = {source.removeprefix('synthetic:'): source for source in (*HERE, *CORPORA)}
@@ -59,16 +59,16 @@ def how_to_prepare(wanted, folder, files):
 
 
 def how_to_prepare_for(where, folder, files):
-    """how_to_prepare() with the tokenizer of a network; arguments as in check_tokenizer()."""
+    """how_to_prepare() with the tokenizer of a model; arguments as in check_tokenizer()."""
     wanted = {} if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
     return how_to_prepare(wanted, folder, files)
 
 
 def check_tokenizer(setting, where, folder, files):
     """
-    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the network that read_model()
-    read from `where` and `folder`. setting: what the message begins with. Print a line where the two cannot
-    be compared.
+    Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the model that read_model()
+    read from `where` and `folder`. setting: the beginning of the message. Prints a line if the two cannot be
+    compared.
     """
     try:
         wanted, found = checkpoint.tokenizer_of(where, folder), (files.meta['tokenizer'], files.folder)
@@ -93,7 +93,7 @@ USUAL = {'text_key': 'text', 'source': '', 'target': '', 'prompt_template': '', 
 
 
 def earlier_arguments(source):
-    """The arguments of prepare.py with which a folder was made; source: that field of its meta.json."""
+    """The arguments of prepare.py that made a folder; source: that field of its meta.json."""
     if not isinstance(source, dict):
         source = {}
     paths = source.get('sources')
@@ -107,7 +107,7 @@ def earlier_arguments(source):
 
 
 def compare_tokens(first, other):
-    """Why two Sources cannot be mixed; '' if they can. One tokenizer may be kept in two formats."""
+    """Why two Sources cannot be mixed; '' if they can. One tokenizer may be stored in two formats."""
     ours, theirs = first.files.meta['tokenizer'], other.files.meta['tokenizer']
     is_same = ours == theirs
     with suppress(UserError):  # not known, or its library is not here
@@ -135,7 +135,7 @@ def count_long_documents(source):
 
 
 def real_folders(dataset):
-    """A setting `dataset` as {real folder: weight}, the same for all its spellings."""
+    """A setting `dataset` as {real folder: weight}, the same for all spellings."""
     weights = dataset if isinstance(dataset, dict) else {dataset: 1}
     found = {}
     for name, weight in weights.items():

@@ -32,7 +32,7 @@ LAST_WORD = re.compile(r'(?s:.*)[A-Za-z](?=[ \n])')
 
 
 def words_of(tokenizer):
-    """The Words of a tokenizer, made once."""
+    """The Words of a tokenizer, made once and cached."""
     if not hasattr(tokenizer, 'words'):
         tokenizer.words = Words(tokenizer)
     return tokenizer.words
@@ -65,7 +65,7 @@ class Words:
 
     def encode(self, texts):
         """
-        (ids of all texts with the end-of-text token after each; number of ids of each text), int64 arrays.
+        (ids of all texts, each followed by the end-of-text token; number of ids per text), int64 arrays.
         """
         stretches, parts = [], []  # stretches: texts that are not ASCII, in order
         for text in texts:
@@ -90,7 +90,7 @@ class Words:
         return out, np.diff(end[padded[start] == 255], prepend=0)
 
     def starts(self, data):
-        """Where the words of the bytes `data` start. Each END is a word."""
+        """The positions where the words of the bytes `data` start. Each END is a word."""
         kind = self.classes[data]
         blank = kind == BLANK
         solid = (kind != BLANK) & (kind != END)
@@ -104,7 +104,7 @@ class Words:
         return np.flatnonzero(start)
 
     def split_contractions(self, data, start):
-        """Change `start` for 's 'd 'm 't 'll 've 're, unless the quote is inside of a word."""
+        """Change `start` for 's 'd 'm 't 'll 've 're, unless the quote is inside a word."""
         quote = np.flatnonzero(data[1:-1] == ord("'")) + 1
         quote = quote[start[quote]]
         if len(data) > 1 and data[0] == ord("'"):
@@ -120,8 +120,8 @@ class Words:
 
     def keys(self, padded, start, length, size):
         """
-        The first 8 bytes of words, and the next 7 with the length, uint64 each. size: bytes of text before
-        the padding.
+        The first 8 bytes of words, and the next 7 with the length, uint64 each. size: bytes of text without
+        padding.
         """
         eights = np.ndarray(size + 9, '<u8', padded, strides=(1,))  # the 8 bytes from every place on
         first = eights[start] & self.masks[np.minimum(length, 8)]
@@ -146,8 +146,8 @@ class Words:
 
 def take_out(text, stretches):
     """
-    A text with the character 254 for every stretch that is not ASCII, each from the end of a word to the end
-    of another. The stretches are appended to `stretches`.
+    Replace every non-ASCII part of a text, extended to word boundaries, by the character 254. The parts are
+    appended to `stretches`.
     """
     parts, at = [], 0
     for found in NOT_ASCII.finditer(text):
@@ -162,6 +162,6 @@ def take_out(text, stretches):
 
 
 def place_of(first, second):
-    """Where in the table a word with these keys() is."""
+    """The position in the table of a word with these keys()."""
     mixed = (first ^ (second * np.uint64(0xC2B2AE3D27D4EB4F))) * np.uint64(0x9E3779B97F4A7C15)
     return (mixed >> np.uint64(64 - TABLE_BITS)).astype(np.int64)

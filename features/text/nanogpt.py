@@ -17,7 +17,7 @@ CLEAR_ZERO = 16  # or so many have upper halves of 0
 
 
 def describe_folder(folder):
-    """The content of meta.json for nanoGPT's folder. Raises UserError for one that takes a guess."""
+    """The content of meta.json for a nanoGPT folder. Raises UserError if it would have to guess."""
     paths = {}
     for split in ('train', 'val'):
         path = os.path.join(folder, f'{split}.bin')
@@ -37,7 +37,7 @@ def describe_folder(folder):
 
 
 def remark(name, files):
-    """[a line] about a data set whose tokenizer is assumed or not known, else []; files: its TokenFiles."""
+    """[a line] about a data set whose tokenizer is assumed or unknown, else []; files: its TokenFiles."""
     if files.meta['tokenizer']['kind'] == 'unknown':
         return [f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: '
                 'no samples are drawn']
@@ -48,8 +48,8 @@ def remark(name, files):
 
 def identify(files):
     """
-    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes of their own: what a
-    meta.json says, and 64 pieces of 64 KB of each file.
+    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes: the data of a meta.json,
+    and 64 pieces of 64 KB of each file.
     """
     meta = {key: value for key, value in files.meta.items() if key != 'bos'}
     if meta['tokenizer']['kind'] == 'unknown':  # it was once taken for GPT-2's: those runs still resume
@@ -69,9 +69,9 @@ def identify(files):
 
 def read_tokenizer(path):
     """
-    (description of the tokenizer, vocab_size) of a meta.pkl. Its characters if it lists some; GPT-2's if
-    there is no meta.pkl, as in nanoGPT, or one with 50,257 tokens and nothing else; otherwise the tokenizer
-    is not known. Raises UserError for a strange meta.pkl.
+    (description of the tokenizer, vocab_size) of a meta.pkl: its characters if it lists some; GPT-2's if
+    there is no meta.pkl, as in nanoGPT, or one with 50,257 tokens and nothing else; otherwise unknown. Raises
+    UserError for an invalid meta.pkl.
     """
     pkl = {}
     if os.path.exists(path):
@@ -95,7 +95,7 @@ def read_tokenizer(path):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of dicts, lists, strings and numbers; refuses all that would import or call."""
+    """Reads pickles of dicts, lists, strings and numbers; refuses every import and every call."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it refers to {module}.{name}')
@@ -113,7 +113,7 @@ def read_pickle(path):
 # The width of a token
 
 def find_width(paths, vocab_size):
-    """Bytes of a token in all of these files, 2 or 4. Raises UserError where that is unclear."""
+    """Bytes per token in all of these files, 2 or 4. Raises UserError if that is unclear."""
     widths = {path: find_width_of(path, vocab_size) for path in paths}
     known = set(widths.values()) - {0}
     if known == {2, 4}:
@@ -128,9 +128,9 @@ def find_width(paths, vocab_size):
 
 def find_width_of(path, vocab_size):
     """
-    Bytes of a token in a file, 2 or 4, by 64 places of it; 0 if both are possible. uint32 read as uint16 has
-    a small number after every token, uint16 read as uint32 has tokens beyond the vocabulary. Raises UserError
-    if neither fits.
+    Bytes per token in a file, 2 or 4, from 64 samples of it; 0 if both are possible. uint32 read as uint16
+    has a small number after every token; uint16 read as uint32 has tokens outside the vocabulary. Raises
+    UserError if neither fits.
     """
     words = look_into(path)
     upper, lower = words >> 16, words & 0xFFFF
@@ -157,7 +157,7 @@ def find_width_of(path, vocab_size):
 
 
 def look_into(path, places=64, size=2 ** 12):
-    """Pieces of a file from its beginning to its end, all of a small one, as uint32."""
+    """Samples of a file from its beginning to its end, the whole file if it is small, as uint32."""
     room = max(0, os.path.getsize(path) // 8 * 8 - size)
     starts = sorted({room * n // (places - 1) // 8 * 8 for n in range(places)})
     with open(path, 'rb') as f:

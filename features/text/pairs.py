@@ -31,7 +31,7 @@ def has_pairs(s):
 
 
 def source_of(text):
-    """The source of a pair; a text that is none stays as it is."""
+    """The source of a pair; a text that is not a pair is returned unchanged."""
     return text.partition(PAIR)[0]
 
 
@@ -39,7 +39,7 @@ def source_of(text):
 # Rows → pairs
 
 def fields_of(s):
-    """The fields that the settings `s` read of a row."""
+    """The fields of a row that the settings `s` read."""
     if not has_pairs(s):
         return s.text_key.split(',')
     return [*source_fields(s), *s.target.split(',')]
@@ -57,7 +57,7 @@ def setting_of(s):
 
 
 def text_of(row, s, where):
-    """The text of a row, or for settings with pairs source, PAIR, target."""
+    """The text of a row; for settings with pairs: source, PAIR, target."""
     if not has_pairs(s):
         return prepare.text_of(row, s, where)
     fields = {}
@@ -70,14 +70,15 @@ def text_of(row, s, where):
 
 
 def clean_field(row, key, s, where):
-    """A field of a row as text without PAIR in it, '' for None."""
+    """A field of a row as text without PAIR; '' for None."""
     text = prepare.field_of(row, key, s, where, setting_of(s))
     return (text or '').replace(PAIR, ' ')
 
 
 def first_text(value):
     """
-    A target can be a list of texts, several summaries for instance: the first that is not blank is learned.
+    The first text of a target that is not blank: a target can be a list of texts, for example several
+    summaries.
     """
     if not isinstance(value, list):
         return value
@@ -92,7 +93,7 @@ def join(fields):
 
 
 def encode_pairs(texts, tokenizer):
-    """As prepare.encode() for pairs: an end-of-text token after each source and each target."""
+    """Like prepare.encode(), for pairs: an end-of-text token after each source and each target."""
     parts = []
     for text in texts:
         parts += text.split(PAIR)
@@ -109,7 +110,7 @@ def target_bytes(texts):
 
 def template_fields(template):
     """
-    The fields of a prompt template, NAME of {NAME}; {{ stands for {. Raises ValueError for a broken one.
+    The fields of a prompt template, NAME of {NAME}; {{ means {. Raises ValueError for an invalid template.
     """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
@@ -121,7 +122,7 @@ def template_fields(template):
 
 
 def check_template(template):
-    """Raise ValueError, in one line, for what cannot be the setting prompt_template."""
+    """Raise a one-line ValueError if prompt_template is invalid."""
     typed_text(template, 'prompt_template')
     try:
         if template and not template_fields(template):
@@ -133,8 +134,7 @@ def check_template(template):
 
 def fill(template, row):
     """
-    A template, read by typed_text(), with the fields of a row; paragraphs with only empty fields are left
-    out.
+    Fill a template, read by typed_text(), with the fields of a row; drops paragraphs with only empty fields.
     """
     paragraphs = []
     for paragraph in typed_text(template, 'prompt_template').split('\n\n'):
@@ -153,8 +153,7 @@ def fill(template, row):
 
 def sections(text):
     """
-    {name: text} of the SECTIONS of a document: each begins a line with its name and a colon. '' = it has
-    none.
+    {name: text} of the SECTIONS of a document: each begins with its name and a colon on a line. '' = missing.
     """
     _, *found = re.split(rf'^({"|".join(SECTIONS)}):', text, flags=re.MULTILINE)
     texts = dict.fromkeys(SECTIONS, '')
@@ -164,7 +163,7 @@ def sections(text):
 
 
 def check_sections(s, files):
-    """Raise UserError if pairs are to be read from plain text by fields that are no SECTIONS."""
+    """Raise UserError if pairs are to be read from plain text by fields that are not in SECTIONS."""
     plain = [path for path, kind in files if kind in ('text', 'topics')]
     fields = fields_of(s)
     if has_pairs(s) and plain and set(fields) - set(SECTIONS):
@@ -174,8 +173,8 @@ def check_sections(s, files):
 
 def docstring_pairs(path):
     """
-    Yield (number of the line, pair) of the functions of a Python file that have a docstring: the code without
-    it, and its first line.
+    Yield (line number, pair) of the functions of a Python file that have a docstring: the code without it,
+    and its first line.
     """
     try:
         with tokenize.open(path) as f, warnings.catch_warnings(action='ignore'):

@@ -48,7 +48,7 @@ def main(s):
 
 
 def place_of(s):
-    """(number, count) of the part that is prepared: (1, 1) = all."""
+    """(number, count) of the part to prepare: (1, 1) = everything."""
     if not s.part:
         return 1, 1
     number, count = s.part.split('/')
@@ -60,7 +60,7 @@ def parts_folder(out):
 
 
 def part_folder(out, number, count):
-    """Where part `number` of `count` of the data set `out` is made."""
+    """The folder of part `number` of `count` of the data set `out`."""
     return os.path.join(parts_folder(out), f'{number}_of_{count}')
 
 
@@ -68,9 +68,7 @@ def part_folder(out, number, count):
 # The parts are all there, and of one corpus
 
 def find_parts(out):
-    """
-    The folders of all parts, in the order of the corpus. Raises UserError that names those that are missing.
-    """
+    """The folders of all parts, in the order of the corpus. Raises UserError that names the missing ones."""
     parent = parts_folder(out)
     parts = set()  # {(count, number)}
     for name in os.listdir(parent) if os.path.isdir(parent) else []:
@@ -94,9 +92,7 @@ def find_parts(out):
 
 
 def read_parts(folders):
-    """
-    meta.json of all parts. Raises UserError for a part of another corpus, or prepared with another setting.
-    """
+    """meta.json of all parts. Raises UserError for a part of another corpus or with other settings."""
     from batches import read_meta
     metas = [read_meta(folder) for folder in folders]
     for number, (folder, meta) in enumerate(zip(folders, metas), 1):
@@ -115,8 +111,8 @@ def read_parts(folders):
 
 def is_part(meta, name):
     """
-    Whether this is meta.json of the part `name`, 3/64 for instance, with all that join() reads. Raises
-    KeyError or TypeError for a field that is missing.
+    Whether this is meta.json of the part `name`, for example 3/64, with everything that join() reads. Raises
+    KeyError or TypeError for a missing field.
     """
     source, splits = meta['source'], meta['splits']
     if (source['part'] != name or splits.keys() != {'train', 'val'}
@@ -151,8 +147,8 @@ def difference(meta, first):
 
 def merge(out):
     """
-    Make the data set `out` of its parts. They stay where they are. Raises UserError.
-    Returns (folder, meta.json, number of parts).
+    Make the data set `out` from its parts, which are kept. Raises UserError. Returns (folder, meta.json,
+    number of parts).
     """
     if not is_free(out):
         raise UserError(f'merge={out}: exists: delete it first')
@@ -179,9 +175,9 @@ def merge(out):
 
 def join(folders, metas, part):
     """
-    Put the shards of all parts into the folder `part`: the data set that one machine would have made, but for
-    where its shards end. Files are linked, so that they take no room twice, or copied if they cannot be.
-    Returns meta.json. Raises UserError for a damaged part.
+    Put the shards of all parts into the folder `part`: the data set that one machine would have made, except
+    that shards end elsewhere. Files are hard-linked, so that they need no extra space, or copied if that is
+    not possible. Returns meta.json. Raises UserError for a damaged part.
     """
     load_tokenizer(metas[0]['tokenizer'], folders[0])
     for name in metas[0]['tokenizer'].get('files', ()):
@@ -206,7 +202,7 @@ def join(folders, metas, part):
 
 
 def take(path, to):
-    """Give a file a second name, or copy it if the file system has no links."""
+    """Hard-link a file, or copy it if the file system has no links."""
     try:
         os.link(path, to)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= )')
 
 
 def cut_of(tokenizer):
-    """One of the rules above for a tokenizer; None if its texts must not be cut."""
+    """The rule for splitting texts of a tokenizer; None if its texts must not be split."""
     if not hasattr(tokenizer, 'cut'):
         tokenizer.cut = find_cut(tokenizer)
     return tokenizer.cut
@@ -67,7 +67,7 @@ def encode_long(tokenizer, text):
 
 
 def encode_documents(tokenizer, texts):
-    """As Tokenizer.encode_documents()."""
+    """Like Tokenizer.encode_documents()."""
     if tokenizer.kind == 'gpt2':
         from features.text.gpt2_words import words_of
         return words_of(tokenizer).encode(texts)

@@ -39,7 +39,7 @@ SAVE_EVERY = 10  # seconds between two records of the progress
 
 def is_needed(s, out):
     """
-    Whether settings ask for more than prepare.py does itself: a new folder of a few plain .txt and .jsonl
+    Whether settings need more than prepare.py does itself: a new folder from a few plain .txt and .jsonl
     files.
     """
     if not out or os.path.lexists(out) or os.path.lexists(f'{out}.part'):
@@ -61,8 +61,8 @@ def is_needed(s, out):
 
 def prepare(s, out):
     """
-    Prepare the sources of the settings `s`, or resume an interrupted run. out: the folder to make, '' = the
-    default. Raises UserError. Returns what prepare.prepare() returns.
+    Prepare the sources of the settings `s`, or resume an interrupted run. out: the output folder, '' = the
+    default. Raises UserError. Returns the same as prepare.prepare().
     """
     out = out or folder_of(s.sources)
     if not out:
@@ -99,7 +99,7 @@ def limited(share, files):
 
 
 def describe(s, files):
-    """As prepare.describe(), with the settings of this feature that are used."""
+    """Like prepare.describe(), with the settings of this feature that are used."""
     source = core.describe(s, files)
     inputs = source.pop('inputs')
     for name in ('source', 'target', 'prompt_template', 'reserve'):
@@ -115,8 +115,8 @@ def describe(s, files):
 
 def finished(out, source, unlimited):
     """
-    meta.json of a folder that exists, if it was made from the same inputs with the same settings. unlimited:
-    what val_fraction was before it had a limit for large files. Raises UserError if it was made from others.
+    meta.json of an existing folder, if it was made from the same inputs with the same settings. unlimited:
+    val_fraction before the limit for large files. Raises UserError if it was made from others.
     """
     try:
         with open(os.path.join(out, 'meta.json'), encoding='utf-8-sig') as f:
@@ -141,8 +141,7 @@ def finished(out, source, unlimited):
 
 def begin(s, files, source, part, by_default):
     """
-    A new record of the progress: how documents are split, and the tokenizer, whose files are written to
-    `part`.
+    A new progress record: how documents are split, and the tokenizer, whose files are written to `part`.
     """
     left = os.listdir(part)
     if left:
@@ -172,10 +171,7 @@ def begin(s, files, source, part, by_default):
 
 
 def sample(reader, s):
-    """
-    Texts to make a tokenizer from: every character for char; for bpe:N a part of the text, spread evenly over
-    it.
-    """
+    """Texts to train a tokenizer on: all text for char; for bpe:N a sample, spread evenly over the text."""
     chars, kept, stride = set(), [], 1
     for number, task in enumerate(progress_bar('first pass', reader, reader.tasks(ANYWHERE))):
         if s.tokenizer == 'char':
@@ -238,8 +234,8 @@ def run(s, files, source, out, part, by_default):
 
 def tokenize_all(s, reader, tokenizer, progress, part, figures):
     """
-    Tokenize and write the tasks that `progress` does not have yet, and record the progress now and then.
-    Returns (seconds, MB of text a second, number of processes).
+    Tokenize and write the remaining tasks, and save the progress regularly. Returns (seconds, MB of text per
+    second, number of processes).
     """
     dtype = core.dtype_of(tokenizer)
     splits = {name: Split(part, name, dtype, shards) for name, shards in progress['shards'].items()}
@@ -267,7 +263,7 @@ def tokenize_all(s, reader, tokenizer, progress, part, figures):
 
 
 def save(progress, part, splits, figures):
-    """Record the progress, after the tokens that it tells of are on the disk."""
+    """Write the progress, after its tokens are on disk."""
     for split in splits.values():
         split.sync()
     figures.store()

@@ -30,7 +30,7 @@ TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
 class Task:
     """
     A unit of work for a process: whole documents, a part of a long document, or lines of a .jsonl. The tasks
-    of a run depend on its input only, not on timing or the number of processes.
+    of a run depend only on its input, not on timing or the number of processes.
     """
     documents: list = ()  # [('notes.txt:1', text)]: whole documents,
     side: str = ''        # or a part of a long one, on this side of the split;
@@ -56,9 +56,8 @@ def documents(task, s):
 
 class Reader:
     """
-    The files of a run, read as tasks. position: bytes read so far, of `total`.
-    part: (number, count) of a stretch of the files, which begins after `first` bytes and ends at `last`;
-    (1, 1) = all.
+    The files of a run, read as tasks. position: bytes read so far, of `total`. part: (number, count) of a
+    range of the files, which begins after `first` bytes and ends at `last`; (1, 1) = everything.
     """
 
     def __init__(self, files, s, part=(1, 1)):
@@ -69,7 +68,7 @@ class Reader:
         self.last = self.total * part[0] // part[1]
 
     def part_at(self, position):
-        """The number of the part that has what is read at this position: the same on every machine."""
+        """The number of the part that this position belongs to, the same on every machine."""
         return min(self.part[1], max(1, -(-position * self.part[1] // max(self.total, 1))))
 
     def tasks(self, cut):
@@ -109,7 +108,7 @@ class Reader:
                 yield task
 
     def read(self, path, kind, cut):
-        """The tasks of a file: a document each, a part of a long one, or lines of a .jsonl."""
+        """The tasks of a file: one per document, parts of a long document, or lines of a .jsonl."""
         if kind == 'text':
             return self.text(path, cut)
         if kind == 'lines':
@@ -125,7 +124,7 @@ class Reader:
     # --- .txt ---
 
     def text(self, path, cut):
-        """Yield the documents of a .txt, a task each; long ones in parts, unless they are pairs."""
+        """Yield the documents of a .txt, one task each; long ones in parts, unless they are pairs."""
         number, lengths = 0, None
         has_pairs = pairs.has_pairs(self.s)
         for text, starts, ends in self.parts(path, None if has_pairs else cut):
@@ -149,8 +148,8 @@ class Reader:
 
     def parts(self, path, cut):
         """
-        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. Where files
-        were joined, a document may begin with a byte-order mark: it is removed.
+        Yield (text, starts, ends): the documents of a .txt, those longer than two tasks in parts. A
+        byte-order mark at the start of a document, from joined files, is removed.
         """
         for text, starts, ends in self.marked_parts(path, cut):
             yield text.removeprefix('\ufeff') if starts else text, starts, ends
@@ -188,7 +187,7 @@ class Reader:
         return lengths
 
     def characters(self, path):
-        """Yield (text, whether it is the last) of a file, about a task's worth at a time."""
+        """Yield (text, whether it is the last) of a file, about one task's size at a time."""
         rest, offset, last = b'', 0, False
         blocks = filter(None, self.blocks(path))
         while not last:
@@ -222,7 +221,7 @@ class Reader:
             yield Task(lines=(b''.join(blocks), path, line, offset))
 
     def parquet(self, path):
-        """Yield the rows of a .parquet, a task each."""
+        """Yield the rows of a .parquet, one task each."""
         try:
             import pyarrow
             import pyarrow.parquet
@@ -248,27 +247,28 @@ class Reader:
             raise UserError(f'{path}: not a sound .parquet ({str(error)[:80]}): restore it') from None
 
     def topics(self, path):
-        """Yield pydoc's chapters on the Python language, a task each."""
+        """Yield pydoc's chapters on the Python language, one task each."""
         from pydoc_data.topics import topics
         self.position += os.path.getsize(path)
         for name in sorted(topics):
             yield Task([(f'{path}:{name}', topics[name])])
 
     def docstrings(self, path):
-        """Yield a pair for each function of a Python file that has a docstring, a task each."""
+        """Yield a pair for each function of a Python file that has a docstring, one task each."""
         self.position += os.path.getsize(path)
         for line, pair in pairs.docstring_pairs(path):
             yield Task([(f'{path}:{line}', pair)])
 
     def docs(self, path):
-        """Yield the docstrings of a Python file, or pydoc's chapters, a task each."""
+        """Yield the docstrings of a Python file, or pydoc's chapters, one task each."""
         self.position += os.path.getsize(path)
         for document in docs.documents_of(path):
             yield Task([document])
 
     def blocks(self, path):
         """
-        Yield the bytes of a file, unpacked, about TASK_SIZE at a time. Raises UserError for a damaged file.
+        Yield the decompressed bytes of a file, about TASK_SIZE at a time. Raises UserError for a damaged
+        file.
         """
         unpack, fault = decompressor(path)
         stream = unpack and unpack()
@@ -313,8 +313,8 @@ def part_tasks(where, text, done, boundary, ends):
 
 def decompressor(path):
     """
-    (function that makes a decompressor, the exception for damaged data) of a packed file, else (None, ()).
-    All decompressors have decompress(), eof and unused_data.
+    (function that makes a decompressor, the exception for damaged data) of a compressed file, else (None,
+    ()). All decompressors have decompress(), eof and unused_data.
     """
     packed = endings(path)[1]
     if packed == '.gz':
@@ -342,9 +342,7 @@ SEPARATOR = re.compile(rf'{re.escape(EOT)}[ \t]{{0,{BLANKS}}}(?:\r\n|\r|\n|\Z)')
 
 
 def split_at_separators(text):
-    """
-    The parts of a text between lines of <|endoftext|>, with blanks or a byte-order mark beside it at most.
-    """
+    """The parts of a text between lines that contain only <|endoftext|>, spaces or a byte-order mark."""
     parts, start = [], 0  # start: where the line after the last separator begins
     for found in SEPARATOR.finditer(text):
         before = text[max(start, found.start() - BLANKS - 1):found.start()]

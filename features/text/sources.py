@@ -35,8 +35,8 @@ def name_of(sources):
 
 def folder_of(sources):
     """
-    The default of --out: data/NAME for a single named corpus, else ''. Raises UserError for a source that is
-    missing: a misspelt name is a likelier mistake than a missing --out.
+    The default of --out: data/NAME for a single named corpus, else ''. Raises UserError for a missing source,
+    because a misspelt name is more likely than a missing --out.
     """
     name = name_of(sources)
     if name:
@@ -46,7 +46,7 @@ def folder_of(sources):
 
 
 def usual_fraction(sources):
-    """The default of val_fraction, before its limit for large corpora: more of small named corpora."""
+    """The default of val_fraction, before its limit for large corpora; higher for small named corpora."""
     name = name_of(sources)
     if name == 'shakespeare':
         return 0.1
@@ -65,9 +65,9 @@ PACKED = ('.gz', '.bz2', '.xz', '.zst')  # of .txt and .jsonl
 
 def find_files(sources, left_out=None):
     """
-    [(path, kind)] of all sources, in an order that is always the same. left_out: a dict that gets the other
-    contents of folders, {ending or reason: [how many, the path of one]}; not_read() writes it as a line.
-    Raises UserError for what is missing, broken, unreadable or of an unknown kind.
+    [(path, kind)] of all sources, always in the same order. left_out: a dict that gets the other contents of
+    folders, {ending or reason: [count, one path]}; not_read() formats it as a line. Raises UserError for
+    sources that are missing, broken, unreadable or of an unknown kind.
     """
     left_out = {} if left_out is None else left_out
     found = []
@@ -82,7 +82,7 @@ def find_files(sources, left_out=None):
 
 
 def corpus_files(name):
-    """[(path, kind)] of a named corpus, which is downloaded or made if it is not there."""
+    """[(path, kind)] of a named corpus, which is downloaded or made if necessary."""
     if name == 'stdlib':
         return stdlib_files()
     if name == 'stdlib_docs':
@@ -96,8 +96,8 @@ def corpus_files(name):
 
 def stdlib_files():
     """
-    [(path, kind)] of the Python files of the standard library, each a document, and of pydoc's chapters on
-    the language. Its tests and tables of encodings are left out.
+    [(path, kind)] of the Python files of the standard library, one document each, and of pydoc's chapters on
+    the language. Its tests and encoding tables are left out.
     """
     skipped = ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings')
     found = []
@@ -113,7 +113,7 @@ def stdlib_files():
 
 
 def check_file(path):
-    """The kind of a file that is a source. Raises UserError if it cannot be read."""
+    """The kind of a source file. Raises UserError if it cannot be read."""
     kind = kind_of(path, path)
     if not kind:
         raise UserError(f'{path}: takes .txt, .jsonl or .parquet (the first two also as .gz, .bz2, '
@@ -124,8 +124,8 @@ def check_file(path):
 
 def find_in(source, left_out):
     """
-    [(path, kind)] of the files of a folder or a glob, sorted by path. It counts in `left_out` what it does
-    not read.
+    [(path, kind)] of the files of a folder or a glob, sorted by path. Files that are not read are counted in
+    `left_out`.
     """
     is_folder = os.path.isdir(source)
     candidates = walk(source, left_out) if is_folder else expand(source, left_out)
@@ -163,8 +163,8 @@ def missing(source):
 
 def walk(top, left_out):
     """
-    {path: real path} of all files in a folder, at any depth. Links to folders are followed, but each folder
-    is read once, so that a circle of links ends. Hidden files and folders are left out.
+    {path: real path} of all files in a folder, recursively. Links to folders are followed, but each folder is
+    read once, so that a cycle of links ends. Hidden files and folders are left out.
     """
     found, seen = {}, set()
     folders, links = [top], []
@@ -191,8 +191,8 @@ def walk(top, left_out):
 
 def expand(pattern, left_out):
     """
-    {path: real path} of the files that a glob matches; ** stands for any depth. A folder that it matches is
-    read whole.
+    {path: real path} of the files that a glob matches; ** matches any depth. A matching folder is read
+    recursively.
     """
     paths = ['/' if pattern.startswith('/') else '']
     parts = [part for part in pattern.split('/') if part]
@@ -210,7 +210,7 @@ def expand(pattern, left_out):
 
 
 def step(paths, part):
-    """The paths that one part of a glob leads to."""
+    """The paths that match one part of a glob."""
     named = [os.path.join(path, part) for path in paths if os.path.lexists(os.path.join(path, part))]
     if named or not glob.has_magic(part):  # a folder 'notes [1]' is itself, though [1] may stand for 1
         return named
@@ -222,13 +222,14 @@ def step(paths, part):
 
 
 def matches(name, part):
-    """Whether a part of a glob matches a name; a hidden name, only if the part begins with a dot itself."""
+    """Whether a part of a glob matches a name; hidden names need a dot at the beginning of the part."""
     return fnmatch.fnmatchcase(name, part) and (part.startswith('.') or not name.startswith('.'))
 
 
 def fits(names, parts):
     """
-    Whether the parts of a glob match the names of a path, or its first names: it is inside of a match then.
+    Whether the parts of a glob match the names of a path, or its first names, so that the path is inside a
+    match.
     """
     if not parts:
         return True
@@ -238,7 +239,7 @@ def fits(names, parts):
 
 
 def names_in(folder):
-    """The names in a folder, sorted. Raises UserError where it cannot be read."""
+    """The names in a folder, sorted. Raises UserError if it cannot be read."""
     try:
         return sorted(os.listdir(folder or '.'))
     except OSError as error:
@@ -251,9 +252,7 @@ def check_readable(path):
 
 
 def endings(path):
-    """
-    ('.txt', '.gz') of a.txt.gz, ('.txt', '') of A.TXT: the ending of the text and that of the packed file.
-    """
+    """('.txt', '.gz') of a.txt.gz, ('.txt', '') of A.TXT: the endings of the text and of the compression."""
     stem, ending = os.path.splitext(path.lower())
     if ending in PACKED:
         return os.path.splitext(stem)[1], ending
@@ -261,9 +260,7 @@ def endings(path):
 
 
 def kind_of(path, source=''):
-    """
-    text, lines or parquet by the name of a file, which was found by `source`; None for what is not read.
-    """
+    """text, lines or parquet by the name of a file, which was found by `source`; None for other files."""
     ending, packed = endings(path)
     if ending in NAMED and endings(source) == (ending, packed):
         return 'text'
@@ -281,7 +278,8 @@ def leave_out(left_out, reason, path):
 
 def not_read(left_out):
     """
-    A line on what find_files() left out, 'not read: 3 .pdf (a/x.pdf), 1 hidden (a/.git)'; '' if nothing was.
+    A line about the files that find_files() left out, 'not read: 3 .pdf (a/x.pdf), 1 hidden (a/.git)'; '' if
+    there are none.
     """
     if not left_out:
         return ''

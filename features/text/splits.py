@@ -15,7 +15,7 @@ VAL_SIZE = 20_000
 
 
 def divide(text, s):
-    """As prepare.divide(); the source of a pair decides its side."""
+    """Like prepare.divide(); for a pair, its source decides the side."""
     if not has_pairs(s):
         return prepare.divide(text, s)
     side = prepare.divide(source_of(text), s)[0][0]
@@ -38,12 +38,12 @@ def choose(s, found, by_default):
 
 def choose_from(tasks, s, by_default):
     """
-    If there are few documents, the hashes of those for validation; None if there are enough that the hash of
-    each document can decide by itself.
-
-    The chosen documents have about val_fraction of the text; by_default (no val_fraction was given) VAL_SIZE
-    characters, if that is more, up to a tenth of the text. Equal documents are on one side. Both sides have
-    some, unless all are equal. The result does not depend on the order of the documents, nor on parts.
+    If there are few documents, the hashes of those for validation; None if there are enough that each hash
+    can decide by itself.
+    The chosen documents have about val_fraction of the text; with by_default (val_fraction is not set)
+    VAL_SIZE characters, if that is more, up to a tenth of the text. Duplicates are on the same side. Both
+    sides get some documents, unless all are duplicates. The result does not depend on the order of the
+    documents or on parts.
     """
     sizes, count = {}, 0  # {hash: characters of all documents that have it}
     rarer = min(s.val_fraction, 1 - s.val_fraction)
@@ -67,7 +67,8 @@ def choose_from(tasks, s, by_default):
 
 def smallest_hashes(sizes, val_fraction, by_default):
     """
-    The lowest of the hashes {hash: characters} that have about val_fraction of all characters; one at least.
+    The smallest of the hashes {hash: characters} that have about val_fraction of all characters; at least
+    one.
     """
     total = sum(sizes.values())
     wanted = val_fraction * total
@@ -88,7 +89,7 @@ def tasks_to_choose_from(files, s):
 
 
 def advice_for(s):
-    """What to do about a side of the split without documents, for a message."""
+    """What to do if a side of the split has no documents, for an error message."""
     advice = ('use another --val_fraction' if getattr(s, 'chosen', None) is None
               else 'give more documents that differ')
     if s.split == 'document' and not has_pairs(s):
@@ -97,7 +98,7 @@ def advice_for(s):
 
 
 def check_sides(splits, s, empty=0):
-    """Raise UserError if there is nothing to train on, or to validate with."""
+    """Raise UserError if there is nothing to train on or to validate on."""
     if not any(split['tokens'] for split in splits.values()):
         rest = f', {empty} empty documents' if empty else ''
         raise UserError(f'{" ".join(s.sources)}: no text in it{rest}')

@@ -25,8 +25,8 @@ NAMES = {'synthetic:markov': 1, 'synthetic:markov2': 2, 'synthetic:markov3': 3} 
 
 def transitions(order, symbols=SYMBOLS):
     """
-    The chain: p(letter | context), (contexts, symbols). A context is a number whose digits, of base symbols +
-    1, are the last `order` tokens: 0 before the document begins, 1 for the first letter.
+    The chain: p(letter | context), (contexts, symbols). A context is a number in base symbols + 1 whose
+    digits are the last `order` tokens: 0 before the document begins, 1 for the first letter.
     """
     rng = np.random.default_rng([1337, order])
     return rng.dirichlet(np.full(symbols, CONCENTRATION), (symbols + 1) ** order)
@@ -40,8 +40,8 @@ def follow(context, letter, chain):
 def entropy_rate(chain, stop):
     """
     Nats per token of an endless stream of documents. stop: the probability that a document ends, before each
-    of its letters but the first. It is the mean entropy of what follows a context, over the stationary
-    distribution: the vector that a step of the chain does not change.
+    of its letters except the first. It is the mean entropy of the next token over the stationary distribution
+    of contexts.
     """
     contexts, letters = np.indices(chain.shape)
     after = follow(contexts, letters, chain)
@@ -58,7 +58,7 @@ def entropy_rate(chain, stop):
 
 
 def generate(chain, count, rng):
-    """`count` documents, as strings. All grow at once, a letter at a time."""
+    """`count` documents, as strings, generated in parallel letter by letter."""
     lengths = rng.geometric(1 / MEAN_LENGTH, count)
     order = np.argsort(-lengths, kind='stable')  # the longest first: those that still grow are the first n
     cumulative, context = chain.cumsum(1)[:, :-1], np.zeros(count, np.int64)
@@ -85,7 +85,7 @@ def write_text(name):
 
 
 def entropy_of(sources, tokenizer):
-    """{'entropy': nats per token} where a token is a letter of one synthetic source, else {}."""
+    """{'entropy': nats per token} if each token is a letter of one synthetic source, else {}."""
     if len(sources) != 1 or sources[0] not in NAMES or tokenizer not in ('char', 'byte'):
         return {}
     return {'entropy': entropy_rate(transitions(NAMES[sources[0]]), 1 / MEAN_LENGTH)}

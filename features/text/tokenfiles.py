@@ -14,8 +14,8 @@ SHARD_TOKENS = 100_000_000  # the task that reaches it closes the shard
 
 class Split:
     """
-    The token files of one side of the split, to append to. shards: their entries in meta.json; the last one
-    may be unfinished: it has no sha256.
+    The token files of train or val, for appending. shards: their entries in meta.json; the last one may be
+    unfinished: it has no sha256.
     """
 
     def __init__(self, folder, name, dtype, shards):
@@ -79,7 +79,7 @@ def files_of(shard):
 
 
 def totals(shards):
-    """What meta.json says of a side with these shards."""
+    """The entry of meta.json for a side with these shards."""
     counts = {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'bytes')}
     return {**counts, 'shards': shards}
 
@@ -89,7 +89,7 @@ def totals(shards):
 
 def is_free(out):
     """
-    Whether a data set can be made here: there is nothing, an empty folder, or one with an interrupted run.
+    Whether a data set can be made here: nothing exists, or an empty folder, or one with an interrupted run.
     """
     if not os.path.isdir(out):
         return not os.path.lexists(out)
@@ -100,8 +100,8 @@ def is_free(out):
 
 def work_folder(out):
     """
-    Where the data set `out` is made: in a folder beside it, which is then renamed; or inside of `out`, if
-    that exists: it may be a mounted volume or a link, which no folder can replace.
+    The folder in which the data set `out` is made: one beside it, which is then renamed; or, if `out` exists,
+    inside it, because it may be a mounted volume or a link, which cannot be replaced.
     """
     return os.path.join(out, '.part') if os.path.isdir(out) else f'{out}.part'
 
@@ -109,8 +109,8 @@ def work_folder(out):
 @contextmanager
 def locked(out):
     """
-    The work folder of `out`, for this process alone. After a UserError nothing is left of it; after other
-    faults it stays for the next run.
+    The work folder of `out`, locked for this process. After a UserError it is removed; after other errors it
+    stays for the next run.
     """
     part = work_folder(out)
     os.makedirs(part, exist_ok=True)
@@ -132,8 +132,8 @@ def locked(out):
 
 def publish(part, out, meta, tokenizer_files):
     """
-    Write meta.json into the folder `part`, whose token files are flushed to the disk, and make it the data
-    set `out`.
+    Write meta.json into the folder `part`, whose token files are flushed to disk, and make it the data set
+    `out`.
     """
     replace_json(os.path.join(part, 'meta.json'), meta)
     for name in tokenizer_files:
@@ -145,7 +145,7 @@ def publish(part, out, meta, tokenizer_files):
 def move(part, out):
     """
     Make a complete folder `part` the data set `out`. If `out` exists, the files are moved into it, meta.json
-    last: a folder without it is no data set.
+    last, because a folder without it is not a data set.
     """
     if not os.path.isdir(out):
         os.rename(part, out)

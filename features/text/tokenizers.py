@@ -11,8 +11,8 @@ from tokenizer import TIKTOKEN, Tokenizer, described, load_tokenizer
 
 class Reserved(Tokenizer):
     """
-    The tokenizer `inner` with `count` more tokens at its end, <0>, <1>, …, that no text is encoded to: for
-    the objectives that mask (prepare.py --reserve=100).
+    The tokenizer `inner` with `count` additional tokens at its end, <0>, <1>, …, which no text is encoded to:
+    for objectives that mask (prepare.py --reserve=100).
     """
 
     def __init__(self, inner, count):
@@ -48,7 +48,7 @@ class UnknownTokenizer(Tokenizer):
 
 
 def described_here(description, data, path):
-    """As tokenizer.described(), for a tokenizer of this file."""
+    """Like tokenizer.described(), for a tokenizer of this file."""
     count = description.get('reserved', 0)
     if count:
         inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
@@ -78,9 +78,9 @@ TEXTS = (
 
 def same_ids(wanted, found, is_padded=False):
     """
-    Whether two tokenizers, (description, folder of its files) each, give TEXTS the same ids: they may be kept
-    in different formats. is_padded: they may have different numbers of tokens. Raises UserError if one of
-    them is not known or cannot be read.
+    Whether two tokenizers, (description, folder of its files) each, encode TEXTS to the same ids; they may be
+    stored in different formats. is_padded: they may have different numbers of tokens. Raises UserError if one
+    of them is unknown or cannot be read.
     """
     kinds = wanted[0]['kind'], found[0]['kind']
     if kinds[0] == kinds[1]:
@@ -109,7 +109,7 @@ def same_ids(wanted, found, is_padded=False):
 
 def explain(error):
     """
-    What is wrong, and what to do, when sentencepiece's trainer gave this error; '' if that is not known.
+    An explanation of this error of sentencepiece's trainer, and what to do; '' if the error is not known.
     """
     low = re.search(r'smaller than required_chars. \d+ vs (\d+)', error)
     high = re.search(r'too high .* <= (\d+)', error)
@@ -126,7 +126,7 @@ def explain(error):
 def options_of(description, folder):
     """
     The options of prepare.py that give data this tokenizer, whose files are in `folder`: ['--tokenizer=…',
-    '--reserve=…']. {}: the tokenizer of weights of others, whichever file is there.
+    '--reserve=…']. {}: the tokenizer of weights from elsewhere, whatever file is there.
     """
     names = [*description.get('files', ()), 'tokenizer.json', 'tokenizer.model', 'spiece.model']
     kind = description.get('kind', 'unknown').replace('unknown', 'FILE')

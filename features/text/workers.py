@@ -24,8 +24,8 @@ WORKER = {}  # settings and tokenizer of this process: too large to send with ev
 
 def tokenize(task):
     """
-    (tokens, notes) of a task. tokens: {side: (ids as they are stored, where documents start among them, bytes
-    of text)}; notes: what figures.Figures.add() takes.
+    (tokens, notes) of a task. tokens: {side: (ids as they are stored, document starts among them, bytes of
+    text)}; notes: for figures.Figures.add().
     """
     s, tokenizer = WORKER['s'], WORKER['tokenizer']
     found = documents(task, s)
@@ -55,8 +55,8 @@ def tokenize(task):
 
 def encode_texts(texts, s, tokenizer):
     """
-    (ids with an end-of-text token after each text, number of ids of each, bytes of text; of pairs, of the
-    targets).
+    (ids, with an end-of-text token after each text; number of ids per text; bytes of text, for pairs those of
+    the targets).
     """
     if has_pairs(s):
         return *encode_pairs(texts, tokenizer), target_bytes(texts)
@@ -79,15 +79,15 @@ def start_worker(*arguments):
 
 
 def leave_with(parent):
-    """End this process when its parent ends: one that is killed cannot stop its workers."""
+    """End this process when its parent ends, because a killed parent cannot stop its workers."""
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def in_order(tasks, num_proc, arguments):
     """
-    Yield (task, tokenize(task)) in the order of the tasks, by processes that are set up with `arguments`.
-    Only a few tasks are in memory at a time.
+    Yield (task, tokenize(task)) in the order of the tasks, computed by processes that are initialized with
+    `arguments`. Only a few tasks are in memory at a time.
     """
     if num_proc == 1:
         set_up(*arguments)
