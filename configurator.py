@@ -302,6 +302,7 @@ REMOVED = {
     'eps': 1e-8,
     'max_skipped': ..., 'skip_steps': ..., 'desync_interval': ...,
     'init_keep': ...,
+    'grow_how': 'stack',
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
     'lora_whole': ...,
     'lora_pissa': False,

@@ -286,17 +286,15 @@ def layers_of(out_dir):
             for folder in reversed(checkpoint.checkpoints(str(out_dir)))]
 
 
-@pytest.mark.parametrize('how', ['stack', 'zero'])
-def test_a_run_grows_and_can_be_interrupted_anywhere(how, dataset, tmp_path):
-    done = train(tmp_path / 'whole', *GROWN, f'--grow_how={how}', dataset=dataset)
+def test_a_run_grows_and_can_be_interrupted_anywhere(dataset, tmp_path):
+    done = train(tmp_path / 'whole', *GROWN, dataset=dataset)
     # saved, then grown
     assert ('grown to 3 layers' in done.stdout and 'grown to 4 layers' in done.stdout
             and layers_of(tmp_path / 'whole') == [1, 3, 4])
     for steps in (4, 6, 12):
-        train(tmp_path / 'parts', *GROWN, f'--grow_how={how}', f'--max_iters={steps}', '--lr_decay_iters=12',
-              '--warmup_iters=0', dataset=dataset)
-    train(tmp_path / 'again', *GROWN, f'--grow_how={how}', '--lr_decay_iters=12', '--warmup_iters=0',
-          dataset=dataset)
+        train(tmp_path / 'parts', *GROWN, f'--max_iters={steps}', '--lr_decay_iters=12', '--warmup_iters=0',
+              dataset=dataset)
+    train(tmp_path / 'again', *GROWN, '--lr_decay_iters=12', '--warmup_iters=0', dataset=dataset)
     whole, parts = ({r['step']: r for r in read_log(tmp_path / name)} for name in ('again', 'parts'))
     assert all(whole[step] == parts[step] for step in (1, 5, 7, 9, 12))
     flops = [whole[step]['flops'] - whole[step - 1]['flops'] for step in (3, 7, 11)]
@@ -312,18 +310,6 @@ def test_copied_blocks_get_moments_of_their_own(optimizer, dataset, tmp_path):
     assert all(found['step'].item() == 6 for found in moments.values() if 'exp_avg' in found)
     tensors = [t for found in moments.values() for t in found.values()]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
-
-
-def test_silent_growth_in_a_run_leaves_its_loss_where_it_was(dataset, tmp_path):
-    args = ['--n_layer=2', '--max_iters=5', '--eval_interval=5', '--warmup_iters=0', '--decay_lr=False']
-    train(tmp_path / 'plain', *args, dataset=dataset)
-    train(tmp_path / 'grown', *args, '--grow_every=4', '--grow_to=4', '--grow_how=zero', dataset=dataset)
-    plain, grown = ([r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r]
-                    for name in ('plain', 'grown'))
-    assert plain[:4] == grown[:4] and plain[4] == pytest.approx(grown[4], abs=1e-6)
-    moments = optim.read_moments(checkpoint.find(str(tmp_path / 'grown')))
-    # blocks 0 and 2 were there before
-    assert [moments[f'blocks.{n}.attn.q.weight']['step'].item() for n in range(4)] == [5, 1, 5, 1]
 
 
 def test_further_blocks_can_be_inherited(dataset, tmp_path):

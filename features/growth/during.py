@@ -35,7 +35,7 @@ def short_growth(s, n_layer, step):
 def grow_run(run, s, ranks):
     """Add blocks to the model of a Run. The schedule continues, and the old blocks keep their moments."""
     n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
-    cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, s.grow_how, run.reference)
+    cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, 'stack', run.reference)
     moments = optim.moments_of(run.optimizer)
     device = run.model.wte.weight.device
     run.model = make_model(cfg, init=False)

@@ -14,12 +14,10 @@ from features import refuse_beside
 class GrowConfig:
     grow_to: int = 0  # final number of blocks; n_layer is the initial number
     grow_by: int = 2  # blocks added each time, as in Inheritune (Sanyal et al. 2024, arXiv 2404.08634)
-    grow_how: Literal['stack', 'interleave', 'zero'] = 'stack'  # how new blocks are made, as in surgery.py
-    # grow
     grow_from: FilePath = ''  # copy the new blocks from this model instead: a run, a checkpoint or hf:FOLDER
 
     # a resumed run may change these
-    may_change = ('grow_to', 'grow_by', 'grow_how', 'grow_from')
+    may_change = ('grow_to', 'grow_by', 'grow_from')
 
     def check(self):
         """Raise ValueError for values that cannot work."""
