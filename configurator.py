@@ -303,6 +303,7 @@ REMOVED = {
     'max_skipped': ..., 'skip_steps': ..., 'desync_interval': ...,
     'init_keep': ...,
     'grow_how': 'stack',
+    'expert_shared': False,
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
     'lora_whole': ...,
     'lora_pissa': False,

@@ -128,7 +128,7 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
            'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
-           'expert_shared': True, 'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
+           'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
            'ranks': {'attn.k': 3}}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
@@ -252,7 +252,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 @torch.no_grad()
 @pytest.mark.parametrize('settings', [
     dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
-    GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2, expert_shared=True),
+    GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2),
     dict(position='relative')], ids=str)
 def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path):
     model = network(**settings)

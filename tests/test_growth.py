@@ -36,7 +36,7 @@ KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned
          dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu+rmsnorm'),
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True),
          dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
-EXPERTS = dict(n_expert=4, expert_shared=True, expert_bias=0.1)
+EXPERTS = dict(n_expert=4, expert_bias=0.1)
 
 
 def network(**settings):
@@ -221,7 +221,7 @@ SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), d
           *((dict(), dict(mlp=mlp)) for mlp in ('gelu', 'silu', 'relu', 'swiglu', 'geglu')),
           (dict(), dict(mlp_norm=True)), (dict(), dict(qk_norm=False)), (dict(), dict(n_expert=4)),
           (dict(n_expert=4), dict(n_expert_active=2)),
-          (dict(n_expert=4), dict(expert_shared=True)), (dict(n_expert=4), dict(expert_bias=0.1)),
+          (dict(n_expert=4), dict(expert_bias=0.1)),
           (dict(), dict(softcap=5.0)), (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')),
           (dict(), dict(depth_scale='norm')), (dict(), dict(value_residual=True)),
           (dict(), dict(tie=False)), (dict(), dict(t5_scale=True)), (dict(tie=False), dict(t5_scale=True)),

@@ -61,7 +61,7 @@ VARIANTS = [
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
     dict(rank_embed=8, rank_head=8),
     dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_act='silu+rmsnorm'),
-    dict(n_expert=4, n_expert_active=2, expert_shared=True, mlp='swiglu'),
+    dict(n_expert=4, n_expert_active=2, mlp='swiglu'),
 ]
 
 

@@ -31,7 +31,7 @@ from model import MLP, ModelConfig, make_model, only_in_training
 from optim import OptimConfig, make_optimizer
 from train import Settings
 
-KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'), dict(expert_shared=True),
+KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'),
          dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
          dict(n_embd=36, mlp_norm=True)]
 
@@ -65,7 +65,7 @@ def token_by_token(layer, x):
                      else layer.experts.act(inner))
             share = p[e] if cfg.n_expert_active == 1 else p[e] / p[chosen].sum()
             out[b, t] += share * linear('down', layer.experts.norm(inner))
-    return out if layer.shared is None else out + layer.shared(x)
+    return out
 
 
 # --- settings ---
@@ -286,7 +286,7 @@ def test_muon_takes_the_experts_and_not_the_router():
 @pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03),
                                             (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
 def test_packed_for_decoding_it_is_as_good_as_the_same(options, error):
-    model, (x, _) = tiny(n_expert=4, expert_shared=True).eval(), batch()
+    model, (x, _) = tiny(n_expert=4).eval(), batch()
     before = model(x)
     off = (pack(model, **options)(x) - before).abs().amax(-1) / before.abs().max()  # (B, T)
     # a token between two experts may change its mind, and what follows with it
@@ -296,7 +296,7 @@ def test_packed_for_decoding_it_is_as_good_as_the_same(options, error):
 
 @pytest.mark.parametrize('settings', [dict(), dict(mlp='swiglu', bias=True, norm='layernorm'),
                                       dict(value_residual=True, mlp_norm=True)], ids=str)
-@pytest.mark.parametrize('options', [dict(), dict(n_expert_active=2), dict(expert_shared=True),
+@pytest.mark.parametrize('options', [dict(), dict(n_expert_active=2),
                                      dict(n_expert=3, expert_bias=0.1)], ids=str)
 def test_an_upcycled_network_has_the_same_function(settings, options):
     old = random_model(**settings)
@@ -386,9 +386,9 @@ def test_growing_in_the_middle_of_a_log_interval(dataset, tmp_path):
 
 
 def test_a_mixtures_settings_may_be_said_again_and_its_attention_factored(dataset, tmp_path):
-    own = ['--n_expert=4', '--n_expert_active=2', '--expert_shared=True', '--expert_bias=0.01']
+    own = ['--n_expert=4', '--n_expert_active=2', '--expert_bias=0.01']
     train(tmp_path / 'moe', *own, dataset=dataset)
-    train(tmp_path / 'on', f'--init_from={tmp_path}/moe', *own[1:3], '--expert_bias=0.001', '--max_iters=1',
+    train(tmp_path / 'on', f'--init_from={tmp_path}/moe', *own[1:2], '--expert_bias=0.001', '--max_iters=1',
           dataset=dataset)
     refused = train(tmp_path / 'no', '--expert_aux=0.5', dataset=dataset, check=False)
     assert ('expert_aux=0.5: belongs to a mixture of experts' in one_line(refused)

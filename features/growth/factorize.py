@@ -22,7 +22,7 @@ def dense_layers(model):
     """{name: layer} of the dense matrices of the blocks; in a mixture of experts those of attention."""
     layers = {}
     for name, layer in model.blocks.named_modules():
-        if isinstance(layer, nn.Linear) and '.mlp.shared.' not in name:
+        if isinstance(layer, nn.Linear):
             layers[f'blocks.{name}'] = layer
     return layers
 

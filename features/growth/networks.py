@@ -29,7 +29,7 @@ KNOWN = {
     'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd',
     'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm',
     'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale',
-    'n_expert', 'n_expert_active', 'expert_shared', 'expert_aux', 'expert_z', 'expert_bias',
+    'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias',
     'bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks',
     'rank_act',
 }
@@ -133,7 +133,7 @@ def layer_names(names, layers):
 
 
 # what a block writes; of two factors the outer one
-OUTPUT = r'(attn\.o|mlp\.((experts|shared)\.)?down)\.(?!down\.)'
+OUTPUT = r'(attn\.o|mlp\.(experts\.)?down)\.(?!down\.)'
 
 
 def take_layers(cfg, weights, layers, silent=()):

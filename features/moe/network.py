@@ -76,7 +76,6 @@ class Mixture(nn.Module):
         self.cfg = cfg
         self.router = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd))
         self.experts = mlp(cfg, layer, Experts)
-        self.shared = mlp(cfg, layer) if cfg.expert_shared else None
         bias = torch.zeros(cfg.n_expert) if cfg.expert_bias else None
         self.register_buffer('expert_bias', bias)  # decides which experts are picked, not their weights
         load = torch.zeros(cfg.n_expert, dtype=torch.long)
@@ -93,8 +92,6 @@ class Mixture(nn.Module):
         # (N k, C), in the tokens' order
         y = self.experts(h.repeat_interleave(k, 0)[order], counts)[order.argsort()]
         y = (y.unflatten(0, (-1, k)) * share[..., None].type_as(y)).sum(1).view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x)
         return y, routing
 
     def route(self, h, real):

@@ -9,7 +9,6 @@ from model import ModelConfig
 @dataclass
 class MoEConfig(ModelConfig):
     n_expert_active: int = 1  # experts per token (1: Switch, arXiv 2101.03961; 2: Mixtral)
-    expert_shared: bool = False  # add a shared MLP for all tokens (DeepSeekMoE, arXiv 2401.06066)
     expert_aux: float = 0.01  # weight of the load-balancing loss, which is 1 per layer if loads are equal
     # (Switch)
     expert_z: float = 0.001  # weight of the router z-loss, mean(logsumexp²), which keeps its logits small

@@ -19,7 +19,6 @@ from features.growth.runs import SurgerySettings, read, write
 class UpcycleSettings(SurgerySettings):
     n_expert: int = 8  # number of experts; each starts as a copy of the MLP
     n_expert_active: int = 1  # experts per token
-    expert_shared: bool = False  # keep the MLP for all tokens; the experts added to it output zero at first
     expert_bias: float = 0.0  # load balancing without a loss, as in train.py
     seed: int = 1337  # seed for the routers
 
@@ -34,20 +33,20 @@ def run(s):
     old = read(s, s.from_, encoder=True)
     torch.manual_seed(s.seed)
     cfg, weights = upcycle(old.model.cfg, old.model.state_dict(), s.n_expert, s.n_expert_active,
-                           s.expert_shared, s.expert_bias)
+                           s.expert_bias)
     write(s, 'upcycle', old, cfg, weights)
 
 
 @torch.no_grad()
-def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expert_bias=0.0):
+def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_bias=0.0):
     """
     (ModelConfig, weights) of a mixture that computes the function of a dense model: each expert is a copy of
     its MLP, so the router's choice does not matter. The experts become different because they get different
     tokens; no noise is added.
     The output of a single active expert is multiplied by its probability, 1/n_expert at first; its output
     matrix compensates for that (He et al. 2024, arXiv 2410.07524). The weights of two or more experts sum to
-    1. A shared expert is the MLP, and the output matrices of the others are zero. The routers are almost
-    zero, but not equal. Uses torch's random numbers. Raises UserError for a model that is already a mixture.
+    1. The routers are almost zero, but not equal. Uses torch's random numbers. Raises UserError for a model
+    that is already a mixture.
     """
     if cfg.n_expert:
         raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: '
@@ -57,15 +56,9 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
     extend(new, 'moe')
     new.n_expert = n_expert
     new.n_expert_active = n_expert_active
-    new.expert_shared = expert_shared
     new.expert_bias = expert_bias
     check(new)
-    if expert_shared:
-        scale = 0
-    elif n_expert_active == 1:
-        scale = n_expert
-    else:
-        scale = 1
+    scale = n_expert if n_expert_active == 1 else 1
 
     out = {}
     for name, t in weights.items():
@@ -73,8 +66,6 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_shared=False, expe
         if not mlp:
             out[name] = t
             continue
-        if expert_shared:
-            out[f'{block}.mlp.shared.{rest}'] = t
         if rest.startswith('down.'):
             t = t * scale
         if rest.startswith('norm.'):  # one for all experts
