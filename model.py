@@ -463,14 +463,14 @@ def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, t
         nll = (1 - smoothing) * nll + smoothing * (log_sum - z.mean(1, keepdim=True))
     if teacher is not None:  # distill
         kl, d_kl = teacher.divergence(z, taught[:, :n_vocab])  # distill
-        nll = (1 - teacher.mix) * nll + teacher.mix * teacher.temperature ** 2 * kl  # distill
+        nll = (1 - teacher.mix) * nll + teacher.mix * kl  # distill
     if with_grad:  # softmax - target distribution
         d = (z - log_sum).exp_()
         d.scatter_add_(1, y, torch.full_like(log_sum, smoothing - 1))
         if smoothing:
             d -= smoothing / n_vocab
         if teacher is not None:  # distill
-            d = (1 - teacher.mix) * d + teacher.mix * teacher.temperature * d_kl  # distill
+            d = (1 - teacher.mix) * d + teacher.mix * d_kl  # distill
         if softcap:
             d *= 1 - tanh.square_()
         logits[:, :n_vocab] = d.mul_(real)

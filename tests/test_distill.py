@@ -13,7 +13,7 @@ from features import build
 from features.distill.teacher import ask
 from train import Settings
 
-MIX, TEMPERATURE = 0.3, 2.0
+MIX = 0.3
 V = 50
 
 
@@ -31,19 +31,17 @@ def network(**settings):
 
 
 def by_definition(student, teacher):
-    """(1 - mix)·CE + mix·T²·KL(teacher ‖ student), the mean over the targets that count."""
+    """(1 - mix)·CE + mix·KL(teacher ‖ student), the mean over the targets that count."""
     x, y = batch()
     real = y >= 0
     z, t = student(x)[real], teacher(x)[real].detach()
-    kl = F.kl_div((z / TEMPERATURE).log_softmax(-1), (t / TEMPERATURE).log_softmax(-1), log_target=True,
-                  reduction='batchmean')
-    return (1 - MIX) * F.cross_entropy(z, y[real]) + MIX * TEMPERATURE ** 2 * kl
+    kl = F.kl_div(z.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction='batchmean')
+    return (1 - MIX) * F.cross_entropy(z, y[real]) + MIX * kl
 
 
 def in_chunks(student, teacher, mix=MIX):
     x, y = batch()
-    return student(x, y,
-                   teacher=ask(teacher, x, build(Settings, distill_mix=mix, distill_temperature=TEMPERATURE)))
+    return student(x, y, teacher=ask(teacher, x, build(Settings, distill_mix=mix)))
 
 
 # all at once; 20 rows at a time, of which 7
@@ -97,8 +95,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):
     for args, data, words in [([], tmp_path / 'other', 'its 64 tokens are not the 70 of this run'),
                               (['--block_size=64'], dataset, 'knows 32 positions'),
                               (['--distill_mix=0'], dataset, 'takes 0 < distill_mix <= 1'),
-                              (['--arch=markov'], dataset, 'goes with arch=decoder alone, not markov'),
-                              (['--distill_temperature=0'], dataset, '0 < distill_temperature')]:
+                              (['--arch=markov'], dataset, 'goes with arch=decoder alone, not markov')]:
         assert words in one_line(train(tmp_path / 'no', f'--teacher={tmp_path}/teacher', *args, dataset=data,
                                        check=False))
     assert ('belongs to distillation: set teacher too'

@@ -3,8 +3,8 @@ Distillation (Hinton et al. 2015, arXiv 1503.02531): train on the output distrib
 
     loss = model(idx, targets, teacher=ask(teacher, idx, s))
 
-The loss is (1 - mix)·cross-entropy + mix·temperature²·KL(teacher ‖ student), with mix = distill_mix and
-temperature = distill_temperature. The teacher's logits are computed in chunks, like the student's.
+The loss is (1 - mix)·cross-entropy + mix·KL(teacher ‖ student), with mix = distill_mix. The teacher's
+logits are computed in chunks, like the student's.
 """
 from dataclasses import dataclass
 
@@ -22,7 +22,6 @@ class Teacher:
     h: torch.Tensor  # (N, C') and
     weight: torch.Tensor  # (V padded, C'): their product is its logits, as in head_input()
     softcap: float
-    temperature: float  # of both distributions
     mix: float
 
     def logits(self, first, rows, dtype):
@@ -30,9 +29,9 @@ class Teacher:
         return self.h[first:first + rows].to(dtype) @ self.weight.to(dtype).T
 
     def divergence(self, student, teacher):
-        """For logits (rows, V): KL(teacher ‖ student) (rows, 1), its gradient times temperature (rows, V)."""
-        student = (student / self.temperature).log_softmax(1)
-        teacher = (cap(teacher.float(), self.softcap) / self.temperature).log_softmax(1)
+        """For logits (rows, V): KL(teacher ‖ student) (rows, 1) and its gradient (rows, V)."""
+        student = student.log_softmax(1)
+        teacher = cap(teacher.float(), self.softcap).log_softmax(1)
         kl = (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
         return kl, student.exp() - teacher.exp()
 
@@ -41,7 +40,7 @@ class Teacher:
 def ask(teacher, x, s, **more):
     """The output of the model `teacher` for tokens x (B, T). s: Settings; more: see loss.reading()."""
     h, weight = teacher.head_input(teacher.hidden(x, **more))
-    return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_temperature, s.distill_mix)
+    return Teacher(h.flatten(0, 1), weight, teacher.cfg.softcap, s.distill_mix)
 
 
 def find_teacher(s, data, ranks):
