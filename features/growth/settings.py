@@ -4,7 +4,6 @@ Growth: add blocks to the model during training.
     python train.py --n_layer=4 --grow_every=500 --grow_to=12
 """
 from dataclasses import dataclass
-from typing import Literal
 
 from configurator import FilePath
 from features import refuse_beside
