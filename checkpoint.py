@@ -5,13 +5,12 @@ Checkpoints: atomic, verified, without pickle.
                           optimizer.pt        tensors only, loaded with weights_only=True
                           state.json          step, settings, tokenizer: whatever else resuming needs
                           manifest.json       sizes and sha256 of the rest, written last
-                          tokenizer.…         the tokenizer's files, if it has any: a checkpoint can be moved
-                                              alone
+                          tokenizer.…         the tokenizer's files, if any: a checkpoint can be moved alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-A checkpoint is written under a temporary name, flushed to disk, then renamed. So a directory named step_… is
-complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. fault()
-marks the points where tests kill the process.
+A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
+whole, or was damaged later; loading verifies it and falls back to the newest sound one. fault() names the
+points where tests kill the process. torch is imported where it is used: prepare.py's processes need none.
 """
 import hashlib
 import json
@@ -20,20 +19,15 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from configurator import UserError, from_dict, without_removed
 
 # -----------------------------------------------------------------------------
-# Files that are there whole or not at all
-#
-# Every function here raises OSError where the system refuses: a full disk, a quota, a limit, a broken disk.
-# torch is imported where it is needed: the processes of prepare.py do without it, as it takes seconds to
-# import.
+# Files and folders that are there whole or not at all. Where the system refuses, as on a full disk: OSError
 
 @contextmanager
 def writing(what, to_do):
-    """Turn an OSError raised inside into a UserError: `what` could not be written, and what to do."""
+    """Turn an OSError of what is written inside into a UserError: `what` could not be written; what to do."""
     try:
         yield
     except BrokenPipeError:  # no file: run_main() knows what to do
@@ -54,65 +48,21 @@ def sync(path):
         os.close(fd)
 
 
-def write_json(path, value):
-    with open(path, 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-
-
-def write_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors."""
-    import safetensors.torch
-    try:
-        safetensors.torch.save_file(tensors, path, metadata)
-    except safetensors.SafetensorError as error:  # it has the number of the system's error in its text alone
-        found = re.search(r'\(os error (\d+)\)', str(error))
-        if not found:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
-
-
-def write_torch(path, value):
-    """torch.save() to a file."""
-    import torch
-    with open(path, 'wb') as f:
-        watched = Watched(f)
-        try:
-            torch.save(value, watched)
-        except RuntimeError:  # "unexpected pos": torch does not say what went wrong
-            if watched.error is None:
-                raise
-            raise watched.error from None
-
-
-class Watched:
-    """An open file that remembers the OSError of its last write."""
-
-    def __init__(self, file):
-        self.file, self.error, self.flush = file, None, file.flush
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
 @contextmanager
 def replacing(path, mode='w', suffix='.tmp'):
     """
-    Open a file that replaces `path` once it is complete and on disk ('w': text, 'wb': bytes). On any error,
-    the old file stays and no other file is left. suffix: ending of the temporary name.
+    An open file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk. An
+    error leaves the old file and nothing else. suffix: of its name until then.
     """
-    encoding, newline = (None, None) if 'b' in mode else ('utf-8', '')
+    encoding = None if 'b' in mode else 'utf-8'
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
-        with open(path, mode, encoding=encoding, newline=newline) as f:
+        with open(path, mode, encoding=encoding) as f:
             yield f
         return
     path = os.path.realpath(path)  # a link stays a link
     temporary = path + suffix
     try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as f:
+        with open(temporary, mode, encoding=encoding) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -132,32 +82,44 @@ def replace_json(path, value):
     replace_text(path, json.dumps(value, indent=1))
 
 
-def write_all(f, data):
-    """Write all bytes to an unbuffered file; the system may accept only a part at a time."""
-    data = memoryview(data)
-    while data:
-        data = data[f.write(data):]
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as safetensors."""
+    import safetensors.torch
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:  # the system's error is in its text alone
+        raise OSError(str(error)) from None
+
+
+def write_torch(path, value):
+    """torch.save() to a file."""
+    import torch
+    with open(path, 'wb') as f:
+        try:
+            torch.save(value, f)
+        except RuntimeError as error:  # "unexpected pos": torch was closing its file after the system's error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def append(path, text):
-    """Append text to a file: all of it or, on an error, nothing."""
-    with open(path, 'ab', buffering=0) as f:
-        size = f.tell()
-        try:
-            write_all(f, text.encode())
-        except OSError:
-            with suppress(OSError):
-                f.truncate(size)
-            raise
+    """Add text to the end of a file: all of it, or nothing."""
+    f = open(path, 'a', encoding='utf-8')
+    size = f.tell()
+    try:
+        with f:
+            f.write(text)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def sha256(path):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
-
-# -----------------------------------------------------------------------------
-# Folders
 
 @contextmanager
 def new_folder(path, setting='to'):
@@ -181,45 +143,10 @@ def new_folder(path, setting='to'):
 
 
 # -----------------------------------------------------------------------------
-# Belong to one process
-
-def lock(path):
-    """
-    Lock a folder, or a file that is made for it. Returns a descriptor to close at the end, or None if another
-    process holds the lock. The lock ends with the process. If the file system has no locks (NFS has none for
-    folders), every process gets it.
-    """
-    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
-    while True:
-        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except OSError:
-            return fd
-        if is_at(fd, path):
-            return fd
-        os.close(fd)  # another process let it go and removed it in between
-
-
-def is_at(fd, path):
-    """Whether an opened file is the one at this path."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except OSError:
-        return False
-
-
-# -----------------------------------------------------------------------------
 # Save
 
 def fault(point, step=None, value=None):
-    """
-    Do nothing and return `value`. For tests: the environment variable FAULT makes a fault happen at this
-    point.
-    """
+    """Return `value`; with FAULT in the environment, what that says happens at this point (tests)."""
     if 'FAULT' in os.environ:  # scale
         from features.scale import faults  # scale
         return faults.at(point, step, value)  # scale
@@ -238,7 +165,7 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
     fault('save:weights', step)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
     fault('save:optimizer', step)
-    write_json(os.path.join(folder, 'state.json'), state)
+    replace_json(os.path.join(folder, 'state.json'), state)
     fault('save:state', step)
     for path in other_files:
         shutil.copy(path, folder)
@@ -248,23 +175,21 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
         sync(path)
         files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
     fault('save:manifest', step)
-    write_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
-    sync(os.path.join(folder, 'manifest.json'))
+    replace_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
     sync(folder)
     fault('save:flushed', step)
 
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
-    Write out_dir/step_{step}, then remove older checkpoints except the newest `keep` and the best one. The
-    arguments are those of write(). Returns the directory. Raises UserError if it could not be written, or if
-    a weight is NaN or infinite.
+    Write out_dir/step_{step}, then prune() the older ones. The arguments are those of write(). Returns the
+    directory. Raises UserError where it could not be written, and for weights that are not finite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
+    to_do = 'make room, then run the same command to resume; older checkpoints are untouched'
     check_finite(weights, final)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
-    to_do = 'make room, then run the same command to resume; older checkpoints are untouched'
     try:
         with writing(final, to_do):
             write(temporary, step, weights, optimizer_state, state, other_files)
@@ -288,24 +213,20 @@ def check_finite(weights, where):
                         'older checkpoints are untouched')
 
 
-def first_not_finite(weights):
-    """The name of the first tensor in {name: tensor} with a NaN or infinite number; None if there is none."""
-    return next((name for name, t in weights.items() if t.is_floating_point() and not is_finite(t)), None)
-
-
-def is_finite(t, size=2 ** 24):
+def first_not_finite(weights, size=2 ** 24):
     """
-    Whether all numbers of a tensor are finite. Reads `size` numbers at a time, because isfinite() allocates
-    1.7 times its input.
+    The name of the first of {name: tensor} with a number that is not finite; None if there is none. It reads
+    `size` numbers at a time: isfinite() allocates 1.7 times its input.
     """
-    return all(part.isfinite().all() for part in t.detach().reshape(-1).split(size))
+    for name, t in weights.items():
+        for part in t.detach().reshape(-1).split(size):
+            if not part.isfinite().all():
+                return name
+    return None
 
 
 def prune(out_dir, keep):
-    """
-    Remove checkpoints except the newest `keep` sound ones and the best one, and incomplete folders that a
-    crash left.
-    """
+    """Remove what a crash left and what is older than the newest `keep` sound checkpoints, but the best."""
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
@@ -319,10 +240,7 @@ def prune(out_dir, keep):
 
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
-    """
-    Whether damage() finds nothing. Checked again only if the size or time of a file has changed: reading all
-    files is as expensive as writing them.
-    """
+    """Whether damage() finds nothing; the files are read again only if one has another size or time."""
     try:
         with os.scandir(folder) as entries:
             look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
@@ -334,84 +252,104 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
-    """
-    Write to out_dir/best that the checkpoint of `step` is the best one, if that checkpoint was written. The
-    previous best one may then be removed.
-    """
-    path = os.path.join(out_dir, 'best')
-    if not os.path.isdir(os.path.join(out_dir, f'step_{step:08d}')):
-        return
-    with writing(path, 'make room, then run the same command to resume'):
-        replace_json(path, {'checkpoint': f'step_{step:08d}', 'val_loss': val_loss})
-    prune(out_dir, keep)
+    """Let out_dir/best name the checkpoint of `step`, if there is one; the best one before may then go."""
+    name = f'step_{step:08d}'
+    if os.path.isdir(os.path.join(out_dir, name)):
+        path = os.path.join(out_dir, 'best')
+        with writing(path, 'make room, then run the same command to resume'):
+            replace_json(path, {'checkpoint': name, 'val_loss': val_loss})
+        prune(out_dir, keep)
 
 
-def prepare_out_dir(out_dir, step, settings):
+# -----------------------------------------------------------------------------
+# A folder that belongs to one process, and to one run
+
+def lock(path):
     """
-    Make out_dir and write settings.json. A new run moves an existing run aside, to out_dir.old1 and so on. A
-    run that resumes after `step` moves later checkpoints, which are damaged, aside as step_….damaged.
+    Take the lock of a folder, or of a file that is made for it: a descriptor to close in the end, or None if
+    another process has it. It ends with the process. A file system without locks (NFS: of folders) gives it
+    to all.
     """
-    with writing(f'out_dir={out_dir}', 'make room, or give another'):
-        set_aside(out_dir, step, settings)
-        os.makedirs(out_dir, exist_ok=True)
-    write_settings(out_dir, settings)
+    import fcntl  # here: on Windows, which has none, configurator.py has to speak first
+    while True:
+        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return fd
+        if is_at(fd, path):
+            return fd
+        os.close(fd)  # another process let it go and removed it in between
 
 
-def write_settings(out_dir, settings):
-    """Write settings.json."""
-    with writing(f'out_dir={out_dir}', 'make room, or give another'):
-        replace_json(os.path.join(out_dir, 'settings.json'), settings)
+def is_at(fd, path):
+    """Whether an open file is the one of this name."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
 
 
 CLAIMED = {}  # out_dir: its lock
 
 
 def claim(out_dir):
-    """
-    Lock out_dir, if it exists, until release(), so that no other process trains in it. Raises UserError if
-    one does.
-    """
-    path = os.path.join(out_dir, 'lock')
-    if not os.path.isdir(out_dir) or out_dir in CLAIMED and is_at(CLAIMED[out_dir], path):
+    """Let no other process train in out_dir, if it is there, until release(). Raises UserError: one does."""
+    if not os.path.isdir(out_dir) or out_dir in CLAIMED:
         return
     try:
-        held = lock(path)
+        held = lock(os.path.join(out_dir, 'lock'))
     except OSError as error:
         raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
     if held is None:
         raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, '
                         'or give another')
-    if out_dir in CLAIMED:  # the folder that it was of was moved aside
-        os.close(CLAIMED[out_dir])
     CLAIMED[out_dir] = held
 
 
-def release(out_dir):
-    """Unlock out_dir after everything is written."""
+def release(out_dir, folder=None):
+    """Let others train in out_dir, once all is written. folder: where out_dir was moved to."""
     if out_dir in CLAIMED:
-        path, held = os.path.join(out_dir, 'lock'), CLAIMED.pop(out_dir)
+        path, held = os.path.join(folder or out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):
             os.unlink(path)
         os.close(held)
 
 
+def prepare_out_dir(out_dir, step, settings):
+    """
+    Make out_dir, claim it and write settings.json. A run that begins moves another one that is there aside,
+    to out_dir.old1 and so on; one that goes on after `step` renames later checkpoints, which were found
+    damaged, to step_….damaged.
+    """
+    claim(out_dir)  # there may be one by now
+    with writing(f'out_dir={out_dir}', 'make room, or give another'):
+        set_aside(out_dir, step, settings)
+        os.makedirs(out_dir, exist_ok=True)
+        claim(out_dir)  # another folder, if that one was moved aside
+        replace_json(os.path.join(out_dir, 'settings.json'), settings)
+
+
 def set_aside(out_dir, step, settings):
-    if step and checkpoints(out_dir):  # none: it goes on with the schedule of another run
-        for newer in checkpoints(out_dir):
-            if int(os.path.basename(newer)[len('step_'):]) > step:
-                shutil.rmtree(newer + '.damaged', ignore_errors=True)
-                os.rename(newer, newer + '.damaged')
+    found = checkpoints(out_dir)
+    if step and found:  # none: it goes on with the schedule of another run
+        for folder in found:
+            if step_of(folder) > step:
+                shutil.rmtree(folder + '.damaged', ignore_errors=True)
+                os.rename(folder, folder + '.damaged')
         return
-    try:
-        with open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
-            other_run = json.load(f) != json.loads(json.dumps(settings))
-    except (OSError, ValueError):
-        other_run = False
-    if checkpoints(out_dir) or other_run:
-        aside = next(path for n in range(1, 10 ** 6)
-                     if not os.path.exists(path := f'{out_dir.rstrip("/")}.old{n}'))
+    is_other = bool(found)
+    with suppress(OSError, ValueError), open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
+        is_other = is_other or json.load(f) != json.loads(json.dumps(settings))
+    if is_other:
+        number = 1
+        while os.path.exists(f'{out_dir.rstrip("/")}.old{number}'):
+            number += 1
+        aside = f'{out_dir.rstrip("/")}.old{number}'
         os.rename(out_dir, aside)
-        Path(aside, 'lock').unlink(missing_ok=True)  # that of this process, which takes one of the new folder
+        release(out_dir, aside)
         print(f'the run that was in {out_dir} is now in {aside}', flush=True)
 
 
@@ -420,20 +358,26 @@ def set_aside(out_dir, step, settings):
 
 def checkpoints(out_dir):
     """Checkpoint directories of a run, newest first."""
-    names = sorted((n for n in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', n)),
-                   key=lambda n: -int(n[5:])) if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, n) for n in names]
+    if not os.path.isdir(out_dir):
+        return []
+    names = [name for name in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', name)]
+    return [os.path.join(out_dir, name) for name in sorted(names, key=step_of, reverse=True)]
+
+
+def step_of(folder):
+    """The step that a checkpoint directory is named after."""
+    return int(folder.rpartition('_')[2])
 
 
 def best(out_dir):
     """(directory, validation loss) of the best checkpoint; (None, None) if there is none yet."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         with open(os.path.join(out_dir, 'best'), encoding='utf-8') as f:
             entry = json.load(f)
         folder = os.path.join(out_dir, entry['checkpoint'])
-        return (folder, entry['val_loss']) if os.path.isdir(folder) else (None, None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
+        if os.path.isdir(folder):
+            return folder, entry['val_loss']
+    return None, None
 
 
 def damage(folder):
@@ -460,24 +404,26 @@ def find(where, which='last'):
     """
     if which not in ('last', 'best'):
         raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
-    if os.path.isfile(os.path.join(where, 'manifest.json')):
-        candidates = [where]
-    else:
-        candidates = checkpoints(where)
-        if which == 'best' and best(where)[0] in candidates:
-            candidates.sort(key=lambda folder: folder != best(where)[0])
     if where.startswith('hf:'):
         raise UserError(f'{where}: takes a training run or a checkpoint of ours here')
-    if not candidates:
-        raise UserError(f'{where}: no checkpoint in it' if os.path.isdir(where)
-                        else f'{where}: no such directory; give the out_dir of a training run')
+    candidates = checkpoints(where)
+    if os.path.isfile(os.path.join(where, 'manifest.json')):
+        candidates = [where]
+    elif which == 'best' and best(where)[0] in candidates:
+        candidates.sort(key=lambda folder: folder != best(where)[0])
+    problems = []
     for folder in candidates:
         problem = damage(folder)
         if problem is None:
             return folder
         print(f'{folder}: {problem}; skipped', flush=True)
-    raise UserError(f'{where}: no checkpoint in it is sound ({os.path.basename(candidates[0])}: '
-                    f'{damage(candidates[0])}): restore one from a copy, or choose another --out_dir')
+        problems.append(f'{os.path.basename(folder)}: {problem}')
+    if problems:
+        raise UserError(f'{where}: no checkpoint in it is sound ({problems[0]}): restore one from a copy, or '
+                        'choose another --out_dir')
+    if os.path.isdir(where):
+        raise UserError(f'{where}: no checkpoint in it')
+    raise UserError(f'{where}: no such directory; give the out_dir of a training run')
 
 
 def load_state(folder):
@@ -498,10 +444,12 @@ def read_weights(folder):
 
 def load_weights(model, weights, where):
     """
-    Copy {name: tensor} into `model`. The names and shapes must match exactly. Raises UserError that names the
-    first mismatch.
+    Copy {name: tensor} into `model`: every tensor, no other, each of the same shape; learned positions beyond
+    its context are left out. Raises UserError that names the first that is not.
     """
     own = model.state_dict()
+    if 'wpe.weight' in own and 'wpe.weight' in weights:
+        weights = weights | {'wpe.weight': weights['wpe.weight'][:len(own['wpe.weight'])]}
     for name in sorted(weights.keys() | own.keys()):
         found, wanted = (list(tensors[name].shape) if name in tensors else 'no such tensor'
                          for tensors in (weights, own))
@@ -529,24 +477,19 @@ def read_model(where, which='best', encoder=False, untie=False):
     from model import ModelConfig
     folder = find(where, which)
     state = load_state(folder)
-    if 'base' in state:  # lora
-        from features.lora import load  # lora
-        cfg, weights = load.read_merged(where, folder, state, untie)  # lora
-        check_kind(where, cfg, encoder)  # lora
-        return cfg, weights, folder  # lora
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
     check_kind(where, cfg, encoder)
+    if 'base' in state:  # lora
+        from features.lora.load import read_merged  # lora
+        return *read_merged(where, folder, state, untie), folder  # lora
     return cfg, read_weights(folder), folder
 
 
 def load_model(where, which='best', encoder=False):
-    """
-    (the model in eval mode, its folder), from the same sources as read_model(). An adapter that cannot be
-    merged is kept as separate layers.
-    """
-    if not is_foreign(where):
-        folder = find(where, which)
-        state = load_state(folder)
+    """(the network in eval mode, folder) of what read_model() reads; adapters may stay beside their base."""
+    if not is_foreign(where):  # lora: an adapter
+        folder = find(where, which)  # lora
+        state = load_state(folder)  # lora
         if 'base' in state:  # lora
             from features.lora import load  # lora
             model = load.load_adapted(state, folder)  # lora
@@ -554,6 +497,20 @@ def load_model(where, which='best', encoder=False):
             return model, folder  # lora
     cfg, weights, folder = read_model(where, which, encoder)
     return fill(cfg, weights, folder), folder
+
+
+def fill(cfg, weights, where):
+    """The network of a ModelConfig in eval mode, with these weights. Raises UserError if they do not fit."""
+    from model import make_model
+    model = make_model(cfg, init=False)
+    load_weights(model, weights, where)
+    return model.eval()
+
+
+def check_kind(where, cfg, encoder):
+    if cfg.n_encoder_layer and not encoder:
+        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
+                        'this takes a decoder alone: sample.py runs it')
 
 
 def tokenizer_of(where, folder):
@@ -572,30 +529,3 @@ GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's in
 def is_foreign(where):
     """Whether `where` names a Hugging Face model: hf:FOLDER, or a published GPT-2."""
     return where.startswith('hf:') or where in GPT2_NAMES
-
-
-def shorten(weights, cfg):
-    """Cut the learned positions of the weights to the context length of this ModelConfig."""
-    if cfg.position == 'learned':
-        longest = cfg.block_size
-        if cfg.n_encoder_layer:  # t5
-            longest = max(longest, cfg.source_context)  # t5
-        return weights | {'wpe.weight': weights['wpe.weight'][:longest]}
-    return weights
-
-
-def fill(cfg, weights, where):
-    """
-    A model with this ModelConfig and these weights, in eval mode. Raises UserError if the weights do not
-    match.
-    """
-    from model import make_model
-    model = make_model(cfg, init=False)
-    load_weights(model, weights, where)
-    return model.eval()
-
-
-def check_kind(where, cfg, encoder):
-    if cfg.n_encoder_layer and not encoder:
-        raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
-                        'this takes a decoder alone: sample.py runs it')

@@ -342,9 +342,8 @@ def resume(s, ranks):
     start = Start(folder, state)
     if 'base' in state:  # lora
         from features.lora.load import read_base  # lora
-        cfg = from_dict(ModelConfig, state['model'], folder)  # lora
         start.base = state['base']  # lora
-        start.weights = read_base(state['base'], cfg, folder)  # lora
+        start.weights = read_base(state['base'], folder)  # lora
     return start
 
 
@@ -367,7 +366,7 @@ def begin_with_others(s, ranks):
     if broken:
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
     adopt(s, cfg, s.init_from)
-    start = Start(folder, weights=checkpoint.shorten(weights, part_of(s, ModelConfig)))
+    start = Start(folder, weights=weights)
     if s.lora_rank:  # lora
         from features.lora.adapters import fingerprint  # lora
         where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora

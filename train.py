@@ -259,7 +259,7 @@ def train(s, device, ranks, stop, left_out=()):
             return stop.number or signal.SIGTERM
         show_losses(step, result, ranks)
         return 0
-    ranks.from_first(partial(claim_out_dir, s, step))
+    ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, step, asdict(s)))
     run.log = Log(s, step, ranks)
     if run.pace:  # plan
         run.pace.earlier = run.log.seconds  # plan
@@ -480,12 +480,6 @@ def stored_state(s, step, run, ranks):
     state['skipped'] = run.skipped
     state['job'] = run.job
     return state
-
-
-def claim_out_dir(s, step):
-    checkpoint.claim(s.out_dir)  # there may be one by now
-    checkpoint.prepare_out_dir(s.out_dir, step, asdict(s))
-    checkpoint.claim(s.out_dir)  # another folder, if that one was moved aside
 
 
 # -----------------------------------------------------------------------------

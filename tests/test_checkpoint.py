@@ -32,13 +32,14 @@ def test_what_was_saved_comes_back(run):
 
 def test_a_number_that_is_not_finite_is_found_wherever_it_is():
     t = torch.zeros(10, 10)
-    assert (checkpoint.is_finite(t, 7) and checkpoint.is_finite(torch.zeros(()), 7)
-            and checkpoint.is_finite(torch.zeros(0), 7))
+    sound = {'a': t, 'b': torch.zeros(()), 'c': torch.zeros(0), 'd': torch.zeros(9, dtype=torch.int64)}
+    assert checkpoint.first_not_finite(sound, 7) is None
     for place in (0, 6, 7, 50, 99):
         for value in (torch.nan, torch.inf, -torch.inf):
             broken = t.clone()
             broken.view(-1)[place] = value
-            assert not checkpoint.is_finite(broken, 7) and not checkpoint.is_finite(broken.T, 7)
+            for view in (broken, broken.T):
+                assert checkpoint.first_not_finite({**sound, 'e': view, 'f': view}, 7) == 'e'
 
 
 FILES = ['model.safetensors', 'optimizer.pt', 'state.json', 'manifest.json']
@@ -85,7 +86,7 @@ def test_every_file_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'rename', lambda a, b: (events.append(('rename', b, 0)), rename(a, b)))
     checkpoint.save(str(tmp_path), 1, *state(1))
     at = [kind for kind, _, _ in events].index('rename')
-    flushed = {os.path.basename(path): size for kind, path, size in events[:at]}
+    flushed = {os.path.basename(path).removesuffix('.tmp'): size for kind, path, size in events[:at]}
     assert {n: os.path.getsize(tmp_path / 'step_00000001' / n) for n in FILES}.items() <= flushed.items()
     assert events[at + 1][1] == str(tmp_path)  # then the directory that holds the name
 
@@ -102,7 +103,7 @@ def test_the_best_is_never_pruned(run):
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(checkpoint, 'write_json', full)
+    monkeypatch.setattr(checkpoint, 'replace_json', full)
     with pytest.raises(UserError, match='No space left on device.*make room'):
         checkpoint.save(str(run), 4, *state(4))
     monkeypatch.undo()

@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import optim
 from batches import EVAL_ROWS, Mixture, evaluate
-from checkpoint import append, fill, new_folder, read_model, write_json
+from checkpoint import append, fill, new_folder, read_model, replace_json
 from configurator import FilePath, UserError
 from model import Transformer
 from run import OneProcess
@@ -208,7 +208,7 @@ def write_run(out_dir, weights, moments, state, tokenizer_folder, losses=None):
     tokenizer_files = [os.path.join(tokenizer_folder, name) for name in state['tokenizer'].get('files', ())]
     with new_folder(out_dir, 'out_dir') as folder:
         checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, moments, state, tokenizer_files)
-        write_json(os.path.join(folder, 'settings.json'), state['settings'])
+        replace_json(os.path.join(folder, 'settings.json'), state['settings'])
         if losses:
             record = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **losses}
             append(os.path.join(folder, 'log.jsonl'), json.dumps(record) + '\n')

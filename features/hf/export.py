@@ -11,7 +11,7 @@ import os
 import torch
 
 import checkpoint
-from checkpoint import new_folder, write_json, write_tensors
+from checkpoint import new_folder, replace_json, write_tensors
 from configurator import UserError, from_dict
 from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest
@@ -77,7 +77,7 @@ def export(s):
     with new_folder(s.to) as new:
         write_tensors(os.path.join(new, 'model.safetensors'), tensors, {'format': 'pt'})
         for name, value in files.items():
-            write_json(os.path.join(new, name), value)
+            replace_json(os.path.join(new, name), value)
         tokenizer.save(new)  # its sentencepiece model too: llama.cpp's converter prefers it
         if text:
             with open(os.path.join(new, 'tokenizer.json'), 'w', encoding='utf-8') as f:

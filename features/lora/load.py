@@ -41,15 +41,15 @@ def load_adapted(state, folder):
 def read_adapted(state, folder):
     """The model of an adapter's checkpoint in eval mode, with the adapter as separate layers."""
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
-    model = fill(cfg, read_base(state['base'], cfg, folder), state['base']['from'])
+    model = fill(cfg, read_base(state['base'], folder), state['base']['from'])
     saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
     adapters.add(model, saved, folder, 'default')
     return model
 
 
-def read_base(base, cfg, adapter):
+def read_base(base, adapter):
     """
-    The base weights of the adapter in the folder `adapter`; base: its state.json's entry; cfg: its model.
+    The base weights of the adapter in the folder `adapter`; base: its state.json's entry.
     Raises UserError if they are missing or have changed.
     """
     where = base['from']
@@ -61,7 +61,7 @@ def read_base(base, cfg, adapter):
                             'which is not there: put it back')
     _, weights, _ = read_model(where, encoder=True)
     adapters.check_base(weights, base['weights'], where, adapter)
-    return checkpoint.shorten(weights, cfg)
+    return weights
 
 
 def add_adapters(model, given, base):

@@ -14,7 +14,7 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import new_folder, write_json, write_tensors
+from checkpoint import new_folder, replace_json, write_tensors
 from configurator import UserError
 from features.hf.config_json import read_json
 from features.hf.families import FAMILIES, nearest
@@ -149,7 +149,7 @@ def write(folder, cfg, saved, family, base=''):
     with new_folder(folder) as new:
         tensors = {ROOT + module: t.detach().float().contiguous() for module, t in tensors.items()}
         write_tensors(os.path.join(new, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
-        write_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
+        replace_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
 
 
 def write_whole(model, known, ranks, tensors):

@@ -3,11 +3,12 @@
 every evaluation.
 """
 import math
+import os
 from dataclasses import asdict, replace
 from functools import partial
 
-import checkpoint
 from batches import EVAL_ROWS, evaluate
+from checkpoint import replace_json, writing
 from configurator import UserError
 from features.plan.dial import intervals
 from run import process_age
@@ -76,9 +77,13 @@ class Pace:
         self.s.max_iters = ranks.from_first(partial(self.fit, step))
         if self.s.max_iters != before:
             self.fits.append([step, self.s.max_iters])
-            ranks.from_first(partial(checkpoint.write_settings, self.s.out_dir, asdict(self.s)))
+            ranks.from_first(self.write_settings)
             ranks.say(f'step {step}: minutes={self.s.minutes:g}: {self.elapsed():.0f} seconds are gone, '
                       f'max_iters={self.s.max_iters} in place of {before}')
+
+    def write_settings(self):
+        with writing(f'out_dir={self.s.out_dir}', 'make room, or give another'):
+            replace_json(os.path.join(self.s.out_dir, 'settings.json'), asdict(self.s))
 
     def end_evaluation(self):
         if not self.is_compiling:

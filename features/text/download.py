@@ -18,8 +18,9 @@ from hashlib import file_digest
 
 from tqdm import tqdm
 
-from checkpoint import write_all, writing
+from checkpoint import writing
 from configurator import UserError
+from features.text.tokenfiles import write_all
 
 TRIES = 5  # attempts without a new byte: about 15 s, with the waits between them
 WAIT = 1.0  # seconds before the second try, doubled each time

@@ -6,10 +6,17 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 
-from checkpoint import lock, replace_json, sha256, sync, write_all
+from checkpoint import lock, replace_json, sha256, sync
 from configurator import UserError
 
 SHARD_TOKENS = 100_000_000  # the task that reaches it closes the shard
+
+
+def write_all(f, data):
+    """Write all bytes to an unbuffered file: the system may take a part of them at a time."""
+    data = memoryview(data)
+    while data:
+        data = data[f.write(data):]
 
 
 class Split:
