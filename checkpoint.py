@@ -9,8 +9,8 @@ Checkpoints: atomic, verified, without pickle.
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
-whole, or was damaged later; loading verifies it and falls back to the newest sound one. fault() names the
-points where tests kill the process. torch is imported where it is used: prepare.py's processes need none.
+whole, or was damaged later; loading verifies it and falls back to the newest sound one. torch is
+imported where it is used: the processes of prepare.py need none.
 """
 import hashlib
 import json
@@ -145,28 +145,16 @@ def new_folder(path, setting='to'):
 # -----------------------------------------------------------------------------
 # Save
 
-def fault(point, step=None, value=None):
-    """Return `value`; with FAULT in the environment, what that says happens at this point (tests)."""
-    if 'FAULT' in os.environ:  # scale
-        from features.scale import faults  # scale
-        return faults.at(point, step, value)  # scale
-    return value
-
-
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
     Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor};
     state: whatever json can write; other_files: paths to copy. Raises OSError.
     """
     os.makedirs(folder)
-    fault('save:begin', step)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
     write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
-    fault('save:weights', step)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
-    fault('save:optimizer', step)
     replace_json(os.path.join(folder, 'state.json'), state)
-    fault('save:state', step)
     for path in other_files:
         shutil.copy(path, folder)
     files = {}
@@ -174,10 +162,8 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
         path = os.path.join(folder, name)
         sync(path)
         files[name] = {'size': os.path.getsize(path), 'sha256': sha256(path)}
-    fault('save:manifest', step)
     replace_json(os.path.join(folder, 'manifest.json'), {'step': step, 'files': files})
     sync(folder)
-    fault('save:flushed', step)
 
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
@@ -195,13 +181,11 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
             write(temporary, step, weights, optimizer_state, state, other_files)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
             os.rename(temporary, final)
-            fault('save:renamed', step)
             sync(out_dir)
     except Exception:  # half a checkpoint only takes up room
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     prune(out_dir, keep)
-    fault('save:end', step)
     return final
 
 
@@ -230,7 +214,6 @@ def prune(out_dir, keep):
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
-            fault('save:prune')
             shutil.rmtree(folder, ignore_errors=True)
         elif is_sound(folder):
             sound += 1

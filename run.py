@@ -20,7 +20,6 @@ from tqdm import tqdm
 import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
-from checkpoint import fault
 from configurator import (
     UserError,
     check,
@@ -591,7 +590,6 @@ class Log:
                 record[name] = value
         record['seconds'] = round(self.seconds + process_age(), 3)
         with checkpoint.writing(self.path, self.TO_DO):
-            fault('log', step)
             checkpoint.append(self.path, json.dumps(record) + '\n')
         if self.wandb:  # study
             self.wandb.send(record)  # study

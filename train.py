@@ -24,7 +24,6 @@ import torch
 
 import checkpoint
 from batches import DataConfig, evaluate, splitmix
-from checkpoint import fault
 from configurator import (
     DeviceConfig,
     FilePath,
@@ -205,7 +204,6 @@ def train_step(run, s, step, ranks, stop=False):
                 from features.distill.teacher import ask  # distill
                 inputs['teacher'] = ask(run.teacher, x, s, **inputs)  # distill
             loss = run.runner(x, y, reduction='sum', label_smoothing=s.label_smoothing, **inputs)
-            loss = fault('loss', step, loss)
         ranks.beat('to compute gradients')
         # The mean over the targets of the global batch; DDP divides by the number of ranks
         scale = ranks.world / max(targets, 1)
@@ -295,7 +293,6 @@ def train(s, device, ranks, stop, left_out=()):
             continue
 
         # 3) One step
-        fault('step', step, run.model)
         began = time.perf_counter()
         is_slow = 'step' in run.to_compile
         with compiling(run, 'step', ranks):
@@ -387,7 +384,6 @@ def evaluation(s, step, run, ranks, stop):
     if step and s.always_save_checkpoint:
         # first, so that nothing that goes wrong in an evaluation can lose it
         save_once(s, step, run, ranks, most=0)
-    fault('evaluation', step)
     with compiling(run, 'evaluation', ranks):
         result = evaluate(run.model, run.val, s, ranks, stop)
     if result is None:
@@ -404,7 +400,6 @@ def evaluation(s, step, run, ranks, stop):
         ranks.from_first(partial(in_order, s, write))
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result,
                   peak_memory_bytes=peak_memory(ranks.device))
-    fault('sample', step)
     show_sample(run.model, s, run.data, ranks, stop)
     if run.pace:  # plan
         run.pace.end_evaluation()  # plan

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import one_line, read_log, run, run_here, sha256
+from inject import inject
 
 import checkpoint
 import train as training
@@ -20,7 +21,6 @@ from configurator import UserError, configure
 from features import build
 from features.plan.dial import batch_tokens, derive, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
-from features.scale import faults
 from run import Log, OneProcess
 from train import Settings
 
@@ -232,13 +232,10 @@ def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, t
     assert f'max_iters={fits[-1][1]} in place of {fits[-2][1]}' in done.stdout
     losses = {r['step']: r['train_loss'] for r in read_log(tmp_path / 'whole') if 'train_loss' in r}
 
-    monkeypatch.setenv('FAULT', '')
-    monkeypatch.setattr(faults, 'at', faults.happen)  # after the last evaluation that could fit again
     interval = settings['eval_interval']
-    monkeypatch.setattr(faults, 'FAULTS',
-                        [('step', str((state['step'] - 1) // interval * interval + 1), '', 'term')])
-    assert machine.run(dataset, tmp_path / 'parts').returncode == 128 + signal.SIGTERM
-    monkeypatch.setattr(faults, 'FAULTS', [])
+    with monkeypatch.context() as patch:  # after the last evaluation that could fit again
+        inject(f'step@{(state["step"] - 1) // interval * interval + 1}=term', patch.setattr)
+        assert machine.run(dataset, tmp_path / 'parts').returncode == 128 + signal.SIGTERM
     assert machine.run(dataset, tmp_path / 'parts').returncode == 0
     again, same_weights = end_of(tmp_path / 'parts')
     assert again['fits'] == fits and again['step'] == state['step']
@@ -249,11 +246,9 @@ def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, t
 def test_an_older_run_of_minutes_goes_on(dataset, tmp_path, monkeypatch):
     """Its checkpoint knows nothing of fits."""
     machine = Machine(monkeypatch, lambda now: 0.3)
-    monkeypatch.setenv('FAULT', '')
-    monkeypatch.setattr(faults, 'at', faults.happen)
-    monkeypatch.setattr(faults, 'FAULTS', [('step', '5', '', 'term')])
-    assert machine.run(dataset, tmp_path).returncode == 128 + signal.SIGTERM
-    monkeypatch.setattr(faults, 'FAULTS', [])
+    with monkeypatch.context() as patch:
+        inject('step@5=term', patch.setattr)
+        assert machine.run(dataset, tmp_path).returncode == 128 + signal.SIGTERM
     folder = Path(checkpoint.find(str(tmp_path)))
     state = checkpoint.load_state(str(folder))
     del state['fits']

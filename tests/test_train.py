@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, one_line, read_log, run, sha256, train, write_dataset
+from inject import inject
 from safetensors.torch import load_file
 
 import checkpoint
@@ -29,7 +30,7 @@ import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
 from configurator import UserError
-from features.scale import faults
+from features import build
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import Muon
@@ -261,9 +262,7 @@ def test_steps_that_were_trained_before_they_were_to_be_left_out_count_as_tokens
     A spike in update 46 leaves ten out, of which the checkpoint that the run goes back to, at 40, has trained
     the first three.
     """
-    monkeypatch.setattr(faults, 'FAULTS', [('loss', '46', '', 'large')])
-    monkeypatch.setenv('FAULT', '')
-    monkeypatch.setattr(faults, 'at', faults.happen)
+    inject('loss@46=large', monkeypatch.setattr)
     args = ['--rewind_spikes=6', '--eval_interval=1000', '--checkpoint_interval=20', '--lr_decay_iters=70',
             '--warmup_iters=0']
     done = train(tmp_path, *args, '--max_iters=60', dataset=dataset)

@@ -1,6 +1,5 @@
 """
-What a process of processes.py does. It imports nothing of ours before its environment is set, which faults.py
-reads.
+What a process of processes.py does. It imports nothing of ours before its environment is set.
 """
 import importlib
 import os
@@ -24,14 +23,5 @@ def child(root, args, environment, output, folder, constants, left_out):
     sys.argv = ['train.py', *args]
     import torch
     torch.set_num_threads(1)
-    from features.scale import faults
-    faults.FAULTS.clear()  # a script that was imported again to get here may have read another environment
-    faults.arm()
-    import train
-    from configurator import run_main
-    for name, value in constants.items():
-        module, _, constant = name.rpartition('.')
-        setattr(importlib.import_module(module), constant, value)
-    if left_out:
-        train.train = partial(train.train, left_out=left_out)
-    run_main(train.main)
+    from inject import main
+    main()

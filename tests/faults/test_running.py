@@ -25,10 +25,10 @@ LONG = ['--max_iters=100000', '--eval_interval=100000', '--lr_decay_iters=400', 
 STOPPED = re.compile(r'stopped by SIGTERM after step (\d+); the same command goes on from there')
 
 
-def torchrun(*args, nproc=2, options=(), **environment):
+def torchrun(*args, nproc=2, options=(), script='train.py', **environment):
     """A started `torchrun train.py ARGS` in a session of its own."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}',
-               *options, 'train.py', *map(str, args)]
+               *options, script, *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'} | environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, start_new_session=True)
@@ -424,7 +424,8 @@ def test_the_first_step_and_the_first_evaluation_of_a_network_compile(dataset, t
 def test_after_a_crash_torchrun_starts_it_again_and_the_end_is_the_same(dataset, tmp_path, init_from):
     args = [*SMALL, f'--dataset={dataset}', '--checkpoint_interval=2', f'--init_from={init_from}']
     process = torchrun(*args, f'--out_dir={tmp_path / "crash"}', options=['--max_restarts=1'],
-                       FAULT='step@5/1=exit', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+                       script='tests/inject.py', FAULT='step@5/1=exit',
+                       TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     said, code = process.communicate(timeout=120)[0], process.wait()
     assert (code == 0 and 'resuming' in said and 'exitcode  : 13' not in said
             and not (tmp_path / 'crash.old1').exists()), said
