@@ -147,8 +147,8 @@ def new_folder(path, setting='to'):
 
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
-    Write the files of a checkpoint into a new folder, and flush them to the disk. weights: {name: tensor};
-    state: whatever json can write; other_files: paths to copy. Raises OSError.
+    Write a checkpoint into a new folder, and flush it to the disk. weights: {name: tensor}; state: whatever
+    json can write; other_files: paths to copy. Raises OSError.
     """
     os.makedirs(folder)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
@@ -198,12 +198,9 @@ def check_finite(weights, where):
 
 
 def first_not_finite(weights, size=2 ** 24):
-    """
-    The name of the first of {name: tensor} with a number that is not finite; None if there is none. It reads
-    `size` numbers at a time: isfinite() allocates 1.7 times its input.
-    """
+    """The name of the first of {name: tensor} with a number that is not finite; None if there is none."""
     for name, t in weights.items():
-        for part in t.detach().reshape(-1).split(size):
+        for part in t.detach().reshape(-1).split(size):  # isfinite() allocates 1.7 times its input
             if not part.isfinite().all():
                 return name
     return None
@@ -249,9 +246,8 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 def lock(path):
     """
-    Take the lock of a folder, or of a file that is made for it: a descriptor to close in the end, or None if
-    another process has it. It ends with the process. A file system without locks (NFS: of folders) gives it
-    to all.
+    Lock a folder, or a file that is made for it. Returns a descriptor to close in the end, None if another
+    process has the lock. It ends with its process. A file system without locks (NFS: of folders) grants all.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:
@@ -279,7 +275,7 @@ CLAIMED = {}  # out_dir: its lock
 
 
 def claim(out_dir):
-    """Let no other process train in out_dir, if it is there, until release(). Raises UserError: one does."""
+    """Let no other process train in out_dir, if it exists, until release(). Raises UserError if one does."""
     if not os.path.isdir(out_dir) or out_dir in CLAIMED:
         return
     try:
@@ -303,9 +299,8 @@ def release(out_dir, folder=None):
 
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make out_dir, claim it and write settings.json. A run that begins moves another one that is there aside,
-    to out_dir.old1 and so on; one that goes on after `step` renames later checkpoints, which were found
-    damaged, to step_….damaged.
+    Make and claim out_dir, and write settings.json. A new run moves another one that is there to out_dir.old1
+    and so on; one that goes on after `step` renames later checkpoints, all damaged, to step_….damaged.
     """
     claim(out_dir)  # there may be one by now
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
@@ -394,16 +389,15 @@ def find(where, which='last'):
         candidates = [where]
     elif which == 'best' and best(where)[0] in candidates:
         candidates.sort(key=lambda folder: folder != best(where)[0])
-    problems = []
     for folder in candidates:
         problem = damage(folder)
         if problem is None:
             return folder
         print(f'{folder}: {problem}; skipped', flush=True)
-        problems.append(f'{os.path.basename(folder)}: {problem}')
-    if problems:
-        raise UserError(f'{where}: no checkpoint in it is sound ({problems[0]}): restore one from a copy, or '
-                        'choose another --out_dir')
+    if candidates:
+        first = f'{os.path.basename(candidates[0])}: {damage(candidates[0])}'
+        raise UserError(f'{where}: no checkpoint in it is sound ({first}): restore one from a copy, '
+                        'or choose another --out_dir')
     if os.path.isdir(where):
         raise UserError(f'{where}: no checkpoint in it')
     raise UserError(f'{where}: no such directory; give the out_dir of a training run')
