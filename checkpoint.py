@@ -8,8 +8,8 @@ Checkpoints: atomic, verified, without pickle.
                           tokenizer.…         the tokenizer's files, if any: a checkpoint can be moved alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
 
-A checkpoint is written under a temporary name, flushed to the disk, then renamed. A directory named step_… is
-whole, or was damaged later; loading verifies it and falls back to the newest sound one. torch is
+A checkpoint is written under a temporary name, flushed to disk, then renamed. So a directory named step_… is
+complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. torch is
 imported where it is used: the processes of prepare.py need none.
 """
 import hashlib
@@ -27,7 +27,7 @@ from configurator import UserError, from_dict, without_removed
 
 @contextmanager
 def writing(what, to_do):
-    """Turn an OSError of what is written inside into a UserError: `what` could not be written; what to do."""
+    """Turn an OSError raised inside into a UserError: `what` could not be written, and what to do."""
     try:
         yield
     except BrokenPipeError:  # no file: run_main() knows what to do
@@ -51,8 +51,8 @@ def sync(path):
 @contextmanager
 def replacing(path, mode='w', suffix='.tmp'):
     """
-    An open file ('w': text, 'wb': bytes) that takes the place of `path` once it is whole and on the disk. An
-    error leaves the old file and nothing else. suffix: of its name until then.
+    Open a file that replaces `path` once it is complete and on disk ('w': text, 'wb': bytes). On any error,
+    the old file stays and no other file is left. suffix: ending of the temporary name.
     """
     encoding = None if 'b' in mode else 'utf-8'
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
@@ -104,7 +104,7 @@ def write_torch(path, value):
 
 
 def append(path, text):
-    """Add text to the end of a file: all of it, or nothing."""
+    """Append text to a file: all of it or, on an error, nothing."""
     f = open(path, 'a', encoding='utf-8')
     size = f.tell()
     try:
@@ -168,8 +168,8 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
     """
-    Write out_dir/step_{step}, then prune() the older ones. The arguments are those of write(). Returns the
-    directory. Raises UserError where it could not be written, and for weights that are not finite.
+    Write out_dir/step_{step}, then prune() older checkpoints. The arguments are those of write(). Returns the
+    directory. Raises UserError if it could not be written, or if a weight is NaN or infinite.
     """
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
@@ -198,7 +198,7 @@ def check_finite(weights, where):
 
 
 def first_not_finite(weights, size=2 ** 24):
-    """The name of the first of {name: tensor} with a number that is not finite; None if there is none."""
+    """The name of the first tensor in {name: tensor} with a NaN or infinite number; None if there is none."""
     for name, t in weights.items():
         for part in t.detach().reshape(-1).split(size):  # isfinite() allocates 1.7 times its input
             if not part.isfinite().all():
@@ -207,7 +207,7 @@ def first_not_finite(weights, size=2 ** 24):
 
 
 def prune(out_dir, keep):
-    """Remove what a crash left and what is older than the newest `keep` sound checkpoints, but the best."""
+    """Remove all but the newest `keep` sound checkpoints and the best one, and folders that a crash left."""
     sound = 0
     for folder in checkpoints(out_dir):
         if sound >= keep and folder != best(out_dir)[0]:
@@ -220,7 +220,7 @@ def prune(out_dir, keep):
 
 
 def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as long as the process
-    """Whether damage() finds nothing; the files are read again only if one has another size or time."""
+    """Whether damage() finds nothing. The files are read again only if a size or a time has changed."""
     try:
         with os.scandir(folder) as entries:
             look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
@@ -232,7 +232,7 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 
 
 def mark_best(out_dir, step, val_loss, keep=2):
-    """Let out_dir/best name the checkpoint of `step`, if there is one; the best one before may then go."""
+    """Name the checkpoint of `step`, if it was written, in out_dir/best; the previous best may be removed."""
     name = f'step_{step:08d}'
     if os.path.isdir(os.path.join(out_dir, name)):
         path = os.path.join(out_dir, 'best')
@@ -246,8 +246,9 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 def lock(path):
     """
-    Lock a folder, or a file that is made for it. Returns a descriptor to close in the end, None if another
-    process has the lock. It ends with its process. A file system without locks (NFS: of folders) grants all.
+    Lock a folder, or a file that is made for it. Returns a descriptor to close at the end, or None if another
+    process holds the lock. The lock ends with the process. A file system without locks (NFS: for folders)
+    grants all.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:
@@ -265,7 +266,7 @@ def lock(path):
 
 
 def is_at(fd, path):
-    """Whether an open file is the one of this name."""
+    """Whether an opened file is the one at this path."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False
@@ -275,7 +276,7 @@ CLAIMED = {}  # out_dir: its lock
 
 
 def claim(out_dir):
-    """Let no other process train in out_dir, if it exists, until release(). Raises UserError if one does."""
+    """Lock out_dir, if it exists, until release(). Raises UserError if another process trains in it."""
     if not os.path.isdir(out_dir) or out_dir in CLAIMED:
         return
     try:
@@ -289,7 +290,7 @@ def claim(out_dir):
 
 
 def release(out_dir, folder=None):
-    """Let others train in out_dir, once all is written. folder: where out_dir was moved to."""
+    """Unlock out_dir after everything is written. folder: where it was moved to."""
     if out_dir in CLAIMED:
         path, held = os.path.join(folder or out_dir, 'lock'), CLAIMED.pop(out_dir)
         if is_at(held, path):
@@ -299,8 +300,8 @@ def release(out_dir, folder=None):
 
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make and claim out_dir, and write settings.json. A new run moves another one that is there to out_dir.old1
-    and so on; one that goes on after `step` renames later checkpoints, all damaged, to step_….damaged.
+    Make and lock out_dir, and write settings.json. A new run moves an existing run aside, to out_dir.old1 and
+    so on. A run that resumes after `step` renames later checkpoints, which are damaged, to step_….damaged.
     """
     claim(out_dir)  # there may be one by now
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
@@ -477,7 +478,7 @@ def load_model(where, which='best', encoder=False):
 
 
 def fill(cfg, weights, where):
-    """The network of a ModelConfig in eval mode, with these weights. Raises UserError if they do not fit."""
+    """A model with this ModelConfig and these weights, in eval mode. Raises UserError if they differ."""
     from model import make_model
     model = make_model(cfg, init=False)
     load_weights(model, weights, where)

@@ -30,7 +30,6 @@ import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
 from configurator import UserError
-from features import build
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import Muon

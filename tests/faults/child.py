@@ -23,5 +23,14 @@ def child(root, args, environment, output, folder, constants, left_out):
     sys.argv = ['train.py', *args]
     import torch
     torch.set_num_threads(1)
-    from inject import main
-    main()
+    from inject import inject
+
+    import train
+    from configurator import run_main
+    for name, value in constants.items():
+        module, _, constant = name.rpartition('.')
+        setattr(importlib.import_module(module), constant, value)
+    if left_out:
+        train.train = partial(train.train, left_out=left_out)
+    inject(os.environ['FAULT'])
+    run_main(train.main)
