@@ -5,9 +5,9 @@ Faults that tests put into a run: FAULT says what happens at which points.
     FAULT=… python tests/inject.py --out_dir=… # train.py with them
 
 kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a
-second, full is a full disk. The others change a value: nan, inf and large a loss, shift a weight. inject()
-wraps functions of train.py and checkpoint.py, which know nothing of it. After a restart by torchrun no fault
-happens again.
+second, full is a full disk. The others change a value: nan, inf and large a loss, inf a gradient, shift a
+weight. inject() wraps functions of train.py and checkpoint.py, which know nothing of it. After a restart by
+torchrun no fault happens again.
 """
 import errno
 import json
@@ -37,6 +37,17 @@ def shift(model):
     return model
 
 
+def infinite(value):
+    """A loss that is infinite; of a model, its next gradient."""
+    if not hasattr(value, 'parameters'):
+        return value + float('inf')
+
+    def once(gradient):
+        handle.remove()
+        return gradient + float('inf')
+    handle = next(p for p in value.parameters() if p.requires_grad).register_hook(once)
+
+
 ACTIONS = {
     'kill': lambda value: os.kill(os.getpid(), signal.SIGKILL),
     'term': lambda value: os.kill(os.getpid(), signal.SIGTERM),
@@ -46,7 +57,7 @@ ACTIONS = {
     'full': full,
     'nan': lambda value: value + float('nan'),
     'large': lambda value: value * 100,
-    'inf': lambda value: value + float('inf'),
+    'inf': infinite,
     'shift': shift,
 }
 
@@ -58,7 +69,7 @@ def inject(text, put=setattr):
         return
     import checkpoint
     import train
-    now = SimpleNamespace(step=None, saving=None, out_dir=None, is_pruning=False)
+    now = SimpleNamespace(saving=None, out_dir=None, is_pruning=False)
 
     def at(point, step=None, value=None):
         """`value`, as the fault for this point leaves it."""
@@ -113,31 +124,28 @@ def inject(text, put=setattr):
         at('log', json.loads(text)['step'])
         original(path, text)
 
+    def compiling(original, run, what, ranks):
+        at(what, sys._getframe(1).f_locals['step'], run.model)  # what: step or evaluation
+        return original(run, what, ranks)
+
     def train_step(original, run, s, step, *args):
-        if run.log is not None:  # else only timed: minutes
-            at('step', step, run.model)
         handle = None
         if any(point == 'loss' for point, *_ in faults):
             handle = run.runner.register_forward_hook(lambda module, inputs, loss: at('loss', step, loss))
         done = original(run, s, step, *args)
         if handle:
             handle.remove()
-        now.step = step + 1
         return done
 
-    def evaluate(original, *args):
-        at('evaluation', now.step)
-        return original(*args)
-
     def show_sample(original, *args):
-        at('sample', now.step)
+        at('sample', sys._getframe(1).f_locals['step'])
         original(*args)
 
     for wrapper in (save, write, write_tensors, write_torch, replace_json, sync, prune, append):
         name = wrapper.__name__
         put(checkpoint, name, partial(wrapper, getattr(checkpoint, name)))
     put(checkpoint, 'shutil', SimpleNamespace(copy=shutil.copy, rmtree=rmtree))
-    for wrapper in (train_step, evaluate, show_sample):
+    for wrapper in (compiling, train_step, show_sample):
         name = wrapper.__name__
         put(train, name, partial(wrapper, getattr(train, name)))
 
