@@ -42,9 +42,7 @@ from tokenizer import PromptFormat, load_tokenizer
 # Why numbers are NaN or infinite, and what to do
 NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
-# tokens of a sample from which compiling pays: it takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token
-# (10.6M parameters)
-COMPILE_FROM = 4000
+COMPILE_FROM = 4000  # tokens: compiling takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token (10.6M)
 
 
 @dataclass
@@ -115,7 +113,7 @@ class KVCache:
         self.size, self.compile = size, compile
         self.length = 0  # tokens in the buffers
         self.buffers = [None] * model.cfg.n_layer
-        self.source = [None] * model.cfg.n_layer  # t5
+        self.source = [None] * model.cfg.n_layer  # t5: keys and values of the encoder's output
         self.slots = torch.arange(size, device=next(model.parameters()).device)
 
     def extend(self, T):
@@ -124,9 +122,8 @@ class KVCache:
         self.positions = self.slots[self.length:self.length + T]
         self.length += T
         self.used = self.size if is_static else self.length
-        # (T, used). The first tokens need none: they are causal; a single one sees all in use
-        self.mask = None
-        if is_static or 1 < T < self.used:
+        self.mask = None  # the first tokens are causal without one, and a single one sees all in use
+        if is_static or 1 < T < self.used:  # (T, used)
             self.mask = self.slots[:self.used] <= self.positions[:, None]
         return is_static
 
@@ -141,12 +138,6 @@ class KVCache:
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[:, :, self.positions] = new
         return [buffer[:, :, :self.used] for buffer in self.buffers[layer]]
-
-    def once(self, layer, look_up):  # t5
-        """Keys and values of the encoder's output; look_up() computes them at the first step."""  # t5
-        if self.source[layer] is None:  # t5
-            self.source[layer] = list(look_up())  # t5
-        return self.source[layer]  # t5
 
 
 class NotFinite(UserError):
@@ -178,10 +169,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = None
     # a compiled step is for one size of the cache: always T, so that it is never compiled again
-    if use_cache:
-        cache = KVCache(model, T if compile else min(T, longest + max_new_tokens), compile)
+    size = T if compile else min(T, longest + max_new_tokens)
+    cache = KVCache(model, size, compile) if use_cache else None
     start = 0  # of the window that the network reads
     for end in range(shortest, longest + max_new_tokens):
         if end - start > T:  # full: keep half, so that a long text costs one prefill for every T/2 tokens
@@ -329,23 +319,17 @@ class Row:
 
     def show(self, text, is_last=False):
         """Returns the text that is final so far: everything that cannot be the beginning of a stop string."""
-        self.held += text
-        places = [self.held.find(stop) for stop in self.stop if stop in self.held]
-        certain = len(self.held) if is_last else first_beginning(self.held, self.stop)
-        if places and min(places) <= certain:
-            self.alive = False
-            certain = min(places)
-        shown, self.held = self.held[:certain], self.held[certain:]
-        return shown
-
-
-def first_beginning(text, stop):
-    """The first position where the rest of `text` is a proper prefix of a stop string."""
-    longest = max((len(s) for s in stop), default=0)
-    for place in range(max(0, len(text) - longest + 1), len(text)):
-        if any(len(s) > len(text) - place and s.startswith(text[place:]) for s in stop):
-            return place
-    return len(text)
+        text = self.held + text
+        end = len(text)
+        for place in range(len(text)):
+            rest = text[place:]
+            self.alive = not any(rest.startswith(stop) for stop in self.stop)
+            may_begin = not is_last and any(stop.startswith(rest) for stop in self.stop)
+            if may_begin or not self.alive:
+                end = place
+                break
+        self.held = text[end:]
+        return text[:end]
 
 
 # -----------------------------------------------------------------------------
@@ -396,16 +380,6 @@ def read_prompt(start):
     return typed_text(start, 'start')
 
 
-def read_prompts(file):
-    """
-    Yield the lines of an open text file; only a newline ends a line. Invalid UTF-8 gives surrogates, which
-    typed_text() refuses.
-    """
-    file.reconfigure(newline='\n', errors='surrogateescape')
-    for line in file:
-        yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
-
-
 def default_prompt(text, tokenizer):
     """The default prompt `text`; '', the end of text, if the tokenizer cannot encode it."""
     try:
@@ -441,18 +415,16 @@ def sample_of_training(model, s, data, ranks):
     numbers. Raises UserError if no sample can be made.
     """
     files = data.sources[0].files
-    tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder).with_format(PromptFormat(data.bos))
-    text, arrow = typed_text(s.sample_prompt, 'sample_prompt'), ''
-    if s.objective != 'causal':  # t5
-        from features.t5.sampling import prompt_format  # t5
-        tokenizer = tokenizer.with_format(prompt_format(s.objective, s.denoisers, tokenizer, data.bos))  # t5
-        arrow = ' → '  # t5
+    tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
+    tokenizer = tokenizer.with_format(stored_format({'begin': data.bos, 'settings': vars(s)}, tokenizer))
+    text = typed_text(s.sample_prompt, 'sample_prompt')
     if 'sample_prompt' not in getattr(s, 'given', ()):
         text = default_prompt(text, tokenizer)
     prompts = [encode_prompt(text, tokenizer, model.cfg)]
     if model.cfg.n_encoder_layer:  # t5
         from features.t5.sampling import read_sources  # t5
         model, prompts = read_sources(model, tokenizer, prompts)  # t5
+    arrow = ' → ' if tokenizer.prompt_format.suffix else ''  # after a text that is read before another
     yield text.removeprefix(tokenizer.eot_text) + arrow
     # Blocks that are compiled one by one would be compiled for every length of a sample, up to the limit
     # beyond which nothing is compiled any more
@@ -507,7 +479,10 @@ def converse(*more):
     """Call print_samples() for each line of the terminal. An invalid prompt does not end the program."""
     if sys.stdin is None:  # Python has none where it was closed from the start
         raise UserError('interactive=True: its input is closed: give --start=TEXT in its place')
-    for text in read_prompts(sys.stdin):
+    # only a newline ends a line; typed_text() refuses what invalid UTF-8 becomes
+    sys.stdin.reconfigure(newline='\n', errors='surrogateescape')
+    for line in sys.stdin:
+        text = line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
         try:
             print_samples(typed_text(text, 'start'), *more)
         except NotFinite:  # no other prompt would do

@@ -364,9 +364,12 @@ def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
     assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout
 
 
-def test_only_a_newline_ends_a_prompt(tmp_path):
-    lines = io.TextIOWrapper(io.BytesIO('\ufeffa\rb\r\nc\u2028d\x85e\x0c\n\nf'.encode()), encoding='utf-8')
-    assert list(sample.read_prompts(lines)) == ['a\rb', 'c\u2028d\x85e\x0c', '', 'f']
+def test_only_a_newline_ends_a_prompt(tmp_path, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(sample, 'print_samples', prompts.append)
+    type_in('\ufeffa\rb\r\nc\u2028d\x85e\x0c\n\nf'.encode(), monkeypatch)
+    converse()
+    assert prompts == ['a\rb', 'c\u2028d\x85e\x0c', '', 'f']
     (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfa\r\nb\r')
     assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'a\r\nb\r'
 

@@ -60,7 +60,9 @@ class CrossAttention(T5Attention):
         if cache is None:
             k, v = self.look_up(encoded, inputs)
         else:
-            k, v = cache.once(self.layer, lambda: self.look_up(encoded, inputs))
+            if cache.source[self.layer] is None:  # the first step
+                cache.source[self.layer] = self.look_up(encoded, inputs)
+            k, v = cache.source[self.layer]
         return self.output(q, k, v, inputs.mask)
 
     def look_up(self, encoded, inputs):
