@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from checkpoint import new_folder, replace_json, sha256
 from configurator import FilePath, UserError, configure, run_main
+from features import extend, with_features
 from tokenizer import EOT, load_tokenizer, needs_text, new_tokenizer
 
 BATCH = 250  # documents that are tokenized at a time
@@ -52,13 +53,6 @@ class Settings:
     split: Literal['auto', 'document', 'tail'] = 'auto'  # document: by a hash of each, so duplicates stay
     # together; tail: validate on the end of each document; auto: tail for .txt with fewer than 200 documents
     errors: Literal['strict', 'replace'] = 'strict'  # for invalid UTF-8: stop, or read it as U+FFFD
-    num_proc: int = 0  # number of processes for large corpora; 0 = chosen by size
-    source: str = ''  # text: for pairs (objective=seq2seq): the source field
-    target: str = ''  # text: the target field; a document is source, end-of-text, target, end-of-text
-    prompt_template: str = ''  # text: in place of source, a template: 'Q: {question}\nA: '; \n is a new line
-    reserve: int = 0  # text: number of tokens that no text contains (objective=ul2): 100 for 512-token rows
-    part: str = ''  # text: 3/64 = prepare only part 3 of 64, for example on several machines
-    merge: FilePath = ''  # text: merge all parts into this folder: --merge=OUT, without other settings
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -66,8 +60,6 @@ class Settings:
             raise ValueError('sources: one is empty, perhaps an unset variable: name a file or a folder')
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
-        from features.text.checks import check  # text
-        check(self)  # text
 
 
 # -----------------------------------------------------------------------------
@@ -227,6 +219,7 @@ def write_side(folder, side, texts, tokenizer):
 def prepare(s):
     """Prepare the sources. Returns (folder, meta.json, figures for the summary; None if already complete)."""
     out = s.out.rstrip('/')
+    extend(s, 'text')  # text
     from features.text import pipeline  # text
     if pipeline.is_needed(s, out):  # text: it is, but for some megabytes of .txt and .jsonl and a new folder
         return pipeline.prepare(s, out)  # text
@@ -313,7 +306,7 @@ def summary(out, meta, figures, state='already prepared'):
 
 
 def main():
-    s = configure(Settings)
+    s = configure(with_features(Settings, 'text'))
     try:
         if s.part or s.merge:  # text
             from features.text import parts  # text

@@ -34,6 +34,7 @@ from features.study.stats import mean_and_error, paired_difference, show_interva
 from features.study.tuning import tuned
 from features.text.pairs import PAIR
 from features.text.reader import Reader
+from features.text.settings import TextConfig
 from features.text.sources import find_files
 from sample import load
 
@@ -70,7 +71,7 @@ class Task:
 
 def functions_by_file():
     """{file of the standard library: [{'source', 'target'}] of its functions}."""
-    reader = Reader(find_files(['stdlib_docstrings']), prepare.Settings())
+    reader = Reader(find_files(['stdlib_docstrings']), TextConfig())
     found = {}
     for task in reader.tasks(None):
         for where, text in task.documents:
@@ -119,16 +120,16 @@ def make_data(s):
         for path in s.text:
             texts += [pair.source for pair in summaries.read_pairs(path, 'text', 'text')]
         write_lines([{'text': text} for text in texts], f'{folder}/text.jsonl')
-    settings = prepare.Settings([f'{folder}/text.jsonl'], out=sets['text'], tokenizer=s.tokenizer,
-                                reserve=100, val_fraction=0.05)
+    settings = TextConfig([f'{folder}/text.jsonl'], out=sets['text'], tokenizer=s.tokenizer,
+                          reserve=100, val_fraction=0.05)
     prepare.prepare(settings)
     for name, rows in (('abstracts', abstracts), ('functions', learned)):
         sets[name] = f'{folder}/{name}'
         path = f'{folder}/{name}.jsonl'
         if not os.path.exists(path):
             write_lines(rows, path)
-        settings = prepare.Settings([path], out=sets[name], tokenizer=f'{sets["text"]}/tokenizer.model',
-                                    reserve=100, source='source', target='target', val_fraction=0.1)
+        settings = TextConfig([path], out=sets[name], tokenizer=f'{sets["text"]}/tokenizer.model',
+                              reserve=100, source='source', target='target', val_fraction=0.1)
         prepare.prepare(settings)
     dev = summaries.read_pairs(s.dev, 'source', 'target')
     code = [summaries.Pair(row['source'], [row['target']]) for row in judged]

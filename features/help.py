@@ -9,8 +9,8 @@ import sys
 import textwrap
 import typing
 
-from configurator import UserError, describe, options
-from features import HERE, all_fields, comment_of, default_of, feature_names, feature_of, with_features
+from configurator import ROOT, UserError, describe, options
+from features import all_fields, comment_of, default_of, feature_names, feature_of, with_features
 
 
 def help_text(cls, which=''):
@@ -22,7 +22,8 @@ def help_text(cls, which=''):
     fields, features = all_fields(cls), {}
     for name in fields:
         features.setdefault(feature_of(cls, name), []).append(name)
-    features = {name: features[name] for name in feature_names() if name in features}
+    to_add = [name for name in feature_names() if name not in getattr(cls, 'features', ())]
+    features = {name: features[name] for name in to_add if name in features}
     if which not in ('', 'all', *features):
         raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
     if which in features:
@@ -35,7 +36,7 @@ def help_text(cls, which=''):
         groups = {}
         for part in reversed(cls.__mro__):
             if inspect.get_annotations(part):
-                file = os.path.basename(inspect.getsourcefile(part))
+                file = os.path.relpath(inspect.getsourcefile(part), ROOT)
                 groups[f'{part.__name__} ({file})'] = inspect.get_annotations(part)
     lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
     for title, names in groups.items():
@@ -55,8 +56,7 @@ def about_feature(name):
 
 
 def help_line(cls, field):
-    marks = '|'.join([r'\[\w+\]', *(f'{name}:' for name in os.listdir(HERE))])
-    comment = re.sub(f'^({marks}) ', '', comment_of(cls, field.name))
+    comment = re.sub(r'^\[\w+\] ', '', comment_of(cls, field.name))  # without the mark of a switch
     if any(typing.get_origin(kind) is typing.Literal for kind in options(field.type)):
         comment = f'{describe(field.type)}: {comment}'
     return two_columns(f'--{field.name.rstrip("_")}={default_of(field)!r}', comment)

@@ -107,7 +107,7 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
 
 @pytest.mark.parametrize('module, cls, names', [
     ('sample', 'Settings', ['start', 'stop']), ('train', 'Settings', ['sample_prompt']),
-    ('prepare', 'Settings', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
+    ('features.text.settings', 'TextConfig', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
     ('eval', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
     settings = help_text(getattr(importlib.import_module(module), cls), 'all').split('\n  --')
@@ -245,11 +245,12 @@ def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     from features.lora import combine
     from features.moe import experts, upcycle
     from features.study import attention, sweep
+    from features.text import settings
     texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers',
              'which', 'stop', 'part', 'split', 'errors', 'reference',
              'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
-    modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, surgery,
-               sweep, train, upcycle)
+    modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, settings,
+               surgery, sweep, train, upcycle)
     for module in modules:
         for cls in vars(module).values():
             for part in (cls.__mro__ if is_dataclass(cls) and isinstance(cls, type)

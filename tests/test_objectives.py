@@ -33,9 +33,9 @@ from features.t5.objectives import (
 from features.t5.pairs import cut_pair
 from features.t5.sampling import prompt_format
 from features.text.cuts import Cuts
+from features.text.settings import TextConfig
 from features.text.tokenizers import Reserved
 from model import ModelConfig, make_model
-from prepare import Settings as Prepare
 from prepare import prepare
 from sample import encode_prompt
 from tokenizer import ByteTokenizer, PromptFormat, load_tokenizer
@@ -196,7 +196,7 @@ def pairs(tmp_path, rows, name='pairs', **settings):
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     options = dict(sources=[str(path)], source='question', target='answer', out=f'{tmp_path}/{name}',
                    tokenizer='byte', val_fraction=0.2, num_proc=1)
-    prepare(Prepare(**options | settings))
+    prepare(TextConfig(**options | settings))
     return f'{tmp_path}/{name}'
 
 
@@ -381,8 +381,8 @@ def test_what_was_pretrained_goes_on_with_pairs(tmp_path):
     """
     (tmp_path / 'text.jsonl').write_text(''.join(json.dumps({'text': f'{n % 4}' * 30 + f' {n}'}) + '\n'
                                                  for n in range(300)))
-    prepare(Prepare([f'{tmp_path}/text.jsonl'], f'{tmp_path}/text', 'byte', reserve=20, val_fraction=0.1,
-                    num_proc=1))
+    prepare(TextConfig([f'{tmp_path}/text.jsonl'], f'{tmp_path}/text', 'byte', reserve=20, val_fraction=0.1,
+                       num_proc=1))
     folder = pairs(tmp_path, [{'question': f'{n % 4}' * (15 + n % 7), 'answer': f'{n % 4}' * 8}
                               for n in range(300)], reserve=20)
     for kind, sizes in (('encoder', UL2[1:]), ('decoder', ['--block_size=64'])):

@@ -14,8 +14,9 @@ from features import build
 from features.growth import factorize
 from features.t5.objectives import Objective
 from features.t5.pairs import pack
+from features.text.settings import TextConfig
 from model import ModelConfig, make_model
-from prepare import Settings, prepare
+from prepare import prepare
 
 KINDS = {'rope': dict(position='rope', value_residual=True, qk_norm=True),
          'learned': dict(position='learned', bias=True, norm='layernorm'),
@@ -31,8 +32,8 @@ def pairs(tmp_path_factory):
         for n in range(150):
             f.write(json.dumps({'q': f'{n}: ' + 'abc ' * int(rng.choice([1, 2, 4, 6, 20])),
                                 'a': 'yes ' * int(rng.integers(1, 4)) + str(n)}) + '\n')
-    prepare(Settings([str(folder / 'pairs.jsonl')], source='q', target='a', out=str(folder / 'data'),
-                     tokenizer='byte', val_fraction=0.2, num_proc=1))
+    prepare(TextConfig([str(folder / 'pairs.jsonl')], source='q', target='a', out=str(folder / 'data'),
+                       tokenizer='byte', val_fraction=0.2, num_proc=1))
     return str(folder / 'data')
 
 
@@ -162,8 +163,8 @@ def test_the_weights_of_a_mixture_of_packed_pairs_count_tokens(tmp_path):
         (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'q': f'{n:03}', 'a': answer}) + '\n'
                                                         for n in range(300)))
         folders.append(str(tmp_path / name))
-        prepare(Settings([f'{tmp_path}/{name}.jsonl'], source='q', target='a', out=folders[-1],
-                         tokenizer='byte', val_fraction=0.1, num_proc=1))
+        prepare(TextConfig([f'{tmp_path}/{name}.jsonl'], source='q', target='a', out=folders[-1],
+                           tokenizer='byte', val_fraction=0.1, num_proc=1))
     data = Mixture(dict.fromkeys(folders, 1), 'train', 64, seed=1, objective=Objective('seq2seq'))
     x, _, _ = data.rows(range(600))
     of = np.array([data.locate(n)[0] for n in range(600)])

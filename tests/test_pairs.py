@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import one_line, run, train
 
-import prepare
 from configurator import UserError
 from features.study.summaries import read_pairs
 from features.text.pairs import fill, sections, text_of
 from features.text.reader import Reader, documents
+from features.text.settings import TextConfig
 from features.text.sources import find_files
 from tokenizer import ByteTokenizer
 
@@ -155,10 +155,10 @@ def blank():
 def test_a_function_and_the_first_line_of_its_docstring(tmp_path):
     (tmp_path / 'a.py').write_text(CODE)
     (tmp_path / 'broken.py').write_text('def f(:')
-    s = prepare.Settings(sources=['stdlib_docstrings'], split='document', val_fraction=0.1)
+    s = TextConfig(sources=['stdlib_docstrings'], split='document', val_fraction=0.1)
     files = [(str(tmp_path / name), 'docstrings') for name in ('a.py', 'broken.py')]
     found = [text for task in Reader(files, s).tasks(None) for _, text in documents(task, s)]
-    assert found == [text_of({'a': source, 'b': target}, prepare.Settings(source='a', target='b'), '')
+    assert found == [text_of({'a': source, 'b': target}, TextConfig(source='a', target='b'), '')
                      for source, target in (
                          ('async def g():\n    # a comment that stays\n    await x', 'Wait.'),
                          ('def blank():\n    pass', 'Below.'),
@@ -174,7 +174,7 @@ def test_the_lines_of_code_are_those_that_python_counts(tmp_path):
     code = 'x = "\u2028\x1c"\n\x0c\ndef f(x):\n    """Add one."""\n    y = "\x85"\n    return x + 1\n'
     code += '\x0c\r\ndef g(x):\r\n    """Add two."""\r\n    return x\r\n'
     (tmp_path / 'a.py').write_bytes(code.encode())
-    s = prepare.Settings(sources=['stdlib_docstrings'], split='document')
+    s = TextConfig(sources=['stdlib_docstrings'], split='document')
     found = [text for task in Reader([(str(tmp_path / 'a.py'), 'docstrings')], s).tasks(None)
              for _, text in documents(task, s)]
     assert [tuple(text.split('\x1e<|target|>\x1e')) for text in found] == [

@@ -33,9 +33,10 @@ from features.text import pipeline
 from features.text import reader as reading
 from features.text.pieces import cut_of
 from features.text.reader import Reader, documents
+from features.text.settings import TextConfig
 from features.text.sources import find_files
 from features.text.splits import choose_from, tasks_to_choose_from
-from prepare import Settings, divide, hash_of, separate
+from prepare import divide, hash_of, separate
 from tokenizer import load_tokenizer, new_tokenizer
 
 WORDS = sorted(set(inspect.getsource(argparse).split(' '))) + ['très', '中文', '😀']
@@ -53,8 +54,8 @@ def write_jsonl(path, texts, key='text'):
 
 def do(out, *given, **settings):
     """Prepare without the command line; returns meta.json."""
-    return prepare.prepare(Settings(sources=[str(path) for path in given], out=str(out),
-                                    **{'tokenizer': 'byte', 'num_proc': 1, **settings}))[1]
+    return prepare.prepare(TextConfig(sources=[str(path) for path in given], out=str(out),
+                                      **{'tokenizer': 'byte', 'num_proc': 1, **settings}))[1]
 
 
 def contents(folder):
@@ -174,7 +175,7 @@ def test_few_documents_have_a_fair_share_for_validation(tmp_path, count):
         assert abs(sum(map(len, val)) / max(0.01 * size, min(0.1 * size, 20_000)) - 1) < 0.3
     else:
         assert val == [min(texts, key=len)]
-    s = Settings(split='document', val_fraction=0.01)
+    s = TextConfig(split='document', val_fraction=0.01)
     write_jsonl(tmp_path / 'y.jsonl', texts[::-1])  # in any order
     assert choose(s, find_files([path]), True) == choose(s, find_files([str(tmp_path / 'y.jsonl')]), True)
 
@@ -185,7 +186,7 @@ def test_both_sides_have_some_of_few_documents(tmp_path, fraction):
     for seed in range(8):
         sizes = np.random.default_rng(seed).integers(1, 60, 20)
         texts = [story(1000 * seed + n, size) for n, size in enumerate(sizes)]
-        s = Settings(split='document', val_fraction=fraction)
+        s = TextConfig(split='document', val_fraction=fraction)
         chosen = choose(s, find_files([write_jsonl(tmp_path / 'x.jsonl', texts)]), False)
         assert chosen == [number for number in chosen if number in {hash_of(text) for text in texts}]
         assert 0 < len(chosen) < 20
@@ -198,7 +199,7 @@ def test_one_long_document_among_short_ones_is_not_what_validates(tmp_path):
     for seed in range(20):
         long = f'{seed} ' + 'word ' * 5000
         files = find_files([write_jsonl(tmp_path / 'x.jsonl', [*short, long])])
-        chosen = choose(Settings(split='document', val_fraction=0.01), files, True)
+        chosen = choose(TextConfig(split='document', val_fraction=0.01), files, True)
         assert 0 < len(chosen) <= 10 and hash_of(long) not in chosen
 
 
@@ -207,11 +208,11 @@ def test_enough_documents_are_divided_by_their_hashes_alone(tmp_path):
     texts = [story(n, 3) for n in range(1000)]
     files = find_files([write_jsonl(tmp_path / 'x.jsonl', texts)])
     fewer = find_files([write_jsonl(tmp_path / 'y.jsonl', [*texts[1:], '', ' \n'])])
-    s = Settings(split='document', val_fraction=0.01)
+    s = TextConfig(split='document', val_fraction=0.01)
     assert choose(s, files, True) is None and choose(s, fewer, True) is not None
     assert [divide(text, s)[0][0] for text in texts] == ['val' if hash_of(text) < 0.01 * 2 ** 64 else 'train'
                                                          for text in texts]
-    assert choose(Settings(split='document', val_fraction=0.3), fewer, False) is None
+    assert choose(TextConfig(split='document', val_fraction=0.3), fewer, False) is None
 
 
 def test_documents_that_are_all_equal_have_no_split(tmp_path):
@@ -279,7 +280,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({'id': range(60), 'text': texts}), tmp_path / 'x.parquet',
                         row_group_size=7)
     for path in sorted(tmp_path.glob('x.*')):
-        s = Settings(split='document', val_fraction=0.1)
+        s = TextConfig(split='document', val_fraction=0.1)
         reader = Reader(find_files([str(path)]), s)
         found = [text for task in reader.tasks(None) for _, text in documents(task, s)]
         stripped = [text.strip('\r\n') for text in texts]
@@ -299,7 +300,7 @@ def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, m
         for data in (one + two, one + bytes(512) + two, none + one + none + two + none, one + two + bytes(1),
                      one + two + bytes(1024), one + bytes(3) + two + bytes(4)):
             path.write_bytes(data)
-            reader = Reader([(str(path), 'text')], Settings())
+            reader = Reader([(str(path), 'text')], TextConfig())
             assert b''.join(reader.blocks(str(path))) == b'one ' * 9 + b'two' and reader.position == len(data)
         behind = 'bytes behind its end'
         for data, words in ((one + b'x', behind), (one + b'some garbage' * 9, behind),
@@ -307,14 +308,14 @@ def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, m
                             (one + two[:-1], f'ends in the middle|{behind}'), (b'', 'ends in the middle')):
             path.write_bytes(data)
             with pytest.raises(UserError, match=f'^{path}: .*({words})'):
-                list(Reader([(str(path), 'text')], Settings()).blocks(str(path)))
+                list(Reader([(str(path), 'text')], TextConfig()).blocks(str(path)))
 
 
 class InBlocks(Reader):
     """Reads the bytes `data` in blocks of these sizes, over and over, whatever the path."""
 
     def __init__(self, data, sizes, **settings):
-        super().__init__([], Settings(**settings))
+        super().__init__([], TextConfig(**settings))
         self.data, self.sizes = data, sizes
 
     def blocks(self, path):
@@ -515,7 +516,7 @@ def test_lines_of_jsonl_end_at_a_newline_alone(tmp_path, monkeypatch, size):
     lines = [json.dumps({'text': text}, ensure_ascii=False) for text in texts]
     (tmp_path / 'x.jsonl').write_bytes(f'\ufeff{lines[0]}\r\n\x0c\r\n\ufeff{lines[1]}\n\n'
                                        f'\ufeff{lines[2]}'.encode())
-    s = Settings()
+    s = TextConfig()
     found = [pair for task in Reader(find_files([str(tmp_path / 'x.jsonl')]), s).tasks(None)
              for pair in documents(task, s)]
     assert ([text for _, text in found] == texts
@@ -529,7 +530,7 @@ def test_the_standard_library_is_a_corpus(tmp_path):
             and len(found) > 300)
     assert not any('/test' in path or 'site-packages' in path for path, _ in found)
     topics = [pair for pair in found if pair[1] == 'topics']
-    (_, chapters), = [(task, documents(task, None)) for task in Reader(topics, Settings()).tasks(None)]
+    (_, chapters), = [(task, documents(task, None)) for task in Reader(topics, TextConfig()).tasks(None)]
     assert len(chapters) > 50 and all(':' in where and text for where, text in chapters)
 
 
@@ -545,7 +546,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch, kind
     if kind == 'bpe':
         new_tokenizer('bpe:400', texts).save(tmp_path)
         kind = str(tmp_path / 'tokenizer.model')
-    s = Settings(split=split, val_fraction=0.45)
+    s = TextConfig(split=split, val_fraction=0.45)
     do(tmp_path / 'whole', tmp_path / '*.txt', tokenizer=kind, split=split, val_fraction=0.45)
     monkeypatch.setattr(reading, 'TASK_SIZE', 512)
     tasks = list(Reader(find_files([str(tmp_path / '*.txt')]), s).tasks(cut_of(new_tokenizer(kind))))
@@ -604,7 +605,7 @@ def test_what_is_read_into_memory_has_the_bytes_of_the_pipeline(tmp_path, monkey
     for limit, is_used in ((2 ** 24, False), (0, True)):
         monkeypatch.setattr(pipeline, 'IN_MEMORY', limit)
         out = tmp_path / f'{limit}'
-        settings = Settings(sources=[str(path) for path in given], out=str(out), tokenizer=tokenizer)
+        settings = TextConfig(sources=[str(path) for path in given], out=str(out), tokenizer=tokenizer)
         assert pipeline.is_needed(settings, settings.out) == is_used
         _, meta, figures = prepare.prepare(settings)
         prepare.summary(str(out), meta, {**figures, 'seconds': 1, 'speed': 1})
@@ -752,8 +753,8 @@ def test_a_second_run_finds_it_done_and_refuses_anything_else(tmp_path):
     path = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50)))
     do(tmp_path / 'out', path, val_fraction=0.3)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'out').iterdir()}
-    _, meta, figures = prepare.prepare(Settings(sources=[path], out=str(tmp_path / 'out'), tokenizer='byte',
-                                                val_fraction=0.3))
+    _, meta, figures = prepare.prepare(TextConfig(sources=[path], out=str(tmp_path / 'out'), tokenizer='byte',
+                                                  val_fraction=0.3))
     assert figures is None and meta['splits']['train']['documents'] > 0
     for settings, message in (({'tokenizer': 'char'}, 'with tokenizer=byte'),
                               ({'val_fraction': 0.2}, 'with val_fraction=0.3')):
@@ -864,7 +865,7 @@ def test_a_large_text_is_sampled_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, 'SAMPLE_SIZE', 10_000)
     path = write_jsonl(tmp_path / 'x.jsonl', [f'{n} ' * 50 for n in range(1000)])
     numbers = [int(text.split()[0])
-               for text in pipeline.sample(Reader([(path, 'lines')], Settings()), Settings())]
+               for text in pipeline.sample(Reader([(path, 'lines')], TextConfig()), TextConfig())]
     assert sum(len(f'{n} ' * 50) for n in numbers) <= 10_000 and len(numbers) > 20
     assert np.histogram(numbers, 4, (0, 1000))[0].min() > 0
 
@@ -994,5 +995,5 @@ def test_errors_replace_goes_on(command):
 
 def test_help_lists_every_setting(command):
     code, out, _ = command('--help')
-    assert (code == 0 and all(f'--{name}' in out for name in Settings.__dataclass_fields__)
+    assert (code == 0 and all(f'--{name}' in out for name in TextConfig.__dataclass_fields__)
             and 'shakespeare' in out)

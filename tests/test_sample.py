@@ -28,8 +28,8 @@ from features.lora.packed import Packed, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
 from features.t5.beams import beam_search
+from features.text.settings import TextConfig
 from model import ModelConfig, make_model
-from prepare import Settings as PrepareSettings
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, converse, draw, encode_prompt, generate, load, step, stream
 from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
@@ -505,8 +505,8 @@ def documents(tmp_path_factory):
     with open(folder / 'texts.jsonl', 'w') as f:
         for _ in range(300):
             f.write(json.dumps({'text': 'Z' + ''.join(draw.choices('ABC', k=draw.randint(3, 25)))}) + '\n')
-    prepare(PrepareSettings([f'{folder}/texts.jsonl'], out=f'{folder}/data', tokenizer='byte',
-                            val_fraction=0.2, num_proc=1))
+    prepare(TextConfig([f'{folder}/texts.jsonl'], out=f'{folder}/data', tokenizer='byte',
+                       val_fraction=0.2, num_proc=1))
     done = train(folder / 'out', '--packing=document', '--max_iters=60', '--eval_interval=30',
                  '--sample_tokens=5', '--sample_prompt=', dataset=folder / 'data')
     # of the three samples but the first, of a network that has learned nothing

@@ -8,6 +8,7 @@ from conftest import one_line, run
 import prepare
 from batches import TokenFiles
 from features.text import synthetic
+from features.text.settings import TextConfig
 from features.text.synthetic import entropy_rate, follow, generate, transitions
 
 
@@ -66,7 +67,7 @@ def test_what_is_generated_costs_the_true_chain_the_entropy(order):
 def test_preparing_it_states_the_entropy_of_its_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(synthetic, 'DOCUMENTS', 5000)
-    s = prepare.Settings(sources=['synthetic:markov2'], tokenizer='char', num_proc=1)
+    s = TextConfig(sources=['synthetic:markov2'], tokenizer='char', num_proc=1)
     out, meta, figures = prepare.prepare(s)
     prepare.summary(out, meta, figures)
     assert out == 'data/markov2' and meta['vocab_size'] == 27 and meta['split'] == 'document'
@@ -77,7 +78,7 @@ def test_preparing_it_states_the_entropy_of_its_tokens(tmp_path, monkeypatch, ca
     # a token a letter, and an end
     assert (len(tokens) == sum(f.bytes for f in files) + 5000
             and np.count_nonzero(tokens == meta['eot']) == 5000)
-    bpe = prepare.Settings(sources=['synthetic:markov2'], tokenizer='bpe:300', out='data/bpe', num_proc=1)
+    bpe = TextConfig(sources=['synthetic:markov2'], tokenizer='bpe:300', out='data/bpe', num_proc=1)
     assert 'entropy' not in prepare.prepare(bpe)[1]  # of such tokens it is another one
 
 

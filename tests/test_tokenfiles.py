@@ -15,13 +15,13 @@ import pytest
 from conftest import ROOT, run
 from test_prepare import contents, do, read, story, write_jsonl
 
-import prepare
 from batches import Mixture, TokenFiles
 from configurator import UserError
 from features.text import parts, pipeline, tokenfiles
 from features.text import reader as reading
 from features.text.parts import part_folder
 from features.text.reader import Reader, Task
+from features.text.settings import TextConfig
 from features.text.sources import find_files
 
 
@@ -118,7 +118,7 @@ def test_what_is_read_before_the_place_in_a_file_moves_is_in_one_part(tmp_path, 
     files = find_files([str(tmp_path)])
     for count in (1, 2, 3, 40):
         found = [task.documents[0][0] for n in range(1, count + 1)
-                 for task in Reader(files, prepare.Settings(), (n, count)).tasks(None)]
+                 for task in Reader(files, TextConfig(), (n, count)).tasks(None)]
         assert found[0] == files[0][0] and len(found) == (2 if count > 1 else 1)
 
 
@@ -129,7 +129,7 @@ def test_a_part_reads_no_file_beside_its_own(corpus, monkeypatch):
     files, tasks = find_files([str(corpus)]), []
     for n in range(1, 5):
         opened[n] = set()
-        tasks += Reader(files, prepare.Settings(), (n, 4)).tasks(None)
+        tasks += Reader(files, TextConfig(), (n, 4)).tasks(None)
     assert opened[1] == {'a.jsonl'} and opened[4] == {'d.txt', 'e.jsonl.gz', 'z.txt'}, opened
     assert (sum(len(task.documents) for task in tasks) == 40 + 1 + 2
             and sum(bool(task.lines) for task in tasks) == 2)

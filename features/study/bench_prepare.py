@@ -11,13 +11,13 @@ import sys
 import tempfile
 from functools import partial
 
-import prepare
 import tokenizer
 from configurator import ROOT, UserError
 from features.study import bench_peers
 from features.study.measure import alternate, run, section
 from features.text import sources
 from features.text.reader import Reader, documents
+from features.text.settings import TextConfig
 from features.text.workers import cores
 
 MB = 10 ** 6
@@ -88,7 +88,7 @@ def write_text(s, folder, mb, txt=True):
 
 def source_texts(s):
     """The non-empty documents of the sources s.text, as a list of texts."""
-    settings = prepare.Settings(split='document', val_fraction=0.01)
+    settings = TextConfig(split='document', val_fraction=0.01)
     reader = Reader(sources.find_files(s.text), settings)
     texts = []
     for task in reader.tasks(None):

@@ -18,6 +18,7 @@ import prepare
 from checkpoint import sha256, sync
 from configurator import UserError
 from features.text.figures import print_figures
+from features.text.settings import TextConfig
 from features.text.splits import check_sides
 from features.text.tokenfiles import files_of, is_free, locked, publish, totals, work_folder
 from tokenizer import load_tokenizer
@@ -165,7 +166,7 @@ def merge(out):
             meta = join(folders, metas, part)
             settings = {name: meta['source'][name] for name in ('sources', 'target', 'val_fraction')
                         if name in meta['source']}
-            check_sides(meta['splits'], prepare.Settings(**settings, split=meta['split']))
+            check_sides(meta['splits'], TextConfig(**settings, split=meta['split']))
             publish(part, out, meta, meta['tokenizer'].get('files', ()))
     except OSError as error:
         raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room, '

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -245,7 +246,8 @@ def tokenize_all(s, reader, tokenizer, progress, part, figures):
     # starting a process takes as long as 8 MB of text
     num_proc = s.num_proc or max(1, min(cores(), (reader.last - reader.first) // (8 * TASK_SIZE)))
     tasks = islice(reader.tasks(cut_of(tokenizer)), progress['tasks'], None)
-    with closing(in_order(tasks, num_proc, (s, progress['tokenizer'], part))) as results:
+    settings = SimpleNamespace(**vars(s))  # a class that is put together from several cannot be pickled
+    with closing(in_order(tasks, num_proc, (settings, progress['tokenizer'], part))) as results:
         for task, (tokens, notes) in progress_bar('tokenizing', reader, results, progress['position']):
             for name, (ids, starts, size) in tokens.items():
                 if len(ids):

@@ -28,7 +28,6 @@ from conftest import write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prepare
 from batches import Mixture, read_meta
 from configurator import UserError, configure, from_dict
 from features import build
@@ -36,6 +35,7 @@ from features.hf import reading
 from features.lora import peft_files
 from features.lora.layers import begin
 from features.text import reader
+from features.text.settings import TextConfig
 from model import make_model
 from tokenizer import load_tokenizer
 from train import Settings
@@ -248,7 +248,7 @@ def lines_case(case):
     data = '\n'.join(map(json.dumps, rows)).encode()
     data = edit_bytes(data, edits) if is_edited else data
     found = right_or_refused(lambda: reader.documents(reader.Task(lines=(data, 'x.jsonl', 1, 0)),
-                                                      prepare.Settings(['x.jsonl'], errors=errors, **pair)))
+                                                      TextConfig(['x.jsonl'], errors=errors, **pair)))
     if found is not None:
         assert len(found) == sum(bool(line) and not line.isspace() for line in data.decode('utf-8', 'replace')
                                  .removeprefix('\ufeff').split('\n'))
