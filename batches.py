@@ -121,7 +121,7 @@ class TokenFiles:
             data = os.pread(file.fileno(), n * self.dtype.itemsize, offset * self.dtype.itemsize)
             part = np.frombuffer(data, self.dtype)
             if len(part) != n:
-                raise UserError(f'{file.name}: became shorter while in use: prepare it again')
+                raise UserError(f'{file.name}: was truncated during the run: prepare it again')
             if part.max() >= self.vocab_size:
                 raise UserError(f'{file.name}: token {part.max()} near position {offset} is beyond the '
                                 f'vocabulary of {self.vocab_size}: the file is damaged or of another '
@@ -191,7 +191,7 @@ def check_meta(meta, path):
     """Raise UserError for an invalid field of meta.json. File names must not point outside the folder."""
     def check(is_right, field):
         if not is_right:
-            raise UserError(f'{path}: {field} is not what it can be: prepare the data set again')
+            raise UserError(f'{path}: {field} has an invalid value: prepare the data set again')
 
     tokenizer, vocab_size, splits = meta.get('tokenizer'), meta.get('vocab_size'), meta.get('splits')
     check(type(tokenizer) is dict and type(tokenizer.get('kind')) is str, 'tokenizer')

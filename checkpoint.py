@@ -128,7 +128,7 @@ def new_folder(path, setting='to'):
     `path` exists or cannot be written.
     """
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise UserError(f'{setting}={path}: is there already: give a new folder')
+        raise UserError(f'{setting}={path}: already exists: give a new folder')
     parent = os.path.dirname(os.path.abspath(path))
     with writing(f'{setting}={path}', 'give another folder, or make room'):
         os.makedirs(parent, exist_ok=True)
@@ -384,7 +384,7 @@ def find(where, which='last'):
     if which not in ('last', 'best'):
         raise UserError(f'which={which}: has no code in checkpoint.py: use last or best')
     if where.startswith('hf:'):
-        raise UserError(f'{where}: takes a training run or a checkpoint of ours here')
+        raise UserError(f'{where}: must be a training run or a checkpoint of minnow here')
     candidates = checkpoints(where)
     if os.path.isfile(os.path.join(where, 'manifest.json')):
         candidates = [where]
@@ -397,7 +397,7 @@ def find(where, which='last'):
         print(f'{folder}: {problem}; skipped', flush=True)
     if candidates:
         first = f'{os.path.basename(candidates[0])}: {damage(candidates[0])}'
-        raise UserError(f'{where}: no checkpoint in it is sound ({first}): restore one from a copy, '
+        raise UserError(f'{where}: no checkpoint in it is undamaged ({first}): restore one from a copy, '
                         'or choose another --out_dir')
     if os.path.isdir(where):
         raise UserError(f'{where}: no checkpoint in it')
@@ -488,7 +488,7 @@ def fill(cfg, weights, where):
 def check_kind(where, cfg, encoder):
     if cfg.n_encoder_layer and not encoder:
         raise UserError(f'{where}: is an encoder-decoder (n_encoder_layer={cfg.n_encoder_layer}), '
-                        'this takes a decoder alone: sample.py runs it')
+                        'only decoders are supported here: use sample.py')
 
 
 def tokenizer_of(where, folder):

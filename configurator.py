@@ -522,7 +522,7 @@ def pick_compile(setting, device, flops=0.0):
     if device.type == 'cuda' and find_spec('triton') is None:
         missing = 'triton'
     if missing:
-        print(f'compile: no {missing} on this machine, going on without', flush=True)
+        print(f'compile: no {missing} on this machine, continuing without it', flush=True)
         return False
     import torch._dynamo
     torch._dynamo.config.suppress_errors = True  # code that cannot be compiled runs as it is

@@ -62,7 +62,7 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
             from features.lora.sampling import add_adapters
             [(_, tokenizer)] = add_adapters(model, tokenizer, [self.adapter], self.out_dir)
         if model.cfg.arch == 'markov':
-            raise UserError(f'out_dir={self.out_dir}: a Markov chain reads one token: use eval.py loss')
+            raise UserError(f'out_dir={self.out_dir}: a Markov chain reads only one token: use eval.py loss')
         dtype = pick_exact_dtype(self.dtype, device)
         print(f'device: {device}, {dtype}', flush=True)
         return model.to(device), tokenizer, device, dtype

@@ -114,7 +114,7 @@ class ModelConfig:
         if self.n_head % self.kv_heads:
             raise ValueError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.d_head % 2:
-            raise ValueError(f'head_dim={self.d_head} is odd: rotary positions turn pairs; make '
+            raise ValueError(f'head_dim={self.d_head} is odd: rotary positions need an even number; make '
                              "n_embd/n_head even or set position='learned'")
         self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
@@ -129,7 +129,7 @@ class ModelConfig:
             found = re.fullmatch(r'(?:blocks\.(0|[1-9][0-9]*)\.)?(.*)', str(name), re.DOTALL)
             layer, matrix = found.groups('0')
             if matrix not in sizes or int(layer) >= self.n_layer:
-                raise ValueError(f'ranks: {name!r} is no matrix of the blocks: takes {", ".join(sizes)}, '
+                raise ValueError(f'ranks: {name!r} is not a matrix of the blocks: takes {", ".join(sizes)}, '
                                  'or one of a single block as blocks.0.attn.q')
             ranks.append((f'ranks: {name}', rank, sizes[matrix]))
         for name, rank, (n_in, n_out) in ranks:

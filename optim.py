@@ -52,7 +52,7 @@ class OptimConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f'lr_scale: {pattern!r} is no pattern: {error}') from None
+                raise ValueError(f'lr_scale: {pattern!r} is not a valid pattern: {error}') from None
         if not 0 < self.cooldown <= 1:
             raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
         if self.decay_lr:

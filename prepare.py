@@ -127,7 +127,7 @@ def parse(line, where):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: broken JSON ({error}): mend or remove the line') from None
+        raise UserError(f'{where}: broken JSON ({error}): fix or remove the line') from None
     if not isinstance(row, dict):
         raise UserError(f'{where}: takes an object with a field for the text, got a {type(row).__name__}')
     return row
@@ -148,7 +148,7 @@ def field_of(row, key, s, where, setting='text_key'):
         raise UserError(f'{where}: field {key} holds a {type(text).__name__}, not text: set --{setting}')
     if text and re.search('[\ud800-\udfff]', text):  # JSON can spell half a character
         if s.errors == 'strict':
-            raise UserError(f'{where}: {key} has half a surrogate pair: mend it, or use --errors=replace')
+            raise UserError(f'{where}: {key} has half a surrogate pair: fix it, or use --errors=replace')
         text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text
 
@@ -297,7 +297,7 @@ def summary(out, meta, figures, state='already prepared'):
     val = meta['splits']['val']['tokens']
     if val < 1000:
         advice = 'give more text, or a larger --val_fraction'
-        print(f'    val has {val:,} tokens, few for a loss to rely on: {advice}')
+        print(f'    val has {val:,} tokens, too few for a reliable loss: {advice}')
     from features.text.figures import print_figures  # text
     print_figures(meta, figures)  # text
     ids = np.fromfile(os.path.join(out, 'train_00000.bin'), dtype, count=60)
@@ -313,7 +313,7 @@ def main():
             return parts.main(s)  # text
         summary(*prepare(s))
     except KeyboardInterrupt:
-        print('prepare.py: stopped; run the same command to go on', file=sys.stderr)
+        print('prepare.py: stopped; run the same command to continue', file=sys.stderr)
         raise
 
 

@@ -335,7 +335,7 @@ def resume(s, ranks):
         take_over(s, stored, [name for name in stored if name.startswith('lora_')])
     if 'surgery' in state:
         raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
-                        f'not a run to go on with: give --init_from={s.out_dir} and another --out_dir')
+                        f'not a run that can be resumed: give --init_from={s.out_dir} and another --out_dir')
     if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
         adopt(s, from_dict(ModelConfig, stored_model(stored, state), folder), s.out_dir)
     start = Start(folder, state)

@@ -57,7 +57,7 @@ class GrowSettings(SurgerySettings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         if not 1 <= self.n_layer <= 10000:
-            raise ValueError(f'n_layer={self.n_layer}: takes the number of blocks to grow to, at most 10,000')
+            raise ValueError(f'n_layer={self.n_layer}: takes the new number of blocks, at most 10,000')
 
 
 @dataclass
@@ -70,7 +70,7 @@ class WidenSettings(SurgerySettings):
     def check(self):
         """Raise ValueError for values that cannot work."""
         if not (self.n_embd or self.n_head or self.d_ff):
-            raise ValueError('n_embd, n_head, d_ff: none is given: what is to be wider?')
+            raise ValueError('n_embd, n_head, d_ff: none is given: give at least one')
 
 
 @dataclass

@@ -512,8 +512,8 @@ def main():
             number = train(s, device, ranks, StopSignal())
     except (RuntimeError, MemoryError) as error:
         if ranks.has_lost_one(error):
-            raise UserError('another rank has ended: what it said is above; '
-                            'the same command goes on from the newest checkpoint') from None
+            raise UserError('another rank has ended: its error is above; '
+                            'the same command resumes from the newest checkpoint') from None
         if not is_out_of_memory(error):
             raise
         raise UserError('out of memory: '

@@ -211,7 +211,7 @@ def test_the_fingerprint_knows_the_start_token_where_rows_have_one(corpus, tmp_p
 
 def test_a_start_token_that_cannot_be_is_refused(corpus, tmp_path):
     for n, bos in enumerate((64, -1, 'x', True)):
-        with pytest.raises(UserError, match='bos is not what it can be'):
+        with pytest.raises(UserError, match='bos has an invalid value'):
             read_meta(with_meta(corpus[0], tmp_path / str(n), bos=bos))
     other = with_meta(corpus[0], tmp_path / 'other', bos=5)
     with pytest.raises(UserError,
@@ -520,13 +520,13 @@ def flip_a_bit(folder):
     (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
     (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
     (change_meta(vocab_size=10, eot=9), 'is beyond the vocabulary of 10'),
-    (change_meta(vocab_size='64'), 'meta.json: vocab_size is not what'),
-    (change_meta(dtype='float64'), 'meta.json: dtype is not what'),
+    (change_meta(vocab_size='64'), 'meta.json: vocab_size has an invalid value'),
+    (change_meta(dtype='float64'), 'meta.json: dtype has an invalid value'),
     (change_meta(splits={'train': {'shards': [{'file': '../train_00000.bin', 'bytes_on_disk': 10}]}}),
-     'splits.train is not what'),
+     'splits.train has an invalid value'),
     # it would be copied beside checkpoints
     (change_meta(tokenizer={'kind': 'sentencepiece', 'files': {'../../secret': ''}}),
-     'tokenizer.files is not what'),
+     'tokenizer.files has an invalid value'),
     (change_meta(splits={}), 'its train split holds no tokens'),
     (change_meta(format=2), 'format 2 is newer'),
 ])

@@ -68,7 +68,7 @@ def test_a_damaged_file_is_noticed_and_the_one_before_is_taken(run, capsys, name
 def test_when_none_is_sound_the_run_does_not_begin_anew(run):
     for folder in run.iterdir():
         flip(folder / 'model.safetensors')
-    with pytest.raises(UserError, match='no checkpoint in it is sound'):
+    with pytest.raises(UserError, match='no checkpoint in it is undamaged'):
         checkpoint.find(str(run))
 
 

@@ -285,7 +285,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
                     ByteTokenizer())
     (tmp_path / 'there').mkdir()
     for args, words in [([f'--out_dir={out_dir}'], 'to: is not given'),
-                        ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'is there already'),
+                        ([f'--out_dir={out_dir}', f'--to={tmp_path}/there'], 'already exists'),
                         ([f'--out_dir={chain}', f'--to={tmp_path}/new'], 'a Markov chain'),
                         ([f'--out_dir={tmp_path}/no', f'--to={tmp_path}/new'], 'no such directory'),
                         ([f'--out_dir={out_dir}', '--to=/proc/new'], 'to=/proc/new')]:

@@ -378,7 +378,7 @@ def test_one_with_weights_trained_whole_is_used_alone():
     for first, second in ((plain, whole), (whole, plain)):
         model = network()
         adapters.add(model, first, 'first', 'first')
-        with pytest.raises(UserError, match='second: weights were trained whole'):
+        with pytest.raises(UserError, match='second: weights were trained fully'):
             adapters.add(model, second, 'second', 'second')
 
 
@@ -464,7 +464,7 @@ def test_an_adapter_is_read_as_what_it_makes_of_its_base(tmp_path, base, dataset
             for args in ([f'--out_dir={tmp_path}/run'], [f'--out_dir={base}', f'--adapter={tmp_path}/run'],
                          [f'--out_dir={base}'])]
     assert said[0] == said[1] != said[2] and 'nats' in said[0]
-    assert 'holds a whole network' in one_line(run('eval.py', 'text', f'--out_dir={base}',
+    assert 'is a complete model' in one_line(run('eval.py', 'text', f'--out_dir={base}',
                                                    f'--adapter={base}', f'{tmp_path}/text.txt'))
     done = run('surgery.py', 'merge', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/merged')
     assert done.returncode == 0, done.stderr
@@ -510,7 +510,7 @@ def test_an_adapter_whose_base_has_changed_is_refused_by_name(tmp_path, base, da
         assert ('is an adapter for another base' in (line := one_line(run(*args)))
                 and 'blocks.0.attn.k.weight differs' in line)
     shutil.rmtree(tmp_path / 'base')
-    assert (f'is an adapter beside {tmp_path}/base/step_00000010, which is not there'
+    assert (f'is an adapter beside {tmp_path}/base/step_00000010, which does not exist'
             in one_line(run('sample.py', f'--out_dir={tmp_path}/run')))
 
 
@@ -572,8 +572,8 @@ def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_pa
     train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
     for args, words in (
             (['merge', f'--from={tmp_path}/run'], '--untie=True makes them two'),
-            (['merge', f'--from={base}'], 'holds a whole network'),
-            (['merge', f'--from={base}', f'--adapter={base}'], 'holds a whole network, no adapter'),
+            (['merge', f'--from={base}'], 'is a complete model'),
+            (['merge', f'--from={base}', f'--adapter={base}'], 'is a complete model, not an adapter'),
             (['merge', f'--from={base}', f'--adapter=keys={tmp_path}/run'], "'keys' is no name"),
             (['combine', f'--from={base}', f'--adapter={tmp_path}/run'], '1 given: takes two or more'),
             (['merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[1, 2]'],

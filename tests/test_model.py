@@ -396,13 +396,13 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(n_layer=0), 'n_layer=0'), (dict(rank_qk=33), 'rank_qk=33 is larger'),
     (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
     (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'),
-    (dict(head_dim=7), 'head_dim=7 is odd'), (dict(ranks={'attn.x': 3}), "'attn.x' is no matrix"),
-    (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is no matrix"),
+    (dict(head_dim=7), 'head_dim=7 is odd'), (dict(ranks={'attn.x': 3}), "'attn.x' is not a matrix"),
+    (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is not a matrix"),
     (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'),
     (dict(ranks={'attn.q': 2.5}), 'attn.q=2.5: takes a whole'),
-    (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is no matrix"),
-    (dict(ranks={'blocks.01.attn.q': 3}), 'is no matrix'),
-    (dict(ranks={1: 4}), '1 is no matrix'), (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
+    (dict(ranks={'mlp.gate': 4}), "'mlp.gate' is not a matrix"),
+    (dict(ranks={'blocks.01.attn.q': 3}), 'is not a matrix'),
+    (dict(ranks={1: 4}), '1 is not a matrix'), (dict(arch='markov', rank_embed=-3), 'rank_embed=-3'),
     (dict(dropout=1.0), 'dropout'),
 ])
 def test_impossible_sizes_are_refused_by_name(settings, words):

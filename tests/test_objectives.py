@@ -464,7 +464,7 @@ def test_a_run_goes_on_with_its_own_objective(dataset, reserved, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--n_encoder_layer=2'], 'gives an encoder nothing to read'),
+    (['--n_encoder_layer=2'], 'leaves the encoder without a source'),
     (['--objective=ul2'], '--reserve='), (['--objective=seq2seq'], 'there are no pairs in it'),
     (['--objective=ul2', '--denoisers=t6'], 'denoisers=t6'),
     (['--objective=ul2', '--denoisers=[[3,2,1]]'], 'denoisers: [3, 2, 1]'),

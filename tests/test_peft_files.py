@@ -191,11 +191,11 @@ def say(**fields):
     (put(A, 4, 64), 'lora_A.weight: [4, 64], this network takes'),
     (put(B, 144, 8), 'lora_B.weight: [144, 8], this network takes'),
     (put(A.replace('h.0', 'h.7'), 4, 48), 'transformer.h.7.attn.c_attn: no family that we know'),
-    (put(A.replace('lora_A', 'lora_E'), 4), 'lora_E.weight: this network has no place for it'),
+    (put(A.replace('lora_A', 'lora_E'), 4), 'lora_E.weight: this model has no such tensor'),
     (say(peft_type='IA3'), "peft_type='IA3': takes LORA"), (say(r=8), 'has rank 4, the file says 8'),
     (say(init_lora_weights='pissa'), "init_lora_weights='pissa': this takes a part out of the base"),
-    (say(lora_alpha='x'), "lora_alpha='x': is not as PEFT writes it"),
-    (say(rank_pattern={'(': 2}), "'(' is no pattern"),
+    (say(lora_alpha='x'), "lora_alpha='x': is invalid in PEFT"),
+    (say(rank_pattern={'(': 2}), "'(' is not a valid pattern"),
     (say(alpha_pattern={'c_attn': 'x'}), "lora_alpha='x': takes a number"),
     (say(trainable_token_indices=[100]), 'trainable_token_indices=[100]: takes tokens from 0 to 99'),
     (say(use_dora=True), 'lora_magnitude_vector: not in the file'),
@@ -203,10 +203,10 @@ def say(**fields):
     (say(target_modules=[5]), 'target_modules=[5]'), (say(lora_dropout=5.0), 'lora_dropout=5.0'),
     (say(modules_to_save=['ln_f']), 'modules_to_save=ln_f: not in'),
     (put('base_model.model.transformer.ln_f.modules_to_save.weight', 48),
-     'modules_to_save.weight: this network has no place for it'),
+     'modules_to_save.weight: this model has no such tensor'),
     (put('base_model.model.transformer.h.0.attn.c_attn.base_layer.bias', 10),
      'c_attn.base_layer.bias: [10], this network takes [144]'),
-    (say(layers_to_transform=[0]), 'h.1.attn.c_attn.lora_A.weight: this network has no place for it'),
+    (say(layers_to_transform=[0]), 'h.1.attn.c_attn.lora_A.weight: this model has no such tensor'),
     (lambda tensors, config: tensors[A].fill_(float('nan')), 'lora_A.weight: holds NaN or infinity'),
     (say(target_modules=['c_attn', 'c_proj', 'c_fc', 'wte']), 'transformer.wte.lora_embedding_A: '
      'not in the file'), (say(layer_replication=[[0, 1]]), 'layer_replication=[[0, 1]]'),
@@ -267,7 +267,7 @@ def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
 def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
     mine = ours(folders['gpt2'])
     adapted(mine, lora_rank=2, lora_targets='attn', whole='mlp.up.weight')
-    with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained whole'):
+    with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained fully'):
         peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0
     with pytest.raises(UserError, match='softcap=3.0: no class of transformers has this'):
@@ -293,4 +293,4 @@ def test_a_run_is_exported_and_speaks_in_peft(folders, dataset, tmp_path):
             and not torch.allclose(plain, said, atol=1e-3))
     one = one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/half',
                        '--dtype=bfloat16'))
-    assert 'holds an adapter, which goes to PEFT in float32' in one and not (tmp_path / 'half').exists()
+    assert 'an adapter, which is exported to PEFT in float32' in one and not (tmp_path / 'half').exists()

@@ -225,7 +225,7 @@ def test_documents_that_are_all_equal_have_no_split(tmp_path):
 def test_few_tokens_for_validation_are_said(command):
     write_jsonl('x.jsonl', [story(n) for n in range(9)])
     _, out, _ = command('x.jsonl', '--out=d', '--tokenizer=byte')
-    assert ' tokens, few for a loss to rely on: give more text, or a larger --val_fraction\n' in out
+    assert ' tokens, too few for a reliable loss: give more text, or a larger --val_fraction\n' in out
     write_jsonl('y.jsonl', [story(n) for n in range(100)])
     assert 'rely' not in command('y.jsonl', '--out=e', '--tokenizer=byte')[1]
 
@@ -302,10 +302,10 @@ def test_packed_files_may_have_several_streams_and_zeros_behind_them(tmp_path, m
             path.write_bytes(data)
             reader = Reader([(str(path), 'text')], TextConfig())
             assert b''.join(reader.blocks(str(path))) == b'one ' * 9 + b'two' and reader.position == len(data)
-        behind = 'bytes behind its end'
+        behind = 'bytes after its end'
         for data, words in ((one + b'x', behind), (one + b'some garbage' * 9, behind),
                             (one + bytes(9) + b'{}', behind), (bytes(512), 'damaged'),
-                            (one + two[:-1], f'ends in the middle|{behind}'), (b'', 'ends in the middle')):
+                            (one + two[:-1], f'is truncated|{behind}'), (b'', 'is truncated')):
             path.write_bytes(data)
             with pytest.raises(UserError, match=f'^{path}: .*({words})'):
                 list(Reader([(str(path), 'text')], TextConfig()).blocks(str(path)))
@@ -466,7 +466,7 @@ def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, monkeypatch):
                          ('d/sub/round.txt', 'round.txt')):
         os.symlink(target, link)
         for source in ('d', 'd/**', link, link[:-1] + '?'):
-            with pytest.raises(UserError, match=f'^{link}: a link to what is not there'):
+            with pytest.raises(UserError, match=f'^{link}: a broken link'):
                 find_files([source])
         os.unlink(link)
     listdir, access = os.listdir, os.access
@@ -703,7 +703,7 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
     began = time.time()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and time.time() - began < 5
-    assert errors == 'prepare.py: stopped; run the same command to go on\n'
+    assert errors == 'prepare.py: stopped; run the same command to continue\n'
     assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
     assert contents(tmp_path / 'out') == expected
 
@@ -856,7 +856,7 @@ def test_what_bpe_is_trained_without_is_said(command):
     write_jsonl('x.jsonl', [f'{story(n)} \u2585' for n in range(300)])
     code, out, _ = command('x.jsonl', '--out=d', '--tokenizer=bpe:400')
     assert (code == 0 and 'tokenizer=bpe:400: it is trained without U+2585 (300 in the text), '
-            'and writes it as bytes\n' in out)
+            'and encodes it as bytes\n' in out)
     assert all(text.endswith(' \u2585') for text in read('d', 'train'))
 
 
@@ -904,7 +904,7 @@ def test_what_a_tokenizer_cannot_write_is_told(command):
     Path('vocab.txt').write_text('\n'.join(['[UNK]', '[SEP]', 'cat', 'dog']))
     write_jsonl('x.jsonl', ['cat dog fox dog cat dog fox dog'] * 9)
     _, out, _ = command('x.jsonl', '--out=d', '--tokenizer=vocab.txt', '--split=tail', '--val_fraction=0.5')
-    assert '20.0% of the tokens stand for what the tokenizer cannot write' in out
+    assert '20.0% of the tokens are unknown text that the tokenizer cannot encode' in out
 
 
 BAD = {  # command line → what the one line says
@@ -924,11 +924,11 @@ BAD = {  # command line → what the one line says
        'number.jsonl --out=d': 'number.jsonl:1: field text holds a int, not text',
        'half.jsonl --out=d': 'half.jsonl:1: text has half a surrogate pair',
        'x.parquet --out=d --text_key=story': 'x.parquet: no column story; it has text: set --text_key',
-       'broken.parquet --out=d': 'broken.parquet: not a sound .parquet',
-       'cut.txt.gz --out=d': 'cut.txt.gz: ends in the middle',
-       'cut.txt.zst --out=d': 'cut.txt.zst: ends in the middle',
-       'cut.txt.bz2 --out=d': 'cut.txt.bz2: ends in the middle',
-       'cut.txt.xz --out=d': 'cut.txt.xz: ends in the middle',
+       'broken.parquet --out=d': 'broken.parquet: not a valid .parquet',
+       'cut.txt.gz --out=d': 'cut.txt.gz: is truncated',
+       'cut.txt.zst --out=d': 'cut.txt.zst: is truncated',
+       'cut.txt.bz2 --out=d': 'cut.txt.bz2: is truncated',
+       'cut.txt.xz --out=d': 'cut.txt.xz: is truncated',
        'broken.txt.gz --out=d': 'broken.txt.gz: damaged',
        'broken.txt.bz2 --out=d': 'broken.txt.bz2: damaged',
        'broken.txt.xz --out=d': 'broken.txt.xz: damaged',

@@ -246,7 +246,7 @@ def refuse_width(cfg, n_embd, n_head, d_ff):
     refuse_unknown(cfg, 'widened and keep its function', but=NOT_WIDENED)
     if getattr(cfg, 't5_scale', False) and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: '
-                        'a network with both cannot be widened and keep its function')
+                        'a model with both cannot be widened exactly')
     sizes = [
         ('n_embd', n_embd, cfg.n_embd),
         ('n_head', n_head, cfg.n_head),
@@ -268,10 +268,10 @@ def center(cfg, weights):
     """
     if cfg.embed_norm:
         raise UserError('embed_norm=True, norm=layernorm: '
-                        'a network with both cannot be widened and keep its function')
+                        'a model with both cannot be widened exactly')
     if cfg.tie and cfg.rank_embed:
         raise UserError('tie=True, rank_embed, norm=layernorm: '
-                        'a network with these cannot be widened and keep its function')
+                        'a model with these cannot be widened exactly')
     out = dict(weights)
     if cfg.tie:
         out['head.weight'] = weights['wte.weight']

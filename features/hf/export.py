@@ -40,7 +40,7 @@ def export(s):
     UserError for a model or a tokenizer that cannot be exported.
     """
     if os.path.exists(s.to):
-        raise UserError(f'to={s.to}: is there already: give a new folder')
+        raise UserError(f'to={s.to}: already exists: give a new folder')
     folder = checkpoint.find(s.out_dir, 'best')
     state = checkpoint.load_state(folder)
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
@@ -90,8 +90,8 @@ def export(s):
 def refuse_kind(s, folder, cfg):
     """Raise UserError for a model that cannot be exported in any format."""
     if cfg.n_encoder_layer and s.as_ == 'custom':
-        raise UserError(f'as=custom: {folder} is an encoder-decoder, our class for transformers a decoder: '
-                        'it goes as T5 or not at all')
+        raise UserError(f'as=custom: {folder} is an encoder-decoder, which can be exported only as T5: '
+                        'leave as=custom out')
     if cfg.arch == 'markov':
         raise UserError(f'{folder}: a Markov chain is not exported')
 
@@ -159,7 +159,7 @@ def export_adapter(s, folder, state, cfg):
     from features.lora import adapters, peft_files
     if s.as_ == 'custom' or s.dtype != 'float32':
         raise UserError(f'as={s.as_}, dtype={s.dtype}: {folder} holds an adapter, '
-                        'which goes to PEFT in float32: leave them out, or surgery.py merge first')
+                        'which is exported to PEFT in float32: leave them out, or surgery.py merge first')
     base = state['base']['from']
     saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
     peft_files.write(s.to, cfg, saved, peft_files.family_of(cfg, base), base.removeprefix('hf:'))

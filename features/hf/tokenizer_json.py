@@ -24,7 +24,7 @@ class JsonTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f'{where}: reading it takes the tokenizers library: '
+            raise UserError(f'{where}: reading it needs the tokenizers library: '
                             'pip install tokenizers') from None
         self.tokenizer = (wordpiece(tokenizers, data, where, size) if kind == 'wordpiece'
                           else read(tokenizers, data, where))
@@ -150,7 +150,7 @@ def plain(tokenizer):
     try:
         import tokenizers
     except ImportError:
-        raise UserError('writing tokenizer.json takes the tokenizers library: '
+        raise UserError('writing tokenizer.json needs the tokenizers library: '
                         'pip install tokenizers') from None
     if tokenizer.more.get('reserved'):
         return with_reserved(tokenizers, tokenizer)

@@ -106,8 +106,8 @@ def add(model, saved, where, name):
     """
     others = list(model.lora.known.values()) if hasattr(model, 'lora') else []
     if others and any('.lora.' not in tensor for each in (saved, *others) for tensor in each.tensors):
-        raise UserError(f'{where}: weights were trained whole beside it, or beside the one before: '
-                        'such an adapter can be used alone only')
+        raise UserError(f'{where}: weights were trained fully beside it, or beside the previous one: '
+                        'such an adapter can only be used alone')
     for tensor, t in saved.beside.items():
         found = model.get_parameter(tensor)[:len(t)]
         # in half precision, perhaps
@@ -242,7 +242,8 @@ def select(model, names):
         of_rows = [layer.lora[name] if name in layer.lora else None for name in names]
         for adapter in filter(None, of_rows):
             if adapter.length is not None or is_of_experts(layer):
-                raise UserError(f'{layer_name}: adapters of DoRA, or of experts, serve whole batches alone')
+                raise UserError(f'{layer_name}: adapters with DoRA, or of experts, cannot differ between the '
+                                'rows of a batch')
         rank = max((adapter.A.size(0) for adapter in filter(None, of_rows)), default=1)
         some = next(iter(layer.lora.values()))
         n_out = some.of(layer).size(0) if some.is_table else layer.weight.size(0)

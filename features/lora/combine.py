@@ -43,7 +43,7 @@ def run_merge(s):
     """python surgery.py merge"""
     old = read(s, s.from_, encoder=True, untie=s.untie)
     if not s.adapter and 'base' not in old.state:
-        raise UserError(f'from={s.from_}: holds a whole network: give what to add to it, --adapter=DIR')
+        raise UserError(f'from={s.from_}: is a complete model: give adapters to merge, --adapter=DIR')
     # a copy: old is measured beside it
     model = fill(dataclasses.replace(old.model.cfg), old.model.state_dict(), s.from_)
     if s.adapter:  # otherwise read() has merged it

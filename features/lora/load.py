@@ -58,7 +58,7 @@ def read_base(base, adapter):
         where = os.path.dirname(where)
         if not os.path.isdir(where):
             raise UserError(f'{adapter}: is an adapter beside {base["from"]}, '
-                            'which is not there: put it back')
+                            'which does not exist: restore it')
     _, weights, _ = read_model(where, encoder=True)
     adapters.check_base(weights, base['weights'], where, adapter)
     return weights
@@ -75,7 +75,7 @@ def add_adapters(model, given, base):
     for entry in given:
         name, where = split_name(entry)
         if name in named or hasattr(torch.nn.ModuleDict(), name):
-            raise UserError(f'adapter={entry}: {name!r} is no name for one, or there twice: '
+            raise UserError(f'adapter={entry}: {name!r} is not a valid name, or is used twice: '
                             'give another of letters and digits, name=DIR')
         named[name] = where
     weights = model.state_dict()
@@ -104,7 +104,7 @@ def read_saved(where, cfg, weights, base):
     folder = checkpoint.find(where, 'best')
     state = checkpoint.load_state(folder)
     if 'base' not in state:
-        raise UserError(f'adapter={where}: holds a whole network, no adapter: '
+        raise UserError(f'adapter={where}: is a complete model, not an adapter: '
                         'give it as --out_dir or --init_from')
     adapters.check_base(weights, state['base']['weights'], base, where)
     return adapters.described(state['lora'], checkpoint.read_weights(folder))

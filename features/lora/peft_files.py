@@ -163,11 +163,11 @@ def write_whole(model, known, ranks, tensors):
                 continue
             if (any(part is None for part in parts)
                     or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1)):
-                raise UserError(f'{ours[0]}.{kind}: is trained whole, which PEFT has no place for here')
+                raise UserError(f'{ours[0]}.{kind}: is trained fully, which PEFT does not support here')
             tensors[f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'] = torch.cat(parts)
             whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
     if trained:
-        raise UserError(f'{min(trained)}: is trained whole, and has no place in PEFT')
+        raise UserError(f'{min(trained)}: is trained fully, which PEFT does not support')
     return sorted(whole)
 
 
@@ -205,15 +205,15 @@ def read(folder, cfg):
         raise UserError(f'{path}: peft_type={config.get("peft_type")!r}: takes LORA')
     for field, plain in EXACT.items():
         if config.get(field, plain) not in (plain, None):
-            raise UserError(f'{path}: {field}={config[field]!r}: takes {plain}: ours have no such thing')
+            raise UserError(f'{path}: {field}={config[field]!r}: takes {plain}: minnow does not support it')
     for field, kind in KINDS.items():
         value = config.get(field)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
+            raise UserError(f'{path}: {field}={value!r}: is invalid in PEFT')
         if (isinstance(value, list)
                 and not all(type(item) is (int if field in ('layers_to_transform', 'trainable_token_indices')
                                            else str) for item in value)):
-            raise UserError(f'{path}: {field}={value!r}: is not as PEFT writes it')
+            raise UserError(f'{path}: {field}={value!r}: is invalid in PEFT')
     if not 0 <= (config.get('lora_dropout') or 0) < 1:
         raise UserError(f'{path}: lora_dropout={config["lora_dropout"]}: takes 0 <= lora_dropout < 1')
     patterns = [config.get(field) for field in ('target_modules', 'exclude_modules')
@@ -222,7 +222,7 @@ def read(folder, cfg):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f'{path}: {pattern!r} is no pattern: {error}') from None
+            raise UserError(f'{path}: {pattern!r} is not a valid pattern: {error}') from None
     if config.get('init_lora_weights', True) not in PLAIN_STARTS:
         raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: '
                         'this takes a part out of the base; let PEFT convert it to a plain adapter '
@@ -304,7 +304,7 @@ class Reading:
                 self.adapter(module, ours, sizes, out)
         self.whole(out)
         if self.left:
-            self.refuse(f'{min(self.left)}: this network has no place for it')
+            self.refuse(f'{min(self.left)}: this model has no such tensor')
         return out
 
     def adapter(self, module, ours, sizes, out):

@@ -24,7 +24,7 @@ class MarkovTraining:
         if self.arch != 'markov':
             return
         if self.objective != 'causal':
-            raise ValueError(f"objective={self.objective}: arch='markov' knows no source: leave it out")
+            raise ValueError(f"objective={self.objective}: arch='markov' has no source: leave it out")
         if self.teacher:
             raise ValueError(f"teacher={self.teacher}: arch='markov' learns from counts alone: leave it out")
         if self.label_smoothing and not self.rank_embed:

@@ -26,7 +26,7 @@ def check_alike(model, ranks, step):
             if theirs[name] != one:
                 raise UserError(f'the weights of rank {rank} are not those of rank 0 after step {step} '
                                 f'({name}): the ranks have drifted apart (a faulty device, or other code or '
-                                'data there?); run the same command to go on from the newest checkpoint')
+                                'data there?); run the same command to resume from the newest checkpoint')
 
 
 def checksums(model):

@@ -34,7 +34,7 @@ def run_missing(sweep, jobs=0):
     with locked(sweep.out) as lock:
         left = [run for run in runs if not is_ended(run)]
         print(f'{sweep.out}: {len(runs)} runs, {len(left)} to do', flush=True)
-        with writing(sweep.out, 'make room, then run the same command to go on'):
+        with writing(sweep.out, 'make room, then run the same command to continue'):
             failed = work(left, places(jobs), lock)
     if failed:
         run, reason = failed[0]
@@ -116,7 +116,7 @@ def work(runs, free, lock):
             job.process.terminate()
         for job in busy:
             job.process.wait()
-        print(f'stopped with {len(queue) + len(busy)} of {len(runs)} runs left: the same command goes on',
+        print(f'stopped with {len(queue) + len(busy)} of {len(runs)} runs left: the same command continues',
               flush=True)
         raise
     finally:

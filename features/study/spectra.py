@@ -414,7 +414,7 @@ def places(s):
         return [s.out_dir]
     folders = checkpoint.checkpoints(s.out_dir)[::-1]
     if not folders:
-        raise UserError(f'out_dir={s.out_dir}: no checkpoints in it to go along: '
+        raise UserError(f'out_dir={s.out_dir}: no checkpoints in it: '
                         'give the out_dir of a training run, or leave --along out')
     return folders
 

@@ -174,7 +174,7 @@ def scorer(stripped=False):
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError('summaries: takes rouge-score: pip install rouge-score') from None
+        raise UserError('summaries: needs rouge-score: pip install rouge-score') from None
     plain = RougeScorer(['rougeL', 'rougeLsum'])
     stems = RougeScorer(['rougeL'], use_stemmer=True)
 

@@ -15,14 +15,14 @@ def check_settings(s):
     if len(s.adapter) > 1:
         raise ValueError(f'num_beams={s.num_beams}: searches with one adapter: give one')
     if s.stop or s.repetition_penalty != 1:
-        raise ValueError(f'num_beams={s.num_beams}: a beam search knows neither stop nor repetition_penalty: '
-                         'leave them out')
+        raise ValueError(f'num_beams={s.num_beams}: a beam search does not support stop and '
+                         'repetition_penalty: leave them out')
 
 
 def print_best(model, tokenizer, prompt, s):
     """Print the text that a beam search finds after a prompt, with the settings of sample.py."""
     if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
-        raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search has no room beyond the context of '
+        raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search cannot go beyond the context of '
                         f'{model.cfg.block_size}: lower it')
     ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.eot,
                       tokenizer.vocab_size)

@@ -109,7 +109,7 @@ def find_objective(settings, cfg):
 def open_source_for(objective, name, split, block_size, packing):
     """The Source of a corpus for an Objective. Raises UserError if they do not match."""
     if objective.kind == 'causal':
-        raise UserError(f'dataset={name}: objective=causal: gives an encoder nothing to read: '
+        raise UserError(f'dataset={name}: objective=causal: leaves the encoder without a source: '
                         'set objective=ul2, prefix or seq2seq, or n_encoder_layer=0')
     if objective.kind == 'seq2seq':
         from features.t5.pairs import PairSource

@@ -55,10 +55,10 @@ class ObjectiveConfig(DataConfig):
         """Raise ValueError for values that cannot work."""
         parse_denoisers(self.denoisers)
         if self.objective != 'causal' and self.arch == 'markov':
-            raise ValueError(f"objective={self.objective}: arch='markov' knows no source: leave it out")
+            raise ValueError(f"objective={self.objective}: arch='markov' has no source: leave it out")
         if self.objective == 'causal' and self.n_encoder_layer and not self.plan:
-            raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' gives an encoder "
-                             "nothing to read: set it to ul2, prefix or seq2seq")
+            raise ValueError(f"n_encoder_layer={self.n_encoder_layer}: objective='causal' leaves the "
+                             "encoder without a source: set it to ul2, prefix or seq2seq")
 
 
 def adopt_source_size(s, cfg, where):

@@ -80,7 +80,7 @@ def download(url, path, size=None, sha256=None):
             raise UserError(f'{path}: has {os.path.getsize(path)} bytes where {size} are expected: '
                             'delete it to have it downloaded again')
         return
-    with writing(path, 'make room; the same command goes on from there'):
+    with writing(path, 'make room; the same command continues from there'):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         # unbuffered: nothing is left to write when the disk is full
         with open(path + '.part', 'ab', buffering=0) as f:

@@ -104,7 +104,7 @@ def say_untrained(texts, tokenizer):
     count = sum(text.count(UNTRAINED) for text in texts)
     if count and tokenizer.startswith('bpe:'):
         print(f'tokenizer={tokenizer}: it is trained without U+2585 ({count:,} in the text), '
-              'and writes it as bytes')
+              'and encodes it as bytes')
 
 
 def print_figures(meta, figures):
@@ -116,7 +116,7 @@ def print_figures(meta, figures):
     print(f'    {figures["unused"]:.1%} of the vocabulary never used; '
           f'{figures["empty"]:,} empty documents left out')
     if figures['unknown']:
-        print(f'    {figures["unknown"]:.1%} of the tokens stand for what the tokenizer cannot write')
+        print(f'    {figures["unknown"]:.1%} of the tokens are unknown text that the tokenizer cannot encode')
     for name, times in sorted(figures['literal'].items()):
         if times:
             print(f'    {name} occurs {times:,} times inside documents: '

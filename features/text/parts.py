@@ -169,7 +169,7 @@ def merge(out):
             check_sides(meta['splits'], TextConfig(**settings, split=meta['split']))
             publish(part, out, meta, meta['tokenizer'].get('files', ()))
     except OSError as error:
-        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room, '
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: fix that, or make room, '
                         'and run the same command') from None
     return out, meta, len(folders)
 

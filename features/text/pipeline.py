@@ -87,10 +87,10 @@ def prepare(s, out):
         return out, meta, figures
     except BrokenProcessPool:
         raise UserError('num_proc: a worker was killed, perhaps because memory ran out: lower --num_proc; '
-                        'the same command goes on from there') from None
+                        'the same command continues from there') from None
     except OSError as error:
-        raise UserError(f'{error.filename or out}: {error.strerror or error}: mend that, or make room; '
-                        'the same command goes on from there') from None
+        raise UserError(f'{error.filename or out}: {error.strerror or error}: fix that, or make room; '
+                        'the same command continues from there') from None
 
 
 def limited(share, files):

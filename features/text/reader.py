@@ -226,7 +226,7 @@ class Reader:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UserError(f'{path}: reading .parquet takes pyarrow: pip install pyarrow') from None
+            raise UserError(f'{path}: reading .parquet needs pyarrow: pip install pyarrow') from None
         keys, number, start = pairs.fields_of(self.s), 0, self.position
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -244,7 +244,7 @@ class Reader:
                         where = f'{path}:{number}'
                         yield Task([(where, pairs.text_of(row, self.s, where))])
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f'{path}: not a sound .parquet ({str(error)[:80]}): restore it') from None
+            raise UserError(f'{path}: not a valid .parquet ({str(error)[:80]}): restore it') from None
 
     def topics(self, path):
         """Yield pydoc's chapters on the Python language, one task each."""
@@ -286,16 +286,16 @@ class Reader:
                         data = stream.decompress(block)
                     except fault as error:
                         if behind:
-                            raise UserError(f'{path}: has other bytes behind its end: cut them off') from None
-                        raise UserError(f'{path}: damaged, or not packed as its name says ({error}): '
+                            raise UserError(f'{path}: has extra bytes after its end: remove them') from None
+                        raise UserError(f'{path}: damaged, or not compressed as its name says ({error}): '
                                         'restore or rename it') from None
                     behind = behind and not data
                     yield data
                     block = stream.unused_data if stream.eof else b''
                 yield block
         if stream and not stream.eof:
-            tail = ', or has other bytes behind its end' if behind else ''
-            raise UserError(f'{path}: ends in the middle: it was not copied whole{tail}')
+            tail = ', or has extra bytes after its end' if behind else ''
+            raise UserError(f'{path}: is truncated{tail}: copy it again')
 
 
 def part_tasks(where, text, done, boundary, ends):
@@ -329,7 +329,7 @@ def decompressor(path):
     try:
         import zstandard
     except ImportError:
-        raise UserError(f'{path}: reading .zst takes zstandard: pip install zstandard') from None
+        raise UserError(f'{path}: reading .zst needs zstandard: pip install zstandard') from None
     return zstandard.ZstdDecompressor(max_window_size=2 ** 31).decompressobj, zstandard.ZstdError
 
 

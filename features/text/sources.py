@@ -135,7 +135,7 @@ def find_in(source, left_out):
     # a file's own name before links to it
     for path in sorted(candidates, key=lambda path: (os.path.islink(path), path)):
         if not os.path.exists(path):
-            raise UserError(f'{path}: a link to what is not there: mend or remove it')
+            raise UserError(f'{path}: a broken link: fix or remove it')
         kind = kind_of(path, source)
         if candidates[path] in seen:
             leave_out(left_out, 'linked twice', path)

@@ -70,7 +70,7 @@ def test_when_all_are_damaged_the_run_ends_with_an_error_and_does_not_begin_anew
             f.seek(-1, 2)
             f.write(bytes([last[0] ^ 4]))
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*'))
-    assert ('no checkpoint in it is sound (step_00000010: model.safetensors'
+    assert ('no checkpoint in it is undamaged (step_00000010: model.safetensors'
             in one_line(train(tmp_path, '--max_iters=20', dataset=dataset, check=False)))
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob('*')) == before
 

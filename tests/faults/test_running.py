@@ -22,7 +22,7 @@ from run import StopSignal, set_up
 
 SLOW = pytest.mark.slow
 LONG = ['--max_iters=100000', '--eval_interval=100000', '--lr_decay_iters=400', '--warmup_iters=20']
-STOPPED = re.compile(r'stopped by SIGTERM after step (\d+); the same command goes on from there')
+STOPPED = re.compile(r'stopped by SIGTERM after step (\d+); the same command continues from there')
 
 
 def torchrun(*args, nproc=2, options=(), script='train.py', **environment):
@@ -461,7 +461,7 @@ def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
     assert (codes == [128 + signal.SIGTERM]
             and 'the same command without --init_from=scratch goes on from there' in said), said
     codes, said = run_to_end(*args[:-1], fault='step@8=term')
-    assert (codes == [128 + signal.SIGTERM] and '; the same command goes on from there' in said
+    assert (codes == [128 + signal.SIGTERM] and '; the same command continues from there' in said
             and step_of(tmp_path) == 9), said
 
 
