@@ -256,7 +256,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     for settings, words in [(dict(out_dir='nowhere'), 'nowhere: no such directory'),
                             (dict(against=f'{tmp_path}/b'), 'give a checkpoint of the same network'),
                             (dict(out_dir=f'{tmp_path}/a/step_00000000', along=True),
-                             'no checkpoints in it to go along'),
+                             'no checkpoints in it'),
                             (dict(picture='/proc/x/y.png'), 'picture=/proc/x/y.png'),
                             (dict(csv='/proc/x/y.csv'), 'csv=/proc/x/y.csv')]:
         with pytest.raises(UserError, match=words):

@@ -574,7 +574,7 @@ def test_what_cannot_be_merged_or_combined_is_one_line_and_leaves_nothing(tmp_pa
             (['merge', f'--from={tmp_path}/run'], '--untie=True makes them two'),
             (['merge', f'--from={base}'], 'is a complete model'),
             (['merge', f'--from={base}', f'--adapter={base}'], 'is a complete model, not an adapter'),
-            (['merge', f'--from={base}', f'--adapter=keys={tmp_path}/run'], "'keys' is no name"),
+            (['merge', f'--from={base}', f'--adapter=keys={tmp_path}/run'], "'keys' is not a valid name"),
             (['combine', f'--from={base}', f'--adapter={tmp_path}/run'], '1 given: takes two or more'),
             (['merge', f'--from={base}', f'--adapter={tmp_path}/run', '--shares=[1, 2]'],
              'takes one for each adapter, 1')):

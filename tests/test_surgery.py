@@ -289,7 +289,7 @@ def test_surgery_that_cannot_be_done_writes_nothing(dense, tmp_path):
                                  ('inherit', ['--layers=0', f'--dataset={tmp_path}/other'],
                                   'other: was prepared with another tokenizer'),
                                  ('grow', ['--n_layer=2'], 'has 2 blocks already'),
-                                 ('grow', [], 'n_layer=0: takes'), ('widen', [], 'what is to be wider'),
+                                 ('grow', [], 'n_layer=0: takes'), ('widen', [], 'give at least one'),
                                  ('widen', ['--n_embd=32'], 'n_embd=32: the network has 64'),
                                  ('average', [], '1 found: give two or more'),
                                  ('average', [f'--from={tmp_path}/nowhere'], 'nowhere: no such directory')]:
