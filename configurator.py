@@ -303,6 +303,7 @@ REMOVED = {
     'max_skipped': ..., 'skip_steps': ..., 'desync_interval': ...,
     'init_keep': ...,
     'grow_how': 'stack',
+    'flops': 0.0, 'hours': 0.0,
     'expert_shared': False,
     'distill_temperature': 1.0,
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,

@@ -99,8 +99,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     tokens: float = 0.0  # [plan] approximate number of training tokens; 0 = not set: 20 per parameter
     minutes: float = 0.0  # [plan] total time of the run in minutes. Steps are timed before training and at
     # every evaluation, and max_iters is adjusted; --max_iters sets an upper limit
-    plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens,
-    # flops or hours: print the model sizes that several scaling laws recommend, and settings with 20 tokens
+    plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens
+    # or minutes: print the model sizes that several scaling laws recommend, and settings with 20 tokens
     # per parameter
     shard: bool | int = False  # [scale] shard weights, gradients and moments across all processes (FSDP2), or
     # across groups of this many (HSDP). False: every process holds everything (DDP)

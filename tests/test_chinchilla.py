@@ -40,7 +40,7 @@ def test_train_prints_the_laws_and_a_network_and_trains_nothing(dataset, tmp_pat
                '--device=cpu', '--dtype=float32')
     assert (done.returncode == 0 and '3.653e+17' in done.stdout and '--n_layer=' in done.stdout
             and not (tmp_path / 'out').exists())
-    words = ' '.join(run('train.py', '--plan', '--flops=1e13', f'--dataset={dataset}', '--n_encoder_layer=3',
+    words = ' '.join(run('train.py', '--plan', '--minutes=1', f'--dataset={dataset}', '--n_encoder_layer=3',
                          '--objective=ul2', '--device=cpu').stdout.split())
     assert 'an encoder of 3' in words
 
@@ -70,8 +70,8 @@ def test_a_plan_of_weights_that_are_there_has_their_network(dataset, tmp_path):
 
 
 @pytest.mark.parametrize('args, words',
-                         [(['--plan', '--tokens=1e6', '--flops=1e6'], 'plan takes one of them'),
+                         [(['--plan', '--tokens=1e6', '--minutes=1'], 'give one of them'),
                           (['--plan', '--tokens=1e6', '--depth=3'], 'depth=3'),
-                          (['--hours=1'], 'belong to --plan'), (['--plan', '--flops=-1'], 'flops=-1')])
+                          (['--plan', '--minutes=-1'], 'minutes=-1')])
 def test_plans_that_cannot_be_are_refused(args, words):
     assert words in one_line(run('train.py', *args, '--vocab_size=100'))

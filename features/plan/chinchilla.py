@@ -1,10 +1,9 @@
 """
-The optimal model size for a number of tokens, FLOPs or hours, by several published scaling laws, which differ
-by a factor of 1.4.
+The optimal model size for a number of tokens, FLOPs or minutes, by several published scaling laws, which
+differ by a factor of 1.4.
 
     python train.py --plan --tokens=1.37e9
-    python train.py --plan --flops=1e18
-    python train.py --plan --hours=3            # of this machine, at half of its peak speed
+    python train.py --plan --minutes=180        # of this machine, at half of its peak speed
 """
 from dataclasses import dataclass
 

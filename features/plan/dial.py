@@ -7,7 +7,7 @@ sets are kept, except the number of steps from a config file if tokens or minute
     python train.py --depth=6               # 20 tokens per parameter
     python train.py --params=10e6 --tokens=50e6 --n_kv_head=2
     # print what published scaling laws choose (chinchilla.py), without training
-    python train.py --plan --hours=3
+    python train.py --plan --minutes=180
     python train.py config/gpt2.py --plan   # parameters, FLOPs and memory of a model; needs no data
 """
 import math

@@ -67,7 +67,7 @@ def show_network(s, vocab_size):
 
 def show_plan(s, device):
     """
-    Print the model of the settings; or, given s.tokens, s.flops or s.hours, the model sizes by the laws of
+    Print the model of the settings; or, given s.tokens or s.minutes, the model sizes by the laws of
     chinchilla.py, and the settings that plan() derives for the last law.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
@@ -75,18 +75,19 @@ def show_plan(s, device):
         adopt(s, cfg, s.init_from)
     s.dtype = pick_dtype(s.dtype, device)
     vocab_size = find_vocabulary(s)
-    if not (s.tokens or s.flops or s.hours):
+    if not (s.tokens or s.minutes):
         return show_network(s, vocab_size)
-    peak = peak_flops(device, s.dtype)
-    if s.hours and not peak:
-        raise UserError(f'hours={s.hours:g}: the ceiling of this device is not known: give flops')
-    flops = s.flops or s.hours * 3600 * REACHED * (peak or 0)
-    if s.hours:
-        print(f'{s.hours:g} hours at {REACHED:.0%} of {peak / 1e12:.2f} TFLOP/s are {flops:.3e} FLOPs')
+    flops = 0.0
+    if s.minutes:
+        peak = peak_flops(device, s.dtype)
+        if not peak:
+            raise UserError(f'minutes={s.minutes:g}: the peak speed of this device is not known: give tokens')
+        flops = s.minutes * 60 * REACHED * peak
+        print(f'{s.minutes:g} minutes at {REACHED:.0%} of {peak / 1e12:.2f} TFLOP/s are {flops:.3e} FLOPs')
     found = optima(s.tokens, flops)
     print(table(found))
-    (s.params, s.tokens, _), s.flops, s.hours, s.plan = found['20 tokens a parameter'], 0.0, 0.0, False
-    given = s.params
+    given, s.tokens, _ = found['20 tokens a parameter']
+    s.params, s.minutes, s.plan = given, 0.0, False
     derived = plan(s, vocab_size, s.tokens, device, 1)
     params, _, per_token = size(s, vocab_size)
     stacks = ''
