@@ -304,6 +304,7 @@ REMOVED = {
     'init_keep': ...,
     'grow_how': 'stack',
     'flops': 0.0, 'hours': 0.0,
+    'backend': ...,
     'expert_shared': False,
     'distill_temperature': 1.0,
     'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,

@@ -500,7 +500,7 @@ def main():
     ranks = OneProcess(device)
     if 'RANK' in os.environ:  # scale
         from features.scale.ranks import Ranks  # scale
-        ranks = Ranks(s.backend, device, s.hang_timeout)  # scale
+        ranks = Ranks(device, s.hang_timeout)  # scale
     try:
         if s.wandb_log and not s.eval_only:  # study
             from features.study import wandb_log  # study

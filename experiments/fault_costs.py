@@ -44,7 +44,7 @@ KINDS = ('plain', 'at once', 'in the background')  # of rounds
 
 def main():
     s = configure(Settings)
-    ranks = Ranks(s.backend, pick_device(s.device))
+    ranks = Ranks(pick_device(s.device))
     run = set_up(s, ranks.device, ranks)
     memory = ranks.gather(peak_memory(ranks.device))
     shown = ', '.join(f'{one / 1e6:,.0f}' for one in memory)

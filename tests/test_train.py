@@ -154,7 +154,7 @@ def test_the_seconds_of_the_log_count_from_the_start_of_the_process(dataset, tmp
 
 def test_the_next_batch_is_read_ahead_and_is_the_same(dataset):
     s = Settings(dataset=dataset, block_size=32, batch_size=2, gradient_accumulation_steps=2, seed=3)
-    data, ranks = Mixture(dataset, 'train', 32, 3), Ranks('auto', torch.device('cpu'))
+    data, ranks = Mixture(dataset, 'train', 32, 3), Ranks(torch.device('cpu'))
     ahead = Batches(data, s, ranks)
     for step in (0, 1, 2, 7, 8, 3):  # in order, and anywhere
         micro, targets = ahead(step)
@@ -290,7 +290,7 @@ def test_the_validation_rows_do_not_depend_on_the_batch_size(dataset):
     model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16,
                                     zero_init=False))
     torch.nn.init.normal_(model.wte.weight)
-    source, ranks = Source(dataset, 'val', 8, 'stream'), Ranks('auto', torch.device('cpu'))
+    source, ranks = Source(dataset, 'val', 8, 'stream'), Ranks(torch.device('cpu'))
     assert source.rows > 36
 
     def val_loss(eval_iters, batch_size):
@@ -859,7 +859,7 @@ def test_a_nanogpt_folder_of_an_unknown_tokenizer_trains_and_no_text_is_made_up(
 
 def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
     s = Settings(sample_tokens=1, sample_prompt=r'one\n\\n', dtype='float32')
-    ranks = Ranks('gloo', torch.device('cpu'))
+    ranks = Ranks(torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
     show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
     assert capsys.readouterr().out.startswith('    | one\n    | \\n')
@@ -868,7 +868,7 @@ def test_the_prompt_of_samples_is_typed_as_in_sample(dataset, capsys):
 def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(dataset, capsys, monkeypatch):
     monkeypatch.setattr(sample, 'load_tokenizer', lambda description, folder: new_tokenizer('char', ['ACGT']))
     model = Transformer(ModelConfig(vocab_size=5, block_size=32, n_layer=1, n_head=2, n_embd=16))
-    s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks('gloo', torch.device('cpu'))
+    s, ranks = Settings(sample_tokens=5, dtype='float32'), Ranks(torch.device('cpu'))
     for given, shown in (set(), '    | '), ({'sample_prompt'}, "no sample: character '\\n' is not among"):
         s.given = given
         show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
@@ -876,7 +876,7 @@ def test_samples_begin_at_the_end_of_text_where_the_vocabulary_has_no_new_line(d
 
 
 def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys):
-    s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks('gloo', torch.device('cpu'))
+    s, ranks = Settings(sample_tokens=20, dtype='float32'), Ranks(torch.device('cpu'))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16))
     model.norm_f.weight.data[0] = torch.nan
     show_sample(model, s, Mixture(str(dataset), 'train', 32, 1), ranks)
@@ -903,7 +903,7 @@ def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch
         model(x, x).backward()
         return len(ran)
     s, ranks, data = (Settings(compile=True, sample_tokens=20, dtype='float32'),
-                      Ranks('gloo', torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1))
+                      Ranks(torch.device('cpu')), Mixture(str(dataset), 'train', 32, 1))
     model = Transformer(ModelConfig(vocab_size=257, block_size=32, n_layer=9, n_head=2, n_embd=16,
                                     depth_scale='norm'))
     x, ranks.lockstep = torch.arange(64).view(2, 32), True

@@ -26,15 +26,14 @@ class Ranks:
     """This process among those that torchrun started, with the methods of device.OneProcess."""
     bar = None  # the progress bar on the terminal of rank 0
 
-    def __init__(self, backend, device, hang_timeout=0.0):
+    def __init__(self, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.device, self.watch = device, None
         self.lockstep = False  # whether all have to make the same passes through the network (shard.py)
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
-            kind = {'auto': 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                    'nccl': 'cpu:gloo,cuda:nccl'}.get(backend, backend)
+            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
             # the watch is to speak first
-            dist.init_process_group(kind, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
+            dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
             self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property

@@ -5,21 +5,17 @@ loss spikes, hanging ranks and ranks whose weights differ.
     torchrun --nproc_per_node=2 train.py config/lowrank.py
 """
 from dataclasses import dataclass
-from typing import Literal
 
 from features import refuse_beside
 
 
 @dataclass
 class ScaleConfig:
-    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # backend of torch.distributed; auto = nccl on CUDA,
-    # else gloo
     hang_timeout: float = 600.0  # if a rank makes no progress for this many seconds, all ranks stop and name
     # it; ten times as long while rank 0 works for all, for example when it saves, and while the model is
     # compiled; 0 = never: torch.distributed stops the run after half an hour
 
-    # a resumed run may change these
-    may_change = ('backend', 'hang_timeout')
+    may_change = ('hang_timeout',)  # a resumed run may change it
 
     def check(self):
         """Raise ValueError for values that cannot work."""

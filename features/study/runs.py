@@ -26,7 +26,7 @@ from train import Settings
 
 # settings that do not change what a run learns: runs of one arm may differ in them
 NEUTRAL = {
-    'out_dir', 'device', 'compile', 'backend', 'recompute', 'log_interval',
+    'out_dir', 'device', 'compile', 'recompute', 'log_interval',
     'always_save_checkpoint', 'checkpoint_interval', 'keep_checkpoints', 'sample_prompt', 'sample_tokens',
     'wandb_log', 'wandb_project', 'wandb_run_name',
 }

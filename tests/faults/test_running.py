@@ -392,7 +392,7 @@ def test_a_compilation_may_take_ten_times_hang_timeout(compiles, other, ends_at,
     monkeypatch.setattr(ranks.os, '_exit', lambda code: None)
     watch = ranks.Watch(0, 2, 10.0)
     watch.store.set('1', json.dumps((0, other)))
-    mine = ranks.Ranks('gloo', torch.device('cpu'))
+    mine = ranks.Ranks(torch.device('cpu'))
     mine.watch = watch
     with mine.patient(compiles):
         watch.look()
