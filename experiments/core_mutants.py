@@ -286,6 +286,8 @@ def run_tests(tree, file, words, limit, mutant=None):
         if mutant:
             changed, text = tree.change(mutant)
             (copy / changed).write_text(text, encoding='utf-8')
+            for compiled in (copy / changed).parent.glob(f'__pycache__/{Path(changed).stem}.*'):
+                compiled.unlink()
         # no option of pyproject.toml and no plugin is needed
         command = [sys.executable, '-m', 'pytest', f'tests/{file}', '-k', words, '-x', '-q', '-p',
                    'no:cacheprovider', '-o', 'addopts=', '--tb=line', f'--basetemp={folder}/tmp']
