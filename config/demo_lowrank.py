@@ -1,5 +1,5 @@
-# make demo: the same decoder, with queries and keys of rank 24. A smaller network makes more steps in the
-# same minutes
+# make demo: the same decoder, with queries and keys of rank 24. A smaller model makes more steps in the same
+# time
 from config.demo_dense import *  # noqa: F403
 
 out_dir = 'out/demo_lowrank'

@@ -1,4 +1,4 @@
-# make demo: nanoGPT's network and optimizer, with the sizes, the data and the minutes of demo_dense.py
+# make demo: nanoGPT's model and optimizer, with the sizes, data and time of demo_dense.py
 out_dir = 'out/demo_nanogpt'
 dataset = 'demo'
 
@@ -9,7 +9,7 @@ tie, bias, qk_norm, zero_init, init_std = True, False, False, False, 0.02
 embed_norm, value_residual, softcap = False, False, 0.0
 
 batch_size = 8
-gradient_accumulation_steps = 1  # 2,048 tokens a step
+gradient_accumulation_steps = 1  # 2,048 tokens per step
 max_iters = 400
 optimizer = 'adamw'
 learning_rate, min_lr, schedule = 1e-3, 1e-4, 'cosine'

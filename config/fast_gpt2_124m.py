@@ -14,7 +14,7 @@ block_size = 1024
 mlp = 'relu2'  # as good as a gated one from this size on, and faster
 
 batch_size = 32
-gradient_accumulation_steps = 16  # 32 * 1024 * 16 = 524,288 tokens a step
+gradient_accumulation_steps = 16  # 32 * 1024 * 16 = 524,288 tokens per step
 max_iters = 3250
 muon_lr, head_lr, weight_decay = 0.025, 0.004, 0.05
 target_val_loss = 3.28

@@ -11,7 +11,7 @@ position, norm, mlp = 'learned', 'layernorm', 'gelu'
 tie, bias, qk_norm, zero_init, init_std = True, False, False, False, 0.02
 
 batch_size = 12
-gradient_accumulation_steps = 5 * 8  # 12 * 1024 * 40 = 491,520 tokens a step
+gradient_accumulation_steps = 5 * 8  # 12 * 1024 * 40 = 491,520 tokens per step
 max_iters = 600000
 learning_rate, min_lr, warmup_iters = 6e-4, 6e-5, 2000
 eval_interval, log_interval = 1000, 10

@@ -12,6 +12,6 @@ init_from = 'out/gpt2_medium_first16'
 n_layer, depth_scale = 16, 'attn'
 
 batch_size = 8
-gradient_accumulation_steps = 384 // 8  # 393,216 tokens a step
+gradient_accumulation_steps = 384 // 8  # 393,216 tokens per step
 max_iters = 100000
 eval_iters = 133

@@ -12,6 +12,6 @@ init_from = 'out/gpt2_xl_first24'
 n_layer, depth_scale = 24, 'attn'
 
 batch_size = 8
-gradient_accumulation_steps = 128 // 8  # 131,072 tokens a step
+gradient_accumulation_steps = 128 // 8  # 131,072 tokens per step
 max_iters = 100000
 eval_iters = 133

@@ -9,7 +9,7 @@ position, norm, mlp = 'rope', 'rmsnorm', 'swiglu'
 tie, qk_norm, zero_init, init_std = True, False, False, 0.02
 
 batch_size = 128
-gradient_accumulation_steps = 4  # 128 * 256 * 4 = 131,072 tokens a step
+gradient_accumulation_steps = 4  # 128 * 256 * 4 = 131,072 tokens per step
 max_iters = 100000
 eval_iters = 2133
 learning_rate, min_lr, warmup_iters, dropout = 5e-4, 0.0, 1000, 0.1

@@ -12,7 +12,7 @@ block_size = 1024
 mlp, tie = 'silu', True
 
 batch_size = 8
-gradient_accumulation_steps = 15  # 120 rows a step
+gradient_accumulation_steps = 15  # 120 rows per step
 max_iters = 20000
 learning_rate, warmup_iters = 6e-4, 1000
 eval_interval, eval_iters = 1000, 33

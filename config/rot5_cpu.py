@@ -1,4 +1,4 @@
-# An encoder-decoder for a laptop, pretrained by UL2R's denoisers, then to be fine-tuned on pairs
+# An encoder-decoder for a laptop: pretrain with UL2R's denoisers, then fine-tune on pairs
 #   # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise
 #   python train.py config/rot5_cpu.py
@@ -15,4 +15,4 @@ n_head, n_kv_head, n_embd = 6, 2, 192
 source_size, block_size, batch_size = 256, 128, 16
 max_iters = 600
 eval_interval, eval_iters = 200, 27
-sample_tokens = 0  # it would have to fill in what is masked
+sample_tokens = 0  # no samples: they would need a source with masked spans

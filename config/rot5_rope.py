@@ -1,5 +1,5 @@
-# ROT5 with rotary positions, between target and source too (both count from 0): 223,190,016 parameters with
-# 32,502 tokens
+# ROT5 with rotary positions, also in cross-attention (source and target both start at 0): 223,190,016
+# parameters with 32,502 tokens
 from config.rot5 import *  # noqa: F403
 
 position, cross_rope = 'rope', 'same'

@@ -1,5 +1,5 @@
-# What ROT5's changes to T5 are worth: the base of config/sweeps/rot5.py, its plain T5 at a laptop's size,
-# pretrained by UL2R's denoisers
+# The base of config/sweeps/rot5.py, which measures ROT5's changes to T5: a plain T5 of laptop size,
+# pretrained with UL2R's denoisers
 #   # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python prepare.py tinystories --tokenizer=bpe:4096 --reserve=100 --out=data/denoise
 #   python train.py config/rot5_study.py

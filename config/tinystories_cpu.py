@@ -9,7 +9,7 @@ dataset = 'tinystories'
 n_layer, n_head, n_embd = 4, 8, 256
 block_size = 256
 
-batch_size = 16  # 4,096 tokens a step
+batch_size = 16  # 4,096 tokens per step
 max_iters = 1200
 learning_rate, min_lr, schedule = 3e-3, 0.0, 'linear'
 eval_interval, eval_iters = 200, 0

@@ -1,5 +1,5 @@
-# What a cut by surgery.py factorize costs after a hundred steps more, beside the network that was not cut:
-# three rates each
+# The cost of surgery.py factorize after a hundred more steps, compared with the dense model; three learning
+# rates each
 #   python train.py config/fast.py --out_dir=out/dense --dataset=stories --n_layer=4 --n_embd=192 --n_head=6 \
 #       --block_size=256 --batch_size=8 \
 #       --max_iters=600 --eval_interval=200 --eval_iters=0

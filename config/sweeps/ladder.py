@@ -3,7 +3,7 @@
 #   python eval.py ladder --dataset=tinystories
 import config.fast
 
-base = {'block_size': 256, 'batch_size': 16, 'eval_iters': 0}  # 4,096 tokens a step
+base = {'block_size': 256, 'batch_size': 16, 'eval_iters': 0}  # 4,096 tokens per step
 _low_rank = {'arch': 'markov', 'max_iters': 500, 'learning_rate': 1e-2, 'schedule': 'linear', 'min_lr': 0.0,
              'weight_decay': 0.0}
 arms = {

@@ -1,5 +1,5 @@
-# What low rank costs, and where it pays: the rates of every arm on one seed, every arm for the FLOPs of the
-# first. The finalists follow in lowrank_final.py; the same on novels in lowrank_novels.py
+# Low rank compared with dense: learning-rate sweeps of all arms on one seed, all with the FLOPs of the first
+# arm. lowrank_final.py runs the finalists; lowrank_novels.py is the same on novels
 #   # or FILE.jsonl --val_fraction=0.05, a small copy
 #   python prepare.py tinystories --tokenizer=bpe:4096 --out=data/stories
 #   python compare.py --sweep=config/sweeps/lowrank.py --jobs=2

@@ -1,5 +1,5 @@
-# The finalists of config/sweeps/lowrank.py on five seeds, each at its best rates; what that sweep has run is
-# taken over
+# The finalists of config/sweeps/lowrank.py on five seeds, each with its best learning rates; finished runs of
+# that sweep are reused
 #   python compare.py --sweep=config/sweeps/lowrank_final.py --jobs=2
 from config.sweeps.lowrank import base, budget  # noqa: F401
 

@@ -1,5 +1,5 @@
-# The finalists on one novel of a quarter of a million tokens, read 2, 4 and 8 times: each arm has the number
-# of epochs that is best for it
+# The finalists on one novel of a quarter of a million tokens, for 2, 4 and 8 epochs: each arm uses its best
+# number of epochs
 #   python prepare.py Doyle_Micah_1889.txt --out=data/micah --tokenizer=data/novels/tokenizer.model \
 #       --val_fraction=0.1
 #   python compare.py --sweep=config/sweeps/lowrank_repeat.py --jobs=2
