@@ -204,22 +204,17 @@ def check_meta(meta, path):
     check(meta.get('dtype') in ('uint16', 'uint32'), 'dtype')
     check(type(splits) is dict, 'splits')
     for name, split in splits.items():
-        check(type(split) is dict and type(split.get('shards')) is list, f'splits.{name}')
-        check(is_count(split.get('bytes', 0)), f'splits.{name}')
+        where = f'splits.{name}'
+        check(type(split) is dict and type(split.get('shards')) is list, where)
+        check(is_count(split.get('bytes', 0)), where)
         for shard in split['shards']:
-            check(is_shard(shard, np.dtype(meta['dtype']).itemsize), f'splits.{name}')
-
-
-def is_shard(shard, width):
-    """Whether an entry of meta.json is a valid description of a token file with `width` bytes per token."""
-    if type(shard) is not dict:
-        return False
-    size, documents = shard.get('bytes_on_disk'), shard.get('documents', 0)
-    hashes = [shard.get('sha256', ''), shard.get('idx_sha256', '')]
-    return (is_file_name(shard.get('file')) and shard['file'].endswith('.bin')
-            and is_count(size) and size % width == 0
-            and is_count(documents) and (documents == 0 or 'idx_sha256' in shard)
-            and all(type(sha256) is str for sha256 in hashes))
+            check(type(shard) is dict and is_file_name(shard.get('file')), where)
+            check(shard['file'].endswith('.bin'), where)
+            check(is_count(shard.get('bytes_on_disk')), where)
+            check(shard['bytes_on_disk'] % np.dtype(meta['dtype']).itemsize == 0, where)
+            check(is_count(shard.get('documents', 0)), where)
+            check(not shard.get('documents') or 'idx_sha256' in shard, where)
+            check(all(type(shard.get(name, '')) is str for name in ('sha256', 'idx_sha256')), where)
 
 
 def is_file_name(name):
