@@ -37,9 +37,9 @@ EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss 
 class DataConfig:
     dataset: FilePath | dict = 'stdlib'  # name under data/, or a folder; {'wiki': 100, 'dolly': 20} = a
     # mixture; its weights count tokens
-    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] predict: the next token; the
-    # end of a row from its beginning; masked spans (needs prepare.py --reserve=100); the target of each pair
-    # from its source (prepare.py --source=… --target=…)
+    objective: Literal['causal', 'prefix', 'ul2', 'seq2seq'] = 'causal'  # [t5] causal: the next token;
+    # prefix: the end of a row from its beginning; ul2: masked spans (needs prepare.py --reserve=100);
+    # seq2seq: the target of a pair from its source (prepare.py --source=… --target=…)
     packing: Literal['stream', 'aligned', 'document'] = 'stream'  # stream: a row is the next block_size
     # tokens; aligned: the same, from the first document start in them (some tokens come twice per epoch,
     # others never); document: one document after a start token, padded, or a random crop

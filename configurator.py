@@ -98,10 +98,9 @@ def run_main(main, output_is_all=False):
 
 class Output:
     """
-    stdout or stderr, which may be gone: its terminal was closed, the program behind its pipe has ended, its
-    disk is full.
-    is_needed: True raises an OSError for that; False drops the output, and the process goes on.
-    lost: the OSError of a full disk, to be told in the end.
+    stdout or stderr that may become unwritable: the terminal is closed, the program reading the pipe has
+    ended, or the disk is full. is_needed: True raises an OSError then; False drops the output and continues.
+    lost: the OSError of a full disk, reported at the end.
     """
 
     def __init__(self, stream, is_needed):
@@ -456,7 +455,7 @@ class DeviceConfig(NumericConfig):
 
 
 def pick_device(name):
-    """torch.device for a setting. Raises UserError for one that this machine has not."""
+    """torch.device for a setting. Raises UserError if this machine does not have it."""
     import torch
     count = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     if name == 'auto':
@@ -479,8 +478,8 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """
-    'float32', 'bfloat16' or 'float16'. On a CPU a timed matmul decides: bfloat16 can be 4x faster or 100x
-    slower there. One line says so to a user who asks for it where it is slow.
+    'float32', 'bfloat16' or 'float16'. On a CPU, a timed matmul decides, because bfloat16 can be 4x faster or
+    100x slower. Prints a line if the user asks for bfloat16 where it is slow.
     """
     import torch
     if device.type == 'cuda' and name == 'auto':
@@ -497,8 +496,8 @@ def pick_dtype(name, device):
 
 def pick_exact_dtype(name, device):
     """
-    pick_dtype() for results that rounding would change: evaluations, greedy text, beams. auto is 'float32',
-    and float32 is multiplied without tf32.
+    pick_dtype() for results that rounding would change: evaluation, greedy decoding, beam search. auto is
+    'float32', and float32 matmuls do not use tf32.
     """
     import torch
     dtype = 'float32' if name == 'auto' else pick_dtype(name, device)
@@ -509,9 +508,9 @@ def pick_exact_dtype(name, device):
 
 def pick_compile(setting, device, flops=0.0):
     """
-    Whether to compile; one line says so where it cannot work. auto: on CUDA, and on a CPU for a run of 5e13
-    `flops` or more, two minutes: compiling takes 20 s there and saves a fourth of the time (10.6M parameters
-    in bfloat16: 8,900 against 6,400 tokens/s).
+    Whether to compile; prints a line if it cannot work. auto: on CUDA, and on a CPU for runs of at least 5e13
+    `flops`, two minutes: compiling takes 20 s there and saves a quarter of the time (10.6M parameters in
+    bfloat16: 8,900 against 6,400 tokens/s).
     """
     is_wanted = setting
     if setting == 'auto':
@@ -540,7 +539,7 @@ def matmul_flops(device, dtype, n=512, seconds=0.02):
 
 
 def fastest(compute, seconds):
-    """Seconds of the fastest compute() of those that fit into `seconds`, at least three."""
+    """Seconds of the fastest call of compute() among those that fit into `seconds`, at least three."""
     times, end = [], time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()

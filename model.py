@@ -38,7 +38,7 @@ class ModelConfig:
     position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # relative: T5's position bias
     rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # epsilon of the norms
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
     mlp_norm: bool = False  # add a norm on the MLP's hidden layer
     qk_norm: bool = True  # RMSNorm on queries and keys: bounded logits, higher rates (arXiv 2010.04245)

@@ -815,11 +815,11 @@ def stop_signals():
 
 class StopSignal:
     """
-    Remembers the first SIGTERM, Ctrl-C or SIGHUP (the terminal was closed), for the loop to end after its
-    step. A second Ctrl-C or SIGTERM ends the process at once. But a SIGTERM within five seconds of another
-    signal is the same: where a whole job is told to stop, torchrun passes on the signals that its processes
-    have received themselves. So is any SIGHUP: a shell and the system send several. A process that was
-    started with SIGHUP ignored, as by nohup, still ignores it.
+    Remembers the first SIGTERM, Ctrl-C or SIGHUP (closed terminal), so that the loop ends after its step. A
+    second Ctrl-C or SIGTERM ends the process at once. Exception: a SIGTERM within five seconds of another
+    signal counts as the same one, because torchrun forwards signals that its processes have received too. The
+    same holds for any SIGHUP: a shell and the system send several. If SIGHUP was ignored at the start, as
+    with nohup, it is still ignored.
     """
 
     def __init__(self):
@@ -851,8 +851,8 @@ def print_above(bar, text):
 
 class OneProcess:
     """
-    A run in a single process. features/scale's Ranks have the same methods for the processes that torchrun
-    started; those that take a number, a flag or a value work on all of them together.
+    A run in a single process. Ranks in features/scale has the same methods for several processes started by
+    torchrun; methods that take a number, a flag or a value combine those of all ranks.
     """
     rank, world = 0, 1
     first = True  # whether this is rank 0
@@ -871,33 +871,33 @@ class OneProcess:
         return torch.tensor(values, dtype=torch.float64).tolist()
 
     def add_up(self, tensor):
-        """The sum of a tensor over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         return tensor
 
     def any(self, flag):
-        """Whether `flag` is true: here, or where all go in lockstep, on any rank."""
+        """Whether `flag` is true on this rank or, if all ranks run in lockstep, on any rank."""
         return bool(flag)
 
     def gather(self, value):
-        """What every rank gives, as a list."""
+        """The values from all ranks, as a list."""
         return [value]
 
     def from_first(self, compute):
-        """What compute() returns on rank 0; its UserError too."""
+        """The result of compute() on rank 0; its UserError too."""
         return compute()
 
     def beat(self, doing):
-        """Say that this rank goes on, and with what."""
+        """Report that this rank is making progress, and with what."""
 
     def alive(self, doing=None):
-        """Say that this rank is still at work."""
+        """Report that this rank is still working."""
 
     def patient(self, is_compiling):
-        """Context of a step or an evaluation; if it compiles, the other ranks wait longer."""
+        """Context of a step or an evaluation; while it compiles, the other ranks wait longer."""
         return nullcontext()
 
     def wrap(self, model):
-        """The model as it is trained: with DDP around it on several ranks."""
+        """The model for training: wrapped in DDP on several ranks."""
         return model
 
     def job(self):
@@ -913,7 +913,7 @@ class OneProcess:
         return False
 
     def end(self):
-        """Part from the other ranks."""
+        """Disconnect from the other ranks."""
 
 
 # dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets

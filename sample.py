@@ -66,7 +66,7 @@ class Settings(DeviceConfig):
     # 1909.05858)
     stop: list[str] = field(default_factory=list)  # end a sample before this text; can be repeated; \n is a
     # new line
-    seed: int = 1337
+    seed: int = 1337  # seed for sampling
     interactive: bool = False  # read prompts from the terminal, one by one
     use_cache: bool = True  # False: recompute all keys and values for each token; slow, for comparison
     adapter: list[FilePath] = field(default_factory=list)  # [lora] LoRA adapters to apply: runs of train.py

@@ -86,8 +86,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     # start: \n is a new line
     sample_tokens: int = 100  # length of these samples in tokens; 0 = no samples
     wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
-    wandb_project: str = 'minnow'
-    wandb_run_name: str = ''  # '' = the name of out_dir
+    wandb_project: str = 'minnow'  # project name in Weights & Biases
+    wandb_run_name: str = ''  # run name in Weights & Biases; '' = the name of out_dir
     lora_rank: int = 0  # [lora] rank of the adapters, trained on top of the frozen weights of init_from; 0 =
     # no adapters, train the weights
     teacher: FilePath = ''  # [distill] distill from this model: a run (its best checkpoint), a checkpoint or
