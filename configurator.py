@@ -27,7 +27,7 @@ import typing
 from contextlib import suppress
 from importlib.util import find_spec
 
-from features import all_fields, build, core_fields, default_of
+from features import all_fields, build, default_of, fields_of
 
 try:
     import fcntl  # noqa: F401 — every script takes locks; Windows has none of these
@@ -277,7 +277,7 @@ def from_dict(cls, values, where):
     for key, value in values.items():
         field = find_field(cls, key, f'{where}: {key}')
         value = convert(value, field, f'{where}: {key}')
-        if field.name in core_fields(cls) or value != default_of(field):
+        if field.name in fields_of(cls) or value != default_of(field):
             converted[field.name] = value
     settings = build(cls, **converted)
     check(settings, where)
@@ -329,7 +329,7 @@ def find_field(cls, key, where, hint=''):
     """The field of `cls` for a setting. If there is none, raises UserError with a similar name and `hint`."""
     if keyword.iskeyword(key):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
-    fields = core_fields(cls)
+    fields = fields_of(cls)
     if key not in fields:
         fields = all_fields(cls)
     if key not in fields:

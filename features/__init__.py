@@ -25,10 +25,10 @@ def build(cls, **values):
     An instance of `cls` with these values, including the settings of the features that they use:
     build(ModelConfig, n_expert=4, n_expert_active=2). Raises UserError if a feature's folder is missing.
     """
-    used, core = set(), core_fields(cls)
+    used, fields = set(), fields_of(cls)
     for key, value in values.items():
         name = feature_of(cls, key)
-        if name and (key not in core or value != default_of(core[key])):
+        if name and (key not in fields or value != default_of(fields[key])):
             used.add(name)
             if not os.path.isdir(os.path.join(HERE, name)):
                 from configurator import UserError
@@ -102,29 +102,28 @@ def feature_parts(core, name):
     return parts
 
 
-def core_fields(cls):
-    """{name: field} of the settings that `cls` has without features."""
-    return {field.name: field for field in dataclasses.fields(getattr(cls, 'core', cls))}
+def fields_of(cls):
+    """{name: field} of the settings that `cls` has."""
+    return {field.name: field for field in dataclasses.fields(cls)}
 
 
 def all_fields(cls):
-    """{name: field} of all settings of `cls`: its own, then those of every feature."""
-    found = core_fields(cls)
+    """{name: field} of the settings that `cls` has, then of those that features can add to it."""
+    found = fields_of(cls)
     for name in feature_names():
         for part in feature_parts(getattr(cls, 'core', cls), name):
-            found |= {field.name: field for field in dataclasses.fields(part)}
+            found |= fields_of(part)
     return found
 
 
 @functools.cache
 def feature_of(cls, key):
-    """The feature that the setting `key` of `cls` switches on, or that declares it; None for neither."""
-    core = getattr(cls, 'core', cls)
-    if key in core_fields(core):
-        mark = re.match(r'\[(\w+)\]', comment_of(core, key))
+    """The feature that the setting `key` of `cls` switches on, or that can add it; None for neither."""
+    if key in fields_of(cls):
+        mark = re.match(r'\[(\w+)\]', comment_of(cls, key))
         return mark[1] if mark else None
     for name in feature_names():
-        if any(key in inspect.get_annotations(part) for part in feature_parts(core, name)):
+        if any(key in fields_of(part) for part in feature_parts(getattr(cls, 'core', cls), name)):
             return name
 
 

@@ -22,8 +22,7 @@ def help_text(cls, which=''):
     fields, features = all_fields(cls), {}
     for name in fields:
         features.setdefault(feature_of(cls, name), []).append(name)
-    to_add = [name for name in feature_names() if name not in getattr(cls, 'features', ())]
-    features = {name: features[name] for name in to_add if name in features}
+    features = {name: features[name] for name in feature_names() if name in features}
     if which not in ('', 'all', *features):
         raise UserError(f'--help={which}: takes {", ".join(["all", *features])}')
     if which in features:

@@ -997,3 +997,11 @@ def test_help_lists_every_setting(command):
     code, out, _ = command('--help')
     assert (code == 0 and all(f'--{name}' in out for name in TextConfig.__dataclass_fields__)
             and 'shakespeare' in out)
+
+
+def test_settings_of_this_feature_load_no_torch():
+    """Loading it takes a second and 300 MB; the settings of other features do."""
+    code = ("import sys, prepare; from configurator import configure; from features import with_features; "
+            "s = configure(with_features(prepare.Settings, 'text'), ['--source=a', '--target=b']); "
+            "assert s.target == 'b' and 'torch' not in sys.modules")
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
