@@ -299,6 +299,16 @@ def learning_rate(step, cfg, peak=None):
     return low + share * (high - low)
 
 
+def short_warmup(cfg):
+    """[a warning line, if the warm-up is longer than the run]."""
+    if not cfg.warmup > cfg.max_iters > 0:
+        return []
+    rate = getattr(cfg, cfg.main_rate)
+    highest = learning_rate(cfg.max_iters - 1, cfg, rate)
+    return [f'warmup_iters={cfg.warmup}: is longer than max_iters={cfg.max_iters}: the rate rises to '
+            f'{highest:.2e} and never reaches {cfg.main_rate}={rate:g}; --warmup_iters=0 begins there']
+
+
 # -----------------------------------------------------------------------------
 # The moments of a checkpoint
 

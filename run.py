@@ -1,5 +1,5 @@
 """
-A training run: what it works with, where it starts, what it logs. train.py makes the steps.
+A training run: where it starts, what it works with, what it logs. train.py makes the steps.
 
 `s` is train.py's Settings, `ranks` the processes of the run: OneProcess, or features/scale's Ranks.
 """
@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from inspect import get_annotations
 from itertools import takewhile
 
@@ -32,7 +33,7 @@ from configurator import (
 )
 from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training, zero
-from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops
+from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, short_warmup
 
 IMPORTED = time.perf_counter()
 
@@ -48,10 +49,9 @@ class Run:
     batches: Batches
     interval: 'Interval'
     step: int  # where it goes on: 0 at its beginning
-    flops: float  # spent so far
-    tokens_per_step: int
     left_out: set  # steps without data
-    is_borrowed: bool  # whether it begins with the weights of another run
+    tokens_per_step: int
+    flops: float = 0.0  # spent so far
     skipped: int = 0  # steps whose loss or gradient was NaN or infinite
     in_a_row: int = 0  # of these, up to now
     saved: int | None = None  # step of the newest checkpoint
@@ -59,7 +59,8 @@ class Run:
     to_compile: set = field(default_factory=set)  # 'step', 'evaluation': compiled when it first runs
     job: list = ()  # the torchrun processes that started it
     log: 'Log' = None
-    first_steps: 'FirstSteps' = None  # of this process
+    bar: tqdm = None  # the progress bar
+    peak_flops: float | None = None  # FLOP/s that the device could reach
     runner: torch.nn.Module = None  # the model, or DDP around it
     # Of features, None or empty in a plain run
     undivided: list = ()  # parameters of a sharded network that every rank holds (scale)
@@ -74,18 +75,17 @@ class Run:
         """The number of tokens in the first `step` steps, without skipped data."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
 
-    def network_changed(self, s, ranks):
-        """Compile, wrap and count again, because the model has changed."""
+    def wrap(self, s, ranks):
+        """Let the network be compiled, if it is to be, and trained by all ranks."""
         if s.compile:
-            compile_all(self.model)
+            compile_all(self.model, by_block=bool(s.shard))
             self.to_compile = {'step', 'evaluation'}
         self.runner = ranks.wrap(self.model)
-        self.count_flops()
 
-    def count_flops(self):
+    def count(self):
+        """Count the parameters of the network, and the FLOPs of a step."""
         self.parameters = self.model.num_params()
-        # of a mixture of experts: those one token meets
-        self.active_parameters = self.model.num_params(active=True)
+        self.active_parameters = self.model.num_params(active=True)  # of experts: those one token meets
         self.flops_per_step = step_flops(self.model, self.optimizer, self.teacher, self.tokens_per_step)
 
 
@@ -104,7 +104,7 @@ def set_up(s, device, ranks, left_out=()):
     """Make the Run for these settings, at its current step. left_out: steps without data, after a rewind."""
     # 1) Where it starts
     start = find_start(s, ranks)
-    state = start.state
+    state = start.state or {}
     if state and s.dtype == 'auto':
         s.dtype = state['settings']['dtype']
     else:
@@ -112,7 +112,7 @@ def set_up(s, device, ranks, left_out=()):
     planned = {}
     if s.is_planned:  # plan
         from features.plan.dial import derive  # plan
-        planned = derive(s, state, device, ranks)  # plan
+        planned = derive(s, start.state, device, ranks)  # plan
     if s.rows_per_step % ranks.world:
         raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step} rows cannot be shared '
                         f'by {ranks.world} processes: make it a multiple of {ranks.world}')
@@ -128,42 +128,20 @@ def set_up(s, device, ranks, left_out=()):
         from features.scale.shard import build_divided  # scale
         model = build_divided(build_model, s, data, start, ranks)  # scale
     model.recompute = s.recompute
-    if s.grow_every:  # growth
-        from features.growth.during import check_growth  # growth
-        check_growth(s, model.cfg)  # growth
     newton_schulz_dtype = torch.bfloat16 if s.dtype == 'bfloat16' else torch.float32
-    optimizer = make_optimizer(model, s, newton_schulz_dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16')
-
-    # 3) The state of a run that goes on
-    if state and not s.eval_only:
-        describe_changes(s, state['settings'], ranks)
-        if not s.shard:
-            optim.load_optimizer(start.folder, optimizer)
-        if s.shard:  # scale
-            ranks.from_first(lambda: optim.load_optimizer(start.folder, optimizer))  # scale
-        if scaler.is_enabled() and state['scaler']:
-            scaler.load_state_dict(state['scaler'])
-        # In the log, its sources keep the names they had when the run began, wherever they are now
-        for source, name in zip([*data.sources, *val], [*state['data'], *state['data']]):
-            source.name = name
-    begun = state or {'step': 0}
     run = Run(
         model=model,
-        optimizer=optimizer,
-        scaler=scaler,
+        optimizer=make_optimizer(model, s, newton_schulz_dtype),
+        scaler=torch.amp.GradScaler(device.type, enabled=s.dtype == 'float16'),
         data=data,
         val=val,
         batches=Batches(data, s, ranks),
-        interval=Interval(device, begun.get('interval'), ranks),
-        first_steps=FirstSteps(),
-        step=begun['step'],
-        flops=0.0,
-        tokens_per_step=s.rows_per_step * s.block_size,
+        interval=Interval(device, state.get('interval'), ranks),
+        step=state.get('step', 0),
         # Earlier steps were trained and are in the weights: a spike's steps may begin before the checkpoint
-        left_out={*begun.get('left_out', ()), *(n for n in left_out if n >= begun['step'])},
-        is_borrowed=start.weights is not None and not state,
-        skipped=begun.get('skipped', 0),
+        left_out={*state.get('left_out', ()), *(n for n in left_out if n >= state.get('step', 0))},
+        tokens_per_step=s.rows_per_step * s.block_size,
+        skipped=state.get('skipped', 0),
         job=ranks.job(),
         planned=planned,
         base=start.base,
@@ -171,11 +149,31 @@ def set_up(s, device, ranks, left_out=()):
     if s.teacher:  # distill
         from features.distill.teacher import find_teacher  # distill
         run.teacher = find_teacher(s, data, ranks).to(device)  # distill
-    if s.grow_every and s.grow_from:  # growth
-        from features.growth.during import find_reference  # growth
-        run.reference = find_reference(s, model.cfg)  # growth
-    run.count_flops()
-    run.flops = begun.get('flops', run.step * run.flops_per_step)
+    if s.grow_every:  # growth
+        from features.growth.during import begin_growth  # growth
+        run.reference = begin_growth(s, model.cfg)  # growth
+
+    # 3) The state of a run that goes on
+    if state and not s.eval_only:
+        describe_changes(s, state['settings'], ranks)
+        load = partial(optim.load_optimizer, start.folder, run.optimizer)
+        if s.shard:  # all moments are rank 0's for now
+            ranks.from_first(load)
+        else:
+            load()
+        if run.scaler.is_enabled() and state['scaler']:
+            run.scaler.load_state_dict(state['scaler'])
+        # In the log, its sources keep the names they had when the run began, wherever they are now
+        for source, name in zip([*data.sources, *val], [*state['data'], *state['data']]):
+            source.name = name
+    run.count()
+    run.flops = state.get('flops', run.step * run.flops_per_step)
+    if s.minutes:  # plan
+        from features.plan.minutes import Pace  # plan
+        run.pace = Pace(s, state.get('fits'))  # plan
+    if s.rewind_spikes:  # scale
+        from features.scale.rewind import Losses  # scale
+        run.losses = Losses(s.rewind_spikes, state.get('losses', ()))  # scale
 
     # 4) How it is computed
     if s.lora_rank:  # lora
@@ -185,16 +183,7 @@ def set_up(s, device, ranks, left_out=()):
     if s.shard:  # scale
         from features.scale.shard import divide  # scale
         divide(run, build_model, s, start, ranks)  # scale
-    if s.compile:
-        compile_all(run.model, by_block=bool(s.shard))
-        run.to_compile = {'step', 'evaluation'}
-    run.runner = ranks.wrap(run.model)
-    if s.minutes:  # plan
-        from features.plan.minutes import Pace  # plan
-        run.pace = Pace(s, begun.get('fits'))  # plan
-    if s.rewind_spikes:  # scale
-        from features.scale.rewind import Losses  # scale
-        run.losses = Losses(s.rewind_spikes, begun.get('losses', ()))  # scale
+    run.wrap(s, ranks)
     return run
 
 
@@ -211,9 +200,8 @@ def open_data(s, start, ranks):
     if start.state and s.eval_only:  # judged on rows as it knows them
         bos = tuple(start.state.get('begin', ()))
     data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, objective, bos)
-    val = []
-    for source in data.sources:
-        val.append(open_source(source.name, 'val', s.block_size, s.packing, bos, objective))
+    val = [open_source(source.name, 'val', s.block_size, s.packing, bos, objective)
+           for source in data.sources]
     if ranks.world > 1:  # scale
         from features.scale.guard import check_same_start  # scale
         check_same_start(ranks, asdict(s), data.fingerprint())  # scale
@@ -265,27 +253,23 @@ def build_model(s, data, start, is_blank=False):
     return model
 
 
-def check_dataset(s):
+def find_dataset(s):
     """
-    Choose the data set if the user sets none. A config file of a whole run was not written for our default:
-    nanoGPT's configs for GPT-2 mean its own data, openwebtext, which is used if it exists. Raises UserError
-    if it does not, and if the default data set does not exist.
+    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our
+    default: nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError
+    where it is not, and where the default is not there.
     """
-    if 'dataset' in s.given:
-        return
     file = s.from_files.get('batch_size') or s.from_files.get('init_from')
     if file and os.path.isdir('data/openwebtext'):
         s.dataset = 'openwebtext'
-        return
-    if checkpoint.checkpoints(s.out_dir):
-        return
-    if file:
+    elif file and not checkpoint.checkpoints(s.out_dir):
         raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
                         'openwebtext in nanoGPT)')
-    try:
-        find_folder(s.dataset)
-    except UserError as error:
-        raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
+    elif not checkpoint.checkpoints(s.out_dir):
+        try:
+            find_folder(s.dataset)
+        except UserError as error:
+            raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
 
 
 # -----------------------------------------------------------------------------
@@ -313,12 +297,12 @@ def find_start(s, ranks):
         found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         return resume(s, ranks)
-    if s.is_new:
-        if s.lora_rank:  # lora
-            problem = 'adapters are trained beside weights that are there: give --init_from=DIR'  # lora
-            raise UserError(f'lora_rank={s.lora_rank}: {problem}')  # lora
-        return Start()
-    return begin_with_others(s, ranks)
+    if not s.is_new:
+        return begin_with_others(s, ranks)
+    if s.lora_rank:  # lora
+        problem = 'adapters are trained beside weights that are there: give --init_from=DIR'  # lora
+        raise UserError(f'lora_rank={s.lora_rank}: {problem}')  # lora
+    return Start()
 
 
 def resume(s, ranks):
@@ -337,12 +321,12 @@ def resume(s, ranks):
         raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
                         f'not a run that can be resumed: give --init_from={s.out_dir} and another --out_dir')
     if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
-        adopt(s, from_dict(ModelConfig, stored_model(stored, state), folder), s.out_dir)
-    start = Start(folder, state)
-    if 'base' in state:  # lora
+        own = {name: stored[name] for name in state['model'] if name in stored}
+        adopt(s, from_dict(ModelConfig, own, folder), s.out_dir)
+    start = Start(folder, state, base=state.get('base'))
+    if start.base:  # lora
         from features.lora.load import read_base  # lora
-        start.base = state['base']  # lora
-        start.weights = read_base(state['base'], folder)  # lora
+        start.weights = read_base(start.base, folder)  # lora
     return start
 
 
@@ -373,11 +357,6 @@ def begin_with_others(s, ranks):
     return start
 
 
-def stored_model(stored, state):
-    """The model settings among those of a run: its initial ones, so the model may be larger now."""
-    return {name: stored[name] for name in state['model'] if name in stored}
-
-
 def began_with_others(s):
     """Whether init_from names weights and the run in out_dir did not start from them."""
     if s.init_from in ('auto', 'scratch', 'resume'):
@@ -390,7 +369,6 @@ def same_place(one, other):
     """Whether two settings name the same run, checkpoint or folder in different spellings."""
     if one.startswith('hf:') and other.startswith('hf:'):
         one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
-        return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
     return os.path.realpath(one) == os.path.realpath(other)
 
 
@@ -399,13 +377,13 @@ def adopt(s, cfg, where):
     Take the model settings from the ModelConfig of loaded weights. The user may set a shorter context and
     settings that matter only in training. Raises UserError for any other setting that differs.
     """
-    if s.block_size > cfg.block_size and 'block_size' in s.given:
-        raise UserError(f'block_size={s.block_size}: '
-                        f'the weights in {where} know {cfg.block_size} positions: lower it')
     extend(s, *getattr(cfg, 'features', ()))
     chosen = set(only_in_training(cfg))
     if 'block_size' in s.given:
         chosen.add('block_size')
+        if s.block_size > cfg.block_size:
+            raise UserError(f'block_size={s.block_size}: '
+                            f'the weights in {where} know {cfg.block_size} positions: lower it')
     if cfg.n_expert:  # moe
         from features.moe.settings import may_choose  # moe
         chosen |= may_choose(s, cfg)  # moe
@@ -424,17 +402,14 @@ def adopt(s, cfg, where):
         setattr(s, name, value)
 
 
-# settings that a resumed run may not change, beside the network's and those of features that do not say so
-IDENTITY = ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
-
-
 def identity(s):
     """
-    The names of the settings that a resumed run may not change: the model, and the rows that step n reads.
+    The names of the settings that a resumed run may not change: the network, which rows step n reads, and
+    whatever of a feature is not in its may_change.
     """
     network = part_of(s, ModelConfig)
     names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
-    names += IDENTITY
+    names += ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
     for part in getattr(s, 'parts', ()):
         if not issubclass(part, ModelConfig):
             names += [name for name in get_annotations(part) if name not in getattr(part, 'may_change', ())]
@@ -444,28 +419,25 @@ def identity(s):
 def check_same_run(s, data, state):
     """Raise UserError unless the stored run is the same: same model, same data in the same order."""
     stored = state['settings']
-    unset = type(s)()
     to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
+
+    def refused(setting, other):
+        return UserError(f'{setting}: out_dir={s.out_dir} belongs to a run with {other}: {to_do}')
     if s.arch == 'markov':  # markov
         from features.markov.settings import refuse_old_table  # markov
         refuse_old_table(stored, f'out_dir={s.out_dir}: holds', to_do)  # markov
+    unset = type(s)()
     for name in identity(s):
-        if name == 'denoisers' and s.objective != 'ul2':
-            continue
-        # As text: the order of a mixture counts. A setting that the stored run did not know was at its
-        # default
-        before = stored.get(name, getattr(unset, name))
-        if json.dumps(getattr(s, name)) != json.dumps(before):
-            raise UserError(f'{name}={getattr(s, name)}: '
-                            f'out_dir={s.out_dir} belongs to a run with {name}={before}: {to_do}')
+        before = stored.get(name, getattr(unset, name))  # the stored run may be older than the setting
+        is_idle = name == 'denoisers' and s.objective != 'ul2'
+        if json.dumps(getattr(s, name)) != json.dumps(before) and not is_idle:  # as text: the order counts
+            raise refused(f'{name}={getattr(s, name)}', f'{name}={before}')
     rows = stored['batch_size'] * stored['gradient_accumulation_steps']
     if s.rows_per_step != rows:
-        raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}: '
-                        f'out_dir={s.out_dir} belongs to a run with {rows} rows a step: {to_do}')
-    began = expand_home(stored['init_from'])
-    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
-        raise UserError(f'init_from={s.init_from}: out_dir={s.out_dir} belongs to a run with '
-                        f'init_from={stored["init_from"]}: {to_do}')
+        raise refused(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}', f'{rows} rows a step')
+    began = stored['init_from']
+    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, expand_home(began)):
+        raise refused(f'init_from={s.init_from}', f'init_from={began}')
     bos = tuple(state.get('begin', ()))
     if data.bos != bos:
         raise UserError(f'packing={s.packing}: rows begin {describe_bos(data.bos)} here, '
@@ -474,23 +446,10 @@ def check_same_run(s, data, state):
     same_files = list(data.fingerprint().values()) == list(state['data'].values())
     if not same_files or shares(s.dataset) != shares(stored['dataset']):
         if s.dataset != stored['dataset']:
-            raise UserError(f'dataset={s.dataset}: out_dir={s.out_dir} belongs to a run with '
-                            f'dataset={stored["dataset"]}, of other files or weights: {to_do}')
+            raise refused(f'dataset={s.dataset}', f'dataset={stored["dataset"]}, of other files or weights')
         raise UserError(f'dataset={s.dataset}: '
                         f'its files are not those that the run in {s.out_dir} was trained on: {to_do}')
-    s.init_from = stored['init_from']  # what it began with, whatever the resuming command says
-
-
-def describe_changes(s, stored, ranks):
-    """Print the settings of optimizer and loss that differ from the stored ones; they apply from now on."""
-    names = [field.name for field in fields(part_of(s, OptimConfig)) if field.name != 'max_iters']
-    names += ['label_smoothing', *only_in_training(part_of(s, ModelConfig))]
-    changed = []
-    for name in names:
-        if name in stored and stored[name] != getattr(s, name):
-            changed.append(f'{name}={getattr(s, name)} (was {stored[name]})')
-    if changed:
-        ranks.say(f'changed from here on: {", ".join(changed)}')
+    s.init_from = began  # whatever the resuming command says
 
 
 def shares(dataset):
@@ -498,53 +457,14 @@ def shares(dataset):
     return list(dataset.values()) if isinstance(dataset, dict) else None
 
 
-# -----------------------------------------------------------------------------
-# A run that learns nothing
-
-class FirstSteps:
-    """
-    Checks the first COUNT steps of a process together: if the gradient of every tensor is exactly zero, or if
-    the loss does not change at all, something is broken. Steps without targets, such as skipped ones, do not
-    count. The numbers stay on the device until then, so that no step waits for them.
-    """
-    COUNT = 10
-    SMALLEST_LOSS = 1e-4  # below it the network knows its data, and float32 rounds what is left to zero
-    LEAST_RATE = 1e-5  # a sum of rates below it need not show in a loss in float32, as in a very long warm-up
-
-    def __init__(self):
-        self.steps, self.nats, self.targets, self.norms, self.rates = [], [], [], [], []
-
-    def add(self, step, nats, targets, norm, rate, s, ranks):
-        """
-        Take in update number `step`: the summed loss of this rank (a tensor), the targets of all ranks, the
-        norm of the gradient (a tensor) and the highest rate of any tensor. All ranks decide alike. Raises
-        UserError.
-        """
-        if not targets or len(self.steps) == self.COUNT:
-            return
-        self.steps.append(step + 1)
-        self.nats.append(nats)
-        self.targets.append(targets)
-        self.norms.append(norm)
-        self.rates.append(rate)
-        if len(self.steps) == self.COUNT:
-            self.judge(s, ranks)
-
-    def judge(self, s, ranks):
-        numbers = ranks.sum(*(n.item() for n in self.nats), *(n.item() for n in self.norms))
-        losses = [n / count for n, count in zip(numbers[:self.COUNT], self.targets)]
-        norms = numbers[self.COUNT:]
-        # learned already, or asked to stay as it is
-        if min(losses) < self.SMALLEST_LOSS or not any(self.rates):
-            return
-        where = f'in steps {self.steps[0]} to {self.steps[-1]}: nothing is learned'
-        if not any(norms):
-            cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
-            raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, '
-                            f'or try another version of torch than {torch.__version__}')
-        if len(set(losses)) == 1 and sum(self.rates) > self.LEAST_RATE:
-            rates = f'learning_rate={s.learning_rate:g}, lr_scale={s.lr_scale}, compile={s.compile}'
-            raise UserError(f'the loss was exactly {losses[0]:.4f} {where}: check the data set, {rates}')
+def describe_changes(s, stored, ranks):
+    """Print the settings of optimizer and loss that differ from the stored ones; they apply from now on."""
+    names = [field.name for field in fields(part_of(s, OptimConfig)) if field.name != 'max_iters']
+    names += ['label_smoothing', *only_in_training(part_of(s, ModelConfig))]
+    changed = [f'{name}={getattr(s, name)} (was {stored[name]})' for name in names
+               if name in stored and stored[name] != getattr(s, name)]
+    if changed:
+        ranks.say(f'changed from here on: {", ".join(changed)}')
 
 
 # -----------------------------------------------------------------------------
@@ -563,19 +483,19 @@ class Log:
         if not self.is_on:
             return
         self.path = os.path.join(s.out_dir, 'log.jsonl')
-        records = []
-        if step:  # what came after the checkpoint happens again
-            records = [record for record in read_records(self.path) if record['step'] <= step]
-        # So does the evaluation of that step if it was the best one, and a full disk kept out_dir/best from
-        # saying so
         best = checkpoint.best(s.out_dir)[1]
-        best = math.inf if best is None else best
-        records = [r for r in records if not (r['step'] == step and r.get('val_loss', math.inf) < best)]
+        records = []
+        for record in read_records(self.path):
+            # What came after the checkpoint happens again. So does the evaluation of that step if it was the
+            # best one, and a full disk kept out_dir/best from saying so
+            is_lost = 'val_loss' in record and (best is None or record['val_loss'] < best)
+            if record['step'] < step or (record['step'] == step > 0 and not is_lost):
+                records.append(record)
         with checkpoint.writing(self.path, self.TO_DO):
             checkpoint.replace_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
         before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
         self.seconds = self.EARLIER.setdefault(self.path, before)  # which a rewound run has counted already
-        self.evaluated = max([r['step'] for r in records if 'val_loss' in r], default=-1)
+        self.evaluated = max((r['step'] for r in records if 'val_loss' in r), default=-1)
         if s.wandb_log:  # study
             from features.study import wandb_log  # study
             self.wandb = wandb_log.start(s)  # study
@@ -597,17 +517,13 @@ class Log:
 
 def read_records(path):
     """The records of a log.jsonl, without truncated or damaged lines; [] if there is no file."""
-    if not os.path.exists(path):
-        return []
     records = []
-    with open(path, encoding='utf-8', errors='replace', newline='\n') as f:
+    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace', newline='\n') as f:
         for line in f:
-            try:
+            with suppress(ValueError):
                 record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and 'step' in record:
-                records.append(record)
+                if isinstance(record, dict) and 'step' in record:
+                    records.append(record)
     return records
 
 
@@ -626,7 +542,7 @@ class Interval:
             nats = stored['nats']  # per rank
             if len(nats) != ranks.world:  # of another number of ranks: the first one takes all
                 nats = [sum(nats)] + [0.0] * (ranks.world - 1)
-            self.nats = self.nats + nats[ranks.rank]
+            self.nats += nats[ranks.rank]
             self.targets = stored['targets']
             if stored['loads']:  # moe
                 self.loads = torch.tensor(stored['loads'], device=device)  # moe
@@ -640,7 +556,7 @@ class Interval:
         self.slow = 0.0
 
     def add(self, done):
-        self.nats = self.nats + done.nats
+        self.nats += done.nats
         self.targets += done.targets
 
     def time(self, seconds, is_slow):
@@ -661,26 +577,46 @@ class Interval:
         return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
 
 
+class FirstSteps:
+    """
+    Checks the first ten steps of a process together: if the gradient of every tensor is exactly zero, or if
+    the loss does not change at all, something is broken. Steps without targets, such as skipped ones, do not
+    count. The numbers stay on the device until then, so that no step waits for them.
+    """
+
+    def __init__(self):
+        self.steps = []  # (number, Step, highest rate of a tensor)
+
+    def add(self, number, done, rate, s, ranks):
+        """Add a Step. Raises UserError, on all ranks, if it is the tenth and nothing is learned."""
+        if not done.targets or len(self.steps) == 10:
+            return
+        self.steps.append((number, done, rate))
+        if len(self.steps) < 10:
+            return
+        numbers, steps, rates = zip(*self.steps)
+        nats = ranks.sum(*(step.nats.item() for step in steps))
+        losses = [total / step.targets for total, step in zip(nats, steps)]
+        if min(losses) < 1e-4 or not any(rates):  # learned already, up to rounding; or not to be changed
+            return
+        where = f'in steps {numbers[0]} to {numbers[-1]}: nothing is learned'
+        if not any(ranks.sum(*(step.norm.item() for step in steps))):
+            cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
+            raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, '
+                            f'or try another version of torch than {torch.__version__}')
+        if len(set(losses)) == 1 and sum(rates) > 1e-5:  # less need not show in a loss in float32
+            rates = f'learning_rate={s.learning_rate:g}, lr_scale={s.lr_scale}, compile={s.compile}'
+            raise UserError(f'the loss was exactly {losses[0]:.4f} {where}: check the data set, {rates}')
+
+
+# -----------------------------------------------------------------------------
+# What a run prints
+
 def open_bar(s, step, ranks):
-    """The progress bar of rank 0, from this step on; None without a terminal."""
-    close_bar(ranks)  # of a run that was rewound
-    if not ranks.first or not sys.stderr.isatty():
-        return None
+    """The progress bar from this step on, on the terminal of rank 0: a bar has no place in a log."""
     return tqdm(total=s.max_iters, initial=step, file=sys.stderr, leave=False, dynamic_ncols=True, miniters=1,
-                bar_format='{n_fmt}/{total_fmt} steps |{bar}| {remaining} left{postfix}')
-
-
-def move_bar(bar, s, step):
-    """Show this step in the progress bar. With `minutes`, the number of steps changes."""
-    if bar is not None:
-        bar.total = s.max_iters
-        bar.update(step - bar.n)
-
-
-def close_bar(ranks):
-    if ranks.bar is not None:
-        ranks.bar.close()
-        ranks.bar = None
+                bar_format='{n_fmt}/{total_fmt} steps |{bar}| {remaining} left{postfix}',
+                disable=None if ranks.first else True)
 
 
 RANKS = ('rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks')
@@ -704,14 +640,12 @@ def describe(s, run, ranks):
     if s.lora_rank:  # lora
         from features.lora.layers import memory  # lora
         ranks.say(memory(run.model, run.parameters))  # lora
-    epochs = ', '.join(f'{name} {n:.2f}'
-                       for name, n in run.data.epochs(s.rows_per_step * s.max_iters).items())
+    epochs = run.data.epochs(s.rows_per_step * s.max_iters)
     ranks.say(f'data: {s.rows_per_step} rows = {s.rows_per_step * s.block_size:,} tokens a step, '
-              f'{s.max_iters:,} steps; epochs: {epochs}')
-    if ranks.first:
-        for source in (*run.data.sources, *run.val):
-            if source.too_long():
-                ranks.say(f'data: {source.too_long()}')
+              f'{s.max_iters:,} steps; epochs: ' + ', '.join(f'{name} {n:.2f}' for name, n in epochs.items()))
+    for source in (*run.data.sources, *run.val):
+        if ranks.first and source.too_long():
+            ranks.say(f'data: {source.too_long()}')
     # else it is that of a run which is evaluated
     if 'dataset' not in s.given and s.dataset == type(s)().dataset:
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
@@ -732,25 +666,10 @@ def describe(s, run, ranks):
     if run.planned:  # plan
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))  # plan
     if run.step:
-        verb = f'going on with {s.init_from}' if run.is_borrowed else f'resuming {s.out_dir}'
-        ranks.say(f'{verb} at step {run.step}')
+        ranks.say(f'resuming {s.out_dir} at step {run.step}')
 
 
-def short_warmup(s):
-    """[a warning line, if the warm-up is longer than the run]."""
-    if not s.warmup > s.max_iters > 0:
-        return []
-    rate = getattr(s, s.main_rate)
-    highest = learning_rate(s.max_iters - 1, s, rate)
-    return [f'warmup_iters={s.warmup}: is longer than max_iters={s.max_iters}: the rate rises to '
-            f'{highest:.2e} and never reaches {s.main_rate}={rate:g}; --warmup_iters=0 begins there']
-
-
-def show_losses(step, result, ranks):
-    ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
-
-
-def report(s, run, step, loss, norm, peak, ranks):
+def report(s, run, step, loss, norm, ranks):
     """Print the progress line and log it. loss: mean since the last one, None if all steps were skipped."""
     speed = run.interval.steps_per_second()
     tokens_per_second = run.tokens_per_step * speed
@@ -758,13 +677,12 @@ def report(s, run, step, loss, norm, peak, ranks):
     # with a teacher or smoothing the loss is of more than the text
     if not run.teacher and not s.label_smoothing and loss is not None and run.data.bits_per_byte(loss):
         parts.append(f'{run.data.bits_per_byte(loss):.3f} bits/byte')
-    lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
-    if s.optimizer == 'counts':  # markov: counting has no rate
-        lr = None  # markov
-    if lr is not None:
+    lr = None
+    if s.optimizer != 'counts':  # counting has no rate
+        lr = learning_rate(step - 1, s, getattr(s, s.main_rate))
         parts.append(f'lr {lr:.2e}')
     parts.append(f'{tokens_per_second:,.0f} tokens/s')
-    mfu = run.flops_per_step * speed / peak / ranks.world if peak else None
+    mfu = run.flops_per_step * speed / run.peak_flops / ranks.world if run.peak_flops else None
     if mfu:
         parts.append(f'MFU {mfu:.0%}')
     expert_load = None
@@ -775,8 +693,7 @@ def report(s, run, step, loss, norm, peak, ranks):
     if run.interval.steps:  # a step that compiles cannot tell
         left = (s.max_iters - step) / speed
         parts.append(f'{int(left // 60)}m{int(left % 60):02d}s left')
-    if ranks.bar is not None and loss is not None:
-        ranks.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+    run.bar.set_postfix_str(parts[1], refresh=False)
     ranks.say(' | '.join(parts))
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
                   tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,
@@ -807,46 +724,31 @@ def show_sample(model, s, data, ranks, stop=False):
 
 def stop_signals():
     """The signals that ask a run to save and stop."""
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    return signals
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignores_hangup)
 
 
 class StopSignal:
     """
-    Remembers the first SIGTERM, Ctrl-C or SIGHUP (closed terminal), so that the loop ends after its step. A
-    second Ctrl-C or SIGTERM ends the process at once. Exception: a SIGTERM within five seconds of another
-    signal counts as the same one, because torchrun forwards signals that its processes have received too. The
-    same holds for any SIGHUP: a shell and the system send several. If SIGHUP was ignored at the start, as
-    with nohup, it is still ignored.
+    Remembers a SIGTERM, Ctrl-C or SIGHUP (closed terminal), so that the loop ends after its step. A second
+    Ctrl-C ends the process at once. Other signals may arrive several times: torchrun forwards those that its
+    processes have received too, and a shell and the system send several SIGHUPs.
     """
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
+    number = 0
 
     def listen(self):
         for number in stop_signals():
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        if not self.number or (number == signal.SIGTERM and self.number == signal.SIGHUP):
-            self.number, self.since = number, time.monotonic()
-        elif number == signal.SIGINT or (number == signal.SIGTERM and time.monotonic() - self.since > 5):
+        if self.number and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif self.number in (0, signal.SIGHUP):
+            self.number = number
 
     def __bool__(self):
         return self.number > 0
-
-
-def print_above(bar, text):
-    """Print a line; where a progress bar is on the terminal, above it."""
-    if bar is not None:
-        bar.clear()
-    print(text, flush=True)
-    if bar is not None:
-        bar.refresh()
 
 
 class OneProcess:
@@ -857,14 +759,14 @@ class OneProcess:
     rank, world = 0, 1
     first = True  # whether this is rank 0
     lockstep = False  # whether all ranks must make the same passes through the network, as sharded ones do
-    bar = None  # the progress bar on the terminal of rank 0
 
     def __init__(self, device):
         self.device = device
 
     def say(self, text):
-        """Print on rank 0."""
-        print_above(self.bar, text)
+        """Print on rank 0, above the progress bar if there is one."""
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
     def sum(self, *values):
         """The sums of some numbers over all ranks, as a list of floats."""

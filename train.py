@@ -39,19 +39,17 @@ from features import extend
 from model import ModelConfig, autocast, zero
 from optim import OptimConfig, clip_gradient, set_rates
 from run import (
+    FirstSteps,
     Log,
     OneProcess,
     StopSignal,
-    check_dataset,
-    close_bar,
     describe,
-    move_bar,
+    find_dataset,
     open_bar,
     peak_flops,
     peak_memory,
     report,
     set_up,
-    show_losses,
     show_sample,
 )
 
@@ -124,13 +122,11 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
-                     'keep_checkpoints'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        positive = ['batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
+                    'keep_checkpoints']
+        for name in (*positive, 'eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
+            if getattr(self, name) < (name in positive):
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least {int(name in positive)}')
         if not 0 <= self.seed < 2 ** 63:
             raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
         if not 0 <= self.label_smoothing < 1:
@@ -138,12 +134,10 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
         typed_text(self.sample_prompt, 'sample_prompt')
         is_table = self.arch == 'markov' and not self.rank_embed  # markov
         if self.optimizer == 'counts' and self.is_new and not is_table:  # markov
-            what = 'counts what follows what in a full Markov table'  # markov
-            cure = 'set arch=markov and rank_embed=0, or use adamw'  # markov
-            raise ValueError(f'optimizer=counts: {what}: {cure}')  # markov
+            raise ValueError('optimizer=counts: counts what follows what in a full Markov table: '  # markov
+                             'set arch=markov and rank_embed=0, or use adamw')  # markov
         given = getattr(self, 'given', ())
-        # a recipe with adamw in place of Muon is an ablation
-        is_chosen = 'optimizer' in given or self.is_planned
+        is_chosen = 'optimizer' in given or self.is_planned  # adamw in place of a recipe's Muon: an ablation
         if 'muon_lr' in given and not self.uses_muon and not is_chosen:
             raise ValueError(f'muon_lr={self.muon_lr}: belongs to Muon: set optimizer=muon too')
 
@@ -238,52 +232,50 @@ def train(s, device, ranks, stop, left_out=()):
     Train until the end or until a signal. Returns the signal's number, 0 at the end. left_out: steps without
     data, after a rewind.
     """
-    # 1) Set up
     if not s.eval_only:
         ranks.from_first(partial(checkpoint.claim, s.out_dir))  # before it is read
     run = set_up(s, device, ranks, left_out)
     stop.listen()
-    step = run.step
-    if s.minutes and not step and not s.eval_only:  # plan
+    if s.minutes and not run.step and not s.eval_only:  # plan
         from features.plan.minutes import spend_minutes  # plan
         if not spend_minutes(run, s, ranks, stop, train_step):  # plan
             ranks.say('stopped before the first step; nothing was written')  # plan
             return stop.number or signal.SIGTERM  # plan
     describe(s, run, ranks)
     if s.eval_only:
-        with compiling(run, 'evaluation', ranks):
-            result = evaluate(run.model, run.val, s, ranks, stop)
-        if result is None:
-            return stop.number or signal.SIGTERM
-        show_losses(step, result, ranks)
-        return 0
-    ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, step, asdict(s)))
-    run.log = Log(s, step, ranks)
+        return 0 if validate(s, run.step, run, ranks, stop) else stop.number or signal.SIGTERM
+    ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, run.step, asdict(s)))
+    run.log = Log(s, run.step, ranks)
     if run.pace:  # plan
         run.pace.earlier = run.log.seconds  # plan
-    evaluated, run.best_loss = ranks.from_first(lambda: (run.log.evaluated, checkpoint.best(s.out_dir)[1]))
-    peak = peak_flops(device, s.dtype) if ranks.first else None
-    run.saved = step or None
-    stopping = False
-    ranks.bar = open_bar(s, step, ranks)
+    if ranks.first:
+        run.peak_flops = peak_flops(device, s.dtype)
+    run.saved = run.step or None
+    with open_bar(s, run.step, ranks) as run.bar:
+        return make_steps(s, run, ranks, stop)
 
+
+def make_steps(s, run, ranks, stop):
+    """The loop of train(): evaluate and save if due, make a step, report it."""
+    evaluated, run.best_loss = ranks.from_first(lambda: (run.log.evaluated, checkpoint.best(s.out_dir)[1]))
+    first_steps = FirstSteps()
+    step, stopping = run.step, False
     while True:
-        # 2) Evaluate and save
-        if step >= s.max_iters and run.in_a_row > 1:
-            raise not_finite(s, step)
+        # 1) Evaluate and save
         is_last = step >= s.max_iters
+        if is_last and run.in_a_row > 1:
+            raise not_finite(s, step)
         is_due = step % s.eval_interval == 0
         if step == 0 and s.target_val_loss:
             is_due = False  # a race does not stop for the loss it starts with
         if (is_due or is_last) and step > evaluated and not stopping:
             stopping = not evaluation(s, step, run, ranks, stop)
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
-            save_once(s, step, run, ranks, most=0)
-        is_reached = (bool(s.target_val_loss) and run.best_loss is not None
-                      and run.best_loss <= s.target_val_loss)
+            save(s, step, run, ranks, most=0)
+        is_reached = s.target_val_loss and run.best_loss is not None and run.best_loss <= s.target_val_loss
         is_last = step >= s.max_iters  # with minutes, max_iters may have changed
         if is_last or is_reached or stopping:
-            save_once(s, step, run, ranks, most=run.in_a_row)
+            save(s, step, run, ranks, most=run.in_a_row)
             break
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:  # growth
             from features.growth.during import grow_run  # growth
@@ -292,15 +284,20 @@ def train(s, device, ranks, stop, left_out=()):
             step += 1
             continue
 
-        # 3) One step
+        # 2) One step
         began = time.perf_counter()
         is_slow = 'step' in run.to_compile
         with compiling(run, 'step', ranks):
             done = train_step(run, s, step, ranks, bool(stop))
         stopping = done.stop
         step += 1
-        count_skipped(run, s, done.skipped, step, ranks)
         run.flops += run.flops_per_step
+        run.in_a_row = run.in_a_row + 1 if done.skipped else 0
+        if done.skipped:
+            run.skipped += 1
+            ranks.say(f'step {step}: the loss or its gradient is not finite; no weight was changed')
+        if run.in_a_row > MAX_SKIPPED:
+            raise not_finite(s, step)
         if run.pace:  # plan
             run.pace.end_step()  # plan
         if s.n_expert:  # moe
@@ -313,7 +310,7 @@ def train(s, device, ranks, stop, left_out=()):
             from features.scale.guard import check_alike  # scale
             check_alike(run.model, ranks, step)  # scale
 
-        # 4) Report
+        # 3) Report
         run.interval.add(done)
         is_due = step % s.log_interval == 0 or step == 1
         if is_due:
@@ -321,12 +318,12 @@ def train(s, device, ranks, stop, left_out=()):
         run.interval.time(time.perf_counter() - began, is_slow)
         if is_due:
             loss = total / run.interval.targets if run.interval.targets else None
-            report(s, run, step, loss, done.norm.item(), peak, ranks)
+            report(s, run, step, loss, done.norm.item(), ranks)
             run.interval.reset()
-        move_bar(ranks.bar, s, step)
+        run.bar.total = s.max_iters  # with minutes, it changes
+        run.bar.update(step - run.bar.n)
         if s.optimizer != 'counts':  # counting has neither a rate nor a gradient
-            rate = max(group['lr'] for group in run.optimizer.param_groups)
-            run.first_steps.add(step - 1, done.nats, done.targets, done.norm, rate, s, ranks)
+            first_steps.add(step, done, max(group['lr'] for group in run.optimizer.param_groups), s, ranks)
 
     if s.async_save:  # scale
         from features.scale import background  # scale
@@ -341,18 +338,6 @@ def train(s, device, ranks, stop, left_out=()):
     reached = ', target_val_loss reached' if is_reached else ''
     ranks.say(f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
     return 0
-
-
-def count_skipped(run, s, is_skipped, step, ranks):
-    """Count skipped steps in a row. Raises UserError if there are too many."""
-    if not is_skipped:
-        run.in_a_row = 0
-        return
-    run.skipped += 1
-    run.in_a_row += 1
-    ranks.say(f'step {step}: the loss or its gradient is not finite; no weight was changed')
-    if run.in_a_row > MAX_SKIPPED:
-        raise not_finite(s, step)
 
 
 def not_finite(s, step):
@@ -374,6 +359,15 @@ def compiling(run, what, ranks):
 # -----------------------------------------------------------------------------
 # Evaluate and save
 
+def validate(s, step, run, ranks, stop):
+    """Print and return {name: validation loss}; None if a signal ended the evaluation."""
+    with compiling(run, 'evaluation', ranks):
+        result = evaluate(run.model, run.val, s, ranks, stop)
+    if result is not None:
+        ranks.say(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
+    return result
+
+
 def evaluation(s, step, run, ranks, stop):
     """
     The work of every eval_interval steps: validation loss, checkpoint, sample. Returns False if a signal
@@ -382,22 +376,19 @@ def evaluation(s, step, run, ranks, stop):
     if run.pace:  # plan
         run.pace.begin_evaluation(step, run, ranks)  # plan: fits max_iters again
     if step and s.always_save_checkpoint:
-        # first, so that nothing that goes wrong in an evaluation can lose it
-        save_once(s, step, run, ranks, most=0)
-    with compiling(run, 'evaluation', ranks):
-        result = evaluate(run.model, run.val, s, ranks, stop)
+        save(s, step, run, ranks, most=0)  # first: whatever goes wrong in an evaluation, it is not lost
+    result = validate(s, step, run, ranks, stop)
     if result is None:
         return False
-    show_losses(step, result, ranks)
-    if step and not math.isfinite(result['val_loss']):
+    loss = result['val_loss']
+    if step and not math.isfinite(loss):
         raise not_finite(s, step)
-    if step and s.always_save_checkpoint:
-        save_once(s, step, run, ranks)
-    if step and run.in_a_row <= 1 and (run.best_loss is None or result['val_loss'] < run.best_loss):
-        run.best_loss = result['val_loss']
-        save_once(s, step, run, ranks)
-        write = partial(checkpoint.mark_best, s.out_dir, step, run.best_loss, s.keep_checkpoints)
-        ranks.from_first(partial(in_order, s, write))
+    is_best = run.best_loss is None or loss < run.best_loss
+    if step and (s.always_save_checkpoint or is_best):
+        save(s, step, run, ranks)
+    if step and is_best and run.in_a_row <= 1:
+        run.best_loss = loss
+        write_files(s, partial(checkpoint.mark_best, s.out_dir, step, loss, s.keep_checkpoints), ranks)
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result,
                   peak_memory_bytes=peak_memory(ranks.device))
     show_sample(run.model, s, run.data, ranks, stop)
@@ -406,18 +397,14 @@ def evaluation(s, step, run, ranks, stop):
     return True
 
 
-def save_once(s, step, run, ranks, most=1):
+def save(s, step, run, ranks, most=1):
     """
-    Save, unless this step is already saved. most: the allowed number of skipped steps in a row so far.
-    Weights that repeatedly give no finite loss or gradient are broken.
+    Write a checkpoint, unless this step is already saved. most: the allowed number of skipped steps in a row
+    so far. Weights that repeatedly give no finite loss or gradient are broken.
     """
-    if run.saved != step and run.in_a_row <= most:
-        save(s, step, run, ranks)
-        run.saved = step
-
-
-def save(s, step, run, ranks):
-    """Rank 0 writes a checkpoint; the other ranks wait."""
+    if run.saved == step or run.in_a_row > most:
+        return
+    run.saved = step
     weights = run.model.state_dict()
     if s.lora_rank:  # lora
         from features.lora import adapters  # lora
@@ -426,27 +413,21 @@ def save(s, step, run, ranks):
     if s.shard:  # scale
         from features.scale.shard import gather  # scale
         tensors = gather(tensors, ranks)  # scale
-    state = stored_state(s, step, run, ranks)
     files = run.data.sources[0].files
     tokenizer_files = [os.path.join(files.folder, name) for name in files.meta['tokenizer'].get('files', ())]
-
-    def write():
-        copy = tensors
-        if s.async_save:  # scale
-            from features.scale import background  # scale
-            background.wait()  # scale: one at a time; what went wrong with the last one is said now
-            copy = background.snapshot(tensors)  # scale
-        in_order(s,
-                 partial(checkpoint.save, s.out_dir, step, *copy, state, tokenizer_files, s.keep_checkpoints))
-    ranks.from_first(write)
+    write_files(s, partial(checkpoint.save, s.out_dir, step, state=stored_state(s, step, run, ranks),
+                           other_files=tokenizer_files, keep=s.keep_checkpoints), ranks, tensors)
 
 
-def in_order(s, write):
-    """Call write(); with async_save, in the thread that writes checkpoints, after its earlier work."""
+def write_files(s, write, ranks, tensors=()):
+    """
+    Rank 0 calls write(*tensors), and the other ranks wait; with async_save, a thread does, after its earlier
+    work, on a copy of the tensors.
+    """
     if s.async_save:  # scale
         from features.scale import background  # scale
-        return background.submit(write)  # scale
-    write()
+        write = partial(background.submit, write)  # scale
+    ranks.from_first(partial(write, *tensors))
 
 
 def stored_state(s, step, run, ranks):
@@ -484,8 +465,8 @@ def read_settings():
     s = configure(Settings)
     if 'RANK' in os.environ:  # scale: torchrun has started this process
         extend(s, 'scale')  # scale
-    if not s.plan:
-        check_dataset(s)
+    if not s.plan and 'dataset' not in s.given:
+        find_dataset(s)
     return s
 
 
@@ -521,7 +502,6 @@ def main():
                         f'{s.gradient_accumulation_steps} as much to keep the step), '
                         f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
     finally:
-        close_bar(ranks)
         if s.async_save:  # scale
             from features.scale import background  # scale
             background.close()  # scale

@@ -11,8 +11,16 @@ from configurator import UserError, read_config
 from features import build
 from features.growth.during import short_growth
 from model import ModelConfig, Transformer
-from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, orthogonalize, set_rates
-from run import report, short_warmup
+from optim import (
+    OptimConfig,
+    learning_rate,
+    make_optimizer,
+    optimizer_flops,
+    orthogonalize,
+    set_rates,
+    short_warmup,
+)
+from run import report
 from train import Settings, not_finite
 
 
@@ -280,7 +288,7 @@ def test_an_optimizer_without_code_is_refused_wherever_the_optimizer_decides():
     run = SimpleNamespace(tokens_per_step=1, flops_per_step=1.0, teacher=None,
                           data=SimpleNamespace(bits_per_byte=lambda nats: None),
                           interval=SimpleNamespace(steps_per_second=lambda: 1.0))
-    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None, None),
+    for decide in (lambda: make_optimizer(model, s), lambda: report(s, run, 1, 2.0, 1.0, None),
                    lambda: not_finite(s, 1)):
         with pytest.raises(UserError,
                            match='^optimizer=lion: has no code in optim.py: use adamw or muon$'):

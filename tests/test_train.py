@@ -460,7 +460,8 @@ def test_the_first_steps_are_judged_and_no_others(losses, norms, targets, rates,
     first, s, said = FirstSteps(), Settings(), ''
     try:
         for step, (loss, norm, count, rate) in enumerate(zip(losses, norms, targets, rates)):
-            first.add(step, torch.tensor(loss * count / 2), count, torch.tensor(norm), rate, s, TwoRanks())
+            done = training.Step(torch.tensor(loss * count / 2), count, torch.tensor(norm / 2), stop=False)
+            first.add(step + 1, done, rate, s, TwoRanks())
     except UserError as error:
         said = str(error)
     assert said.count('\n') == 0 and (words in said if words else not said)

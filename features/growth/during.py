@@ -11,14 +11,18 @@ from model import make_model, only_in_training
 from optim import make_optimizer
 
 
-def check_growth(s, cfg):
-    """Raise UserError at the start if the model of this ModelConfig cannot grow as the settings ask."""
+def begin_growth(s, cfg):
+    """
+    (ModelConfig, weights) of s.grow_from, None without it. Raises UserError if the model of this ModelConfig
+    cannot grow as the settings ask.
+    """
     refuse_unknown(cfg, 'grown')
     if s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     if s.grow_every > s.max_iters and not s.minutes:
         raise UserError(f'grow_every={s.grow_every}: is more than max_iters={s.max_iters}: '
                         'the network would never grow: lower it')
+    return find_reference(s, cfg) if s.grow_from else None
 
 
 def short_growth(s, n_layer, step):
@@ -44,7 +48,8 @@ def grow_run(run, s, ranks):
     run.model.recompute = s.recompute
     run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
     optim.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
-    run.network_changed(s, ranks)
+    run.wrap(s, ranks)
+    run.count()
     run.interval.loads = None  # of experts in other layers
     if run.losses:  # what follows is not to be compared with what was
         run.losses.recent.clear()

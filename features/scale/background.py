@@ -10,11 +10,17 @@ THREAD = None  # of this process
 PENDING = []  # futures of what is being written, in order
 
 
-def submit(write, *args):
-    """Call write(*args) in the thread, after everything that was submitted before."""
+def submit(write, *tensors):
+    """
+    Call write(*tensors) in a thread, after earlier calls, on a copy of the tensors. There is one copy at a
+    time: with tensors, it waits for the thread, and raises the first error of it.
+    """
     global THREAD
+    if tensors:
+        wait()
+        tensors = snapshot(tensors)
     THREAD = THREAD or ThreadPoolExecutor(1)
-    PENDING.append(THREAD.submit(write, *args))
+    PENDING.append(THREAD.submit(write, *tensors))
 
 
 def wait():

@@ -16,15 +16,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError
-from run import print_above
 
 
 class Ranks:
-    """This process among those that torchrun started, with the methods of device.OneProcess."""
-    bar = None  # the progress bar on the terminal of rank 0
+    """This process among those that torchrun started, with the methods of run.OneProcess."""
 
     def __init__(self, device, hang_timeout=0.0):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -125,7 +124,8 @@ class Ranks:
 
     def say(self, text):
         if self.first:
-            print_above(self.bar, text)
+            with tqdm.external_write_mode():  # above the progress bar
+                print(text, flush=True)
 
     def wrap(self, model):
         """The model wrapped in DDP; a sharded model communicates its gradients itself."""

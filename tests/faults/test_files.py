@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -265,8 +266,8 @@ def test_the_best_and_the_last_sound_ones_are_never_removed(tmp_path_factory, ke
 
 def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path):
     weights, moments = {'w': torch.ones(1000)}, {'state': {0: {'m': torch.ones(1000)}}, 'param_groups': []}
-    background.submit(time.sleep, 0.2)  # the thread has something to do first
-    background.submit(checkpoint.save, str(tmp_path), 1, *background.snapshot((weights, moments)), {})
+    background.submit(partial(time.sleep, 0.2))  # the thread has something to do first
+    background.submit(partial(checkpoint.save, str(tmp_path), 1, state={}), weights, moments)
     weights['w'].zero_()
     moments['state'][0]['m'].zero_()
     background.wait()
@@ -277,8 +278,8 @@ def test_what_is_saved_in_the_background_is_what_was_there_at_the_call(tmp_path)
 
 def test_the_thread_ends_once_all_is_written(tmp_path):
     """Also where a run ends with an error: what is being written then is the newest checkpoint."""
-    background.submit(time.sleep, 0.2)
-    background.submit(checkpoint.save, str(tmp_path), 1, {'w': torch.ones(1000)}, {}, {})
+    background.submit(partial(time.sleep, 0.2))
+    background.submit(partial(checkpoint.save, str(tmp_path), 1, {'w': torch.ones(1000)}, {}, {}))
     background.close()
     assert checkpoint.find(str(tmp_path)).endswith('step_00000001')
 
