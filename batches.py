@@ -19,7 +19,7 @@ import math
 import os
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -414,6 +414,58 @@ def check_alike(sources):
             problem = compare_tokens(first, source)  # text: '' if it is one tokenizer in two formats
             if problem:
                 raise UserError(f'dataset: {problem}')
+
+
+# -----------------------------------------------------------------------------
+# The data of a run
+
+def find_dataset(s, is_new):
+    """
+    Choose the data set if the user sets none. A config file of a whole run was not written for our default:
+    nanoGPT's configs for GPT-2 mean its own data, openwebtext, which is used if it exists. Raises UserError
+    for a new run if it does not, and if the default data set does not exist.
+    """
+    file = s.from_files.get('batch_size') or s.from_files.get('init_from')
+    if file and os.path.isdir('data/openwebtext'):
+        s.dataset = 'openwebtext'
+    elif file and is_new:
+        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
+                        'openwebtext in nanoGPT)')
+    elif is_new:
+        try:
+            find_folder(s.dataset)
+        except UserError as error:
+            raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
+
+
+def open_data(s, start, ranks):
+    """
+    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError if
+    another rank has different data, or if the tokenizer is not that of the initial model.
+    """
+    objective = None
+    if s.objective != 'causal' or s.n_encoder_layer:  # t5
+        from features.t5.objectives import find_objective  # t5
+        objective = find_objective(vars(s), s)  # t5
+    bos = None
+    if start.state and s.eval_only:  # judged on rows as it knows them
+        bos = tuple(start.state.get('begin', ()))
+    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, objective, bos)
+    val = [open_source(source.name, 'val', s.block_size, s.packing, bos, objective)
+           for source in data.sources]
+    if ranks.world > 1:  # scale
+        from features.scale.guard import check_same_start  # scale
+        check_same_start(ranks, asdict(s), data.fingerprint())  # scale
+
+    first, where = data.sources[0], ''
+    if start.weights is not None and not start.state:
+        setting, where = f'init_from={s.init_from}', s.init_from
+    elif start.state and s.eval_only:  # on other data than its own, perhaps
+        setting, where = f'dataset={first.name}', s.out_dir
+    if where:  # text
+        from features.text.folders import check_tokenizer  # text
+        ranks.from_first(lambda: check_tokenizer(setting, where, start.folder, first.files))  # text
+    return data, val
 
 
 # -----------------------------------------------------------------------------

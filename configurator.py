@@ -36,6 +36,7 @@ except ImportError:
           file=sys.stderr)
     sys.exit(2)
 
+IMPORTED = time.perf_counter()
 ROOT = os.path.dirname(os.path.realpath(__file__))  # the folder of this repository
 OLDEST_TORCH = '2.11'  # the oldest version with which the tests pass: make test-oldest
 PINNED_TORCH = '2.13.0'  # the version in requirements.txt
@@ -160,6 +161,17 @@ def refuse(reason):
 def among_others():
     """Whether torchrun started this process together with others."""
     return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+def process_age():
+    """Seconds since this process began, imports included; else since this file was imported."""
+    try:
+        with open('/proc/self/stat', encoding='utf-8') as f:
+            fields = f.read().rpartition(')')[2].split()
+        ticks = int(fields[19])  # field 22: when it began, in clock ticks since the machine did
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, AttributeError):
+        return time.perf_counter() - IMPORTED
 
 
 def leave(code):
@@ -546,6 +558,24 @@ def fastest(compute, seconds):
         compute()
         times.append(time.perf_counter() - start)
     return min(times[1:])  # the first one sets things up
+
+
+# dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12,
+              'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+              'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s the device could reach: by a GPU's data sheet, by a CPU's best matmul; None = not known."""
+    import torch
+    if device.type == 'cpu':
+        return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
+    if device.type == 'cuda' and dtype != 'float32':
+        for name, peak in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    return None
 
 
 def is_out_of_memory(error):

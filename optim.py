@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from configurator import UserError
+from model import zero
 
 
 @dataclass
@@ -244,6 +245,9 @@ def orthogonalize(g, dtype, steps=5):
     return x
 
 
+# -----------------------------------------------------------------------------
+# Floating-point operations
+
 def optimizer_flops(optimizer):
     """
     Floating-point operations of the matmuls in one step: for each matrix five times x·xᵀ, a·a and the product
@@ -255,6 +259,14 @@ def optimizer_flops(optimizer):
             rows, cols = sorted(p.shape[-2:])
             flops += p.numel() // (rows * cols) * 5 * (4 * rows * rows * cols + 2 * rows ** 3)
     return flops
+
+
+def step_flops(model, optimizer, teacher, tokens):
+    """Floating-point operations of one step with this many tokens, including the optimizer and a teacher."""
+    per_token = model.flops_per_token()
+    if teacher:  # distill
+        per_token += teacher.flops_per_token()  # distill
+    return per_token * tokens + optimizer_flops(optimizer)
 
 
 # -----------------------------------------------------------------------------
@@ -307,6 +319,91 @@ def short_warmup(cfg):
     highest = learning_rate(cfg.max_iters - 1, cfg, rate)
     return [f'warmup_iters={cfg.warmup}: is longer than max_iters={cfg.max_iters}: the rate rises to '
             f'{highest:.2e} and never reaches {cfg.main_rate}={rate:g}; --warmup_iters=0 begins there']
+
+
+# -----------------------------------------------------------------------------
+# The steps so far: sums for the log, and a check that something is learned
+
+class Interval:
+    """
+    Sums over the steps since the last log line. Checkpoints store them, so that the first log line after a
+    resume covers all of its steps. Its time is that of this process, without slow steps: the first one and
+    those that compile.
+    """
+
+    def __init__(self, device, stored=None, ranks=None):
+        self.device = device
+        self.is_timed = False  # whether this process has made a step already
+        self.reset()
+        if stored:
+            nats = stored['nats']  # per rank
+            if len(nats) != ranks.world:  # of another number of ranks: the first one takes all
+                nats = [sum(nats)] + [0.0] * (ranks.world - 1)
+            self.nats += nats[ranks.rank]
+            self.targets = stored['targets']
+            if stored['loads']:  # moe
+                self.loads = torch.tensor(stored['loads'], device=device)  # moe
+
+    def reset(self):
+        self.nats = zero(self.device)  # of this rank
+        self.targets = 0.0  # of all ranks
+        self.loads = None  # tokens of each expert, (layers, E), of all ranks
+        self.steps = 0
+        self.seconds = 0.0
+        self.slow = 0.0
+
+    def add(self, done):
+        self.nats += done.nats
+        self.targets += done.targets
+
+    def time(self, seconds, is_slow):
+        """Add the time of a step."""
+        if is_slow or not self.is_timed:
+            self.slow = seconds
+        else:
+            self.steps += 1
+            self.seconds += seconds
+        self.is_timed = True
+
+    def steps_per_second(self):
+        return self.steps / self.seconds if self.steps else 1 / self.slow
+
+    def stored(self, ranks):
+        """The sums as JSON; all ranks must call it together."""
+        loads = None if self.loads is None else self.loads.tolist()
+        return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
+
+
+class FirstSteps:
+    """
+    Checks the first ten steps of a process together: if the gradient of every tensor is exactly zero, or if
+    the loss does not change at all, something is broken. Steps without targets, such as skipped ones, do not
+    count. The numbers stay on the device until then, so that no step waits for them.
+    """
+
+    def __init__(self):
+        self.steps = []  # (number, Step, highest rate of a tensor)
+
+    def add(self, number, done, rate, s, ranks):
+        """Add a Step. Raises UserError, on all ranks, if it is the tenth and nothing is learned."""
+        if not done.targets or len(self.steps) == 10:
+            return
+        self.steps.append((number, done, rate))
+        if len(self.steps) < 10:
+            return
+        numbers, steps, rates = zip(*self.steps)
+        nats = ranks.sum(*(step.nats.item() for step in steps))
+        losses = [total / step.targets for total, step in zip(nats, steps)]
+        if min(losses) < 1e-4 or not any(rates):  # learned already, up to rounding; or not to be changed
+            return
+        where = f'in steps {numbers[0]} to {numbers[-1]}: nothing is learned'
+        if not any(ranks.sum(*(step.norm.item() for step in steps))):
+            cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
+            raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, '
+                            f'or try another version of torch than {torch.__version__}')
+        if len(set(losses)) == 1 and sum(rates) > 1e-5:  # less need not show in a loss in float32
+            rates = f'learning_rate={s.learning_rate:g}, lr_scale={s.lr_scale}, compile={s.compile}'
+            raise UserError(f'the loss was exactly {losses[0]:.4f} {where}: check the data set, {rates}')
 
 
 # -----------------------------------------------------------------------------

@@ -8,9 +8,8 @@ import math
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import get_annotations
 from itertools import takewhile
@@ -20,22 +19,20 @@ from tqdm import tqdm
 
 import checkpoint
 import optim
-from batches import Batches, Mixture, Source, describe_bos, find_folder, open_source
+from batches import Batches, Mixture, Source, describe_bos, open_data
 from configurator import (
     UserError,
     check,
     expand_home,
     from_dict,
-    matmul_flops,
     pick_compile,
     pick_dtype,
+    process_age,
     without_removed,
 )
 from features import default_of, extend, feature_of, part_of
-from model import ModelConfig, compile_all, make_model, only_in_training, zero
-from optim import OptimConfig, learning_rate, make_optimizer, optimizer_flops, short_warmup
-
-IMPORTED = time.perf_counter()
+from model import ModelConfig, compile_all, make_model, only_in_training
+from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Run:
     data: Mixture
     val: list[Source]
     batches: Batches
-    interval: 'Interval'
+    interval: Interval
     step: int  # where it goes on: 0 at its beginning
     left_out: set  # steps without data
     tokens_per_step: int
@@ -87,14 +84,6 @@ class Run:
         self.parameters = self.model.num_params()
         self.active_parameters = self.model.num_params(active=True)  # of experts: those one token meets
         self.flops_per_step = step_flops(self.model, self.optimizer, self.teacher, self.tokens_per_step)
-
-
-def step_flops(model, optimizer, teacher, tokens):
-    """Floating-point operations of one step with this many tokens, including the optimizer and a teacher."""
-    per_token = model.flops_per_token()
-    if teacher:  # distill
-        per_token += teacher.flops_per_token()  # distill
-    return per_token * tokens + optimizer_flops(optimizer)
 
 
 # -----------------------------------------------------------------------------
@@ -187,36 +176,6 @@ def set_up(s, device, ranks, left_out=()):
     return run
 
 
-def open_data(s, start, ranks):
-    """
-    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError if
-    another rank has different data, or if the tokenizer is not that of the initial model.
-    """
-    objective = None
-    if s.objective != 'causal' or s.n_encoder_layer:  # t5
-        from features.t5.objectives import find_objective  # t5
-        objective = find_objective(vars(s), s)  # t5
-    bos = None
-    if start.state and s.eval_only:  # judged on rows as it knows them
-        bos = tuple(start.state.get('begin', ()))
-    data = Mixture(s.dataset, 'train', s.block_size, s.seed, s.packing, objective, bos)
-    val = [open_source(source.name, 'val', s.block_size, s.packing, bos, objective)
-           for source in data.sources]
-    if ranks.world > 1:  # scale
-        from features.scale.guard import check_same_start  # scale
-        check_same_start(ranks, asdict(s), data.fingerprint())  # scale
-
-    first, where = data.sources[0], ''
-    if start.weights is not None and not start.state:
-        setting, where = f'init_from={s.init_from}', s.init_from
-    elif start.state and s.eval_only:  # on other data than its own, perhaps
-        setting, where = f'dataset={first.name}', s.out_dir
-    if where:  # text
-        from features.text.folders import check_tokenizer  # text
-        ranks.from_first(lambda: check_tokenizer(setting, where, start.folder, first.files))  # text
-    return data, val
-
-
 def build_model(s, data, start, is_blank=False):
     """
     The model on the CPU. is_blank: only its shapes, on the meta device. Raises UserError if its vocabulary or
@@ -251,25 +210,6 @@ def build_model(s, data, start, is_blank=False):
     if start.state and not is_blank:
         checkpoint.load_weights(model, checkpoint.read_weights(start.folder), start.folder)
     return model
-
-
-def find_dataset(s):
-    """
-    Settle the data of a run for which nobody names them. A config file of a whole run was not written for our
-    default: nanoGPT's for GPT-2 mean its own, openwebtext, which is taken where it is there. Raises UserError
-    where it is not, and where the default is not there.
-    """
-    file = s.from_files.get('batch_size') or s.from_files.get('init_from')
-    if file and os.path.isdir('data/openwebtext'):
-        s.dataset = 'openwebtext'
-    elif file and not checkpoint.checkpoints(s.out_dir):
-        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
-                        'openwebtext in nanoGPT)')
-    elif not checkpoint.checkpoints(s.out_dir):
-        try:
-            find_folder(s.dataset)
-        except UserError as error:
-            raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
 
 
 # -----------------------------------------------------------------------------
@@ -527,88 +467,6 @@ def read_records(path):
     return records
 
 
-class Interval:
-    """
-    Sums over the steps since the last log line. Checkpoints store them, so that the first log line after a
-    resume covers all of its steps. Its time is that of this process, without slow steps: the first one and
-    those that compile.
-    """
-
-    def __init__(self, device, stored=None, ranks=None):
-        self.device = device
-        self.is_timed = False  # whether this process has made a step already
-        self.reset()
-        if stored:
-            nats = stored['nats']  # per rank
-            if len(nats) != ranks.world:  # of another number of ranks: the first one takes all
-                nats = [sum(nats)] + [0.0] * (ranks.world - 1)
-            self.nats += nats[ranks.rank]
-            self.targets = stored['targets']
-            if stored['loads']:  # moe
-                self.loads = torch.tensor(stored['loads'], device=device)  # moe
-
-    def reset(self):
-        self.nats = zero(self.device)  # of this rank
-        self.targets = 0.0  # of all ranks
-        self.loads = None  # tokens of each expert, (layers, E), of all ranks
-        self.steps = 0
-        self.seconds = 0.0
-        self.slow = 0.0
-
-    def add(self, done):
-        self.nats += done.nats
-        self.targets += done.targets
-
-    def time(self, seconds, is_slow):
-        """Add the time of a step."""
-        if is_slow or not self.is_timed:
-            self.slow = seconds
-        else:
-            self.steps += 1
-            self.seconds += seconds
-        self.is_timed = True
-
-    def steps_per_second(self):
-        return self.steps / self.seconds if self.steps else 1 / self.slow
-
-    def stored(self, ranks):
-        """The sums as JSON; all ranks must call it together."""
-        loads = None if self.loads is None else self.loads.tolist()
-        return {'nats': ranks.gather(self.nats.item()), 'targets': self.targets, 'loads': loads}
-
-
-class FirstSteps:
-    """
-    Checks the first ten steps of a process together: if the gradient of every tensor is exactly zero, or if
-    the loss does not change at all, something is broken. Steps without targets, such as skipped ones, do not
-    count. The numbers stay on the device until then, so that no step waits for them.
-    """
-
-    def __init__(self):
-        self.steps = []  # (number, Step, highest rate of a tensor)
-
-    def add(self, number, done, rate, s, ranks):
-        """Add a Step. Raises UserError, on all ranks, if it is the tenth and nothing is learned."""
-        if not done.targets or len(self.steps) == 10:
-            return
-        self.steps.append((number, done, rate))
-        if len(self.steps) < 10:
-            return
-        numbers, steps, rates = zip(*self.steps)
-        nats = ranks.sum(*(step.nats.item() for step in steps))
-        losses = [total / step.targets for total, step in zip(nats, steps)]
-        if min(losses) < 1e-4 or not any(rates):  # learned already, up to rounding; or not to be changed
-            return
-        where = f'in steps {numbers[0]} to {numbers[-1]}: nothing is learned'
-        if not any(ranks.sum(*(step.norm.item() for step in steps))):
-            cure = 'set compile=False' if s.compile else 'check your changes to the network or its loss'
-            raise UserError(f'the gradient of every tensor was exactly zero {where}: {cure}, '
-                            f'or try another version of torch than {torch.__version__}')
-        if len(set(losses)) == 1 and sum(rates) > 1e-5:  # less need not show in a loss in float32
-            rates = f'learning_rate={s.learning_rate:g}, lr_scale={s.lr_scale}, compile={s.compile}'
-            raise UserError(f'the loss was exactly {losses[0]:.4f} {where}: check the data set, {rates}')
-
-
 # -----------------------------------------------------------------------------
 # What a run prints
 
@@ -816,34 +674,6 @@ class OneProcess:
 
     def end(self):
         """Disconnect from the other ranks."""
-
-
-# dense bf16 (V100, T4: fp16) peaks, from the makers' data sheets
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12,
-              'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
-              'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
-
-
-def peak_flops(device, dtype):
-    """FLOP/s the device could reach: by a GPU's data sheet, by a CPU's best matmul; None = not known."""
-    if device.type == 'cpu':
-        return matmul_flops(device, getattr(torch, dtype), 1024, seconds=0.1)
-    if device.type == 'cuda' and dtype != 'float32':
-        for name, peak in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
-    return None
-
-
-def process_age():
-    """Seconds since this process began, imports included; else since this file was imported."""
-    try:
-        with open('/proc/self/stat', encoding='utf-8') as f:
-            fields = f.read().rpartition(')')[2].split()
-        ticks = int(fields[19])  # field 22: when it began, in clock ticks since the machine did
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
-    except (OSError, AttributeError):
-        return time.perf_counter() - IMPORTED
 
 
 def peak_memory(device):

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 import torch
 
 import checkpoint
-from batches import DataConfig, evaluate, splitmix
+from batches import DataConfig, evaluate, find_dataset, splitmix
 from configurator import (
     DeviceConfig,
     FilePath,
@@ -31,22 +31,20 @@ from configurator import (
     configure,
     is_out_of_memory,
     leave,
+    peak_flops,
     pick_device,
     run_main,
     typed_text,
 )
 from features import extend
 from model import ModelConfig, autocast, zero
-from optim import OptimConfig, clip_gradient, set_rates
+from optim import FirstSteps, OptimConfig, clip_gradient, set_rates
 from run import (
-    FirstSteps,
     Log,
     OneProcess,
     StopSignal,
     describe,
-    find_dataset,
     open_bar,
-    peak_flops,
     peak_memory,
     report,
     set_up,
@@ -466,7 +464,7 @@ def read_settings():
     if 'RANK' in os.environ:  # scale: torchrun has started this process
         extend(s, 'scale')  # scale
     if not s.plan and 'dataset' not in s.given:
-        find_dataset(s)
+        find_dataset(s, is_new=not checkpoint.checkpoints(s.out_dir))
     return s
 
 

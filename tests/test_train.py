@@ -32,8 +32,8 @@ from batches import Batches, Mixture, Source, evaluate, validation_batch, valida
 from configurator import UserError
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
-from optim import Muon
-from run import FirstSteps, Interval, show_sample
+from optim import FirstSteps, Interval, Muon
+from run import show_sample
 from tokenizer import new_tokenizer
 from train import Settings
 

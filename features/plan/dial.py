@@ -16,11 +16,10 @@ import os
 import torch
 
 from batches import EVAL_ROWS, Mixture
-from configurator import ROOT, UserError, check, read_config
+from configurator import ROOT, UserError, check, peak_flops, read_config
 from features import part_of
 from features.plan.settings import DEEPEST
 from model import ModelConfig, make_model
-from run import peak_flops
 
 # Chinchilla (Hoffmann et al. 2022, arXiv 2203.15556); embeddings and head not counted, they are most of a
 # small network

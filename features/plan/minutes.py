@@ -9,9 +9,8 @@ from functools import partial
 
 from batches import EVAL_ROWS, evaluate
 from checkpoint import replace_json, writing
-from configurator import UserError
+from configurator import UserError, process_age
 from features.plan.dial import intervals
-from run import process_age
 
 
 def evaluation_steps(s):

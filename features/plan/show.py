@@ -6,13 +6,13 @@ import torch
 
 import checkpoint
 from batches import find_folder, read_meta
-from configurator import UserError, check, pick_dtype
+from configurator import UserError, check, peak_flops, pick_dtype
 from features import part_of
 from features.plan.chinchilla import optima, table
 from features.plan.dial import REACHED, plan, size
 from features.text.nanogpt import GPT2_TOKENS
 from model import ModelConfig, make_model
-from run import adopt, peak_flops
+from run import adopt
 
 
 def find_vocabulary(s):

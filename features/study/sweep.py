@@ -30,8 +30,8 @@ from features import default_of, with_features
 from features.study.runs import NEUTRAL, blank_model, read_settings, sizes, state
 from features.text.folders import real_folders
 from model import make_model
-from optim import make_optimizer
-from run import adopt, step_flops
+from optim import make_optimizer, step_flops
+from run import adopt
 from train import Settings
 
 
