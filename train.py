@@ -331,7 +331,7 @@ def make_steps(s, run, ranks, stop):
         again = 'the same command'
         if s.init_from == 'scratch' and 'init_from' in s.given:
             again += ' without --init_from=scratch'
-        ranks.say(f'stopped by {signal.Signals(number).name} after step {step}; {again} goes on from there')
+        ranks.say(f'stopped by {signal.Signals(number).name} after step {step}; {again} continues from there')
         return number
     reached = ', target_val_loss reached' if is_reached else ''
     ranks.say(f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')

@@ -459,7 +459,7 @@ def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
             '--init_from=scratch']
     codes, said = run_to_end(*args, fault='step@5=term')
     assert (codes == [128 + signal.SIGTERM]
-            and 'the same command without --init_from=scratch goes on from there' in said), said
+            and 'the same command without --init_from=scratch continues from there' in said), said
     codes, said = run_to_end(*args[:-1], fault='step@8=term')
     assert (codes == [128 + signal.SIGTERM] and '; the same command continues from there' in said
             and step_of(tmp_path) == 9), said
