@@ -158,53 +158,43 @@ def no_code(cfg, name, where='model.py'):
 # -----------------------------------------------------------------------------
 # Linear layers, dense and low-rank
 
-LATENTS = {'none': lambda z: z,
-           'silu': F.silu,  # CoLA (Liu et al. 2025, arXiv 2502.10940)
-           'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),  # DeepSeek-V2 (arXiv 2405.04434)
-           'silu+rmsnorm': lambda z: F.rms_norm(F.silu(z), z.shape[-1:])}
+LATENT_ACTIVATIONS = {
+    'none': lambda z: z,
+    'silu': F.silu,  # CoLA (Liu et al. 2025, arXiv 2502.10940)
+    'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),  # DeepSeek-V2 (arXiv 2405.04434)
+    'silu+rmsnorm': lambda z: F.rms_norm(F.silu(z), z.shape[-1:]),
+}
 
 
 class LowRank(nn.Module):
     """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)"""
 
-    def __init__(self, n_in, n_out, rank, act, bias):
+    def __init__(self, n_in, n_out, rank, cfg):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
-        self.up = nn.Linear(rank, n_out, bias=bias)
-        self.act = LATENTS[act]
+        if cfg.rank_act not in LATENT_ACTIVATIONS:
+            raise no_code(cfg, 'rank_act')
+        self.act = LATENT_ACTIVATIONS[cfg.rank_act]
+        self.up = nn.Linear(rank, n_out, bias=cfg.bias)
 
     def forward(self, x):
         return self.up(self.act(self.down(x)))
-
-    def is_linear(self):
-        """Whether the layer is one matrix; with an activation between its factors it is two."""
-        probe = torch.tensor([-1.0, 2.0])
-        return torch.equal(self.act(probe), probe)
-
-    def matrix(self):
-        """The matrix (n_out, n_in) of a linear layer."""
-        return self.up.weight @ self.down.weight
 
 
 def linear(cfg, layer, name):
     """The linear layer `name`, as in ModelConfig.sizes(), of block `layer`."""
     (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
-    if cfg.rank_act not in LATENTS:
-        raise no_code(cfg, 'rank_act')
-    if rank:
-        return LowRank(n_in, n_out, rank, cfg.rank_act, cfg.bias)
-    return nn.Linear(n_in, n_out, bias=cfg.bias)
+    return LowRank(n_in, n_out, rank, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
 
 
 def init_linear(layer, cfg, scale=1.0, zero=False):
     """Fill a layer with deviation scale · (init_std or 1/sqrt(inputs)); zero: so that its output is zero."""
-    is_low_rank = isinstance(layer, LowRank)
-    first, last = (layer.down, layer.up) if is_low_rank else (layer, layer)
+    first, last = (layer.down, layer.up) if isinstance(layer, LowRank) else (layer, layer)
     std = scale * (cfg.init_std or first.in_features ** -0.5)
-    if is_low_rank:
-        init_factors(layer.down.weight, layer.up.weight, std)
-    else:
+    if first is last:
         nn.init.normal_(layer.weight, std=std)
+    else:
+        init_factors(first.weight, last.weight, std)
     if zero:
         nn.init.zeros_(last.weight)
     if last.bias is not None:
@@ -487,7 +477,6 @@ def cap(logits, softcap):
 
 class Transformer(nn.Module):
     """A decoder. Raises ValueError for settings that cannot work, and for more tokens than block_size."""
-    TABLES = ('wte.', 'wpe.', 'rel.')  # parameters that are looked up, not multiplied
 
     def __init__(self, cfg, init=True):  # init=False: the weights will be loaded
         super().__init__()
@@ -510,12 +499,14 @@ class Transformer(nn.Module):
             from features.t5.positions import RelativeBias  # t5
             self.rel = RelativeBias(cfg.n_head, is_causal=True)  # t5
         self.norm_f = norm(cfg.n_embd, cfg)
-        has_factors = cfg.rank_head and not cfg.tie
-        self.head_down = nn.Linear(cfg.n_embd, cfg.rank_head, bias=False) if has_factors else None
-        self.head = None if cfg.tie else nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
-        is_rotary = cfg.position == 'rope'
-        rotary = rotary_table(self.n_positions(), cfg.d_head, cfg.rope_theta) if is_rotary else None
-        self.register_buffer('rotary', rotary, persistent=False)
+        self.head_down = self.head = None  # tied: wte is the head
+        if not cfg.tie and cfg.rank_head:
+            self.head_down = nn.Linear(cfg.n_embd, cfg.rank_head, bias=False)
+        if not cfg.tie:
+            self.head = nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
+        self.register_buffer('rotary', None, persistent=False)
+        if cfg.position == 'rope':
+            self.rotary = rotary_table(self.n_positions(), cfg.d_head, cfg.rope_theta)
         if init and not self.wte.weight.is_meta:
             self.init_weights()
 
@@ -629,17 +620,18 @@ class Transformer(nn.Module):
     def init_blocks(self, blocks, output_scale, query_scale=1.0):
         """Init matrices with deviation init_std or 1/sqrt(inputs), outputs with output_scale times that."""
         cfg = self.cfg
-        for layer in blocks.modules():
-            if isinstance(layer, Attention):
-                init_linear(layer.q, cfg, query_scale)
-                init_linear(layer.k, cfg)
-                init_linear(layer.v, cfg)
-                init_linear(layer.o, cfg, output_scale, zero=cfg.zero_init)
-            if isinstance(layer, MLP):
-                init_linear(layer.up, cfg)
-                if layer.gate is not None:
-                    init_linear(layer.gate, cfg)
-                init_linear(layer.down, cfg, output_scale, zero=cfg.zero_init)
+        for module in blocks.modules():
+            if isinstance(module, Attention):
+                init_linear(module.q, cfg, query_scale)
+                inputs, output = [module.k, module.v], module.o
+            elif isinstance(module, MLP):
+                inputs, output = [module.up, module.gate], module.down
+            else:
+                continue
+            for layer in inputs:
+                if layer is not None:
+                    init_linear(layer, cfg)
+            init_linear(output, cfg, output_scale, zero=cfg.zero_init)
 
     def embedding_std(self):
         if self.cfg.tie:  # wide: smaller, or every token would predict itself at first
@@ -663,14 +655,19 @@ class Transformer(nn.Module):
 
     def multiplications(self):
         """{weight: multiplications per token for the forward pass, the input's gradient, the weight's}."""
-        is_trained, found = any(p.requires_grad for p in self.parameters()), {}
+        is_trained, tables, found = any(p.requires_grad for p in self.parameters()), table_names(self), {}
         for name, p in self.named_parameters():
             passes = 3 if p.requires_grad else 1 + is_trained
-            if p.ndim >= 2 and not name.startswith(self.TABLES) and not name.endswith('.bias'):
+            if p.ndim >= 2 and not name.startswith(tables) and not name.endswith('.bias'):
                 found[name] = p.numel() * passes
             if self.cfg.tie and name in ('wte.weight', 'wte_up.weight'):  # as the head
                 found[name] = found.get(name, 0) + p.numel() * passes
         return found
+
+
+def table_names(model):
+    """('wte.', …): prefixes of the names of tensors that are looked up, not multiplied."""
+    return tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, nn.Embedding))
 
 
 def make_model(cfg, init=True):

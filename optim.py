@@ -4,13 +4,14 @@ Parameter groups, AdamW, Muon for the matrices, and the learning-rate schedule.
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
+import torch.nn as nn
 
 from configurator import UserError
-from model import zero
+from model import table_names, zero
 
 
 @dataclass
@@ -38,13 +39,15 @@ class OptimConfig:
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        for name in ('learning_rate', 'max_iters', 'weight_decay', 'grad_clip', 'warmup_iters',
-                     'lr_decay_iters', 'min_lr', 'muon_lr', 'embed_lr', 'head_lr', 'scalar_lr'):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: takes 0 <= {name} < 1')
+        if not 0 < self.cooldown <= 1:
+            raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
+        for name in (f.name for f in fields(OptimConfig)):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f'{name}={value}: must not be negative')
         for pattern, scale in self.lr_scale.items():
             is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
             if not isinstance(pattern, str) or not is_number or not 0 <= scale < math.inf:
@@ -54,8 +57,6 @@ class OptimConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f'lr_scale: {pattern!r} is not a valid pattern: {error}') from None
-        if not 0 < self.cooldown <= 1:
-            raise ValueError(f'cooldown={self.cooldown}: takes 0 < cooldown <= 1')
         if self.decay_lr:
             self.check_decay()
 
@@ -114,47 +115,57 @@ def make_optimizer(model, cfg, dtype=torch.float32):
         from features.markov.counts import count_table  # markov
         return count_table(model, cfg)  # markov
     names = [name for name, _ in model.named_parameters()]
-    check_patterns(cfg, names)
-    head = 'head.weight' if 'head.weight' in names else 'wte.weight'  # tied
-    groups = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        # T5's positions and the biases of experts have two dimensions too
-        is_bias = name.endswith('.bias') or name.startswith(('rel.', 'rel_encoder.'))
-        is_table = name.startswith(('wte.', 'wpe.', 'head.'))
-        is_matrix = p.ndim >= 2 and not is_bias and not is_table and not name.endswith('.router')
-        by_muon = cfg.uses_muon and is_matrix
-        decays = is_matrix if cfg.uses_muon else p.ndim >= 2 and not name.endswith('.bias')
-        decay = cfg.weight_decay if decays else 0.0
-        rate = None
-        if by_muon:
-            rate = cfg.muon_lr
-        elif name == head:
-            rate = cfg.head_lr
-        elif name.startswith(('wte.', 'wpe.')):
-            rate = cfg.embed_lr
-        elif p.ndim < 2 or is_bias:
-            rate = cfg.scalar_lr
-        if rate is None:
-            rate = cfg.learning_rate
-        rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
-        is_divided = hasattr(p, 'full_tensor')  # among ranks: a fused kernel takes one kind of tensors
-        groups.setdefault((by_muon, rate, decay, is_divided), []).append((name, p))
-    param_groups = []
-    for (by_muon, rate, decay, _), params in groups.items():
-        group = {'params': params, 'muon': by_muon, 'peak': rate, 'lr': rate, 'weight_decay': decay}
-        param_groups.append(group | {'momentum': MOMENTUM})
-    # fused: one kernel for all, on CPUs too
-    return Muon(param_groups, dtype, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
-
-
-def check_patterns(cfg, names):
-    """Raise UserError for a pattern of lr_scale that matches no tensor name."""
     for pattern in cfg.lr_scale:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f'lr_scale: {pattern!r} matches no tensor; '
                             f'the names are like {", ".join(names[:2] + names[-2:])}')
+    rates = {'table': cfg.embed_lr, 'head': cfg.head_lr, 'scalar': cfg.scalar_lr}
+    if cfg.uses_muon:
+        rates['matrix'] = cfg.muon_lr
+    groups = {}
+    for (name, p), kind in zip(model.named_parameters(), kinds(model)):
+        if not p.requires_grad:
+            continue
+        by_muon = cfg.uses_muon and kind == 'matrix'
+        decays = by_muon if cfg.uses_muon else p.ndim >= 2 and not name.endswith('.bias')
+        rate = cfg.learning_rate if rates.get(kind) is None else rates[kind]
+        rate *= math.prod(scale for pattern, scale in cfg.lr_scale.items() if re.search(pattern, name))
+        group = {'muon': by_muon, 'peak': rate, 'lr': rate, 'momentum': MOMENTUM,
+                 'weight_decay': cfg.weight_decay if decays else 0.0}
+        is_divided = hasattr(p, 'full_tensor')  # among ranks: a fused kernel takes one kind of tensors
+        same = groups.setdefault((is_divided, *group.values()), group | {'params': []})
+        same['params'].append((name, p))
+    # fused: one kernel for all, on CPUs too
+    return Muon(groups.values(), dtype, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+def kinds(model):
+    """The kind of each parameter of a model: 'matrix', 'table', 'head', 'scalar' or 'other'."""
+    tables, heads, found = table_names(model), head_names(model), []
+    for name, p in model.named_parameters():
+        # T5's positions and the biases of experts have two dimensions too
+        is_bias = name.endswith('.bias') or name.startswith(('rel.', 'rel_encoder.'))
+        if name in heads:
+            found.append('head')
+        elif name.startswith(tables) and not is_bias:
+            found.append('table')
+        elif p.ndim < 2 or is_bias:
+            found.append('scalar')
+        elif name.endswith('.router') or name.startswith('head.'):  # head.: an adapter
+            found.append('other')
+        else:
+            found.append('matrix')
+    return found
+
+
+def head_names(model):
+    """Names of the weights that make logits: in linear layers outside the blocks, one row for each token."""
+    names = [] if getattr(model, 'head', None) is not None else ['wte.weight']  # tied
+    for name, module in model.named_modules():
+        is_outside = not name.startswith(('blocks.', 'encoder.', 'wte_up', 'head_down'))
+        if is_outside and isinstance(module, nn.Linear) and module.out_features == model.wte.num_embeddings:
+            names.append(f'{name}.weight')
+    return names
 
 
 def clip_gradient(model, most):
@@ -166,7 +177,7 @@ def clip_gradient(model, most):
     if any(hasattr(p.grad, 'full_tensor') for p in dense):  # scale
         from features.scale.shard import clip_divided  # scale
         return clip_divided(dense, most)  # scale
-    return torch.nn.utils.clip_grad_norm_(dense, most)
+    return nn.utils.clip_grad_norm_(dense, most)
 
 
 # -----------------------------------------------------------------------------
@@ -201,9 +212,11 @@ class Muon(torch.optim.AdamW):
     def orthogonal_step(self, params, group):
         shapes = {}
         for p in params:  # a tall one goes with the wide ones, transposed: so is then its orthogonal factor
+            if not self.state[p]:  # AdamW asks for a step when it loads
+                self.state[p] |= {'momentum': torch.zeros_like(p), 'step': torch.zeros(())}
             shapes.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), []).append(p)
         for (short, long), same in shapes.items():
-            grads, moments = [p.grad for p in same], [self.momentum_of(p) for p in same]
+            grads, moments = [p.grad for p in same], [self.state[p]['momentum'] for p in same]
             torch._foreach_lerp_(moments, grads, 1 - group['momentum'])
             torch._foreach_lerp_(grads, moments, group['momentum'])  # Nesterov: look ahead along the momentum
             if hasattr(same[0], 'full_tensor'):  # scale: divided among ranks
@@ -222,13 +235,6 @@ class Muon(torch.optim.AdamW):
                     p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
                 p.sub_(update.mul_(scale), alpha=group['lr'])
                 p.grad = None
-
-    def momentum_of(self, p):
-        state = self.state[p]
-        if 'momentum' not in state:
-            state['momentum'] = torch.zeros_like(p)
-            state['step'] = torch.zeros(())  # AdamW asks for one when it loads
-        return state['momentum']
 
 
 def orthogonalize(g, dtype, steps=5):
@@ -249,10 +255,7 @@ def orthogonalize(g, dtype, steps=5):
 # Floating-point operations
 
 def optimizer_flops(optimizer):
-    """
-    Floating-point operations of the matmuls in one step: for each matrix five times x·xᵀ, a·a and the product
-    with x.
-    """
+    """FLOPs of one step's matmuls: for each matrix under Muon five times x·xᵀ, a·a and the product with x."""
     flops = 0
     for group in optimizer.param_groups:
         for p in group['params'] if group['muon'] else ():
@@ -434,11 +437,13 @@ def give_moments(optimizer, moments, place=lambda t, p: t.clone()):  # copied bl
     Load the moments of those tensors that the optimizer has; learning rates, betas and weight decay do not
     change. Returns the number of tensors. place(tensor, parameter): the part of a moment to keep.
     """
-    params = [(name, p) for group in optimizer.param_groups
-              for name, p in zip(group['param_names'], group['params'])]
-    fit = {n: {what: place(t, p) for what, t in moments[name].items()} for n, (name, p) in enumerate(params)
-           if moments.get(name)
-           and all(t.shape in (p.shape, (), p.shape[1:], p.shape[:1]) for t in moments[name].values())}
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    names = [name for group in optimizer.param_groups for name in group['param_names']]
+    fit = {}
+    for n, (name, p) in enumerate(zip(names, params)):
+        own, shapes = moments.get(name, {}), (p.shape, (), p.shape[:1])  # [:1]: a number a row, of Counts
+        if own and all(t.shape in shapes for t in own.values()):
+            fit[n] = {what: place(t, p) for what, t in own.items()}
     optimizer.load_state_dict(optimizer.state_dict() | {'state': fit})
     return len(fit)
 

@@ -74,12 +74,13 @@ def test_matrices_decay_norms_and_biases_do_not():
 
 def test_one_step_is_adamw_as_written():
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2, bias=False)
-    before, gradient = model.weight.detach().clone(), torch.randn(2, 3)
-    model.weight.grad = gradient.clone()
+    model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    weight = model.blocks[0].attn.q.weight
+    before, gradient = weight.detach().clone(), torch.randn(16, 16)
+    weight.grad = gradient.clone()
     make_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.5)).step()
     m, v = gradient, gradient ** 2  # after the correction of the bias
-    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5) - 0.1 * m / (v.sqrt() + 1e-8), atol=1e-6)
+    assert torch.allclose(weight, before * (1 - 0.1 * 0.5) - 0.1 * m / (v.sqrt() + 1e-8), atol=1e-6)
 
 
 def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_directions():
@@ -134,6 +135,23 @@ def test_a_tied_embedding_learns_at_the_heads_rate():
     optimizer = make_optimizer(model, OptimConfig(optimizer='muon', embed_lr=0.3, head_lr=0.01))
     assert ([g['peak'] for g in optimizer.param_groups if any(p is model.wte.weight for p in g['params'])]
             == [0.01])
+
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_a_second_head_is_a_head_and_the_factors_of_the_first_are_matrices(tie):
+    class TwoHeads(Transformer):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.next_head = torch.nn.Linear(cfg.n_embd, cfg.padded_vocab, bias=False)
+    # of as many outputs as tokens
+    model = TwoHeads(ModelConfig(vocab_size=64, block_size=64, n_layer=1, n_head=2, n_embd=64, tie=tie,
+                                 d_ff=64, rank_embed=16, rank_head=16, position='learned'))
+    optimizer = make_optimizer(model, OptimConfig(optimizer='muon', muon_lr=0.02, embed_lr=0.3, head_lr=0.01,
+                                                  scalar_lr=0.015))
+    peak = {name: group['peak'] for group in optimizer.param_groups for name in group['param_names']}
+    assert peak.pop('next_head.weight') == 0.01 and peak.pop('wte.weight' if tie else 'head.weight') == 0.01
+    assert peak.pop('wpe.weight') == 0.3 and peak.pop('wte.weight', 0.3) == 0.3
+    assert {rate for name, rate in peak.items() if 'norm' not in name} == {0.02}
 
 
 def test_a_step_that_overflows_float16_changes_nothing():

@@ -43,12 +43,12 @@ def fold(model):
 def fold_layers(model, weights):
     """Multiply out the factors of the blocks, unless there is an activation between them."""
     low_rank = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
-    if not all(layer.is_linear() for layer in low_rank.values()):
+    if low_rank and model.cfg.rank_act != 'none':
         return {}
     for name, layer in low_rank.items():
         for tensor in [tensor for tensor in weights if tensor.startswith(f'{name}.')]:
             del weights[tensor]
-        weights[f'{name}.weight'] = layer.matrix()
+        weights[f'{name}.weight'] = layer.up.weight @ layer.down.weight
         if layer.up.bias is not None:
             weights[f'{name}.bias'] = layer.up.bias
     return {

@@ -18,7 +18,7 @@ class Counts(torch.optim.Optimizer):
     without counts would fall equally, which does not change the softmax, so only the counted ones are
     written.
     """
-    pairs, product_decay, dtype = (), 0.0, torch.float32  # as Muon has them
+    dtype = torch.float32  # as Muon has it
 
     def __init__(self, params, pseudo_counts):
         super().__init__([{'params': params, 'muon': False}], {})

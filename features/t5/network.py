@@ -115,7 +115,6 @@ class DecoderBlock(EncoderBlock):
 
 class EncoderDecoder(Transformer):
     """An encoder and a decoder. Raises ValueError also for more tokens than source_size."""
-    TABLES = (*Transformer.TABLES, 'wte_encoder.', 'rel_encoder.')
 
     def __init__(self, cfg, init=True):
         T5Config.check(cfg)
