@@ -7,6 +7,7 @@ Checkpoints: atomic, verified, without pickle.
                           manifest.json       sizes and sha256 of the rest, written last
                           tokenizer.…         the tokenizer's files, if any: a checkpoint can be moved alone
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
+    out_dir/log.jsonl                         losses and speed, one JSON object per line
 
 A checkpoint is written under a temporary name, flushed to disk, then renamed. So a directory named step_… is
 complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. torch is
@@ -14,13 +15,14 @@ imported where it is used: the processes of prepare.py need none.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 
-from configurator import UserError, from_dict, without_removed
+from configurator import UserError, from_dict, process_age, without_removed
 
 # -----------------------------------------------------------------------------
 # Files and folders that are there whole or not at all. Where the system refuses, as on a full disk: OSError
@@ -435,6 +437,66 @@ def load_weights(model, weights, where):
             raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: '
                             'these are the weights of another network')
     model.load_state_dict(weights)
+
+
+# -----------------------------------------------------------------------------
+# The log of a run
+
+class Log:
+    """log.jsonl in out_dir, one JSON object per line, and Weights & Biases if enabled. Only rank 0 writes."""
+    EARLIER = {}  # path: seconds of the run before this process
+    TO_DO = 'make room, then run the same command to resume'
+
+    def __init__(self, s, step, ranks):
+        self.is_on = ranks.first
+        self.wandb = None
+        self.seconds = 0.0
+        self.evaluated = -1  # step of the last evaluation
+        if not self.is_on:
+            return
+        self.path = os.path.join(s.out_dir, 'log.jsonl')
+        lowest = best(s.out_dir)[1]
+        records = []
+        for record in read_records(self.path):
+            # What came after the checkpoint happens again. So does the evaluation of that step if it was the
+            # best one, and a full disk kept out_dir/best from saying so
+            is_lost = 'val_loss' in record and (lowest is None or record['val_loss'] < lowest)
+            if record['step'] < step or (record['step'] == step > 0 and not is_lost):
+                records.append(record)
+        with writing(self.path, self.TO_DO):
+            replace_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
+        before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
+        self.seconds = self.EARLIER.setdefault(self.path, before)  # which a rewound run has counted already
+        self.evaluated = max((r['step'] for r in records if 'val_loss' in r), default=-1)
+        if s.wandb_log:  # study
+            from features.study import wandb_log  # study
+            self.wandb = wandb_log.start(s)  # study
+
+    def write(self, step, **values):
+        """Add a record; values that are None, NaN or infinite are left out."""
+        if not self.is_on:
+            return
+        record = {'step': step}
+        for name, value in values.items():
+            if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+                record[name] = value
+        record['seconds'] = round(self.seconds + process_age(), 3)
+        with writing(self.path, self.TO_DO):
+            append(self.path, json.dumps(record) + '\n')
+        if self.wandb:  # study
+            self.wandb.send(record)  # study
+
+
+def read_records(path):
+    """The records of a log.jsonl, without truncated or damaged lines; [] if there is no file."""
+    records = []
+    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace', newline='\n') as f:
+        for line in f:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and 'step' in record:
+                    records.append(record)
+    return records
 
 
 # -----------------------------------------------------------------------------

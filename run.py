@@ -1,10 +1,9 @@
 """
-A training run: where it starts, what it works with, what it logs. train.py makes the steps.
+A training run: what it works with, where it starts, what it prints. train.py makes the steps.
 
 `s` is train.py's Settings, `ranks` the processes of the run: OneProcess, or features/scale's Ranks.
 """
 import json
-import math
 import os
 import signal
 import sys
@@ -12,7 +11,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import get_annotations
-from itertools import takewhile
 
 import torch
 from tqdm import tqdm
@@ -20,16 +18,7 @@ from tqdm import tqdm
 import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, open_data
-from configurator import (
-    UserError,
-    check,
-    expand_home,
-    from_dict,
-    pick_compile,
-    pick_dtype,
-    process_age,
-    without_removed,
-)
+from configurator import UserError, check, expand_home, from_dict, pick_compile, pick_dtype, without_removed
 from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training
 from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
@@ -55,7 +44,7 @@ class Run:
     best_loss: float | None = None  # of all evaluations
     to_compile: set = field(default_factory=set)  # 'step', 'evaluation': compiled when it first runs
     job: list = ()  # the torchrun processes that started it
-    log: 'Log' = None
+    log: checkpoint.Log = None
     bar: tqdm = None  # the progress bar
     peak_flops: float | None = None  # FLOP/s that the device could reach
     runner: torch.nn.Module = None  # the model, or DDP around it
@@ -200,7 +189,7 @@ def build_model(s, data, start, is_blank=False):
         cfg.n_layer = start.state['model']['n_layer']
         cfg.ranks = start.state['model'].get('ranks', {})
     with torch.device('meta' if is_blank else 'cpu'):
-        model = make_model(cfg, init=start.is_random)
+        model = make_model(cfg, init=not (start.state or start.weights))
     if start.weights is not None and not is_blank:
         checkpoint.load_weights(model, start.weights, s.init_from)
     if s.lora_rank:  # lora
@@ -222,10 +211,6 @@ class Start:
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
     base: dict = None  # state.json's entry for the base of an adapter
-
-    @property
-    def is_random(self):
-        return self.state is None and self.weights is None
 
 
 def find_start(s, ranks):
@@ -343,10 +328,7 @@ def adopt(s, cfg, where):
 
 
 def identity(s):
-    """
-    The names of the settings that a resumed run may not change: the network, which rows step n reads, and
-    whatever of a feature is not in its may_change.
-    """
+    """Names of the settings that a resumed run may not change: the model, and the rows that step n reads."""
     network = part_of(s, ModelConfig)
     names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
     names += ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
@@ -408,66 +390,6 @@ def describe_changes(s, stored, ranks):
 
 
 # -----------------------------------------------------------------------------
-# Log
-
-class Log:
-    """log.jsonl in out_dir, one JSON object per line, and Weights & Biases if enabled. Only rank 0 writes."""
-    EARLIER = {}  # path: seconds of the run before this process
-    TO_DO = 'make room, then run the same command to resume'
-
-    def __init__(self, s, step, ranks):
-        self.is_on = ranks.first
-        self.wandb = None
-        self.seconds = 0.0
-        self.evaluated = -1  # step of the last evaluation
-        if not self.is_on:
-            return
-        self.path = os.path.join(s.out_dir, 'log.jsonl')
-        best = checkpoint.best(s.out_dir)[1]
-        records = []
-        for record in read_records(self.path):
-            # What came after the checkpoint happens again. So does the evaluation of that step if it was the
-            # best one, and a full disk kept out_dir/best from saying so
-            is_lost = 'val_loss' in record and (best is None or record['val_loss'] < best)
-            if record['step'] < step or (record['step'] == step > 0 and not is_lost):
-                records.append(record)
-        with checkpoint.writing(self.path, self.TO_DO):
-            checkpoint.replace_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
-        before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
-        self.seconds = self.EARLIER.setdefault(self.path, before)  # which a rewound run has counted already
-        self.evaluated = max((r['step'] for r in records if 'val_loss' in r), default=-1)
-        if s.wandb_log:  # study
-            from features.study import wandb_log  # study
-            self.wandb = wandb_log.start(s)  # study
-
-    def write(self, step, **values):
-        """Add a record; values that are None, NaN or infinite are left out."""
-        if not self.is_on:
-            return
-        record = {'step': step}
-        for name, value in values.items():
-            if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
-                record[name] = value
-        record['seconds'] = round(self.seconds + process_age(), 3)
-        with checkpoint.writing(self.path, self.TO_DO):
-            checkpoint.append(self.path, json.dumps(record) + '\n')
-        if self.wandb:  # study
-            self.wandb.send(record)  # study
-
-
-def read_records(path):
-    """The records of a log.jsonl, without truncated or damaged lines; [] if there is no file."""
-    records = []
-    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace', newline='\n') as f:
-        for line in f:
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and 'step' in record:
-                    records.append(record)
-    return records
-
-
-# -----------------------------------------------------------------------------
 # What a run prints
 
 def open_bar(s, step, ranks):
@@ -504,8 +426,7 @@ def describe(s, run, ranks):
     for source in (*run.data.sources, *run.val):
         if ranks.first and source.too_long():
             ranks.say(f'data: {source.too_long()}')
-    # else it is that of a run which is evaluated
-    if 'dataset' not in s.given and s.dataset == type(s)().dataset:
+    if 'dataset' not in s.given and s.dataset == type(s)().dataset:  # else it is that of an evaluated run
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
     for source in run.data.sources:  # text
         if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
@@ -558,32 +479,14 @@ def report(s, run, step, loss, norm, ranks):
                   mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None, expert_load=expert_load)
 
 
-def show_sample(model, s, data, ranks, stop=False):
-    """
-    Print one continuation of s.sample_prompt. It uses its own random numbers, so it does not affect training.
-    stop: becomes true when it must end.
-    """
-    is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
-    if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it
-        return
-    from sample import sample_of_training
-    model.eval()
-    try:
-        pieces = sample_of_training(model, s, data, ranks)
-        written = ''.join(takewhile(lambda _: not ranks.any(stop), pieces))
-        ranks.say('    | ' + written.strip().replace('\n', '\n    | '))
-    except UserError as error:
-        ranks.say(f'no sample: {error}')
-    model.train()
-
-
 # -----------------------------------------------------------------------------
 # The process
 
 def stop_signals():
-    """The signals that ask a run to save and stop."""
-    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignores_hangup)
+    """The signals that ask a run to save and stop. Under nohup, SIGHUP does not."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return [signal.SIGTERM, signal.SIGINT]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 class StopSignal:
@@ -684,17 +587,14 @@ def peak_memory(device):
     if peak is not None:  # Linux, where getrusage() would count memory of the process that started this one
         return 1024 * peak
     import resource  # not on Windows
-    import sys
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak
 
 
 def read_field(path, name):
     """The number after `name` at the beginning of a line of a file; None without such a line or file."""
-    with suppress(OSError):
-        with open(path) as f:
-            for line in f:
-                words = line.split()
-                if words and words[0] == name:
-                    return int(words[1])
+    with suppress(OSError), open(path) as f:
+        for line in f:
+            if line.startswith(name):
+                return int(line.removeprefix(name).split()[0])
     return None

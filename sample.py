@@ -16,6 +16,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see train.py
@@ -407,6 +408,24 @@ def encode_prompt(text, tokenizer, cfg):
     if len(ids) > most:
         raise UserError(f'start: {what} has {len(ids)} tokens, the context of this model {most}: shorten it')
     return ids
+
+
+def show_sample(model, s, data, ranks, stop=False):
+    """
+    Print one continuation of s.sample_prompt. It uses its own random numbers, so it does not affect training.
+    stop: becomes true when it must end.
+    """
+    is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
+    if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it
+        return
+    model.eval()
+    try:
+        pieces = sample_of_training(model, s, data, ranks)
+        written = ''.join(takewhile(lambda _: not ranks.any(stop), pieces))
+        ranks.say('    | ' + written.strip().replace('\n', '\n    | '))
+    except UserError as error:
+        ranks.say(f'no sample: {error}')
+    model.train()
 
 
 def sample_of_training(model, s, data, ranks):

@@ -39,17 +39,8 @@ from configurator import (
 from features import extend
 from model import ModelConfig, autocast, zero
 from optim import FirstSteps, OptimConfig, clip_gradient, set_rates
-from run import (
-    Log,
-    OneProcess,
-    StopSignal,
-    describe,
-    open_bar,
-    peak_memory,
-    report,
-    set_up,
-    show_sample,
-)
+from run import OneProcess, StopSignal, describe, open_bar, peak_memory, report, set_up
+from sample import show_sample
 
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient may be NaN or infinite; one more ends the run
 
@@ -150,9 +141,7 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
 
     @property
     def is_new(self):
-        """
-        Whether the run starts from random weights unless out_dir holds a run: init_from names no weights.
-        """
+        """Whether the run starts from random weights, unless out_dir holds a run."""
         return self.init_from in ('auto', 'scratch')
 
 
@@ -243,7 +232,7 @@ def train(s, device, ranks, stop, left_out=()):
     if s.eval_only:
         return 0 if validate(s, run.step, run, ranks, stop) else stop.number or signal.SIGTERM
     ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, run.step, asdict(s)))
-    run.log = Log(s, run.step, ranks)
+    run.log = checkpoint.Log(s, run.step, ranks)
     if run.pace:  # plan
         run.pace.earlier = run.log.seconds  # plan
     if ranks.first:
@@ -345,10 +334,7 @@ def not_finite(s, step):
 
 
 def compiling(run, what, ranks):
-    """
-    Context of a 'step' or an 'evaluation': the first one includes compiling, and all ranks wait longer for
-    it.
-    """
+    """Context of a 'step' or an 'evaluation': all ranks wait longer for the first one, which compiles."""
     is_compiled_now = what in run.to_compile
     run.to_compile.discard(what)
     return ranks.patient(is_compiled_now)

@@ -17,11 +17,12 @@ from inject import inject
 import checkpoint
 import train as training
 from batches import EVAL_ROWS
+from checkpoint import Log
 from configurator import UserError, configure
 from features import build
 from features.plan.dial import batch_tokens, derive, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
-from run import Log, OneProcess
+from run import OneProcess
 from train import Settings
 
 CPU = torch.device('cpu')
@@ -198,7 +199,7 @@ class Machine:
     """Runs train.py with a clock that only its steps move."""
     def __init__(self, patch, seconds_per_step):
         self.now = 0.0
-        for module in ('features.plan.minutes', 'run'):
+        for module in ('features.plan.minutes', 'checkpoint'):
             patch.setattr(f'{module}.process_age', lambda: self.now)
         train_step = training.train_step
 

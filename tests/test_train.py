@@ -33,7 +33,7 @@ from configurator import UserError
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import FirstSteps, Interval, Muon
-from run import show_sample
+from sample import show_sample
 from tokenizer import new_tokenizer
 from train import Settings
 

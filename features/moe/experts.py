@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint import read_records
 from configurator import FilePath, UserError
 from features.study.pictures import figure, save, write_csv
-from run import read_records
 
 
 @dataclass

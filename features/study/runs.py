@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from checkpoint import read_records
 from configurator import UserError, convert, find_field
 from features import build, default_of, part_of
 from features.study.stats import mean_and_error, paired_difference
 from model import ModelConfig, make_model
-from run import read_records
 from train import Settings
 
 # settings that do not change what a run learns: runs of one arm may differ in them
