@@ -1,6 +1,5 @@
 """
-Guards of a run: detect gradients that are zero everywhere, ranks whose weights differ, and ranks that were
-started differently.
+Guards of a run with several ranks: detect ranks whose weights differ, and ranks that were started differently.
 """
 import torch
 
