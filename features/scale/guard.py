@@ -1,5 +1,5 @@
 """
-Guards of a run with several ranks: detect ranks whose weights differ, and ranks that were started differently.
+Guards of a run with several ranks: detect ranks whose weights differ or that were started differently.
 """
 import torch
 
