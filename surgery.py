@@ -29,9 +29,23 @@ from typing import Literal
 
 from configurator import FilePath, configure_command, run_main
 from features.growth import commands
-from features.growth.runs import SurgerySettings
 from features.lora import combine  # lora
 from features.moe import upcycle  # moe
+
+
+@dataclass
+class SurgerySettings:
+    from_: FilePath = ''  # the old model: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # folder for the new model; it must not exist yet
+    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = the data of the old run, if
+    # they are there; none = no losses
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        for name in ('from_', 'out_dir'):
+            if not getattr(self, name):
+                raise ValueError(f'{name.rstrip("_")}: is not given: '
+                                 'python surgery.py COMMAND --from=DIR --out_dir=NEW …')
 
 
 @dataclass
@@ -103,15 +117,51 @@ class FactorizeSettings(SurgerySettings):
             raise ValueError(f'energy={self.energy:g}: takes 0 < energy < 1')
 
 
+@dataclass
+class UpcycleSettings(SurgerySettings):
+    n_expert: int = 8  # number of experts; each starts as a copy of the MLP
+    n_expert_active: int = 1  # experts per token
+    expert_bias: float = 0.0  # load balancing without a loss, as in train.py
+    seed: int = 1337  # seed for the routers
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.n_expert < 2:
+            raise ValueError(f'n_expert={self.n_expert}: takes 2 or more')
+
+
+@dataclass
+class MergeSettings(SurgerySettings):
+    adapter: list[FilePath] = field(default_factory=list)  # adapters to merge into --from: runs of train.py
+    # --lora_rank or PEFT folders; none = --from is itself a run with an adapter
+    shares: list[float] = field(default_factory=list)  # weight of each adapter; none = 1 for all
+    untie: bool = False  # give the head its own matrix, if the adapted embedding is tied to it
+
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        if self.shares and len(self.shares) != len(self.adapter):
+            raise ValueError(f'shares={self.shares}: takes one for each adapter, {len(self.adapter)}')
+
+
+@dataclass
+class CombineSettings(MergeSettings):
+    def check(self):
+        """Raise ValueError for values that cannot work."""
+        super().check()
+        if len(self.adapter) < 2 or self.untie:
+            raise ValueError(f'adapter: {len(self.adapter)} given: takes two or more, '
+                             '--adapter=DIR for each, and no untie')
+
+
 COMMANDS = {
     'inherit': (commands.run_inherit, InheritSettings),
     'grow': (commands.run_grow, GrowSettings),
     'widen': (commands.run_widen, WidenSettings),
     'average': (commands.run_average, AverageSettings),
     'factorize': (commands.run_factorize, FactorizeSettings),
-    'upcycle': (upcycle.run, upcycle.UpcycleSettings),  # moe
-    'merge': (combine.run_merge, combine.MergeSettings),  # lora
-    'combine': (combine.run_combine, combine.CombineSettings),  # lora
+    'upcycle': (upcycle.run, UpcycleSettings),  # moe
+    'merge': (combine.run_merge, MergeSettings),  # lora
+    'combine': (combine.run_combine, CombineSettings),  # lora
 }
 
 

@@ -17,6 +17,7 @@ import checkpoint
 from analyze import WeightsSettings
 from configurator import UserError
 from features import build
+from features.growth.factorize import rank_for
 from features.study import spectra
 from features.study.spectra import (
     figures,
@@ -24,7 +25,6 @@ from features.study.spectra import (
     matrices,
     measure,
     product,
-    rank_for,
     singular_values,
     table,
 )

@@ -106,6 +106,25 @@ def test_no_core_file_imports_a_feature_at_module_level(name):
         assert not any(str(module).startswith('features.') for module in modules), ast.unparse(node)
 
 
+def imported_at_once(body):
+    """The modules that statements import when they run: those inside functions are left out."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imported_at_once(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize('feature', FEATURES)
+def test_a_feature_imports_another_only_inside_the_function_that_needs_it(feature):
+    for path in (ROOT / 'features' / feature).rglob('*.py'):
+        others = {module for module in imported_at_once(ast.parse(path.read_text()).body)
+                  if module.startswith('features.') and module.split('.')[1] != feature}
+        assert not others, path
+
+
 def test_a_plain_run_loads_few_files(tmp_path):
     """Its files and lines, measured when it ends: the limits may be lowered, not raised."""
     code = """

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, one_line, run, write_dataset
 
 from configurator import UserError
-from features.study import jobs, sweep
+from features.study import sweep
 from features.study.jobs import locked, outcome, places, run_missing, start
 from features.study.runs import read_log, sizes, state
 from features.study.sweep import Sweep, expand, read_sweep
@@ -227,7 +227,7 @@ def test_two_sweeps_never_share_a_folder_nor_does_one_with_what_another_left_run
 
 
 def test_each_process_has_a_gpu_or_its_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(jobs, 'cores', lambda: 8)
+    monkeypatch.setattr('features.text.workers.cores', lambda: 8)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
     assert places(0) == places(1) == [{}] and places(3) == [{'OMP_NUM_THREADS': '2'}] * 3

@@ -91,6 +91,15 @@ def factors(U, S, R, rank):
     return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
+def rank_for(s, energy):
+    """
+    The smallest rank that keeps this share of the sum of squares of the singular values s, which are sorted,
+    largest first.
+    """
+    kept = s.square().cumsum(0)
+    return min(len(s), int(torch.searchsorted(kept, energy * kept[-1])) + 1)
+
+
 # -----------------------------------------------------------------------------
 # A network
 
@@ -115,7 +124,6 @@ def factorize(model, ranks, energy=0.0, moments=None):
             continue
         U, S, R = decompose(layer.weight, moments[name] if moments else None)
         if not rank:
-            from features.study.spectra import rank_for  # study
             rank = -(-rank_for(S, energy) // 8) * 8  # tensor cores want multiples of 8
         if energy and rank * (n_in + n_out) >= n_in * n_out:
             continue

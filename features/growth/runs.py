@@ -20,27 +20,12 @@ import checkpoint
 import optim
 from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, replace_json
-from configurator import FilePath, UserError
+from configurator import UserError
 from model import Transformer
 from run import OneProcess
 from tokenizer import load_tokenizer
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
-
-
-@dataclass
-class SurgerySettings:
-    from_: FilePath = ''  # the old model: a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
-    out_dir: FilePath = ''  # folder for the new model; it must not exist yet
-    dataset: FilePath | dict = 'auto'  # data to measure the losses on; auto = the data of the old run, if
-    # they are there; none = no losses
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        for name in ('from_', 'out_dir'):
-            if not getattr(self, name):
-                raise ValueError(f'{name.rstrip("_")}: is not given: '
-                                 'python surgery.py COMMAND --from=DIR --out_dir=NEW …')
 
 
 @dataclass

@@ -6,41 +6,17 @@ several adapters into one.
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both   # one adapter
 """
 import dataclasses
-from dataclasses import dataclass, field
 
 import checkpoint
 from checkpoint import fill
-from configurator import FilePath, UserError
-from features.growth.runs import SurgerySettings, new_state, read, write, write_run
+from configurator import UserError
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters, read_saved, split_name
 
 
-@dataclass
-class MergeSettings(SurgerySettings):
-    adapter: list[FilePath] = field(default_factory=list)  # adapters to merge into --from: runs of train.py
-    # --lora_rank or PEFT folders; none = --from is itself a run with an adapter
-    shares: list[float] = field(default_factory=list)  # weight of each adapter; none = 1 for all
-    untie: bool = False  # give the head its own matrix, if the adapted embedding is tied to it
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        if self.shares and len(self.shares) != len(self.adapter):
-            raise ValueError(f'shares={self.shares}: takes one for each adapter, {len(self.adapter)}')
-
-
-@dataclass
-class CombineSettings(MergeSettings):
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        super().check()
-        if len(self.adapter) < 2 or self.untie:
-            raise ValueError(f'adapter: {len(self.adapter)} given: takes two or more, '
-                             '--adapter=DIR for each, and no untie')
-
-
 def run_merge(s):
     """python surgery.py merge"""
+    from features.growth.runs import read, write
     old = read(s, s.from_, encoder=True, untie=s.untie)
     if not s.adapter and 'base' not in old.state:
         raise UserError(f'from={s.from_}: is a complete model: give adapters to merge, --adapter=DIR')
@@ -62,6 +38,7 @@ def shares_of(s):
 
 def run_combine(s):
     """python surgery.py combine"""
+    from features.growth.runs import new_state, read, write_run
     old = read(s, s.from_, encoder=True)
     model = old.model
     folders = [split_name(entry)[1] for entry in s.adapter]

@@ -10,7 +10,6 @@ import torch
 import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError, from_dict
-from features.hf import reading
 from features.lora import adapters, layers, peft_files
 from model import ModelConfig
 
@@ -112,6 +111,7 @@ def read_saved(where, cfg, weights, base):
 
 def check_adapter(where, base):
     """Raise UserError if a PEFT folder has a tokenizer that differs from the base's."""
+    from features.hf import reading
     is_same = True
     with suppress(UserError):  # most have none
         own = reading.tokenizer(f'hf:{where}')

@@ -16,9 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import new_folder, replace_json, write_tensors
 from configurator import UserError
-from features.hf.config_json import read_json
-from features.hf.families import FAMILIES, nearest
-from features.hf.names import HEAD
 from features.lora import adapters
 from features.lora import layers as lora
 
@@ -44,6 +41,8 @@ def modules(family, cfg):
     {their module: [ours, …]} of all matrices, tables and norms of a model; several of ours are stacked to one
     of theirs.
     """
+    from features.hf.families import FAMILIES
+    from features.hf.names import HEAD
     family, found = FAMILIES[family], {}
     for theirs, ours in (family.names(cfg) | {HEAD: 'head'}).items():
         theirs = theirs if theirs == HEAD else family.prefix + theirs
@@ -173,6 +172,8 @@ def write_whole(model, known, ranks, tensors):
 
 def family_of(cfg, base):
     """The family whose names a model of this ModelConfig has. Raises UserError if there is none."""
+    from features.hf.config_json import read_json
+    from features.hf.families import FAMILIES, nearest
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
     if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
             and FAMILIES[kind].names(cfg)):
@@ -198,6 +199,7 @@ def read(folder, cfg):
     The lora.Saved of a folder, for a model of this ModelConfig. Raises a one-line UserError if it is not
     exactly an adapter for this model.
     """
+    from features.hf.config_json import read_json
     path, weights = (os.path.join(folder, name)
                      for name in ('adapter_config.json', 'adapter_model.safetensors'))
     config = read_json(path)
@@ -239,6 +241,7 @@ class Reading:
     """One folder while it is read. tensors: {name: slice}; shapes are checked before a tensor is read."""
 
     def __init__(self, path, config, tensors, cfg):
+        from features.hf.families import FAMILIES
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
         self.left = set(tensors)
         stems = {re.sub(

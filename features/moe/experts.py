@@ -14,7 +14,6 @@ import torch
 
 from checkpoint import read_records
 from configurator import FilePath, UserError
-from features.study.pictures import figure, save, write_csv
 
 
 @dataclass
@@ -61,6 +60,7 @@ def table(shares):
 
 def draw(steps, shares, title):
     """Plot each layer's final shares (n, layers, E), and the number of experts in use at every step."""
+    from features.study.pictures import figure
     page = figure(11, 4.5)  # before the import: it says what to install
     from matplotlib.ticker import MaxNLocator
     left, right = page.subplots(1, 2)
@@ -80,6 +80,7 @@ def draw(steps, shares, title):
 
 def run(s):
     """python analyze.py experts"""
+    from features.study.pictures import save, write_csv
     steps, shares = read_shares(s.out_dir)
     began = f'steps {steps[-2] + 1:,} to' if len(steps) > 1 else 'the steps up to'
     print(f'{s.out_dir}: {shares.size(2)} experts, tokens of {began} {steps[-1]:,}; '

@@ -5,31 +5,16 @@ et al. 2022, arXiv 2212.05055).
     python surgery.py upcycle --from=out/dense --out_dir=out/moe --n_expert=8
 """
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 
 from configurator import UserError, check
 from features import extend
-from features.growth.networks import refuse_unknown
-from features.growth.runs import SurgerySettings, read, write
-
-
-@dataclass
-class UpcycleSettings(SurgerySettings):
-    n_expert: int = 8  # number of experts; each starts as a copy of the MLP
-    n_expert_active: int = 1  # experts per token
-    expert_bias: float = 0.0  # load balancing without a loss, as in train.py
-    seed: int = 1337  # seed for the routers
-
-    def check(self):
-        """Raise ValueError for values that cannot work."""
-        if self.n_expert < 2:
-            raise ValueError(f'n_expert={self.n_expert}: takes 2 or more')
 
 
 def run(s):
     """python surgery.py upcycle"""
+    from features.growth.runs import read, write
     old = read(s, s.from_, encoder=True)
     torch.manual_seed(s.seed)
     cfg, weights = upcycle(old.model.cfg, old.model.state_dict(), s.n_expert, s.n_expert_active,
@@ -48,6 +33,7 @@ def upcycle(cfg, weights, n_expert, n_expert_active=1, expert_bias=0.0):
     1. The routers are almost zero, but not equal. Uses torch's random numbers. Raises UserError for a model
     that is already a mixture.
     """
+    from features.growth.networks import refuse_unknown
     if cfg.n_expert:
         raise UserError(f'n_expert={cfg.n_expert}: the network is a mixture of experts already: '
                         'give a dense one')

@@ -10,7 +10,6 @@ from configurator import UserError, check, peak_flops, pick_dtype
 from features import part_of
 from features.plan.chinchilla import optima, table
 from features.plan.dial import REACHED, plan, size
-from features.text.nanogpt import GPT2_TOKENS
 from model import ModelConfig, make_model
 from run import adopt
 
@@ -20,6 +19,7 @@ def find_vocabulary(s):
     The vocabulary size from the settings, or from the data set if it exists; otherwise GPT-2's is assumed,
     and a line says so.
     """
+    from features.text.nanogpt import GPT2_TOKENS
     if s.vocab_size:
         return s.vocab_size
     name = s.dataset if isinstance(s.dataset, str) else next(iter(s.dataset), '')

@@ -15,16 +15,13 @@ import tokenizer
 from configurator import ROOT, UserError
 from features.study import bench_peers
 from features.study.measure import alternate, run, section
-from features.text import sources
-from features.text.reader import Reader, documents
-from features.text.settings import TextConfig
-from features.text.workers import cores
 
 MB = 10 ** 6
 
 
 def bench_prepare(s, device, machine):
     """Yield the sections of bench.py prepare: whole processes, from their start to the finished files."""
+    from features.text.workers import cores
     try:
         tokenizer.new_tokenizer('gpt2')
     except UserError as error:
@@ -50,6 +47,7 @@ def bench_prepare(s, device, machine):
 
 def add_peer(s, arms, notes, folder, size, documents):
     """Add nanoGPT's two scripts to the arms, and a description to the notes."""
+    from features.text.workers import cores
     arms['nanoGPT, a text'] = partial(prepare_peer, s.peer, 'shakespeare', folder, size, 1, documents)
     notes.append('nanoGPT, a text: its data/shakespeare/prepare.py, encode_ordinary of the whole file')
     if importlib.util.find_spec('datasets'):
@@ -88,6 +86,9 @@ def write_text(s, folder, mb, txt=True):
 
 def source_texts(s):
     """The non-empty documents of the sources s.text, as a list of texts."""
+    from features.text import sources
+    from features.text.reader import Reader, documents
+    from features.text.settings import TextConfig
     settings = TextConfig(split='document', val_fraction=0.01)
     reader = Reader(sources.find_files(s.text), settings)
     texts = []

@@ -10,7 +10,6 @@ import torch
 
 import sample
 from configurator import pick_dtype
-from features.lora.packed import pack
 from features.study import bench_peers
 from features.study.bench_train import NETWORKS, network
 from features.study.measure import alternate, section
@@ -22,6 +21,7 @@ def bench_sample(s, device, machine):
     Yield the section of bench.py sample: sampling from a model with random weights, one row at a time. The
     limit is to read all weights from memory once per token.
     """
+    from features.lora.packed import pack
     sizes = NETWORKS['tiny' if s.quick else '10.6M']
     count = 50 if s.quick else 500
     dtype = pick_dtype('auto', device)

@@ -7,7 +7,6 @@ import os
 
 from configurator import UserError, whole_text
 from features.study.tasks import CONTEXTS, first_ids, score, score_text
-from features.text.cuts import Cuts
 from model import autocast
 from sample import stream
 
@@ -21,6 +20,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
     installed, does not know a task, or cannot get its data.
     """
     # else lm-eval forks for its bootstrap beside torch's threads, which may hang
+    from features.text.cuts import Cuts
     os.environ.setdefault('DISABLE_MULTIPROC', '1')
     try:
         import lm_eval

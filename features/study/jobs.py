@@ -20,7 +20,6 @@ from checkpoint import replace_text, writing
 from configurator import ROOT, UserError
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
-from features.text.workers import cores
 from run import stop_signals
 
 
@@ -66,6 +65,7 @@ def locked(folder):
 
 def places(jobs):
     """The environment variables of each process that may run at the same time, a list of dicts."""
+    from features.text.workers import cores
     count = torch.cuda.device_count()
     if count:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')

@@ -15,7 +15,6 @@ import numpy as np
 import checkpoint
 from batches import TokenFiles, find_folder, losses
 from configurator import DeviceConfig, UserError
-from features.markov import ngrams
 from features.study.jobs import run_missing
 from features.study.pictures import figure, save
 from features.study.split_loss import row_losses
@@ -47,6 +46,7 @@ def count_rungs(train, val, vocab_size):
     ([rungs below a bigram], [bigrams], [rungs above]) in closed form, from token streams (N,) int64. Their
     smoothing is tuned on the last tenth of `train`.
     """
+    from features.markov import ngrams
     uniform = np.full(len(val) - 1, math.log(vocab_size))
     unigram, _ = ngrams.tuned(ngrams.unigram, train, val, vocab_size)
     bigram, _ = ngrams.tuned(ngrams.bigram, train, val, vocab_size)

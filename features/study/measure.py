@@ -17,13 +17,13 @@ import time
 import torch
 
 from configurator import ROOT, UserError, fastest, matmul_flops
-from features.text.workers import cores
 
 # -----------------------------------------------------------------------------
 # The machine
 
 def measure_machine(device):
     """The machine's hardware names and limits: FLOP/s of a large matmul by dtype, bytes/s of a large copy."""
+    from features.text.workers import cores
     if device.type == 'cpu':
         dtypes = ['float32', 'bfloat16']
         sizes = (512, 1024, 2048)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from batches import find_folder
 from checkpoint import read_records
 from configurator import UserError, convert, find_field
 from features import build, default_of, part_of
@@ -54,6 +55,18 @@ def read_settings(out_dir):
         if value != default_of(f):  # the defaults of features that the run does not use are left out
             values[f.name] = value
     return build(Settings, **values)
+
+
+def real_folders(dataset):
+    """A setting `dataset` as {real folder: weight}, the same for all spellings."""
+    weights = dataset if isinstance(dataset, dict) else {dataset: 1}
+    found = {}
+    for name, weight in weights.items():
+        try:
+            found[os.path.realpath(find_folder(name))] = weight
+        except UserError:
+            found[name] = weight
+    return found
 
 
 def changed_settings(s):

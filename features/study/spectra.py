@@ -176,15 +176,6 @@ def gaussian(shapes):
     return singular_values([torch.randn(shape, generator=generator) for shape in shapes])
 
 
-def rank_for(s, energy):
-    """
-    The smallest rank that keeps this share of the sum of squares of the singular values s, which are sorted,
-    largest first.
-    """
-    kept = s.square().cumsum(0)
-    return min(len(s), int(torch.searchsorted(kept, energy * kept[-1])) + 1)
-
-
 RANKS = ('stable_rank', 'effective_rank', 'rank_90', 'rank_99')
 
 
@@ -194,6 +185,7 @@ def figures(s):
     exp(entropy of s/sum(s)) (Roy & Vetterli 2007), and the ranks that keep 90% and 99% of the energy. A zero
     matrix has rank 0.
     """
+    from features.growth.factorize import rank_for
     out = {'frobenius': s.norm().item(), 'spectral': s[0].item()}
     if s[0] == 0:
         return (out | dict.fromkeys(('stable_rank', 'effective_rank'), 0.0)

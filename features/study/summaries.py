@@ -22,10 +22,6 @@ from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
 from features.study.tasks import read_lines
 from features.study.validation import validation_sources
-from features.t5.beams import beam_search
-from features.t5.sampling import read_sources, source_format
-from features.text.cuts import Cuts
-from features.text.pairs import fill, template_fields
 from model import autocast
 from sample import generate
 
@@ -61,6 +57,7 @@ def read_pairs(path, source, target, template=''):
 
 def to_pair(row, source, target, template, where):
     """The Pair of a line's JSON value. Raises UserError, with `where`, if it is invalid."""
+    from features.text.pairs import fill, template_fields
     sources = template_fields(template) if template else [source]
     setting = 'prompt_template' if template else 'source'
     for key, name in [(key, setting) for key in sources] + [(target, 'target')]:
@@ -106,6 +103,9 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     max_new_tokens leaves a decoder less room for a source than in training (objectives.py): half of its
     context.
     """
+    from features.t5.beams import beam_search
+    from features.t5.sampling import read_sources
+    from features.text.cuts import Cuts
     T = model.cfg.block_size
     room = T - max_new_tokens  # for the source
     if model.cfg.n_encoder_layer:
@@ -146,6 +146,7 @@ def encode_source(text, tokenizer, cfg, room, cuts):
     The ids of a source with the special tokens that the model saw in training. A source of more than `room`
     tokens is truncated at its end; cuts (a Cuts) counts it.
     """
+    from features.t5.sampling import source_format
     form = source_format(tokenizer) if cfg.n_encoder_layer else tokenizer.prompt_format
     ids = tokenizer.encode(text)
     eot = tokenizer.eot or 0

@@ -11,8 +11,8 @@ order.
 """
 import statistics
 
+from features.study.runs import real_folders
 from features.study.stats import mean_and_error, show_interval, show_mean
-from features.text.folders import real_folders
 
 # -----------------------------------------------------------------------------
 # The figures of an arm

@@ -27,8 +27,6 @@ from tqdm import tqdm
 from configurator import UserError, typed_text, whole_text
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
-from features.text.cuts import Cuts
-from features.text.pieces import encode_long
 from model import autocast
 from sample import NOT_FINITE, read_text
 
@@ -188,6 +186,7 @@ def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None)
     Raises UserError for a continuation that is longer than the context length of the model, and for a
     log-likelihood that is not finite.
     """
+    from features.text.cuts import Cuts
     T = model.cfg.block_size
     batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, 8192)
     own = Cuts(CONTEXTS) if cuts is None else cuts
@@ -292,6 +291,7 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
     (nats, tokens, UTF-8 bytes) of a text. Each token is predicted from all previous tokens that fit, except
     for at most `stride` of them. Raises UserError for a text that the tokenizer cannot encode.
     """
+    from features.text.pieces import encode_long
     try:
         ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary

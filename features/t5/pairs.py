@@ -17,7 +17,6 @@ import numpy as np
 from batches import Source
 from configurator import UserError
 from features.t5.objectives import decoder_batch, encoder_batch
-from features.text.cuts import Cuts
 
 LOOK_AT = 5000  # pairs read at the start, at most, to count those that are cut (0.1 s)
 
@@ -73,6 +72,7 @@ class PairSource(Source):
 
     def too_long(self):
         """A line about truncated pairs, '' if all fit. Reads at most LOOK_AT of the long ones."""
+        from features.text.cuts import Cuts
         T, S = self.block_size, self.source_size
         shortest = min(S, T) + 1 if S else T + 2  # pair that may be cut, in tokens
         numbers, seen = np.flatnonzero(np.diff(self.files.bounds) >= shortest), self.files.documents

@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 
 import checkpoint
-from batches import describe_bos, find_folder
+from batches import describe_bos
 from configurator import UserError
 from features.text.cuts import Cuts
 from features.text.tokenizers import options_of, same_ids
@@ -132,15 +132,3 @@ def count_long_documents(source):
     if not cuts.cut:
         return ''
     return f'{source.name}, {source.files.split}: {cuts.line()} (packing=document: a random part of each)'
-
-
-def real_folders(dataset):
-    """A setting `dataset` as {real folder: weight}, the same for all spellings."""
-    weights = dataset if isinstance(dataset, dict) else {dataset: 1}
-    found = {}
-    for name, weight in weights.items():
-        try:
-            found[os.path.realpath(find_folder(name))] = weight
-        except UserError:
-            found[name] = weight
-    return found
