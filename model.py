@@ -51,6 +51,7 @@ class ModelConfig:
     value_residual: bool = False  # mix the first block's values into later ones (arXiv 2410.17897)
     tie: bool = True  # share one matrix between embedding and head (Press & Wolf 2017, arXiv 1608.05859)
     bias: bool = False  # use biases in linear layers and LayerNorm
+    qkv_bias: bool = False  # use biases in the query, key and value matrices, also without `bias` (Qwen2)
     dropout: float = 0.0  # 0 for pretraining; 0.1 or more if the data are repeated many times
     init_std: float = 0.0  # standard deviation of the initial weights; 0 = 1/sqrt(inputs). GPT-2: 0.02
     rank_qk: int = 0  # rank of the query and key matrices, as factors up·down of this inner width; 0 = dense
@@ -169,13 +170,13 @@ LATENT_ACTIVATIONS = {
 class LowRank(nn.Module):
     """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)"""
 
-    def __init__(self, n_in, n_out, rank, cfg):
+    def __init__(self, n_in, n_out, rank, cfg, bias):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
         if cfg.rank_act not in LATENT_ACTIVATIONS:
             raise no_code(cfg, 'rank_act')
         self.act = LATENT_ACTIVATIONS[cfg.rank_act]
-        self.up = nn.Linear(rank, n_out, bias=cfg.bias)
+        self.up = nn.Linear(rank, n_out, bias=bias)
 
     def forward(self, x):
         return self.up(self.act(self.down(x)))
@@ -184,7 +185,8 @@ class LowRank(nn.Module):
 def linear(cfg, layer, name):
     """The linear layer `name`, as in ModelConfig.sizes(), of block `layer`."""
     (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
-    return LowRank(n_in, n_out, rank, cfg) if rank else nn.Linear(n_in, n_out, bias=cfg.bias)
+    bias = cfg.bias or cfg.qkv_bias and name in ('attn.q', 'attn.k', 'attn.v')
+    return LowRank(n_in, n_out, rank, cfg, bias) if rank else nn.Linear(n_in, n_out, bias=bias)
 
 
 def init_linear(layer, cfg, scale=1.0, zero=False):

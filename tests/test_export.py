@@ -125,6 +125,7 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
     assert os.listdir(tmp_path) == ['run']
 
 
+QWEN2 = LLAMA | dict(qkv_bias=True)
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
            'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
@@ -135,7 +136,8 @@ CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
     'depth_scale': ('attn', 'norm'), 'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'),
-    'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False), 'n_encoder_layer': (0, 1)}.items()
+    'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False), 'qkv_bias': (True, False),
+    'n_encoder_layer': (0, 1)}.items()
             for choice in choices]
 CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
             + [{'rank_embed': 8, 'rank_head': 8}])
@@ -153,7 +155,7 @@ def test_the_changes_are_of_every_setting():
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', CHANGES, ids=str)
-@pytest.mark.parametrize('family', [LLAMA, GPT2, T5], ids=['llama', 'gpt2', 't5'])
+@pytest.mark.parametrize('family', [LLAMA, QWEN2, GPT2, T5], ids=['llama', 'qwen2', 'gpt2', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,

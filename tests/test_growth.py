@@ -225,7 +225,8 @@ SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), d
           (dict(), dict(softcap=5.0)), (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')),
           (dict(), dict(depth_scale='norm')), (dict(), dict(value_residual=True)),
           (dict(), dict(tie=False)), (dict(), dict(t5_scale=True)), (dict(tie=False), dict(t5_scale=True)),
-          (dict(), dict(bias=True)), (dict(), dict(dropout=0.1)), (dict(), dict(rank_qk=8)),
+          (dict(), dict(bias=True)), (dict(), dict(qkv_bias=True)), (dict(), dict(dropout=0.1)),
+          (dict(), dict(rank_qk=8)), (dict(qkv_bias=True), dict(rank_vo=8)),
           (dict(), dict(rank_vo=8)), (dict(), dict(rank_mlp=8)), (dict(tie=False), dict(rank_embed=8)),
           (dict(tie=False), dict(rank_head=8)), (dict(), dict(ranks={'attn.k': 3, 'blocks.1.mlp.down': 4})),
           *((dict(rank_qk=8, rank_vo=8, rank_mlp=8), more) for more in (

@@ -30,8 +30,8 @@ KNOWN = {
     'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm',
     'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale',
     'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias',
-    'bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks',
-    'rank_act',
+    'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head',
+    'ranks', 'rank_act',
 }
 
 # The choices of these settings that the functions take into account

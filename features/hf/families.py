@@ -5,6 +5,7 @@ are in names.py.
     gpt2         GPT-2
     gpt_bigcode  StarCoder: GPT-2 with one head of keys and values
     llama        Llama, TinyLlama, SmolLM, OpenLLaMA
+    qwen2        Qwen2, Qwen2.5: Llama with biases in the query, key and value matrices
     mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
     minnow       our own class, as hub.py export --as=custom writes it
@@ -113,6 +114,18 @@ def llama_config(config):
         bias=bias)
 
 
+def qwen2_config(config):
+    config.one_of('use_sliding_window', False)
+    kinds = config.get('layer_types', [])
+    if not isinstance(kinds, list) or any(kind != 'full_attention' for kind in kinds):
+        config.refuse('layer_types', kinds, "takes 'full_attention' for all layers")
+    for name in ('attention_bias', 'mlp_bias'):  # fields that this family does not have
+        config.fields.pop(name, None)
+    cfg = llama_config(config)
+    cfg.qkv_bias = True
+    return cfg
+
+
 def mistral_config(config):
     config.fields.setdefault('sliding_window', 4096)  # absent: transformers' default; null: no window
     config.fields.setdefault('num_key_value_heads', 8)
@@ -216,6 +229,12 @@ def llama_fields(cfg):
     }
 
 
+def qwen2_fields(cfg):
+    fields = llama_fields(cfg)
+    del fields['attention_bias'], fields['mlp_bias']
+    return fields
+
+
 def t5_fields(cfg):
     from features.t5.positions import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
@@ -251,6 +270,7 @@ PLAIN = {
     'n_encoder_layer': 0,
     'n_expert': 0,
     't5_scale': False,
+    'qkv_bias': False,
     'qk_norm': False,
     'softcap': 0.0,
     'value_residual': False,
@@ -287,6 +307,10 @@ def llama_wants(cfg):
         'n_kv_head': cfg.kv_heads,
         'head_dim': cfg.d_head,
     }
+
+
+def qwen2_wants(cfg):
+    return llama_wants(cfg) | {'bias': False, 'qkv_bias': True}
 
 
 def t5_wants(cfg):
@@ -334,6 +358,9 @@ FAMILIES = {
         bigcode_wants, biases=True, buffers=MASKS),
     'llama': Family(
         'LlamaForCausalLM', 'model.', llama_config, llama_names, llama_fields, llama_wants, buffers=ROTARY),
+    'qwen2': Family(
+        'Qwen2ForCausalLM', 'model.', qwen2_config, llama_names, qwen2_fields, qwen2_wants,
+        buffers=ROTARY),
     'minnow': Family('MinnowForCausalLM', 'model.', minnow_config, minnow_names),
     't5': Family(
         'T5ForConditionalGeneration', '', t5_config, t5_names, t5_fields, t5_wants,
