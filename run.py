@@ -89,7 +89,8 @@ def set_up(s, device, ranks, left_out=()):
         s.dtype = ranks.from_first(lambda: pick_dtype(s.dtype, device))
     planned = {}
     if s.is_planned:  # plan
-        from features.plan.dial import derive  # plan
+        from features.plan.dial import derive, most_steps  # plan
+        most = most_steps(s)  # plan
         planned = derive(s, start.state, device, ranks)  # plan
     if s.rows_per_step % ranks.world:
         raise UserError(f'batch_size * gradient_accumulation_steps = {s.rows_per_step} rows cannot be shared '
@@ -148,7 +149,7 @@ def set_up(s, device, ranks, left_out=()):
     run.flops = state.get('flops', run.step * run.flops_per_step)
     if s.minutes:  # plan
         from features.plan.minutes import Pace  # plan
-        run.pace = Pace(s, state.get('fits'))  # plan
+        run.pace = Pace(s, state.get('fits'), most)  # plan
     if s.rewind_spikes:  # scale
         from features.scale.rewind import Losses  # scale
         run.losses = Losses(s.rewind_spikes, state.get('losses', ()))  # scale

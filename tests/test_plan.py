@@ -20,7 +20,7 @@ from batches import EVAL_ROWS
 from checkpoint import Log
 from configurator import UserError, configure
 from features import build
-from features.plan.dial import batch_tokens, derive, plan, shape, size
+from features.plan.dial import batch_tokens, derive, most_steps, plan, shape, size
 from features.plan.minutes import Pace, fit_minutes
 from run import OneProcess
 from train import Settings
@@ -139,10 +139,11 @@ def test_steps_on_the_command_line_are_a_limit_beside_minutes(dataset, tmp_path)
                        ([str(config), '--max_iters=5000'], math.inf)):
         s = configure(Settings, [*args, f'--dataset={dataset}', '--minutes=10', '--depth=1'])
         s.dtype = 'float32'
+        assert most_steps(s) == most
         derived = derive(s, None, CPU, OneProcess(CPU))
-        fit_minutes(s, derived, 1.0, 0.0)
+        fit_minutes(s, derived, 1.0, 0.0, most)
         assert s.max_iters == 50 if most == 50 else 500 < s.max_iters < 600
-        pace = Pace(s, clock=iter(range(100)).__next__)
+        pace = Pace(s, most=most, clock=iter(range(100)).__next__)
         pace.ends = [0, 1, 2]
         assert pace.fit(2) <= most
 

@@ -140,6 +140,15 @@ def intervals(count, batch_size):
             'log_interval': max(1, count // 50)}
 
 
+def most_steps(s):
+    """
+    The limit on max_iters beside minutes, before max_iters is derived: --max_iters of the command line; that
+    of a config file is not a limit.
+    """
+    is_limit = 'max_iters' in s.given and 'max_iters' not in s.from_files
+    return s.max_iters if is_limit else math.inf
+
+
 def derive(s, state, device, ranks):
     """
     Set the derived settings, the same on all ranks; a resumed run keeps those from its start. Returns
@@ -152,8 +161,6 @@ def derive(s, state, device, ranks):
                         '--out_dir, or --init_from=scratch to begin anew (the old run is moved aside)')
     data = Mixture(s.dataset, 'train', s.block_size, s.seed)
     tokens = sum(source.files.tokens for source in data.sources)
-    if 'max_iters' in s.given and 'max_iters' not in s.from_files:
-        s.most_iters = s.max_iters
     planned = ranks.from_first(lambda: plan(s, data.vocab_size, tokens, device, ranks.world))
     for name in planned:
         setattr(s, name, state['settings'][name] if state else planned[name])

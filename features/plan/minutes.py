@@ -18,22 +18,17 @@ def evaluation_steps(s):
     return EVAL_ROWS * s.eval_iters / (s.batch_size * s.gradient_accumulation_steps) / 3
 
 
-def most_steps(s):
-    """The limit on max_iters: --max_iters from the command line; that of a config file is not a limit."""
-    return getattr(s, 'most_iters', math.inf)
-
-
-def fit_minutes(s, derived, seconds_per_step, elapsed):
+def fit_minutes(s, derived, seconds_per_step, elapsed, most=math.inf):
     """
-    Set max_iters so that the run ends s.minutes after the start of the process, `elapsed` seconds ago, and
-    set the intervals.
+    Set max_iters, to `most` at most, so that the run ends s.minutes after the start of the process, `elapsed`
+    seconds ago, and set the intervals.
     """
     evaluations = 6 * evaluation_steps(s)
     count = (60 * s.minutes - elapsed) / seconds_per_step - evaluations
     if count < 10:
         raise UserError(f'minutes={s.minutes:g}: a step takes {seconds_per_step:.1f} s, '
                         f'and {elapsed:.0f} s went by already: give more minutes, or a smaller --depth')
-    count = min(round(count), most_steps(s))
+    count = min(round(count), most)
     for name, value in ({'max_iters': count} | intervals(count, s.batch_size)).items():
         if name in derived:
             setattr(s, name, value)
@@ -43,12 +38,13 @@ class Pace:
     """
     The speed of a run with s.minutes, and the steps that are left: the machine's speed may change after the
     first fit. clock() returns the seconds since this process started; `earlier` are the seconds of the run's
-    earlier processes.
+    earlier processes; most: the limit on max_iters.
     """
     SMALL = 0.02  # a change of max_iters by less is not worth a bend in the schedule
 
-    def __init__(self, s, fits=(), clock=None):
+    def __init__(self, s, fits=(), most=math.inf, clock=None):
         self.s = s
+        self.most = most
         self.fits = list(fits or ())  # [step, the max_iters set there]
         self.clock = clock or process_age
         self.earlier = 0.0
@@ -103,7 +99,7 @@ class Pace:
         intervals, rest = divmod(left, self.s.eval_interval * per_step + evaluation)
         # the end is an evaluation too
         more = intervals * self.s.eval_interval + max(0.0, (rest - evaluation) / per_step)
-        count = min(step + round(more), most_steps(self.s))
+        count = min(step + round(more), self.most)
         return self.s.max_iters if abs(count - self.s.max_iters) < self.SMALL * self.s.max_iters else count
 
 
@@ -135,7 +131,7 @@ def spend_minutes(run, s, ranks, stop, train_step):
         run.model.take_loads()  # moe
 
     def fit():
-        fit_minutes(s, run.planned, sorted(times[3:])[2], run.pace.elapsed())
+        fit_minutes(s, run.planned, sorted(times[3:])[2], run.pace.elapsed(), run.pace.most)
         return s.max_iters, s.eval_interval, s.log_interval
     s.max_iters, s.eval_interval, s.log_interval = ranks.from_first(fit)
     run.pace.fits.append([0, s.max_iters])
