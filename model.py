@@ -61,7 +61,7 @@ class ModelConfig:
     rank_head: int = 0  # rank of the output head
     ranks: dict = field(default_factory=dict)  # ranks of single matrices, which override these: {'attn.k':
     # 16, 'blocks.3.mlp.down': 0}; also match cross-attention and an encoder's block 3
-    rank_act: Literal['none', 'silu', 'rmsnorm', 'silu+rmsnorm'] = 'none'  # activation between factors
+    rank_act: Literal['none', 'silu'] = 'none'  # activation between the factors (CoLA, arXiv 2502.10940)
 
     only_in_training = ('dropout',)  # settings on which a trained network's function does not depend
 
@@ -159,23 +159,15 @@ def no_code(cfg, name, where='model.py'):
 # -----------------------------------------------------------------------------
 # Linear layers, dense and low-rank
 
-LATENT_ACTIVATIONS = {
-    'none': lambda z: z,
-    'silu': F.silu,  # CoLA (Liu et al. 2025, arXiv 2502.10940)
-    'rmsnorm': lambda z: F.rms_norm(z, z.shape[-1:]),  # DeepSeek-V2 (arXiv 2405.04434)
-    'silu+rmsnorm': lambda z: F.rms_norm(F.silu(z), z.shape[-1:]),
-}
-
-
 class LowRank(nn.Module):
     """y = up(act(down(x))): (…, n_in) → (…, R) → (…, n_out)"""
 
     def __init__(self, n_in, n_out, rank, cfg, bias):
         super().__init__()
         self.down = nn.Linear(n_in, rank, bias=False)
-        if cfg.rank_act not in LATENT_ACTIVATIONS:
+        if cfg.rank_act not in ('none', 'silu'):
             raise no_code(cfg, 'rank_act')
-        self.act = LATENT_ACTIVATIONS[cfg.rank_act]
+        self.act = F.silu if cfg.rank_act == 'silu' else nn.Identity()
         self.up = nn.Linear(rank, n_out, bias=bias)
 
     def forward(self, x):
@@ -259,10 +251,9 @@ def attend(q, k, v, mask, is_causal, dropout):
     groups = q.size(1) // k.size(1)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    # torch's fused kernel, with two exceptions on a CPU. In bfloat16 it is as slow as in float32: short rows
-    # take half the time by plain attention (a training step at T = 64: 0.7 against 2.7 ms, at T = 256: 18
-    # against 34; at T = 1024: 3 times longer). For a learned mask it has no backward pass: torch's substitute
-    # takes twice as long at every length
+    # torch's fused kernel, but plain attention in two cases on a CPU: in bfloat16 it takes half the time on
+    # short rows (a training step at T = 256: 18 against 34 ms); for a learned mask the kernel has no backward
+    # pass, and torch's substitute takes twice as long
     is_short = q.dtype == torch.bfloat16 and q.size(2) > 1 and q.size(2) * k.size(2) <= 256 ** 2
     is_learned = mask is not None and mask.requires_grad
     if q.device.type != 'cpu' or not (is_short or is_learned):

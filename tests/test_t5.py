@@ -24,6 +24,7 @@ from features.lora.packed import pack
 from features.t5.beams import beam_search
 from features.t5.positions import RelativeBias
 from features.t5.sampling import Decoder, pad
+from features.t5.settings import READ
 from model import ModelConfig, autocast, make_model
 from sample import KVCache, generate, step
 from tokenizer import ByteTokenizer
@@ -373,6 +374,15 @@ def test_a_kind_of_cross_attention_without_code_does_not_work_as_another_one():
     with pytest.raises(ValueError,
                        match='^cross_rope=new: this choice has no code in features/t5/network.py$'):
         tiny(n_encoder_layer=1, cross_rope='new')
+
+
+def test_a_setting_that_its_blocks_do_not_read_has_to_be_at_its_default(monkeypatch):
+    """As a new one, which only a decoder acts on."""
+    monkeypatch.setattr('features.t5.settings.READ', READ - {'softcap'})
+    tiny(softcap=5.0)
+    tiny(n_encoder_layer=1)
+    with pytest.raises(ValueError, match='^softcap=5.0: an encoder-decoder does not act on it: leave it'):
+        tiny(n_encoder_layer=1, softcap=5.0)
 
 
 def test_a_network_says_when_its_source_is_missing_or_too_long():

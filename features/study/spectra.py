@@ -20,7 +20,7 @@ import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError
 from features.study.pictures import figure, save, write_csv
-from model import LATENT_ACTIVATIONS, LowRank
+from model import LowRank
 
 # -----------------------------------------------------------------------------
 # The matrices of a network
@@ -34,7 +34,7 @@ def product(layer):
 
 def is_linear(layer):
     """Whether a layer is one matrix; a low-rank layer with an activation between its factors is two."""
-    return not isinstance(layer, LowRank) or layer.act is LATENT_ACTIVATIONS['none']
+    return not isinstance(layer, LowRank) or isinstance(layer.act, nn.Identity)
 
 
 @torch.no_grad()

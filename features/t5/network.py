@@ -121,6 +121,8 @@ class EncoderDecoder(Transformer):
         if cfg.cross_rope not in ('none', 'same', 'offset'):
             raise no_code(cfg, 'cross_rope', 'features/t5/network.py')
         super().__init__(cfg, init)
+        if cfg.position not in ('rope', 'learned', 'relative', 'none'):
+            raise no_code(cfg, 'position', 'features/t5/network.py')
 
     def n_positions(self):
         cfg = self.cfg

@@ -4,13 +4,23 @@ decoder attends to its output. Objectives: denoising, prefix, pairs.
 
     python train.py config/rot5_cpu.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from batches import DataConfig
 from configurator import UserError
+from features import default_of
 from features.t5.objectives import parse_denoisers
-from model import ModelConfig
+from model import ModelConfig, only_in_training
+
+# Settings that the blocks of an encoder-decoder act on. Any other one, such as a new one, has to be at its
+# default
+READ = {
+    'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim',
+    'd_ff', 'position', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm', 'qk_norm', 'n_expert', 'softcap',
+    'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 'bias', 'qkv_bias', 'init_std',
+    'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
+}
 
 
 @dataclass
@@ -36,6 +46,10 @@ class T5Config(ModelConfig):
         if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
             raise ValueError(f'cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: '
                              "set n_encoder_layer, and position='rope'")
+        for f in fields(ModelConfig):
+            value, is_read = getattr(self, f.name), f.name in READ or f.name in only_in_training(self)
+            if self.n_encoder_layer and not is_read and value != default_of(f):
+                raise ValueError(f'{f.name}={value}: an encoder-decoder does not act on it: leave it out')
         is_new = getattr(self, 'init_from', 'auto') in ('auto', 'scratch')  # else init_from has a network
         if self.n_encoder_layer or not is_new:
             return
