@@ -446,7 +446,7 @@ def open_data(s, start, ranks):
     objective = None
     if s.objective != 'causal' or s.n_encoder_layer:  # t5
         from features.t5.objectives import find_objective  # t5
-        objective = find_objective(vars(s), s)  # t5
+        objective = find_objective(vars(s), s, start.form)  # t5
     bos = None
     if start.state and s.eval_only:  # judged on rows as it knows them
         bos = tuple(start.state.get('begin', ()))

@@ -563,6 +563,16 @@ def tokenizer_of(where, folder):
     return load_state(folder)['tokenizer'], folder
 
 
+def inherited_format(where, folder, cfg):
+    """The tokenizer.PromptFormat of what read_model() read from `where`, for a run that begins with it."""
+    if is_foreign(where):  # hf
+        from features.hf.prompts import inherited  # hf
+        return inherited(where, cfg)  # hf
+    from tokenizer import from_json
+    state = load_state(folder)
+    return from_json(state.get('prompt', {}), state.get('begin', ()))
+
+
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # as nanoGPT's init_from has them
 
 

@@ -22,6 +22,7 @@ from configurator import UserError, check, expand_home, from_dict, pick_compile,
 from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training
 from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
+from tokenizer import PromptFormat, from_json
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Run:
     # Of features, None or empty in a plain run
     undivided: list = ()  # parameters of a sharded network that every rank holds (scale)
     losses: object = None  # losses of the last steps, to notice a spike (scale)
+    form: PromptFormat = None  # the special tokens around a prompt of the model that it began with
     planned: dict = ()  # settings that were derived (plan)
     pace: object = None  # how fast the run goes, with minutes (plan)
     teacher: torch.nn.Module = None  # the network to learn from (distill)
@@ -124,6 +126,7 @@ def set_up(s, device, ranks, left_out=()):
         job=ranks.job(),
         planned=planned,
         base=start.base,
+        form=start.form,
     )
     if s.teacher:  # distill
         from features.distill.teacher import find_teacher  # distill
@@ -212,6 +215,7 @@ class Start:
     state: dict = None  # state.json of the checkpoint that the run goes on from
     weights: dict = None  # {name: tensor} of another network, or of the base of an adapter
     base: dict = None  # state.json's entry for the base of an adapter
+    form: PromptFormat = None  # the special tokens around a prompt of the model that it began with
 
 
 def find_start(s, ranks):
@@ -250,6 +254,8 @@ def resume(s, ranks):
         own = {name: stored[name] for name in state['model'] if name in stored}
         adopt(s, from_dict(ModelConfig, own, folder), s.out_dir)
     start = Start(folder, state, base=state.get('base'))
+    if 'prompt' in state:
+        start.form = from_json(state['prompt'])
     if start.base:  # lora
         from features.lora.load import read_base  # lora
         start.weights = read_base(start.base, folder)  # lora
@@ -276,6 +282,7 @@ def begin_with_others(s, ranks):
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
     adopt(s, cfg, s.init_from)
     start = Start(folder, weights=weights)
+    start.form = checkpoint.inherited_format(s.init_from, folder, cfg)
     if s.lora_rank:  # lora
         from features.lora.adapters import fingerprint  # lora
         where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora

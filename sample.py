@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -38,7 +38,7 @@ from configurator import (
     typed_text,
 )
 from model import autocast
-from tokenizer import PromptFormat, load_tokenizer
+from tokenizer import from_json, load_tokenizer
 
 # Why numbers are NaN or infinite, and what to do
 NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
@@ -154,7 +154,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              compile=False):
     """
     Yield the next tokens of all rows, (B,) int64, max_new_tokens times; -1 for a row that has ended with
-    `eot`.
+    `eot`, a token or several.
     prompts: B lists of token ids of any length. While a longer prompt is read, its tokens replace the sampled
     ones (no padding, no mask): the row yields -1 until its prompt ends, and then max_new_tokens tokens like
     the others. Only the first vocab_size tokens are sampled: a model may have more than its tokenizer
@@ -170,6 +170,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    ends = None if eot is None else torch.tensor(eot, device=device)
     # a compiled step is for one size of the cache: always T, so that it is never compiled again
     size = T if compile else min(T, longest + max_new_tokens)
     cache = KVCache(model, size, compile) if use_cache else None
@@ -183,8 +184,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         drawn = draw(logits, tokens[:, :end], temperature, top_k, top_p, min_p, repetition_penalty, generator)
         is_prompt, is_done = end < lengths, end >= lengths + max_new_tokens
         tokens[:, end] = torch.where(is_prompt, tokens[:, end], drawn)
-        if eot is not None:
-            ended |= ~is_prompt & (drawn == eot)
+        if ends is not None:
+            ended |= ~is_prompt & torch.isin(drawn, ends)
         # waits for the device once
         is_damaged, is_over = torch.stack([(drawn < 0).any(), ended.all()]).tolist()
         if is_damaged:
@@ -255,7 +256,8 @@ def stream(model, tokenizer, prompts, stop=(), **options):
     options: those of generate().
     """
     rows = [Row(tokenizer, prompt, stop) for prompt in prompts]
-    for drawn in generate(model, prompts, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, **options):
+    ends = tokenizer.prompt_format.ends or tokenizer.eot
+    for drawn in generate(model, prompts, eot=ends, vocab_size=tokenizer.vocab_size, **options):
         for n, (row, token) in enumerate(zip(rows, drawn.tolist())):
             if row.alive and token >= 0:
                 yield n, row.add(token)
@@ -343,7 +345,7 @@ def load(where, which='best', encoder=False):
     """
     model, folder = checkpoint.load_model(where, which, encoder)
     tokenizer = load_tokenizer(*checkpoint.tokenizer_of(where, folder))
-    if tokenizer.vocab_size > model.cfg.vocab_size:
+    if tokenizer.ordinary_size() > model.cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network '
                         f'{model.cfg.vocab_size}: they do not belong together')
     if checkpoint.is_foreign(where):  # hf
@@ -354,11 +356,13 @@ def load(where, which='best', encoder=False):
 
 def stored_format(state, tokenizer):
     """The PromptFormat that a model or an adapter was trained with; state: state.json of its checkpoint."""
-    bos, settings = tuple(state.get('begin', ())), state['settings']
+    settings = state['settings']
+    form = from_json(state.get('prompt', {}), state.get('begin', ()))
     if settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.sampling import prompt_format  # t5
-        return prompt_format(settings['objective'], settings.get('denoisers'), tokenizer, bos)  # t5
-    return PromptFormat(bos)
+        own = prompt_format(settings['objective'], settings.get('denoisers'), tokenizer, form.bos)  # t5
+        return replace(own, ends=form.ends)  # t5
+    return form
 
 
 def read_text(path):
@@ -393,34 +397,33 @@ def default_prompt(text, tokenizer):
 def encode_prompt(text, tokenizer, cfg):
     """
     The token ids of a prompt: the text with the special tokens around it that the model saw in training. The
-    tokenizer's end-of-text string in the text becomes that token. An empty prompt is the end-of-text token.
-    Raises UserError for a prompt that is too long.
+    name of a special token in the text, as <|im_end|>, becomes that token. An empty prompt is the end-of-text
+    token. Raises UserError for a prompt that is too long.
     """
     form, most, what = tokenizer.prompt_format, cfg.block_size, 'the prompt'
     if cfg.n_encoder_layer:  # t5
         from features.t5.sampling import source_format  # t5
         form, most, what = source_format(tokenizer), cfg.source_context, 'what the encoder reads'  # t5
-    parts = [text] if tokenizer.eot is None else text.split(tokenizer.eot_text)
-    ids = tokenizer.encode(parts[0])
-    for part in parts[1:]:
-        ids = [*ids, tokenizer.eot, *tokenizer.encode(part)]
-    ids = form.add_to(ids, tokenizer.eot or 0)
+    ids = form.add_to(tokenizer.encode_special(text), tokenizer.eot or 0)
+    if max(ids) >= cfg.vocab_size:
+        name = tokenizer.decode([max(ids)])
+        raise UserError(f'start: {name} is beyond the {cfg.vocab_size} tokens of the network: leave it out')
     if len(ids) > most:
         raise UserError(f'start: {what} has {len(ids)} tokens, the context of this model {most}: shorten it')
     return ids
 
 
-def show_sample(model, s, data, ranks, stop=False):
+def show_sample(model, s, data, ranks, stop=False, form=None):
     """
     Print one continuation of s.sample_prompt. It uses its own random numbers, so it does not affect training.
-    stop: becomes true when it must end.
+    stop: becomes true when it must end. form: as sample_of_training() takes it.
     """
     is_needed = s.sample_tokens and (ranks.first or ranks.lockstep)
     if not is_needed or data.sources[0].files.meta['tokenizer']['kind'] == 'unknown':  # describe() said it
         return
     model.eval()
     try:
-        pieces = sample_of_training(model, s, data, ranks)
+        pieces = sample_of_training(model, s, data, ranks, form)
         written = ''.join(takewhile(lambda _: not ranks.any(stop), pieces))
         ranks.say('    | ' + written.strip().replace('\n', '\n    | '))
     except UserError as error:
@@ -428,14 +431,18 @@ def show_sample(model, s, data, ranks, stop=False):
     model.train()
 
 
-def sample_of_training(model, s, data, ranks):
+def sample_of_training(model, s, data, ranks, form=None):
     """
     Yield the prompt from train.py's settings, then the text after it, piece by piece. It uses its own random
-    numbers. Raises UserError if no sample can be made.
+    numbers. form: the PromptFormat of the model that the run began with. Raises UserError if no sample can be
+    made.
     """
     files = data.sources[0].files
     tokenizer = load_tokenizer(files.meta['tokenizer'], files.folder)
-    tokenizer = tokenizer.with_format(stored_format({'begin': data.bos, 'settings': vars(s)}, tokenizer))
+    state = {'begin': data.bos, 'settings': vars(s)}
+    if form is not None:
+        state['prompt'] = form.as_json()
+    tokenizer = tokenizer.with_format(stored_format(state, tokenizer))
     text = typed_text(s.sample_prompt, 'sample_prompt')
     if 'sample_prompt' not in getattr(s, 'given', ()):
         text = default_prompt(text, tokenizer)

@@ -31,10 +31,12 @@ UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this si
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The special tokens that a model saw around a text in training, and therefore needs around a prompt."""
+    """The special tokens that a model saw around a text in training, and so needs around a prompt."""
     bos: tuple = ()  # (id,) before the first token of a document
     prefix: tuple = ()  # before a text that is read before another is written,
     suffix: tuple = ()  # and after it
+    ends: tuple = ()  # tokens that end a text; () = the tokenizer's end of text
+    chat_template: str = ''  # how a conversation is written (Jinja); '' = not known
 
     def add_to(self, ids, eot):
         """Add these ids around `ids`; eot if there are none. A bos or suffix of eot is not doubled."""
@@ -44,6 +46,16 @@ class PromptFormat:
         if after == [eot] and ids[-1:] == [eot]:
             after = []
         return [*before, *ids, *after] or [eot]
+
+    def as_json(self):
+        """What JSON holds of it, in state.json; from_json() reads it."""
+        return {'bos': list(self.bos), 'ends': list(self.ends), 'chat_template': self.chat_template}
+
+
+def from_json(fields, bos=()):
+    """The PromptFormat of what as_json() returned, {} for an empty one; bos: in place of its own, if any."""
+    return PromptFormat(bos=tuple(bos or fields.get('bos', ())), ends=tuple(fields.get('ends', ())),
+                        chat_template=fields.get('chat_template', ''))
 
 
 class Tokenizer:
@@ -72,13 +84,38 @@ class Tokenizer:
                 f.write(data)
         return self.describe()
 
-    def encode_documents(self, texts):
-        """(ids of all texts, each followed by an end-of-text token; number of ids per text), int64 arrays."""
-        from features.text.pieces import encode_documents  # text: long texts piece by piece, twice as fast
-        return encode_documents(self, texts)  # text
-        ids = [self.encode(text) + [self.eot] for text in texts]
+    def encode_documents(self, texts, special=False):
+        """
+        (ids of all texts, each followed by an end-of-text token; number of ids per text), int64 arrays.
+        special: whether the name of a special token in a text is that token.
+        """
+        if not special:  # text
+            from features.text.pieces import encode_documents  # text: long texts in parts, twice as fast
+            return encode_documents(self, texts)  # text
+        encode = self.encode_special if special else self.encode
+        ids = [encode(text) + [self.eot] for text in texts]
         lengths = np.array([len(document) for document in ids], np.int64)
         return np.array(list(itertools.chain.from_iterable(ids)), np.int64), lengths
+
+    def ordinary_size(self):
+        """The size of the vocabulary, without special tokens at its end: a network may do without these."""
+        return self.vocab_size
+
+    def special_tokens(self):
+        """{name: id} of the tokens that stand for no text, as the end of text."""
+        return {} if self.eot is None else {self.eot_text: self.eot}
+
+    def encode_special(self, text):
+        """The ids of a prompt: the name of a special token in it is that token."""
+        specials = self.special_tokens()
+        names = sorted(specials, key=len, reverse=True)
+        ids = []
+        for part in re.split(f'({"|".join(map(re.escape, names))})', text) if names else [text]:
+            if part in specials:
+                ids.append(specials[part])
+            elif part:
+                ids += self.encode(part)
+        return ids
 
     def bos(self):
         """(id,) of the token that the tokenizer's own library adds before a text; () if it adds none."""
@@ -168,6 +205,9 @@ class TiktokenTokenizer(Tokenizer):
                 pieces.append(self.encoding.decode_single_token_bytes(i))
         return b''.join(pieces).decode(errors='replace')
 
+    def encode_special(self, text):
+        return self.encoding.encode(text, allowed_special='all')
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model; its eos piece is the end-of-text token."""
@@ -201,6 +241,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids):
         self.check_ids(ids)
         return self.sp.decode([int(i) for i in ids])
+
+    def special_tokens(self):
+        return {self.sp.id_to_piece(i): i for i in range(self.vocab_size) if self.sp.is_control(i)}
 
     def bos(self):
         return (self.sp.bos_id(),) if self.sp.bos_id() >= 0 else ()
@@ -301,5 +344,5 @@ def described(description, data=b'', path=''):
         return SentencePieceTokenizer(data, path)
     if kind in ('tokenizers', 'wordpiece'):  # hf
         from features.hf.tokenizer_json import JsonTokenizer  # hf
-        return JsonTokenizer(kind, data, path, description.get('vocab_size'))  # hf
+        return JsonTokenizer(kind, data, path, description.get('vocab_size'), description.get('eot'))  # hf
     raise UserError(f'{path}: its tokenizer is of kind {kind}, which this minnow does not know: update it')

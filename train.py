@@ -375,7 +375,7 @@ def evaluation(s, step, run, ranks, stop):
         write_files(s, partial(checkpoint.mark_best, s.out_dir, step, loss, s.keep_checkpoints), ranks)
     run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result,
                   peak_memory_bytes=peak_memory(ranks.device))
-    show_sample(run.model, s, run.data, ranks, stop)
+    show_sample(run.model, s, run.data, ranks, stop, run.form)
     if run.pace:  # plan
         run.pace.end_evaluation()  # plan
     return True
@@ -428,6 +428,8 @@ def stored_state(s, step, run, ranks):
         'scaler': run.scaler.state_dict(),
         'torch': torch.__version__,
     }
+    if run.form is not None:
+        state['prompt'] = run.form.as_json()
     if s.lora_rank:  # lora
         state['base'] = run.base  # lora
         state['lora'] = run.model.lora.known['default'].description()  # lora

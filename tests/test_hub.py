@@ -334,8 +334,9 @@ def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
             == wanted.encode('a cat'))
 
 
-@pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', []),
-                                           ('$A <|endoftext|>', [])], ids=['llama', 'gpt2', 'bert', 't5'])
+@pytest.mark.parametrize('around, begin', [('! $A', [0]), ('$A', []), ('! $A "', [0]),
+                                           ('! " $A', [0, 1]), ('$A <|endoftext|>', [])],
+                         ids=['llama', 'gpt2', 'both ends', 'two tokens', 't5'])
 def test_a_prompt_begins_as_their_own_tokenizer_begins_it(around, begin, tmp_path):
     import tokenizers
     folder = saved(tmp_path, 'llama')

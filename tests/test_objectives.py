@@ -420,7 +420,8 @@ def test_what_is_read_is_marked_as_in_training():
             ('ul2', 'ul2', PromptFormat((), (258,), (256,))), ('ul2', 't5', PromptFormat(suffix=(256,)))):
         assert prompt_format(kind, denoisers, tokenizer) == wanted
     tokenizer = tokenizer.with_format(prompt_format('ul2', 'ul2', tokenizer))
-    for cfg in (ModelConfig(block_size=9), build(ModelConfig, block_size=9, n_encoder_layer=1)):
+    for cfg in (ModelConfig(block_size=9, vocab_size=262),
+                build(ModelConfig, block_size=9, vocab_size=262, n_encoder_layer=1)):
         assert encode_prompt('ab', tokenizer, cfg) == [258, 97, 98, 256]
         assert encode_source('abcdefghijkl', tokenizer, cfg, 5, Cuts('sources')) == [258, 97, 98, 99, 256]
         with pytest.raises(UserError, match='12 tokens|14 tokens'):

@@ -399,14 +399,14 @@ def test_the_end_of_text_in_a_prompt_is_the_token():
     fallback = JsonTokenizer('tokenizers', to_json(sentencepiece).encode(), 'test')
     for tokenizer in (new_tokenizer('byte'), new_tokenizer('char', ['ab']), sentencepiece, fallback):
         eot, a, b = tokenizer.eot, tokenizer.encode('a'), tokenizer.encode('b')
-        cfg = ModelConfig(block_size=32)
+        cfg = ModelConfig(block_size=32, vocab_size=512)
         wanted = {'': [eot], EOT: [eot], EOT + 'a': [eot, *a], 'a' + EOT + 'b': [*a, eot, *b], 'a': a}
         for text, ids in wanted.items():
             assert encode_prompt(text, tokenizer, cfg) == ids
         for begin in (eot, 0):
             tokenizer = tokenizer.with_format(PromptFormat((begin,)))
             assert encode_prompt(EOT + 'a', tokenizer, cfg) == [begin] * (begin != eot) + [eot, *a]
-        has_encoder = build(ModelConfig, block_size=32, n_encoder_layer=1)
+        has_encoder = build(ModelConfig, block_size=32, vocab_size=512, n_encoder_layer=1)
         assert encode_prompt('a' + EOT, tokenizer, has_encoder) == [*a, eot]
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -51,6 +52,8 @@ def folder(tmp_path_factory):
     """The folder of a random GPT-2 on bytes, as transformers writes it."""
     folder = saved(tmp_path_factory.mktemp('gpt2'), vocab_size=257, n_positions=96)
     write_tokenizer(folder, 257)
+    with open(os.path.join(folder, 'tokenizer_config.json'), 'w') as f:
+        json.dump({'eos_token': '<|endoftext|>'}, f)
     return folder
 
 

@@ -108,14 +108,14 @@ def test_a_document_starts_with_the_tokenizer_s_own_beginning_of_text(every_kind
     assert set(starts.values()) == {()}
     theirs = tokenizers.Tokenizer.from_file(str(files / 'tokenizer.json'))
     special = [('<|endoftext|>', theirs.token_to_id('<|endoftext|>')), ('a', theirs.token_to_id('a'))]
-    for around, start, bos in (('a $A', 1, 1), ('a $A <|endoftext|>', 1, 0), ('$A <|endoftext|>', 0, 0),
-                               ('<|endoftext|> $A', 1, 1)):
+    for around in 'a $A', 'a $A <|endoftext|>', '$A <|endoftext|>', '<|endoftext|> $A', '<|endoftext|> a $A':
         theirs.post_processor = tokenizers.processors.TemplateProcessing(single=around,
                                                                          special_tokens=special)
         theirs.save(str(tmp_path / 'tokenizer.json'))
         tokenizer = new_tokenizer(str(tmp_path / 'tokenizer.json'))
-        first = (theirs.token_to_id(around.split()[0]),)
-        assert (tokenizer.start(), tokenizer.bos()) == (first * start, first * bos)
+        before = around.partition('$A')[0].split()
+        assert tokenizer.bos() == tuple(theirs.token_to_id(name) for name in before)
+        assert tokenizer.start() == tokenizer.bos()
 
 
 # --- round trips ---

@@ -23,7 +23,7 @@ from checkpoint import append, fill, new_folder, read_model, replace_json
 from configurator import UserError
 from model import Transformer
 from run import OneProcess
-from tokenizer import load_tokenizer
+from tokenizer import PromptFormat
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
 
@@ -40,6 +40,7 @@ class Old:
     tokenizer: dict  # its description
     tokenizer_folder: str  # where the files of the tokenizer are
     begin: tuple  # (id,) of the start token before a text, or ()
+    form: PromptFormat  # what stands around its prompts
 
 
 # -----------------------------------------------------------------------------
@@ -59,7 +60,8 @@ def read(s, where, encoder=False, untie=False):
     if not checkpoint.is_foreign(where):
         state = checkpoint.load_state(folder)
         moments = optim.read_moments(folder)
-    data, val = open_data(s, where, cfg, state)
+    form = checkpoint.inherited_format(where, folder, cfg)
+    data, val = open_data(s, where, cfg, state, form)
 
     if state:
         tokenizer, tokenizer_folder = state['tokenizer'], folder
@@ -70,18 +72,16 @@ def read(s, where, encoder=False, untie=False):
         begin = ()
     else:
         tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
-        begin = ()
-        if not cfg.n_encoder_layer:
-            begin = load_tokenizer(tokenizer, tokenizer_folder).bos()  # as sample.load() has it
+        begin = () if cfg.n_encoder_layer else form.bos
     model = fill(cfg, weights, where)
     return Old(model, state.get('settings', {}), state, moments, data, val, tokenizer, tokenizer_folder,
-               begin)
+               begin, form)
 
 
-def open_data(s, where, cfg, state):
+def open_data(s, where, cfg, state, form):
     """
-    (the training Mixture, the validation Sources) of s.dataset; (None, []) if there is none. state: the
-    state.json of the model of `where`. Raises UserError for data of another tokenizer.
+    (the training Mixture, the validation Sources) of s.dataset; (None, []) if there is none. state, form: the
+    state.json and the PromptFormat of the model of `where`. Raises UserError for data of another tokenizer.
     """
     settings = state.get('settings', {})
     name = s.dataset
@@ -94,7 +94,7 @@ def open_data(s, where, cfg, state):
     objective = None  # the next token
     if cfg.n_encoder_layer or settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.objectives import find_objective  # t5
-        objective = find_objective(settings, cfg)  # t5
+        objective = find_objective(settings, cfg, form)  # t5
     try:
         data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'),
                        objective, tuple(state.get('begin', ())))
@@ -151,6 +151,7 @@ def write(s, command, old, cfg, weights, names=None):
         if s.dataset != 'auto':
             settings['dataset'] = s.dataset
     state = new_state(command, cfg, settings, old.tokenizer, old.begin)
+    state['prompt'] = old.form.as_json()
     state['of_step'] = old.state.get('of_step', old.state.get('step', 0))
     state['flops'] = old.state.get('flops', 0.0)
     moments = {}

@@ -60,8 +60,8 @@ def export(s):
 
     # 2) the files beside it
     tokenizer = load_tokenizer(state['tokenizer'], folder)
-    begin = tuple(state.get('begin', ()))  # (id,) of the start token before a text, or ()
-    ends = end_tokens(tokenizer, begin, cfg)
+    form = checkpoint.inherited_format(s.out_dir, folder, cfg)
+    ends = end_tokens(tokenizer, form, cfg)
     files = {
         'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends,
         'generation_config.json': ends,
@@ -70,8 +70,8 @@ def export(s):
     if tokenizer.kind == 'unknown':
         print('no tokenizer is written: that of the data is not known')
     else:
-        text = to_json(tokenizer, begin)
-        files['tokenizer_config.json'] = tokenizer_config(text, ends, cfg)
+        text = to_json(tokenizer, () if cfg.n_encoder_layer else form.bos)
+        files['tokenizer_config.json'] = tokenizer_config(text, ends, tokenizer.eot, cfg)
 
     # 3) to the disk
     with new_folder(s.to) as new:
@@ -82,6 +82,9 @@ def export(s):
         if text:
             with open(os.path.join(new, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)
+        if form.chat_template:
+            with open(os.path.join(new, 'chat_template.jinja'), 'w', encoding='utf-8') as f:
+                f.write(form.chat_template)
         if s.as_ == 'custom':
             write_code(new, cfg)
     return fields['model_type']
@@ -168,21 +171,26 @@ def export_adapter(s, folder, state, cfg):
 # -----------------------------------------------------------------------------
 # Tokens
 
-def end_tokens(tokenizer, begin, cfg):
-    """{field of config.json: token} of the beginning and end of a text."""
-    ends = {'bos_token_id': begin[0] if begin else tokenizer.eot, 'eos_token_id': tokenizer.eot}
+def end_tokens(tokenizer, form, cfg):
+    """{field of config.json: token} of the beginning and end of a text. form: the network's PromptFormat."""
+    last = form.ends or (tokenizer.eot,)
+    ends = {
+        'bos_token_id': form.bos[0] if form.bos else tokenizer.eot,
+        'eos_token_id': list(last) if len(last) > 1 else last[0],
+    }
     if cfg.n_encoder_layer:
-        ends['decoder_start_token_id'] = tokenizer.eot
-        ends['pad_token_id'] = tokenizer.eot
+        start = form.bos[0] if form.bos else tokenizer.eot
+        ends['decoder_start_token_id'] = start
+        ends['pad_token_id'] = start
     return ends
 
 
-def tokenizer_config(text, ends, cfg):
+def tokenizer_config(text, ends, eot, cfg):
     """The content of tokenizer_config.json; text: that of tokenizer.json."""
     return {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'bos_token': spelling(text, ends['bos_token_id']),
-        'eos_token': spelling(text, ends['eos_token_id']),
+        'eos_token': spelling(text, eot),
         'model_max_length': cfg.block_size,
         'clean_up_tokenization_spaces': False,
     }

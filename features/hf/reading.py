@@ -239,15 +239,21 @@ def tokenizer(where):
     (description, folder) of the tokenizer in the folder, for load_tokenizer(). Raises UserError if there is
     none.
     """
+    folder, name = os.path.split(tokenizer_file(where))
+    description = new_tokenizer(os.path.join(folder, name)).describe()
+    sha256, = description['files'].values()
+    # under the name that it has here: sentencepiece's files have two
+    description['files'] = {name: sha256}
+    return description, folder
+
+
+def tokenizer_file(where):
+    """The path of the tokenizer in the folder. Raises UserError if there is none."""
     folder = find(where)
     for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            description = new_tokenizer(path).describe()
-            sha256, = description['files'].values()
-            # under the name that it has here: sentencepiece's files have two
-            description['files'] = {name: sha256}
-            return description, folder
+            return path
     raise UserError(f'{folder}: no tokenizer.json, tokenizer.model or spiece.model in it: let transformers '
                     'write one into a copy of it: python -c "from transformers import AutoTokenizer as T; '
                     f"T.from_pretrained('{folder}').save_pretrained('{folder}-copy')\"")

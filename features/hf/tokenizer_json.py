@@ -5,10 +5,14 @@ same ids for the same text. Also reads BERT's vocabularies, vocab.txt.
     tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file
 """
+import json
+import os
+
 from configurator import UserError
 from tokenizer import EOT, Tokenizer
 
-# of the end-of-text token in these files
+HIDDEN = '\ue000'  # a character of Unicode's private use
+# names of the end-of-text token, where no file says which it is
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
 
 
@@ -20,7 +24,11 @@ class JsonTokenizer(Tokenizer):
     A tokenizer of the tokenizers library: 'tokenizers' = a tokenizer.json, 'wordpiece' = a BERT vocabulary.
     """
 
-    def __init__(self, kind, data, where, size=None):
+    def __init__(self, kind, data, where, size=None, eot=None):
+        """
+        size, eot: of the vocabulary and of the end of text, if a description says them; else the config files
+        beside the file `where` name the end of text.
+        """
         try:
             import tokenizers
         except ImportError:
@@ -28,24 +36,27 @@ class JsonTokenizer(Tokenizer):
                             'pip install tokenizers') from None
         self.tokenizer = (wordpiece(tokenizers, data, where, size) if kind == 'wordpiece'
                           else read(tokenizers, data, where))
-        self.tokenizer.encode_special_tokens = True  # their text, met in a document, is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # of BPE and Unigram: they draw the pieces of a word at random
         for name in ('dropout', 'alpha', 'nbest_size'):
             if getattr(self.tokenizer.model, name, None) is not None:
                 setattr(self.tokenizer.model, name, None)
+        self.literal = without_specials(tokenizers, self.tokenizer)
         vocab = self.tokenizer.get_vocab()
-        self.eot_text = next((name for name in EOT_NAMES if name in vocab), None)
-        if self.eot_text is None:
-            names = ', '.join(EOT_NAMES)
-            raise UserError(f'{where}: no end-of-text token in it, none of {names}: '
-                            'add one to the vocabulary')
+        if eot is None:
+            self.eot_text = end_of_text(vocab, where)
+            eot = vocab[self.eot_text]
+        else:
+            self.eot_text = self.tokenizer.id_to_token(eot)
         unk = vocab.get('[UNK]', vocab.get('<unk>', -1))
         file = 'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt'
-        super().__init__(kind, max(vocab.values()) + 1, vocab[self.eot_text], {file: data}, unk)
+        super().__init__(kind, max(vocab.values()) + 1, eot, {file: data}, unk)
 
     def encode(self, text):
+        return self.literal.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -53,27 +64,67 @@ class JsonTokenizer(Tokenizer):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def bos(self):
-        before, after = self.added()
-        return before if not after else ()  # BERT's [CLS] and [SEP] belong to a text that is complete
+        if self.kind == 'wordpiece':
+            return ()  # [CLS] and [SEP] belong to a text that is complete
+        return self.added()
 
     def start(self):
         if self.kind == 'wordpiece':  # a vocab.txt does not say so, but BERT's own code begins with [CLS]
             first = self.tokenizer.token_to_id('[CLS]')
             return () if first is None else (first,)
-        return self.added()[0]
+        return self.added()
+
+    def ordinary_size(self):
+        specials = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        size = self.vocab_size
+        while size - 1 in specials:
+            size -= 1
+        return size
 
     def added(self):
-        """
-        (ids before, ids after) that the library adds around a text: Llama's <s> before, T5's </s> after.
-        """
+        """The ids that the library adds before a text, as Llama's <s>."""
         text = self.tokenizer.encode('a')
         of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
-        if not of_text:  # it cannot write an a: a single token stands before it, unless it is the end of text
-            is_first = len(text.ids) == 1 and text.ids != [self.eot]
-            return tuple(text.ids) * is_first, ()
-        if of_text[0] > 1:
-            return (), ()
-        return tuple(text.ids[:of_text[0]]), tuple(text.ids[of_text[-1] + 1:])
+        if of_text:
+            return tuple(text.ids[:of_text[0]])
+        # it cannot write an a: a single token stands before it, unless it is the end of text
+        is_first = len(text.ids) == 1 and text.ids != [self.eot]
+        return tuple(text.ids) * is_first
+
+
+def end_of_text(vocab, where):
+    """
+    The name of the end-of-text token: the one that the files beside `where` name, else the first of
+    EOT_NAMES. Raises UserError where there is neither.
+    """
+    from features.hf.prompts import end_of_text as named
+    name = named(os.path.dirname(where), vocab)
+    if name is None:
+        name = next((name for name in EOT_NAMES if name in vocab), None)
+    if name is None:
+        raise UserError(f'{where}: no end-of-text token: add eos_token to tokenizer_config.json beside it '
+                        f'(none of {", ".join(EOT_NAMES)} is in the vocabulary)')
+    return name
+
+
+def without_specials(tokenizers, tokenizer):
+    """
+    The same tokenizer for ordinary text: what spells a special token is text. `tokenizer` itself finds them.
+    """
+    fields = json.loads(tokenizer.to_str())
+    special = {token['content'] for token in fields['added_tokens'] if token['special']}
+    model = fields['model']
+    special.discard(model.get('unk_token'))
+    # A model may find the name of a token in its own vocabulary. There it gets a name that no text has
+    if isinstance(model['vocab'], list):  # Unigram: (name, score)
+        model['vocab'] = [[HIDDEN + name if name in special else name, score]
+                          for name, score in model['vocab']]
+    else:
+        model['vocab'] = {HIDDEN + name if name in special else name: i
+                          for name, i in model['vocab'].items()}
+    fields['added_tokens'] = [token for token in fields['added_tokens'] if not token['special']]
+    fields['post_processor'] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(fields))
 
 
 def read(tokenizers, data, where):

@@ -1,10 +1,11 @@
 """
 Sample with adapters: python sample.py --adapter=DIR, also several in one batch.
 """
+from dataclasses import replace
+
 import checkpoint
 from features.lora import adapters, load, peft_files
 from sample import encode_prompt, shown_prompt, stored_format
-from tokenizer import PromptFormat
 
 
 def add_adapters(model, tokenizer, given, where, merge=False):
@@ -19,8 +20,9 @@ def add_adapters(model, tokenizer, given, where, merge=False):
         if not peft_files.is_one(folder):
             state = checkpoint.load_state(checkpoint.find(folder, 'best'))
             form = stored_format(state, tokenizer)
-            bos = form.bos or tokenizer.prompt_format.bos
-            own = tokenizer.with_format(PromptFormat(bos, form.prefix, form.suffix))
+            base = tokenizer.prompt_format
+            own = tokenizer.with_format(replace(form, bos=form.bos or base.bos, ends=form.ends or base.ends,
+                                                chat_template=form.chat_template or base.chat_template))
         found.append((name, own))
     if merge and len(found) == 1 and not adapters.obstacle(model):
         adapters.merge(model)

@@ -29,7 +29,7 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     objective = None
     if not block_size and (settings.get('objective', 'causal') != 'causal' or cfg.n_encoder_layer):  # t5
         from features.t5.objectives import find_objective  # t5
-        objective = find_objective(settings, cfg)  # t5
+        objective = find_objective(settings, cfg, checkpoint.inherited_format(where, folder, cfg))  # t5
     bos = tuple(state.get('begin', ()))
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:

@@ -92,18 +92,20 @@ class Objective:
     kind: str  # prefix, ul2 or seq2seq
     source_size: int = 0  # tokens that the encoder reads; 0 = a decoder alone
     denoisers: str | list = 'ul2r'
+    start: int | None = None  # token with which the decoder beside an encoder begins; None = the end of text
 
 
-def find_objective(settings, cfg):
+def find_objective(settings, cfg, form=None):
     """
     The Objective of a run; None for next-token prediction in a decoder. settings: train.py's as a dict, or
     those of a stored run; a run from before there were objectives is causal. cfg: the ModelConfig, or
-    train.py's settings.
+    train.py's settings. form: the PromptFormat of the model that the run began with; None = random weights.
     """
     kind, source_size = settings.get('objective', 'causal'), getattr(cfg, 'source_context', 0)
     if kind == 'causal' and not source_size:
         return None
-    return Objective(kind, source_size, settings.get('denoisers', 'ul2r'))
+    start = form.bos[0] if form is not None and form.bos else None
+    return Objective(kind, source_size, settings.get('denoisers', 'ul2r'), start)
 
 
 def open_source_for(objective, name, split, block_size, packing):
@@ -253,6 +255,7 @@ class DenoisingSource(Source):
                                    self.files.meta)
         except UserError as error:
             raise UserError(f'dataset={name}: {error}') from None
+        self.start = self.masking.eot if objective.start is None else objective.start
         self.length = self.stride = self.masking.length
         if packing != 'document':
             self.rows = -(-self.files.tokens // self.stride)  # rounded up
@@ -263,7 +266,7 @@ class DenoisingSource(Source):
     def batch(self, rows, height=0):
         """x, y (B, T), and for an encoder also source (B, S)."""
         if self.masking.S:
-            return encoder_batch(rows, self.block_size, self.masking.S, self.masking.eot, height)
+            return encoder_batch(rows, self.block_size, self.masking.S, self.start, height)
         x, y, _ = decoder_batch([[row] for row in rows], self.block_size, height)
         return x, y
 
@@ -271,9 +274,10 @@ class DenoisingSource(Source):
         return 0  # a target stands for a part of the text alone
 
 
-def encoder_batch(examples, T, S, eot, height=0):
+def encoder_batch(examples, T, S, start, height=0):
     """
-    x, y (B, T), source (B, S) int64 of B source–target pairs, or `height` if that is more. x begins with eot.
+    x, y (B, T), source (B, S) int64 of B source–target pairs, or `height` if that is more. x begins with the
+    token `start`.
     y: -1 where there is no target; source: -1 for padding. A padding row has a source of one token.
     """
     height = max(len(examples), height)
@@ -281,7 +285,7 @@ def encoder_batch(examples, T, S, eot, height=0):
     sources = np.full((height, S), -1, np.int64)
     sources[len(examples):, 0] = 0
     for n, (source, target) in enumerate(examples):
-        x[n, 0] = eot
+        x[n, 0] = start
         x[n, 1:len(target)] = target[:-1]
         y[n, :len(target)] = target
         sources[n, :len(source)] = source

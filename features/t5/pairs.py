@@ -28,6 +28,7 @@ class PairSource(Source):
         super().__init__(name, split, block_size, packing, bos=())
         self.source_size = objective.source_size
         self.eot = self.files.meta.get('eot')
+        self.start = self.eot if objective.start is None else objective.start
         if not self.files.meta.get('pairs'):
             raise UserError(f'dataset={name}: objective=seq2seq: there are no pairs in it: '
                             'prepare it with --source=FIELD --target=FIELD')
@@ -61,7 +62,7 @@ class PairSource(Source):
     def batch(self, rows, height=0):
         """x, y (B, T), for an encoder also source (B, S), for packed pairs also pieces (B, T)."""
         if self.source_size:
-            return encoder_batch(rows, self.block_size, self.source_size, self.eot, height)
+            return encoder_batch(rows, self.block_size, self.source_size, self.start, height)
         if self.packing == 'pairs':
             return decoder_batch(rows, self.block_size, height)
         x, y, _ = decoder_batch([[row] for row in rows], self.block_size, height)

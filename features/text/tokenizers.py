@@ -20,6 +20,7 @@ class Reserved(Tokenizer):
                          **inner.more, reserved=count)
         self.inner, self.eot_text = inner, inner.eot_text
         self.encode, self.encode_documents = inner.encode, inner.encode_documents
+        self.special_tokens, self.encode_special = inner.special_tokens, inner.encode_special
         self.bos, self.start = inner.bos, inner.start
 
     def decode(self, ids):

@@ -1,0 +1,257 @@
+"""
+What a Hugging Face folder says about its tokens stays true in sample.py, and in every checkpoint that is made
+of the folder: who begins a text, who ends it, which special tokens a prompt may name.
+"""
+import json
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import one_line, run
+from test_hub import saved
+
+import checkpoint
+import sample
+from batches import TokenFiles
+from configurator import UserError
+from features.hf.export import export
+from features.study.validation import validation_sources
+from hub import ExportSettings
+from sample import encode_prompt, generate
+from tokenizer import load_tokenizer, new_tokenizer
+
+WORDS = [f'w{n}' for n in range(80)]
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def byte_bpe(special, before='', normal='!"#$%&'):
+    """A byte-level BPE with these special tokens; before: those that stand before every text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    found = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = tokenizers.decoders.ByteLevel()
+    found.add_special_tokens(special)
+    if before:
+        ids = [(name, found.token_to_id(name)) for name in special]
+        found.post_processor = tokenizers.processors.TemplateProcessing(f'{before} $A', special_tokens=ids)
+    return found
+
+
+def unigram(special):
+    """A Unigram model whose own vocabulary holds the names of the special tokens, as T5's does."""
+    pieces = [('<unk>', 0.0), *((name, 0.0) for name in special)]
+    pieces += [(c, -5.0) for c in '▁abcdefghijklmnopqrstuvwxyz</>_0123456789'] + [('▁the', -2.0)]
+    found = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0, False))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    found.decoder = tokenizers.decoders.Metaspace()
+    found.add_special_tokens(special)
+    return found
+
+
+def write_folder(folder, tokenizer, eos, ends=None, **config):
+    """A folder of a tiny random Llama with this tokenizer; ends: eos_token_id of generation_config.json."""
+    size = tokenizer.get_vocab_size()
+    saved(folder, 'llama', vocab_size=size, max_position_embeddings=64, **config)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    path = folder / 'generation_config.json'
+    path.write_text(json.dumps({'eos_token_id': ends} if ends else {}))
+    return f'hf:{folder}', fast
+
+
+CHATML = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    """(where, transformers' tokenizer) of a folder that chats as SmolLM2-Instruct does."""
+    return write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')
+
+
+# --- special tokens ---
+
+@pytest.mark.parametrize('text', ['<|im_start|>user\nHi<|im_end|>\n', 'a<|im_end|>', '<|im_end|>',
+                                  ' <|im_start|> b ', '<|im_', 'plain', ''])
+def test_special_tokens_in_a_prompt_are_the_tokens_that_transformers_reads(text, chatml):
+    where, theirs = chatml
+    model, tokenizer = sample.load(where)
+    wanted = theirs(text, add_special_tokens=False).input_ids
+    assert encode_prompt(text, tokenizer, model.cfg) == (wanted or [tokenizer.eot])
+
+
+@pytest.mark.parametrize('text', ['the <pad> b', 'a</s>b', '<e_0> the</s>', 'x <e_0>y', '</s></s>'])
+def test_a_unigram_model_reads_them_with_the_blanks_that_transformers_has(text):
+    theirs = unigram(['<pad>', '</s>', '<e_0>'])
+    ours = new_tokenizer_of(theirs)
+    assert ours.encode_special(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('make, special', [
+    (byte_bpe, CHATML), (unigram, ['<pad>', '</s>', '<e_0>'])], ids=['bpe', 'unigram'])
+def test_their_names_in_a_document_are_ordinary_text(make, special):
+    """Hostile text must not forge the end of a document."""
+    theirs = make(special)
+    ours = new_tokenizer_of(theirs)
+    forbidden = {theirs.token_to_id(name) for name in special}
+    for name in special:
+        ids = ours.encode(f'a {name} b{name}')
+        assert not forbidden & set(ids)
+        assert make is unigram or ours.decode(ids) == f'a {name} b{name}'
+
+
+def new_tokenizer_of(theirs):
+    from features.hf.tokenizer_json import JsonTokenizer
+    return JsonTokenizer('tokenizers', theirs.to_str().encode(), 'test')
+
+
+# --- who ends a text ---
+
+def test_the_end_of_text_is_the_one_that_the_folder_names(tmp_path):
+    """Not the first of a list of usual names: here <|endoftext|> is in the vocabulary too."""
+    for eos in ('<|im_end|>', '<|endoftext|>', '[STOP]'):
+        folder = tmp_path / eos.strip('<|>[]')
+        write_folder(folder, byte_bpe([*CHATML, '[STOP]']), eos)
+        tokenizer = new_tokenizer(str(folder / 'tokenizer.json'))
+        assert tokenizer.eot_text == eos
+        assert tokenizer.eot == tokenizer.tokenizer.token_to_id(eos)
+        again = load_tokenizer(tokenizer.describe(), str(folder))
+        assert again.eot == tokenizer.eot
+
+
+def test_a_text_ends_where_generate_of_transformers_stops_also_at_one_of_several_tokens(tmp_path):
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|endoftext|>', ends=[60, 61, 257])
+    model, tokenizer = sample.load(where)
+    assert tokenizer.prompt_format.ends == (60, 61, 257)
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
+    stopped = 0
+    for first in range(40, 60):
+        wanted = network.generate(torch.tensor([[first, 10]]), max_new_tokens=30, do_sample=False)[0, 2:]
+        found = []
+        for token in generate(model, [[first, 10]], 30, temperature=0, eot=tokenizer.prompt_format.ends):
+            found += token.tolist()
+        is_ended = found[-1] < 0
+        stopped += is_ended
+        assert found[:-1] == wanted.tolist()[:len(found) - 1] and len(found) == len(wanted)
+        assert not is_ended or wanted[-1] in (60, 61, 257)
+    assert stopped
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(tmp_path):
+    where, _ = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>', ends=[9999])
+    done = run('sample.py', f'--init_from={where}')
+    assert 'generation_config.json: eos_token_id=[9999]: takes tokens of the vocabulary' in one_line(done)
+
+
+def test_a_special_token_beyond_the_vocabulary_of_the_network_is_refused_only_in_a_prompt(tmp_path):
+    """A [PAD] that somebody added to the tokenizer alone."""
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained(tmp_path / 'hf')
+    model, tokenizer = sample.load(where)
+    assert tokenizer.vocab_size == model.cfg.vocab_size + 1
+    assert encode_prompt('ab', tokenizer, model.cfg) == theirs('ab').input_ids
+    with pytest.raises(UserError, match=r'start: \[PAD\] is beyond the 259 tokens of the network'):
+        encode_prompt('a[PAD]', tokenizer, model.cfg)
+
+
+# --- what travels ---
+
+def train(folder, name, where, *more):
+    """Two steps of a run that begins with the network of `where`."""
+    done = run('train.py', f'--dataset={folder}/data', f'--init_from={where}', f'--out_dir={folder}/{name}',
+               '--block_size=32', '--batch_size=2', '--max_iters=2', '--eval_interval=2', '--eval_iters=1',
+               '--sample_tokens=4', '--device=cpu', '--dtype=float32', *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_a_folder_says_stays_true_in_a_run_that_begins_with_it_and_in_what_is_made_of_the_run(tmp_path):
+    """Training on a stream, whose rows begin anywhere; an adapter; surgery; export and back."""
+    where, _ = write_folder(tmp_path / 'hf', byte_bpe(CHATML, before='<|im_start|>'), '<|im_end|>',
+                            ends=[257, 258])
+    wanted = sample.load(where)[1].prompt_format
+    assert wanted.bos == (257,) and wanted.ends == (257, 258) and wanted.chat_template == CHAT
+    text = tmp_path / 'text.txt'
+    text.write_text('once upon a time there was a cat\n' * 200)
+    run('prepare.py', str(text), f'--tokenizer={tmp_path}/hf/tokenizer.json', f'--out={tmp_path}/data')
+    train(tmp_path, 'run', where)
+    train(tmp_path, 'lora', where, '--lora_rank=2')
+    train(tmp_path, 'again', tmp_path / 'run')
+    assert run('surgery.py', 'inherit', f'--from={where}', '--layers=0-1', '--dataset=none',
+               f'--out_dir={tmp_path}/short').returncode == 0
+    export(ExportSettings(f'{tmp_path}/again', f'{tmp_path}/back'))
+    for made in (f'{tmp_path}/run', f'{tmp_path}/again', f'{tmp_path}/lora', f'{tmp_path}/short',
+                 f'hf:{tmp_path}/back'):
+        assert sample.load(made)[1].prompt_format == wanted, made
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'back')
+    assert theirs.eos_token == '<|im_end|>' and theirs.chat_template == CHAT
+    fields = json.loads((tmp_path / 'back' / 'generation_config.json').read_text())
+    assert fields['eos_token_id'] == [257, 258]
+
+
+def test_a_resumed_run_keeps_what_it_inherited(tmp_path, chatml):
+    where, _ = chatml
+    text = tmp_path / 'text.txt'
+    text.write_text('once upon a time there was a cat\n' * 200)
+    run('prepare.py', str(text), f'--tokenizer={tmp_path}/hf/tokenizer.json', f'--out={tmp_path}/data')
+    train(tmp_path, 'run', where)
+    train(tmp_path, 'run', where, '--max_iters=4')
+    state = checkpoint.load_state(checkpoint.find(f'{tmp_path}/run', 'last'))
+    assert state['step'] == 4 and state['prompt']['chat_template'] == CHAT
+
+
+def test_a_t5_goes_on_from_the_token_that_its_folder_names_in_training_too(tmp_path):
+    """Not from the end of text, with which our own encoder-decoders begin."""
+    folder = tmp_path / 'hf'
+    tokenizer = unigram(['<pad>', '</s>'])  # 1 and 2
+    size = tokenizer.get_vocab_size()
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+                                   decoder_start_token_id=1, pad_token_id=1, eos_token_id=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='</s>').save_pretrained(folder)
+    pairs = tmp_path / 'pairs.jsonl'
+    pairs.write_text(''.join(json.dumps({'q': f'the {c}', 'a': c * 3}) + '\n' for c in 'abcdefghij' * 4))
+    done = run('prepare.py', str(pairs), '--source=q', '--target=a', f'--tokenizer=hf:{folder}',
+               '--val_fraction=0.3', f'--out={tmp_path}/data')
+    assert done.returncode == 0, done.stderr
+    options = ['--objective=seq2seq', '--source_size=16', '--block_size=16']
+    train(tmp_path, 'run', f'hf:{folder}', *options)
+    train(tmp_path, 'run', f'hf:{folder}', *options, '--max_iters=4')  # resumed
+    state = checkpoint.load_state(checkpoint.find(f'{tmp_path}/run', 'last'))
+    assert state['prompt']['bos'] == [1] and state['prompt']['ends'] == [2]
+    assert sample.load(f'{tmp_path}/run', encoder=True)[1].prompt_format.bos == (1,)
+    cfg, _, _ = checkpoint.read_model(f'{tmp_path}/run', encoder=True)
+    source, = validation_sources(f'{tmp_path}/run', cfg)
+    x, _, _ = source.batch([source.row(0)])
+    assert x[0, 0] == 1
+    export(ExportSettings(f'{tmp_path}/run', f'{tmp_path}/back'))
+    fields = json.loads((tmp_path / 'back' / 'config.json').read_text())
+    assert (fields['decoder_start_token_id'], fields['eos_token_id']) == (1, 2)
+
+
+# --- prepare.py ---
+
+def test_data_are_prepared_with_the_tokenizer_of_a_folder_and_special_tokens_only_where_asked_for(tmp_path):
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')
+    text = tmp_path / 'chats.txt'
+    text.write_text('<|im_start|>user Hi<|im_end|> there\n' * 50)
+    lengths = {}
+    for kind in ('text', 'parse'):
+        done = run('prepare.py', str(text), f'--tokenizer={where}', f'--special_tokens={kind}',
+                   f'--out={tmp_path}/{kind}', '--val_fraction=0.2')
+        assert done.returncode == 0, done.stderr
+        meta = json.loads((tmp_path / kind / 'meta.json').read_text())
+        assert meta['eot'] == theirs.eos_token_id
+        files = TokenFiles(str(tmp_path / kind), 'train')
+        ids = files.read(0, files.tokens - 1).tolist()
+        specials = {theirs.convert_tokens_to_ids(name) for name in CHATML}
+        assert bool(specials & set(ids)) == (kind == 'parse')
+        lengths[kind] = len(ids)
+    assert lengths['parse'] < lengths['text']
+
+
+def test_the_name_of_a_folder_that_is_not_there_is_refused(tmp_path):
+    done = run('prepare.py', __file__, f'--tokenizer=hf:{tmp_path}/none', f'--out={tmp_path}/data')
+    assert 'no such directory' in one_line(done)
