@@ -46,7 +46,10 @@ class Settings:
     # synthetic:markov, synthetic:markov2, synthetic:markov3
     out: FilePath = ''  # output folder; '' = data/NAME for a named corpus
     tokenizer: FilePath = 'bpe:4096'  # bpe:N (BPE trained on the text; 4096 for small models), char, byte,
-    # gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers) or FILE.txt (BERT)
+    # gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT) or
+    # hf:FOLDER (that of a Hugging Face folder)
+    special_tokens: Literal['text', 'parse'] = 'text'  # names of special tokens in documents: text = they
+    # are ordinary text; parse = they are these tokens, as in chats that are written out
     text_key: str = 'text'  # text field of .jsonl and .parquet; a,b joins several fields with newlines
     val_fraction: float | None = None  # share for validation; None = 0.01, more for small, less for large
     # texts
@@ -184,9 +187,9 @@ def check_sides(counts, s):
                             f'document(s) with split={s.split}: {advice}')
 
 
-def encode(texts, tokenizer):
+def encode(texts, tokenizer, s):
     """(ids of all texts, each followed by an end-of-text token, uint16 or uint32; ids per text)."""
-    ids, lengths = tokenizer.encode_documents(texts)
+    ids, lengths = tokenizer.encode_documents(texts, s.special_tokens == 'parse')
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # as uint16 it would be another
         reason = f'gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged'
         raise UserError(f'tokenizer {tokenizer.kind}: {reason}')
@@ -197,13 +200,13 @@ def dtype_of(tokenizer):
     return np.dtype('<u2' if tokenizer.vocab_size <= 2 ** 16 else '<u4')
 
 
-def write_side(folder, side, texts, tokenizer):
+def write_side(folder, side, texts, tokenizer, s):
     """Write the token file and the index of train or val. Returns its entry of meta.json."""
     path = os.path.join(folder, f'{side}_00000')
     counts = {'tokens': 0, 'documents': len(texts), 'bytes': sum(len(text.encode()) for text in texts)}
     with open(f'{path}.bin', 'wb') as token_file, open(f'{path}.idx', 'wb') as index:
         for n in tqdm(range(0, len(texts), BATCH), desc=f'tokenizing {side}', disable=None):
-            ids, lengths = encode(texts[n:n + BATCH], tokenizer)
+            ids, lengths = encode(texts[n:n + BATCH], tokenizer, s)
             starts = counts['tokens'] + np.cumsum(lengths) - lengths
             token_file.write(ids.tobytes())
             index.write(starts.astype('<u8').tobytes())
@@ -219,6 +222,9 @@ def write_side(folder, side, texts, tokenizer):
 def prepare(s):
     """Prepare the sources. Returns (folder, meta.json, figures for the summary; None if already complete)."""
     out = s.out.rstrip('/')
+    if s.tokenizer.startswith('hf:'):  # hf
+        from features.hf.reading import tokenizer_file  # hf
+        s.tokenizer = tokenizer_file(s.tokenizer)  # hf
     extend(s, 'text')  # text
     from features.text import pipeline  # text
     if pipeline.is_needed(s, out):  # text: it is, but for some megabytes of .txt and .jsonl and a new folder
@@ -252,7 +258,7 @@ def prepare_in_memory(s, files, folder):
             for side, part in divide(text, s):
                 sides[side].append(part)
     check_sides({side: len(parts) for side, parts in sides.items()}, s)
-    splits = {side: write_side(folder, side, parts, tokenizer) for side, parts in sides.items()}
+    splits = {side: write_side(folder, side, parts, tokenizer, s) for side, parts in sides.items()}
     meta = meta_of(s, tokenizer, tokenizer.save(folder), splits, source)
     replace_json(os.path.join(folder, 'meta.json'), meta)
     figures = {'seconds': time.monotonic() - began}
@@ -269,6 +275,8 @@ def describe(s, files):
     inputs = json.dumps([(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths])
     names = ('sources', 'tokenizer', 'text_key', 'val_fraction', 'split', 'errors')
     settings = {name: getattr(s, name) for name in names}
+    if s.special_tokens != 'text':
+        settings['special_tokens'] = s.special_tokens
     return {**settings, 'inputs': hashlib.sha256(inputs.encode()).hexdigest()}
 
 

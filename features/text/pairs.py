@@ -92,12 +92,12 @@ def join(fields):
     return '\n'.join(filter(None, fields.values()))
 
 
-def encode_pairs(texts, tokenizer):
+def encode_pairs(texts, tokenizer, s):
     """Like prepare.encode(), for pairs: an end-of-text token after each source and each target."""
     parts = []
     for text in texts:
         parts += text.split(PAIR)
-    ids, lengths = prepare.encode(parts, tokenizer)
+    ids, lengths = prepare.encode(parts, tokenizer, s)
     return ids, lengths.reshape(-1, 2).sum(1)
 
 

@@ -59,8 +59,8 @@ def encode_texts(texts, s, tokenizer):
     the targets).
     """
     if has_pairs(s):
-        return *encode_pairs(texts, tokenizer), target_bytes(texts)
-    return *encode(texts, tokenizer), sum(len(text.encode()) for text in texts)
+        return *encode_pairs(texts, tokenizer, s), target_bytes(texts)
+    return *encode(texts, tokenizer, s), sum(len(text.encode()) for text in texts)
 
 
 def cores():

@@ -1,0 +1,63 @@
+"""
+Does a chat model of Hugging Face answer here as in transformers, token for token? Greedy, in float32, 20
+prompts in the model's own chat template; the prompt's ids and the answer, up to the token that ends it.
+
+    pip install transformers
+    python experiments/chat_exact.py hf:FOLDER
+"""
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sample
+from configurator import UserError, run_main
+
+QUESTIONS = (
+    'What is the capital of France?', 'Name three primary colours.', 'Write one sentence about the sea.',
+    'How many legs does a spider have?', 'Translate "good morning" into Spanish.', 'What is 12 times 12?',
+    'Who wrote Romeo and Juliet?', 'Give me a title for a story about a lost dog.', 'What is photosynthesis?',
+    'List the days of the week.', 'Why is the sky blue?', 'Write a haiku about autumn.',
+    'What does HTTP stand for?', 'Suggest a healthy breakfast.', 'What is the opposite of "ancient"?',
+    'Write a Python function that adds two numbers.', 'Which planet is the largest?',
+    'Explain gravity to a child.', 'What is the plural of "mouse"?', 'Say hello in five languages.',
+)
+MAX_NEW_TOKENS = 60
+
+
+def main():
+    if len(sys.argv) != 2 or not sys.argv[1].startswith('hf:'):
+        raise UserError('takes hf:FOLDER, a chat model in Hugging Face format')
+    where = sys.argv[1]
+    model, tokenizer = sample.load(where)
+    folder = where.removeprefix('hf:')
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    equal_prompts = equal_answers = tokens = ended = 0
+    for question in QUESTIONS:
+        messages = [{'role': 'user', 'content': question}]
+        text = their_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        wanted_prompt = their_tokenizer(text, add_special_tokens=False).input_ids
+        prompt = tokenizer.encode_special(text)
+        ids = torch.tensor([wanted_prompt])
+        wanted = theirs.generate(ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0, len(wanted_prompt):]
+        wanted = wanted.tolist()
+        found = []
+        for drawn in sample.generate(model, [prompt], MAX_NEW_TOKENS, temperature=0,
+                                     eot=tokenizer.prompt_format.ends, vocab_size=tokenizer.vocab_size):
+            found.append(int(drawn))
+        if found[-1] < 0:  # it ended: transformers shows the token that ended it
+            found[-1] = wanted[len(found) - 1] if len(wanted) == len(found) else -1
+            ended += 1
+        equal_prompts += prompt == wanted_prompt
+        equal_answers += found == wanted
+        tokens += len(wanted)
+    print(f'{len(QUESTIONS)} prompts: ids equal {equal_prompts}, answers equal {equal_answers} '
+          f'({tokens} tokens, {ended} answers ended by themselves)')
+
+
+if __name__ == '__main__':
+    run_main(main)
