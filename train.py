@@ -111,11 +111,13 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
 
     def check(self):
         """Raise ValueError for values that cannot work."""
-        positive = ['batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
-                    'keep_checkpoints']
-        for name in (*positive, 'eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
-            if getattr(self, name) < (name in positive):
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least {int(name in positive)}')
+        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
+                     'keep_checkpoints'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name in ('eval_iters', 'checkpoint_interval', 'sample_tokens', 'target_val_loss'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 0')
         if not 0 <= self.seed < 2 ** 63:
             raise ValueError(f'seed={self.seed}: takes 0 <= seed < 2**63')
         if not 0 <= self.label_smoothing < 1:
