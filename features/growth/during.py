@@ -61,17 +61,18 @@ def find_reference(s, cfg):
     (ModelConfig, weights) of s.grow_from, whose blocks are to be copied. Raises UserError if they do not fit.
     """
     other, weights, _ = checkpoint.read_model(s.grow_from)
+    where = f'grow_from={s.grow_from}'
     if other.n_layer < s.grow_to:
-        raise UserError(f'grow_from={s.grow_from}: has {other.n_layer} blocks, '
-                        f'fewer than grow_to={s.grow_to}: lower it')
+        raise UserError(f'{where}: has {other.n_layer} blocks, fewer than grow_to={s.grow_to}: lower it')
     if cfg.sizes() != other.sizes():
-        raise UserError(f'grow_from={s.grow_from}: its matrices are {other.sizes()}, '
-                        f'of this network {cfg.sizes()}: its blocks do not fit')
+        raise UserError(f'{where}: its matrices are {other.sizes()}, of this network {cfg.sizes()}: '
+                        'its blocks do not fit')
     for n in range(cfg.n_layer):
         for name in cfg.sizes():
-            if cfg.rank(n, name) != other.rank(n, name):
-                raise UserError(f'grow_from={s.grow_from}: blocks.{n}.{name} has rank {other.rank(n, name)}, '
-                                f'in this network {cfg.rank(n, name)}: its blocks do not fit')
+            found, own = other.rank(n, name), cfg.rank(n, name)
+            if found != own:
+                raise UserError(f'{where}: blocks.{n}.{name} has rank {found}, in this network {own}: '
+                                'its blocks do not fit')
     free = {*only_in_training(cfg), 'n_layer', 'block_size', 'ranks', 'n_kv_head', 'head_dim', 'd_ff',
             'zero_init', 'init_std'}
     names = {field.name for config in (cfg, other) for field in fields(config)} - free
@@ -79,6 +80,5 @@ def find_reference(s, cfg):
         found = getattr(other, name, None)
         own = getattr(cfg, name, None)
         if found != own:
-            raise UserError(f'grow_from={s.grow_from}: has {name}={found}, this network {own}: '
-                            'its blocks do not fit')
+            raise UserError(f'{where}: has {name}={found}, this network {own}: its blocks do not fit')
     return other, weights

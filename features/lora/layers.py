@@ -34,23 +34,26 @@ class Adapter(nn.Module):
 
     def __init__(self, layer, rank, scale, dropout=0.0, is_dora=False, rows=None):
         super().__init__()
-        self.is_table, self.scale, self.dropout, self.rows = (isinstance(layer, nn.Embedding), scale, dropout,
-                                                              rows)
+        self.is_table = isinstance(layer, nn.Embedding)
+        self.scale, self.dropout, self.rows = scale, dropout, rows
         *stack, n_out, n_in = self.of(layer).shape
         n_out, n_in = (n_out, rows or n_in) if self.is_table else (rows or n_out, n_in)
-        self.A, self.B = (nn.Parameter(torch.zeros(*stack, rank, n_in)),
-                          nn.Parameter(torch.zeros(*stack, n_out, rank)))
+        self.A = nn.Parameter(torch.zeros(*stack, rank, n_in))
+        self.B = nn.Parameter(torch.zeros(*stack, n_out, rank))
         if self.is_table:
             nn.init.normal_(self.B)
         else:
             nn.init.uniform_(self.A, -n_in ** -0.5, n_in ** -0.5)
-        self.length = nn.Parameter(torch.empty(n_out) if layer.weight.is_meta
-                                   else self.of(layer).detach().float().norm(dim=-1)) if is_dora else None
+        self.length = None
+        if is_dora:
+            is_meta = layer.weight.is_meta
+            length = torch.empty(n_out) if is_meta else self.of(layer).detach().float().norm(dim=-1)
+            self.length = nn.Parameter(length)
 
     def of(self, layer):
         """The weight of the layer, as (…, n_out, n_in)."""
-        weight = layer.weight.T if self.is_table else layer.weight
-        return weight if self.rows is None else weight[:, :self.rows] if self.is_table else weight[:self.rows]
+        weight = layer.weight[:self.rows]
+        return weight.T if self.is_table else weight
 
     def delta(self):
         """The update of the weight, (…, n_out, n_in)."""

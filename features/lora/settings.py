@@ -34,17 +34,14 @@ class LoraConfig:
         idle = sorted(name for name in given if name.startswith('lora_') and name != 'lora_rank')
         if idle and not self.lora_rank:
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to adapters: set lora_rank too')
-        self.check_numbers()
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f'lora_rank={self.lora_rank}, lora_dropout={self.lora_dropout}: '
+                             'takes a rank of at least 0 and 0 <= dropout < 1')
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f'lora_alpha={self.lora_alpha}: takes a number above 0')
         if not self.lora_rank:
             return
         refuse_beside(self, 'lora_rank', grow_every=0, arch='decoder')
         if self.shard and self.lora_store not in ('auto', 'float32'):
             raise ValueError(f'shard={self.shard}: does not go with lora_store={self.lora_store}: '
                              'leave it out')
-
-    def check_numbers(self):
-        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f'lora_rank={self.lora_rank}, lora_dropout={self.lora_dropout}: '
-                             'takes a rank of at least 0 and 0 <= dropout < 1')
-        if not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f'lora_alpha={self.lora_alpha}: takes a number above 0')
