@@ -131,7 +131,7 @@ CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_
            'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
            'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
-           'ranks': {'attn.k': 3}}
+           'ranks': {'attn.k': 3}, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),

@@ -26,10 +26,20 @@ transformers.logging.disable_progress_bar()
 
 SMALL = dict(vocab_size=257, max_position_embeddings=64, hidden_size=48, intermediate_size=80,
              num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **ENDS)
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 16}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}
+FULL_YARN = YARN | {'beta_fast': 6.0, 'beta_slow': 0.5, 'attention_factor': 0.9}
 CASES = {  # name: (family, further fields of config.json, settings of ours that it needs)
     'qwen2': ('Qwen2', dict(rope_parameters={'rope_type': 'default', 'rope_theta': 1e6}),
               dict(qkv_bias=True)),
     'qwen2 tied': ('Qwen2', dict(tie_word_embeddings=True, head_dim=16), dict(qkv_bias=True)),
+    # beyond the original context of 16 tokens
+    'llama 3.1': ('Llama', dict(rope_parameters=LLAMA3 | {'rope_theta': 5e5}), dict(rope_scaling=LLAMA3)),
+    'linear': ('Llama', dict(rope_parameters={'rope_type': 'linear', 'factor': 4, 'rope_theta': 1e4}),
+               dict(rope_scaling={'rope_type': 'linear', 'factor': 4})),
+    'yarn': ('Llama', dict(rope_parameters=FULL_YARN | {'rope_theta': 1e3}), dict(rope_scaling=FULL_YARN)),
+    'qwen2 yarn': ('Qwen2', dict(rope_parameters=YARN | {'rope_theta': 1e6}), dict(qkv_bias=True)),
 }
 
 
@@ -133,7 +143,27 @@ def test_layers_are_inherited_and_attention_is_measured(case, folders):
     assert len(measure(model, [x])) == 16
 
 
+def test_scaled_positions_are_exact_far_out_and_in_the_old_spelling(tmp_path):
+    CASES['long'] = ('Llama', dict(rope_parameters=LLAMA3 | {'rope_theta': 5e5}, max_position_embeddings=2048,
+                                   original_max_position_embeddings=256), {})
+    other = theirs('long')
+    del CASES['long']
+    other.save_pretrained(tmp_path)
+    assert_same(ours(tmp_path), other, ids(2048))  # the field outside counts more
+    old = {'type': 'llama3', **LLAMA3, 'original_max_position_embeddings': 256}
+    del old['rope_type']
+    edit(tmp_path, rope_parameters=None, original_max_position_embeddings=None, rope_scaling=old,
+         rope_theta=5e5)
+    assert_same(ours(tmp_path), other, ids(2048))
+
+
 REFUSED = [
+    ('llama 3.1', dict(rope_parameters=LLAMA3 | {'low_freq_factor': 4.0}), 'has to be the lower one'),
+    ('llama 3.1', dict(rope_parameters={'rope_type': 'dynamic', 'factor': 2.0}), "'rope_type': 'dynamic'"),
+    ('llama 3.1', dict(rope_parameters=LLAMA3 | {'factor': 0}), 'factor: takes a number above 0'),
+    ('llama 3.1', dict(rope_parameters=LLAMA3 | {'low_freq_factor': 'x'}), 'takes positive numbers'),
+    ('llama 3.1', dict(rope_parameters=YARN | {'truncate': False}), "'truncate': False"),
+    ('llama 3.1', dict(rope_parameters={'rope_type': 'llama3', 'factor': 8.0}), 'low_freq_factor'),
     ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
     ('qwen2', dict(layer_types=['full_attention'] * 3 + ['sliding_attention']), 'layer_types='),
 ]

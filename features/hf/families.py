@@ -4,7 +4,7 @@ are in names.py.
 
     gpt2         GPT-2
     gpt_bigcode  StarCoder: GPT-2 with one head of keys and values
-    llama        Llama, TinyLlama, SmolLM, OpenLLaMA
+    llama        Llama 1 to 3.2, TinyLlama, SmolLM, OpenLLaMA
     qwen2        Qwen2, Qwen2.5: Llama with biases in the query, key and value matrices
     mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
@@ -13,13 +13,14 @@ are in names.py.
 reading.py and export.py use the table FAMILIES. To add a family, add an entry there.
 """
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from configurator import from_dict, without_removed
 from features import build, default_of
 from features.hf.names import gpt2_names, llama_names, minnow_names, t5_names
-from model import ModelConfig
+from model import ROPE_SCALING, ModelConfig
 
 # -----------------------------------------------------------------------------
 # config.json → ModelConfig. Every function takes a Config. It raises UserError for a field that our networks
@@ -66,27 +67,47 @@ def check_rotary(config, name, context, head_dim):
 
 
 def read_rope(config):
-    """Move the rotary settings to the top level of config.json's fields."""
+    """Move the rotary settings to the top level of config.json's fields. Returns our rope_scaling."""
     for name in ('rope_parameters', 'rope_scaling'):  # as transformers 5 writes it, and as it was before
         rope = config.get(name, {})
-        is_plain = isinstance(rope, dict)
-        if is_plain:
-            kind = rope.get('rope_type', rope.get('type', 'default'))
+        is_known = isinstance(rope, dict)
+        if is_known:
+            kind = str(rope.get('rope_type', rope.get('type', 'default')))
             is_nested = any(isinstance(value, dict) for value in rope.values())  # each kind of layer its own
-            is_plain = kind == 'default' and not is_nested
-        if not is_plain:
-            config.refuse(name, rope, "takes rope_type='default' for all layers: "
-                                      'our rotary angles are not scaled')
+            is_known = kind in ('default', *ROPE_SCALING) and not is_nested
+        if not is_known:
+            config.refuse(name, rope, f'takes rope_type=default, {", ".join(ROPE_SCALING)}, for all layers')
         for key in ('rope_theta', 'partial_rotary_factor'):
             if key in rope:
                 config.fields[key] = rope[key]
+        if kind != 'default':
+            config.fields['scaling'] = scaling_of(config, name, rope, kind)
+    return config.get('scaling', {})
+
+
+def scaling_of(config, name, rope, kind):
+    """ModelConfig.rope_scaling of a scaled rope of config.json, with transformers' defaults for yarn."""
+    factor = rope.get('factor')
+    if type(factor) not in (int, float) or not 0 < factor < 1e30:
+        config.refuse(name, rope, 'factor: takes a number above 0, below 1e30')
+    context = config.size('max_position_embeddings')
+    defaults = {'original_max_position_embeddings': context, 'beta_fast': 32.0, 'beta_slow': 1.0,
+                'attention_factor': max(1.0, 0.1 * math.log(factor) + 1)}
+    scaling = {key: value for key, value in defaults.items() if key in ROPE_SCALING[kind]}
+    for key, value in rope.items():
+        if key not in ('type', 'rope_theta', 'partial_rotary_factor') and value is not None:
+            scaling[key] = value  # an unknown one too: ModelConfig.check() refuses it
+    if 'original_max_position_embeddings' in scaling:  # beside it, it counts more
+        scaling['original_max_position_embeddings'] = config.size(
+            'original_max_position_embeddings', scaling['original_max_position_embeddings'])
+    return scaling | {'rope_type': kind}
 
 
 def llama_config(config):
     config.one_of('hidden_act', 'silu', 'swish')  # two names of one function
     bias = config.one_of('attention_bias', False, True)
     config.one_of('mlp_bias', bias)  # ours are in all linear layers or in none
-    read_rope(config)
+    scaling = read_rope(config)
     config.one_of('partial_rotary_factor', 1.0)
     width = config.size('hidden_size')
     heads = config.size('num_attention_heads')
@@ -104,6 +125,7 @@ def llama_config(config):
         d_ff=config.size('intermediate_size'),
         position='rope',
         rope_theta=config.number('rope_theta', 10000.0),
+        rope_scaling=scaling,
         norm='rmsnorm',
         norm_eps=config.number('rms_norm_eps', 1e-6),
         mlp='swiglu',
@@ -212,7 +234,8 @@ def bigcode_fields(cfg):
 
 
 def llama_fields(cfg):
-    return {
+    scaling = {'rope_scaling': dict(cfg.rope_scaling)} if cfg.rope_scaling else {}
+    return scaling | {
         'max_position_embeddings': cfg.block_size,
         'num_hidden_layers': cfg.n_layer,
         'num_attention_heads': cfg.n_head,
@@ -270,6 +293,7 @@ PLAIN = {
     'n_encoder_layer': 0,
     'n_expert': 0,
     't5_scale': False,
+    'rope_scaling': {},
     'qkv_bias': False,
     'qk_norm': False,
     'softcap': 0.0,
@@ -302,6 +326,7 @@ def bigcode_wants(cfg):
 def llama_wants(cfg):
     return {
         'position': 'rope',
+        'rope_scaling': cfg.rope_scaling,
         'norm': 'rmsnorm',
         'mlp': 'swiglu',
         'n_kv_head': cfg.kv_heads,

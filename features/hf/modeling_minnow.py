@@ -36,7 +36,7 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
             module.load.zero_()
         if getattr(module, 'rotary', None) is not None:
             cfg = module.cfg
-            module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta))
+            module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta, cfg.rope_scaling))
 
     def get_input_embeddings(self):
         return self.model.wte
