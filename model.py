@@ -43,7 +43,8 @@ class ModelConfig:
     norm_eps: float = 1e-5  # epsilon of the norms
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
     mlp_norm: bool = False  # add a norm on the MLP's hidden layer
-    qk_norm: bool = True  # RMSNorm on queries and keys: bounded logits, higher rates (arXiv 2010.04245)
+    qk_norm: bool | Literal['head', 'width'] = True  # RMSNorm on queries and keys: bounded logits, higher
+    # rates (arXiv 2010.04245). head: with weights (Qwen3); width: with weights, over all heads (OLMo 2)
     n_expert: int = 0  # [moe] number of experts per block; 0 = a single dense MLP
     softcap: float = 0.0  # limit the output logits to ±softcap with tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # output matrices of attention and MLP start at zero: blocks start as identity
@@ -239,6 +240,12 @@ def norm(width, cfg):
     raise no_code(cfg, 'norm')
 
 
+def qk_norm(cfg, heads):
+    if cfg.qk_norm not in ('head', 'width'):
+        raise no_code(cfg, 'qk_norm')
+    return RMSNorm(cfg.d_head * (heads if cfg.qk_norm == 'width' else 1), cfg.norm_eps)
+
+
 def rotary_table(length, d_head, theta, scaling=()):
     """cos and sin of every position's angles, (2, length, D/2) in float32, rounded as in transformers."""
     frequencies = 1 / theta ** (torch.arange(0, d_head, 2) / d_head)
@@ -316,12 +323,16 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.q, self.k, self.v, self.o = (linear(cfg, layer, f'attn.{name}') for name in 'qkvo')
+        self.q_norm = self.k_norm = None  # without weights: turn()
+        if cfg.qk_norm not in (True, False):
+            self.q_norm, self.k_norm = qk_norm(cfg, cfg.n_head), qk_norm(cfg, cfg.kv_heads)
         # share of the first block's values
         self.v_mix = nn.Parameter(torch.tensor(0.5)) if cfg.value_residual and layer > 0 else None
 
     def forward(self, x, inputs, v0=None, cache=None):
         """x (B, T, C), AttentionInputs, the first block's values v0 (B, T, kv_heads, D) → (B, T, C), v0."""
-        q, k, v = self.heads(self.q, x), self.heads(self.k, x), self.heads(self.v, x)
+        q, k = self.heads(self.q, x, self.q_norm), self.heads(self.k, x, self.k_norm)
+        v = self.heads(self.v, x)
         if self.v_mix is not None:
             v = v + self.v_mix * (v0 - v)
         elif self.cfg.value_residual:
@@ -333,12 +344,15 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # with those of earlier tokens, (B, kv_heads, S, D)
         return self.output(q, k, v, inputs.mask), v0
 
-    def heads(self, layer, x):
-        return layer(x).unflatten(-1, (-1, self.cfg.d_head))  # (B, T, H, D)
+    def heads(self, layer, x, norm=None):
+        y = layer(x)
+        if norm is not None:  # of heads, or of all of them as one
+            y = norm(y.unflatten(-1, (-1, len(norm.weight)))).flatten(-2).type_as(y)
+        return y.unflatten(-1, (-1, self.cfg.d_head))  # (B, T, H, D)
 
     def turn(self, heads, angles):
         """Queries or keys (B, T, H, D), normalised and turned by their positions → (B, H, T, D)."""
-        if self.cfg.qk_norm:  # autocast on GPUs makes it float32 (torch 2.13), and a cache holds one dtype
+        if self.cfg.qk_norm is True:  # autocast on GPUs makes it float32 (torch 2.13), a cache has one dtype
             heads = F.rms_norm(heads, (self.cfg.d_head,)).type_as(heads)
         return (heads if angles is None else rotate(heads, angles)).transpose(1, 2)
 

@@ -125,10 +125,10 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
     assert os.listdir(tmp_path) == ['run']
 
 
-QWEN2 = LLAMA | dict(qkv_bias=True)
+QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm='head')
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
-           'norm_eps': 0.1, 'mlp_norm': True, 'qk_norm': True, 'n_expert': 4, 'n_expert_active': 2,
+           'norm_eps': 0.1, 'mlp_norm': True, 'n_expert': 4, 'n_expert_active': 2,
            'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
            'ranks': {'attn.k': 3}, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}
@@ -137,6 +137,7 @@ CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
     'depth_scale': ('attn', 'norm'), 'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'),
     'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False), 'qkv_bias': (True, False),
+    'qk_norm': (True, False, 'head', 'width'),
     'n_encoder_layer': (0, 1)}.items()
             for choice in choices]
 CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
@@ -155,7 +156,8 @@ def test_the_changes_are_of_every_setting():
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', CHANGES, ids=str)
-@pytest.mark.parametrize('family', [LLAMA, QWEN2, GPT2, T5], ids=['llama', 'qwen2', 'gpt2', 't5'])
+@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, GPT2, T5],
+                         ids=['llama', 'qwen2', 'qwen3', 'gpt2', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,
@@ -167,8 +169,9 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
     try:
         fields, tensors = stock(*fold(model), 'run')
     except UserError as error:
-        # T5 without its encoder: all the rest is wrong
-        named = any(f'{name}=' in str(error) for name in change) or 'n_encoder_layer' in change
+        # T5 without its encoder: all the rest is wrong. Biases and qk_norm: each has a class, not both
+        names = [*change, 'qk_norm'] if {'bias', 'qkv_bias'} & change.keys() else change
+        named = any(f'{name}=' in str(error) for name in names) or 'n_encoder_layer' in change
         assert named and '\n' not in str(error)
         return
     config = transformers.AutoConfig.for_model(**fields, vocab_size=257)

@@ -34,6 +34,10 @@ CASES = {  # name: (family, further fields of config.json, settings of ours that
     'qwen2': ('Qwen2', dict(rope_parameters={'rope_type': 'default', 'rope_theta': 1e6}),
               dict(qkv_bias=True)),
     'qwen2 tied': ('Qwen2', dict(tie_word_embeddings=True, head_dim=16), dict(qkv_bias=True)),
+    'qwen3': ('Qwen3', dict(head_dim=16, rope_parameters={'rope_type': 'default', 'rope_theta': 1e6}),
+              dict(qk_norm='head', head_dim=16)),
+    'qwen3 tied': ('Qwen3', dict(tie_word_embeddings=True, head_dim=12, num_key_value_heads=1,
+                                 rms_norm_eps=1e-3), dict(qk_norm='head')),
     # beyond the original context of 16 tokens
     'llama 3.1': ('Llama', dict(rope_parameters=LLAMA3 | {'rope_theta': 5e5}), dict(rope_scaling=LLAMA3)),
     'linear': ('Llama', dict(rope_parameters={'rope_type': 'linear', 'factor': 4, 'rope_theta': 1e4}),
@@ -164,6 +168,8 @@ REFUSED = [
     ('llama 3.1', dict(rope_parameters=LLAMA3 | {'low_freq_factor': 'x'}), 'takes positive numbers'),
     ('llama 3.1', dict(rope_parameters=YARN | {'truncate': False}), "'truncate': False"),
     ('llama 3.1', dict(rope_parameters={'rope_type': 'llama3', 'factor': 8.0}), 'low_freq_factor'),
+    ('qwen3', dict(attention_bias=True), 'attention_bias=True: takes False'),
+    ('qwen3', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
     ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
     ('qwen2', dict(layer_types=['full_attention'] * 3 + ['sliding_attention']), 'layer_types='),
 ]

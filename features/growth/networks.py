@@ -247,6 +247,8 @@ def refuse_width(cfg, n_embd, n_head, d_ff):
     if getattr(cfg, 't5_scale', False) and cfg.tie:
         raise UserError('t5_scale=True, tie=True: the scale of the logits goes with n_embd: '
                         'a model with both cannot be widened exactly')
+    if isinstance(cfg.qk_norm, str):  # its norm_eps would change
+        raise UserError(f'qk_norm={cfg.qk_norm}: a network with it cannot be widened and keep its function')
     sizes = [
         ('n_embd', n_embd, cfg.n_embd),
         ('n_head', n_head, cfg.n_head),

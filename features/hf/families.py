@@ -6,6 +6,7 @@ are in names.py.
     gpt_bigcode  StarCoder: GPT-2 with one head of keys and values
     llama        Llama 1 to 3.2, TinyLlama, SmolLM, OpenLLaMA
     qwen2        Qwen2, Qwen2.5: Llama with biases in the query, key and value matrices
+    qwen3        Qwen3: Llama with an RMSNorm on every head of queries and keys
     mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
     minnow       our own class, as hub.py export --as=custom writes it
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from configurator import from_dict, without_removed
 from features import build, default_of
-from features.hf.names import gpt2_names, llama_names, minnow_names, t5_names
+from features.hf.names import gpt2_names, llama_names, minnow_names, qwen3_names, t5_names
 from model import ROPE_SCALING, ModelConfig
 
 # -----------------------------------------------------------------------------
@@ -136,15 +137,31 @@ def llama_config(config):
         bias=bias)
 
 
-def qwen2_config(config):
+def refuse_windows(config):
+    """Raise UserError for layers that see a part of the context only."""
     config.one_of('use_sliding_window', False)
     kinds = config.get('layer_types', [])
     if not isinstance(kinds, list) or any(kind != 'full_attention' for kind in kinds):
         config.refuse('layer_types', kinds, "takes 'full_attention' for all layers")
+
+
+def qwen2_config(config):
+    refuse_windows(config)
+    config.fields.setdefault('num_key_value_heads', 32)
     for name in ('attention_bias', 'mlp_bias'):  # fields that this family does not have
         config.fields.pop(name, None)
     cfg = llama_config(config)
     cfg.qkv_bias = True
+    return cfg
+
+
+def qwen3_config(config):
+    refuse_windows(config)
+    config.one_of('attention_bias', False)
+    config.fields |= {'head_dim': config.get('head_dim', 128), 'mlp_bias': False}
+    config.fields.setdefault('num_key_value_heads', 32)
+    cfg = llama_config(config)
+    cfg.qk_norm = 'head'
     return cfg
 
 
@@ -258,6 +275,12 @@ def qwen2_fields(cfg):
     return fields
 
 
+def qwen3_fields(cfg):
+    fields = llama_fields(cfg)
+    del fields['mlp_bias']
+    return fields
+
+
 def t5_fields(cfg):
     from features.t5.positions import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
@@ -338,6 +361,10 @@ def qwen2_wants(cfg):
     return llama_wants(cfg) | {'bias': False, 'qkv_bias': True}
 
 
+def qwen3_wants(cfg):
+    return llama_wants(cfg) | {'bias': False, 'qk_norm': 'head'}
+
+
 def t5_wants(cfg):
     return {
         'position': 'relative',
@@ -386,6 +413,7 @@ FAMILIES = {
     'qwen2': Family(
         'Qwen2ForCausalLM', 'model.', qwen2_config, llama_names, qwen2_fields, qwen2_wants,
         buffers=ROTARY),
+    'qwen3': Family('Qwen3ForCausalLM', 'model.', qwen3_config, qwen3_names, qwen3_fields, qwen3_wants),
     'minnow': Family('MinnowForCausalLM', 'model.', minnow_config, minnow_names),
     't5': Family(
         'T5ForConditionalGeneration', '', t5_config, t5_names, t5_fields, t5_wants,

@@ -43,6 +43,10 @@ LLAMA = {
     'layers.N.mlp.up_proj': 'blocks.N.mlp.up',
     'layers.N.mlp.down_proj': 'blocks.N.mlp.down',
 }
+QWEN3 = LLAMA | {
+    'layers.N.self_attn.q_norm': 'blocks.N.attn.q_norm',
+    'layers.N.self_attn.k_norm': 'blocks.N.attn.k_norm',
+}
 
 
 def gpt2_names(cfg):
@@ -51,6 +55,10 @@ def gpt2_names(cfg):
 
 def llama_names(cfg):
     return LLAMA
+
+
+def qwen3_names(cfg):
+    return QWEN3
 
 
 def minnow_names(cfg):

@@ -56,7 +56,7 @@ class CrossAttention(T5Attention):
 
     def forward(self, x, encoded, inputs, cache=None):
         """x (B, T, C), encoded (B, S, C), CrossInputs → (B, T, C)."""
-        q = self.turn(self.heads(self.q, x), inputs.query_angles)
+        q = self.turn(self.heads(self.q, x, self.q_norm), inputs.query_angles)
         if cache is None:
             k, v = self.look_up(encoded, inputs)
         else:
@@ -67,7 +67,7 @@ class CrossAttention(T5Attention):
 
     def look_up(self, encoded, inputs):
         """k and v (B, kv_heads, S, D)."""
-        k = self.turn(self.heads(self.k, encoded), inputs.key_angles)
+        k = self.turn(self.heads(self.k, encoded, self.k_norm), inputs.key_angles)
         return k, self.heads(self.v, encoded).transpose(1, 2)
 
 

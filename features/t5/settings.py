@@ -17,9 +17,9 @@ from model import ModelConfig, only_in_training
 # default
 READ = {
     'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim',
-    'd_ff', 'position', 'rope_theta', 'norm', 'norm_eps', 'mlp', 'mlp_norm', 'qk_norm', 'n_expert', 'softcap',
-    'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 'bias', 'qkv_bias', 'init_std',
-    'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
+    'd_ff', 'position', 'rope_theta', 'rope_scaling', 'norm', 'norm_eps', 'mlp', 'mlp_norm', 'qk_norm',
+    'n_expert', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 'bias',
+    'qkv_bias', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
 }
 
 
