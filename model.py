@@ -39,6 +39,7 @@ class ModelConfig:
     rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
     rope_scaling: dict = field(default_factory=dict)  # slow these down for a longer context, as config.json
     # of Llama 3.1 says it: {'rope_type': 'llama3', 'factor': 8.0, …}; ROPE_SCALING has all keys
+    no_rope: list[int] = field(default_factory=list)  # blocks (0, 1, …) without them: arXiv 2501.18795
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
     norm_eps: float = 1e-5  # epsilon of the norms
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
@@ -129,6 +130,9 @@ class ModelConfig:
         if self.position == 'rope' and self.d_head % 2:
             raise ValueError(f'head_dim={self.d_head} is odd: rotary positions need an even number; make '
                              "n_embd/n_head even or set position='learned'")
+        if self.no_rope and (self.position != 'rope' or not all(0 <= n < self.n_layer for n in self.no_rope)):
+            raise ValueError(f'no_rope={self.no_rope}: takes blocks from 0 to {self.n_layer - 1}, with '
+                             "position='rope'")
         self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but '
@@ -323,6 +327,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.q, self.k, self.v, self.o = (linear(cfg, layer, f'attn.{name}') for name in 'qkvo')
+        self.has_rope = layer not in cfg.no_rope
         self.q_norm = self.k_norm = None  # without weights: turn()
         if cfg.qk_norm not in (True, False):
             self.q_norm, self.k_norm = qk_norm(cfg, cfg.n_head), qk_norm(cfg, cfg.kv_heads)
@@ -337,7 +342,8 @@ class Attention(nn.Module):
             v = v + self.v_mix * (v0 - v)
         elif self.cfg.value_residual:
             v0 = v
-        qk = self.turn(torch.cat([q, k], dim=2), inputs.angles)  # (B, H + kv_heads, T, D): both in one go
+        angles = inputs.angles if self.has_rope else None
+        qk = self.turn(torch.cat([q, k], dim=2), angles)  # (B, H + kv_heads, T, D): both in one go
         q, k = qk.split([q.size(2), k.size(2)], dim=1)
         v = v.transpose(1, 2)
         if cache is not None:

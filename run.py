@@ -190,8 +190,8 @@ def build_model(s, data, start, is_blank=False):
     torch.manual_seed(s.seed)
     cfg = part_of(s, ModelConfig)
     if start.state:  # it may have grown on the way
-        cfg.n_layer = start.state['model']['n_layer']
-        cfg.ranks = start.state['model'].get('ranks', {})
+        for name in ('n_layer', 'ranks', 'no_rope'):
+            setattr(cfg, name, start.state['model'].get(name, getattr(cfg, name)))
     with torch.device('meta' if is_blank else 'cpu'):
         model = make_model(cfg, init=not (start.state or start.weights))
     if start.weights is not None and not is_blank:

@@ -27,9 +27,9 @@ from model import make_model, only_in_training
 # promises with it
 KNOWN = {
     'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd',
-    'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'norm', 'norm_eps', 'mlp',
-    'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie',
-    't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias',
+    'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'no_rope', 'norm', 'norm_eps',
+    'mlp', 'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual',
+    'tie', 't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias',
     'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head',
     'ranks', 'rank_act',
 }
@@ -144,7 +144,8 @@ def take_layers(cfg, weights, layers, silent=()):
     """
     refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
-    new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general)
+    no_rope = [n for n, layer in enumerate(layers) if layer in cfg.no_rope]
+    new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general, no_rope=no_rope)
     for n, layer in enumerate(layers):
         for name in cfg.sizes():
             if cfg.rank(layer, name) != new.rank(n, name):

@@ -7,6 +7,7 @@ are in names.py.
     llama        Llama 1 to 3.2, TinyLlama, SmolLM, OpenLLaMA
     qwen2        Qwen2, Qwen2.5: Llama with biases in the query, key and value matrices
     qwen3        Qwen3: Llama with an RMSNorm on every head of queries and keys
+    smollm3      SmolLM3: Llama with layers without rotary positions
     mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
     minnow       our own class, as hub.py export --as=custom writes it
@@ -165,6 +166,22 @@ def qwen3_config(config):
     return cfg
 
 
+def smollm3_config(config):
+    refuse_windows(config)
+    config.fields.setdefault('num_key_value_heads', 4)
+    config.fields.setdefault('tie_word_embeddings', True)
+    config.fields.setdefault('rope_theta', 2e6)
+    cfg = llama_config(config)
+    every = config.size('no_rope_layer_interval', 4)
+    layers = min(cfg.n_layer, 10 ** 4)
+    with_rope = config.get('no_rope_layers', [(n + 1) % every != 0 for n in range(layers)])
+    is_valid = isinstance(with_rope, list) and len(with_rope) >= cfg.n_layer
+    if not is_valid or any(n not in (0, 1) for n in with_rope):
+        config.refuse('no_rope_layers', with_rope, 'takes a 1, or 0 for no positions, for every layer')
+    cfg.no_rope = [n for n in range(cfg.n_layer) if not with_rope[n]]
+    return cfg
+
+
 def mistral_config(config):
     config.fields.setdefault('sliding_window', 4096)  # absent: transformers' default; null: no window
     config.fields.setdefault('num_key_value_heads', 8)
@@ -281,6 +298,11 @@ def qwen3_fields(cfg):
     return fields
 
 
+def smollm3_fields(cfg):
+    with_rope = [int(n not in cfg.no_rope) for n in range(cfg.n_layer)]
+    return llama_fields(cfg) | {'no_rope_layers': with_rope, 'pad_token_id': None}
+
+
 def t5_fields(cfg):
     from features.t5.positions import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
@@ -317,6 +339,7 @@ PLAIN = {
     'n_expert': 0,
     't5_scale': False,
     'rope_scaling': {},
+    'no_rope': [],
     'qkv_bias': False,
     'qk_norm': False,
     'softcap': 0.0,
@@ -363,6 +386,10 @@ def qwen2_wants(cfg):
 
 def qwen3_wants(cfg):
     return llama_wants(cfg) | {'bias': False, 'qk_norm': 'head'}
+
+
+def smollm3_wants(cfg):
+    return llama_wants(cfg) | {'no_rope': cfg.no_rope}
 
 
 def t5_wants(cfg):
@@ -414,6 +441,8 @@ FAMILIES = {
         'Qwen2ForCausalLM', 'model.', qwen2_config, llama_names, qwen2_fields, qwen2_wants,
         buffers=ROTARY),
     'qwen3': Family('Qwen3ForCausalLM', 'model.', qwen3_config, qwen3_names, qwen3_fields, qwen3_wants),
+    'smollm3': Family(
+        'SmolLM3ForCausalLM', 'model.', smollm3_config, llama_names, smollm3_fields, smollm3_wants),
     'minnow': Family('MinnowForCausalLM', 'model.', minnow_config, minnow_names),
     't5': Family(
         'T5ForConditionalGeneration', '', t5_config, t5_names, t5_fields, t5_wants,

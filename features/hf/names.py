@@ -119,7 +119,8 @@ def name_rows(family, cfg):
         return own_rows(cfg)
     if not cfg.tie:
         names[HEAD] = 'head'
-    shapes = shapes_of(dataclasses.replace(cfg, n_layer=1, n_encoder_layer=min(1, cfg.n_encoder_layer)))
+    encoder = min(1, cfg.n_encoder_layer)
+    shapes = shapes_of(dataclasses.replace(cfg, n_layer=1, n_encoder_layer=encoder, no_rope=[]))
     rows = []
     for theirs, ours in names.items():
         rows += rows_of(family, cfg, theirs, ours, 'weight', shapes)
