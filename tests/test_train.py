@@ -74,6 +74,24 @@ def test_ten_steps_are_five_and_five_in_a_new_process(whole, dataset, tmp_path):
     assert len(last(tmp_path)[1]['state']) == len(last(tmp_path)[0])  # moments for every tensor
 
 
+def test_the_scaler_of_float16_goes_on_where_it_was(dataset, tmp_path):
+    """It counts the steps without an overflow: after a resume it must not begin at zero."""
+    for steps in (3, 5):
+        train(tmp_path, '--dtype=float16', f'--max_iters={steps}', dataset=dataset)
+        state = checkpoint.load_state(checkpoint.find(str(tmp_path)))
+        assert state['scaler']['_growth_tracker'] == steps
+
+
+def test_a_gradient_is_clipped_before_the_update(dataset, tmp_path):
+    """Of a gradient of norm 1e-12 AdamW's epsilon leaves nothing: the weights stay where they began."""
+    for most in ('1e-12', '1'):
+        train(tmp_path / most, f'--grad_clip={most}', '--weight_decay=0', '--max_iters=3',
+              '--checkpoint_interval=1', '--keep_checkpoints=3', dataset=dataset)
+        first, last_ = (checkpoint.read_weights(tmp_path / most / f'step_0000000{n}') for n in (1, 3))
+        change = max((last_[name] - first[name]).abs().max().item() for name in first)
+        assert (change < 1e-6) == (most == '1e-12')
+
+
 MUON = ['--optimizer=muon', '--tie=False', '--embed_norm', '--value_residual', '--mlp=swiglu',
         '--embed_lr=0.3', '--dropout=0.1']
 
