@@ -183,7 +183,7 @@ def llama():
         cfg, weights = reading.load(f'hf:{folder}/base')
         model = make_model(cfg, init=False)
         model.load_state_dict(weights)
-        begin(model, build(Settings, lora_rank=2), is_new=True)
+        begin(model, build(Settings, lora_rank=2))
         from features.lora import adapters
         saved = adapters.described(model.lora.known['default'].description(), adapters.state(model))
         peft_files.write(f'{folder}/adapter', cfg, saved, 'llama')
