@@ -126,7 +126,7 @@ def set_up(s, device, ranks, left_out=()):
         job=ranks.job(),
         planned=planned,
         base=start.base,
-        form=start.form,
+        form=start.form and start.form.trained(data.sources[0].files.meta.get('eot')),
     )
     if s.teacher:  # distill
         from features.distill.teacher import find_teacher  # distill

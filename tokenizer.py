@@ -16,7 +16,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,12 @@ class PromptFormat:
         if after == [eot] and ids[-1:] == [eot]:
             after = []
         return [*before, *ids, *after] or [eot]
+
+    def trained(self, eot):
+        """The same after training on documents that end with eot: it ends a text too, beside other tokens."""
+        if not self.ends or eot is None or eot in self.ends:
+            return self
+        return replace(self, ends=(*self.ends, eot))
 
     def as_json(self):
         """What JSON holds of it, in state.json; from_json() reads it."""

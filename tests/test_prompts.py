@@ -15,7 +15,9 @@ import checkpoint
 import sample
 from batches import TokenFiles
 from configurator import UserError
+from features.hf import tokenizer_json
 from features.hf.export import export
+from features.hf.prompts import chat_template, end_of_text
 from features.study.validation import validation_sources
 from hub import ExportSettings
 from sample import encode_prompt, generate
@@ -101,9 +103,46 @@ def test_their_names_in_a_document_are_ordinary_text(make, special):
         assert make is unigram or ours.decode(ids) == f'a {name} b{name}'
 
 
+@pytest.mark.parametrize('make, special', [
+    (byte_bpe, CHATML), (unigram, ['<pad>', '</s>', '<e_0>'])], ids=['bpe', 'unigram'])
+def test_added_tokens_that_are_not_special_keep_their_ids_in_documents(make, special):
+    """<think> stands after the special tokens: without these it would have the id of one of them."""
+    theirs = make(special)
+    theirs.add_tokens(['<think>', '</think>'])
+    ours = new_tokenizer_of(theirs)
+    text = '<think>the</think>'
+    assert ours.encode(text) == ours.encode_special(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert not {theirs.token_to_id(name) for name in special} & set(ours.encode(text))
+
+
+def test_no_document_can_forge_a_special_token_with_the_name_that_it_has_among_ordinary_text():
+    theirs = unigram(['<pad>', '</s>'])
+    ours = new_tokenizer_of(theirs)
+    for hidden in [tokenizer_json.HIDDEN, tokenizer_json.HIDDEN + '0' * 32]:
+        assert theirs.token_to_id('</s>') not in ours.encode(f'a{hidden}</s>')
+
+
+def test_a_special_token_that_merges_would_make_is_text_in_documents():
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*alphabet, '<s', '<s>'])}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [('<', 's'), ('<s', '>')]))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.add_special_tokens(['<s>', '</s>'])
+    ours = new_tokenizer_of(theirs)
+    assert ours.encode('<s>') == [vocab['<s'], vocab['>']]
+    assert ours.encode_special('a<s>') == [vocab['a'], vocab['<s>']]
+
+
+def test_a_prompt_for_a_bert_vocabulary_may_name_its_special_tokens(tmp_path):
+    path = tmp_path / 'vocab.txt'
+    path.write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[', ']', 'a', 'SEP', 'CLS']))
+    tokenizer = new_tokenizer(str(path))
+    assert tokenizer.encode_special('[CLS] a[SEP]') == [2, 6, 3]
+    assert tokenizer.encode('a[SEP]') == [6, 4, 7, 5]
+
+
 def new_tokenizer_of(theirs):
-    from features.hf.tokenizer_json import JsonTokenizer
-    return JsonTokenizer('tokenizers', theirs.to_str().encode(), 'test')
+    return tokenizer_json.JsonTokenizer('tokenizers', theirs.to_str().encode(), 'test')
 
 
 # --- who ends a text ---
@@ -156,6 +195,24 @@ def test_a_special_token_beyond_the_vocabulary_of_the_network_is_refused_only_in
         encode_prompt('a[PAD]', tokenizer, model.cfg)
 
 
+@pytest.mark.parametrize('fields', [
+    {'eos_token': ['</s>']}, {'eos_token': {'content': []}}, {'eos_token': 5}, {'chat_template': ['x']},
+    {'chat_template': [{'name': [], 'template': 'x'}]}, {'chat_template': [{'name': 'default'}]}])
+def test_fields_of_another_kind_say_nothing(fields, tmp_path):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+    assert end_of_text(str(tmp_path), {'</s>': 0}) is None
+    assert chat_template(str(tmp_path)) == ''
+
+
+def test_of_several_chat_templates_the_default_one_is_taken_and_a_broken_file_is_refused(tmp_path):
+    named = [{'name': 'tool_use', 'template': 'x'}, {'name': 'default', 'template': 'y'}]
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'chat_template': named}))
+    assert chat_template(str(tmp_path)) == 'y'
+    (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+    with pytest.raises(UserError, match='chat_template.jinja: not readable as text in UTF-8'):
+        chat_template(str(tmp_path))
+
+
 # --- what travels ---
 
 def train(folder, name, where, *more):
@@ -181,13 +238,27 @@ def test_what_a_folder_says_stays_true_in_a_run_that_begins_with_it_and_in_what_
     assert run('surgery.py', 'inherit', f'--from={where}', '--layers=0-1', '--dataset=none',
                f'--out_dir={tmp_path}/short').returncode == 0
     export(ExportSettings(f'{tmp_path}/again', f'{tmp_path}/back'))
+    assert run('surgery.py', 'combine', f'--from={where}', *[f'--adapter={tmp_path}/lora'] * 2,
+               '--dataset=none', f'--out_dir={tmp_path}/both').returncode == 0
     for made in (f'{tmp_path}/run', f'{tmp_path}/again', f'{tmp_path}/lora', f'{tmp_path}/short',
+                 f'{tmp_path}/both',
                  f'hf:{tmp_path}/back'):
         assert sample.load(made)[1].prompt_format == wanted, made
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'back')
     assert theirs.eos_token == '<|im_end|>' and theirs.chat_template == CHAT
     fields = json.loads((tmp_path / 'back' / 'generation_config.json').read_text())
     assert fields['eos_token_id'] == [257, 258]
+
+
+def test_the_end_of_documents_that_a_run_is_trained_on_ends_its_texts_too(tmp_path):
+    """Also where generate() of transformers does not stop at it before the training."""
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>', ends=[60])
+    text = tmp_path / 'text.txt'
+    text.write_text('once upon a time there was a cat\n' * 200)
+    run('prepare.py', str(text), f'--tokenizer={where}', f'--out={tmp_path}/data')
+    train(tmp_path, 'run', where)
+    assert sample.load(where)[1].prompt_format.ends == (60,)
+    assert sample.load(f'{tmp_path}/run')[1].prompt_format.ends == (60, theirs.eos_token_id)
 
 
 def test_a_resumed_run_keeps_what_it_inherited(tmp_path, chatml):

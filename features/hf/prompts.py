@@ -65,7 +65,7 @@ def end_of_text(folder, vocab):
         name = optional_json(folder, file).get('eos_token')
         if isinstance(name, dict):  # an added token with its properties
             name = name.get('content')
-        if name in vocab:
+        if isinstance(name, str) and name in vocab:
             return name
     names = {token: name for name, token in vocab.items()}
     ids = [token for token in end_ids(folder) if token in names]
@@ -76,11 +76,15 @@ def chat_template(folder):
     """The Jinja template of a conversation; '' where the folder has none."""
     path = os.path.join(folder, 'chat_template.jinja')
     if os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            return f.read()
+        try:
+            with open(path, encoding='utf-8') as f:
+                return f.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'{path}: not readable as text in UTF-8: {error}') from None
     found = optional_json(folder, 'tokenizer_config.json').get('chat_template')
     if isinstance(found, list):  # several, by their names
-        found = {entry.get('name'): entry.get('template') for entry in found}.get('default')
+        found = next((entry.get('template') for entry in found
+                      if isinstance(entry, dict) and entry.get('name') == 'default'), '')
     return found if isinstance(found, str) else ''
 
 

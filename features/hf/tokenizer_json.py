@@ -7,6 +7,7 @@ same ids for the same text. Also reads BERT's vocabularies, vocab.txt.
 """
 import json
 import os
+import secrets
 
 from configurator import UserError
 from tokenizer import EOT, Tokenizer
@@ -14,6 +15,8 @@ from tokenizer import EOT, Tokenizer
 HIDDEN = '\ue000'  # a character of Unicode's private use
 # names of the end-of-text token, where no file says which it is
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
+
+BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 
 # -----------------------------------------------------------------------------
@@ -112,19 +115,24 @@ def without_specials(tokenizers, tokenizer):
     The same tokenizer for ordinary text: what spells a special token is text. `tokenizer` itself finds them.
     """
     fields = json.loads(tokenizer.to_str())
-    special = {token['content'] for token in fields['added_tokens'] if token['special']}
     model = fields['model']
+    special = {token['content'] for token in fields['added_tokens'] if token['special']}
     special.discard(model.get('unk_token'))
-    # A model may find the name of a token in its own vocabulary. There it gets a name that no text has
+    # A model may find the name of a token in its own vocabulary. There it gets a name that no text has: one
+    # that nobody can know. All keep their places, because the library counts the ids of added tokens
+    hidden = {name: HIDDEN + secrets.token_hex(16) + name for name in special}
+    for token in fields['added_tokens']:
+        token['content'] = hidden.get(token['content'], token['content'])
     if isinstance(model['vocab'], list):  # Unigram: (name, score)
-        model['vocab'] = [[HIDDEN + name if name in special else name, score]
-                          for name, score in model['vocab']]
+        model['vocab'] = [[hidden.get(name, name), score] for name, score in model['vocab']]
     else:
-        model['vocab'] = {HIDDEN + name if name in special else name: i
-                          for name, i in model['vocab'].items()}
-    fields['added_tokens'] = [token for token in fields['added_tokens'] if not token['special']]
+        model['vocab'] = {hidden.get(name, name): i for name, i in model['vocab'].items()}
+    if 'merges' in model:  # BPE: none may make the name out of its parts
+        model['merges'] = [pair for pair in model['merges'] if not special & {*pair, ''.join(pair)}]
     fields['post_processor'] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(fields))
+    literal = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    literal.encode_special_tokens = True  # as their pieces, also the one of unknown text
+    return literal
 
 
 def read(tokenizers, data, where):
@@ -154,6 +162,7 @@ def wordpiece(tokenizers, data, where, size=None):
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens([name for name in BERT_SPECIAL if name in vocab])
     return tokenizer
 
 
@@ -168,7 +177,6 @@ BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b 
 PROBE = ('Once upon a time, there was a bird.\n\n'
          '\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 '
          "don't\r\n   ")
-BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 
 def to_json(tokenizer, begin=()):
@@ -234,10 +242,7 @@ def convert(tokenizers, tokenizer):
         return from_sentencepiece(tokenizers, tokenizer)
     if tokenizer.kind not in ('tokenizers', 'wordpiece'):
         return from_tiktoken(tokenizers, tokenizer)
-    theirs = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
-    if tokenizer.kind == 'wordpiece':
-        theirs.add_special_tokens([name for name in BERT_SPECIAL if theirs.token_to_id(name) is not None])
-    return theirs
+    return tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
 
 
 def byte_level(tokenizers, vocab, merges, eot, pattern=None):

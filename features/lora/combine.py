@@ -51,6 +51,7 @@ def run_combine(s):
         if not peft_files.is_one(folder):
             states.append(checkpoint.load_state(checkpoint.find(folder, 'best')))
     state = new_state('combine', model.cfg, common_settings(states), old.tokenizer, common_begin(states))
+    state['prompt'] = old.form.as_json()
     state['base'] = base
     state['lora'] = both.description()
     write_run(s.out_dir, both.tensors, {}, state, old.tokenizer_folder)
