@@ -3,9 +3,10 @@ Does a chat model of Hugging Face answer here as in transformers, token for toke
 prompts in the model's own chat template; the prompt's ids and the answer, up to the token that ends it.
 
     pip install transformers
-    python experiments/chat_exact.py hf:FOLDER
+    python experiments/chat_exact.py --init_from=hf:FOLDER
 """
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-from configurator import UserError, run_main
+from configurator import FilePath, configure, run_main
 
 QUESTIONS = (
     'What is the capital of France?', 'Name three primary colours.', 'Write one sentence about the sea.',
@@ -25,15 +26,18 @@ QUESTIONS = (
     'Write a Python function that adds two numbers.', 'Which planet is the largest?',
     'Explain gravity to a child.', 'What is the plural of "mouse"?', 'Say hello in five languages.',
 )
-MAX_NEW_TOKENS = 60
+
+
+@dataclass
+class Settings:
+    init_from: FilePath = 'hf:'  # hf:FOLDER, a chat model
+    max_new_tokens: int = 60  # of each answer
 
 
 def main():
-    if len(sys.argv) != 2 or not sys.argv[1].startswith('hf:'):
-        raise UserError('takes hf:FOLDER, a chat model in Hugging Face format')
-    where = sys.argv[1]
-    model, tokenizer = sample.load(where)
-    folder = where.removeprefix('hf:')
+    s = configure(Settings)
+    model, tokenizer = sample.load(s.init_from)
+    folder = s.init_from.removeprefix('hf:')
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     equal_prompts = equal_answers = tokens = ended = 0
@@ -43,10 +47,10 @@ def main():
         wanted_prompt = their_tokenizer(text, add_special_tokens=False).input_ids
         prompt = tokenizer.encode_special(text)
         ids = torch.tensor([wanted_prompt])
-        wanted = theirs.generate(ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0, len(wanted_prompt):]
+        wanted = theirs.generate(ids, max_new_tokens=s.max_new_tokens, do_sample=False)[0, len(wanted_prompt):]
         wanted = wanted.tolist()
         found = []
-        for drawn in sample.generate(model, [prompt], MAX_NEW_TOKENS, temperature=0,
+        for drawn in sample.generate(model, [prompt], s.max_new_tokens, temperature=0,
                                      eot=tokenizer.prompt_format.ends, vocab_size=tokenizer.vocab_size):
             found.append(int(drawn))
         if found[-1] < 0:  # it ended: transformers shows the token that ended it
