@@ -47,8 +47,8 @@ def main():
         wanted_prompt = their_tokenizer(text, add_special_tokens=False).input_ids
         prompt = tokenizer.encode_special(text)
         ids = torch.tensor([wanted_prompt])
-        wanted = theirs.generate(ids, max_new_tokens=s.max_new_tokens, do_sample=False)[0, len(wanted_prompt):]
-        wanted = wanted.tolist()
+        wanted = theirs.generate(ids, max_new_tokens=s.max_new_tokens, do_sample=False)
+        wanted = wanted[0, len(wanted_prompt):].tolist()
         found = []
         for drawn in sample.generate(model, [prompt], s.max_new_tokens, temperature=0,
                                      eot=tokenizer.prompt_format.ends, vocab_size=tokenizer.vocab_size):
