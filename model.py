@@ -42,6 +42,7 @@ class ModelConfig:
     no_rope: list[int] = field(default_factory=list)  # blocks (0, 1, …) without them: arXiv 2501.18795
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
     norm_eps: float = 1e-5  # epsilon of the norms
+    post_norm: bool = False  # norms after attention and MLP instead of before (OLMo 2, arXiv 2501.00656)
     mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
     mlp_norm: bool = False  # add a norm on the MLP's hidden layer
     qk_norm: bool | Literal['head', 'width'] = True  # RMSNorm on queries and keys: bounded logits, higher
@@ -405,6 +406,7 @@ class Block(nn.Module):
         if cfg.depth_scale not in ('none', 'attn', 'norm'):
             raise no_code(cfg, 'depth_scale')
         self.norm_scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0
+        self.post_norm = cfg.post_norm
         self.add_layers(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -414,15 +416,21 @@ class Block(nn.Module):
 
     def forward(self, x, inputs, v0=None, cache=None):
         """x (B, T, C), AttentionInputs, the first block's values v0 → (B, T, C), v0."""
-        y, v0 = self.attn(self.normed(self.norm_1, x), inputs, v0, cache)
-        return self.feed_forward(x + self.drop(y), inputs, v0)
+        y, v0 = self.attn(self.before(self.norm_1, x), inputs, v0, cache)
+        return self.feed_forward(x + self.drop(self.after(self.norm_1, y)), inputs, v0)
 
     def feed_forward(self, x, inputs, v0):
-        h = self.normed(self.norm_2, x)
+        h = self.before(self.norm_2, x)
         if hasattr(self.mlp, 'router'):  # moe
             y, routing = self.mlp(h, inputs.real)  # moe
-            return x + self.drop(y), v0, routing  # moe
-        return x + self.drop(self.mlp(h)), v0
+            return x + self.drop(self.after(self.norm_2, y)), v0, routing  # moe
+        return x + self.drop(self.after(self.norm_2, self.mlp(h))), v0
+
+    def before(self, norm, x):
+        return x if self.post_norm else self.normed(norm, x)
+
+    def after(self, norm, y):
+        return self.normed(norm, y) if self.post_norm else y
 
     def normed(self, norm, x):
         return norm(x) if self.norm_scale == 1 else norm(x) * self.norm_scale

@@ -126,13 +126,14 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
 
 
 QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm='head')
+OLMO2 = LLAMA | dict(qk_norm='width', post_norm=True)
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
            'norm_eps': 0.1, 'mlp_norm': True, 'n_expert': 4, 'n_expert_active': 2,
            'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
            'ranks': {'attn.k': 3}, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0},
-           'no_rope': [1]}
+           'no_rope': [1], 'post_norm': True}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
@@ -157,8 +158,8 @@ def test_the_changes_are_of_every_setting():
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', CHANGES, ids=str)
-@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, GPT2, T5],
-                         ids=['llama', 'qwen2', 'qwen3', 'gpt2', 't5'])
+@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, OLMO2, GPT2, T5],
+                         ids=['llama', 'qwen2', 'qwen3', 'olmo2', 'gpt2', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,
@@ -170,8 +171,9 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
         model = network(**family | change)
         fields, tensors = stock(*fold(model), 'run')
     except (UserError, ValueError) as error:  # ValueError: no network has this
-        # T5 without its encoder: all the rest is wrong. Biases and qk_norm: each has a class, not both
-        names = [*change, 'qk_norm'] if {'bias', 'qkv_bias'} & change.keys() else change
+        # T5 without its encoder: all the rest is wrong. Of these together, which no class has, one is named
+        together = {'bias', 'qkv_bias', 'qk_norm', 'post_norm'}
+        names = change.keys() | ({'qk_norm', 'post_norm'} if together & change.keys() else set())
         named = any(f'{name}=' in str(error) for name in names) or 'n_encoder_layer' in change
         assert named and '\n' not in str(error)
         return
@@ -207,7 +209,7 @@ FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True),
           dict(rank_embed=8, rank_head=8),
           dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
           dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8),
-          dict(depth_scale='norm', norm='layernorm', bias=True),
+          dict(depth_scale='norm', norm='layernorm', bias=True), dict(depth_scale='norm', post_norm=True),
           dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
 
 

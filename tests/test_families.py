@@ -41,6 +41,9 @@ CASES = {  # name: (family, further fields of config.json, settings of ours that
     'smollm3': ('SmolLM3', {}, dict(no_rope=[3], rope_theta=2e6, tie=True)),
     'smollm3 list': ('SmolLM3', dict(no_rope_layers=[0, 1, 0, 1], tie_word_embeddings=False, head_dim=16,
                                      rope_parameters=LLAMA3 | {'rope_theta': 5e5}), dict(no_rope=[0, 2])),
+    'olmo2': ('Olmo2', dict(rms_norm_eps=1e-3), dict(post_norm=True, qk_norm='width')),
+    'olmo2 tied': ('Olmo2', dict(tie_word_embeddings=True, head_dim=16, num_key_value_heads=None),
+                   dict(post_norm=True, n_kv_head=4)),
     # beyond the original context of 16 tokens
     'llama 3.1': ('Llama', dict(rope_parameters=LLAMA3 | {'rope_theta': 5e5}), dict(rope_scaling=LLAMA3)),
     'linear': ('Llama', dict(rope_parameters={'rope_type': 'linear', 'factor': 4, 'rope_theta': 1e4}),
@@ -174,6 +177,7 @@ REFUSED = [
     ('smollm3', dict(no_rope_layers=[1, 0, 1]), 'no_rope_layers=[1, 0, 1]: takes'),
     ('smollm3', dict(no_rope_layers=[1, 0, 1, 'x']), 'no_rope_layers='),
     ('smollm3', dict(mlp_bias=True), 'mlp_bias=True: takes False'),
+    ('olmo2', dict(attention_bias=True), 'attention_bias=True: takes False'),
     ('qwen3', dict(attention_bias=True), 'attention_bias=True: takes False'),
     ('qwen3', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
     ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),

@@ -218,6 +218,7 @@ SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), d
           (dict(), dict(d_ff=48)), (dict(), dict(position='learned')),
           (dict(), dict(position='relative')), (dict(), dict(position='none')),
           (dict(), dict(rope_theta=500.0)), (dict(), dict(no_rope=[1])),
+          (dict(), dict(post_norm=True)), (dict(norm='layernorm', bias=True), dict(post_norm=True)),
           (dict(), dict(rope_scaling={'rope_type': 'linear', 'factor': 2.0})),
           (dict(), dict(norm='layernorm')), (dict(), dict(norm_eps=0.1)),
           *((dict(), dict(mlp=mlp)) for mlp in ('gelu', 'silu', 'relu', 'swiglu', 'geglu')),

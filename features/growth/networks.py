@@ -28,10 +28,10 @@ from model import make_model, only_in_training
 KNOWN = {
     'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd',
     'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'no_rope', 'norm', 'norm_eps',
-    'mlp', 'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual',
-    'tie', 't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias',
-    'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head',
-    'ranks', 'rank_act',
+    'post_norm', 'mlp', 'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale',
+    'value_residual', 'tie', 't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z',
+    'expert_bias', 'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed',
+    'rank_head', 'ranks', 'rank_act',
 }
 
 # The choices of these settings that the functions take into account
@@ -139,8 +139,8 @@ OUTPUT = r'(attn\.o|mlp\.(experts\.)?down)\.(?!down\.)'
 def take_layers(cfg, weights, layers, silent=()):
     """
     (ModelConfig, weights) of a model whose block n is block layers[n] of this one; the rest is unchanged. The
-    output matrices of the blocks in `silent` are zero, so that these blocks add nothing at first. Raises
-    UserError for a model with an encoder or with settings that are not KNOWN.
+    output matrices (post_norm: the norms) of the blocks in `silent` are zero, so that these blocks add
+    nothing at first. Raises UserError for a model with an encoder or with settings that are not KNOWN.
     """
     refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
@@ -152,9 +152,10 @@ def take_layers(cfg, weights, layers, silent=()):
                 new.ranks[f'blocks.{n}.{name}'] = cfg.rank(layer, name)
 
     out = {name: weights[old].clone() for name, old in layer_names(weights, layers).items()}
+    written = r'norm_[12]\.' if cfg.post_norm else OUTPUT
     for n in silent:
         for name in out:
-            if re.match(rf'blocks\.{n}\.{OUTPUT}', name):
+            if re.match(rf'blocks\.{n}\.{written}', name):
                 out[name].zero_()
     for n, layer in enumerate(layers):
         if cfg.value_residual and layer == 0 and n > 0:
@@ -185,7 +186,7 @@ def grow(cfg, weights, n_layer, how, other=None):
 # Width
 
 NORM = r'(.*\.)?norm_\w\.(weight|bias)'  # of the stream
-NOT_WIDENED = ('n_encoder_layer', 'n_expert', 'mlp_norm')
+NOT_WIDENED = ('n_encoder_layer', 'n_expert', 'mlp_norm', 'post_norm')
 STREAM_OUTPUT = r'wte_up\.weight|blocks\.\d+\.(attn\.o|mlp\.down)\.(up\.)?(weight|bias)'
 
 

@@ -8,6 +8,7 @@ are in names.py.
     qwen2        Qwen2, Qwen2.5: Llama with biases in the query, key and value matrices
     qwen3        Qwen3: Llama with an RMSNorm on every head of queries and keys
     smollm3      SmolLM3: Llama with layers without rotary positions
+    olmo2        OLMo 2: Llama with norms after attention and MLP, and on all queries and keys
     mistral      load only; exported as Llama, which is the same model
     t5           T5, Flan-T5
     minnow       our own class, as hub.py export --as=custom writes it
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 from configurator import from_dict, without_removed
 from features import build, default_of
-from features.hf.names import gpt2_names, llama_names, minnow_names, qwen3_names, t5_names
+from features.hf.names import gpt2_names, llama_names, minnow_names, olmo2_names, qwen3_names, t5_names
 from model import ROPE_SCALING, ModelConfig
 
 # -----------------------------------------------------------------------------
@@ -182,6 +183,14 @@ def smollm3_config(config):
     return cfg
 
 
+def olmo2_config(config):
+    config.one_of('attention_bias', False)
+    config.fields |= {'rms_norm_eps': config.get('rms_norm_eps', 1e-5), 'mlp_bias': False}
+    cfg = llama_config(config)
+    cfg.post_norm, cfg.qk_norm = True, 'width'
+    return cfg
+
+
 def mistral_config(config):
     config.fields.setdefault('sliding_window', 4096)  # absent: transformers' default; null: no window
     config.fields.setdefault('num_key_value_heads', 8)
@@ -303,6 +312,10 @@ def smollm3_fields(cfg):
     return llama_fields(cfg) | {'no_rope_layers': with_rope, 'pad_token_id': None}
 
 
+def olmo2_fields(cfg):
+    return qwen3_fields(cfg) | {'pad_token_id': None}
+
+
 def t5_fields(cfg):
     from features.t5.positions import RelativeBias  # t5
     projection = {ours: theirs for theirs, ours in T5_MLP.items()}
@@ -340,6 +353,7 @@ PLAIN = {
     't5_scale': False,
     'rope_scaling': {},
     'no_rope': [],
+    'post_norm': False,
     'qkv_bias': False,
     'qk_norm': False,
     'softcap': 0.0,
@@ -390,6 +404,10 @@ def qwen3_wants(cfg):
 
 def smollm3_wants(cfg):
     return llama_wants(cfg) | {'no_rope': cfg.no_rope}
+
+
+def olmo2_wants(cfg):
+    return llama_wants(cfg) | {'bias': False, 'post_norm': True, 'qk_norm': 'width'}
 
 
 def t5_wants(cfg):
@@ -443,6 +461,7 @@ FAMILIES = {
     'qwen3': Family('Qwen3ForCausalLM', 'model.', qwen3_config, qwen3_names, qwen3_fields, qwen3_wants),
     'smollm3': Family(
         'SmolLM3ForCausalLM', 'model.', smollm3_config, llama_names, smollm3_fields, smollm3_wants),
+    'olmo2': Family('Olmo2ForCausalLM', 'model.', olmo2_config, olmo2_names, olmo2_fields, olmo2_wants),
     'minnow': Family('MinnowForCausalLM', 'model.', minnow_config, minnow_names),
     't5': Family(
         'T5ForConditionalGeneration', '', t5_config, t5_names, t5_fields, t5_wants,

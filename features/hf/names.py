@@ -47,6 +47,10 @@ QWEN3 = LLAMA | {
     'layers.N.self_attn.q_norm': 'blocks.N.attn.q_norm',
     'layers.N.self_attn.k_norm': 'blocks.N.attn.k_norm',
 }
+OLMO2 = {theirs: ours for theirs, ours in QWEN3.items() if theirs != 'layers.N.input_layernorm'} | {
+    'layers.N.post_attention_layernorm': 'blocks.N.norm_1',
+    'layers.N.post_feedforward_layernorm': 'blocks.N.norm_2',
+}
 
 
 def gpt2_names(cfg):
@@ -59,6 +63,10 @@ def llama_names(cfg):
 
 def qwen3_names(cfg):
     return QWEN3
+
+
+def olmo2_names(cfg):
+    return OLMO2
 
 
 def minnow_names(cfg):
