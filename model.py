@@ -5,7 +5,7 @@ The model: a GPT, dense or low-rank, in plain PyTorch. You can copy this file: i
     loss = model(idx, targets)   # idx, targets: (B, T) int64; targets of -1 are ignored
     logits = model(idx)          # (B, T, vocab_size)
 
-A line that ends with # t5, # moe, # markov, # distill or # lora belongs to that folder in features/.
+A line that ends with # t5, # moe, # markov, # distill, # hf or # lora belongs to that folder in features/.
 Shapes in comments: B batch, T tokens, C n_embd, H heads, D head_dim, V vocabulary, R rank.
 """
 import math
@@ -37,8 +37,8 @@ class ModelConfig:
     d_ff: int = 0  # hidden width of the MLP; 0 = 4 n_embd; gated: 8/3 n_embd, to a multiple of 32
     position: Literal['rope', 'learned', 'relative', 'none'] = 'rope'  # relative: T5's position bias
     rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
-    rope_scaling: dict = field(default_factory=dict)  # slow these down for a longer context, as config.json
-    # of Llama 3.1 says it: {'rope_type': 'llama3', 'factor': 8.0, …}; ROPE_SCALING has all keys
+    rope_scaling: dict = field(default_factory=dict)  # [hf] slow these down for a longer context, with the
+    # keys of Llama 3.1's config.json: {'rope_type': 'llama3', 'factor': 8.0, …}
     no_rope: list[int] = field(default_factory=list)  # blocks (0, 1, …) without them: arXiv 2501.18795
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
     norm_eps: float = 1e-5  # epsilon of the norms
@@ -110,15 +110,9 @@ class ModelConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f'rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: must be positive')
-        if self.rope_scaling:
-            wanted = {'rope_type', *ROPE_SCALING.get(str(self.rope_scaling.get('rope_type')), ())}
-            values = [value for key, value in self.rope_scaling.items() if key != 'rope_type']
-            is_number = all(type(value) in (int, float) and 0 < value < math.inf for value in values)
-            if self.rope_scaling.keys() != wanted or not values or not is_number or self.rope_theta <= 1:
-                raise ValueError(f'rope_scaling={self.rope_scaling}: takes positive numbers for the keys of '
-                                 f'its rope_type: {ROPE_SCALING}, and rope_theta above 1')
-            if self.rope_scaling.get('low_freq_factor', 0) >= self.rope_scaling.get('high_freq_factor', 1):
-                raise ValueError(f'rope_scaling={self.rope_scaling}: low_freq_factor has to be the lower one')
+        if self.rope_scaling:  # hf
+            from features.hf.rotary import check_scaling  # hf
+            check_scaling(self)  # hf
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: takes 0 <= dropout < 1')
         if self.arch == 'markov':  # markov
@@ -159,10 +153,6 @@ class ModelConfig:
 
 
 GATED = ('swiglu', 'geglu')
-ROPE_SCALING = {  # {rope_type: its numbers}
-    'linear': ('factor',),
-    'llama3': ('factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'),
-    'yarn': ('factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'attention_factor')}
 RANK_OF = {'attn.q': 'rank_qk', 'attn.k': 'rank_qk', 'attn.v': 'rank_vo', 'attn.o': 'rank_vo',
            'mlp.up': 'rank_mlp', 'mlp.gate': 'rank_mlp', 'mlp.down': 'rank_mlp'}
 
@@ -251,31 +241,14 @@ def qk_norm(cfg, heads):
     return RMSNorm(cfg.d_head * (heads if cfg.qk_norm == 'width' else 1), cfg.norm_eps)
 
 
-def rotary_table(length, d_head, theta, scaling=()):
+def rotary_table(length, d_head, theta, scaling=None):
     """cos and sin of every position's angles, (2, length, D/2) in float32, rounded as in transformers."""
-    frequencies = 1 / theta ** (torch.arange(0, d_head, 2) / d_head)
-    if scaling:
-        frequencies = scaled(frequencies, theta, scaling)
+    frequencies, size = 1 / theta ** (torch.arange(0, d_head, 2) / d_head), 1
+    if scaling:  # hf
+        from features.hf.rotary import scaled  # hf
+        frequencies, size = scaled(frequencies, theta, scaling)  # hf
     angles = torch.outer(torch.arange(length), frequencies)
-    table = torch.stack([angles.cos(), angles.sin()])
-    return table * scaling['attention_factor'] if 'attention_factor' in scaling else table
-
-
-def scaled(frequencies, theta, scaling):
-    """Divide by `factor` the frequencies (D/2,) of pairs that turn rarely in the original context."""
-    kind, pairs = scaling['rope_type'], len(frequencies)
-    context = scaling.get('original_max_position_embeddings')
-    kept = torch.zeros(pairs)  # linear: none
-    if kind == 'llama3':
-        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-        turns = context / (2 * math.pi / frequencies)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-    if kind == 'yarn':  # Peng et al. 2023, arXiv 2309.00071
-        first, last = (pairs * math.log(context / (scaling[turns] * 2 * math.pi)) / math.log(theta)
-                       for turns in ('beta_fast', 'beta_slow'))  # the pairs that turn so often
-        first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
-        kept = 1 - ((torch.arange(pairs) - first) / (last - first or 0.001)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling['factor']
+    return torch.stack([angles.cos(), angles.sin()]) * size
 
 
 def rotate(x, table):

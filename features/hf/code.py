@@ -13,6 +13,8 @@ def write_code(folder, cfg):
     used = {}  # {feature: its files}
     if cfg.n_expert:  # moe
         used['moe'] = ['network', 'settings']  # moe
+    if cfg.rope_scaling:
+        used['hf'] = ['rotary']
     if cfg.position == 'relative':  # t5
         used['t5'] = ['positions']  # t5
     files = {'features/hf/modeling_minnow.py': 'modeling_minnow.py', 'model.py': 'model.py'}

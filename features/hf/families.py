@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from configurator import from_dict, without_removed
 from features import build, default_of
 from features.hf.names import gpt2_names, llama_names, minnow_names, olmo2_names, qwen3_names, t5_names
-from model import ROPE_SCALING, ModelConfig
+from features.hf.rotary import ROPE_SCALING
+from model import ModelConfig
 
 # -----------------------------------------------------------------------------
 # config.json → ModelConfig. Every function takes a Config. It raises UserError for a field that our networks
