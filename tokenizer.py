@@ -120,8 +120,12 @@ class Tokenizer:
             if part in specials:
                 ids.append(specials[part])
             elif part:
-                ids += self.encode(part)
+                ids += self.encode_after(part) if ids else self.encode(part)
         return ids
+
+    def encode_after(self, text):
+        """The ids of a text that stands after a special token."""
+        return self.encode(text)
 
     def bos(self):
         """(id,) of the token that the tokenizer's own library adds before a text; () if it adds none."""
@@ -243,6 +247,14 @@ class SentencePieceTokenizer(Tokenizer):
         for part in text.split('▁'):
             ids += self.sp.encode(part) + self.sign
         return ids[:-len(self.sign)]
+
+    def encode_after(self, text):
+        if self.sign:
+            return self.encode(text)
+        # Without the blank that the model sets before a text: it stands before a newline, and both are cut
+        # off, as transformers does
+        ids, cut = self.encode('\n' + text), self.encode('\n')
+        return ids[len(cut):] if ids[:len(cut)] == cut else self.encode(text)
 
     def decode(self, ids):
         self.check_ids(ids)

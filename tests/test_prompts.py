@@ -5,6 +5,7 @@ of the folder: who begins a text, who ends it, which special tokens a prompt may
 import json
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -88,6 +89,21 @@ def test_a_unigram_model_reads_them_with_the_blanks_that_transformers_has(text):
     theirs = unigram(['<pad>', '</s>', '<e_0>'])
     ours = new_tokenizer_of(theirs)
     assert ours.encode_special(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('text', ['the cat', '</s>the cat', 'the</s> cat', 'the </s> the', '</s>\ncat'])
+def test_a_sentencepiece_file_sets_no_blank_after_a_special_token_as_transformers_does(text, tmp_path):
+    with open(tmp_path / 'tokenizer.model', 'wb') as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(['the cat sat on the mat'] * 50), model_writer=f, model_type='bpe',
+            vocab_size=300, byte_fallback=True, normalization_rule_name='identity',
+            remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+    names = {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'}
+    names['tokenizer_class'] = 'LlamaTokenizer'
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(names))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = new_tokenizer(str(tmp_path / 'tokenizer.model'))
+    assert ours.encode_special(text) == theirs(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize('make, special', [
