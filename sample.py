@@ -170,7 +170,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    ends = None if eot is None else torch.tensor(eot, device=device)
+    ends = None if eot in (None, ()) else torch.tensor(eot, device=device)
     # a compiled step is for one size of the cache: always T, so that it is never compiled again
     size = T if compile else min(T, longest + max_new_tokens)
     cache = KVCache(model, size, compile) if use_cache else None
@@ -256,8 +256,7 @@ def stream(model, tokenizer, prompts, stop=(), **options):
     options: those of generate().
     """
     rows = [Row(tokenizer, prompt, stop) for prompt in prompts]
-    ends = tokenizer.prompt_format.ends or tokenizer.eot
-    for drawn in generate(model, prompts, eot=ends, vocab_size=tokenizer.vocab_size, **options):
+    for drawn in generate(model, prompts, eot=tokenizer.ends(), vocab_size=tokenizer.vocab_size, **options):
         for n, (row, token) in enumerate(zip(rows, drawn.tolist())):
             if row.alive and token >= 0:
                 yield n, row.add(token)

@@ -135,6 +135,11 @@ class Tokenizer:
         """(id,) of the start token of a document in training: bos(), or BERT's [CLS]; () = none."""
         return self.bos()
 
+    def ends(self):
+        """The tokens that end a text which a network writes; () = none."""
+        own = () if self.eot is None else (self.eot,)
+        return self.prompt_format.ends or own
+
     def with_format(self, prompt_format):
         """The same tokenizer with another prompt format."""
         other = copy.copy(self)

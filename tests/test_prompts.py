@@ -20,6 +20,7 @@ from features.hf import tokenizer_json
 from features.hf.export import export
 from features.hf.prompts import chat_template, end_of_text
 from features.study.validation import validation_sources
+from features.t5.beams import beam_search
 from hub import ExportSettings
 from sample import encode_prompt, generate
 from tokenizer import load_tokenizer, new_tokenizer
@@ -190,6 +191,20 @@ def test_a_text_ends_where_generate_of_transformers_stops_also_at_one_of_several
         stopped += is_ended
         assert found[:-1] == wanted.tolist()[:len(found) - 1] and len(found) == len(wanted)
         assert not is_ended or wanted[-1] in (60, 61, 257)
+    assert stopped
+
+
+def test_a_beam_search_ends_at_each_of_several_tokens_as_in_transformers(tmp_path):
+    where, _ = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|endoftext|>', ends=[60, 61, 257])
+    model, tokenizer = sample.load(where)
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
+    stopped = set()
+    for first in range(40, 60):
+        prompt = torch.tensor([[first, 10]])
+        wanted = network.generate(prompt, max_new_tokens=20, do_sample=False, num_beams=3)
+        found = beam_search(model, [first, 10], 20, 3, eot=tokenizer.ends())
+        assert found == wanted[0, 2:].tolist()
+        stopped |= {found[-1]} & {60, 61, 257}
     assert stopped
 
 

@@ -128,14 +128,14 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
             if model.cfg.n_encoder_layer:
                 network, prompts = read_sources(model, tokenizer, prompts)
             if num_beams:
-                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.eot,
+                written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.ends(),
                                        tokenizer.vocab_size)]
             else:
-                steps = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.eot,
+                steps = generate(network, prompts, max_new_tokens, temperature=0, eot=tokenizer.ends(),
                                  vocab_size=tokenizer.vocab_size)
                 written = zip(*(tokens.tolist() for tokens in steps))  # a step is a token of every row
             for (n, _), ids in zip(batch, written):
-                text = tokenizer.decode([i for i in ids if i >= 0 and i != tokenizer.eot])
+                text = tokenizer.decode([i for i in ids if i >= 0 and i not in tokenizer.ends()])
                 out[n] = text.strip()
             bar.update(len(batch))
     return out

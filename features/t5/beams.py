@@ -24,10 +24,10 @@ def print_best(model, tokenizer, prompt, s):
     if len(prompt) + s.max_new_tokens > model.cfg.block_size + 1:
         raise UserError(f'max_new_tokens={s.max_new_tokens}: a beam search cannot go beyond the context of '
                         f'{model.cfg.block_size}: lower it')
-    ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.eot,
+    ids = beam_search(model, prompt, s.max_new_tokens, s.num_beams, s.length_penalty, tokenizer.ends(),
                       tokenizer.vocab_size)
     row = Row(tokenizer, prompt, ())
-    pieces = [row.add(token) for token in ids if token != tokenizer.eot]
+    pieces = [row.add(token) for token in ids if token not in tokenizer.ends()]
     print(''.join(pieces) + row.end() + '\n---------------', flush=True)
 
 
@@ -35,10 +35,10 @@ def print_best(model, tokenizer, prompt, s):
 def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, eot=None, vocab_size=None):
     """
     The best continuation of a prompt (a list of token ids) that a beam search with num_beams hypotheses
-    finds, a list of token ids up to and including `eot`. The score is the log-probability divided by the
-    length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5 and 6). The
-    search ends when the best open hypothesis, at its present length, is no better than the worst of num_beams
-    finished ones, like that of transformers (early_stopping=False).
+    finds, a list of token ids up to and including `eot`, a token or several. The score is the log-probability
+    divided by the length to the power of length_penalty (Wu et al. 2016, arXiv 1609.08144, without their 5
+    and 6). The search ends when the best open hypothesis, at its present length, is no better than the worst
+    of num_beams finished ones, like that of transformers (early_stopping=False).
     model: a decoder, or a sampling.Decoder of an encoder-decoder that has read one source. Raises ValueError
     for more tokens than block_size, and NotFinite if the logits are NaN or infinite.
     """
@@ -50,20 +50,21 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
     if isinstance(model, Decoder):
         model = Decoder(model.model, model.sources[:1] * num_beams)
     cache = KVCache(model, size)
+    last = torch.tensor([-1] if eot in (None, ()) else eot, device=device)
     finished = []  # (score, tokens), the best first
     tokens = torch.tensor([prompt] * num_beams, device=device)  # (beams, T)
     # The hypotheses are equal at first: only one of them counts
     scores = torch.tensor([0.0] + [-1e9] * (num_beams - 1), device=device)
     for length in range(1, max_new_tokens + 1):
         total = next_logits(model, tokens, cache)[:, :V].log_softmax(-1) + scores[:, None]  # (beams, V)
-        # one of each beam may end: enough go on
-        best, where = total.flatten().topk(min(2 * num_beams, total.numel()))
+        # each beam may end in so many ways: enough go on
+        best, where = total.flatten().topk(min((1 + last.numel()) * num_beams, total.numel()))
         if best[0].isnan():  # topk puts NaN first
             raise NotFinite
         rows, drawn = where // V, where % V
-        ends = drawn == (-1 if eot is None else eot)
+        ends = torch.isin(drawn, last)
         for n in ends[:num_beams].nonzero().flatten().tolist():
-            written = tokens[rows[n], len(prompt):].tolist() + [eot]
+            written = tokens[rows[n], len(prompt):].tolist() + [drawn[n].item()]
             finished.append((best[n].item() / length ** length_penalty, written))
         finished = sorted(finished, reverse=True)[:num_beams]
         rows, drawn, scores = rows[~ends][:num_beams], drawn[~ends][:num_beams], best[~ends][:num_beams]
