@@ -37,6 +37,7 @@ class PromptFormat:
     suffix: tuple = ()  # and after it
     ends: tuple = ()  # tokens that end a text; () = the tokenizer's end of text
     chat_template: str = ''  # how a conversation is written (Jinja); '' = not known
+    names: tuple = ()  # ((name, text), …) of the special tokens in it, as bos_token
 
     def add_to(self, ids, eot):
         """Add these ids around `ids`; eot if there are none. A bos or suffix of eot is not doubled."""
@@ -55,13 +56,15 @@ class PromptFormat:
 
     def as_json(self):
         """What JSON holds of it, in state.json; from_json() reads it."""
-        return {'bos': list(self.bos), 'ends': list(self.ends), 'chat_template': self.chat_template}
+        return {'bos': list(self.bos), 'ends': list(self.ends), 'chat_template': self.chat_template,
+                'names': dict(self.names)}
 
 
 def from_json(fields, bos=()):
     """The PromptFormat of what as_json() returned, {} for an empty one; bos: in place of its own, if any."""
     return PromptFormat(bos=tuple(bos or fields.get('bos', ())), ends=tuple(fields.get('ends', ())),
-                        chat_template=fields.get('chat_template', ''))
+                        chat_template=fields.get('chat_template', ''),
+                        names=tuple(fields.get('names', {}).items()))
 
 
 class Tokenizer:
@@ -219,6 +222,10 @@ class TiktokenTokenizer(Tokenizer):
             with suppress(KeyError):  # some ids of cl100k_base and o200k_base are not in use
                 pieces.append(self.encoding.decode_single_token_bytes(i))
         return b''.join(pieces).decode(errors='replace')
+
+    def special_tokens(self):
+        names = sorted(self.encoding.special_tokens_set)
+        return {name: self.encoding.encode_single_token(name) for name in names}
 
     def encode_special(self, text):
         return self.encoding.encode(text, allowed_special='all')

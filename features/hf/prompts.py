@@ -25,7 +25,9 @@ def prompt_format(where, cfg, tokenizer):
     if tokenizer.kind == 'sentencepiece':  # its file does not say whether the token is written
         fields = optional_json(folder, 'tokenizer_config.json')
         bos = bos if fields.get('add_bos_token', True) else ()
-    return PromptFormat(bos, ends=ends, chat_template=chat_template(folder))
+    template = chat_template(folder)
+    return PromptFormat(bos, ends=ends, chat_template=template,
+                        names=token_names(folder) if template else ())
 
 
 def inherited(where, cfg):
@@ -86,6 +88,19 @@ def chat_template(folder):
         found = next((entry.get('template') for entry in found
                       if isinstance(entry, dict) and entry.get('name') == 'default'), '')
     return found if isinstance(found, str) else ''
+
+
+def token_names(folder):
+    """((name, text), …) of the special tokens that a chat template may name: bos_token, eos_token, …"""
+    fields = optional_json(folder, 'special_tokens_map.json') | optional_json(folder, 'tokenizer_config.json')
+    found = []
+    for name in ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token'):
+        text = fields.get(name)
+        if isinstance(text, dict):  # an added token with its properties
+            text = text.get('content')
+        if isinstance(text, str):
+            found.append((name, text))
+    return tuple(found)
 
 
 def optional_json(folder, file):

@@ -59,6 +59,10 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text):
         return self.literal.encode(text, add_special_tokens=False).ids
 
+    def special_tokens(self):
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
     def encode_special(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

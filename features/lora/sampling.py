@@ -22,7 +22,8 @@ def add_adapters(model, tokenizer, given, where, merge=False):
             form = stored_format(state, tokenizer)
             base = tokenizer.prompt_format
             own = tokenizer.with_format(replace(form, bos=form.bos or base.bos, ends=form.ends or base.ends,
-                                                chat_template=form.chat_template or base.chat_template))
+                                                chat_template=form.chat_template or base.chat_template,
+                                                names=form.names or base.names))
         found.append((name, own))
     if merge and len(found) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
