@@ -304,6 +304,9 @@ class Source:
 
 def open_source(name, split, block_size, packing='stream', bos=None, objective=None):
     """The Source of a corpus. objective: an Objective of features/t5; None = predict the next token."""
+    if 'chat' in read_meta(find_folder(name)):  # chat: made with prepare.py --messages
+        from features.chat.data import ChatSource  # chat
+        return ChatSource(name, split, block_size, packing, objective)  # chat
     if objective is not None:  # t5
         from features.t5.objectives import open_source_for  # t5
         return open_source_for(objective, name, split, block_size, packing)  # t5
@@ -407,6 +410,9 @@ def check_alike(sources):
     """Raise UserError unless all sources have the same tokenizer."""
     first = sources[0]
     for source in sources[1:]:
+        if first.files.meta.get('chat') != source.files.meta.get('chat'):  # chat
+            raise UserError(f'dataset: {first.name} and {source.name} are not conversations '  # chat
+                            'of one chat template: prepare them alike')  # chat
         ours, theirs = [(s.files.meta['tokenizer'], s.files.vocab_size, s.bos) for s in (first, source)]
         if ours != theirs:
             problem = f'{first.name} and {source.name} were prepared with different tokenizers'

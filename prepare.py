@@ -50,6 +50,8 @@ class Settings:
     # hf:FOLDER (that of a Hugging Face folder)
     special_tokens: Literal['text', 'parse'] = 'text'  # names of special tokens in documents: text = they
     # are ordinary text; parse = they are these tokens, as in chats that are written out
+    messages: bool = False  # [chat] .jsonl of conversations: messages of role and content, or
+    # conversations of from and value. Only the assistant's turns are trained
     text_key: str = 'text'  # text field of .jsonl and .parquet; a,b joins several fields with newlines
     val_fraction: float | None = None  # share for validation; None = 0.01, more for small, less for large
     # texts
@@ -63,6 +65,9 @@ class Settings:
             raise ValueError('sources: one is empty, perhaps an unset variable: name a file or a folder')
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f'val_fraction={self.val_fraction}: takes a number between 0 and 1')
+        if self.messages:  # chat
+            from features.chat.writing import check_settings  # chat
+            check_settings(self)  # chat
 
 
 # -----------------------------------------------------------------------------
@@ -222,6 +227,9 @@ def write_side(folder, side, texts, tokenizer, s):
 def prepare(s):
     """Prepare the sources. Returns (folder, meta.json, figures for the summary; None if already complete)."""
     out = s.out.rstrip('/')
+    if s.messages:  # chat
+        from features.chat import writing  # chat
+        return writing.prepare(s, out)  # chat
     if s.tokenizer.startswith('hf:'):  # hf
         from features.hf.reading import tokenizer_file  # hf
         s.tokenizer = tokenizer_file(s.tokenizer)  # hf
@@ -300,6 +308,9 @@ def summary(out, meta, figures, state='already prepared'):
     if meta.get('pairs'):  # text
         rate = f'{total["tokens"] / total["documents"]:,.0f} tokens a pair'  # text
         rest = '--objective=seq2seq'  # text
+    if 'chat' in meta:  # chat
+        targets = sum(split['targets'] for split in meta['splits'].values())  # chat
+        rate = f'{targets / total["tokens"]:.1%} of the tokens are trained'  # chat
     kind, dtype = meta['tokenizer']['kind'], np.dtype(meta['dtype']).newbyteorder('<')
     print(f'    {rate}; tokenizer {kind} of {meta["vocab_size"]:,}, {dtype.name}; split by {meta["split"]}')
     val = meta['splits']['val']['tokens']

@@ -100,6 +100,9 @@ def set_up(s, device, ranks, left_out=()):
 
     # 2) Data, network and optimizer
     data, val = open_data(s, start, ranks)
+    if 'chat' in data.sources[0].files.meta:  # chat
+        from features.chat.template import form_of  # chat
+        start.form = form_of(data.sources[0].files.meta, start.form)  # chat
     if s.optimizer == 'counts' or s.arch == 'markov':  # markov
         from features.markov.settings import check_machine  # markov
         check_machine(s, data, ranks)  # markov

@@ -86,6 +86,9 @@ def refuse_idle(settings, part, takes, why):
 
 def check_machine(s, data, ranks):
     """Raise UserError if a full table does not fit into memory, or if NCCL cannot sum its counts."""
+    if 'chat' in data.sources[0].files.meta:
+        raise UserError('arch=markov: has no context, so it cannot be trained on conversations: '
+                        'use arch=decoder')
     if s.optimizer == 'counts' and ranks.world > 1 and ranks.device.type == 'cuda':
         raise UserError('optimizer=counts: NCCL cannot add up the sparse counts of a full table: '
                         'use one process, or --device=cpu')

@@ -92,7 +92,7 @@ def advice_for(s):
     """What to do if a side of the split has no documents, for an error message."""
     advice = ('use another --val_fraction' if getattr(s, 'chosen', None) is None
               else 'give more documents that differ')
-    if s.split == 'document' and not has_pairs(s):
+    if s.split == 'document' and not has_pairs(s) and not s.messages:
         advice += ', or use --split=tail'
     return advice
 
