@@ -69,6 +69,8 @@ class Settings(DeviceConfig):
     # new line
     seed: int = 1337  # seed for sampling
     interactive: bool = False  # read prompts from the terminal, one by one
+    chat: bool = False  # [chat] hold a conversation on the terminal
+    system: str = ''  # [chat] the system message of the conversation; '' = none, or the template's own
     use_cache: bool = True  # False: recompute all keys and values for each token; slow, for comparison
     adapter: list[FilePath] = field(default_factory=list)  # [lora] LoRA adapters to apply: runs of train.py
     # --lora_rank or PEFT folders. Several as --adapter=name=DIR: num_samples of each, in one batch
@@ -544,6 +546,9 @@ def main():
     more = model, tokenizer, s, torch.Generator().manual_seed(s.seed), compile, adapters
     try:
         with precision:
+            if s.chat:  # chat
+                from features.chat.talk import talk  # chat
+                return talk(*more)  # chat
             if s.interactive:
                 print(f'device: {device}, {dtype}')
                 print('a prompt a line, \\n in it is a new line; Ctrl-D ends', flush=True)
