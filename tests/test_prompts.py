@@ -19,6 +19,7 @@ from configurator import UserError
 from features.hf import tokenizer_json
 from features.hf.export import export
 from features.hf.prompts import chat_template, end_of_text
+from features.study.tasks import encode_pair, score
 from features.study.validation import validation_sources
 from features.t5.beams import beam_search
 from hub import ExportSettings
@@ -357,3 +358,27 @@ def test_data_are_prepared_with_the_tokenizer_of_a_folder_and_special_tokens_onl
 def test_the_name_of_a_folder_that_is_not_there_is_refused(tmp_path):
     done = run('prepare.py', __file__, f'--tokenizer=hf:{tmp_path}/none', f'--out={tmp_path}/data')
     assert 'no such directory' in one_line(done)
+
+
+# --- tasks ---
+
+def test_an_empty_context_is_the_bos_token_that_the_folder_names_as_in_lm_eval(tmp_path):
+    """Whether or not the tokenizer writes it before a text: BLiMP's sentences have no context."""
+    pytest.importorskip('lm_eval')
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    for before in ('', '<|im_start|>'):
+        folder = tmp_path / f'hf{len(before)}'
+        where, theirs = write_folder(folder, byte_bpe(CHATML, before), '<|im_end|>')
+        theirs.bos_token = '<|im_start|>'
+        theirs.save_pretrained(folder)
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        lm = HFLM(pretrained=network, tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
+                  batch_size=1, device='cpu')
+        model, tokenizer = sample.load(where)
+        pairs = [('', 'Anna sees herself.'), ('the cat', ' sat')]
+        wanted = lm.loglikelihood([Instance('loglikelihood', {}, pair, 0) for pair in pairs])
+        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
+        found = score(model, ids, torch.device('cpu'), 'float32')
+        for ours, its in zip(found, wanted):
+            assert ours[0] == pytest.approx(its[0], rel=1e-5)

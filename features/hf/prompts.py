@@ -25,9 +25,7 @@ def prompt_format(where, cfg, tokenizer):
     if tokenizer.kind == 'sentencepiece':  # its file does not say whether the token is written
         fields = optional_json(folder, 'tokenizer_config.json')
         bos = bos if fields.get('add_bos_token', True) else ()
-    template = chat_template(folder)
-    return PromptFormat(bos, ends=ends, chat_template=template,
-                        names=token_names(folder) if template else ())
+    return PromptFormat(bos, ends=ends, chat_template=chat_template(folder), names=token_names(folder))
 
 
 def inherited(where, cfg):
@@ -91,7 +89,7 @@ def chat_template(folder):
 
 
 def token_names(folder):
-    """((name, text), …) of the special tokens that a chat template may name: bos_token, eos_token, …"""
+    """((name, text), …) of the special tokens that a folder names: bos_token, eos_token, …"""
     fields = optional_json(folder, 'special_tokens_map.json') | optional_json(folder, 'tokenizer_config.json')
     found = []
     for name in ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token'):

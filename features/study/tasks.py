@@ -143,8 +143,16 @@ def with_shots(items, shots, seed=0):
 # Log-likelihoods
 
 def first_ids(tokenizer, ids=()):
-    """The ids that a model reads to predict the text after these ids: at least one."""
-    return [*tokenizer.prompt_format.bos, *ids] or [tokenizer.eot or 0]
+    """
+    The ids that a model reads to predict the text after these ids: at least one. Of nothing that is the
+    bos_token that the model's folder names, as in lm-eval, else the end-of-text token.
+    """
+    form = tokenizer.prompt_format
+    before = [*form.bos, *ids]
+    if before:
+        return before
+    bos = dict(form.names).get('bos_token')
+    return [tokenizer.special_tokens().get(bos, tokenizer.eot or 0)]
 
 
 def encode_pair(tokenizer, context, continuation):
