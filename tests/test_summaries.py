@@ -32,6 +32,25 @@ def test_sentences_may_change_places_for_rougelsum():
     assert score['rougeLsum'] == 1 and score['rougeL'] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize('text', ['今天天气很好。', 'आज मौसम अच्छा है', 'Сегодня хорошая погода',
+                                  'Die schöne Straße', 'วันนี้อากาศดี', 'naïve café', 'a cat_1 sat'])
+def test_equal_texts_score_one_in_every_script_and_other_texts_do_not(text):
+    score = scorer()
+    assert score(text, [text])['rougeL'] == score(text, [text])['rougeLsum'] == 1
+    assert score(text, ['x y z'])['rougeL'] == 0
+    assert score('schön', ['schon'])['rougeL'] == 0 and score('sch\u0308on', ['x'])['rougeL'] == 0
+
+
+def test_words_are_those_of_rouge_score_in_ascii_and_characters_where_there_are_no_spaces():
+    from rouge_score.tokenizers import DefaultTokenizer
+    text = "It's 12.5 o'clock: the_cat (sat) ON 3 mats!\n\tDone"
+    assert summaries.Words().tokenize(text) == DefaultTokenizer().tokenize(text)
+    assert summaries.Words().tokenize('今天 GPT2 好') == ['今', '天', 'gpt2', '好']
+    assert summaries.Words().tokenize('cafe\u0301 É') == ['café', 'é']
+    found = scorer()('今天', ['今天'])
+    assert found['rougeL'] == 1 and found['rougeL_ascii'] == 0
+
+
 def test_what_rot5_strips():
     assert strip("The dogs weren't 42, were they? They RAN!") == 'dogs ran'
 

@@ -9,10 +9,15 @@ aclanthology.org/W04-1013), computed by Google's rouge-score.
     stripped     rougeL as ROT5 reports it: lower case, letters only, without stop words; words by their
                  stems, where ROT5 has nltk's lemmas
 
+A word is a run of letters, marks and digits of any script, or one character of a script without spaces.
+Google's own words are ASCII only: equal Chinese texts score 0 with them, and "é" divides a word. Scores with
+Google's words, as in published tables, are printed too where they differ: rougeL_ascii, rougeLsum_ascii.
+
 Of several references the best one counts, as SciTLDR's authors do it.
 """
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -167,21 +172,48 @@ def strip(text):
     return ' '.join(word for word in words if word not in STOP_WORDS)
 
 
+class Words:
+    """The tokenizer of a RougeScorer: the words of a text of any script, in lower case."""
+    # scripts that put no spaces between words, by the names of their characters
+    WITHOUT_SPACES = ('CJK', 'HIRAGANA', 'KATAKANA', 'THAI', 'LAO', 'KHMER', 'MYANMAR')
+
+    def tokenize(self, text):
+        words, is_open = [], False  # is_open: whether the next letter belongs to the last word
+        for character in unicodedata.normalize('NFC', text.lower()):
+            kind = unicodedata.category(character)[0]
+            if kind not in 'LMN':  # letters, marks, numbers
+                is_open = False
+            elif unicodedata.name(character, '').startswith(self.WITHOUT_SPACES) and kind != 'M':
+                words.append(character)
+                is_open = False
+            elif is_open or words and kind == 'M':
+                words[-1] += character
+            else:
+                words.append(character)
+                is_open = True
+        return words
+
+
 def scorer(stripped=False):
     """
-    A function of a text and its references that returns {'rougeL', 'rougeLsum'} for the best reference, F1
-    from 0 to 1, and 'stripped' if requested. Raises UserError if rouge-score is not installed.
+    A function of a text and its references that returns {'rougeL', 'rougeLsum', 'rougeL_ascii',
+    'rougeLsum_ascii'} for the best reference, F1 from 0 to 1, and 'stripped' if requested. Raises UserError
+    if rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError('summaries: needs rouge-score: pip install rouge-score') from None
-    plain = RougeScorer(['rougeL', 'rougeLsum'])
+    kinds = {'': RougeScorer(['rougeL', 'rougeLsum'], tokenizer=Words()),
+             '_ascii': RougeScorer(['rougeL', 'rougeLsum'])}
     stems = RougeScorer(['rougeL'], use_stemmer=True)
 
     def score(text, references):
-        scores = [plain.score(reference, text) for reference in references]
-        found = {name: max(score[name].fmeasure for score in scores) for name in ('rougeL', 'rougeLsum')}
+        found = {}
+        for suffix, kind in kinds.items():
+            scores = [kind.score(reference, text) for reference in references]
+            for name in ('rougeL', 'rougeLsum'):
+                found[name + suffix] = max(score[name].fmeasure for score in scores)
         if stripped:
             scores = [stems.score(strip(reference), strip(text)) for reference in references]
             found['stripped'] = max(score['rougeL'].fmeasure for score in scores)
@@ -216,8 +248,12 @@ def run(s):
             print(f'source     {" ".join(pair.source.split())[:300]}')
             print(f'reference  {pair.references[0]}')
             print(f'written    {text}\n')
+        is_ascii = all(found[name] == found[f'{name}_ascii']
+                       for found in scores for name in ('rougeL', 'rougeLsum'))
         measures = []
         for name in scores[0]:
+            if is_ascii and name.endswith('_ascii'):
+                continue
             mean, error = mean_and_error([100 * found[name] for found in scores])
             measures.append(f'{name} {mean:.2f} ± {show_error(error, 2)}')
         print(f'{os.path.basename(path)}  {len(pairs):,} texts  {"  ".join(measures)}', flush=True)
