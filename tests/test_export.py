@@ -321,3 +321,19 @@ def test_a_text_begins_with_the_start_token_there_too(tmp_path):
         theirs_ = AutoTokenizer.from_pretrained(f'{tmp_path}/hf{begin}')
         assert (theirs_('ab').input_ids == [*begin, 97, 98] and theirs_.bos_token_id == (begin or [256])[0]
                 and theirs_.eos_token_id == 256)
+
+
+def test_transformers_pads_texts_of_unlike_lengths(tmp_path):
+    """As lm-eval and any batch need it: each writes what it writes alone."""
+    model = network(**LLAMA)
+    folder = f'{tmp_path}/hf'
+    export(ExportSettings(written(tmp_path / 'run', model, ByteTokenizer()), folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left')
+    assert tokenizer.pad_token_id == ByteTokenizer().eot
+    theirs_ = AutoModelForCausalLM.from_pretrained(folder)
+    texts = ['a', 'a longer text']
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    together = theirs_.generate(**tokenizer(texts, return_tensors='pt', padding=True), **options)[:, -5:]
+    for text, row in zip(texts, together):
+        alone = theirs_.generate(**tokenizer(text, return_tensors='pt'), **options)[0, -5:]
+        assert torch.equal(alone, row)

@@ -193,6 +193,7 @@ def tokenizer_config(text, ends, eot, cfg):
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'bos_token': spelling(text, ends['bos_token_id']),
         'eos_token': spelling(text, eot),
+        'pad_token': spelling(text, eot),  # or transformers and lm-eval refuse texts of unlike lengths
         'model_max_length': cfg.block_size,
         'clean_up_tokenization_spaces': False,
     }
