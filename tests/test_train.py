@@ -902,14 +902,20 @@ def test_a_damaged_network_writes_no_sample_and_training_goes_on(dataset, capsys
     assert 'no sample: the logits are NaN or infinite' in capsys.readouterr().out and model.training
 
 
+@pytest.fixture
+def own_recompile_limit():
+    """compile_all() changes torch's: as it was, in the end. monkeypatch would delete it (pytest 9)."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
 @pytest.mark.slow
-def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch):
+def test_blocks_are_compiled_one_by_one_and_not_for_samples(dataset, monkeypatch, own_recompile_limit):
     """
     As --shard has them; each with constants of its own, of which there are more than torch compiles by
     itself.
     """
     made, ran, compile_module = [], [], torch.nn.Module.compile
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)  # as it was, in the end
     monkeypatch.setattr(torch.nn.Module, 'compile',
                         lambda self, **options: compile_module(self, backend=counting, **options))
 
