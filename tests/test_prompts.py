@@ -58,7 +58,7 @@ def write_folder(folder, tokenizer, eos, ends=None, **config):
     """A folder of a tiny random Llama with this tokenizer; ends: eos_token_id of generation_config.json."""
     size = tokenizer.get_vocab_size()
     saved(folder, 'llama', vocab_size=size, max_position_embeddings=64, **config)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)
     fast.chat_template = CHAT
     fast.save_pretrained(folder)
     path = folder / 'generation_config.json'
