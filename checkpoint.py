@@ -279,10 +279,15 @@ CLAIMED = {}  # out_dir: its lock
 
 def claim(out_dir):
     """Lock out_dir, if it exists, until release(). Raises UserError if another process trains in it."""
-    if not os.path.isdir(out_dir) or out_dir in CLAIMED:
+    path = os.path.join(out_dir, 'lock')
+    if not os.path.isdir(out_dir):
         return
+    if out_dir in CLAIMED:
+        if is_at(CLAIMED[out_dir], path):
+            return
+        os.close(CLAIMED.pop(out_dir))  # somebody removed the file: another process may hold a new one
     try:
-        held = lock(os.path.join(out_dir, 'lock'))
+        held = lock(path)
     except OSError as error:
         raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
     if held is None:
