@@ -421,11 +421,6 @@ def read_moments(folder):
     return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
 
 
-def pack_moments(moments):
-    """An optimizer's state, for checkpoint.save(), out of what read_moments() returns."""
-    return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
-
-
 def moments_of(optimizer):
     """{name of a tensor: {what: tensor}} of an optimizer."""
     return {name: dict(optimizer.state.get(p, {})) for group in optimizer.param_groups

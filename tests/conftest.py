@@ -157,6 +157,11 @@ def runs_here(patch):
     return run_missing
 
 
+def pack_moments(moments):
+    """An optimizer's state, for checkpoint.save(), out of what optim.read_moments() returns."""
+    return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
+
+
 def read_log(out_dir):
     """The records of log.jsonl, without what differs from run to run: seconds, speeds, memory."""
     noise = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}

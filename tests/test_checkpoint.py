@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import pack_moments
 
 import checkpoint
 import optim
@@ -135,10 +136,23 @@ def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
                                   for name, shape in shapes.items()])
     moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n),
                       'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
-    checkpoint.save(str(tmp_path), 1, {}, optim.pack_moments(moments), {})
+    checkpoint.save(str(tmp_path), 1, {}, pack_moments(moments), {})
     optimizer = adam(b=(2, 3), a=(2, 3))
     optim.load_optimizer(f'{tmp_path}/step_00000001', optimizer)
     assert [optimizer.state[p]['exp_avg'][0, 0] for p in optimizer.param_groups[0]['params']] == [2, 1]
     for other in (adam(a=(2, 3)), adam(a=(2, 3), c=(2, 3)), adam(a=(2, 3), b=(3, 2))):
         with pytest.raises(UserError, match='the moments of other tensors'):
             optim.load_optimizer(f'{tmp_path}/step_00000001', other)
+
+
+def test_a_lock_that_was_removed_by_hand_is_not_taken_for_held(tmp_path):
+    """Another process may have locked a new file of that name meanwhile."""
+    checkpoint.claim(str(tmp_path))
+    (tmp_path / 'lock').unlink()
+    other = checkpoint.lock(str(tmp_path / 'lock'))
+    with pytest.raises(UserError, match='another process is training in it'):
+        checkpoint.claim(str(tmp_path))
+    os.close(other)
+    checkpoint.claim(str(tmp_path))
+    checkpoint.release(str(tmp_path))
+    assert not (tmp_path / 'lock').exists()

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_line, read_log, run, train, write_dataset
+from conftest import ROOT, one_line, pack_moments, read_log, run, train, write_dataset
 from safetensors.torch import load_file
 
 import checkpoint
@@ -546,7 +546,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_what_its_settings_asked_for(tm
     moments = {name: {what: torch.zeros_like(p) if t.ndim else t for what, t in some.items()}
                for name, p in model.named_parameters() if p.requires_grad}
     shutil.rmtree(folder)
-    checkpoint.write(folder, 4, saved.tensors, optim.pack_moments(moments), state, ())
+    checkpoint.write(folder, 4, saved.tensors, pack_moments(moments), state, ())
     train(out, '--init_from=resume', dataset=dataset)
     after = weights(out)
     assert after.keys() == saved.tensors.keys() >= {'norm_f.weight', 'wte.tokens.values'}

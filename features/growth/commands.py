@@ -17,7 +17,6 @@ from features.growth.networks import (
     average,
     grow,
     grown_layers,
-    layer_names,
     parse_layers,
     take_layers,
     widen,
@@ -41,8 +40,7 @@ def run_inherit(s):
     print(said)
     for name in fresh:
         taken[name] = drawn[name]
-    names = {name: origin for name, origin in layer_names(weights, layers).items() if name not in fresh}
-    write(s, 'inherit', old, cfg, taken, names)
+    write(s, 'inherit', old, cfg, taken)
 
 
 def fresh_names(fresh, weights):
@@ -81,8 +79,8 @@ def run_grow(s):
     layers, silent = grown_layers(cfg, s.n_layer, s.how)
     said = [f'{layer} silent' if n in silent else f'{layer}' for n, layer in enumerate(layers)]
     print(f'blocks {", ".join(said)}')
-    cfg, weights, names = grow(cfg, old.model.state_dict(), s.n_layer, s.how)
-    write(s, 'grow', old, cfg, weights, names)
+    cfg, weights, _ = grow(cfg, old.model.state_dict(), s.n_layer, s.how)
+    write(s, 'grow', old, cfg, weights)
 
 
 def run_widen(s):

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import torch
 
 import checkpoint
-import optim
 from batches import EVAL_ROWS, Mixture, evaluate
 from checkpoint import append, fill, new_folder, read_model, replace_json
 from configurator import UserError
@@ -34,7 +33,6 @@ class Old:
     model: Transformer
     settings: dict  # of its run; {} for weights of others
     state: dict  # its state.json; {} for weights of others
-    moments: dict  # {name: {what: tensor}} of its optimizer
     data: Mixture | None  # to measure inputs on
     val: list  # the batches.Sources to measure losses on; [] = none
     tokenizer: dict  # its description
@@ -56,10 +54,9 @@ def read(s, where, encoder=False, untie=False):
     cfg, weights, folder = read_model(where, encoder=encoder, untie=untie)
     if cfg.arch == 'markov':
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
-    state, moments = {}, {}
+    state = {}
     if not checkpoint.is_foreign(where):
         state = checkpoint.load_state(folder)
-        moments = optim.read_moments(folder)
     form = checkpoint.inherited_format(where, folder, cfg)
     data, val = open_data(s, where, cfg, state, form)
 
@@ -74,7 +71,7 @@ def read(s, where, encoder=False, untie=False):
         tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
         begin = () if cfg.n_encoder_layer else form.bos
     model = fill(cfg, weights, where)
-    return Old(model, state.get('settings', {}), state, moments, data, val, tokenizer, tokenizer_folder,
+    return Old(model, state.get('settings', {}), state, data, val, tokenizer, tokenizer_folder,
                begin, form)
 
 
@@ -131,10 +128,10 @@ def losses(model, val):
 # -----------------------------------------------------------------------------
 # Out
 
-def write(s, command, old, cfg, weights, names=None):
+def write(s, command, old, cfg, weights):
     """
-    Write the new model as a run in s.out_dir, and print its size and losses beside those of `old`. names:
-    {tensor: its old name}; the optimizer moments of these are kept. Raises UserError if it cannot be written.
+    Write the new model as a run in s.out_dir, and print its size and losses beside those of `old`. Raises
+    UserError if it cannot be written.
     """
     new = fill(cfg, weights, s.out_dir)
     after = losses(new, old.val)
@@ -152,13 +149,7 @@ def write(s, command, old, cfg, weights, names=None):
             settings['dataset'] = s.dataset
     state = new_state(command, cfg, settings, old.tokenizer, old.begin)
     state['prompt'] = old.form.as_json()
-    state['of_step'] = old.state.get('of_step', old.state.get('step', 0))
-    state['flops'] = old.state.get('flops', 0.0)
-    moments = {}
-    for name, origin in (names or {}).items():
-        if origin in old.moments:
-            moments[name] = old.moments[origin]
-    write_run(s.out_dir, weights, optim.pack_moments(moments), state, old.tokenizer_folder, after)
+    write_run(s.out_dir, weights, state, old.tokenizer_folder, after)
     print(f'written: {s.out_dir}; '
           f'python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
 
@@ -185,15 +176,15 @@ def new_state(command, cfg, settings, tokenizer, begin):
     }
 
 
-def write_run(out_dir, weights, moments, state, tokenizer_folder, losses=None):
+def write_run(out_dir, weights, state, tokenizer_folder, losses=None):
     """
-    Write a run with no steps as the new folder out_dir, complete or not at all: checkpoint, settings.json and
-    log.jsonl. Raises UserError if it cannot be written, or if weights are NaN or infinite.
+    Write a run with no steps and no optimizer as the new folder out_dir, complete or not at all: checkpoint,
+    settings.json and log.jsonl. Raises UserError if it cannot be written, or if weights are NaN or infinite.
     """
     checkpoint.check_finite(weights, out_dir)
     tokenizer_files = [os.path.join(tokenizer_folder, name) for name in state['tokenizer'].get('files', ())]
     with new_folder(out_dir, 'out_dir') as folder:
-        checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, moments, state, tokenizer_files)
+        checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, {}, state, tokenizer_files)
         replace_json(os.path.join(folder, 'settings.json'), state['settings'])
         if losses:
             record = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0, **losses}

@@ -54,7 +54,7 @@ def run_combine(s):
     state['prompt'] = old.form.as_json()
     state['base'] = base
     state['lora'] = both.description()
-    write_run(s.out_dir, both.tensors, {}, state, old.tokenizer_folder)
+    write_run(s.out_dir, both.tensors, state, old.tokenizer_folder)
     print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import read_log, train, write_dataset
+from conftest import pack_moments, read_log, train, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
@@ -33,7 +33,7 @@ def test_five_and_five_are_ten_and_without_moments_step_or_seeds_they_are_not(da
         state, weights, moments = (checkpoint.load_state(folder), checkpoint.read_weights(folder),
                                    optim.read_moments(folder))
         change(state, moments)
-        checkpoint.save(out_dir, 5, weights, optim.pack_moments(moments), state)
+        checkpoint.save(out_dir, 5, weights, pack_moments(moments), state)
         return go_on(name)
     assert spoil('same', lambda state, moments: None) == right
     assert spoil('moments', lambda state,
@@ -117,7 +117,7 @@ def test_every_moment_is_restored_also_of_a_tensor_that_never_moved(dataset, tmp
     optimizer = torch.optim.AdamW([('never', never), ('moved', torch.nn.Parameter(torch.zeros(2)))])
     packed = {'never': {},
               'moved': {'step': torch.tensor(2.0), 'exp_avg': torch.ones(2), 'exp_avg_sq': torch.ones(2)}}
-    checkpoint.save(str(tmp_path), 9, {}, optim.pack_moments(packed), {})
+    checkpoint.save(str(tmp_path), 9, {}, pack_moments(packed), {})
     optim.load_optimizer(f'{tmp_path}/step_00000009', optimizer)
     assert not optimizer.state[never] and step_of(tmp_path) == 9
 
