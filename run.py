@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -503,21 +504,24 @@ def stop_signals():
 class StopSignal:
     """
     Remembers a SIGTERM, Ctrl-C or SIGHUP (closed terminal), so that the loop ends after its step. A second
-    Ctrl-C ends the process at once. Other signals may arrive several times: torchrun forwards those that its
-    processes have received too, and a shell and the system send several SIGHUPs.
+    Ctrl-C ends the process at once; so does a SIGTERM five seconds after the first signal. Until then,
+    signals may arrive several times: torchrun forwards those that its processes have received too, and a
+    shell and the system send several SIGHUPs.
     """
     number = 0
+    since = 0.0  # time.monotonic() of the first signal
 
     def listen(self):
         for number in stop_signals():
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        if self.number and number == signal.SIGINT:
+        is_term = number == signal.SIGTERM
+        if not self.number or (is_term and self.number == signal.SIGHUP):
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT or (is_term and time.monotonic() - self.since > 5):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.number in (0, signal.SIGHUP):
-            self.number = number
 
     def __bool__(self):
         return self.number > 0

@@ -33,6 +33,7 @@ from configurator import UserError
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import FirstSteps, Interval, Muon
+from run import StopSignal
 from sample import show_sample
 from tokenizer import new_tokenizer
 from train import Settings
@@ -957,3 +958,17 @@ def test_a_resumed_run_says_which_settings_of_the_optimizer_it_changes(dataset, 
     assert 'changed from here on: schedule=linear (was cosine), dropout=0.1 (was 0.0)' in said
     assert 'changed' not in train(tmp_path, '--max_iters=14', '--schedule=linear', '--dropout=0.1',
                                   dataset=dataset).stdout
+
+
+@pytest.mark.parametrize('first, seconds, ends', [(signal.SIGTERM, 1, False), (signal.SIGTERM, 6, True),
+                                                  (signal.SIGINT, 6, True), (signal.SIGINT, 1, False)])
+def test_a_sigterm_ends_the_process_at_once_if_it_comes_late(first, seconds, ends, monkeypatch):
+    """torchrun forwards a signal within seconds; somebody who sends one later does not want to wait."""
+    stop, killed = StopSignal(), []
+    monkeypatch.setattr('os.kill', lambda pid, number: killed.append(number))
+    monkeypatch.setattr('signal.signal', lambda number, handler: None)
+    stop.remember(first, None)
+    assert stop and not killed
+    stop.since -= seconds
+    stop.remember(signal.SIGTERM, None)
+    assert killed == [signal.SIGTERM] * ends
