@@ -31,7 +31,7 @@ MUTANTS = [
     ('features/scale/background.py', "t.detach().to('cpu', copy=True)", 't.detach()', 'faults/test_files.py',
      'background_is_what_was_there'),
     ('checkpoint.py', '    if broken:', '    if False:', 'faults/test_running.py', 'never_written'),
-    ('checkpoint.py', "held = lock(os.path.join(out_dir, 'lock'))", 'held = os.open(os.devnull, os.O_RDONLY)',
+    ('checkpoint.py', 'held = lock(path)', 'held = os.open(os.devnull, os.O_RDONLY)',
      'faults/test_running.py', 'second_process'),
     # what goes wrong while a run goes on
     ('train.py', ' + 0 * loss.detach()', '', 'faults/test_running.py', 'that_is_not_finite_changes_nothing'),
