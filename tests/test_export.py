@@ -337,3 +337,27 @@ def test_transformers_pads_texts_of_unlike_lengths(tmp_path):
     for text, row in zip(texts, together):
         alone = theirs_.generate(**tokenizer(text, return_tensors='pt'), **options)[0, -5:]
         assert torch.equal(alone, row)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [
+    dict(softcap=15.0), dict(position='learned'), dict(position='relative'), dict(position='none'),
+    dict(n_expert=4, n_expert_active=2)], ids=str)
+def test_as_custom_a_padded_row_is_what_it_is_alone(settings, tmp_path):
+    """Padding before, after and in the middle: logits, the loss, and greedy text beyond the context."""
+    other = AutoModelForCausalLM.from_pretrained(exported(tmp_path, network(**settings), as_='custom'),
+                                                 trust_remote_code=True)
+    x, mask = ids()[:, :9].repeat(2, 1), torch.ones(4, 9, dtype=torch.long)
+    mask[0, :5] = mask[1, 6:] = mask[2, 2:4] = 0
+    options = dict(max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+    together, losses = other(x, attention_mask=mask), []
+    text = other.generate(x, attention_mask=mask, **options)
+    for row, is_text, logits, written_ in zip(x, mask.bool(), together.logits, text):
+        alone = other(row[None, is_text], labels=row[None, is_text])
+        torch.testing.assert_close(logits[is_text], alone.logits[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(written_[9:], other.generate(row[None, is_text], **options)[0, is_text.sum():])
+        losses.append(alone.loss * (is_text.sum() - 1))
+    loss = other(x, attention_mask=mask, labels=x).loss
+    assert torch.isclose(loss, sum(losses) / (mask.sum() - 4))
+    with pytest.raises(ValueError, match=r'attention_mask: takes the shape of input_ids, \[4, 9\]'):
+        other(x, attention_mask=mask[:, :5])

@@ -44,17 +44,49 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
         """
         input_ids (B, T) → logits (B, T, vocab_size) in float32; labels (B, T): the mean next-token loss,
-        ignoring labels below zero. A row may be padded at its end. Raises ValueError for more tokens than
-        block_size, and for padding before text, which the model would read.
+        ignoring labels below zero. attention_mask (B, T): 0 for padding, anywhere in a row; no token sees it,
+        and positions are counted without it. Raises ValueError for more tokens than block_size, and for a
+        mask of another shape.
         """
-        if attention_mask is not None and (attention_mask[:, :-1] < attention_mask[:, 1:]).any():
-            raise ValueError("attention_mask: this network reads padding before text: pad on the right, "
-                             "or give texts of one length at a time")
-        loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1)) if labels is not None else None
-        return CausalLMOutput(loss=loss, logits=self.model(input_ids))
+        order, is_text = padding_first(input_ids, attention_mask)
+        if order is not None:
+            input_ids = input_ids.gather(1, order)
+        loss = None
+        if labels is not None:
+            pieces = None
+            if order is not None:  # padding predicts nothing
+                pieces = is_text[:, :-1].contiguous()
+                labels = labels.gather(1, order).masked_fill(is_text.roll(1, dims=1) == 0, -1)
+            loss = self.model(input_ids[:, :-1], labels[:, 1:].clamp(min=-1), pieces=pieces)
+        logits = self.model(input_ids, pieces=is_text)
+        if order is not None:
+            logits = logits.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(logits))
+        return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """No cache: each step reads the last block_size tokens again."""
+        """
+        No cache: each step reads the last block_size tokens again. The next token is the one after the last,
+        so padding moves to the front.
+        """
+        order, is_text = padding_first(input_ids, attention_mask)
+        if order is not None:
+            input_ids, attention_mask = input_ids.gather(1, order), is_text
         size = self.model.cfg.block_size
         return {'input_ids': input_ids[:, -size:],
                 'attention_mask': None if attention_mask is None else attention_mask[:, -size:]}
+
+
+def padding_first(input_ids, attention_mask):
+    """
+    (order, is_text) of a padded batch, both (B, T): the indices of the padding of each row before those of
+    its text, and for each of these 0 for padding, 1 for text. (None, None) without padding. The model's
+    argument `pieces` masks the two from each other.
+    """
+    if attention_mask is None or attention_mask.shape == input_ids.shape and attention_mask.all():
+        return None, None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f'attention_mask: takes the shape of input_ids, {list(input_ids.shape)}, '
+                         f'found {list(attention_mask.shape)}')
+    is_text = (attention_mask != 0).long()
+    order = is_text.argsort(dim=1, stable=True)
+    return order, is_text.gather(1, order)
