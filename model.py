@@ -410,7 +410,7 @@ class Block(nn.Module):
 
 
 def make_mlp(cfg, layer, kind=MLP):
-    if cfg.n_expert:  # moe
+    if cfg.n_expert and layer not in cfg.dense_layers:  # moe
         from features.moe.network import Mixture  # moe
         return Mixture(cfg, layer, kind)  # moe
     return kind(cfg, layer)

@@ -151,7 +151,7 @@ def kinds(model):
             found.append('table')
         elif p.ndim < 2 or is_bias:
             found.append('scalar')
-        elif name.endswith('.router') or name.startswith('head.'):  # head.: an adapter
+        elif name.endswith('router') or name.startswith('head.'):  # head.: an adapter
             found.append('other')
         else:
             found.append('matrix')

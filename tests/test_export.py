@@ -261,6 +261,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 @pytest.mark.parametrize('settings', [
     dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
     GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2),
+    dict(n_expert=4, expert_width=16, shared_width=24, shared_gate=True, dense_layers=[1]),
     dict(position='relative'), dict(no_rope=[1], qk_norm='head', post_norm=True,
                                     rope_scaling={'rope_type': 'linear', 'factor': 2.0})], ids=str)
 def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path):

@@ -37,6 +37,8 @@ KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True),
          dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
 EXPERTS = dict(n_expert=4, expert_bias=0.1)
+SHARED = dict(n_expert=4, n_expert_active=2, expert_width=24, expert_renorm=False, shared_width=40,
+              shared_gate=True, dense_layers=[1])
 
 
 def network(**settings):
@@ -54,7 +56,7 @@ def causal(model, length):
 
 # --- depth ---
 
-@pytest.mark.parametrize('settings', KINDS + [dict(depth_scale='attn'), EXPERTS], ids=str)
+@pytest.mark.parametrize('settings', KINDS + [dict(depth_scale='attn'), EXPERTS, SHARED], ids=str)
 def test_silent_blocks_keep_the_function(settings):
     old = network(**settings)
     cfg, weights = take_layers(old.cfg, old.state_dict(), *grown_layers(old.cfg, 7, 'zero'))
@@ -225,7 +227,10 @@ SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), d
           (dict(), dict(mlp_norm=True)), (dict(), dict(qk_norm=False)),
           (dict(), dict(qk_norm='head')), (dict(), dict(qk_norm='width')), (dict(), dict(n_expert=4)),
           (dict(n_expert=4), dict(n_expert_active=2)),
-          (dict(n_expert=4), dict(expert_bias=0.1)),
+          (dict(n_expert=4), dict(expert_bias=0.1)), (dict(n_expert=4), dict(expert_width=24)),
+          (dict(n_expert=4), dict(expert_renorm=True)), (dict(n_expert=4), dict(shared_width=24)),
+          (dict(n_expert=4, shared_width=24), dict(shared_gate=True)),
+          (dict(n_expert=4), dict(dense_layers=[1])),
           (dict(), dict(softcap=5.0)), (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')),
           (dict(), dict(depth_scale='norm')), (dict(), dict(value_residual=True)),
           (dict(), dict(tie=False)), (dict(), dict(t5_scale=True)), (dict(tie=False), dict(t5_scale=True)),

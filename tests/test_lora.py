@@ -95,6 +95,8 @@ KINDS = {
              {'lora_targets': 'attn,mlp,embed,head', 'lora_dora': True}),
     'fused': ({'tie': False}, {'lora_targets': 'c_attn,up,head', 'lora_rs': True}),
     'low rank': ({'rank_qk': 8, 'rank_mlp': 16, 'rank_act': 'silu'}, {}),
+    'shared expert': ({'n_expert': 4, 'mlp': 'swiglu', 'shared_width': 24, 'shared_gate': True,
+                       'n_expert_active': 4, 'dense_layers': [0]}, {'lora_targets': 'attn,mlp'}),
     'experts': ({'n_expert': 4, 'n_expert_active': 2, 'mlp': 'swiglu'}, {'tokens': [3, 5]}),
     'tied rows': ({}, {'tokens': [3, 5], 'places': uneven}),
     'encoder-decoder': ({'n_encoder_layer': 2, 'position': 'relative', 't5_scale': True, 'mlp': 'relu'},

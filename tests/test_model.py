@@ -62,6 +62,8 @@ VARIANTS = [
     dict(rank_embed=8, rank_head=8),
     dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_act='silu'),
     dict(n_expert=4, n_expert_active=2, mlp='swiglu'),
+    dict(n_expert=4, expert_width=24, expert_renorm=True, shared_width=40, shared_gate=True,
+         dense_layers=[0]),
 ]
 
 

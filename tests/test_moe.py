@@ -12,8 +12,10 @@ from conftest import one_line, read_log, run, train
 from test_model import batch, tiny
 from test_surgery import ids, operate, random_model
 from test_t5 import OURS
-from transformers import MixtralConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import (
     load_balancing_loss_func,
     router_z_loss_func,
@@ -33,6 +35,9 @@ from train import Settings
 
 KINDS = [dict(), dict(n_expert_active=2, mlp='swiglu'),
          dict(expert_bias=0.01, n_expert_active=3), dict(bias=True, mlp='gelu'),
+         dict(expert_width=24, mlp_norm=True),
+         dict(expert_renorm=False, n_expert_active=3, shared_width=48, shared_gate=True, mlp='geglu'),
+         dict(shared_width=40, expert_width=16, n_expert_active=2, bias=True),
          dict(n_embd=36, mlp_norm=True)]
 
 
@@ -63,8 +68,12 @@ def token_by_token(layer, x):
             inner = linear('up', h)
             inner = (layer.experts.act(linear('gate', h)) * inner if layer.experts.gate is not None
                      else layer.experts.act(inner))
-            share = p[e] if cfg.n_expert_active == 1 else p[e] / p[chosen].sum()
+            renorm = cfg.n_expert_active > 1 if cfg.expert_renorm is None else cfg.expert_renorm
+            share = p[e] / p[chosen].sum() if renorm else p[e]
             out[b, t] += share * linear('down', layer.experts.norm(inner))
+        if cfg.shared_width:
+            gate = (layer.shared_router[0] @ h).sigmoid() if cfg.shared_gate else 1
+            out[b, t] += gate * layer.shared(h)
     return out
 
 
@@ -120,6 +129,38 @@ def test_two_active_experts_are_mixtrals():
     theirs.experts.down_proj.data = layer.experts.down.weight.data
     x = torch.randn(2, 30, 32)
     torch.testing.assert_close(layer(x)[0], theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('renorm, active', [(False, 3), (True, 3), (False, 1), (True, 1)])
+def test_experts_beside_a_shared_one_are_qwens(renorm, active):
+    layer = mixture(n_expert_active=active, mlp='swiglu', d_ff=96, expert_width=16, shared_width=40,
+                    shared_gate=True, expert_renorm=renorm)
+    theirs = Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(
+        hidden_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=40, num_experts=8,
+        num_experts_per_tok=active, norm_topk_prob=renorm)).eval()
+    theirs.gate.weight.data = layer.router.data
+    theirs.experts.gate_up_proj.data = torch.cat([layer.experts.gate.weight, layer.experts.up.weight], 1).data
+    theirs.experts.down_proj.data = layer.experts.down.weight.data
+    theirs.shared_expert_gate.weight.data = layer.shared_router.data
+    for name in ('gate', 'up', 'down'):
+        getattr(theirs.shared_expert, f'{name}_proj').weight.data = getattr(layer.shared, name).weight.data
+    x = torch.randn(2, 30, 32)
+    torch.testing.assert_close(layer(x)[0], theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_dense_layers_have_one_mlp_and_no_router():
+    model, (x, y) = tiny(n_layer=3, n_expert=4, dense_layers=[1], d_ff=96, expert_width=24), batch()
+    widths = [block.mlp.experts.up.weight.size(1) if isinstance(block.mlp, Mixture)
+              else block.mlp.up.out_features for block in model.blocks]
+    assert widths == [24, 96, 24]
+    model(x, y).backward()
+    assert model.take_loads().sum(1).tolist() == [86, 86]  # of the blocks 0 and 2
+    dense = tiny(n_layer=3, n_expert=4, dense_layers=[0, 1], expert_width=24)
+    same = fill(dense.cfg, dense.state_dict(), 'test')
+    assert torch.equal(same(x), dense.eval()(x))
+    coder = tiny(**OURS, n_expert=4, dense_layers=[0])
+    blocks = [*coder.encoder, *coder.blocks]
+    assert [isinstance(block.mlp, Mixture) for block in blocks] == [False, True, True, False, True]
 
 
 def test_no_token_is_dropped_when_all_want_the_same_expert():
@@ -261,6 +302,32 @@ def test_flops_and_active_parameters_count_the_experts_that_work(settings, layer
             and two.flops_per_token() - one.flops_per_token() == 6 * mlp)
 
 
+def test_a_shared_expert_counts_whole_and_experts_by_their_own_width():
+    own = dict(n_layer=3, mlp='swiglu', n_expert=8, expert_width=16, dense_layers=[0])
+    few, more = tiny(**own), tiny(**own, n_expert_active=3)
+    shared = tiny(**own, shared_width=40, shared_gate=True)
+    assert few.num_params() == (tiny(n_layer=3, mlp='swiglu').num_params() - 2 * 3 * 96 * 32
+                                + 2 * 8 * (3 * 16 + 1) * 32)
+    experts = 2 * 3 * 16 * 32
+    assert few.num_params() - few.num_params(active=True) == 7 * experts
+    assert more.num_params(active=True) - few.num_params(active=True) == 2 * experts
+    beside = 2 * (3 * 40 + 1) * 32
+    for active in (False, True):
+        assert shared.num_params(active) - few.num_params(active) == beside
+    assert shared.flops_per_token() - few.flops_per_token() == 6 * beside
+    assert more.flops_per_token() - few.flops_per_token() == 6 * 2 * experts
+
+
+def test_flops_are_those_that_torch_counts():
+    model = tiny(n_layer=3, n_expert=8, n_expert_active=3, expert_width=16, dense_layers=[1], shared_width=40,
+                 shared_gate=True, position='none').eval().requires_grad_(False)
+    x, _ = batch()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    attention = 4 * 3 * 32 * 32  # torch does not count its kernel on a CPU
+    assert counter.get_total_flops() / x.numel() == model.flops_per_token() - attention
+
+
 def test_rot5s_mixture_has_its_parameters():
     s = build(Settings, **read_config(Settings, 'config/rot5_moe.py') | {'vocab_size': 32502})
     with torch.device('meta'):
@@ -269,10 +336,12 @@ def test_rot5s_mixture_has_its_parameters():
 
 
 def test_muon_takes_the_experts_and_not_the_router():
-    model = tiny(n_expert=4, bias=True)
+    model = tiny(n_expert=4, bias=True, shared_width=48, shared_gate=True)
     optimizer = make_optimizer(model, OptimConfig(optimizer='muon', weight_decay=0.1))
     groups = {name: group for group in optimizer.param_groups for name in group['param_names']}
     assert groups['blocks.0.mlp.experts.up.weight']['muon'] and not groups['blocks.0.mlp.router']['muon']
+    assert groups['blocks.0.mlp.shared.up.weight']['muon']
+    assert not groups['blocks.0.mlp.shared_router']['muon']
     assert (not groups['blocks.0.mlp.experts.up.bias']['muon']
             and not groups['blocks.0.mlp.experts.up.bias']['weight_decay'])
     adamw = {name: group for group in make_optimizer(model, OptimConfig(weight_decay=0.1, scalar_lr=0.5))
@@ -315,6 +384,10 @@ def test_an_upcycled_network_has_the_same_function(settings, options):
     (dict(n_expert=4, n_expert_active=0), 'n_expert_active=0'),
     (dict(n_expert=4, rank_mlp=8), 'experts are dense'),
     (dict(n_expert=4, ranks={'blocks.1.mlp.up': 8}), 'experts are dense'),
+    (dict(n_expert=4, expert_width=-1), 'expert_width=-1'), (dict(n_expert=4, shared_width=-1), 'shared_wid'),
+    (dict(n_expert=4, shared_gate=True), 'shared_gate=True: scales .* set shared_width too'),
+    (dict(n_expert=4, dense_layers=[2]), r'dense_layers=\[2\]: takes some of the blocks 0 to 1'),
+    (dict(n_expert=4, dense_layers=[0, 1]), 'not all of them'),
     (dict(n_expert=4, expert_aux=-1.0), 'expert_aux=-1.0'), (dict(arch='markov', n_expert=4), 'n_expert=4')])
 def test_impossible_mixtures_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
@@ -324,6 +397,8 @@ def test_impossible_mixtures_are_refused_by_name(settings, words):
 # --- on the command line ---
 
 MIXTURE = ['--n_expert=4', '--n_expert_active=2', '--expert_bias=0.01', '--dropout=0.1']
+SHARED = ['--n_expert=4', '--expert_width=16', '--expert_renorm=True', '--n_expert_active=2',
+          '--shared_width=24', '--shared_gate=True', '--dense_layers=[0]']
 
 
 def test_a_run_logs_its_loads_resumes_exactly_and_draws_them(dataset, tmp_path):
@@ -351,7 +426,7 @@ def test_a_run_logs_its_loads_resumes_exactly_and_draws_them(dataset, tmp_path):
 
 def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
     """Losses, gradients, loads and biases: what the routers learn beside the language too."""
-    args = ['--n_expert=4', '--expert_bias=0.01', '--expert_aux=5', '--expert_z=1', '--max_iters=5',
+    args = [*SHARED, '--expert_bias=0.01', '--expert_aux=5', '--expert_z=1', '--max_iters=5',
             '--batch_size=2', '--gradient_accumulation_steps=2']
     for nproc in (1, 2):
         train(tmp_path / str(nproc), *args, dataset=dataset, nproc=nproc)
@@ -359,6 +434,26 @@ def test_two_ranks_are_one_rank_with_two_micro_batches(dataset, tmp_path):
     assert one == two and len(one) == 5 and all(r['expert_load'] for r in one)
     one, two = (checkpoint.read_weights(checkpoint.find(str(tmp_path / nproc))) for nproc in '12')
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_shared_expert_and_dense_layers_are_trained_by_muon_and_inherited(dataset, tmp_path):
+    train(tmp_path / 'run', *SHARED, '--n_layer=3', '--optimizer=muon', dataset=dataset)
+    loads = [r['expert_load'] for r in read_log(tmp_path / 'run') if 'expert_load' in r]
+    assert {len(step) for step in loads} == {2}  # the first block has one MLP
+    operate('inherit', tmp_path / 'run', tmp_path / 'part', '--layers=2,0')
+    state = checkpoint.load_state(checkpoint.find(str(tmp_path / 'part')))
+    assert state['model']['dense_layers'] == [1] and state['model']['shared_width'] == 24
+    refused = {
+        ('surgery.py', 'inherit', f'--from={tmp_path}/run', '--layers=0'): 'blocks [0] alone have no experts',
+        ('surgery.py', 'widen', f'--from={tmp_path}/run', '--n_embd=64'): 'n_expert=4: a network with it',
+    }
+    for command, words in refused.items():
+        assert words in one_line(run(*command, f'--out_dir={tmp_path}/no')) and not (tmp_path / 'no').exists()
+    grown = train(tmp_path / 'no', *SHARED, '--grow_every=1', '--grow_to=4', dataset=dataset, check=False)
+    assert 'dense_layers=[0]: a network with it cannot be grown while it trains' in one_line(grown)
+    operate('factorize', tmp_path / 'run', tmp_path / 'cut', '--energy=0.5')
+    ranks = checkpoint.load_state(checkpoint.find(str(tmp_path / 'cut')))['model']['ranks']
+    assert ranks and all('.attn.' in name for name in ranks)
 
 
 def test_upcycling_a_run_and_going_on(dataset, tmp_path):

@@ -16,7 +16,7 @@ def begin_growth(s, cfg):
     (ModelConfig, weights) of s.grow_from, None without it. Raises UserError if the model of this ModelConfig
     cannot grow as the settings ask.
     """
-    refuse_unknown(cfg, 'grown')
+    refuse_unknown(cfg, 'grown while it trains', but=('dense_layers',))
     if s.grow_to <= s.n_layer:
         raise UserError(f'grow_to={s.grow_to}: the network begins with {s.n_layer} layers: give more')
     if s.grow_every > s.max_iters and not s.minutes:

@@ -22,7 +22,8 @@ def dense_layers(model):
     """{name: layer} of the dense matrices of the blocks; in a mixture of experts those of attention."""
     layers = {}
     for name, layer in model.blocks.named_modules():
-        if isinstance(layer, nn.Linear):
+        in_mixture = model.cfg.n_expert and '.mlp.' in name
+        if isinstance(layer, nn.Linear) and not in_mixture:
             layers[f'blocks.{name}'] = layer
     return layers
 

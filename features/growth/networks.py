@@ -30,8 +30,9 @@ KNOWN = {
     'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'no_rope', 'norm', 'norm_eps',
     'post_norm', 'mlp', 'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale',
     'value_residual', 'tie', 't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z',
-    'expert_bias', 'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed',
-    'rank_head', 'ranks', 'rank_act',
+    'expert_bias', 'expert_width', 'expert_renorm', 'shared_width', 'shared_gate', 'dense_layers', 'bias',
+    'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks',
+    'rank_act',
 }
 
 # The choices of these settings that the functions take into account
@@ -133,7 +134,7 @@ def layer_names(names, layers):
 
 
 # what a block writes; of two factors the outer one
-OUTPUT = r'(attn\.o|mlp\.(experts\.)?down)\.(?!down\.)'
+OUTPUT = r'(attn\.o|mlp\.(experts\.|shared\.)?down)\.(?!down\.)'
 
 
 def take_layers(cfg, weights, layers, silent=()):
@@ -146,6 +147,11 @@ def take_layers(cfg, weights, layers, silent=()):
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
     no_rope = [n for n, layer in enumerate(layers) if layer in cfg.no_rope]
     new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general, no_rope=no_rope)
+    if cfg.n_expert:
+        new.dense_layers = [n for n, layer in enumerate(layers) if layer in cfg.dense_layers]
+        if len(new.dense_layers) == len(layers):
+            raise UserError(f'dense_layers={cfg.dense_layers}: blocks {sorted(set(layers))} alone have no '
+                            'experts: take one that has')
     for n, layer in enumerate(layers):
         for name in cfg.sizes():
             if cfg.rank(layer, name) != new.rank(n, name):

@@ -115,7 +115,7 @@ OF_TOKENS = ('wte', 'wte_encoder', 'head')  # layers whose weight has a row for 
 GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'),
           'head': ('head',)}
 # the last: a factor
-MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp)\.(?:experts\.)?'
+MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?'
                     r'(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')
 
 

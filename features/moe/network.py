@@ -7,6 +7,7 @@ Mixtures of experts (Shazeer et al. 2017, arXiv 1701.06538) in place of the MLPs
 
 E stands for the number of experts in comments on shapes, N for B·T, k for the active ones.
 """
+import dataclasses
 import functools
 import re
 from typing import NamedTuple
@@ -68,14 +69,20 @@ class Routing(NamedTuple):
 class Mixture(nn.Module):
     """
     n_expert MLPs. A router picks n_expert_active of them for each token and weights their outputs. Tokens are
-    sorted by expert. No token is dropped, whatever the load of an expert.
+    sorted by expert. No token is dropped, whatever the load of an expert. With shared_width, all tokens go
+    through one more MLP (DeepSeekMoE, arXiv 2401.06066).
     """
 
     def __init__(self, cfg, layer, mlp):  # mlp: the class of each expert
         super().__init__()
         self.cfg = cfg
         self.router = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd))
-        self.experts = mlp(cfg, layer, Experts)
+        self.experts = mlp(with_width(cfg, cfg.expert_width), layer, Experts)
+        self.shared = self.shared_router = None
+        if cfg.shared_width:
+            self.shared = mlp(with_width(cfg, cfg.shared_width), layer)
+        if cfg.shared_gate:
+            self.shared_router = nn.Parameter(torch.empty(1, cfg.n_embd))
         bias = torch.zeros(cfg.n_expert) if cfg.expert_bias else None
         self.register_buffer('expert_bias', bias)  # decides which experts are picked, not their weights
         load = torch.zeros(cfg.n_expert, dtype=torch.long)
@@ -92,7 +99,18 @@ class Mixture(nn.Module):
         # (N k, C), in the tokens' order
         y = self.experts(h.repeat_interleave(k, 0)[order], counts)[order.argsort()]
         y = (y.unflatten(0, (-1, k)) * share[..., None].type_as(y)).sum(1).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared_output(x)
         return y, routing
+
+    def shared_output(self, x):
+        """The shared expert's output for x (B, T, C), scaled by its gate."""
+        y = self.shared(x)
+        if self.shared_router is None:
+            return y
+        with torch.autocast(x.device.type, enabled=False):
+            gate = F.linear(x.float(), self.shared_router.float()).sigmoid()  # (B, T, 1)
+        return y * gate.type_as(y)
 
     def route(self, h, real):
         """h (N, C) float32 → shares and numbers of each token's experts, (N, k), in training the Routing."""
@@ -101,7 +119,7 @@ class Mixture(nn.Module):
         p = logits.softmax(-1)
         chosen = (p if self.expert_bias is None else p + self.expert_bias).topk(k).indices
         share = p.gather(1, chosen)
-        if k > 1:  # with a single one the share would be 1, and the router would learn nothing from the loss
+        if self.cfg.is_renormed:
             share = share / share.sum(1, keepdim=True)
         if not self.training:
             return share, chosen, None
@@ -113,6 +131,11 @@ class Mixture(nn.Module):
         balance = E * (weight @ given.float() / k) @ (weight @ p)
         size = weight @ logits.logsumexp(1).square()
         return share, chosen, Routing(self.cfg.expert_aux * balance + self.cfg.expert_z * size, load.long())
+
+
+def with_width(cfg, width):
+    """A ModelConfig whose MLPs have this hidden width; 0 = unchanged."""
+    return dataclasses.replace(cfg, d_ff=width or cfg.d_ff)
 
 
 # -----------------------------------------------------------------------------
@@ -149,11 +172,11 @@ class WithExperts:
         v0 = None
         for block in blocks:
             if self.recompute and self.training:
-                x, v0, routing = checkpoint(block, x, inputs, v0, cache, *more, use_reentrant=False)
+                x, v0, *routing = checkpoint(block, x, inputs, v0, cache, *more, use_reentrant=False)
             else:
-                x, v0, routing = block(x, inputs, v0, cache, *more)
-            if routing is not None and self.routings is not None:
-                self.routings.append(routing)
+                x, v0, *routing = block(x, inputs, v0, cache, *more)
+            if self.routings is not None:
+                self.routings += [each for each in routing if each is not None]  # of a dense block: none
         return x
 
     def loss(self, h, targets, reduction='mean', *args, **more):
@@ -167,7 +190,7 @@ class WithExperts:
         return loss if reduction == 'sum' else loss / count
 
     def mixtures(self):
-        """The Mixture of each layer, those of the encoder first."""
+        """The Mixture of each layer that has one, those of the encoder first."""
         return [module for module in self.modules() if isinstance(module, Mixture)]
 
     def take_loads(self):
@@ -188,6 +211,8 @@ class WithExperts:
         super().init_blocks(*args)
         for mixture in self.mixtures():
             nn.init.normal_(mixture.router, std=0.02)
+            if mixture.shared_router is not None:
+                nn.init.normal_(mixture.shared_router, std=0.02)
 
     # --- counts: a token meets n_expert_active of the experts ---
 

@@ -1,7 +1,7 @@
 """
 Mixtures of experts: every block has several MLPs (experts), and a router picks some of them for each token.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model import ModelConfig
 
@@ -16,6 +16,14 @@ class MoEConfig(ModelConfig):
     expert_bias: float = 0.0  # load balancing without a loss: after each step, a bias in the choice of
     # experts rises by this for experts with too few tokens and falls for those with too many (Wang et al.
     # 2024, arXiv 2408.15664: 0.001, with expert_aux=0). It cannot be added to a trained model
+    expert_width: int = 0  # hidden width of an expert; 0 = that of a dense MLP, d_ff (fine-grained experts:
+    # DeepSeekMoE, arXiv 2401.06066)
+    expert_renorm: bool | None = None  # scale the weights of a token's experts so that they sum to 1; None =
+    # with two or more active experts
+    shared_width: int = 0  # hidden width of an MLP for all tokens beside the experts; 0 = none (DeepSeekMoE)
+    shared_gate: bool = False  # scale its output for each token by a sigmoid (Qwen2-MoE)
+    dense_layers: list[int] = field(default_factory=list)  # blocks (0, 1, …), of an encoder too, that have
+    # one dense MLP of width d_ff
 
     only_in_training = ('expert_aux', 'expert_z')
 
@@ -23,13 +31,19 @@ class MoEConfig(ModelConfig):
         """Raise ValueError for values that cannot work."""
         if self.n_expert == 1 or self.n_expert < 0:
             raise ValueError(f'n_expert={self.n_expert}: takes 0 for one MLP, or 2 and more')
-        for name in ('expert_aux', 'expert_z', 'expert_bias'):
+        for name in ('expert_aux', 'expert_z', 'expert_bias', 'expert_width', 'shared_width'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not self.n_expert:
             return self.check_idle()
         if not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
+        if self.shared_gate and not self.shared_width:
+            raise ValueError('shared_gate=True: scales the output of a shared expert: set shared_width too')
+        blocks = set(range(max(self.n_layer, self.n_encoder_layer)))
+        if not blocks > set(self.dense_layers):
+            raise ValueError(f'dense_layers={self.dense_layers}: takes some of the blocks 0 to '
+                             f'{len(blocks) - 1}, not all of them')
         if self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name):
             raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, '
                              'and ranks of the MLP, out')
@@ -41,6 +55,14 @@ class MoEConfig(ModelConfig):
         if idle and is_new:
             raise ValueError(f'{idle[0]}={getattr(self, idle[0])}: belongs to a mixture of experts: '
                              'set n_expert too')
+
+    @property
+    def is_renormed(self):
+        """Whether the weights of a token's experts sum to 1."""
+        if self.expert_renorm is None:
+            # the weight of a single one would always be 1, and the router would learn nothing from the loss
+            return self.n_expert_active > 1
+        return self.expert_renorm
 
 
 def may_choose(s, cfg):

@@ -32,7 +32,7 @@ def shard_model(model, size, dtype, ranks):
     shape, names = (((ranks.world,), ('shard',)) if size == ranks.world
                     else ((ranks.world // size, size), ('replicate', 'shard')))
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    small = {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('.router')}
+    small = {p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith('router')}
     # bfloat16 halves what is sent; autocast would round the same weights to it. Embedding and head stay in
     # float32, and with them the residual stream
     policy = MixedPrecisionPolicy(torch.bfloat16 if dtype == 'bfloat16' else None, torch.float32,

@@ -40,7 +40,8 @@ def finish(folder, dataset, *args, ranks=2):
 
 @pytest.mark.parametrize('args', [
     ['--value_residual', '--bias', '--norm=layernorm'], ['--optimizer=muon', '--rank_mlp=8'],
-    ['--n_expert=4', '--expert_aux=0.01', '--expert_bias=0.001'],
+    ['--n_expert=4', '--expert_aux=0.01', '--expert_bias=0.001', '--shared_width=24', '--shared_gate=True',
+     '--dense_layers=[0]'],
     ['--tie', '--recompute', '--sample_tokens=5']],
                          ids=['scalars and biases', 'muon', 'experts', 'tied, recomputed, sampled'])
 def test_sharded_over_two_ranks_is_one_process_to_rounding(dataset, tmp_path, args):
