@@ -146,7 +146,8 @@ CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
             + [{'rank_embed': 8, 'rank_head': 8}])
 CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'rank_act': 'silu'}]
 CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1},
-            {'expert_aux': 0.5}, {'expert_z': 0.5}]
+            {'expert_aux': 0.5}, {'expert_z': 0.5}, {'expert_width': 16}, {'expert_renorm': True},
+            {'shared_width': 24}, {'shared_gate': True}, {'dense_layers': [1]}]
 
 
 def test_the_changes_are_of_every_setting():

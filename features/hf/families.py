@@ -345,7 +345,8 @@ def t5_fields(cfg):
 # rotary positions)
 FREE = {'vocab_size', 'block_size', 'source_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'norm_eps', 'tie',
         'bias', 'rope_theta', 'zero_init', 'init_std', 'dropout',
-        'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias'}
+        'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias', 'expert_width', 'expert_renorm',
+        'shared_width', 'shared_gate', 'dense_layers'}
 
 # Settings that have to have this value, unless the family wants another
 PLAIN = {
