@@ -427,10 +427,11 @@ def read_weights(folder):
     return safetensors.torch.load_file(os.path.join(folder, 'model.safetensors'))
 
 
-def load_weights(model, weights, where):
+def load_weights(model, weights, where, assign=False):
     """
     Copy {name: tensor} into `model`: every tensor, no other, each of the same shape; learned positions beyond
-    its context are left out. Raises UserError that names the first that is not.
+    its context are left out. assign: the tensors become the model's own. Raises UserError that names the
+    first that is not.
     """
     own = model.state_dict()
     if 'wpe.weight' in own and 'wpe.weight' in weights:
@@ -441,7 +442,9 @@ def load_weights(model, weights, where):
         if found != wanted:
             raise UserError(f'{where}: {name}: found {found}, the network has {wanted}: '
                             'these are the weights of another network')
-    model.load_state_dict(weights)
+    if assign:
+        weights = {name: t.to(own[name].dtype) for name, t in weights.items()}
+    model.load_state_dict(weights, assign=assign)
 
 
 # -----------------------------------------------------------------------------
@@ -545,10 +548,14 @@ def load_model(where, which='best', encoder=False):
 
 
 def fill(cfg, weights, where):
-    """A model with this ModelConfig and these weights, in eval mode. Raises UserError if they differ."""
-    from model import make_model
-    model = make_model(cfg, init=False)
-    load_weights(model, weights, where)
+    """
+    A model with this ModelConfig and these weights, in eval mode, without a copy: weights of a file that is
+    float32 stay mapped into memory. Raises UserError if they differ.
+    """
+    from model import Unfilled, make_model
+    with Unfilled():
+        model = make_model(cfg, init=False)
+    load_weights(model, weights, where, assign=True)
     return model.eval()
 
 

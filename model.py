@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
@@ -243,6 +244,8 @@ def qk_norm(cfg, heads):
 
 def rotary_table(length, d_head, theta, scaling=None):
     """cos and sin of every position's angles, (2, length, D/2) in float32, rounded as in transformers."""
+    if torch.get_default_device().type == 'meta':  # torch's arithmetic there imports torch._dynamo: 0.7 s
+        return torch.empty(2, length, d_head // 2)
     frequencies, size = 1 / theta ** (torch.arange(0, d_head, 2) / d_head), 1
     if scaling:  # hf
         from features.hf.rotary import scaled  # hf
@@ -698,6 +701,14 @@ class Transformer(nn.Module):
 def table_names(model):
     """('wte.', …): prefixes of the names of tensors that are looked up, not multiplied."""
     return tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, torch does not fill the layers that are made: their weights will be loaded."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', '') != 'torch.nn.init':
+            return function(*args, **(kwargs or {}))
 
 
 def make_model(cfg, init=True):

@@ -578,3 +578,41 @@ def test_text_from_a_folder_and_one_line_for_a_bad_one(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith('Once') and not done.stderr, done.stderr
     edit(tmp_path, activation_function='relu')
     assert 'activation_function' in one_line(run(*command))
+
+
+# --- what reading costs ---
+
+def test_a_float32_folder_is_read_without_a_copy_and_never_changed(tmp_path):
+    folder = saved(tmp_path, 'llama', tie_word_embeddings=True, vocab_size=128)  # no padding
+    with open(tmp_path / 'model.safetensors', 'rb') as f:
+        before = f.read()
+    random = torch.get_rng_state()
+    model, _ = checkpoint.load_model(f'hf:{folder}')
+    assert torch.equal(torch.get_rng_state(), random)  # nothing was filled that is replaced
+    # all of them lie in the mapped file, one after the other
+    size = sum(p.nbytes for p in model.parameters())
+    begins = min(p.data_ptr() for p in model.parameters())
+    assert max(p.data_ptr() + p.nbytes for p in model.parameters()) == begins + size
+    assert difference(theirs('llama', tie_word_embeddings=True, vocab_size=128), folder) < 1e-5
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    with open(tmp_path / 'model.safetensors', 'rb') as f:
+        assert f.read() == before
+
+
+def test_a_bfloat16_folder_becomes_float32(tmp_path):
+    folder = saved(tmp_path, 'llama')
+    rewrite(folder, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+    model, _ = checkpoint.load_model(f'hf:{folder}')
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_reading_does_not_import_the_compiler(tmp_path):
+    """It takes longer than the rest; torch's arithmetic on the meta device imports it."""
+    folder = saved(tmp_path, 'llama')
+    code = ('import sys, checkpoint; '
+            f'model, _ = checkpoint.load_model("hf:{folder}"); '
+            'assert model.rotary.abs().sum() > 0; '
+            'print("torch._dynamo" in sys.modules)')
+    assert run('-c', code).stdout.split() == ['False']

@@ -92,3 +92,19 @@ def test_tiktoken_of_any_ranks():
     same(ours, ['the thing, théthe   things'])
     assert (last_merge(b' the', ranks[b' the'], ranks) == (b' ', b'the')
             and last_merge(b'the', ranks[b'the'], ranks) == (b'th', b'e'))
+
+
+def test_a_file_is_parsed_once_and_its_second_form_made_when_it_is_needed(monkeypatch):
+    data = to_json(ByteTokenizer()).encode()
+    read = []
+    from_str = tokenizers.Tokenizer.from_str
+
+    class Counted:
+        from_str = staticmethod(lambda text: read.append(text) or from_str(text))
+
+    monkeypatch.setattr(tokenizers, 'Tokenizer', Counted)
+    first, second = (JsonTokenizer('tokenizers', data, 'tokenizer.json') for _ in range(2))
+    assert first.decode(second.encode_special('a cat')) == 'a cat'
+    assert len(read) == 1
+    assert second.encode('<|endoftext|>') == list(b'<|endoftext|>')
+    assert len(read) == 2

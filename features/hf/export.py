@@ -18,7 +18,7 @@ from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import HEAD, name_rows
 from features.hf.tokenizer_json import spelling, to_json
-from model import ModelConfig, make_model
+from model import ModelConfig
 from tokenizer import load_tokenizer
 
 
@@ -50,8 +50,7 @@ def export(s):
     refuse_kind(s, folder, cfg)
 
     # 1) the network, in their names
-    model = make_model(cfg, init=False)
-    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    model = checkpoint.fill(cfg, checkpoint.read_weights(folder), folder)
     if s.as_ == 'custom':
         fields, tensors = custom(cfg, model.state_dict())
     else:

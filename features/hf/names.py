@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
-from model import make_model
+from model import Unfilled, make_model
 
 # -----------------------------------------------------------------------------
 # Names of modules: theirs → ours. N is the number of a layer. Where there are several of ours, theirs is one
@@ -147,7 +147,7 @@ def own_rows(cfg):
 
 def shapes_of(cfg):
     """{name: shape} of a model's tensors, without allocating them."""
-    with torch.device('meta'):
+    with torch.device('meta'), Unfilled():
         return {name: list(t.shape) for name, t in make_model(cfg).state_dict().items()}
 
 

@@ -166,7 +166,10 @@ def checked_rows(folder, family, cfg, slices):
 
 
 def read_row(tensor, row):
-    """{our name: float32 tensor} of one of their tensors, a slice of a file."""
+    """
+    {our name: float32 tensor} of one of their tensors, a slice of a file. What is float32 there is a view of
+    the mapped file, which costs nothing until it is used.
+    """
     t = tensor[...].float()
     if row.is_flipped:
         t = t.t().contiguous()
@@ -176,7 +179,7 @@ def read_row(tensor, row):
     if len(row.ours) == 1:
         return dict.fromkeys(row.ours, t)
     parts = t.split(list(row.ours.values()))
-    return {name: part.clone() for name, part in zip(row.ours, parts)}
+    return dict(zip(row.ours, parts))
 
 
 # -----------------------------------------------------------------------------

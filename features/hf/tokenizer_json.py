@@ -5,6 +5,7 @@ same ids for the same text. Also reads BERT's vocabularies, vocab.txt.
     tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file
 """
+import functools
 import json
 import os
 import secrets
@@ -45,7 +46,6 @@ class JsonTokenizer(Tokenizer):
         for name in ('dropout', 'alpha', 'nbest_size'):
             if getattr(self.tokenizer.model, name, None) is not None:
                 setattr(self.tokenizer.model, name, None)
-        self.literal = without_specials(tokenizers, self.tokenizer)
         vocab = self.tokenizer.get_vocab()
         if eot is None:
             self.eot_text = end_of_text(vocab, where)
@@ -55,6 +55,11 @@ class JsonTokenizer(Tokenizer):
         unk = vocab.get('[UNK]', vocab.get('<unk>', -1))
         file = 'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt'
         super().__init__(kind, max(vocab.values()) + 1, eot, {file: data}, unk)
+
+    @functools.cached_property
+    def literal(self):  # made when it is needed: prompts and decoding often need none, and it takes 0.3 s
+        import tokenizers
+        return without_specials(tokenizers, self.tokenizer)
 
     def encode(self, text):
         return self.literal.encode(text, add_special_tokens=False).ids
@@ -139,10 +144,15 @@ def without_specials(tokenizers, tokenizer):
     return literal
 
 
+@functools.lru_cache(maxsize=1)
+def parsed(tokenizers, data):  # kept: a folder is read once to describe its tokenizer, then to use it
+    return tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
+
+
 def read(tokenizers, data, where):
     """The library's tokenizer from the bytes of a tokenizer.json."""
     try:
-        return tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
+        return parsed(tokenizers, data)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f'{where}: not a tokenizer.json ({error})') from None
 
