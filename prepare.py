@@ -46,8 +46,8 @@ class Settings:
     # synthetic:markov, synthetic:markov2, synthetic:markov3
     out: FilePath = ''  # output folder; '' = data/NAME for a named corpus
     tokenizer: FilePath = 'bpe:4096'  # bpe:N (BPE trained on the text; 4096 for small models), char, byte,
-    # gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT) or
-    # hf:FOLDER (that of a Hugging Face folder)
+    # gpt2, cl100k_base, o200k_base, FILE.model (sentencepiece), FILE.json (tokenizers), FILE.txt (BERT),
+    # FILE.bin (llama2.c) or hf:FOLDER (that of a Hugging Face folder)
     special_tokens: Literal['text', 'parse'] = 'text'  # names of special tokens in documents: text = they
     # are ordinary text; parse = they are these tokens, as in chats that are written out
     messages: bool = False  # [chat] .jsonl of conversations: messages of role and content, or

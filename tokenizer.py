@@ -22,9 +22,9 @@ import numpy as np
 
 from configurator import UserError
 
-KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (trained on the text), FILE.model, .json or .txt'
+KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (made of the text), FILE.model .json .txt .bin'
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
-FILES = {'.model': 'sentencepiece', '.json': 'tokenizers', '.txt': 'wordpiece'}  # a file's ending: its kind
+FILES = {'.model': 'sentencepiece', '.json': 'tokenizers', '.txt': 'wordpiece', '.bin': 'llama2.c'}
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
 
@@ -232,19 +232,19 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; its eos piece is the end-of-text token."""
+    """A sentencepiece model. eot: the end-of-text token, None = its eos piece."""
 
-    def __init__(self, data, where='tokenizer.model'):
+    def __init__(self, data, where='tokenizer.model', eot=None):
         import sentencepiece
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data or b'?')
         except RuntimeError:
             raise UserError(f'{where}: not a sentencepiece model') from None
-        n, eot = self.sp.vocab_size(), self.sp.eos_id()
+        n, eot = self.sp.vocab_size(), self.sp.eos_id() if eot is None else eot
         if eot < 0:
             raise UserError(f'{where}: this model has no end-of-text piece (its eos_id is -1): '
                             'use one that has, or --tokenizer=bpe:4096')
-        self.eot_text = self.sp.id_to_piece(eot)
+        self.eot_text = self.sp.id_to_piece(eot) if eot < n else ''  # beyond: an added token
         super().__init__('sentencepiece', n, eot, {'tokenizer.model': data}, self.sp.unk_id())
         # A model that keeps all blanks, and adds none, can write any text but ▁, its sign for the space
         blanks, encode = ' a\n  b\t ', self.sp.encode
@@ -273,7 +273,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.decode([int(i) for i in ids])
 
     def special_tokens(self):
-        return {self.sp.id_to_piece(i): i for i in range(self.vocab_size) if self.sp.is_control(i)}
+        control = {self.sp.id_to_piece(i): i for i in range(self.vocab_size) if self.sp.is_control(i)}
+        return control | ({self.eot_text: self.eot} if self.eot_text else {})
 
     def bos(self):
         return (self.sp.bos_id(),) if self.sp.bos_id() >= 0 else ()
@@ -306,7 +307,11 @@ def new_tokenizer(kind, texts=()):
         return described({'kind': kind})
     with open(kind, 'rb') as f:
         data = f.read()
-    return described({'kind': FILES[kind[kind.rindex('.'):].lower()]}, data, kind)
+    description = {'kind': FILES[kind[kind.rindex('.'):].lower()]}
+    if description['kind'] == 'sentencepiece':  # hf
+        from features.hf.prompts import tokens_beside  # hf
+        description |= tokens_beside(kind, data)  # hf
+    return described(description, data, kind)
 
 
 def train_bpe(texts, vocab_size):
@@ -361,7 +366,7 @@ def load_tokenizer(description, folder):
 def described(description, data=b'', path=''):
     """The tokenizer of a description. data: the bytes of its file, which is at `path`."""
     kind = description['kind']
-    if kind == 'unknown' or description.get('reserved'):  # text
+    if kind in ('unknown', 'llama2.c') or description.get('reserved') or 'added' in description:  # text
         from features.text.tokenizers import described_here  # text
         return described_here(description, data, path)  # text
     if kind == 'byte':
@@ -371,7 +376,7 @@ def described(description, data=b'', path=''):
     if kind in TIKTOKEN:
         return TiktokenTokenizer(kind)
     if kind == 'sentencepiece':
-        return SentencePieceTokenizer(data, path)
+        return SentencePieceTokenizer(data, path, description.get('eot'))
     if kind in ('tokenizers', 'wordpiece'):  # hf
         from features.hf.tokenizer_json import JsonTokenizer  # hf
         return JsonTokenizer(kind, data, path, description.get('vocab_size'), description.get('eot'))  # hf

@@ -18,7 +18,7 @@ from batches import TokenFiles
 from configurator import UserError
 from features.hf import tokenizer_json
 from features.hf.export import export
-from features.hf.prompts import chat_template, end_of_text
+from features.hf.prompts import bos_beside, chat_template, end_of_text
 from features.study.tasks import encode_pair, score
 from features.study.validation import validation_sources
 from features.t5.beams import beam_search
@@ -106,6 +106,147 @@ def test_a_sentencepiece_file_sets_no_blank_after_a_special_token_as_transformer
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = new_tokenizer(str(tmp_path / 'tokenizer.model'))
     assert ours.encode_special(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+# --- beside a sentencepiece file ---
+
+def sentencepiece_file(path, **options):
+    kind = dict(model_type='bpe', vocab_size=300, byte_fallback=True, normalization_rule_name='identity',
+                remove_extra_whitespaces=False)
+    with open(path, 'wb') as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(['the cat sat on the mat, user Hi'] * 50), model_writer=f,
+            hard_vocab_limit=False, minloglevel=2, **kind | options)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+
+
+T5 = dict(model_type='unigram', vocab_size=60, byte_fallback=False, normalization_rule_name='nmt_nfkc',
+          remove_extra_whitespaces=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def token_fields(text, special):
+    kind = dict.fromkeys(('normalized', 'lstrip', 'rstrip', 'single_word'), False)
+    return dict(content=text, special=special, **kind)
+
+
+ADDED = ['<|im_start|>', '<|im_end|>', '<tool>']
+PROMPTS = ['the cat', '<|im_start|>user\nHi<|im_end|>\n', 'the<tool>cat', '<tool>',
+           'the <tool> cat<|im_end|>']
+
+
+@pytest.fixture
+def chat_folder(tmp_path):
+    """A tokenizer.model with added tokens beside it, as people's folders have them."""
+    size = sentencepiece_file(tmp_path / 'tokenizer.model')
+    added = {name: size + n for n, name in enumerate(ADDED)}
+    decoder = {str(i): token_fields(name, name != '<tool>') for name, i in added.items()}
+    (tmp_path / 'added_tokens.json').write_text(json.dumps(added))
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({
+        'tokenizer_class': 'LlamaTokenizer', 'bos_token': '<s>', 'eos_token': '<|im_end|>',
+        'unk_token': '<unk>', 'added_tokens_decoder': decoder}))
+    return tmp_path
+
+
+@pytest.mark.parametrize('text', PROMPTS)
+def test_tokens_that_the_files_beside_a_sentencepiece_file_add_are_those_of_transformers(text, chat_folder):
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    ours = new_tokenizer(str(chat_folder / 'tokenizer.model'))
+    assert ours.encode_special(text) == theirs(text, add_special_tokens=False).input_ids
+    assert (ours.vocab_size, ours.eot) == (len(theirs), theirs.eos_token_id)
+
+
+def test_added_special_tokens_are_text_in_documents_and_the_others_are_tokens(chat_folder, tmp_path):
+    ours = new_tokenizer(str(chat_folder / 'tokenizer.model'))
+    start, end, tool = (ours.vocab_size - n for n in (3, 2, 1))
+    ids = ours.encode('the<|im_start|> cat<tool> sat<|im_end|>')
+    assert tool in ids and start not in ids and end not in ids
+    assert ours.decode(ids) == 'the<|im_start|> cat<tool> sat<|im_end|>'
+    assert ours.decode([start, *ours.encode('the'), end]) == '<|im_start|> the<|im_end|>'
+    ids, _ = ours.encode_documents(['the<tool> cat'])
+    assert ids.tolist() == [*ours.encode('the<tool> cat'), end]
+    again = load_tokenizer(ours.save(tmp_path), tmp_path)
+    assert again.describe() == ours.describe() and again.encode_special('<tool>') == [tool]
+
+
+def test_added_tokens_without_a_word_on_them_are_tokens_everywhere(tmp_path):
+    size = sentencepiece_file(tmp_path / 'tokenizer.model')
+    (tmp_path / 'added_tokens.json').write_text(json.dumps({'<x>': size, '[PAD]': size + 1}))
+    (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'pad_token': {'content': '[PAD]'}}))
+    ours = new_tokenizer(str(tmp_path / 'tokenizer.model'))
+    assert size in ours.encode('a<x>b') and size + 1 not in ours.encode('a[PAD]')
+    assert ours.encode_special('[PAD]') == [size + 1] and ours.eot == 2
+    assert ours.ordinary_size() == size + 1
+
+
+def test_a_sentencepiece_file_without_an_end_of_text_takes_the_one_that_its_folder_names(tmp_path):
+    size = sentencepiece_file(tmp_path / 'tokenizer.model', eos_id=-1)
+    (tmp_path / 'added_tokens.json').write_text(json.dumps({'<end>': size}))
+    for fields, eot in (({'eos_token': '<end>'}, size), ({'eos_token': {'content': '<s>'}}, 1)):
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+        ours = new_tokenizer(str(tmp_path / 'tokenizer.model'))
+        assert ours.eot == eot and ours.encode_special(ours.eot_text) == [eot]
+    (tmp_path / 'tokenizer_config.json').write_text('{}')
+    with pytest.raises(UserError, match='no end-of-text piece'):
+        new_tokenizer(str(tmp_path / 'tokenizer.model'))
+
+
+@pytest.mark.parametrize('added', [{'<x>': -1}, {'<x>': '7'}, {'': 300}, {'<x>': 2 ** 40}], ids=str)
+def test_an_added_token_with_a_wrong_number_is_refused(added, tmp_path):
+    sentencepiece_file(tmp_path / 'tokenizer.model')
+    (tmp_path / 'added_tokens.json').write_text(json.dumps(added))
+    with pytest.raises(UserError, match='added token .* takes a whole number'):
+        new_tokenizer(str(tmp_path / 'tokenizer.model'))
+
+
+@pytest.mark.parametrize('fields', [{}, {'extra_ids': 5}, {'extra_ids': 0}], ids=str)
+@pytest.mark.parametrize('text', ['the <extra_id_0> cat<extra_id_1>', '<extra_id_99>', '</s>the'])
+def test_a_t5_folder_with_spiece_model_alone_has_the_sentinels_of_transformers(fields, text, tmp_path):
+    sentencepiece_file(tmp_path / 'spiece.model', **T5)
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 't5', 'vocab_size': 256}))
+    if fields:
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, **fields)
+    ours = new_tokenizer(str(tmp_path / 'spiece.model'))
+    assert ours.encode_special(text) == theirs(text, add_special_tokens=False).input_ids
+    assert (ours.vocab_size, ours.eot) == (len(theirs), 1)
+
+
+def test_a_folder_with_spiece_model_alone_is_sampled_trained_exported_and_read_back(tmp_path):
+    folder = tmp_path / 'hf'
+    folder.mkdir()
+    size = sentencepiece_file(folder / 'spiece.model', **T5)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=size + 128, d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                                   num_heads=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    pairs = tmp_path / 'pairs.jsonl'
+    pairs.write_text(''.join(json.dumps({'q': f'the {c}', 'a': c * 3}) + '\n' for c in 'abcdefghij' * 4))
+    for command in (
+            ['sample.py', f'--init_from=hf:{folder}', '--start=the <extra_id_0> cat', '--max_new_tokens=4'],
+            ['prepare.py', pairs, '--source=q', '--target=a', f'--tokenizer=hf:{folder}',
+             '--val_fraction=0.3', f'--out={tmp_path}/data']):
+        done = run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    train(tmp_path, 'run', f'hf:{folder}', '--objective=seq2seq', '--source_size=16', '--block_size=16')
+    export(ExportSettings(f'{tmp_path}/run', f'{tmp_path}/back'))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'back')
+    text = 'the <extra_id_0> cat'
+    wanted = sample.load(f'hf:{folder}', encoder=True)[1].encode_special(text)
+    assert size + 99 in wanted
+    assert theirs(text, add_special_tokens=False).input_ids == wanted
+    for made in (f'{tmp_path}/run', f'hf:{tmp_path}/back'):
+        assert sample.load(made, encoder=True)[1].encode_special(text) == wanted
+    assert json.loads((tmp_path / 'back' / 'added_tokens.json').read_text())['<extra_id_0>'] == size + 99
+
+
+@pytest.mark.parametrize('fields, bos', [
+    ({'bos_token': '<|im_start|>'}, True), ({'bos_token': None}, False), ({'add_bos_token': False}, False)],
+    ids=str)
+def test_the_token_before_a_text_is_the_one_that_the_folder_names(fields, bos, chat_folder):
+    path = chat_folder / 'tokenizer_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    ours = new_tokenizer(str(chat_folder / 'tokenizer.model'))
+    assert bos_beside(str(chat_folder), ours) == ((ours.vocab_size - 3,) if bos else ())
 
 
 @pytest.mark.parametrize('make, special', [

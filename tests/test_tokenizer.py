@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def toy_tiktoken(monkeypatch):
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
 
 
+def write_llama2c(folder, sp):
+    """A sentencepiece model as a tokenizer.bin of llama2.c."""
+    pieces = [sp.id_to_piece(i).replace('▁', ' ').encode() for i in range(sp.vocab_size())]
+    pieces[1], pieces[2] = b'\n<s>\n', b'\n</s>\n'
+    data = [struct.pack('<i', max(map(len, pieces)))]
+    data += [struct.pack('<fi', sp.get_score(i), len(piece)) + piece for i, piece in enumerate(pieces)]
+    (folder / 'tok500.bin').write_bytes(b''.join(data))
+
+
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """Small vocabulary files as users bring them, made by their libraries."""
@@ -67,6 +77,7 @@ def files(tmp_path_factory):
         with open(folder / f'{name}.model', 'wb') as f:
             sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f,
                                                      minloglevel=2, **options)
+    write_llama2c(folder, sentencepiece.SentencePieceProcessor(model_file=str(folder / 'mistral.model')))
     with open(folder / 'noeos.model', 'wb') as f:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, minloglevel=2,
                                                  vocab_size=200, eos_id=-1)
@@ -86,7 +97,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def every_kind(files, toy_tiktoken):
-    names = 't5.model', 'mistral.model', 'tokenizer.json', 'cased.txt', 'uncased.txt'
+    names = 't5.model', 'mistral.model', 'tok500.bin', 'tokenizer.json', 'cased.txt', 'uncased.txt'
     return {**{kind: new_tokenizer(kind) for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base')},
             **{name: new_tokenizer(str(files / name)) for name in names},
             'char': new_tokenizer('char', [LONG, *HARD]), 'bpe': new_tokenizer('bpe:400', [LONG]),
@@ -105,6 +116,7 @@ def test_a_document_starts_with_the_tokenizer_s_own_beginning_of_text(every_kind
                 == Reserved(tokenizer, 3).start())
     t5 = every_kind['t5.model']
     assert starts.pop('t5.model') == t5.bos()
+    assert starts.pop('tok500.bin') == (1,)
     assert set(starts.values()) == {()}
     theirs = tokenizers.Tokenizer.from_file(str(files / 'tokenizer.json'))
     special = [('<|endoftext|>', theirs.token_to_id('<|endoftext|>')), ('a', theirs.token_to_id('a'))]
@@ -122,7 +134,7 @@ def test_a_document_starts_with_the_tokenizer_s_own_beginning_of_text(every_kind
 
 def test_bytes_and_subwords_write_any_text(every_kind):
     rng = random.Random(1)
-    for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 'bpe', 'char', 'tokenizer.json'):
+    for kind in ('byte', 'gpt2', 'cl100k_base', 'o200k_base', 'bpe', 'char', 'tokenizer.json', 'tok500.bin'):
         for text in HARD + [STORY] + [random_text(rng, n) for n in range(1, 60)] * (kind != 'char'):
             assert every_kind[kind].decode(every_kind[kind].encode(text)) == text, (kind, text)
 
@@ -177,6 +189,74 @@ def test_ids_are_the_library_s(every_kind, files):
                 and every_kind[name].unk == library.token_to_id('[UNK]'))
     assert ('Lily found' in every_kind['cased.txt'].decode(every_kind['cased.txt'].encode('Lily found'))
             .replace(' ##', ''))
+
+
+def read_llama2c(path):
+    """(bytes, scores) of the tokens of a tokenizer.bin."""
+    data, at, pieces, scores = path.read_bytes(), 4, [], []
+    while at < len(data):
+        score, length = struct.unpack_from('<fi', data, at)
+        at += 8 + length
+        pieces.append(data[at - length:at])
+        scores.append(score)
+    return pieces, scores
+
+
+def llama2c_encode(text, pieces, scores):
+    """The ids of encode() of llama2.c's run.c: of two neighbours, those with the best score merge first."""
+    ids = [pieces.index(b' ')] if text else []
+    for character in text:
+        spelled = character.encode()
+        ids += [pieces.index(spelled)] if spelled in pieces else [byte + 3 for byte in spelled]
+    while True:
+        best = None
+        for n in range(len(ids) - 1):
+            both = pieces[ids[n]] + pieces[ids[n + 1]]
+            if both in pieces and (best is None or scores[pieces.index(both)] > best[0]):
+                best = scores[pieces.index(both)], n, pieces.index(both)
+        if best is None:
+            return ids
+        ids[best[1]:best[1] + 2] = [best[2]]
+
+
+def llama2c_decode(ids, pieces):
+    """What run.c writes: a space after <s> is left out."""
+    out = b''
+    for before, i in itertools.pairwise([1, *ids]):
+        if 3 <= i < 259:
+            out += bytes([i - 3])
+        elif i not in (1, 2):
+            out += pieces[i][before == 1 and pieces[i].startswith(b' '):]
+    return out.decode()
+
+
+def test_a_tokenizer_of_llama2c_has_the_ids_and_the_text_of_its_program(files):
+    t, (pieces, scores) = new_tokenizer(str(files / 'tok500.bin')), read_llama2c(files / 'tok500.bin')
+    theirs = new_tokenizer(str(files / 'mistral.model'))
+    rng = random.Random(3)
+    for text in [STORY, *HARD[:-3], ' a', '  a b', '<0x0A>', *(random_text(rng, 30) for _ in range(100))]:
+        text = text[:200]
+        ids = t.encode(text)
+        assert ids == llama2c_encode(text, pieces, scores), repr(text)
+        assert t.decode(ids) == t.decode([1, *ids]) == text
+        assert '▁' in text or ids == theirs.encode(text)
+    for _ in range(200):
+        whole = [*range(3, 131), *range(259, 500)]  # not a part of a character
+        ids = [rng.choice(whole) if rng.random() < 0.7 else 1 for _ in range(8)]
+        assert t.decode(ids) == llama2c_decode(ids, pieces), ids
+    assert (t.vocab_size, t.eot, t.bos(), t.special_tokens()) == (500, 2, (1,), {'<s>': 1, '</s>': 2})
+    assert t.encode_special('Lily</s>the') == theirs.encode_special('Lily</s>the')
+
+
+@pytest.mark.parametrize('harm', [
+    lambda data: data[:-1], lambda data: data + b'\0', lambda data: b'', lambda data: data[:40],
+    lambda data: data.replace(b'<0x07>', b'<0x08>', 1), lambda data: data[:4] + b'\xff' * 8 + data[12:],
+    lambda data: b'\1\0' * 3000], ids=range(7))
+def test_a_file_that_is_no_tokenizer_of_llama2c_is_refused(harm, files, tmp_path):
+    path = tmp_path / 'x.bin'
+    path.write_bytes(harm((files / 'tok500.bin').read_bytes()))
+    with pytest.raises(UserError, match='x.bin: not a tokenizer.bin of llama2.c'):
+        new_tokenizer(str(path))
 
 
 @pytest.mark.parametrize('harm', [{'dropout': 0.9}, {'dropout': 1.0}, {'alpha': 0.1, 'nbest_size': 9}],

@@ -8,6 +8,7 @@ import json
 import os
 
 from configurator import UserError
+from features.hf import llama2c
 
 
 class Config:
@@ -15,7 +16,7 @@ class Config:
 
     def __init__(self, folder):
         self.path = os.path.join(folder, 'config.json')
-        self.fields = read_json(self.path)
+        self.fields = config_fields(folder)
 
     def refuse(self, name, value, why):
         """Raise UserError: the field `name` has this value, which is not possible because of `why`."""
@@ -51,6 +52,12 @@ class Config:
         if value not in known:
             self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
         return value
+
+
+def config_fields(folder):
+    """The fields of the config.json of a folder, or those of the network of llama2.c in it."""
+    model = llama2c.model_file(folder)
+    return llama2c.config_fields(model) if model else read_json(os.path.join(folder, 'config.json'))
 
 
 def read_json(path):

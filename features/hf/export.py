@@ -71,6 +71,8 @@ def export(s):
     else:
         text = to_json(tokenizer, () if cfg.n_encoder_layer else form.bos)
         files['tokenizer_config.json'] = tokenizer_config(text, ends, tokenizer.eot, cfg)
+        if 'added' in tokenizer.more:  # for whoever reads tokenizer.model
+            files['added_tokens.json'] = tokenizer.more['added']
         if form.names:  # the tokens that the chat template names, no others
             files['tokenizer_config.json'] |= {'bos_token': None, **dict(form.names)}
 

@@ -2,15 +2,16 @@
 What a Hugging Face folder says about its tokens: which one begins a text, which ones end it, and how a
 conversation is written. Never guessed from names where a file says it.
 
-    tokenizer_config.json     bos_token, eos_token, add_bos_token, chat_template
+    tokenizer_config.json     bos_token, eos_token, add_bos_token, added_tokens_decoder, chat_template
+    added_tokens.json         {name: id} of the tokens beside a sentencepiece file
     generation_config.json    eos_token_id: a number or a list; generate() of transformers stops at these
     config.json               the same without a generation_config.json; decoder_start_token_id
 """
 import os
 
 from configurator import UserError
-from features.hf import reading
-from features.hf.config_json import read_json
+from features.hf import llama2c, reading
+from features.hf.config_json import config_fields, read_json
 from tokenizer import PromptFormat, Tokenizer, load_tokenizer
 
 
@@ -22,10 +23,20 @@ def prompt_format(where, cfg, tokenizer):
         start, end = (reading.decoder_start(where),), (tokenizer.eot or 0,)
         return PromptFormat(start, suffix=end, ends=ends)
     bos = tokenizer.bos()
-    if tokenizer.kind == 'sentencepiece':  # its file does not say whether the token is written
-        fields = optional_json(folder, 'tokenizer_config.json')
-        bos = bos if fields.get('add_bos_token', True) else ()
+    if tokenizer.kind in ('sentencepiece', 'llama2.c'):  # its file does not say whether the token is written
+        bos = bos_beside(folder, tokenizer)
     return PromptFormat(bos, ends=ends, chat_template=chat_template(folder), names=token_names(folder))
+
+
+def bos_beside(folder, tokenizer):
+    """(id,) of the token that begins a text in a folder with a sentencepiece file; () if there is none."""
+    fields = optional_json(folder, 'tokenizer_config.json')
+    name = text_of(fields.get('bos_token'))
+    is_without = 'bos_token' in fields and name is None
+    if is_without or not fields.get('add_bos_token', True):
+        return ()
+    named = tokenizer.special_tokens().get(name)
+    return tokenizer.bos() if named is None else (named,)
 
 
 def inherited(where, cfg):
@@ -44,6 +55,8 @@ def end_ids(folder, vocab_size=2 ** 31):
     """
     for file in ('generation_config.json', 'config.json'):
         fields = optional_json(folder, file)
+        if file == 'config.json' and llama2c.model_file(folder):
+            fields = config_fields(folder)
         found = fields.get('eos_token_id')
         if found is None:
             continue
@@ -61,15 +74,28 @@ def end_of_text(folder, vocab):
     The name of the token that ends a document in a folder, {name: id} its vocabulary: tokenizer_config.json's
     eos_token, else the first one at which generate() stops; None where no file says it.
     """
-    for file in ('tokenizer_config.json', 'special_tokens_map.json'):
-        name = optional_json(folder, file).get('eos_token')
-        if isinstance(name, dict):  # an added token with its properties
-            name = name.get('content')
-        if isinstance(name, str) and name in vocab:
-            return name
+    name = named_end(folder, vocab)
+    if name is not None:
+        return name
     names = {token: name for name, token in vocab.items()}
     ids = [token for token in end_ids(folder) if token in names]
     return names[ids[0]] if ids else None
+
+
+def named_end(folder, vocab):
+    """The eos_token of tokenizer_config.json, if it is in the vocabulary; else None."""
+    for file in ('tokenizer_config.json', 'special_tokens_map.json'):
+        name = text_of(optional_json(folder, file).get('eos_token'))
+        if name in vocab:
+            return name
+    return None
+
+
+def text_of(token):
+    """The text of a special token as a JSON file has it; None for none."""
+    if isinstance(token, dict):  # an added token with its properties
+        token = token.get('content')
+    return token if isinstance(token, str) else None
 
 
 def chat_template(folder):
@@ -92,13 +118,90 @@ def token_names(folder):
     """((name, text), …) of the special tokens that a folder names: bos_token, eos_token, …"""
     fields = optional_json(folder, 'special_tokens_map.json') | optional_json(folder, 'tokenizer_config.json')
     found = []
-    for name in ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token'):
-        text = fields.get(name)
-        if isinstance(text, dict):  # an added token with its properties
-            text = text.get('content')
-        if isinstance(text, str):
+    for name in NAMED:
+        text = text_of(fields.get(name))
+        if text is not None:
             found.append((name, text))
     return tuple(found)
+
+
+# -----------------------------------------------------------------------------
+# Beside a sentencepiece file
+
+NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+T5 = ('t5', 'mt5', 'umt5')  # their code adds the sentinels <extra_id_0>, … to the file's tokens
+
+
+def tokens_beside(path, data):
+    """
+    What the files beside a sentencepiece file, with these bytes, say about its tokens: fields of a
+    description, as tokenizers.Added has them; {} for nothing. Raises UserError for an invalid number of a
+    token.
+    """
+    folder = os.path.dirname(path)
+    files = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'config.json')
+    if not any(os.path.isfile(os.path.join(folder, file)) for file in files):
+        return {}
+    import sentencepiece
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=data or b'?')
+    except RuntimeError:
+        return {}  # the tokenizer refuses the file
+    own = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    found, special = added_tokens(folder, sp.vocab_size())
+    added = {name: i for name, i in found.items() if own.get(name) != i or needs_name(sp, i, name, special)}
+    name = named_end(folder, own | added)
+    end = sp.eos_id() if name is None else (own | added)[name]
+    if end < 0:
+        end = next(iter(end_ids(folder, len(own))), -1)
+    out = {'eot': end} if end >= 0 else {}
+    if added:
+        out |= {'added': added, 'special': sorted(special & added.keys())}
+    return out
+
+
+def needs_name(sp, i, name, special):
+    """Whether only its name makes a piece of a sentencepiece file a special token."""
+    return name in special and not sp.is_control(i) and not sp.is_unknown(i)
+
+
+def added_tokens(folder, size):
+    """
+    ({name: id} of the tokens that the files in a folder name, {names of special ones}); size: tokens of the
+    sentencepiece file.
+    """
+    fields = optional_json(folder, 'tokenizer_config.json')
+    more = optional_json(folder, 'special_tokens_map.json') | fields
+    found = dict(optional_json(folder, 'added_tokens.json'))
+    special = {text for _, text in token_names(folder)}
+    for key in ('additional_special_tokens', 'extra_special_tokens'):
+        listed = more.get(key)
+        special |= {text_of(token) for token in listed} if isinstance(listed, list) else set()
+    decoder = fields.get('added_tokens_decoder')
+    for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
+        name = text_of(token)
+        if name and str(number).isdecimal():
+            found[name] = int(number)
+            if isinstance(token, dict) and token.get('special'):
+                special.add(name)
+    sentinels = count_sentinels(folder, fields)
+    for n in range(sentinels):
+        name = f'<extra_id_{n}>'
+        found.setdefault(name, size + sentinels - 1 - n)
+        special.add(name)
+    for name, i in found.items():
+        if not name or type(i) is not int or not 0 <= i < 2 ** 31:
+            raise UserError(f'{folder}: added token {name!r} has the number {i!r}: takes a whole number')
+    return found, special
+
+
+def count_sentinels(folder, fields):
+    """How many sentinels T5's code adds; fields: those of tokenizer_config.json."""
+    is_t5 = optional_json(folder, 'config.json').get('model_type') in T5
+    if not is_t5 and not str(fields.get('tokenizer_class')).startswith(('T5', 'MT5')):
+        return 0
+    count = fields.get('extra_ids', 100)
+    return count if type(count) is int and 0 <= count < 10 ** 5 else 0
 
 
 def optional_json(folder, file):

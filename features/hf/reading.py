@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from configurator import UserError, check
+from features.hf import llama2c
 from features.hf.config_json import Config, read_json
 from features.hf.families import FAMILIES
 from features.hf.names import HEAD, name_rows
@@ -190,6 +191,9 @@ def read_headers(folder, prefix):
     {name of a tensor without `prefix`: slice} of all files. A slice has the shape and dtype from the file's
     header; slice[...] reads the tensor. Raises UserError for missing or broken files.
     """
+    model = llama2c.model_file(folder)
+    if model:
+        return llama2c.read_slices(model)
     slices = {}
     for file in weight_files(folder):
         path = os.path.join(folder, file)
@@ -253,7 +257,8 @@ def tokenizer(where):
 def tokenizer_file(where):
     """The path of the tokenizer in the folder. Raises UserError if there is none."""
     folder = find(where)
-    for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
+    of_llama2c = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r'tok\d+\.(bin|model)', name)]
+    for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'tokenizer.bin', *of_llama2c):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path

@@ -227,6 +227,8 @@ def plain(tokenizer):
                         'pip install tokenizers') from None
     if tokenizer.more.get('reserved'):
         return with_reserved(tokenizers, tokenizer)
+    if 'added' in tokenizer.more:
+        return with_added(tokenizers, tokenizer)
     theirs = convert(tokenizers, tokenizer)
     probe = ''.join(tokenizer.more['chars']) if tokenizer.kind == 'char' else PROBE
     if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
@@ -246,13 +248,25 @@ def with_reserved(tokenizers, tokenizer):
     return theirs.to_str(pretty=True)
 
 
+def with_added(tokenizers, tokenizer):
+    """plain() for a sentencepiece tokenizer with the tokens of the files beside it."""
+    theirs = tokenizers.Tokenizer.from_str(plain(tokenizer.inner))
+    for name, i in sorted(tokenizer.more['added'].items(), key=lambda entry: entry[1]):
+        is_special = name in tokenizer.more['special']
+        theirs.add_tokens([tokenizers.AddedToken(name, special=is_special, normalized=False)])
+        if theirs.token_to_id(name) != i:
+            raise UserError(f'the added token {name} has the id {i}, and a tokenizer.json would give it '
+                            f'{theirs.token_to_id(name)}: its ids must follow those of tokenizer.model')
+    return theirs.to_str(pretty=True)
+
+
 def convert(tokenizers, tokenizer):
     """The library's tokenizer that is equal to one of ours."""
     if tokenizer.kind == 'byte':
         return from_bytes(tokenizers, tokenizer)
     if tokenizer.kind == 'char':
         return from_chars(tokenizers, tokenizer)
-    if tokenizer.kind == 'sentencepiece':
+    if tokenizer.kind in ('sentencepiece', 'llama2.c'):
         return from_sentencepiece(tokenizers, tokenizer)
     if tokenizer.kind not in ('tokenizers', 'wordpiece'):
         return from_tiktoken(tokenizers, tokenizer)
@@ -316,6 +330,7 @@ def from_sentencepiece(tokenizers, tokenizer):
     """BPE merges the pair whose union has the highest score; Unigram uses the scores themselves."""
     from sentencepiece import sentencepiece_model_pb2
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp.serialized_model_proto())
+    model.normalizer_spec.add_dummy_prefix |= tokenizer.kind == 'llama2.c'
     is_bpe = model.trainer_spec.model_type == 2
     theirs = tokenizers.Tokenizer(bpe_of(tokenizers, model) if is_bpe else unigram_of(tokenizers, model))
     normalizers, decoders, norm = tokenizers.normalizers, tokenizers.decoders, model.normalizer_spec

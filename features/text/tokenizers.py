@@ -1,5 +1,6 @@
 """
-What tokenizer.py needs rarely: a tokenizer with reserved tokens, one that is not known, comparisons, advice.
+What tokenizer.py needs rarely: a tokenizer with reserved or added tokens, one that is not known, comparisons,
+advice.
 """
 import itertools
 import os
@@ -9,29 +10,90 @@ from configurator import UserError
 from tokenizer import TIKTOKEN, Tokenizer, described, load_tokenizer
 
 
-class Reserved(Tokenizer):
+class Extended(Tokenizer):
+    """
+    The tokenizer `inner` with further tokens after its own. names: {id: text} of these; size: of the whole
+    vocabulary; more: further fields of the description.
+    """
+
+    def __init__(self, inner, names, size, eot, **more):
+        super().__init__(inner.kind, size, eot, inner.files, inner.unk, **inner.more, **more)
+        self.inner, self.names = inner, names
+        self.eot_text = names.get(eot, inner.eot_text)
+        self.bos, self.start = inner.bos, inner.start
+
+    def is_own(self, i):
+        return i in self.names or i >= self.inner.vocab_size
+
+    def decode(self, ids):
+        self.check_ids(ids)
+        text = ''
+        for is_own, group in itertools.groupby(map(int, ids), self.is_own):
+            group = list(group)
+            if is_own:
+                text += ''.join(self.names.get(i, '') for i in group)
+            elif not text:
+                text = self.inner.decode(group)
+            else:  # twice the first token: the space at its beginning is dropped only once
+                text += self.inner.decode(group[:1] + group)[len(self.inner.decode(group[:1])):]
+        return text
+
+
+class Reserved(Extended):
     """
     The tokenizer `inner` with `count` additional tokens at its end, <0>, <1>, …, which no text is encoded to:
     for objectives that mask (prepare.py --reserve=100).
     """
 
     def __init__(self, inner, count):
-        super().__init__(inner.kind, inner.vocab_size + count, inner.eot, inner.files, inner.unk,
-                         **inner.more, reserved=count)
-        self.inner, self.eot_text = inner, inner.eot_text
+        names = {inner.vocab_size + n: f'<{n}>' for n in range(count)}
+        super().__init__(inner, names, inner.vocab_size + count, inner.eot, reserved=count)
         self.encode, self.encode_documents = inner.encode, inner.encode_documents
         self.special_tokens, self.encode_special = inner.special_tokens, inner.encode_special
-        self.bos, self.start = inner.bos, inner.start
 
-    def decode(self, ids):
-        self.check_ids(ids)
-        first, text = self.inner.vocab_size, ''
-        for is_reserved, group in itertools.groupby(map(int, ids), lambda i: i >= first):
-            if is_reserved:
-                text += ''.join(f'<{i - first}>' for i in group)
-            else:
-                text += self.inner.decode(list(group))
-        return text
+
+class Added(Extended):
+    """
+    A sentencepiece tokenizer with the tokens that the files beside it add: added = {name: id}, special = the
+    names of those that are no ordinary text. The others are tokens in every text, as in transformers.
+    """
+
+    def __init__(self, inner, added, special, eot):
+        size = max([inner.vocab_size - 1, *added.values()]) + 1
+        names = {i: name for name, i in added.items()}
+        super().__init__(inner, names, size, eot, added=added, special=special)
+        plain = sorted(added.keys() - set(special), key=len, reverse=True)
+        self.plain = re.compile(f'({"|".join(map(re.escape, plain))})') if plain else None
+        if any(' ' in name for name in plain):
+            self.cut = None  # a long text may not be cut inside a name: see pieces.py
+
+    def encode(self, text):
+        return self.with_names(text, self.inner.encode)
+
+    def encode_after(self, text):
+        return self.with_names(text, self.inner.encode_after)
+
+    def with_names(self, text, encode):
+        """The ids of a text in which names are tokens; encode: for what stands before the first one."""
+        ids = []
+        for part in self.plain.split(text) if self.plain else [text]:
+            if part in self.more['added'] and part not in self.more['special']:
+                ids.append(self.more['added'][part])
+            elif part:
+                ids += encode(part)
+            encode = self.inner.encode_after
+        return ids
+
+    def special_tokens(self):
+        own = {name: self.more['added'][name] for name in self.more['special']}
+        return self.inner.special_tokens() | own
+
+    def ordinary_size(self):
+        specials = {self.more['added'][name] for name in self.more['special']}
+        size = self.vocab_size
+        while size - 1 in specials and size > self.inner.vocab_size:
+            size -= 1
+        return size
 
 
 class UnknownTokenizer(Tokenizer):
@@ -50,10 +112,17 @@ class UnknownTokenizer(Tokenizer):
 
 def described_here(description, data, path):
     """Like tokenizer.described(), for a tokenizer of this file."""
-    count = description.get('reserved', 0)
+    inner = dict(description)
+    count = inner.pop('reserved', 0)
     if count:
-        inner = {**description, 'reserved': 0, 'vocab_size': description['vocab_size'] - count}
+        inner['vocab_size'] -= count
         return Reserved(described(inner, data, path), count)
+    added = inner.pop('added', None)
+    if added is not None:
+        return Added(described(inner, data, path), added, inner.pop('special'), inner['eot'])
+    if description['kind'] == 'llama2.c':
+        from features.text.llama2c import Llama2c
+        return Llama2c(data, path)
     return UnknownTokenizer(description['vocab_size'])
 
 
