@@ -9,7 +9,8 @@ Analyze a checkpoint: tables and plots of its weights, attention and experts.
 """
 from dataclasses import dataclass
 
-from configurator import FilePath, configure_command, run_main
+from configurator import FilePath, run_main
+from features.commands import configure_command
 from features.moe import experts  # moe
 from features.study import attention, spectra
 

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 
-from configurator import UserError, from_dict, process_age, without_removed
+from configurator import UserError, from_dict, process_age
 
 # -----------------------------------------------------------------------------
 # Files and folders that are there whole or not at all. Where the system refuses, as on a full disk: OSError
@@ -169,10 +169,7 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
 
 
 def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2):
-    """
-    Write out_dir/step_{step}, then prune() older checkpoints. The arguments are those of write(). Returns the
-    directory. Raises UserError if it could not be written, or if a weight is NaN or infinite.
-    """
+    """Write out_dir/step_{step}, then prune(). Returns the directory. Raises UserError if it cannot."""
     final = os.path.join(out_dir, f'step_{step:08d}')
     temporary = final + '.tmp'
     to_do = 'make room, then run the same command to resume; older checkpoints are untouched'
@@ -417,6 +414,7 @@ def load_state(folder):
     with open(path, encoding='utf-8') as f:
         state = json.load(f)
     if 'model' in state:
+        from features.earlier import without_removed
         state['model'] = without_removed(state['model'], path)
     return state
 
@@ -566,9 +564,7 @@ def check_kind(where, cfg, encoder):
 
 
 def tokenizer_of(where, folder):
-    """
-    (description, folder of its files) of the tokenizer of the model that read_model() read from `where`.
-    """
+    """(description, folder of its files) of the tokenizer of what read_model() read from `where`."""
     if is_foreign(where):  # hf
         from features.hf import reading  # hf
         return reading.tokenizer(where)  # hf

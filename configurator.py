@@ -47,10 +47,7 @@ class UserError(Exception):
 
 
 class FilePath(str):
-    """
-    The type of a setting that is a path. Its value is a plain str with ~ replaced by the home directory: a
-    shell replaces it only at the beginning of a word, not after --out=.
-    """
+    """The type of a setting that is a path: a str with ~ expanded, which a shell does not do after --out=."""
 
 
 # -----------------------------------------------------------------------------
@@ -61,9 +58,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def run_main(main, output_is_all=False):
     """
-    Call main(). A UserError, an old torch or a full or broken disk becomes a one-line error on stderr and
-    exit code 2; Ctrl-C becomes exit code 130.
-    output_is_all: main() only prints, so it stops if nobody can read its output.
+    Call main(). A UserError, an old torch or a full disk becomes a one-line error and exit code 2; Ctrl-C
+    becomes exit code 130. output_is_all: main() only prints, so it stops if nobody can read its output.
     """
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, False)
@@ -175,10 +171,7 @@ def process_age():
 
 
 def leave(code):
-    """
-    Exit. With several ranks, exit without clean-up: NCCL would wait for the other ranks, and gloo's threads
-    sometimes abort or wait for ever.
-    """
+    """Exit; one of several ranks without clean-up, in which NCCL would wait and gloo's threads may abort."""
     if among_others():
         if 'wandb' in sys.modules:
             sys.modules['wandb'].finish(exit_code=code)
@@ -229,23 +222,6 @@ def configure(cls, argv=None):
     return settings
 
 
-def configure_command(commands, argv=None):
-    """
-    (function, its settings) of the command that the first argument names, as in `surgery.py grow --from=DIR`.
-    commands: {name: (function, its dataclass)}. Raises UserError as configure() does.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in commands:
-        function, cls = commands[argv[0]]
-        return function, configure(cls, argv[1:])
-    takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
-    if argv and argv[0] in ('--help', '-h'):
-        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip()
-              + f'\n\nThe first argument {takes}')
-        sys.exit(0)
-    raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
-
-
 def check(settings, where=''):
     """Run check() of every dataclass that `settings` inherits. Raises UserError, with `where` before it."""
     for part in type(settings).__mro__:
@@ -271,8 +247,7 @@ def read_config(cls, path):
         raise UserError(f'{path}: {type(error).__name__}: {error}') from None
     given = {}
     for key, value in namespace.items():
-        # helpers of the file: _names, imports, functions. Everything else must be a setting, or a typo would
-        # pass in silence
+        # A name that is no helper of the file must be a setting: a typo must not pass in silence
         if not (key.startswith('_') or isinstance(value, types.ModuleType) or callable(value)):
             hint = f'; name it _{key} if it is a variable of this file'
             field = find_field(cls, key, f'{path}: {key}', hint)
@@ -294,44 +269,6 @@ def from_dict(cls, values, where):
     settings = build(cls, **converted)
     check(settings, where)
     return settings
-
-
-# Settings of earlier versions, each with the only value that this version still acts on;
-# ... = any value, as it changed no result or stands elsewhere in the checkpoint
-REMOVED = {
-    'mix_by': 'tokens',
-    'verify_data': ...,
-    'first_block_dense': False,
-    'rank_act_qk': None,
-    'rank_init': ...,
-    'rank_identity': False,
-    'rank_blocks': 0,
-    'rank_guide': 0,
-    'factor_decay': 'factor',
-    'momentum': 0.95,
-    'momentum_warmup': 300,
-    'eps': 1e-8,
-    'max_skipped': ..., 'skip_steps': ..., 'desync_interval': ...,
-    'init_keep': ...,
-    'grow_how': 'stack',
-    'flops': 0.0, 'hours': 0.0,
-    'backend': ...,
-    'expert_shared': False,
-    'distill_temperature': 1.0,
-    'lora_alphas': ..., 'lora_bias': ..., 'lora_layers': ..., 'lora_ranks': ..., 'lora_tokens': ...,
-    'lora_whole': ...,
-    'lora_pissa': False,
-    'lora_plus': 1.0,
-}
-
-
-def without_removed(values, where):
-    """A stored dict of settings without those in REMOVED. Raises UserError for one at another value."""
-    for name in REMOVED.keys() & values.keys():
-        if REMOVED[name] not in (values[name], ...):
-            raise UserError(f'{where}: {name}={values[name]}: minnow no longer has this setting: '
-                            'use the version that wrote this')
-    return {name: value for name, value in values.items() if name not in REMOVED}
 
 
 # -----------------------------------------------------------------------------
@@ -369,13 +306,11 @@ def convert(value, field, where):
     """Convert `value` to the annotation of `field`. Raises UserError that says which values are accepted."""
     kinds = options(field.type)
     for kind in kinds:
-        try:
+        with suppress(ValueError, OverflowError):
             value = as_kind(value, kind)
             if kind is dict and FilePath in kinds:  # a mixture: {folder: its share}
                 value = {as_kind(key, FilePath): item for key, item in value.items()}
             return value
-        except (ValueError, OverflowError):
-            pass
     raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
 
 
@@ -415,9 +350,8 @@ def typed_text(text, where):
 
 def whole_text(text, where):
     """
-    A text that can be written as UTF-8: surrogate pairs, which JSON may contain, are joined. Raises
-    UserError, which calls the text `where`, for a single surrogate. Python reads invalid UTF-8 from a command
-    line or a terminal as surrogates.
+    The text of `where` with its surrogate pairs joined, which JSON may contain. Raises UserError for a single
+    surrogate: that is how Python reads invalid UTF-8 from a command line or a terminal.
     """
     text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'surrogatepass')
     half = re.search('[\ud800-\udfff]', text)
@@ -489,10 +423,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """
-    'float32', 'bfloat16' or 'float16'. On a CPU, a timed matmul decides, because bfloat16 can be 4x faster or
-    100x slower. Prints a line if the user asks for bfloat16 where it is slow.
-    """
+    """The name of a dtype. On a CPU a timed matmul decides: bfloat16 can be 4x faster or 100x slower."""
     import torch
     if device.type == 'cuda' and name == 'auto':
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -507,10 +438,7 @@ def pick_dtype(name, device):
 
 
 def pick_exact_dtype(name, device):
-    """
-    pick_dtype() for results that rounding would change: evaluation, greedy decoding, beam search. auto is
-    'float32', and float32 matmuls do not use tf32.
-    """
+    """pick_dtype() for evaluation, greedy decoding and beam search: auto is float32, without tf32."""
     import torch
     dtype = 'float32' if name == 'auto' else pick_dtype(name, device)
     if dtype == 'float32':
@@ -524,10 +452,9 @@ def pick_compile(setting, device, flops=0.0):
     `flops`, two minutes: compiling takes 20 s there and saves a quarter of the time (10.6M parameters in
     bfloat16: 8,900 against 6,400 tokens/s).
     """
-    is_wanted = setting
     if setting == 'auto':
-        is_wanted = device.type == 'cuda' or (device.type == 'cpu' and flops >= 5e13)
-    if not is_wanted:
+        setting = device.type == 'cuda' or (device.type == 'cpu' and flops >= 5e13)
+    if not setting:
         return False
     missing = ''
     if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):

@@ -28,12 +28,12 @@ from configurator import (
     FilePath,
     NumericConfig,
     UserError,
-    configure_command,
     pick_device,
     pick_exact_dtype,
     run_main,
     typed_text,
 )
+from features.commands import configure_command
 
 # -----------------------------------------------------------------------------
 # Settings

@@ -11,7 +11,8 @@ All scripts load these folders, and also Mistral's, as hf:FOLDER: --init_from=hf
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import FilePath, configure_command, run_main
+from configurator import FilePath, run_main
+from features.commands import configure_command
 from features.hf import export
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, open_data
-from configurator import UserError, check, expand_home, from_dict, pick_compile, pick_dtype, without_removed
+from configurator import UserError, check, expand_home, from_dict, pick_compile, pick_dtype
 from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training
 from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
@@ -245,6 +245,7 @@ def resume(s, ranks):
     state = checkpoint.load_state(folder)
     stored = state['settings']
     if not s.eval_only:
+        from features.earlier import without_removed
         stored = without_removed(stored, os.path.join(folder, 'state.json'))
     from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
     if s.eval_only:  # what the losses of the run are of
@@ -584,10 +585,6 @@ class OneProcess:
 
     def was_restarted(self, out_dir):
         """Whether torchrun restarted these ranks after they began the run in out_dir."""
-        return False
-
-    def has_lost_one(self, error):
-        """Whether an error means that another rank has gone."""
         return False
 
     def end(self):

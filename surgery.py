@@ -27,7 +27,8 @@ model.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import FilePath, configure_command, run_main
+from configurator import FilePath, run_main
+from features.commands import configure_command
 from features.growth import commands
 from features.lora import combine  # lora
 from features.moe import upcycle  # moe

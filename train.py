@@ -18,7 +18,6 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 
@@ -53,32 +52,25 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     # hf:FOLDER (Hugging Face format), gpt2, gpt2-medium, gpt2-large, gpt2-xl
     seed: int = 1337  # seed for the weight init, data order and dropout
     batch_size: int = 12  # rows per micro-batch; lower it if memory runs out
-    gradient_accumulation_steps: int = 1  # micro-batches per step, summed over all ranks: a step always has
-    # batch_size times this many rows
-    recompute: bool = False  # activation checkpointing: recompute the blocks in the backward pass; a third
-    # slower, a fraction of the memory
+    gradient_accumulation_steps: int = 1  # a step has batch_size times this many rows, on all ranks together
+    recompute: bool = False  # activation checkpointing of the blocks: a third slower, far less memory
     label_smoothing: float = 0.0  # label smoothing of the training loss
     eval_interval: int = 250  # steps between evaluations; each also saves a checkpoint and prints samples
-    eval_iters: int = 200  # batches of 12 validation rows per evaluation, always the same rows; 0 = the whole
-    # split
+    eval_iters: int = 200  # batches of 12 validation rows per evaluation, always the same; 0 = all rows
     eval_only: bool = False  # evaluate once, then stop: the run in out_dir; or, if it did not start from
     # init_from, the weights of init_from
     target_val_loss: float = 0.0  # stop when an evaluation reaches this loss; 0 = never
     log_interval: int = 10  # steps between log lines
-    always_save_checkpoint: bool = True  # False: save only if the validation loss is the lowest so far, and
-    # at the end
+    always_save_checkpoint: bool = True  # False: save only at the lowest validation loss, and at the end
     checkpoint_interval: int = 0  # steps between additional checkpoints; 0 = only after evaluations
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best one
-    sample_prompt: str = '\n'  # prompt of the samples printed during training, in the syntax of sample.py's
-    # start: \n is a new line
+    sample_prompt: str = '\n'  # prompt of the samples printed during training; \n is a new line
     sample_tokens: int = 100  # length of these samples in tokens; 0 = no samples
     wandb_log: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = 'minnow'  # project name in Weights & Biases
     wandb_run_name: str = ''  # run name in Weights & Biases; '' = the name of out_dir
-    lora_rank: int = 0  # [lora] rank of the adapters, trained on top of the frozen weights of init_from; 0 =
-    # no adapters, train the weights
-    teacher: FilePath = ''  # [distill] distill from this model: a run (its best checkpoint), a checkpoint or
-    # hf:FOLDER
+    lora_rank: int = 0  # [lora] rank of adapters on top of the frozen weights of init_from; 0 = no adapters
+    teacher: FilePath = ''  # [distill] distill from this run (its best checkpoint), checkpoint or hf:FOLDER
     grow_every: int = 0  # [growth] add blocks to the model every this many steps; 0 = never
     depth: int = 0  # [plan] number of layers; set one or several of depth, params, tokens and minutes, and
     # train.py derives and prints the rest; 0 = not set
@@ -86,28 +78,16 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     tokens: float = 0.0  # [plan] approximate number of training tokens; 0 = not set: 20 per parameter
     minutes: float = 0.0  # [plan] total time of the run in minutes. Steps are timed before training and at
     # every evaluation, and max_iters is adjusted; --max_iters sets an upper limit
-    plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens
-    # or minutes: print the model sizes that several scaling laws recommend, and settings with 20 tokens
-    # per parameter
+    plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens or
+    # minutes: print the sizes that scaling laws recommend, and settings with 20 tokens per parameter
     shard: bool | int = False  # [scale] shard weights, gradients and moments across all processes (FSDP2), or
     # across groups of this many (HSDP). False: every process holds everything (DDP)
-    async_save: bool = False  # [scale] write checkpoints in a background thread; needs memory for a copy of
-    # weights and moments
+    async_save: bool = False  # [scale] write checkpoints in a thread, from a copy of weights and moments
     rewind_spikes: float = 0.0  # [scale] if a loss is this many standard deviations above the mean of the
     # previous 128, go back to the last checkpoint and skip the data of the 10 steps up to it (PaLM, arXiv
     # 2204.02311, section 5.1); 0 = never, 6 is a good value
 
     features = ()  # settings of features are added when one of them is used: configurator.py
-    help_first = {
-        'What to train on': ['dataset', 'packing', 'block_size', 'batch_size', 'gradient_accumulation_steps',
-                             'seed'],
-        'The network': ['n_layer', 'n_head', 'n_kv_head', 'n_embd', 'position', 'norm', 'mlp', 'tie',
-                        'dropout', 'rank_qk', 'rank_mlp'],
-        'The optimizer': ['optimizer', 'learning_rate', 'muon_lr', 'max_iters', 'warmup_iters', 'schedule',
-                          'weight_decay'],
-        'The run': ['out_dir', 'init_from', 'device', 'dtype', 'compile', 'eval_interval', 'log_interval',
-                    'minutes'],
-    }
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -217,10 +197,7 @@ def train_step(run, s, step, ranks, stop=False):
 # The loop
 
 def train(s, device, ranks, stop, left_out=()):
-    """
-    Train until the end or until a signal. Returns the signal's number, 0 at the end. left_out: steps without
-    data, after a rewind.
-    """
+    """Train to the end, or to a signal: returns its number, else 0. left_out: steps without data."""
     if not s.eval_only:
         ranks.from_first(partial(checkpoint.claim, s.out_dir))  # before it is read
     run = set_up(s, device, ranks, left_out)
@@ -355,10 +332,7 @@ def validate(s, step, run, ranks, stop):
 
 
 def evaluation(s, step, run, ranks, stop):
-    """
-    The work of every eval_interval steps: validation loss, checkpoint, sample. Returns False if a signal
-    ended it.
-    """
+    """Every eval_interval steps: validation loss, checkpoint, sample. Returns False if a signal ended it."""
     if run.pace:  # plan
         run.pace.begin_evaluation(step, run, ranks)  # plan: fits max_iters again
     if step and s.always_save_checkpoint:
@@ -406,10 +380,7 @@ def save(s, step, run, ranks, most=1):
 
 
 def write_files(s, write, ranks, tensors=()):
-    """
-    Rank 0 calls write(*tensors), and the other ranks wait; with async_save, a thread does, after its earlier
-    work, on a copy of the tensors.
-    """
+    """Call write(*tensors) on rank 0; with async_save in a thread, after its earlier work, on a copy."""
     if s.async_save:  # scale
         from features.scale import background  # scale
         write = partial(background.submit, write)  # scale
@@ -461,8 +432,6 @@ def read_settings():
 def main():
     s = read_settings()
     device = pick_device(s.device)
-    if s.wandb_log and find_spec('wandb') is None:
-        raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
     if s.plan:  # plan
         from features.plan.show import show_plan  # plan
         return show_plan(s, device)  # plan
@@ -480,9 +449,8 @@ def main():
         else:
             number = train(s, device, ranks, StopSignal())
     except (RuntimeError, MemoryError) as error:
-        if ranks.has_lost_one(error):
-            raise UserError('another rank has ended: its error is above; '
-                            'the same command resumes from the newest checkpoint') from None
+        if ranks.world > 1:  # scale
+            ranks.check_complete(error)  # scale
         if not is_out_of_memory(error):
             raise
         raise UserError('out of memory: '

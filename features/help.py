@@ -12,11 +12,23 @@ import typing
 from configurator import ROOT, UserError, describe, options
 from features import all_fields, comment_of, default_of, feature_names, feature_of, with_features
 
+# The settings of a training run that --help shows; --help=all shows the others too
+FIRST = {
+    'What to train on': ['dataset', 'packing', 'block_size', 'batch_size', 'gradient_accumulation_steps',
+                         'seed'],
+    'The network': ['n_layer', 'n_head', 'n_kv_head', 'n_embd', 'position', 'norm', 'mlp', 'tie', 'dropout',
+                    'rank_qk', 'rank_mlp'],
+    'The optimizer': ['optimizer', 'learning_rate', 'muon_lr', 'max_iters', 'warmup_iters', 'schedule',
+                      'weight_decay'],
+    'The run': ['out_dir', 'init_from', 'device', 'dtype', 'compile', 'eval_interval', 'log_interval',
+                'minutes'],
+}
+
 
 def help_text(cls, which=''):
     """
-    The text of --help: the settings in cls.help_first, if it has some, else all of the core; then the names
-    of the features. which='all': all of the core; which=NAME: those of the feature NAME. Raises UserError for
+    The text of --help: of a training run the settings in FIRST, else all of the core; then the names of the
+    features. which='all': all of the core; which=NAME: those of the feature NAME. Raises UserError for
     another name.
     """
     fields, features = all_fields(cls), {}
@@ -29,8 +41,8 @@ def help_text(cls, which=''):
         cls = with_features(cls, which)
         lines = [help_line(cls, fields[name]) for name in features[which]]
         return '\n'.join([about_feature(which), '', *lines])
-    groups = getattr(cls, 'help_first', None)
-    is_short = groups and not which
+    groups = FIRST
+    is_short = 'eval_interval' in fields and not which
     if not is_short:
         groups = {}
         for part in reversed(cls.__mro__):

@@ -12,7 +12,6 @@ from typing import Literal
 import pytest
 from conftest import ROOT, SCRIPTS, one_line, run
 
-import configurator
 from configurator import (
     OLDEST_TORCH,
     PINNED_TORCH,
@@ -20,7 +19,6 @@ from configurator import (
     UserError,
     check_torch,
     configure,
-    configure_command,
     from_dict,
     options,
     read_config,
@@ -28,7 +26,8 @@ from configurator import (
     typed_text,
     whole_text,
 )
-from features import comment_of
+from features import comment_of, earlier
+from features.commands import configure_command
 from features.help import help_text
 
 
@@ -318,11 +317,11 @@ def test_every_script_with_a_main_is_checked():
 
 
 def test_a_setting_of_an_earlier_version_is_left_out_at_the_value_that_is_built_in_now(monkeypatch):
-    monkeypatch.setattr(configurator, 'REMOVED', {'rank_blocks': 0, 'verify_all': ...})
+    monkeypatch.setattr(earlier, 'REMOVED', {'rank_blocks': 0, 'verify_all': ...})
     stored = {'n_layer': 2, 'rank_blocks': 0, 'verify_all': True}
-    assert configurator.without_removed(stored, 'state.json') == {'n_layer': 2}
+    assert earlier.without_removed(stored, 'state.json') == {'n_layer': 2}
     with pytest.raises(UserError, match='state.json: rank_blocks=16: minnow no longer has this setting'):
-        configurator.without_removed({'rank_blocks': 16}, 'state.json')
+        earlier.without_removed({'rank_blocks': 16}, 'state.json')
 
 
 def test_all_texts_name_the_same_oldest_torch():

@@ -14,8 +14,9 @@ from test_hub import saved
 import checkpoint
 from batches import Mixture
 from checkpoint import fill, load_model
-from configurator import UserError, configure_command
+from configurator import UserError
 from features import build
+from features.commands import configure_command
 from features.growth.commands import run_factorize
 from features.growth.factorize import decompose, factorize, factors, input_moments
 from features.hf import reading

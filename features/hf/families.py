@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configurator import from_dict, without_removed
+from configurator import from_dict
 from features import build, default_of
 from features.hf.names import gpt2_names, llama_names, minnow_names, olmo2_names, qwen3_names, t5_names
 from features.hf.rotary import ROPE_SCALING
@@ -245,6 +245,7 @@ def minnow_config(config):
     fields = config.get('minnow', None)
     if not isinstance(fields, dict):
         config.refuse('minnow', fields, 'takes the settings of a network')
+    from features.earlier import without_removed
     fields = without_removed(fields, f'{config.path}: minnow')
     cfg = from_dict(ModelConfig, fields, f'{config.path}: minnow')
     for value in fields.values():

@@ -152,11 +152,13 @@ class Ranks:
             return bool(set(job) & set(state.get('job', ())))
         return self.from_first(look)
 
-    def has_lost_one(self, error):
-        """Whether an error is the one that gloo or NCCL raise when another process has gone."""
+    def check_complete(self, error):
+        """Raise UserError if an error is the one that gloo or NCCL raise when another process has gone."""
         signs = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
                  'NCCL communicator was aborted', 'remote process exited')
-        return self.world > 1 and any(words in str(error) for words in signs)
+        if any(words in str(error) for words in signs):
+            raise UserError('another rank has ended: its error is above; '
+                            'the same command resumes from the newest checkpoint') from None
 
 
 def agent():

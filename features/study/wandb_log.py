@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from checkpoint import replace_text, writing
@@ -12,7 +13,11 @@ from configurator import UserError
 
 
 def log_in():
-    """Raise UserError if the login to Weights & Biases fails. Call it before anything is written."""
+    """
+    Raise UserError if wandb is not installed or the login fails. Call it before anything is written.
+    """
+    if find_spec('wandb') is None:
+        raise UserError('wandb_log=True: wandb is not installed: pip install wandb')
     if os.environ.get('WANDB_MODE') in ('offline', 'disabled', 'dryrun'):
         return
     import wandb

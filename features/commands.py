@@ -1,0 +1,24 @@
+"""
+Scripts with commands, each with settings of its own: surgery.py, hub.py, analyze.py and eval.py.
+"""
+import sys
+
+import configurator
+from configurator import UserError
+
+
+def configure_command(commands, argv=None):
+    """
+    (function, its settings) of the command that the first argument names, as in `surgery.py grow --from=DIR`.
+    commands: {name: (function, its dataclass)}. Raises UserError as configure() does.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in commands:
+        function, cls = commands[argv[0]]
+        return function, configurator.configure(cls, argv[1:])
+    takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
+    if argv and argv[0] in ('--help', '-h'):
+        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip()
+              + f'\n\nThe first argument {takes}')
+        sys.exit(0)
+    raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
