@@ -4,8 +4,8 @@ Token files → batches. The order of the data is a function, not a state:
     batch = f(seed, global sample number)
 
 So a resumed run needs only one integer, the global batch is the same for any number of ranks and
-micro-batches, and evaluation never affects training. Only open files are in memory: 1e11 rows cost as much as
-ten. (Rows that begin with documents also need 8 bytes a document.)
+micro-batches, and evaluation never affects training. In memory are open files and, if rows begin with
+documents, 8 bytes for each: 1e11 rows cost as much as ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
     x, y = data.rows(range(32))   # (32, 256) int64 each: y is x one token later, -1 where there is no target
@@ -428,8 +428,7 @@ def check_alike(sources):
 def find_dataset(s, is_new):
     """
     Choose the data set if the user sets none. A config file of a whole run was not written for our default:
-    nanoGPT's configs for GPT-2 mean its own data, openwebtext, which is used if it exists. Raises UserError
-    for a new run if it does not, and if the default data set does not exist.
+    nanoGPT's for GPT-2 mean openwebtext, which is used if it exists. Raises UserError if a new run has none.
     """
     file = s.from_files.get('batch_size') or s.from_files.get('init_from')
     if file and os.path.isdir('data/openwebtext'):
@@ -445,10 +444,7 @@ def find_dataset(s, is_new):
 
 
 def open_data(s, start, ranks):
-    """
-    (the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError if
-    another rank has different data, or if the tokenizer is not that of the initial model.
-    """
+    """(the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError."""
     objective = None
     if s.objective != 'causal' or s.n_encoder_layer:  # t5
         from features.t5.objectives import find_objective  # t5

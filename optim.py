@@ -169,10 +169,7 @@ def head_names(model):
 
 
 def clip_gradient(model, most):
-    """
-    Scale the gradient to a norm of at most `most`. Returns the norm before. The sparse counts of a Markov
-    table are not included: their step is bounded.
-    """
+    """Scale the gradient to a norm of at most `most`, without sparse counts. Returns the norm before."""
     dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     if any(hasattr(p.grad, 'full_tensor') for p in dense):  # scale
         from features.scale.shard import clip_divided  # scale
@@ -413,9 +410,7 @@ class FirstSteps:
 # The moments of a checkpoint
 
 def read_moments(folder):
-    """
-    {name of a tensor: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet.
-    """
+    """{name: {what: tensor}} of a checkpoint's optimizer; {} for a tensor that it has not moved yet."""
     stored = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
     return {name: stored['state'].get(n, {}) for n, name in enumerate(names)}
