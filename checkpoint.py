@@ -245,9 +245,8 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 def lock(path):
     """
-    Lock a folder, or a file that is made for it. Returns a descriptor to close at the end, or None if another
-    process holds the lock. The lock ends with the process. A file system without locks (NFS: for folders)
-    grants all.
+    Lock a folder, or a file made for it, until the process ends. Returns a descriptor to close before that,
+    None if another process holds the lock. A file system without locks (NFS: for folders) grants all.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
     while True:

@@ -57,11 +57,9 @@ class OptimConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f'lr_scale: {pattern!r} is not a valid pattern: {error}') from None
-        if self.decay_lr:
-            self.check_decay()
-
-    def check_decay(self):
-        """Raise ValueError for a rate that would rise during the decay, drop at once or stay at 0."""
+        if not self.decay_lr:
+            return
+        # The rate must not rise during the decay, drop at once or stay at 0
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f'min_lr={self.min_lr}: is above learning_rate={self.learning_rate}: '
                              'lower it or leave it out')
@@ -321,14 +319,20 @@ def short_warmup(cfg):
             f'{highest:.2e} and never reaches {cfg.main_rate}={rate:g}; --warmup_iters=0 begins there']
 
 
+def not_finite(s, step):
+    """The UserError for a run whose loss or gradient is NaN or infinite. s: train.py's Settings."""
+    rate = f'{s.main_rate}={getattr(s, s.main_rate)}'
+    return UserError(f'the loss or its gradient is not finite at step {step}: lower {rate} or raise '
+                     f'warmup_iters; the newest checkpoint in {s.out_dir} is from before')
+
+
 # -----------------------------------------------------------------------------
 # The steps so far: sums for the log, and a check that something is learned
 
 class Interval:
     """
-    Sums over the steps since the last log line. Checkpoints store them, so that the first log line after a
-    resume covers all of its steps. Its time is that of this process, without slow steps: the first one and
-    those that compile.
+    Sums over the steps since the last log line; checkpoints store them for the first log line after a resume.
+    Its time is that of this process, without slow steps: the first one and those that compile.
     """
 
     def __init__(self, device, stored=None, ranks=None):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import checkpoint
 import optim
 from batches import Batches, Mixture, Source, describe_bos, open_data
-from configurator import UserError, check, expand_home, from_dict, pick_compile, pick_dtype
+from configurator import UserError, check, from_dict, is_out_of_memory, peak_flops, pick_compile, pick_dtype
 from features import default_of, extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training
 from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
@@ -170,6 +170,8 @@ def set_up(s, device, ranks, left_out=()):
         from features.scale.shard import divide  # scale
         divide(run, build_model, s, start, ranks)  # scale
     run.wrap(s, ranks)
+    if ranks.first and not s.eval_only:
+        run.peak_flops = peak_flops(device, s.dtype)
     return run
 
 
@@ -244,12 +246,12 @@ def resume(s, ranks):
     folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
     state = checkpoint.load_state(folder)
     stored = state['settings']
-    if not s.eval_only:
+    if s.eval_only:  # what the losses of the run are of
+        take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])
+    else:
         from features.earlier import without_removed
         stored = without_removed(stored, os.path.join(folder, 'state.json'))
     from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
-    if s.eval_only:  # what the losses of the run are of
-        take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])
     if 'base' in state:
         take_over(s, stored, [name for name in stored if name.startswith('lora_')])
     if 'surgery' in state:
@@ -300,14 +302,14 @@ def began_with_others(s):
     if s.init_from in ('auto', 'scratch', 'resume'):
         return False
     stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
-    return not same_place(s.init_from, expand_home(stored['init_from']))
+    return not same_place(s.init_from, stored['init_from'])
 
 
 def same_place(one, other):
     """Whether two settings name the same run, checkpoint or folder in different spellings."""
     if one.startswith('hf:') and other.startswith('hf:'):
         one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
-    return os.path.realpath(one) == os.path.realpath(other)
+    return os.path.realpath(one) == os.path.realpath(os.path.expanduser(other))
 
 
 def adopt(s, cfg, where):
@@ -371,7 +373,7 @@ def check_same_run(s, data, state):
     if s.rows_per_step != rows:
         raise refused(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}', f'{rows} rows a step')
     began = stored['init_from']
-    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, expand_home(began)):
+    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
         raise refused(f'init_from={s.init_from}', f'init_from={began}')
     bos = tuple(state.get('begin', ()))
     if data.bos != bos:
@@ -589,6 +591,15 @@ class OneProcess:
 
     def end(self):
         """Disconnect from the other ranks."""
+
+
+def check_memory(error, s):
+    """Raise UserError for an error of torch or Python which says that memory is used up."""
+    if is_out_of_memory(error):
+        raise UserError('out of memory: '
+                        f'lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
+                        f'{s.gradient_accumulation_steps} as much to keep the step), '
+                        f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
 
 
 def peak_memory(device):

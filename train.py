@@ -23,22 +23,11 @@ import torch
 
 import checkpoint
 from batches import DataConfig, evaluate, find_dataset, splitmix
-from configurator import (
-    DeviceConfig,
-    FilePath,
-    UserError,
-    configure,
-    is_out_of_memory,
-    leave,
-    peak_flops,
-    pick_device,
-    run_main,
-    typed_text,
-)
+from configurator import DeviceConfig, FilePath, configure, leave, pick_device, run_main, typed_text
 from features import extend
 from model import ModelConfig, autocast, zero
-from optim import FirstSteps, OptimConfig, clip_gradient, set_rates
-from run import OneProcess, StopSignal, describe, open_bar, peak_memory, report, set_up
+from optim import FirstSteps, OptimConfig, clip_gradient, not_finite, set_rates
+from run import OneProcess, StopSignal, check_memory, describe, open_bar, peak_memory, report, set_up
 from sample import show_sample
 
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient may be NaN or infinite; one more ends the run
@@ -83,9 +72,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     shard: bool | int = False  # [scale] shard weights, gradients and moments across all processes (FSDP2), or
     # across groups of this many (HSDP). False: every process holds everything (DDP)
     async_save: bool = False  # [scale] write checkpoints in a thread, from a copy of weights and moments
-    rewind_spikes: float = 0.0  # [scale] if a loss is this many standard deviations above the mean of the
-    # previous 128, go back to the last checkpoint and skip the data of the 10 steps up to it (PaLM, arXiv
-    # 2204.02311, section 5.1); 0 = never, 6 is a good value
+    rewind_spikes: float = 0.0  # [scale] at a loss this many standard deviations above the mean of the last
+    # 128, go back to a checkpoint and skip 10 steps of data (PaLM, arXiv 2204.02311); 0 = never, 6 is good
 
     features = ()  # settings of features are added when one of them is used: configurator.py
 
@@ -214,8 +202,6 @@ def train(s, device, ranks, stop, left_out=()):
     run.log = checkpoint.Log(s, run.step, ranks)
     if run.pace:  # plan
         run.pace.earlier = run.log.seconds  # plan
-    if ranks.first:
-        run.peak_flops = peak_flops(device, s.dtype)
     run.saved = run.step or None
     with open_bar(s, run.step, ranks) as run.bar:
         return make_steps(s, run, ranks, stop)
@@ -304,12 +290,6 @@ def make_steps(s, run, ranks, stop):
     reached = ', target_val_loss reached' if is_reached else ''
     ranks.say(f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
     return 0
-
-
-def not_finite(s, step):
-    rate = f'{s.main_rate}={getattr(s, s.main_rate)}'
-    return UserError(f'the loss or its gradient is not finite at step {step}: lower {rate} or raise '
-                     f'warmup_iters; the newest checkpoint in {s.out_dir} is from before')
 
 
 def compiling(run, what, ranks):
@@ -451,12 +431,8 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if ranks.world > 1:  # scale
             ranks.check_complete(error)  # scale
-        if not is_out_of_memory(error):
-            raise
-        raise UserError('out of memory: '
-                        f'lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
-                        f'{s.gradient_accumulation_steps} as much to keep the step), '
-                        f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
+        check_memory(error, s)
+        raise
     finally:
         if s.async_save:  # scale
             from features.scale import background  # scale
