@@ -952,6 +952,21 @@ def test_a_run_with_a_setting_that_this_code_does_not_know_is_refused(dataset, t
     assert 'window: no such setting' in one_line(done)
 
 
+def test_a_run_of_an_earlier_version_goes_on_if_its_settings_act_as_today(dataset, tmp_path):
+    train(tmp_path, dataset=dataset)
+    folder = checkpoint.find(str(tmp_path))
+    state, weights = checkpoint.load_state(folder), checkpoint.read_weights(folder)
+    moments = torch.load(f'{folder}/optimizer.pt', weights_only=True)
+    state['model']['rank_blocks'] = state['settings']['rank_blocks'] = 0
+    state['settings'] |= {'mix_by': 'tokens', 'verify_data': False}
+    checkpoint.save(str(tmp_path), state['step'], weights, moments, state)
+    assert 'done: 12 steps' in train(tmp_path, '--max_iters=12', dataset=dataset).stdout
+    state['settings']['rank_guide'] = 3
+    checkpoint.save(str(tmp_path), 12, weights, moments, state)
+    done = train(tmp_path, '--max_iters=14', dataset=dataset, check=False)
+    assert 'state.json: rank_guide=3: minnow no longer has this setting' in one_line(done)
+
+
 def test_a_resumed_run_says_which_settings_of_the_optimizer_it_changes(dataset, tmp_path):
     train(tmp_path, dataset=dataset)
     said = train(tmp_path, '--max_iters=12', '--schedule=linear', '--dropout=0.1', dataset=dataset).stdout
