@@ -234,9 +234,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(g, dtype, steps=5):
     """
-    The orthogonal factors of matrices g (N, rows, cols), rows <= cols; their singular values are within
-    0.7…1.2. Newton-Schulz iteration with a quintic tuned for slope at zero, stable in bfloat16 (Jordan et
-    al.).
+    The orthogonal factors of matrices g (N, rows, cols), rows <= cols, with singular values in 0.7…1.2, by
+    Newton-Schulz iteration with a quintic tuned for slope at zero, stable in bfloat16 (Jordan et al.).
     """
     x = g.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
