@@ -577,6 +577,13 @@ def test_nothing_is_written_where_wandb_does_not_know_the_user(dataset, tmp_path
     train(tmp_path / 'out', '--wandb_log', '--max_iters=2', dataset=dataset)
 
 
+def test_nothing_is_written_where_wandb_is_not_installed(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr('features.study.wandb_log.find_spec', lambda name: None)
+    said = one_line(train(tmp_path / 'out', '--wandb_log', dataset=dataset, check=False))
+    assert said.endswith('wandb_log=True: wandb is not installed: pip install wandb')
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.slow
 def test_two_runs_of_wandb_itself_without_a_network_are_one(dataset, tmp_path):
     pytest.importorskip('wandb')
@@ -745,6 +752,13 @@ def test_init_from_may_be_spelled_otherwise_too(dataset, whole, tmp_path):
         assert run('train.py', *args, f'--init_from={name}', f'--max_iters={n}').returncode == 0
     said = one_line(run('train.py', *args, f'--init_from={tmp_path}', '--max_iters=9'))
     assert 'belongs to a run with init_from=' in said
+
+
+def test_a_rank_that_others_have_left_says_where_the_reason_is():
+    ranks = Ranks(torch.device('cpu'))
+    ranks.check_complete(RuntimeError('shape mismatch'))
+    with pytest.raises(UserError, match='^another rank has ended: its error is above; '):
+        ranks.check_complete(RuntimeError('[gloo] Connection closed by peer [::1]:4242'))
 
 
 def test_two_ranks_say_a_mistake_once(dataset, tmp_path):
