@@ -72,6 +72,8 @@ class ModelSettings(NumericConfig):  # no compile: rows of every length would be
 class TextSettings(ModelSettings):
     files: list[FilePath] = field(default_factory=list)  # text files, UTF-8
     stride: int = 0  # tokens predicted per window; 0 = half of the context, with the other half before them
+    rolling: bool = False  # the windows of lm-eval's rolling log-likelihoods, to compare with its figures:
+    # they do not overlap, and a start token that the tokenizer writes before texts is predicted too
 
     positional = 'files'
 
@@ -81,6 +83,9 @@ class TextSettings(ModelSettings):
             raise ValueError('files: none is given: python eval.py text --out_dir=DIR FILE.txt')
         if self.stride < 0:
             raise ValueError(f'stride={self.stride}: must not be negative')
+        if self.rolling and self.stride:
+            raise ValueError(f'rolling, stride={self.stride}: rolling windows have a stride of the whole '
+                             'context: leave one of them out')
 
 
 @dataclass

@@ -6,7 +6,8 @@ A checkpoint behind EleutherAI's lm-evaluation-harness, with all of its tasks: p
 import os
 
 from configurator import UserError, whole_text
-from features.study.tasks import CONTEXTS, first_ids, score, score_text
+from features.study.likelihoods import CONTEXTS, score
+from features.study.tasks import first_ids, score_text
 from model import autocast
 from sample import stream
 
@@ -51,8 +52,7 @@ def evaluate(model, tokenizer, tasks, shots, limit, device, dtype, include=None)
 
         def loglikelihood_rolling(self, requests, **unused):
             texts = [whole_text(request.args[0], 'tasks') for request in requests]
-            stride = model.cfg.block_size
-            return [-score_text(model, tokenizer, text, stride, device, dtype)[0] for text in texts]
+            return [-score_text(model, tokenizer, text, 0, device, dtype, rolling=True)[0] for text in texts]
 
         def generate_until(self, requests, **unused):
             return [self.generate(*request.args) for request in requests]

@@ -21,14 +21,11 @@ import os
 import random
 from dataclasses import dataclass, replace
 
-import torch
-from tqdm import tqdm
-
 from configurator import UserError, typed_text, whole_text
+from features.study.likelihoods import score
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
-from model import autocast
-from sample import NOT_FINITE, read_text
+from sample import read_text
 
 # -----------------------------------------------------------------------------
 # Items
@@ -169,84 +166,6 @@ def encode_pair(tokenizer, context, continuation):
     return first_ids(tokenizer, start), whole[len(start):]
 
 
-CONTEXTS = 'contexts (one for each choice)'  # the word for them in lines about cut contexts
-# per batch: on a CPU, activations that fit its caches; a tenth faster than 8192
-BATCH_TOKENS = {'cpu': 1024, 'cuda': 8192}
-
-
-@dataclass
-class Row:
-    """A context and its continuation, in the form that score() feeds to the model."""
-    number: int  # in the list of pairs
-    ids: list[int]  # of both, without what does not fit
-    length: int  # tokens of the continuation
-
-
-@torch.no_grad()
-def score(model, pairs, device, dtype, batch_tokens=0, what='scored', cuts=None):
-    """
-    [(log-likelihood of the continuation in nats, whether greedy decoding would generate it)] of pairs (ids of
-    a context, ids of a continuation), in their order.
-    The longest rows go first, rows of similar length together. Only the positions that predict a continuation
-    pass through the head, which saves most of the time with a large vocabulary.
-    A context that is too long is truncated at its beginning. cuts: the Cuts that counts this, for a caller
-    that reports it; without one, a line reports it here.
-    Raises UserError for a continuation that is longer than the context length of the model, and for a
-    log-likelihood that is not finite.
-    """
-    from features.text.cuts import Cuts
-    T = model.cfg.block_size
-    batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, 8192)
-    own = Cuts(CONTEXTS) if cuts is None else cuts
-    rows = []
-    for n, (context, continuation) in enumerate(pairs):
-        if len(continuation) > T:
-            raise UserError(f'a continuation of {len(continuation)} tokens is longer than the {T} that the '
-                            'network reads')
-        own.add(len(context), T + 1 - len(continuation))
-        rows.append(Row(n, (context + continuation)[-T - 1:], len(continuation)))
-    rows.sort(key=lambda row: (-len(row.ids), row.ids))
-    out = [None] * len(rows)
-    with tqdm(total=len(rows), desc=what, disable=None, leave=False) as bar:
-        while rows:
-            width = len(rows[0].ids) - 1
-            count = max(1, batch_tokens // max(1, width))
-            batch = rows[:count]
-            rows = rows[count:]
-            for row, result in zip(batch, score_batch(model, batch, width, device, dtype)):
-                if not math.isfinite(result[0]):
-                    raise UserError(f'{what}: the log-likelihood of item {row.number} is {result[0]}: '
-                                    f'{NOT_FINITE}')
-                out[row.number] = result
-            bar.update(len(batch))
-    if own.cut and cuts is None:
-        print(f'{what}: the network reads {T} tokens: {own.line()}', flush=True)
-    return out
-
-
-def score_batch(model, batch, width, device, dtype):
-    """The results of score() for a batch of Rows, padded to `width` tokens."""
-    x = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, width)
-    # positions that predict a token of a continuation
-    asked = torch.zeros(len(batch), width, dtype=torch.bool)
-    targets = []
-    for n, row in enumerate(batch):
-        end = len(row.ids) - 1
-        x[n, :end] = torch.tensor(row.ids[:-1])
-        asked[n, end - row.length:end] = True
-        targets += row.ids[len(row.ids) - row.length:]
-    targets = torch.tensor(targets).to(device)  # (all asked,)
-    with autocast(device, dtype):
-        logits = model.logits(model.hidden(x.to(device))[asked.to(device)])  # (all asked, V)
-    nats = -torch.nn.functional.cross_entropy(logits, targets, reduction='none')
-    greedy = logits.argmax(-1) == targets
-    lengths = [row.length for row in batch]
-    out = []
-    for row_nats, row_greedy in zip(nats.split(lengths), greedy.split(lengths)):
-        out.append((row_nats.double().sum().item(), bool(row_greedy.all())))
-    return out
-
-
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
     """
     [[(log-likelihood, greedy) of every choice] of every Item], as returned by score().
@@ -294,18 +213,25 @@ def windows(ids, first, T, stride):
         yield ids[max(0, end - T - 1):start], ids[start:end]
 
 
-def score_text(model, tokenizer, text, stride, device, dtype, what='scored'):
+def score_text(model, tokenizer, text, stride, device, dtype, what='scored', rolling=False):
     """
     (nats, tokens, UTF-8 bytes) of a text. Each token is predicted from all previous tokens that fit, except
-    for at most `stride` of them. Raises UserError for a text that the tokenizer cannot encode.
+    for at most `stride` of them.
+    rolling: as lm-eval's loglikelihood_rolling. The windows do not overlap, and a start token that the
+    tokenizer writes before a text is predicted too, from another one: 10 nats more for some models.
+    Raises UserError for a text that the tokenizer cannot encode.
     """
     from features.text.pieces import encode_long
     try:
         ids = encode_long(tokenizer, text)
     except UserError as error:  # a character that is not in the vocabulary
         raise UserError(f'{what}: {error}') from None
-    pairs = windows(ids, first_ids(tokenizer)[0], model.cfg.block_size, stride)
-    scores = score(model, pairs, device, dtype, what=what)
+    first = first_ids(tokenizer)[0]
+    T = model.cfg.block_size
+    if rolling:
+        ids = [*tokenizer.prompt_format.bos, *ids]
+        stride = T
+    scores = score(model, windows(ids, first, T, stride), device, dtype, what=what)
     return -sum(nats for nats, _ in scores), len(ids), len(text.encode())
 
 
@@ -389,7 +315,7 @@ def run_text(s):
     if stride > T:
         raise UserError(f'stride={stride}: the network reads {T} tokens: lower it')
     for path, text in texts.items():
-        nats, tokens, size = score_text(model, tokenizer, text, stride, device, dtype, path)
+        nats, tokens, size = score_text(model, tokenizer, text, stride, device, dtype, path, s.rolling)
         loss = nats / tokens
         print(f'{path}: {tokens:,} tokens, {size:,} bytes: {loss:.4f} nats a token, '
               f'perplexity {math.exp(min(700, loss)):.2f}, {nats / math.log(2) / size:.4f} bits per byte')
