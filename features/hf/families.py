@@ -262,6 +262,7 @@ def minnow_config(config):
 def gpt2_fields(cfg):
     return {
         'n_positions': cfg.block_size,
+        'n_ctx': cfg.block_size,  # its name in GPT-2's own files, and in llama.cpp's converter
         'n_layer': cfg.n_layer,
         'n_head': cfg.n_head,
         'n_embd': cfg.n_embd,
