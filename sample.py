@@ -173,8 +173,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends = None if eot in (None, ()) else torch.tensor(eot, device=device)
-    # a compiled step is for one size of the cache: always T, so that it is never compiled again
-    size = T if compile else min(T, longest + max_new_tokens)
+    size = min(T, longest + max_new_tokens)
+    if compile:  # a step is compiled for every size, and reads all of the cache
+        size = min(T, max(256, 2 ** (size - 1).bit_length()))
     cache = KVCache(model, size, compile) if use_cache else None
     start = 0  # of the window that the network reads
     for end in range(shortest, longest + max_new_tokens):
