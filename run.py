@@ -321,7 +321,7 @@ def adopt(s, cfg, where):
     chosen = set(only_in_training(cfg))
     if 'block_size' in s.given:
         chosen.add('block_size')
-        if s.block_size > cfg.block_size:
+        if s.block_size > cfg.block_size and cfg.position != 'relative':
             raise UserError(f'block_size={s.block_size}: '
                             f'the weights in {where} know {cfg.block_size} positions: lower it')
     if cfg.n_expert:  # moe
