@@ -40,15 +40,27 @@ class ModelConfig:
     rope_theta: float = 10000.0  # base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
     rope_scaling: dict = field(default_factory=dict)  # [hf] slow these down for a longer context, with the
     # keys of Llama 3.1's config.json: {'rope_type': 'llama3', 'factor': 8.0, …}
+    rope_dim: int = 0  # dimensions of each head that are rotated; 0 = all (GPT-NeoX, arXiv 2204.06745)
     no_rope: list[int] = field(default_factory=list)  # blocks (0, 1, …) without them: arXiv 2501.18795
+    window: int = 0  # tokens that a token attends to, with itself; 0 = all before it (arXiv 2004.05150)
+    full_layers: list[int] = field(default_factory=list)  # blocks (0, 1, …) without the window (Gemma 2)
+    window_theta: float = 0.0  # rope_theta of blocks with the window; 0 = the angles of the others (Gemma 3)
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'  # RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467
     norm_eps: float = 1e-5  # epsilon of the norms
-    post_norm: bool = False  # norms after attention and MLP instead of before (OLMo 2, arXiv 2501.00656)
-    mlp: Literal['gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # swiglu, geglu: gated
+    post_norm: bool | Literal['both'] = False  # norms after attention and MLP instead of before (OLMo 2,
+    # arXiv 2501.00656). both: before and after (Gemma 2)
+    parallel: bool = False  # attention and MLP read the same x, and both are added to it (GPT-NeoX)
+    mlp: Literal['gelu', 'gelu_exact', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'] = 'relu2'  # gated: swiglu,
+    # geglu; gelu is the tanh approximation
     mlp_norm: bool = False  # add a norm on the MLP's hidden layer
     qk_norm: bool | Literal['head', 'width'] = True  # RMSNorm on queries and keys: bounded logits, higher
     # rates (arXiv 2010.04245). head: with weights (Qwen3); width: with weights, over all heads (OLMo 2)
+    attn_scale: float = 0.0  # factor of the attention logits; 0 = 1/sqrt(head_dim)
+    attn_softcap: float = 0.0  # limit attention logits to ±attn_softcap with tanh; 0 = off; slower (Gemma 2)
     n_expert: int = 0  # [moe] number of experts per block; 0 = a single dense MLP
+    embed_scale: float = 1.0  # factor of the embedding (Gemma: sqrt(n_embd))
+    residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream (Granite)
+    logit_scale: float = 1.0  # factor of the output logits, before softcap (muP, arXiv 2203.03466)
     softcap: float = 0.0  # limit the output logits to ±softcap with tanh; 0 = off (Gemma 2, arXiv 2408.00118)
     zero_init: bool = True  # output matrices of attention and MLP start at zero: blocks start as identity
     embed_norm: bool = False  # a norm after the embedding, which then starts at N(0, 1) and needs a high rate
@@ -57,7 +69,8 @@ class ModelConfig:
     value_residual: bool = False  # mix the first block's values into later ones (arXiv 2410.17897)
     tie: bool = True  # share one matrix between embedding and head (Press & Wolf 2017, arXiv 1608.05859)
     bias: bool = False  # use biases in linear layers and LayerNorm
-    qkv_bias: bool = False  # use biases in the query, key and value matrices, also without `bias` (Qwen2)
+    qkv_bias: bool | Literal['never'] = False  # use biases in the query, key and value matrices, also without
+    # `bias` (Qwen2). never: not there, even with `bias` (GPT-Neo)
     dropout: float = 0.0  # 0 for pretraining; 0.1 or more if the data are repeated many times
     init_std: float = 0.0  # standard deviation of the initial weights; 0 = 1/sqrt(inputs). GPT-2: 0.02
     rank_qk: int = 0  # rank of the query and key matrices, as factors up·down of this inner width; 0 = dense
@@ -78,6 +91,10 @@ class ModelConfig:
     @property
     def kv_heads(self):
         return self.n_kv_head or self.n_head
+
+    @property
+    def window_layers(self):
+        return [n for n in range(self.n_layer) if self.window and n not in self.full_layers]
 
     @property
     def mlp_width(self):
@@ -105,8 +122,8 @@ class ModelConfig:
         for name in ('block_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'softcap', 'init_std', 'rank_embed',
-                     'rank_head'):
+        for name in ('vocab_size', 'n_kv_head', 'head_dim', 'd_ff', 'rope_dim', 'window', 'window_theta',
+                     'attn_scale', 'attn_softcap', 'softcap', 'init_std', 'rank_embed', 'rank_head'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if self.rope_theta <= 0 or self.norm_eps <= 0:
@@ -126,9 +143,21 @@ class ModelConfig:
         if self.position == 'rope' and self.d_head % 2:
             raise ValueError(f'head_dim={self.d_head} is odd: rotary positions need an even number; make '
                              "n_embd/n_head even or set position='learned'")
-        if self.no_rope and (self.position != 'rope' or not all(0 <= n < self.n_layer for n in self.no_rope)):
-            raise ValueError(f'no_rope={self.no_rope}: takes blocks from 0 to {self.n_layer - 1}, with '
-                             "position='rope'")
+        if self.rope_dim % 2 or self.rope_dim > self.d_head:
+            raise ValueError(f'rope_dim={self.rope_dim}: takes an even number up to {self.d_head}')
+        for name in ('no_rope', 'full_layers'):
+            if not all(0 <= n < self.n_layer for n in getattr(self, name)):
+                raise ValueError(f'{name}={getattr(self, name)}: takes blocks from 0 to {self.n_layer - 1}')
+        for name in ('no_rope', 'rope_dim', 'window_theta'):
+            if getattr(self, name) and self.position != 'rope':
+                raise ValueError(f"{name}={getattr(self, name)}: needs position='rope'")
+        for name in ('full_layers', 'window_theta'):
+            if getattr(self, name) and not self.window:
+                raise ValueError(f'{name}={getattr(self, name)}: is about blocks with a window: set window')
+        if self.window and self.position == 'relative':
+            raise ValueError("position='relative': has no window: leave out window or set position='rope'")
+        if self.post_norm and self.depth_scale == 'norm':
+            raise ValueError("depth_scale='norm': scales norms before attention and MLP: set post_norm=False")
         self.check_ranks()
         if self.tie and self.rank_head != self.rank_embed:
             raise ValueError(f'rank_head={self.rank_head} differs from rank_embed={self.rank_embed}, but '
@@ -189,7 +218,11 @@ class LowRank(nn.Module):
 def linear(cfg, layer, name):
     """The linear layer `name`, as in ModelConfig.sizes(), of block `layer`."""
     (n_in, n_out), rank = cfg.sizes()[name], cfg.rank(layer, name)
-    bias = cfg.bias or cfg.qkv_bias and name in ('attn.q', 'attn.k', 'attn.v')
+    bias = cfg.bias
+    if cfg.qkv_bias not in (True, False, 'never'):
+        raise no_code(cfg, 'qkv_bias')
+    if cfg.qkv_bias and name in ('attn.q', 'attn.k', 'attn.v'):
+        bias = cfg.qkv_bias is True
     return LowRank(n_in, n_out, rank, cfg, bias) if rank else nn.Linear(n_in, n_out, bias=bias)
 
 
@@ -255,10 +288,14 @@ def rotary_table(length, d_head, theta, scaling=None):
 
 
 def rotate(x, table):
-    """Turn pairs (i, i + D/2) of x (B, T, H, D), Llama's layout, by a table (2, T, D/2) or (2, B, T, D/2)."""
+    """
+    Turn pairs (i, i + D/2) of x (B, T, H, D), Llama's layout, by a table (2, T, D/2) or (2, B, T, D/2). A
+    smaller table turns the first dimensions of x alone.
+    """
     cos, sin = table.unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    size = cos.size(-1)
+    a, b, rest = x.float().tensor_split([size, 2 * size], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
 
 
 # -----------------------------------------------------------------------------
@@ -268,28 +305,35 @@ class AttentionInputs(NamedTuple):  # what self-attention takes beside x, the sa
     angles: torch.Tensor | None  # rotary angles of the tokens, (2, T, D/2)
     mask: torch.Tensor | None  # for (B, H, T, S): True where to look, or added to logits; None: causal
     real: torch.Tensor | None = None  # moe: (B, T), False for padding
+    local: 'AttentionInputs | None' = None  # the same for blocks with a window
 
 
-def attend(q, k, v, mask, is_causal, dropout):
+def window_mask(queries, keys, window):
+    """(T, S): True where a token at a position of `queries` (T,) attends to one of `keys` (S,)."""
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < window)
+
+
+def attend(q, k, v, mask, is_causal, dropout, softcap=0.0):
     """softmax(q·kᵀ / sqrt(D))·v of q (B, H, T, D) and k, v (B, kv_heads, S, D)."""
     groups = q.size(1) // k.size(1)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    # torch's fused kernel, but plain attention in two cases on a CPU: in bfloat16 it takes half the time on
-    # short rows (a training step at T = 256: 18 against 34 ms); for a learned mask the kernel has no backward
-    # pass, and torch's substitute takes twice as long
+    # torch's fused kernel, which has no softcap. But plain attention in two cases on a CPU: in bfloat16 it
+    # takes half the time on short rows (a training step at T = 256: 18 against 34 ms); for a learned mask the
+    # kernel has no backward pass, and torch's substitute takes twice as long
     is_short = q.dtype == torch.bfloat16 and q.size(2) > 1 and q.size(2) * k.size(2) <= 256 ** 2
     is_learned = mask is not None and mask.requires_grad
-    if q.device.type != 'cpu' or not (is_short or is_learned):
+    if not softcap and (q.device.type != 'cpu' or not (is_short or is_learned)):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=groups > 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.dropout(attention_matrix(q, k, mask, is_causal), dropout) @ v
+    return F.dropout(attention_matrix(q, k, mask, is_causal, softcap), dropout) @ v
 
 
-def attention_matrix(q, k, mask, is_causal):
+def attention_matrix(q, k, mask, is_causal, softcap=0.0):
     """softmax(q·kᵀ / sqrt(D)) of q (B, H, T, D) and k (B, H, S, D) → (B, H, T, S)."""
-    logits = (q * q.size(-1) ** -0.5) @ k.mT
+    logits = cap((q * q.size(-1) ** -0.5) @ k.mT, softcap)
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -304,7 +348,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.q, self.k, self.v, self.o = (linear(cfg, layer, f'attn.{name}') for name in 'qkvo')
-        self.has_rope = layer not in cfg.no_rope
+        self.has_rope, self.has_window = layer not in cfg.no_rope, layer in cfg.window_layers
         self.q_norm = self.k_norm = None  # without weights: turn()
         if cfg.qk_norm not in (True, False):
             self.q_norm, self.k_norm = qk_norm(cfg, cfg.n_head), qk_norm(cfg, cfg.kv_heads)
@@ -319,6 +363,8 @@ class Attention(nn.Module):
             v = v + self.v_mix * (v0 - v)
         elif self.cfg.value_residual:
             v0 = v
+        if self.has_window:
+            inputs = inputs.local
         angles = inputs.angles if self.has_rope else None
         qk = self.turn(torch.cat([q, k], dim=2), angles)  # (B, H + kv_heads, T, D): both in one go
         q, k = qk.split([q.size(2), k.size(2)], dim=1)
@@ -343,8 +389,11 @@ class Attention(nn.Module):
         """q (B, H, T, D), k, v (B, kv_heads, S, D) → (B, T, C)."""
         if self.cfg.depth_scale == 'attn':
             q = q / (self.layer + 1)
+        if self.cfg.attn_scale:
+            q = q * (self.cfg.attn_scale * self.cfg.d_head ** 0.5)
         is_causal = mask is None and q.size(2) > 1  # a single token may look at all that there is
-        y = attend(q, k, v, mask, is_causal, self.cfg.dropout if self.training else 0.0)
+        dropout = self.cfg.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, is_causal, dropout, self.cfg.attn_softcap)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -352,7 +401,7 @@ class Attention(nn.Module):
 # MLP and block
 
 gelu = partial(F.gelu, approximate='tanh')  # as in GPT-2, T5 v1.1 and Gemma
-ACTIVATIONS = {'gelu': gelu, 'silu': F.silu, 'relu': F.relu,
+ACTIVATIONS = {'gelu': gelu, 'gelu_exact': F.gelu, 'silu': F.silu, 'relu': F.relu,
                'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
                'swiglu': F.silu, 'geglu': gelu}  # Shazeer 2020, arXiv 2002.05202
 
@@ -376,37 +425,48 @@ class MLP(nn.Module):
         return self.down(self.norm(h), *counts)
 
 
+def norm_before(cfg):
+    return nn.Identity() if cfg.post_norm is True else norm(cfg.n_embd, cfg)
+
+
+def norm_after(cfg):
+    if cfg.post_norm not in (True, False, 'both'):
+        raise no_code(cfg, 'post_norm')
+    return norm(cfg.n_embd, cfg) if cfg.post_norm else nn.Identity()
+
+
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         if cfg.depth_scale not in ('none', 'attn', 'norm'):
             raise no_code(cfg, 'depth_scale')
         self.norm_scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0
-        self.post_norm = cfg.post_norm
+        self.parallel, self.residual_scale = cfg.parallel, cfg.residual_scale
+        self.norm_a = self.norm_m = nn.Identity()
         self.add_layers(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
     def add_layers(self, cfg, layer):
-        self.norm_1, self.attn = norm(cfg.n_embd, cfg), Attention(cfg, layer)
-        self.norm_2, self.mlp = norm(cfg.n_embd, cfg), make_mlp(cfg, layer)
+        self.norm_1, self.attn, self.norm_a = norm_before(cfg), Attention(cfg, layer), norm_after(cfg)
+        self.norm_2, self.mlp, self.norm_m = norm_before(cfg), make_mlp(cfg, layer), norm_after(cfg)
 
     def forward(self, x, inputs, v0=None, cache=None):
         """x (B, T, C), AttentionInputs, the first block's values v0 → (B, T, C), v0."""
-        y, v0 = self.attn(self.before(self.norm_1, x), inputs, v0, cache)
-        return self.feed_forward(x + self.drop(self.after(self.norm_1, y)), inputs, v0)
+        y, v0 = self.attn(self.normed(self.norm_1, x), inputs, v0, cache)
+        after = self.add(x, self.norm_a(y))
+        return self.feed_forward(after, inputs, v0, x if self.parallel else after)
 
-    def feed_forward(self, x, inputs, v0):
-        h = self.before(self.norm_2, x)
+    def feed_forward(self, x, inputs, v0, source):
+        """x + the MLP's output for `source`, both (B, T, C)."""
+        h = self.normed(self.norm_2, source)
         if hasattr(self.mlp, 'router'):  # moe
             y, routing = self.mlp(h, inputs.real)  # moe
-            return x + self.drop(self.after(self.norm_2, y)), v0, routing  # moe
-        return x + self.drop(self.after(self.norm_2, self.mlp(h))), v0
+            return self.add(x, self.norm_m(y)), v0, routing  # moe
+        return self.add(x, self.norm_m(self.mlp(h))), v0
 
-    def before(self, norm, x):
-        return x if self.post_norm else self.normed(norm, x)
-
-    def after(self, norm, y):
-        return self.normed(norm, y) if self.post_norm else y
+    def add(self, x, y):
+        y = self.drop(y)
+        return x + (y if self.residual_scale == 1 else y * self.residual_scale)
 
     def normed(self, norm, x):
         return norm(x) if self.norm_scale == 1 else norm(x) * self.norm_scale
@@ -537,14 +597,23 @@ class Transformer(nn.Module):
             self.head_down = nn.Linear(cfg.n_embd, cfg.rank_head, bias=False)
         if not cfg.tie:
             self.head = nn.Linear(cfg.rank_head or cfg.n_embd, cfg.padded_vocab, bias=False)
-        self.register_buffer('rotary', None, persistent=False)
-        if cfg.position == 'rope':
-            self.rotary = rotary_table(self.n_positions(), cfg.d_head, cfg.rope_theta, cfg.rope_scaling)
+        for name, table in self.rotary_tables().items():
+            self.register_buffer(name, table, persistent=False)
         if init and not self.wte.weight.is_meta:
             self.init_weights()
 
     def n_positions(self):
         return self.cfg.block_size
+
+    def rotary_tables(self):
+        """{buffer: its table or None}; local_rotary is that of blocks with a window."""
+        cfg, length, size = self.cfg, self.n_positions(), self.cfg.rope_dim or self.cfg.d_head
+        tables = {'rotary': None, 'local_rotary': None}
+        if cfg.position == 'rope':
+            tables['rotary'] = rotary_table(length, size, cfg.rope_theta, cfg.rope_scaling)
+        if cfg.window_theta:
+            tables['local_rotary'] = rotary_table(length, size, cfg.window_theta)
+        return tables
 
     def add_blocks(self):
         self.blocks = nn.ModuleList(Block(self.cfg, layer) for layer in range(self.cfg.n_layer))
@@ -566,7 +635,7 @@ class Transformer(nn.Module):
     def hidden(self, idx, cache=None, pieces=None, *more):
         """The normalised output of the last block, (B, T, C). more: what else the blocks take."""
         T, numbers, mask = idx.size(1), torch.arange(idx.size(1), device=idx.device), None
-        if T > self.cfg.block_size and self.cfg.position != 'relative':
+        if T > self.cfg.block_size:
             raise ValueError(f'{T} tokens are longer than block_size={self.cfg.block_size}')
         if cache is not None:
             numbers, mask = cache.positions, cache.mask
@@ -579,12 +648,28 @@ class Transformer(nn.Module):
                 numbers = numbers - torch.searchsorted(pieces, pieces)
         x = self.embed(self.wte(idx), numbers)
         inputs = AttentionInputs(None if self.rotary is None else self.rotary[:, numbers], mask)
+        if self.cfg.window:
+            inputs = inputs._replace(local=self.local_inputs(inputs, numbers, T, cache))
         return self.norm_f(self.run(self.blocks, x, inputs, cache, *more))
+
+    def local_inputs(self, inputs, numbers, T, cache):
+        """The AttentionInputs of blocks with a window, from those of the others."""
+        if self.local_rotary is not None:
+            inputs = inputs._replace(angles=self.local_rotary[:, numbers])
+        if cache is not None:
+            return inputs._replace(mask=cache.local_mask)
+        if T <= self.cfg.window:
+            return inputs
+        order = torch.arange(T, device=numbers.device)
+        mask = window_mask(order, order, self.cfg.window)
+        return inputs._replace(mask=mask if inputs.mask is None else mask & inputs.mask)
 
     def embed(self, x, positions):
         """Rows of the table, (B, T, C) or (B, T, R), of tokens at positions (T,) or (B, T) → (B, T, C)."""
         if self.wte_up is not None:
             x = self.wte_up(x)
+        if self.cfg.embed_scale != 1:
+            x = x * self.cfg.embed_scale
         if self.wpe is not None:
             x = x + self.wpe(positions)
         return self.drop(self.norm_e(x))
@@ -600,7 +685,9 @@ class Transformer(nn.Module):
         return x
 
     def before_head(self, h):
-        """h (…, C) → the input of the head's matrix: applies the inner factor of a low-rank head."""
+        """h (…, C) → the input of the head's matrix: scaled, after a low-rank head's inner factor."""
+        if self.cfg.logit_scale != 1:
+            h = h * self.cfg.logit_scale
         if self.cfg.tie:
             return h if self.wte_up is None else h @ self.wte_up.weight
         return h if self.head_down is None else self.head_down(h)
@@ -683,7 +770,9 @@ class Transformer(nn.Module):
         """Floating-point operations of training on one token (PaLM, arXiv 2204.02311, appendix B)."""
         cfg, is_trained = self.cfg, any(p.requires_grad for p in self.parameters())
         # at full length, 12 T H D a layer; causal kernels do about half of that
-        attention = (12 if is_trained else 4) * cfg.n_layer * cfg.block_size * cfg.n_head * cfg.d_head
+        local, context = len(cfg.window_layers), cfg.block_size
+        tokens = local * min(cfg.window, context) + (cfg.n_layer - local) * context
+        attention = (12 if is_trained else 4) * tokens * cfg.n_head * cfg.d_head
         return 2 * sum(self.multiplications().values()) + attention
 
     def multiplications(self):

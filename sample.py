@@ -37,7 +37,7 @@ from configurator import (
     run_main,
     typed_text,
 )
-from model import autocast
+from model import autocast, window_mask
 from tokenizer import from_json, load_tokenizer
 
 # Why numbers are NaN or infinite, and what to do
@@ -107,7 +107,8 @@ class Settings(DeviceConfig):
 
 class KVCache:
     """
-    Keys and values of up to `size` tokens: two buffers (B, kv_heads, size, D) per layer; keys are rotated.
+    Keys and values of up to `size` tokens: two buffers (B, kv_heads, size, D) per layer; keys are rotated. A
+    layer with a window keeps its last `window` tokens, token n in slot n % window.
     The buffers never move, and positions are a tensor. So every step of one token has the same shapes and
     addresses: it is compiled once, and a CUDA graph can replay it (idea: gpt-fast).
     """
@@ -115,6 +116,7 @@ class KVCache:
     def __init__(self, model, size, compile=False):
         self.size, self.compile = size, compile
         self.length = 0  # tokens in the buffers
+        self.window, self.local_layers = min(size, model.cfg.window), set(model.cfg.window_layers)
         self.buffers = [None] * model.cfg.n_layer
         self.source = [None] * model.cfg.n_layer  # t5: keys and values of the encoder's output
         self.slots = torch.arange(size, device=next(model.parameters()).device)
@@ -128,19 +130,44 @@ class KVCache:
         self.mask = None  # the first tokens are causal without one, and a single one sees all in use
         if is_static or 1 < T < self.used:  # (T, used)
             self.mask = self.slots[:self.used] <= self.positions[:, None]
+        if self.window:
+            self.extend_local(T, is_static)
         return is_static
+
+    def extend_local(self, T, is_static):
+        """The same for layers with a window. A single token takes its slot before it looks at them all."""
+        window, begin = self.window, self.length - T
+        self.local_positions = self.positions[-window:] % window
+        self.local_used = min(begin, window)
+        self.local_mask = None
+        if T == 1:
+            self.local_used = window if is_static else min(self.length, window)
+            if is_static:
+                self.local_mask = self.slots[:window] <= self.positions[:, None]
+        elif begin or T > window:  # several see the tokens before them as they were, then themselves
+            before = begin - 1 - (begin - 1 - self.slots[:self.local_used]) % window
+            self.local_mask = window_mask(self.positions, torch.cat([before, self.positions]), window)
 
     def update(self, layer, k, v):
         """Store k, v (B, kv_heads, T, D) of a layer after extend(T). Returns all keys and values."""
         if self.buffers[layer] is None:  # zeros: what the mask hides must be finite
-            shape = k.size(0), k.size(1), self.size, k.size(3)
+            slots = self.window if layer in self.local_layers else self.size
+            shape = k.size(0), k.size(1), slots, k.size(3)
             self.buffers[layer] = [k.new_zeros(shape), v.new_zeros(shape)]
             if self.compile:  # a CUDA graph may write only where it knows that the address stays
                 for buffer in self.buffers[layer]:
                     torch._dynamo.mark_static_address(buffer, guard=False)
+        if layer in self.local_layers:
+            return [self.update_local(buffer, new) for buffer, new in zip(self.buffers[layer], (k, v))]
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[:, :, self.positions] = new
         return [buffer[:, :, :self.used] for buffer in self.buffers[layer]]
+
+    def update_local(self, buffer, new):
+        before = buffer[:, :, :self.local_used]
+        found = before if new.size(2) == 1 else torch.cat([before, new], dim=2)
+        buffer[:, :, self.local_positions] = new[:, :, -self.window:]
+        return found
 
 
 class NotFinite(UserError):
@@ -173,9 +200,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends = None if eot in (None, ()) else torch.tensor(eot, device=device)
-    size = min(T, longest + max_new_tokens)
-    if compile:  # a step is compiled for every size, and reads all of the cache
-        size = min(T, max(256, 2 ** (size - 1).bit_length()))
+    # a compiled step is for one size of the cache: always T, so that it is never compiled again
+    size = T if compile else min(T, longest + max_new_tokens)
     cache = KVCache(model, size, compile) if use_cache else None
     start = 0  # of the window that the network reads
     for end in range(shortest, longest + max_new_tokens):
@@ -405,7 +431,7 @@ def encode_prompt(text, tokenizer, cfg):
     form, most, what = tokenizer.prompt_format, cfg.block_size, 'the prompt'
     if cfg.n_encoder_layer:  # t5
         from features.t5.sampling import source_format  # t5
-        form, most, what = source_format(tokenizer), cfg.source_limit, 'what the encoder reads'  # t5
+        form, most, what = source_format(tokenizer), cfg.source_context, 'what the encoder reads'  # t5
     ids = form.add_to(tokenizer.encode_special(text), tokenizer.eot or 0)
     if max(ids) >= cfg.vocab_size:
         name = tokenizer.decode([max(ids)])
@@ -451,7 +477,7 @@ def sample_of_training(model, s, data, ranks, form=None):
     prompts = [encode_prompt(text, tokenizer, model.cfg)]
     if model.cfg.n_encoder_layer:  # t5
         from features.t5.sampling import read_sources  # t5
-        model, prompts = read_sources(model, tokenizer, prompts, s.sample_tokens)  # t5
+        model, prompts = read_sources(model, tokenizer, prompts)  # t5
     arrow = ' → ' if tokenizer.prompt_format.suffix else ''  # after a text that is read before another
     yield text.removeprefix(tokenizer.eot_text) + arrow
     # Blocks that are compiled one by one would be compiled for every length of a sample, up to the limit
@@ -479,7 +505,7 @@ def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
     print(texts[0], end='', flush=True)
     if model.cfg.n_encoder_layer:  # t5
         from features.t5.sampling import read_sources  # t5
-        model, prompts = read_sources(model, tokenizer, prompts, s.max_new_tokens)  # t5
+        model, prompts = read_sources(model, tokenizer, prompts)  # t5
     if s.num_beams:  # t5
         from features.t5.beams import print_best  # t5
         return print_best(model, tokenizer, prompts[0], s)  # t5

@@ -27,12 +27,13 @@ from model import make_model, only_in_training
 # promises with it
 KNOWN = {
     'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd',
-    'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'no_rope', 'norm', 'norm_eps',
-    'post_norm', 'mlp', 'mlp_norm', 'qk_norm', 'softcap', 'zero_init', 'embed_norm', 'depth_scale',
-    'value_residual', 'tie', 't5_scale', 'n_expert', 'n_expert_active', 'expert_aux', 'expert_z',
-    'expert_bias', 'expert_width', 'expert_renorm', 'shared_width', 'shared_gate', 'dense_layers', 'bias',
-    'qkv_bias', 'dropout', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks',
-    'rank_act',
+    'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'rope_dim', 'no_rope',
+    'window', 'full_layers', 'window_theta', 'norm', 'norm_eps', 'post_norm', 'parallel', 'mlp', 'mlp_norm',
+    'qk_norm', 'attn_scale', 'attn_softcap', 'embed_scale', 'residual_scale', 'logit_scale', 'softcap',
+    'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale', 'n_expert',
+    'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias', 'expert_width', 'expert_renorm',
+    'shared_width', 'shared_gate', 'dense_layers', 'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk',
+    'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
 }
 
 # The choices of these settings that the functions take into account
@@ -146,7 +147,9 @@ def take_layers(cfg, weights, layers, silent=()):
     refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
     no_rope = [n for n, layer in enumerate(layers) if layer in cfg.no_rope]
-    new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general, no_rope=no_rope)
+    full_layers = [n for n, layer in enumerate(layers) if layer in cfg.full_layers]
+    new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general, no_rope=no_rope,
+                              full_layers=full_layers)
     if cfg.n_expert:
         new.dense_layers = [n for n, layer in enumerate(layers) if layer in cfg.dense_layers]
         if len(new.dense_layers) == len(layers):
@@ -158,7 +161,7 @@ def take_layers(cfg, weights, layers, silent=()):
                 new.ranks[f'blocks.{n}.{name}'] = cfg.rank(layer, name)
 
     out = {name: weights[old].clone() for name, old in layer_names(weights, layers).items()}
-    written = r'norm_[12]\.' if cfg.post_norm else OUTPUT
+    written = r'norm_[am]\.' if cfg.post_norm else OUTPUT
     for n in silent:
         for name in out:
             if re.match(rf'blocks\.{n}\.{written}', name):

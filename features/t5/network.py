@@ -107,17 +107,14 @@ class DecoderBlock(EncoderBlock):
         y, v0 = self.attn(self.normed(self.norm_1, x), inputs, v0, cache)
         x = x + self.drop(y)
         x = x + self.drop(self.cross(self.normed(self.norm_x, x), encoded, cross, cache))
-        return self.feed_forward(x, inputs, v0)
+        return self.feed_forward(x, inputs, v0, x)
 
 
 # -----------------------------------------------------------------------------
 # The network
 
 class EncoderDecoder(Transformer):
-    """
-    An encoder and a decoder. Raises ValueError also for more tokens than source_size, unless the positions
-    are relative.
-    """
+    """An encoder and a decoder. Raises ValueError also for more tokens than source_size."""
 
     def __init__(self, cfg, init=True):
         T5Config.check(cfg)
@@ -152,7 +149,7 @@ class EncoderDecoder(Transformer):
 
     def encode(self, source):
         """The EncoderOutput of source (B, S); every row needs at least one token."""
-        if source.size(1) > self.cfg.source_limit:
+        if source.size(1) > self.cfg.source_context:
             raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
         real = source >= 0
         mask = real[:, None, None]
