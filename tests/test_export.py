@@ -3,12 +3,10 @@ hub.py export: transformers computes what we compute, from a folder as it expect
 is refused, or goes as our own.
 """
 import dataclasses
-import io
 import json
 import os
 
 import pytest
-import sentencepiece
 import torch
 import transformers
 from conftest import one_line, run
@@ -27,11 +25,10 @@ from features.hf.export import export, stock
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
-from features.hf.tokenizer_json import to_json
 from hub import ExportSettings
 from model import ModelConfig, make_model
 from sample import generate
-from tokenizer import ByteTokenizer, SentencePieceTokenizer, new_tokenizer
+from tokenizer import ByteTokenizer
 
 LLAMA = dict(mlp='swiglu', qk_norm=False)
 GPT2 = dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
@@ -42,7 +39,6 @@ def written(out_dir, model, tokenizer, **more):
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {},
              'tokenizer': tokenizer.describe(), **more}
     checkpoint.save(str(out_dir), 0, model.state_dict(), {}, state)
-    tokenizer.save(os.path.join(out_dir, 'step_00000000'))
     return str(out_dir)
 
 
@@ -131,18 +127,24 @@ def test_what_no_class_computes_is_refused_with_its_settings(settings, words, tm
 
 QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm='head')
 OLMO2 = LLAMA | dict(qk_norm='width', post_norm=True)
+GEMMA3 = dict(mlp='geglu', qk_norm='head', post_norm='both', embed_scale=32 ** 0.5)
+GPT_NEOX = GPT2 | dict(position='rope', parallel=True, rope_dim=4)
+GPT_NEO = GPT2 | dict(attn_scale=1.0, qkv_bias='never', window=8, full_layers=[0])
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
            'norm_eps': 0.1, 'mlp_norm': True, 'n_expert': 4, 'n_expert_active': 2,
            'expert_bias': 0.1, 'softcap': 5.0, 'zero_init': False, 'embed_norm': True,
            'value_residual': True, 'dropout': 0.3, 'init_std': 0.3, 'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8,
            'ranks': {'attn.k': 3}, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0},
-           'no_rope': [1], 'post_norm': True}
+           'no_rope': [1], 'rope_dim': 4, 'attn_scale': 0.3, 'attn_softcap': 2.0, 'embed_scale': 3.0,
+           'residual_scale': 0.5, 'logit_scale': 0.5, 'parallel': True, 'window': 8}
 CHANGES = [{name: value} for name, value in CHANGES.items()]
 CHANGES += [{name: choice} for name, choices in {
     'position': ('rope', 'learned', 'relative', 'none'), 'norm': ('rmsnorm', 'layernorm'),
-    'depth_scale': ('attn', 'norm'), 'mlp': ('gelu', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'),
-    'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False), 'qkv_bias': (True, False),
+    'depth_scale': ('attn', 'norm'), 'post_norm': (True, 'both'),
+    'mlp': ('gelu', 'gelu_exact', 'silu', 'relu', 'relu2', 'swiglu', 'geglu'),
+    'tie': (True, False), 't5_scale': (True, False), 'bias': (True, False),
+    'qkv_bias': (True, False, 'never'),
     'qk_norm': (True, False, 'head', 'width'),
     'n_encoder_layer': (0, 1)}.items()
             for choice in choices]
@@ -151,6 +153,7 @@ CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
 CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'rank_act': 'silu'}]
 CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1},
             {'expert_aux': 0.5}, {'expert_z': 0.5}, {'expert_width': 16}, {'expert_renorm': True},
+            {'window': 8, 'full_layers': [1]}, {'window': 8, 'window_theta': 500.0},
             {'shared_width': 24}, {'shared_gate': True}, {'dense_layers': [1]}]
 
 
@@ -163,8 +166,8 @@ def test_the_changes_are_of_every_setting():
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', CHANGES, ids=str)
-@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, OLMO2, GPT2, T5],
-                         ids=['llama', 'qwen2', 'qwen3', 'olmo2', 'gpt2', 't5'])
+@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, OLMO2, GEMMA3, GPT2, GPT_NEOX, GPT_NEO, T5], ids=[
+    'llama', 'qwen2', 'qwen3', 'olmo2', 'gemma3', 'gpt2', 'gpt_neox', 'gpt_neo', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,
@@ -177,14 +180,15 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
         fields, tensors = stock(*fold(model), 'run')
     except (UserError, ValueError) as error:  # ValueError: no network has this
         # T5 without its encoder: all the rest is wrong. Of these together, which no class has, one is named
-        together = {'bias', 'qkv_bias', 'qk_norm', 'post_norm'}
-        names = change.keys() | ({'qk_norm', 'post_norm'} if together & change.keys() else set())
+        together = {'bias', 'qkv_bias', 'qk_norm', 'post_norm', 'parallel', 'attn_scale', 'embed_scale',
+                    'mlp', 'embed_norm', 'window', 'full_layers', 'attn_softcap'}
+        names = change.keys() | (together if together & change.keys() else set())
         named = any(f'{name}=' in str(error) for name in names) or 'n_encoder_layer' in change
         assert named and '\n' not in str(error)
         return
     config = transformers.AutoConfig.for_model(**fields, vocab_size=257)
-    other = getattr(transformers, fields['architectures'][0]).from_pretrained(None, config=config,
-                                                                              state_dict=tensors)
+    cls = getattr(transformers, fields['architectures'][0])
+    other = cls.from_pretrained(None, config=config, state_dict=tensors, attn_implementation='eager')
     read = {'input_ids': ids()}, {}
     if cfg.n_encoder_layer:
         read = {'input_ids': ids()[:, :12], 'decoder_input_ids': ids()}, {'source': ids()[:, :12]}
@@ -214,7 +218,7 @@ FOLDED = [dict(rank_qk=8, rank_vo=4, rank_mlp=8, bias=True),
           dict(rank_embed=8, rank_head=8),
           dict(rank_head=8, tie=False), dict(embed_norm=True, softcap=9.0),
           dict(embed_norm=True, norm='layernorm', bias=True, rank_embed=8, rank_head=8),
-          dict(depth_scale='norm', norm='layernorm', bias=True), dict(depth_scale='norm', post_norm=True),
+          dict(depth_scale='norm', norm='layernorm', bias=True), dict(embed_norm=True, embed_scale=0.3),
           dict(depth_scale='attn', qk_norm=False, rank_qk=4, bias=True)]
 
 
@@ -267,8 +271,10 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     dict(), dict(value_residual=True, softcap=15.0, rank_vo=4, rank_act='silu', ranks={'blocks.1.mlp.up': 3}),
     GPT2 | dict(embed_norm=True, tie=False), dict(n_expert=4, n_expert_active=2),
     dict(n_expert=4, expert_width=16, shared_width=24, shared_gate=True, dense_layers=[1]),
-    dict(position='relative'), dict(no_rope=[1], qk_norm='head', post_norm=True,
-                                    rope_scaling={'rope_type': 'linear', 'factor': 2.0})], ids=str)
+    dict(position='relative'),
+    dict(window=8, full_layers=[0], window_theta=99.0, rope_dim=4, post_norm='both', parallel=True),
+    dict(no_rope=[1], qk_norm='head', post_norm=True, rope_scaling={'rope_type': 'linear', 'factor': 2.0})],
+    ids=str)
 def test_as_custom_any_network_runs_in_transformers_and_here(settings, tmp_path):
     model = network(**settings)
     folder = exported(tmp_path, model, as_='custom')
@@ -367,59 +373,3 @@ def test_as_custom_a_padded_row_is_what_it_is_alone(settings, tmp_path):
     assert torch.isclose(loss, sum(losses) / (mask.sum() - 4))
     with pytest.raises(ValueError, match=r'attention_mask: takes the shape of input_ids, \[4, 9\]'):
         other(x, attention_mask=mask[:, :5])
-
-
-def small_sentencepiece(**settings):
-    """A sentencepiece tokenizer of others, with <s> and </s>, which sets a blank before every text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(['once upon a time there was a cat', 'the cat was there'] * 30),
-        model_writer=model, minloglevel=2, byte_fallback=True, hard_vocab_limit=False,
-        **dict(model_type='bpe', vocab_size=290) | settings)
-    return SentencePieceTokenizer(model.getvalue())
-
-
-def described_there(tmp_path, tokenizer, **more):
-    """(transformers' tokenizer, minnow's) of an exported run, and its tokenizer_config.json."""
-    settings = dict(LLAMA, vocab_size=tokenizer.vocab_size) | more.pop('network', {})
-    out_dir = written(tmp_path / 'run', network(**settings), tokenizer, **more)
-    export(ExportSettings(out_dir, f'{tmp_path}/hf'))
-    fields = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
-    return AutoTokenizer.from_pretrained(f'{tmp_path}/hf'), sample.load(out_dir, encoder=True)[1], fields
-
-
-@pytest.mark.parametrize('kind', ['byte', 'sentencepiece', 'json'])
-@pytest.mark.parametrize('begin', [True, False])
-def test_the_ids_of_a_prompt_are_ours(kind, begin, tmp_path):
-    """
-    With and without special tokens. A tokenizer.json that writes <s> before a text is of no matter to a
-    network that was trained without.
-    """
-    tokenizer = ByteTokenizer() if kind == 'byte' else small_sentencepiece()
-    first = 256 if kind == 'byte' else tokenizer.sp.bos_id()
-    if kind == 'json':
-        data = to_json(tokenizer, ((first,), ())).encode()
-        (tmp_path / 'tokenizer.json').write_bytes(data)
-        tokenizer = new_tokenizer(f'{tmp_path}/tokenizer.json')
-        assert tokenizer.bos() == (first,)
-    there, here, fields = described_there(tmp_path, tokenizer, begin=[first] * begin)
-    for text in ('the cat', ' was there', 'x  y\n', '12 — é', ''):
-        assert there(text, add_special_tokens=False).input_ids == here.encode_special(text)
-        assert there(text).input_ids == [*here.prompt_format.bos, *here.encode_special(text)]
-    assert here.prompt_format.bos == (first,) * begin
-    # so that llama.cpp, which reads the sentencepiece model, writes the same
-    assert fields['add_bos_token'] == begin and fields['add_eos_token'] is False
-    assert fields['add_prefix_space'] == (kind != 'byte')
-    assert fields['unk_token'] == ('<|endoftext|>' if kind == 'byte' else '<unk>')
-
-
-def test_what_an_encoder_reads_ends_there_too(tmp_path):
-    there, here, fields = described_there(tmp_path, small_sentencepiece(), settings={'objective': 'prefix'},
-                                          network=dict(T5, n_kv_head=4, head_dim=8))
-    assert there('the cat').input_ids == [*here.encode('the cat'), here.eot] and fields['add_eos_token']
-
-
-def test_the_pad_token_is_known_to_generate(tmp_path):
-    exported(tmp_path, network(**LLAMA))
-    assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['pad_token_id'] == 256
-    assert 'pad_token_id' not in json.loads((tmp_path / 'hf/config.json').read_text())  # trained there

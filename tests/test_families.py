@@ -28,6 +28,7 @@ SMALL = dict(vocab_size=257, max_position_embeddings=64, hidden_size=48, interme
              num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **ENDS)
 LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
           'original_max_position_embeddings': 16}
+LINEAR = {'rope_type': 'linear', 'factor': 4.0}
 YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}
 FULL_YARN = YARN | {'beta_fast': 6.0, 'beta_slow': 0.5, 'attention_factor': 0.9}
 CASES = {  # name: (family, further fields of config.json, settings of ours that it needs)
@@ -41,6 +42,53 @@ CASES = {  # name: (family, further fields of config.json, settings of ours that
     'smollm3': ('SmolLM3', {}, dict(no_rope=[3], rope_theta=2e6, tie=True)),
     'smollm3 list': ('SmolLM3', dict(no_rope_layers=[0, 1, 0, 1], tie_word_embeddings=False, head_dim=16,
                                      rope_parameters=LLAMA3 | {'rope_theta': 5e5}), dict(no_rope=[0, 2])),
+    'smollm3 window': ('SmolLM3', dict(use_sliding_window=True, sliding_window=8),
+                       dict(no_rope=[3], window=8, full_layers=[0, 1, 2])),
+    'qwen2 window': ('Qwen2', dict(use_sliding_window=True, sliding_window=16, max_window_layers=2),
+                     dict(window=16, full_layers=[0, 1])),
+    'qwen3 window': ('Qwen3', dict(use_sliding_window=True, sliding_window=5, head_dim=16, layer_types=[
+                     'full_attention', 'sliding_attention'] * 2), dict(window=5, full_layers=[0, 2])),
+    'mistral': ('Mistral', dict(sliding_window=8, head_dim=8), dict(window=8, full_layers=[])),
+    'gemma': ('Gemma', dict(head_dim=16), dict(embed_scale=48 ** 0.5, mlp='geglu', tie=True)),
+    'gemma2': ('Gemma2', dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=12,
+                              attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+               dict(post_norm='both', window=8, full_layers=[1, 3], attn_softcap=2.0, softcap=5.0,
+                    attn_scale=12 ** -0.5)),
+    'gemma2 plain': ('Gemma2', dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None,
+                                    final_logit_softcapping=None, layer_types=['full_attention'] * 4),
+                     dict(window=0, attn_softcap=0.0, softcap=0.0, attn_scale=0.0)),
+    'gemma3': ('Gemma3Text', dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=16, layer_types=[
+               'sliding_attention', 'sliding_attention', 'full_attention', 'sliding_attention']),
+               dict(qk_norm='head', window=8, full_layers=[2], window_theta=1e4, rope_theta=1e6)),
+    'gemma3 scaled': ('Gemma3Text', dict(head_dim=16, sliding_window=4, query_pre_attn_scalar=10,
+                                         num_hidden_layers=7, rope_parameters={
+                                             'full_attention': LINEAR | {'rope_theta': 1e4},
+                                             'sliding_attention': {'rope_type': 'default',
+                                                                   'rope_theta': 1e4}}),
+                      dict(window=4, full_layers=[5], window_theta=1e4, rope_scaling=LINEAR)),
+    'phi3': ('Phi3', dict(rms_norm_eps=1e-3, rope_parameters={
+             'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}), dict(rope_dim=6)),
+    'phi3 window': ('Phi3', dict(sliding_window=8, rope_parameters={
+                    'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}),
+                    dict(rope_dim=6, window=8)),
+    'granite': ('Granite', dict(embedding_multiplier=12.0, residual_multiplier=0.22,
+                                attention_multiplier=0.1, logits_scaling=2.0, tie_word_embeddings=True),
+                dict(embed_scale=12.0, residual_scale=0.22, attn_scale=0.1, logit_scale=0.5)),
+    'gpt_neox': ('GPTNeoX', dict(num_key_value_heads=None, hidden_size=64),
+                 dict(parallel=True, rope_dim=4, mlp='gelu_exact')),
+    'gpt_neox one after another': ('GPTNeoX', dict(num_key_value_heads=None, use_parallel_residual=False,
+                                                   hidden_act='gelu_new', rope_parameters=YARN | {
+                                                       'rope_theta': 1e4, 'partial_rotary_factor': 1.0}),
+                                   dict(parallel=False, rope_dim=0, mlp='gelu')),
+    'gpt_neo': ('GPTNeo', dict(attention_types=[[['global', 'local'], 2]], window_size=8, num_layers=4,
+                               num_heads=4), dict(window=8, full_layers=[0, 2], attn_scale=1.0,
+                                                  qkv_bias='never')),
+    'gpt_neo global': ('GPTNeo', dict(attention_types=[[['global'], 4]], num_layers=4, num_heads=4,
+                                      activation_function='relu'), dict(window=0, mlp='relu')),
+    'opt': ('OPT', dict(ffn_dim=80), dict(position='learned', mlp='relu')),
+    'opt untied': ('OPT', dict(ffn_dim=80, tie_word_embeddings=False), dict(tie=False, mlp='relu')),
+    'gpt2 gelu': ('GPT2', dict(n_embd=48, n_head=4, n_layer=4, n_positions=64, activation_function='gelu'),
+                  dict(mlp='gelu_exact')),
     'olmo2': ('Olmo2', dict(rms_norm_eps=1e-3), dict(post_norm=True, qk_norm='width')),
     'olmo2 tied': ('Olmo2', dict(tie_word_embeddings=True, head_dim=16, num_key_value_heads=None),
                    dict(post_norm=True, n_kv_head=4)),
@@ -58,10 +106,12 @@ def theirs(case):
     torch.manual_seed(0)
     family, fields, _ = CASES[case]
     config = getattr(transformers, f'{family}Config')(**SMALL | fields)
-    model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
+    config._attn_implementation = 'eager'  # the others leave out attention's softcap
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, p in model.named_parameters():
         is_norm = p.dim() == 1 and name.endswith('weight')
-        p.data = 1 + 0.3 * torch.randn(p.shape) if is_norm else 0.15 * torch.randn(p.shape)
+        mean = 0 if family.startswith('Gemma') else 1  # its norms multiply by 1 + w
+        p.data = mean + 0.3 * torch.randn(p.shape) if is_norm else 0.15 * torch.randn(p.shape)
     return model
 
 
@@ -107,19 +157,24 @@ def test_logits_and_greedy_text_are_those_of_transformers(case, folders):
 def test_the_export_loads_in_transformers_with_nothing_missing(case, folders, tmp_path):
     model = ours(folders[case])
     folder = exported(tmp_path, model)
-    cls = getattr(transformers, f'{CASES[case][0]}ForCausalLM')
-    other, report = cls.from_pretrained(folder, output_loading_info=True)
+    other, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True,
+                                                                      attn_implementation='eager')
     assert not any(report.values()), report
-    assert other.config.model_type == json.load(open(f'{folder}/config.json'))['model_type']
+    assert other.config.model_type == theirs(case).config.model_type
     assert_same(model, other)
     assert ours(folder).cfg == model.cfg
+
+
+TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'qkv_proj',
+           'gate_up_proj', 'query_key_value', 'dense', 'dense_h_to_4h', 'dense_4h_to_h', 'out_proj', 'c_fc',
+           'c_proj', 'fc1', 'fc2', 'c_attn']
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('case', CASES)
 def test_adapters_go_to_peft_and_come_back(case, folders, tmp_path):
     base, there = ours(folders[case]), theirs(case)
-    targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+    targets = [name for name in TARGETS if any(f'.{name}.' in module for module in there.state_dict())]
     lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, bias='lora_only', task_type='CAUSAL_LM')
     there = peft.get_peft_model(there, lora).eval()
     for p in there.parameters():
@@ -133,11 +188,22 @@ def test_adapters_go_to_peft_and_come_back(case, folders, tmp_path):
 
     model = ours(folders[case])
     torch.manual_seed(2)
-    adapted(model, lora_alpha=6.0, lora_targets='q_proj,v_proj,mlp', whole=r'norm|attn\.q\.bias')
+    adapted(model, lora_alpha=6.0, lora_targets='attn.q,attn.v,mlp', whole=r'norm|attn\.[qkv]\.bias')
     kind = json.load(open(f'{folders[case]}/config.json'))['model_type']
     peft_files.write(str(tmp_path / 'ours'), model.cfg, adapters.take(model), kind)
     assert_same(model, peft.PeftModel.from_pretrained(theirs(case), tmp_path / 'ours').eval())
     assert not torch.allclose(model(ids()), base(ids()), atol=0.1)
+
+
+def keep_layers(model, kept):
+    """Delete the other layers of a model of transformers."""
+    body = getattr(model.base_model, 'decoder', model.base_model)
+    stack = 'layers' if hasattr(body, 'layers') else 'h'
+    setattr(body, stack, torch.nn.ModuleList(getattr(body, stack)[n] for n in kept))
+    for config in (model.config, body.config):
+        if hasattr(config, 'layer_types') and len(config.layer_types) > len(kept):
+            config.layer_types = [config.layer_types[n] for n in kept]
+        config.num_hidden_layers = len(kept)
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -145,12 +211,11 @@ def test_layers_are_inherited_and_attention_is_measured(case, folders):
     model, x = ours(folders[case]), ids(32)
     part = fill(*take_layers(model.cfg, model.state_dict(), [1, 3]), 'test').eval()
     other = theirs(case)
-    other.model.layers = torch.nn.ModuleList([other.model.layers[1], other.model.layers[3]])
-    other.config.num_hidden_layers = 2
+    keep_layers(other, [1, 3])
     with torch.no_grad():
         wanted = other(x, use_cache=False).logits
         assert (part(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert len(measure(model, [x])) == 16
+    assert len(measure(model, [x])) == model.cfg.n_layer * model.cfg.n_head
 
 
 def test_scaled_positions_are_exact_far_out_and_in_the_old_spelling(tmp_path):
@@ -169,7 +234,7 @@ def test_scaled_positions_are_exact_far_out_and_in_the_old_spelling(tmp_path):
 
 REFUSED = [
     ('llama 3.1', dict(rope_parameters=LLAMA3 | {'low_freq_factor': 4.0}), 'has to be the lower one'),
-    ('llama 3.1', dict(rope_parameters={'rope_type': 'dynamic', 'factor': 2.0}), "'rope_type': 'dynamic'"),
+    ('llama 3.1', dict(rope_parameters={'rope_type': 'longrope', 'factor': 2.0}), "'rope_type': 'longrope'"),
     ('llama 3.1', dict(rope_parameters=LLAMA3 | {'factor': 0}), 'factor: takes a number above 0'),
     ('llama 3.1', dict(rope_parameters=LLAMA3 | {'low_freq_factor': 'x'}), 'takes positive numbers'),
     ('llama 3.1', dict(rope_parameters=YARN | {'truncate': False}), "'truncate': False"),
@@ -179,9 +244,21 @@ REFUSED = [
     ('smollm3', dict(mlp_bias=True), 'mlp_bias=True: takes False'),
     ('olmo2', dict(attention_bias=True), 'attention_bias=True: takes False'),
     ('qwen3', dict(attention_bias=True), 'attention_bias=True: takes False'),
-    ('qwen3', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
-    ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True: takes False'),
-    ('qwen2', dict(layer_types=['full_attention'] * 3 + ['sliding_attention']), 'layer_types='),
+    ('qwen3', dict(use_sliding_window=True, sliding_window=0, layer_types=None, max_window_layers=0),
+     'sliding_window=0: takes'),
+    ('qwen2', dict(layer_types=['full_attention'] * 3 + ['sliding_attention']), 'sliding_window=None'),
+    ('qwen2', dict(layer_types=['full_attention'] * 3), 'layer_types='),
+    ('gemma3', dict(use_bidirectional_attention=True), 'use_bidirectional_attention=True: takes False'),
+    ('gemma3', dict(rope_parameters={'full_attention': {'rope_type': 'default', 'rope_theta': 1e6},
+                                     'sliding_attention': LLAMA3}), 'sliding_attention: takes'),
+    ('phi3', dict(rope_parameters=YARN), 'takes rope_type=default or dynamic'),
+    ('phi3', dict(rope_parameters={'rope_type': 'longrope', 'short_factor': [1.0]}), "'longrope'"),
+    ('gpt_neo', dict(attention_types=[[['global', 'far'], 2]]), 'attention_types='),
+    ('gpt_neo', dict(attention_types=[[['global'], 10 ** 12]]), 'attention_types='),
+    ('gpt_neox', dict(rope_parameters={'rope_type': 'default', 'rope_theta': 1e4,
+                                       'partial_rotary_factor': 2.0}), 'partial_rotary_factor=2.0'),
+    ('opt', dict(do_layer_norm_before=False), 'do_layer_norm_before=False: takes True'),
+    ('opt', dict(word_embed_proj_dim=24), 'word_embed_proj_dim=24: takes 48'),
 ]
 
 

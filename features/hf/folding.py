@@ -77,11 +77,11 @@ def fold_embed_norm(model, weights):
     if cfg.tie:
         scale = cfg.n_embd ** -0.5 if getattr(cfg, 't5_scale', False) else 1
         weights['head.weight'] = weights['wte.weight'] * scale
-    weights['wte.weight'] = model.norm_e(weights['wte.weight'])
+    weights['wte.weight'] = model.norm_e(weights['wte.weight'] * cfg.embed_scale)
     weights['wte.weight'][cfg.vocab_size:] = 0
     for name in [name for name in weights if name.startswith('norm_e.')]:
         del weights[name]
-    return {'embed_norm': False, 'tie': False}
+    return {'embed_norm': False, 'embed_scale': 1.0, 'tie': False}
 
 
 def fold_depth_scale(model, weights):

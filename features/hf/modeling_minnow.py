@@ -6,7 +6,7 @@ weights. Then AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=Tru
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from .model import ModelConfig, make_model, rotary_table
+from .model import ModelConfig, make_model
 
 
 class MinnowConfig(PretrainedConfig):
@@ -31,12 +31,13 @@ class MinnowForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Weights are loaded; the rotary table and the experts' loads are not stored in files."""
+        """Weights are loaded; the rotary tables and the experts' loads are not stored in files."""
         if getattr(module, 'load', None) is not None:
             module.load.zero_()
-        if getattr(module, 'rotary', None) is not None:
-            cfg = module.cfg
-            module.rotary.copy_(rotary_table(cfg.block_size, cfg.d_head, cfg.rope_theta, cfg.rope_scaling))
+        if hasattr(module, 'rotary_tables'):
+            for name, table in module.rotary_tables().items():
+                if table is not None:
+                    getattr(module, name).copy_(table)
 
     def get_input_embeddings(self):
         return self.model.wte

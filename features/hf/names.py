@@ -1,5 +1,5 @@
 """
-The names of tensors: those of transformers' families, and ours.
+The tensors of a network: the names of transformers' families and ours, and how theirs are made of ours.
 
     for row in name_rows(FAMILIES['gpt2'], cfg):
         row.theirs, row.ours      # 'h.0.attn.c_attn.weight', {'blocks.0.attn.q.weight': 768, …}
@@ -9,103 +9,10 @@ import re
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
 from model import Unfilled, make_model
-
-# -----------------------------------------------------------------------------
-# Names of modules: theirs → ours. N is the number of a layer. Where there are several of ours, theirs is one
-# matrix with ours one below the other. The embedding comes first
-
-HEAD = 'lm_head'  # ours is head; no family has a prefix before it
-
-GPT2 = {
-    'wte': 'wte',
-    'wpe': 'wpe',
-    'ln_f': 'norm_f',
-    'h.N.ln_1': 'blocks.N.norm_1',
-    'h.N.attn.c_attn': 'blocks.N.attn.q blocks.N.attn.k blocks.N.attn.v',
-    'h.N.attn.c_proj': 'blocks.N.attn.o',
-    'h.N.ln_2': 'blocks.N.norm_2',
-    'h.N.mlp.c_fc': 'blocks.N.mlp.up',
-    'h.N.mlp.c_proj': 'blocks.N.mlp.down',
-}
-LLAMA = {
-    'embed_tokens': 'wte',
-    'norm': 'norm_f',
-    'layers.N.input_layernorm': 'blocks.N.norm_1',
-    'layers.N.self_attn.q_proj': 'blocks.N.attn.q',
-    'layers.N.self_attn.k_proj': 'blocks.N.attn.k',
-    'layers.N.self_attn.v_proj': 'blocks.N.attn.v',
-    'layers.N.self_attn.o_proj': 'blocks.N.attn.o',
-    'layers.N.post_attention_layernorm': 'blocks.N.norm_2',
-    'layers.N.mlp.gate_proj': 'blocks.N.mlp.gate',
-    'layers.N.mlp.up_proj': 'blocks.N.mlp.up',
-    'layers.N.mlp.down_proj': 'blocks.N.mlp.down',
-}
-QWEN3 = LLAMA | {
-    'layers.N.self_attn.q_norm': 'blocks.N.attn.q_norm',
-    'layers.N.self_attn.k_norm': 'blocks.N.attn.k_norm',
-}
-OLMO2 = {theirs: ours for theirs, ours in QWEN3.items() if theirs != 'layers.N.input_layernorm'} | {
-    'layers.N.post_attention_layernorm': 'blocks.N.norm_1',
-    'layers.N.post_feedforward_layernorm': 'blocks.N.norm_2',
-}
-
-
-def gpt2_names(cfg):
-    return GPT2
-
-
-def llama_names(cfg):
-    return LLAMA
-
-
-def qwen3_names(cfg):
-    return QWEN3
-
-
-def olmo2_names(cfg):
-    return OLMO2
-
-
-def minnow_names(cfg):
-    return {}  # their names are ours
-
-
-def t5_names(cfg):
-    names = {
-        'shared': 'wte',
-        'encoder.final_layer_norm': 'norm_encoder',
-        'decoder.final_layer_norm': 'norm_f',
-    }
-    names |= t5_stack_names(cfg, 'encoder', 'encoder', 'rel_encoder', has_cross=False)
-    names |= t5_stack_names(cfg, 'decoder', 'blocks', 'rel', has_cross=True)
-    return names
-
-
-def t5_stack_names(cfg, stack, ours, rel, has_cross):
-    """The names of T5's encoder or decoder. In T5, a layer is a norm and the attention or MLP after it."""
-    names = {f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias': rel}
-    layer = f'{stack}.block.N.layer.0'
-    names[f'{layer}.layer_norm'] = f'{ours}.N.norm_1'
-    for name in 'qkvo':
-        names[f'{layer}.SelfAttention.{name}'] = f'{ours}.N.attn.{name}'
-    if has_cross:
-        layer = f'{stack}.block.N.layer.1'
-        names[f'{layer}.layer_norm'] = f'{ours}.N.norm_x'
-        for name in 'qkvo':
-            names[f'{layer}.EncDecAttention.{name}'] = f'{ours}.N.cross.{name}'
-    layer = f'{stack}.block.N.layer.{2 if has_cross else 1}'
-    names[f'{layer}.layer_norm'] = f'{ours}.N.norm_2'
-    if cfg.mlp == 'relu':
-        names[f'{layer}.DenseReluDense.wi'] = f'{ours}.N.mlp.up'
-    else:
-        names[f'{layer}.DenseReluDense.wi_0'] = f'{ours}.N.mlp.gate'
-        names[f'{layer}.DenseReluDense.wi_1'] = f'{ours}.N.mlp.up'
-    names[f'{layer}.DenseReluDense.wo'] = f'{ours}.N.mlp.down'
-    return names
-
 
 # -----------------------------------------------------------------------------
 # Tensors
@@ -115,20 +22,69 @@ class Row(NamedTuple):
     theirs: str  # its name, without the prefix
     ours: dict  # {our tensor: its rows}: one below the other they are theirs
     shape: list  # of theirs; the vocabulary has no padding
-    is_flipped: bool  # whether theirs is stored transposed
+    is_flipped: bool = False  # whether theirs is stored transposed
+    heads: int = 0  # above 0: ours alternate, with the rows of one of so many heads each
+    shift: int = 0  # theirs is ours minus this
+    lead: int = 0  # rows of theirs before those of ours
+
+    def to_ours(self, t):
+        """
+        {our name: float32 tensor} of their tensor, with zeros as padding of the vocabulary. What is float32
+        there is a view of it, which costs nothing until it is used if the file is mapped.
+        """
+        t = t.float() + self.shift if self.shift else t.float()
+        if self.is_flipped:
+            t = t.t().contiguous()
+        if self.lead:
+            t = t[self.lead:]
+        length = sum(self.ours.values())
+        if t.ndim and length > len(t):
+            t = F.pad(t, (0, 0, 0, length - len(t)))
+        if len(self.ours) == 1:
+            return dict.fromkeys(self.ours, t)
+        return dict(zip(self.ours, split(t, self.ours.values(), self.heads)))
+
+    def to_theirs(self, parts):
+        """Their tensor of ours, [tensor, …]."""
+        length = self.shape[-1] if self.is_flipped else self.shape[0]
+        t = join(parts, self.heads)[:length - self.lead]  # without the padding of the vocabulary
+        if self.shift:
+            t = t - self.shift
+        if self.lead:
+            t = torch.cat([t.new_zeros(self.lead, *t.shape[1:]), t])
+        return t.t() if self.is_flipped else t
+
+
+def split(t, lengths, heads=0):
+    """
+    The parts of a tensor, of these numbers of rows. heads: their rows alternate, those of one head of each
+    part after those of another.
+    """
+    lengths = list(lengths)
+    if not heads or len(lengths) == 1:
+        return t.split(lengths)
+    return [part.flatten(0, 1) for part in t.unflatten(0, (heads, len(lengths), -1)).unbind(1)]
+
+
+def join(parts, heads=0):
+    """The inverse of split()."""
+    if not heads or len(parts) == 1:
+        return torch.cat(parts)
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
 
 def name_rows(family, cfg):
     """
     The Row of every tensor of a model. Raises UserError if the model lacks a tensor that the family needs.
     """
-    names = dict(family.names(cfg))
+    names = family.names_of(cfg)
     if not names:
         return own_rows(cfg)
     if not cfg.tie:
-        names[HEAD] = 'head'
+        names[family.head] = 'head'
     encoder = min(1, cfg.n_encoder_layer)
-    shapes = shapes_of(dataclasses.replace(cfg, n_layer=1, n_encoder_layer=encoder, no_rope=[]))
+    shapes = shapes_of(dataclasses.replace(cfg, n_layer=1, n_encoder_layer=encoder, no_rope=[],
+                                           full_layers=[]))
     rows = []
     for theirs, ours in names.items():
         rows += rows_of(family, cfg, theirs, ours, 'weight', shapes)
@@ -141,7 +97,7 @@ def own_rows(cfg):
     rows = []
     for name, shape in shapes_of(cfg).items():
         length = shape[0] if shape else 1
-        rows.append(Row(name, {name: length}, shape, False))
+        rows.append(Row(name, {name: length}, shape))
     return rows
 
 
@@ -164,7 +120,8 @@ def rows_of(family, cfg, theirs, ours, kind, shapes):
         if shape is None:
             raise UserError(f'{part}: this network has no such tensor, and {family.architecture} wants one')
     lengths = [shape[0] for shape in part_shapes]
-    length = cfg.vocab_size if ours in ('wte', 'head') else sum(lengths)
+    lead = family.lead if ours == 'wpe' else 0
+    length = cfg.vocab_size if ours in ('wte', 'head') else lead + sum(lengths)
     shape = [length, *part_shapes[0][1:]]
 
     count = 1
@@ -175,5 +132,6 @@ def rows_of(family, cfg, theirs, ours, kind, shapes):
         name = f'{theirs}.{kind}'.replace('.N.', f'.{n}.')
         named = {part.replace('.N.', f'.{n}.'): part_length for part, part_length in zip(parts, lengths)}
         is_flipped = len(shape) == 2 and re.fullmatch(family.flipped, name) is not None
-        rows.append(Row(name, named, shape[::-1] if is_flipped else shape, is_flipped))
+        rows.append(Row(name, named, shape[::-1] if is_flipped else shape, is_flipped,
+                        family.heads_of(name, cfg), family.shift_of(name), lead))
     return rows

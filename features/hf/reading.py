@@ -11,14 +11,13 @@ import os
 import re
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from configurator import UserError, check
 from features.hf import llama2c
 from features.hf.config_json import Config, read_json
 from features.hf.families import FAMILIES
-from features.hf.names import HEAD, name_rows
+from features.hf.names import name_rows
 from tokenizer import new_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -82,7 +81,7 @@ def load(where):
         slices.setdefault(embedding, slices[copies[0]])
     if config.get('scale_decoder_outputs', None) is False and embedding in slices:
         # T5 1.1 by transformers 5: the head is not scaled
-        slices.setdefault(f'{HEAD}.weight', slices[embedding])
+        slices.setdefault(f'{family.head}.weight', slices[embedding])
     rows = checked_rows(folder, family, cfg, slices)
 
     # 2) is every tensor of the files used?
@@ -96,7 +95,7 @@ def load(where):
     # 3) the numbers
     weights = {}
     for row in rows:
-        weights |= read_row(slices[row.theirs], row)
+        weights |= row.to_ours(slices[row.theirs][...])
     return cfg, weights
 
 
@@ -123,7 +122,7 @@ def read_config(config, family):
 
 def embedding_of(family, cfg):
     """The name of the embedding in the files of a family."""
-    names = list(family.names(cfg))
+    names = list(family.names_of(cfg))
     if not names:  # ours
         return 'wte.weight'
     return f'{names[0]}.weight'
@@ -133,7 +132,7 @@ def copies_of_embedding(family, cfg, slices):
     """The other names under which the files store the embedding."""
     copies = []
     for name in slices:
-        if re.fullmatch(family.copies, name) or cfg.tie and name == f'{HEAD}.weight':
+        if re.fullmatch(family.copies, name) or cfg.tie and name == f'{family.head}.weight':
             copies.append(name)
     return copies
 
@@ -164,23 +163,6 @@ def checked_rows(folder, family, cfg, slices):
         if dtype not in ('F32', 'F16', 'BF16'):
             raise UserError(f'{folder}: {row.theirs}: {dtype}, takes float32, float16 or bfloat16')
     return rows
-
-
-def read_row(tensor, row):
-    """
-    {our name: float32 tensor} of one of their tensors, a slice of a file. What is float32 there is a view of
-    the mapped file, which costs nothing until it is used.
-    """
-    t = tensor[...].float()
-    if row.is_flipped:
-        t = t.t().contiguous()
-    length = sum(row.ours.values())
-    if t.ndim and length > len(t):
-        t = F.pad(t, (0, 0, 0, length - len(t)))  # the vocabulary's padding
-    if len(row.ours) == 1:
-        return dict.fromkeys(row.ours, t)
-    parts = t.split(list(row.ours.values()))
-    return dict(zip(row.ours, parts))
 
 
 # -----------------------------------------------------------------------------

@@ -145,10 +145,13 @@ def labels_of(target):
     if target in GROUPS:
         return [(label,) for label in GROUPS[target]]
     found = [(target,)]
-    from features.hf.names import GPT2, LLAMA, t5_names  # hf
-    of_families = [GPT2, LLAMA, t5_names(ModelConfig(mlp='relu')), t5_names(ModelConfig(mlp='geglu'))]  # hf
-    for names in of_families:  # hf
-        for theirs, ours in (names | {'lm_head': 'head', 'embed_tokens': 'wte'}).items():  # hf
+    from features.hf.families import FAMILIES  # hf
+    tables = [{'embed_tokens': 'wte'}]  # hf
+    for family in FAMILIES.values():  # hf
+        for mlp in ('relu', 'geglu'):  # hf: T5 has two lists of names
+            tables.append(family.names_of(ModelConfig(mlp=mlp)) | {family.head: 'head'})  # hf
+    for names in tables:  # hf
+        for theirs, ours in names.items():  # hf
             if theirs.split('.')[-1] == target:  # hf
                 found.append(tuple(re.sub(r'^(encoder|blocks)\.N\.', '', name)  # hf
                                    for name in ours.split()))  # hf

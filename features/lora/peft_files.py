@@ -42,10 +42,9 @@ def modules(family, cfg):
     of theirs.
     """
     from features.hf.families import FAMILIES
-    from features.hf.names import HEAD
     family, found = FAMILIES[family], {}
-    for theirs, ours in (family.names(cfg) | {HEAD: 'head'}).items():
-        theirs = theirs if theirs == HEAD else family.prefix + theirs
+    for theirs, ours in (family.names_of(cfg) | {family.head: 'head'}).items():
+        theirs = theirs if theirs == family.head else family.prefix + theirs
         # an adapter there says nothing in transformers 5: the stacks' own names for it are looked at
         if theirs == 'shared':
             found |= {'encoder.embed_tokens': ['wte_encoder'], 'decoder.embed_tokens': ['wte']}
@@ -66,11 +65,12 @@ def is_target(module, wanted):
 # -----------------------------------------------------------------------------
 # Out
 
-def fuse(layers, name):
+def fuse(layers, name, heads=0):
     """
     (A, B, magnitude or None, scale) of one of their matrices that consists of several of ours, in float32;
-    not all of ours need an adapter.
+    not all of ours need an adapter. heads: as in names.Row.
     """
+    from features.hf.names import join
     with_adapter = {layer: layer.lora[name] for layer in layers if name in getattr(layer, 'lora', ())}
     some = list(with_adapter.values())
     is_one, scale = len({id(adapter.A) for adapter in some}) == 1, some[0].scale
@@ -91,7 +91,7 @@ def fuse(layers, name):
                 raise UserError('lora_dora=True: q, k and v are one matrix there: '
                                 'give adapters to all of them, or to none')
             lengths.append(adapter.length)
-    return torch.cat(As), torch.cat(rows), torch.cat(lengths) if lengths else None, scale
+    return torch.cat(As), join(rows, heads), join(lengths, heads) if lengths else None, scale
 
 
 @torch.no_grad()
@@ -100,6 +100,7 @@ def write(folder, cfg, saved, family, base=''):
     Write a lora.Saved, for a model of this ModelConfig, in PEFT's format for the model of transformers'
     `family`: a new folder, complete or not at all. Raises UserError for features that PEFT does not have.
     """
+    from features.hf.families import FAMILIES
     model, name = adapters.blank(cfg), 'default'
     for tensor, t in saved.tensors.items():  # trained whole
         layer, _, kind = tensor.rpartition('.')
@@ -119,13 +120,14 @@ def write(folder, cfg, saved, family, base=''):
         layers = [named[part] for part in ours if part in named]
         if not any(name in getattr(layer, 'lora', ()) for layer in layers):
             continue
-        A, B, length, scales[theirs] = fuse(layers, name)
+        heads = FAMILIES[family].heads_of(f'{theirs}.weight', cfg)
+        A, B, length, scales[theirs] = fuse(layers, name, heads)
         ranks[theirs] = len(A)
         keys = (('lora_embedding_A', 'lora_embedding_B') if isinstance(layers[0], torch.nn.Embedding)
                 else ('lora_A.weight', 'lora_B.weight'))
         tensors |= {f'{theirs}.{keys[0]}': A, f'{theirs}.{keys[1]}': B} | (
             {} if length is None else {f'{theirs}.lora_magnitude_vector': length})
-    whole = write_whole(model, known, ranks, tensors)
+    whole = write_whole(model, known, ranks, tensors, FAMILIES[family])
     r, alpha = next(iter(ranks.values())), {module: scales[module] * rank for module, rank in ranks.items()}
     endings = sorted({module.rsplit('.', 1)[-1] for module in ranks})
     config = {
@@ -151,8 +153,9 @@ def write(folder, cfg, saved, family, base=''):
         replace_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
 
 
-def write_whole(model, known, ranks, tensors):
+def write_whole(model, known, ranks, tensors, family):
     """Add the fully trained tensors; returns the suffixes of the modules that PEFT must store fully."""
+    from features.hf.names import join
     trained, whole = {name: p for name, p in model.named_parameters()
                       if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
     for theirs, ours in known.items():
@@ -163,7 +166,9 @@ def write_whole(model, known, ranks, tensors):
             if (any(part is None for part in parts)
                     or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1)):
                 raise UserError(f'{ours[0]}.{kind}: is trained fully, which PEFT does not support here')
-            tensors[f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'] = torch.cat(parts)
+            tensor = f'{theirs}.{kind}'
+            t = join(parts, family.heads_of(tensor, model.cfg)) - family.shift_of(tensor)
+            tensors[f'{theirs}.base_layer.bias' if theirs in ranks else tensor] = t
             whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
     if trained:
         raise UserError(f'{min(trained)}: is trained fully, which PEFT does not support')
@@ -176,7 +181,7 @@ def family_of(cfg, base):
     from features.hf.families import FAMILIES, nearest
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
     if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
-            and FAMILIES[kind].names(cfg)):
+            and FAMILIES[kind].names_of(cfg)):
         return kind
     kind, in_the_way = nearest(cfg)
     if in_the_way:
@@ -241,20 +246,21 @@ class Reading:
     """One folder while it is read. tensors: {name: slice}; shapes are checked before a tensor is read."""
 
     def __init__(self, path, config, tensors, cfg):
-        from features.hf.families import FAMILIES
+        from features.hf.families import FAMILIES, nearest
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
         self.left = set(tensors)
         stems = {re.sub(
             r'\.(lora_|token_adapter\.|base_layer\.|original_module\.|modules_to_save\.|weight$|bias$).*', '',
             name) for name in tensors}
         fits = {kind: len(stems - modules(kind, cfg).keys()) for kind, family in FAMILIES.items()
-                if family.names(cfg)}
-        kind = min(fits, key=fits.get)
+                if family.names_of(cfg)}
+        own, _ = nearest(cfg)  # of several with the same names
+        kind = min(fits, key=lambda kind: (fits[kind], kind != own))
         if fits[kind] or not stems:
             stray = min(stems - modules(kind, cfg).keys(), default='no tensor')
             raise UserError(f'{path}: {stray}: no family that we know ({", ".join(fits)}) has this: '
                             'it is an adapter for another network')
-        self.modules = modules(kind, cfg)
+        self.modules, self.family = modules(kind, cfg), FAMILIES[kind]
 
     def refuse(self, what):
         raise UserError(f'{self.path}: {what}')
@@ -311,6 +317,7 @@ class Reading:
         return out
 
     def adapter(self, module, ours, sizes, out):
+        from features.hf.names import split
         n_in, n_out = sizes[ours[0]][1], sum(sizes[name][0] for name in ours)
         is_table = ours[0] in ('wte', 'wte_encoder', 'wpe')
         keys = ('lora_embedding_A', 'lora_embedding_B') if is_table else ('lora_A.weight', 'lora_B.weight')
@@ -324,15 +331,18 @@ class Reading:
         alpha = self.number('lora_alpha', 'alpha_pattern', module, 8)
         out.places.append(lora.Place(tuple(ours), len(A), alpha / (
             math.sqrt(len(A)) if self.config.get('use_rslora') else len(A))))
-        out.tensors[f'{ours[0]}.lora.A'] = A
+        first = next(name for name in sizes if name in ours)  # layers that share A store it once
+        out.tensors[f'{first}.lora.A'] = A
         rows = [sizes[name][0] for name in ours]
-        for name, part in zip(ours, B.split(rows)):
+        heads = self.family.heads_of(f'{module}.weight', self.cfg)
+        for name, part in zip(ours, split(B, rows, heads)):
             out.tensors[f'{name}.lora.B'] = part
-        for name, part in zip(ours, length.split(rows) if length is not None else ()):
+        for name, part in zip(ours, split(length, rows, heads) if length is not None else ()):
             out.tensors[f'{name}.lora.length'] = part
 
     def whole(self, out):
         """Everything that was trained in addition to adapters: rows of the embedding, norms and biases."""
+        from features.hf.names import split
         tokens = self.config.get('trainable_token_indices')
         if tokens:
             out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
@@ -362,4 +372,6 @@ class Reading:
             ours = [f'{part}.{kind}' for part in self.modules.get(module, ())]
             if ours and len(self.shape(name)) == 1 and all(part in own for part in ours):
                 lengths = [len(own[part]) for part in ours]
-                out.tensors |= zip(ours, self.take(name, sum(lengths)).split(lengths))
+                tensor = f'{module}.{kind}'
+                t = self.take(name, sum(lengths)) + self.family.shift_of(tensor)
+                out.tensors |= zip(ours, split(t, lengths, self.family.heads_of(tensor, self.cfg)))
