@@ -458,15 +458,9 @@ def open_data(s, start, ranks):
     if ranks.world > 1:  # scale
         from features.scale.guard import check_same_start  # scale
         check_same_start(ranks, asdict(s), data.fingerprint())  # scale
-
-    first, where = data.sources[0], ''
-    if start.weights is not None and not start.state:
-        setting, where = f'init_from={s.init_from}', s.init_from
-    elif start.state and s.eval_only:  # on other data than its own, perhaps
-        setting, where = f'dataset={first.name}', s.out_dir
-    if where:  # text
-        from features.text.folders import check_tokenizer  # text
-        ranks.from_first(lambda: check_tokenizer(setting, where, start.folder, first.files))  # text
+    if start.folder and (s.eval_only or not start.state):  # text
+        from features.text.folders import check_start  # text
+        ranks.from_first(lambda: check_start(s, start, data.sources[0]))  # text
     return data, val
 
 

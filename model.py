@@ -635,7 +635,7 @@ class Transformer(nn.Module):
     def hidden(self, idx, cache=None, pieces=None, *more):
         """The normalised output of the last block, (B, T, C). more: what else the blocks take."""
         T, numbers, mask = idx.size(1), torch.arange(idx.size(1), device=idx.device), None
-        if T > self.cfg.block_size:
+        if T > self.cfg.block_size and self.cfg.position != 'relative':
             raise ValueError(f'{T} tokens are longer than block_size={self.cfg.block_size}')
         if cache is not None:
             numbers, mask = cache.positions, cache.mask

@@ -88,11 +88,9 @@ class OptimConfig:
         """Whether Muon updates the matrices of the blocks. Raises UserError for an optimizer without code."""
         if self.optimizer == 'counts':  # markov
             return False  # markov
-        if self.optimizer == 'adamw':
-            return False
-        if self.optimizer == 'muon':
-            return True
-        raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw or muon')
+        if self.optimizer not in ('adamw', 'muon'):
+            raise UserError(f'optimizer={self.optimizer}: has no code in optim.py: use adamw or muon')
+        return self.optimizer == 'muon'
 
     @property
     def main_rate(self):

@@ -322,7 +322,7 @@ def adopt(s, cfg, where):
     chosen = set(only_in_training(cfg))
     if 'block_size' in s.given:
         chosen.add('block_size')
-        if s.block_size > cfg.block_size:
+        if s.block_size > cfg.block_size and cfg.position != 'relative':
             raise UserError(f'block_size={s.block_size}: '
                             f'the weights in {where} know {cfg.block_size} positions: lower it')
     if cfg.n_expert:  # moe
@@ -444,11 +444,9 @@ def describe(s, run, ranks):
             ranks.say(f'data: {source.too_long()}')
     if 'dataset' not in s.given and s.dataset == type(s)().dataset:  # else it is that of an evaluated run
         ranks.say(f'data: dataset={s.dataset} is the default; --dataset=NAME takes another')
-    for source in run.data.sources:  # text
-        if 'sha256' not in source.files.shards[0]:  # text: a folder of nanoGPT
-            from features.text.nanogpt import remark  # text
-            for line in remark(source.name, source.files):  # text
-                ranks.say(f'data: {line}')  # text
+    if not all('sha256' in source.files.shards[0] for source in run.data.sources):  # text: nanoGPT's folders
+        from features.text.nanogpt import describe_sources  # text
+        describe_sources(run.data.sources, ranks)  # text
     compiled = 'compiled' if s.compile else 'not compiled'
     ranks.say(f'device: {ranks.device}, {s.dtype}, {compiled}; processes: {ranks.world}, threads of each: '
               f'{torch.get_num_threads()}')

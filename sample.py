@@ -200,8 +200,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         tokens[row, :len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends = None if eot in (None, ()) else torch.tensor(eot, device=device)
-    # a compiled step is for one size of the cache: always T, so that it is never compiled again
-    size = T if compile else min(T, longest + max_new_tokens)
+    size = min(T, longest + max_new_tokens)
+    if compile:  # a step is compiled for every size, and reads all of the cache
+        size = min(T, max(256, 2 ** (size - 1).bit_length()))
     cache = KVCache(model, size, compile) if use_cache else None
     start = 0  # of the window that the network reads
     for end in range(shortest, longest + max_new_tokens):
@@ -431,7 +432,7 @@ def encode_prompt(text, tokenizer, cfg):
     form, most, what = tokenizer.prompt_format, cfg.block_size, 'the prompt'
     if cfg.n_encoder_layer:  # t5
         from features.t5.sampling import source_format  # t5
-        form, most, what = source_format(tokenizer), cfg.source_context, 'what the encoder reads'  # t5
+        form, most, what = source_format(tokenizer), cfg.source_limit, 'what the encoder reads'  # t5
     ids = form.add_to(tokenizer.encode_special(text), tokenizer.eot or 0)
     if max(ids) >= cfg.vocab_size:
         name = tokenizer.decode([max(ids)])
@@ -477,7 +478,7 @@ def sample_of_training(model, s, data, ranks, form=None):
     prompts = [encode_prompt(text, tokenizer, model.cfg)]
     if model.cfg.n_encoder_layer:  # t5
         from features.t5.sampling import read_sources  # t5
-        model, prompts = read_sources(model, tokenizer, prompts)  # t5
+        model, prompts = read_sources(model, tokenizer, prompts, s.sample_tokens)  # t5
     arrow = ' → ' if tokenizer.prompt_format.suffix else ''  # after a text that is read before another
     yield text.removeprefix(tokenizer.eot_text) + arrow
     # Blocks that are compiled one by one would be compiled for every length of a sample, up to the limit
@@ -505,7 +506,7 @@ def print_samples(text, model, tokenizer, s, generator, compile, adapters=()):
     print(texts[0], end='', flush=True)
     if model.cfg.n_encoder_layer:  # t5
         from features.t5.sampling import read_sources  # t5
-        model, prompts = read_sources(model, tokenizer, prompts)  # t5
+        model, prompts = read_sources(model, tokenizer, prompts, s.max_new_tokens)  # t5
     if s.num_beams:  # t5
         from features.t5.beams import print_best  # t5
         return print_best(model, tokenizer, prompts[0], s)  # t5

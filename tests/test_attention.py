@@ -33,7 +33,10 @@ def test_golden_values():
     assert by_sum == [90, 1, 31, 60]
     assert ([(rank(uniform(T)).item(), mass(uniform(T)).item()) for T in (64, 128, 256, 512, 1024)]
             == [(5, 21), (5, 37), (6, 67), (7, 121), (7, 221)])
-    assert nulls(100) == {'uniform': (5, 30), 'sink': (1, 1), 'identity': (90, 90)}
+    harmonic = sum(1 / n for n in range(1, 101)) / 100
+    assert {name: values[:2] for name, values in nulls(100).items()} == {
+        'uniform': (5, 30), 'sink': (1, 1), 'identity': (90, 90)}
+    assert [values[2] for values in nulls(100).values()] == pytest.approx([harmonic, 1, 0.01])
 
 
 @pytest.mark.parametrize('deviation, ranks, masses', [(1, 20, 33), (4, 32, 34)])
@@ -103,7 +106,18 @@ def test_zero_logits_are_the_uniform_null_and_the_gradients_are_autograds():
     for block in model.blocks:
         block.attn.q.up.weight.data.zero_()
         block.attn.q.up.bias.data.zero_()
-    assert {(r['rank'], r['mass']) for r in measure(model, [x])} == {tuple(map(float, nulls(32)['uniform']))}
+    for record in measure(model, [x]):
+        figures = record['rank'], record['mass'], record['first']
+        assert figures == pytest.approx(nulls(32)['uniform'])
+
+
+def test_the_share_on_the_first_token_is_a_mean_over_positions_and_sequences():
+    model, seen = random_model(), []
+    x = ids()
+    with watching(seen.append):
+        model.hidden(x)
+    found = [record['first'] for record in measure(model, [x[:1], x[1:]])]
+    assert found == pytest.approx([A[:, head, :, 0].mean().item() for A in seen for head in range(2)])
 
 
 # --- as a user runs it ---

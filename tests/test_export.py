@@ -3,10 +3,12 @@ hub.py export: transformers computes what we compute, from a folder as it expect
 is refused, or goes as our own.
 """
 import dataclasses
+import io
 import json
 import os
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from conftest import one_line, run
@@ -25,10 +27,11 @@ from features.hf.export import export, stock
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
+from features.hf.tokenizer_json import to_json
 from hub import ExportSettings
 from model import ModelConfig, make_model
 from sample import generate
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, SentencePieceTokenizer, new_tokenizer
 
 LLAMA = dict(mlp='swiglu', qk_norm=False)
 GPT2 = dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
@@ -39,6 +42,7 @@ def written(out_dir, model, tokenizer, **more):
     state = {'step': 0, 'model': dataclasses.asdict(model.cfg), 'settings': {},
              'tokenizer': tokenizer.describe(), **more}
     checkpoint.save(str(out_dir), 0, model.state_dict(), {}, state)
+    tokenizer.save(os.path.join(out_dir, 'step_00000000'))
     return str(out_dir)
 
 
@@ -373,3 +377,59 @@ def test_as_custom_a_padded_row_is_what_it_is_alone(settings, tmp_path):
     assert torch.isclose(loss, sum(losses) / (mask.sum() - 4))
     with pytest.raises(ValueError, match=r'attention_mask: takes the shape of input_ids, \[4, 9\]'):
         other(x, attention_mask=mask[:, :5])
+
+
+def small_sentencepiece(**settings):
+    """A sentencepiece tokenizer of others, with <s> and </s>, which sets a blank before every text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(['once upon a time there was a cat', 'the cat was there'] * 30),
+        model_writer=model, minloglevel=2, byte_fallback=True, hard_vocab_limit=False,
+        **dict(model_type='bpe', vocab_size=290) | settings)
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def described_there(tmp_path, tokenizer, **more):
+    """(transformers' tokenizer, minnow's) of an exported run, and its tokenizer_config.json."""
+    settings = dict(LLAMA, vocab_size=tokenizer.vocab_size) | more.pop('network', {})
+    out_dir = written(tmp_path / 'run', network(**settings), tokenizer, **more)
+    export(ExportSettings(out_dir, f'{tmp_path}/hf'))
+    fields = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text())
+    return AutoTokenizer.from_pretrained(f'{tmp_path}/hf'), sample.load(out_dir, encoder=True)[1], fields
+
+
+@pytest.mark.parametrize('kind', ['byte', 'sentencepiece', 'json'])
+@pytest.mark.parametrize('begin', [True, False])
+def test_the_ids_of_a_prompt_are_ours(kind, begin, tmp_path):
+    """
+    With and without special tokens. A tokenizer.json that writes <s> before a text is of no matter to a
+    network that was trained without.
+    """
+    tokenizer = ByteTokenizer() if kind == 'byte' else small_sentencepiece()
+    first = 256 if kind == 'byte' else tokenizer.sp.bos_id()
+    if kind == 'json':
+        data = to_json(tokenizer, ((first,), ())).encode()
+        (tmp_path / 'tokenizer.json').write_bytes(data)
+        tokenizer = new_tokenizer(f'{tmp_path}/tokenizer.json')
+        assert tokenizer.bos() == (first,)
+    there, here, fields = described_there(tmp_path, tokenizer, begin=[first] * begin)
+    for text in ('the cat', ' was there', 'x  y\n', '12 — é', ''):
+        assert there(text, add_special_tokens=False).input_ids == here.encode_special(text)
+        assert there(text).input_ids == [*here.prompt_format.bos, *here.encode_special(text)]
+    assert here.prompt_format.bos == (first,) * begin
+    # so that llama.cpp, which reads the sentencepiece model, writes the same
+    assert fields['add_bos_token'] == begin and fields['add_eos_token'] is False
+    assert fields['add_prefix_space'] == (kind != 'byte')
+    assert fields['unk_token'] == ('<|endoftext|>' if kind == 'byte' else '<unk>')
+
+
+def test_what_an_encoder_reads_ends_there_too(tmp_path):
+    there, here, fields = described_there(tmp_path, small_sentencepiece(), settings={'objective': 'prefix'},
+                                          network=dict(T5, n_kv_head=4, head_dim=8))
+    assert there('the cat').input_ids == [*here.encode('the cat'), here.eot] and fields['add_eos_token']
+
+
+def test_the_pad_token_is_known_to_generate(tmp_path):
+    exported(tmp_path, network(**LLAMA))
+    assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['pad_token_id'] == 256
+    assert 'pad_token_id' not in json.loads((tmp_path / 'hf/config.json').read_text())  # trained there

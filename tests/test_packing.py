@@ -150,7 +150,7 @@ def test_a_step_on_all_pairs_is_the_same_packed_and_padded_with_a_teacher_too(pa
 def test_moments_of_packed_pairs_are_those_of_padded_ones(pairs, monkeypatch):
     def moments(packing):
         data = Mixture(pairs, 'train', 64, seed=1, packing=packing, objective=Objective('seq2seq'))
-        monkeypatch.setattr(factorize, 'SAMPLE', data.sources[0].rows * 64)
+        monkeypatch.setattr(factorize, 'sample_tokens', lambda model: data.sources[0].rows * 64)
         return factorize.input_moments(network(), data)
     packed, padded = moments('stream'), moments('document')
     assert all(torch.allclose(t, padded[name], atol=1e-6 * t.abs().max()) for name, t in packed.items())

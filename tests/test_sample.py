@@ -88,6 +88,17 @@ def test_one_graph_is_compiled_whatever_the_lengths():
     assert counts['stats']['unique_graphs'] == 1 and not counts['graph_break']
 
 
+def test_a_compiled_step_reads_a_cache_of_the_length_of_the_text(monkeypatch):
+    """A text of 200 tokens must not cost what one of 8,192 does."""
+    sizes = []
+    monkeypatch.setattr(sample, 'KVCache',
+                        lambda model, size, compile: sizes.append(size) or KVCache(model, size))
+    for context, prompt, n in ((24, 3, 5), (600, 3, 5), (600, 3, 253), (600, 3, 254), (600, 500, 500)):
+        m = model(n_layer=1, block_size=context)
+        next(generate(m, [[1] * prompt], n, temperature=0, compile=True))
+    assert sizes == [24, 256, 256, 512, 600]
+
+
 def test_what_the_mask_hides_changes_nothing():
     m, x = model(), torch.tensor([[1, 2, 3, 4, 5]])
     caches = [KVCache(m, 5), KVCache(m, 24, compile=True)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import one_line, read_log, run, train, write_dataset
 from test_hub import saved
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from batches import Mixture
@@ -17,6 +18,7 @@ from checkpoint import fill, load_model
 from configurator import UserError
 from features import build
 from features.commands import configure_command
+from features.growth import runs
 from features.growth.commands import run_factorize
 from features.growth.factorize import decompose, factorize, factors, input_moments
 from features.hf import reading
@@ -96,6 +98,27 @@ def test_the_moments_are_those_of_the_inputs_without_the_padding(dataset, packin
     assert moments.keys() == all_ranks(model, 0).keys() and (packing == 'stream' or len(x) < 0.9 * 2 ** 16)
     torch.testing.assert_close(moments['blocks.1.mlp.down'], (x.T @ x / len(x)).double(), rtol=1e-4,
                                atol=1e-6)
+
+
+def test_layers_with_the_same_input_share_its_moments(dataset, monkeypatch):
+    """Queries, keys and values have one, gate and up another; each is multiplied once."""
+    model, data = random_model(mlp='swiglu', d_ff=48), Mixture(dataset, 'train', 32, 0)
+    seen = {}
+    for name, layer in model.blocks[1].named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
+    monkeypatch.setattr('features.growth.factorize.sample_tokens', lambda model: 8 * 32)
+    x = torch.from_numpy(data.rows(range(8))[0])
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.eval().hidden(x)
+    with FlopCounterMode(display=False) as counter:
+        moments = input_moments(model, data)
+    for name, x in seen.items():
+        x = x.flatten(0, 1).double()
+        torch.testing.assert_close(moments[f'blocks.1.{name}'], x.T @ x / len(x))
+    assert len(seen) == 7
+    squares = 2 * (3 * 32 ** 2 + 48 ** 2)  # two blocks; the inputs of attention, its output, MLP; of down
+    assert counter.get_total_flops() - forward.get_total_flops() == 2 * 8 * 32 * squares
 
 
 @pytest.mark.parametrize('energy', [0.5, 0.8])
@@ -281,6 +304,26 @@ def test_the_average_of_checkpoints_is_the_mean_of_their_weights(dataset, tmp_pa
     parts = [weights_of(whole / f'step_{n:08d}') for n in (10, 20)]
     assert all(torch.allclose(t, (parts[0][name] + parts[1][name]) / 2)
                for name, t in weights_of(tmp_path / 'mean').items())
+
+
+def test_a_long_context_and_a_large_network_are_measured_on_less(dense, tmp_path, monkeypatch, capsys):
+    """Losses of rows shorter than the context are printed, but are no record for compare.py."""
+    def factorized(name):
+        run_factorize(FactorizeSettings(dense, f'{tmp_path}/{name}', rank_mlp=16))
+        return checkpoint.load_state(checkpoint.find(f'{tmp_path}/{name}'))
+    state = factorized('all')
+    assert state['settings']['eval_iters'] == 0  # the whole split
+    monkeypatch.setattr(runs, 'LEAST', 800)
+    monkeypatch.setattr(runs, 'EFFORT', 1e3)
+    state = factorized('fewer')
+    assert state['settings']['eval_iters'] == 800 // 32 // 12
+    assert 'losses: of rows' not in capsys.readouterr().out and read_log(tmp_path / 'fewer')
+    monkeypatch.setattr(runs, 'ROW', 16)
+    state = factorized('shorter')
+    assert state['model']['block_size'] == state['settings']['block_size'] == 32
+    said = capsys.readouterr().out
+    assert 'losses: of rows of 16 tokens, the context has 32' in said and 'val_loss' in said
+    assert not (tmp_path / 'shorter/log.jsonl').exists()
 
 
 def test_surgery_that_cannot_be_done_writes_nothing(dense, tmp_path):

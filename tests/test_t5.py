@@ -3,6 +3,7 @@ Encoder-decoders: T5 and Flan-T5 have the logits of transformers, both ways, and
 writes; our own kinds of positions do what they say; padding, the cache and the other rows of a batch change
 nothing.
 """
+import json
 import math
 
 import pytest
@@ -23,11 +24,11 @@ from features.hf import reading
 from features.lora.packed import pack
 from features.t5.beams import beam_search
 from features.t5.positions import RelativeBias
-from features.t5.sampling import Decoder, pad
+from features.t5.sampling import Decoder, pad, read_sources
 from features.t5.settings import READ
 from model import ModelConfig, autocast, make_model
 from sample import KVCache, generate, step
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, PromptFormat
 from train import Settings
 
 transformers.logging.set_verbosity_error()
@@ -82,6 +83,55 @@ def test_t5_has_the_logits_of_transformers(settings, tmp_path):
             ours(tmp_path)(torch.tensor(targets), source=pad(sources, 'cpu')))
     assert a.shape == b.shape and a.std() > 0.1
     assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+LONG = T5 | dict(num_layers=1, num_decoder_layers=1, n_positions=16)  # that is a length in training
+
+
+@torch.no_grad()
+def test_texts_beyond_the_length_of_training_are_read_and_written_as_in_transformers(tmp_path):
+    model, sources, targets = theirs(**LONG), texts([600, 40]), texts([550] * 2, seed=2)
+    model.save_pretrained(tmp_path)
+    mine = ours(tmp_path)
+    assert mine.cfg.block_size == 16
+    a, b = their_logits(model, sources, targets), mine(torch.tensor(targets), source=pad(sources, 'cpu'))
+    assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    model = theirs(**LONG, std=0.6)
+    model.save_pretrained(tmp_path)
+    mine, ids = ours(tmp_path), pad(sources[:1], 'cpu')
+    wanted = model.generate(input_ids=ids, max_new_tokens=60, min_new_tokens=60, do_sample=False,
+                            eos_token_id=None)[0, 1:].tolist()
+    tokenizer = ByteTokenizer().with_format(PromptFormat(bos=(0,)))
+    for use_cache in (True, False):
+        decoder, prompts = read_sources(mine, tokenizer, sources[:1], 60)
+        found = torch.cat(list(generate(decoder, prompts, 60, temperature=0, use_cache=use_cache)))
+        assert found.tolist() == wanted, use_cache
+    assert beam_search(decoder, [0], 60, 1) == wanted
+
+
+def test_the_scripts_read_write_and_train_on_more_tokens_than_n_positions(tmp_path):
+    folder, text = exported(tmp_path, tiny(**OURS, block_size=16).eval()), 'a b c d ' * 20
+    other, end = T5ForConditionalGeneration.from_pretrained(folder), ByteTokenizer().eot
+    wanted = other.generate(torch.tensor([[*text.encode(), end]]), max_new_tokens=40, do_sample=False)
+    wanted = [i for i in wanted[0, 1:].tolist() if i != end]
+    done = run('sample.py', f'--init_from=hf:{folder}', f'--start={text}', '--max_new_tokens=40',
+               '--temperature=0', '--num_samples=1')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split('\n----')[0] == ByteTokenizer().decode(wanted)
+    pairs = tmp_path / 'pairs.jsonl'
+    pairs.write_text(''.join(json.dumps({'q': f'{n} {text}', 'a': text[:50]}) + '\n' for n in range(20)))
+    done = run('eval.py', 'summaries', f'--out_dir=hf:{folder}', pairs, '--source=q', '--target=a',
+               '--max_new_tokens=20', '--limit=2', f'--csv={tmp_path}/out.csv')
+    assert done.returncode == 0 and 'cut to' not in done.stdout, done.stdout + done.stderr
+    done = run('prepare.py', pairs, '--source=q', '--target=a', '--tokenizer=byte', '--val_fraction=0.3',
+               f'--out={tmp_path}/data')
+    assert done.returncode == 0, done.stderr
+    done = run('train.py', f'--init_from=hf:{folder}', f'--dataset={tmp_path}/data', '--objective=seq2seq',
+               f'--out_dir={tmp_path}/tuned', '--source_size=170', '--block_size=60', '--batch_size=2',
+               '--max_iters=1', '--eval_iters=1', '--sample_tokens=70', '--device=cpu', '--dtype=float32')
+    assert done.returncode == 0 and 'cut to' not in done.stdout, done.stdout + done.stderr
+    cfg, _, _ = checkpoint.read_model(f'{tmp_path}/tuned', encoder=True)
+    assert (cfg.block_size, cfg.source_size) == (60, 170)
 
 
 @torch.no_grad()
@@ -348,8 +398,6 @@ def test_sample_writes_what_transformers_writes(tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['sample.py', '--init_from=hf:{}', '--start=' + 'x' * 40], 'what the encoder reads has 41 tokens'),
-    (['sample.py', '--init_from=hf:{}', '--num_beams=2'], 'max_new_tokens=300'),
     (['hub.py', 'export', '--out_dir={}/../run', '--to={}x', '--as=custom'], 'is an encoder-decoder'),
     (['eval.py', 'text', '--out_dir=hf:{}', '{}/../text.txt'], 'is an encoder-decoder'),
     (['surgery.py', 'inherit', '--from=hf:{}', '--layers=0', '--out_dir={}/x'], 'is an encoder-decoder'),
@@ -386,7 +434,7 @@ def test_a_setting_that_its_blocks_do_not_read_has_to_be_at_its_default(monkeypa
 
 
 def test_a_network_says_when_its_source_is_missing_or_too_long():
-    model, x = network(), torch.ones(1, 4, dtype=torch.long)
+    model, x = network(position='rope'), torch.ones(1, 4, dtype=torch.long)
     for wrong, words in ((lambda: model(x), 'takes a source'),
                          (lambda: model(x, source=x.new_ones(1, 33)), 'source_size=32')):
         with pytest.raises(ValueError, match=words):

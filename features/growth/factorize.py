@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from features.growth.networks import refuse_unknown
-from features.growth.runs import SAMPLE
+from features.growth.runs import sample_tokens
 
 # -----------------------------------------------------------------------------
 # What a layer reads
@@ -31,24 +31,28 @@ def dense_layers(model):
 @torch.no_grad()
 def input_moments(model, data):
     """
-    {name: E[x·xᵀ] (n_in, n_in), float64} of the inputs x of every dense layer of the blocks, from at most
-    SAMPLE tokens of a Mixture, without padding.
+    {name: E[x·xᵀ] (n_in, n_in), float64} of the inputs x of every dense layer of the blocks, from about
+    sample_tokens() of a Mixture, without padding.
     """
     layers = dense_layers(model)
     sums = {name: 0 for name in layers}
     tokens = 0
     real = None  # (B, T) bool: the tokens of the rows that the model reads now
+    last = None, None  # the last input and its x·xᵀ: queries, keys and values have the same, gate and up too
 
     def watch(name):
         def hook(layer, args):
-            # (B, T, n_in) → (N, n_in); float32 would round by more than decompose's ridge
-            x = args[0][real].double()
-            sums[name] = sums[name] + x.T @ x
+            nonlocal last
+            if args[0] is not last[0]:
+                # (B, T, n_in) → (N, n_in); float32 would round by more than decompose's ridge
+                x = args[0][real].double()
+                last = args[0], x.T @ x
+            sums[name] = sums[name] + last[1]
         return hook
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
 
     model.eval()
-    rows = max(1, SAMPLE // model.cfg.block_size)
+    rows = max(1, sample_tokens(model) // data.sources[0].block_size)
     for first in range(0, rows, 8):
         x, y, *more = (torch.from_numpy(a) for a in data.rows(range(first, min(first + 8, rows))))
         real = y >= 0

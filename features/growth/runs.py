@@ -25,6 +25,9 @@ from run import OneProcess
 from tokenizer import PromptFormat
 
 SAMPLE = 2 ** 16  # tokens to measure losses and inputs on
+ROW = 1024  # tokens of a row at most: 12 rows of 8,192 tokens would take a laptop ten minutes and 5 GB
+EFFORT = 4e12  # FLOPs of a forward pass at most, a minute: a large network is measured on fewer tokens,
+LEAST = 2 ** 12  # but on no fewer than this
 
 
 @dataclass
@@ -39,6 +42,11 @@ class Old:
     tokenizer_folder: str  # where the files of the tokenizer are
     begin: tuple  # (id,) of the start token before a text, or ()
     form: PromptFormat  # what stands around its prompts
+
+
+def sample_tokens(model):
+    """Number of tokens to measure losses and inputs of a model on, from LEAST to SAMPLE."""
+    return max(LEAST, min(SAMPLE, int(EFFORT / (2 * model.num_params()))))
 
 
 # -----------------------------------------------------------------------------
@@ -92,8 +100,12 @@ def open_data(s, where, cfg, state, form):
     if cfg.n_encoder_layer or settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.objectives import find_objective  # t5
         objective = find_objective(settings, cfg, form)  # t5
+    length = cfg.block_size
+    shorter = 0  # length of the rows, if they are shorter than the context
+    if objective is None and length > ROW:
+        length = shorter = ROW
     try:
-        data = Mixture(name, 'train', cfg.block_size, 0, settings.get('packing', 'stream'),
+        data = Mixture(name, 'train', length, 0, settings.get('packing', 'stream'),
                        objective, tuple(state.get('begin', ())))
     except UserError as error:
         if s.dataset != 'auto':
@@ -102,26 +114,28 @@ def open_data(s, where, cfg, state, form):
         return None, []
     val = []  # without the folder study: no losses
     from features.study.validation import validation_sources  # study
-    val = validation_sources(where, cfg, name)  # study
+    val = validation_sources(where, cfg, name, shorter)  # study
     return data, val
 
 
 # -----------------------------------------------------------------------------
 # Losses
 
-def loss_settings(cfg, val):
-    """The settings of the losses: about SAMPLE validation tokens, or all if there are fewer."""
-    count = max(1, SAMPLE // cfg.block_size // EVAL_ROWS)
+def loss_settings(models, val):
+    """
+    The settings of the losses of several models on the same tokens: about sample_tokens() of the largest, or
+    all if there are fewer.
+    """
+    tokens = min(sample_tokens(model) for model in models)
+    count = max(1, tokens // val[0].block_size // EVAL_ROWS)
     if all(source.rows <= EVAL_ROWS * count for source in val):
         count = 0  # all
     return {'eval_iters': count, 'batch_size': 4}
 
 
-def losses(model, val):
-    """{'val_loss', 'val_bpb'} of a model on these Sources; {} if there are none."""
-    if not val:
-        return {}
-    s = SimpleNamespace(**loss_settings(model.cfg, val), dtype='float32')
+def losses(model, val, how):
+    """{'val_loss', 'val_bpb'} of a model on these Sources. how: loss_settings()."""
+    s = SimpleNamespace(**how, dtype='float32')
     return evaluate(model, val, s, OneProcess(torch.device('cpu')))
 
 
@@ -134,8 +148,19 @@ def write(s, command, old, cfg, weights):
     UserError if it cannot be written.
     """
     new = fill(cfg, weights, s.out_dir)
-    after = losses(new, old.val)
-    report(old, new, losses(old.model, old.val), after)
+    how = {}
+    before = {}
+    after = {}
+    is_short = False  # the rows are shorter than the context
+    if old.val:
+        how = loss_settings((old.model, new), old.val)
+        before = losses(old.model, old.val, how)
+        after = losses(new, old.val, how)
+        is_short = old.val[0].block_size < cfg.block_size
+    if is_short:
+        print(f'losses: of rows of {old.val[0].block_size:,} tokens, the context has {cfg.block_size:,}; '
+              'they are not in log.jsonl')
+    report(old, new, before, after)
 
     settings = {}
     for name, value in old.settings.items():
@@ -144,12 +169,12 @@ def write(s, command, old, cfg, weights):
     settings |= dataclasses.asdict(cfg)
     settings |= {'out_dir': s.out_dir, 'init_from': s.from_, 'max_iters': 0}
     if old.data is not None:  # so that compare.py knows which tokens the loss is of
-        settings |= loss_settings(cfg, old.val)
+        settings |= how
         if s.dataset != 'auto':
             settings['dataset'] = s.dataset
     state = new_state(command, cfg, settings, old.tokenizer, old.begin)
     state['prompt'] = old.form.as_json()
-    write_run(s.out_dir, weights, state, old.tokenizer_folder, after)
+    write_run(s.out_dir, weights, state, old.tokenizer_folder, {} if is_short else after)
     print(f'written: {s.out_dir}; '
           f'python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
 

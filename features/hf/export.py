@@ -17,8 +17,9 @@ from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
-from features.hf.tokenizer_json import spelling, to_json
+from features.hf.tokenizer_json import adds_space, spelling, to_json
 from model import ModelConfig
+from sample import stored_format
 from tokenizer import load_tokenizer
 
 
@@ -59,22 +60,21 @@ def export(s):
 
     # 2) the files beside it
     tokenizer = load_tokenizer(state['tokenizer'], folder)
-    form = checkpoint.inherited_format(s.out_dir, folder, cfg)
-    ends = end_tokens(tokenizer, form, cfg)
+    form = stored_format(state, tokenizer)
+    around = added_tokens(tokenizer, form, cfg)
+    ends = end_tokens(tokenizer, form, around, cfg)
     files = {
         'config.json': fields | {'vocab_size': cfg.vocab_size, 'dtype': s.dtype} | ends,
-        'generation_config.json': ends,
+        'generation_config.json': {'pad_token_id': tokenizer.eot} | ends,
     }
     text = ''
     if tokenizer.kind == 'unknown':
         print('no tokenizer is written: that of the data is not known')
     else:
-        text = to_json(tokenizer, () if cfg.n_encoder_layer else form.bos)
-        files['tokenizer_config.json'] = tokenizer_config(text, ends, tokenizer.eot, cfg)
+        text = to_json(tokenizer, around)
+        files['tokenizer_config.json'] = tokenizer_config(text, ends, tokenizer, form, around, cfg)
         if 'added' in tokenizer.more:  # for whoever reads tokenizer.model
             files['added_tokens.json'] = tokenizer.more['added']
-        if form.names:  # the tokens that the chat template names, no others
-            files['tokenizer_config.json'] |= {'bos_token': None, **dict(form.names)}
 
     # 3) to the disk
     with new_folder(s.to) as new:
@@ -172,27 +172,60 @@ def export_adapter(s, folder, state, cfg):
 # -----------------------------------------------------------------------------
 # Tokens
 
-def end_tokens(tokenizer, form, cfg):
-    """{field of config.json: token} of the beginning and end of a text. form: the network's PromptFormat."""
+def added_tokens(tokenizer, form, cfg):
+    """
+    (ids before a text, ids after it) of a prompt, or of what an encoder reads. form: the network's
+    PromptFormat.
+    """
+    if cfg.n_encoder_layer:  # t5
+        from features.t5.sampling import source_format  # t5
+        form = source_format(tokenizer.with_format(form))  # t5
+    return (*form.bos, *form.prefix), form.suffix
+
+
+def end_tokens(tokenizer, form, around, cfg):
+    """
+    {field of config.json: token} of the beginning and end of a text. form: the network's PromptFormat;
+    around: added_tokens().
+    """
     last = form.ends or (tokenizer.eot,)
+    start = form.bos[0] if form.bos else tokenizer.eot
     ends = {
-        'bos_token_id': form.bos[0] if form.bos else tokenizer.eot,
+        'bos_token_id': start,
         'eos_token_id': list(last) if len(last) > 1 else last[0],
     }
     if cfg.n_encoder_layer:
-        start = form.bos[0] if form.bos else tokenizer.eot
         ends['decoder_start_token_id'] = start
         ends['pad_token_id'] = start
+    elif around[0]:
+        ends['bos_token_id'] = around[0][0]
     return ends
 
 
-def tokenizer_config(text, ends, eot, cfg):
-    """The content of tokenizer_config.json; text: that of tokenizer.json."""
-    return {
-        'tokenizer_class': 'PreTrainedTokenizerFast',
+def tokenizer_config(text, ends, tokenizer, form, around, cfg):
+    """
+    The content of tokenizer_config.json. text: that of tokenizer.json; form: the network's PromptFormat;
+    around: added_tokens().
+    """
+    end = spelling(text, tokenizer.eot)
+    names = {
         'bos_token': spelling(text, ends['bos_token_id']),
-        'eos_token': spelling(text, eot),
-        'pad_token': spelling(text, eot),  # or transformers and lm-eval refuse texts of unlike lengths
+        'eos_token': end,
+        'pad_token': end,  # or transformers and lm-eval refuse texts of unlike lengths
+        'unk_token': end if tokenizer.unk < 0 else spelling(text, tokenizer.unk),  # CTranslate2 needs one
+    }
+    if form.names:  # the tokens that the chat template names, no others
+        names |= {'bos_token': None, **dict(form.names)}
+    fields = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        **names,
+        'add_prefix_space': adds_space(text),
         'model_max_length': cfg.block_size,
         'clean_up_tokenization_spaces': False,
     }
+    # for programs that do not read them from tokenizer.json, as llama.cpp with a sentencepiece model
+    for field, name, added in (('add_bos_token', 'bos_token', around[0]),
+                               ('add_eos_token', 'eos_token', around[1])):
+        if [spelling(text, token) for token in added] in ([], [names[name]]):
+            fields[field] = added != ()
+    return fields

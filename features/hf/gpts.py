@@ -86,6 +86,7 @@ def gpt2_wants(cfg):
 def gpt2_fields(cfg):
     return {
         'n_positions': cfg.block_size,
+        'n_ctx': cfg.block_size,  # its name in GPT-2's own files, and in llama.cpp's converter
         'n_layer': cfg.n_layer,
         'n_head': cfg.n_head,
         'n_embd': cfg.n_embd,

@@ -193,19 +193,36 @@ PROBE = ('Once upon a time, there was a bird.\n\n'
          "don't\r\n   ")
 
 
-def to_json(tokenizer, begin=()):
+def to_json(tokenizer, around=None):
     """
-    The content of a tokenizer.json. begin: (id,) of a start token that the library adds before every text.
-    Raises UserError if the tokenizers library cannot represent `tokenizer`.
+    The content of a tokenizer.json. around: (ids that the library adds before every text, ids after it);
+    None: those of the tokenizer's own file, if it has one. Raises UserError if the tokenizers library cannot
+    represent `tokenizer`.
     """
     text = plain(tokenizer)
-    if not begin:
+    if around is None:
         return text
     import tokenizers
-    theirs, first = tokenizers.Tokenizer.from_str(text), spelling(text, begin[0])
-    template = tokenizers.processors.TemplateProcessing
-    theirs.post_processor = template(f'{first} $A', special_tokens=[(first, begin[0])])
+    theirs = tokenizers.Tokenizer.from_str(text)
+    before, after = (list(ids) for ids in around)
+    probe = theirs.encode('a', add_special_tokens=False).ids
+    if theirs.encode('a').ids == [*before, *probe, *after]:
+        return text
+    names = {token: spelling(text, token) for token in (*before, *after)}
+    steps = [*(names[token] for token in before), '$A', *(names[token] for token in after)]
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single=steps, special_tokens=[(name, token) for token, name in names.items()])
     return theirs.to_str(pretty=True)
+
+
+def adds_space(text):
+    """Whether the tokenizer in a tokenizer.json with this content writes a blank before every text."""
+    import tokenizers
+    theirs = tokenizers.Tokenizer.from_str(text)
+    first = 'a' if theirs.normalizer is None else theirs.normalizer.normalize_str('a')
+    if theirs.pre_tokenizer is not None:
+        first = theirs.pre_tokenizer.pre_tokenize_str(first)[0][0]
+    return first[0] in (' ', '▁', BYTE_CHARS[ord(' ')])
 
 
 def spelling(text, token):

@@ -6,8 +6,10 @@ A of each head, and how many tokens it attends to. A is (T, T), after the softma
 
     rank   the least k for which the k largest squared singular values of A are 90% of all
     mass   the least m for which the m columns of A with the largest squared norms are 90% of |A|²
+    first  the mean of the first column: the share of the attention on the first token. Trained networks
+           often have such an attention sink (Xiao et al. 2023, arXiv 2309.17453)
 
-Both are means over sequences. MaxRank of a layer is the largest rank of its heads, AvgMass the mean mass of
+All are means over sequences. MaxRank of a layer is the largest rank of its heads, AvgMass the mean mass of
 its heads. A layer with MaxRank 1 is called lazy: all its heads attend in the same way at all positions. For
 comparison, the table also lists three simple patterns: attend to all tokens equally (uniform), only to the
 first token (sink), only to itself (identity).
@@ -72,15 +74,21 @@ def mass(A, tau=0.9):
     return least(A.double().square().sum(-2), tau)
 
 
+def first_share(A):
+    """The share of the attention on the first token (…), of attention matrices A (…, T, T)."""
+    return A[..., 0].double().mean(-1)
+
+
 def nulls(T, tau=0.9):
-    """{name: (rank, mass)} of the three simple attention patterns."""
+    """{name: (rank, mass, share on the first token)} of the three simple attention patterns."""
     uniform = torch.ones(T, T).tril()
     matrices = {
         'uniform': uniform / uniform.sum(1, keepdim=True),
         'sink': torch.eye(T)[:1].expand(T, T),
         'identity': torch.eye(T),
     }
-    return {name: (rank(A, tau).item(), mass(A, tau).item()) for name, A in matrices.items()}
+    return {name: (rank(A, tau).item(), mass(A, tau).item(), first_share(A).item())
+            for name, A in matrices.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -105,25 +113,27 @@ def watching(see):
 
 
 class Sums:
-    """Sums over the sequences for one layer: ranks (H,), masses (H,) and matrices A (H, T, T)."""
+    """Sums over the sequences for one layer: ranks, masses, first shares (H,); matrices A (H, T, T)."""
 
     def __init__(self):
         self.ranks = 0
         self.masses = 0
+        self.firsts = 0
         self.A = 0
 
     def add(self, A, tau):
         """A (B, H, T, T)"""
         self.ranks = self.ranks + rank(A, tau).sum(0)
         self.masses = self.masses + mass(A, tau).sum(0)
+        self.firsts = self.firsts + first_share(A).sum(0)
         self.A = self.A + A.double().sum(0)
 
 
 @torch.no_grad()
 def measure(model, batches, tau=0.9):
     """
-    [{layer, head, rank, mass, averaged_rank, averaged_mass}] of every head: means over the sequences of
-    `batches`, which yields x (B, T), and the same figures of the mean matrix. Memory does not grow with the
+    [{layer, head, rank, mass, first, averaged_rank, averaged_mass}] of every head: means over the sequences
+    of `batches`, which yields x (B, T), and the figures of the mean matrix. Memory does not grow with the
     number of batches.
     """
     layers = [Sums() for _ in model.blocks]
@@ -144,6 +154,7 @@ def measure(model, batches, tau=0.9):
                 'head': head,
                 'rank': sums.ranks[head].item() / count,
                 'mass': sums.masses[head].item() / count,
+                'first': sums.firsts[head].item() / count,
                 'averaged_rank': averaged_ranks[head].item(),
                 'averaged_mass': averaged_masses[head].item(),
             })
@@ -168,7 +179,10 @@ def gradient_norms(model, batches):
 
 
 def by_layer(records, gradients, averaged):
-    """[{layer, max_rank, mean_rank, mass, grad_q, grad_k}] of each layer. averaged: of the mean matrices."""
+    """
+    [{layer, max_rank, mean_rank, mass, first, grad_q, grad_k}] of each layer. averaged: rank and mass of the
+    mean matrices.
+    """
     prefix = 'averaged_' if averaged else ''
     layers = []
     for layer, (grad_q, grad_k) in enumerate(gradients):
@@ -180,6 +194,7 @@ def by_layer(records, gradients, averaged):
             'max_rank': max(ranks),
             'mean_rank': mean(ranks),
             'mass': mean(masses),
+            'first': mean(head['first'] for head in heads),
             'grad_q': grad_q,
             'grad_k': grad_k,
         })
@@ -193,6 +208,7 @@ COLUMNS = {
     'MaxRank': 'max_rank',
     'mean rank': 'mean_rank',
     'AvgMass': 'mass',
+    'to first': 'first',
     '|grad W_q|': 'grad_q',
     '|grad W_k|': 'grad_k',
 }
@@ -216,8 +232,9 @@ def table(layers, null, lazy):
         if some:
             means = {key: mean(layer[key] for layer in some) for key in COLUMNS.values()}
             lines.append(cells(name, means))
-    for name, (null_rank, null_mass) in null.items():
-        lines.append(cells(name, {'max_rank': null_rank, 'mean_rank': null_rank, 'mass': null_mass}))
+    for name, (null_rank, null_mass, null_first) in null.items():
+        lines.append(cells(name, {'max_rank': null_rank, 'mean_rank': null_rank, 'mass': null_mass,
+                                  'first': null_first}))
     lines += ['', f'lazy layers, of MaxRank up to {lazy:g}: {", ".join(lazy_layers) or "none"}']
     return '\n'.join(lines)
 
@@ -235,28 +252,29 @@ def cells(name, row):
 
 def draw(records, layers, null, averaged, title):
     """
-    Three panels by layer: ranks and masses, with heads as points, the layer as a line and the simple patterns
-    for comparison; norms of the gradient.
+    Four panels by layer: ranks, masses and shares on the first token, with heads as points, the layer as a
+    line and the simple patterns for comparison; norms of the gradient.
     """
-    page = figure(12, 4)
+    page = figure(16, 4)
     prefix = 'averaged_' if averaged else ''
     numbers = [layer['layer'] for layer in layers]
-    of_rank, of_mass, of_gradient = page.subplots(1, 3)
-    null_ranks = {name: null_rank for name, (null_rank, _) in null.items()}
-    null_masses = {name: null_mass for name, (_, null_mass) in null.items()}
-    for axis, key, line, line_label, nothing, label in (
-            (of_rank, 'rank', 'max_rank', 'MaxRank', null_ranks, 'rank: singular values of A'),
-            (of_mass, 'mass', 'mass', 'AvgMass', null_masses, 'mass: columns of A')):
-        heads = [record[prefix + key] for record in records]
+    of_rank, of_mass, of_first, of_gradient = page.subplots(1, 4)
+    for n, (axis, key, line, line_label, label) in enumerate((
+            (of_rank, prefix + 'rank', 'max_rank', 'MaxRank', 'rank: singular values of A'),
+            (of_mass, prefix + 'mass', 'mass', 'AvgMass', 'mass: columns of A'),
+            (of_first, 'first', 'first', 'mean', 'share of the attention on the first token'))):
+        nothing = {name: values[n] for name, values in null.items()}
+        heads = [record[key] for record in records]
         axis.plot([record['layer'] for record in records], heads, '.', color='C0', alpha=0.4, label='a head')
         axis.plot(numbers, [layer[line] for layer in layers], 'o-', color='C0', label=line_label)
         for (name, value), style in zip(nothing.items(), (':', '--', '-.')):
             axis.axhline(value, color='0.4', linestyle=style, linewidth=1, label=name)
         axis.set(xlabel='layer', ylabel=label, yscale='log')
+    of_first.set(yscale='linear', ylim=(0, 1.02))
     for key, label in (('grad_q', 'queries'), ('grad_k', 'keys')):
         of_gradient.plot(numbers, [layer[key] for layer in layers], 'o-', label=label)
     of_gradient.set(xlabel='layer', ylabel='norm of the gradient', yscale='log')
-    for axis in (of_rank, of_mass, of_gradient):
+    for axis in (of_rank, of_mass, of_first, of_gradient):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
         axis.set_xticks(numbers if len(numbers) < 13 else numbers[::4])

@@ -114,7 +114,7 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
     T = model.cfg.block_size
     room = T - max_new_tokens  # for the source
     if model.cfg.n_encoder_layer:
-        room = model.cfg.source_context
+        room = model.cfg.source_limit
     cuts = Cuts('sources')
     rows = [(n, encode_source(source, tokenizer, model.cfg, room, cuts)) for n, source in enumerate(sources)]
     if cuts.cut and not model.cfg.n_encoder_layer and max_new_tokens > T // 2:
@@ -131,7 +131,7 @@ def write(model, tokenizer, sources, max_new_tokens, num_beams, batch_size, devi
             network = model
             prompts = [ids for _, ids in batch]
             if model.cfg.n_encoder_layer:
-                network, prompts = read_sources(model, tokenizer, prompts)
+                network, prompts = read_sources(model, tokenizer, prompts, max_new_tokens)
             if num_beams:
                 written = [beam_search(network, prompts[0], max_new_tokens, num_beams, 1.0, tokenizer.ends(),
                                        tokenizer.vocab_size)]
@@ -234,9 +234,9 @@ def run(s):
     if not loaded:
         for source in validation_sources(s.out_dir, model.cfg):
             loaded[source.files.folder] = stored_pairs(source.files, tokenizer)
-    if s.max_new_tokens >= model.cfg.block_size:
-        raise UserError(f'max_new_tokens={s.max_new_tokens}: '
-                        f'the network writes up to {model.cfg.block_size - 1}: lower it')
+    most = model.cfg.target_limit if model.cfg.n_encoder_layer else model.cfg.block_size
+    if s.max_new_tokens >= most:
+        raise UserError(f'max_new_tokens={s.max_new_tokens}: the network writes up to {most - 1}: lower it')
     rows = []
     for path, pairs in loaded.items():
         pairs = pairs[:s.limit or None]

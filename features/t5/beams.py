@@ -48,7 +48,7 @@ def beam_search(model, prompt, max_new_tokens, num_beams=4, length_penalty=1.0, 
         raise ValueError(f'{len(prompt)} tokens and max_new_tokens={max_new_tokens} are more than '
                          f'block_size={model.cfg.block_size}')
     if isinstance(model, Decoder):
-        model = Decoder(model.model, model.sources[:1] * num_beams)
+        model = Decoder(model.model, model.sources[:1] * num_beams, size)
     cache = KVCache(model, size)
     last = torch.tensor([-1] if eot in (None, ()) else eot, device=device)
     finished = []  # (score, tokens), the best first

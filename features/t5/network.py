@@ -114,7 +114,10 @@ class DecoderBlock(EncoderBlock):
 # The network
 
 class EncoderDecoder(Transformer):
-    """An encoder and a decoder. Raises ValueError also for more tokens than source_size."""
+    """
+    An encoder and a decoder. Raises ValueError also for more tokens than source_size, unless the positions
+    are relative.
+    """
 
     def __init__(self, cfg, init=True):
         T5Config.check(cfg)
@@ -149,7 +152,7 @@ class EncoderDecoder(Transformer):
 
     def encode(self, source):
         """The EncoderOutput of source (B, S); every row needs at least one token."""
-        if source.size(1) > self.cfg.source_context:
+        if source.size(1) > self.cfg.source_limit:
             raise ValueError(f'{source.size(1)} tokens are longer than source_size={self.cfg.source_context}')
         real = source >= 0
         mask = real[:, None, None]

@@ -2,6 +2,8 @@
 Sample from models that read a source first: the special tokens around it, and a wrapper of encoder-decoders
 for sample.generate().
 """
+from dataclasses import replace
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,21 +30,25 @@ def source_format(tokenizer):
     return PromptFormat((), own.prefix, own.suffix or (tokenizer.eot or 0,))
 
 
-def read_sources(model, tokenizer, sources):
+def read_sources(model, tokenizer, sources, max_new_tokens):
     """
-    (the decoder of an encoder-decoder that has read the sources, its prompts), for generate(). sources: lists
-    of token ids.
+    (the decoder of an encoder-decoder that has read the sources, its prompts), for generate() of
+    max_new_tokens. sources: lists of token ids.
     """
     start = list(tokenizer.prompt_format.bos) or [tokenizer.eot or 0]
-    return Decoder(model, sources), [start] * len(sources)
+    return Decoder(model, sources, len(start) + max_new_tokens), [start] * len(sources)
 
 
 class Decoder:
-    """The decoder of an encoder-decoder that has read a batch of sources, lists of token ids."""
+    """
+    The decoder of an encoder-decoder that has read a batch of sources, lists of token ids. size: tokens that
+    it will read, so that a decoder with no limit has a context of this length.
+    """
 
     @torch.no_grad()
-    def __init__(self, model, sources):
-        self.model, self.cfg, self.sources = model, model.cfg, sources
+    def __init__(self, model, sources, size=0):
+        context = max(model.cfg.block_size, min(size, model.cfg.target_limit))
+        self.model, self.cfg, self.sources = model, replace(model.cfg, block_size=context), sources
         self.encoded = model.encode(pad(sources, next(model.parameters()).device))
 
     def parameters(self):

@@ -22,10 +22,13 @@ READ = {
     'qkv_bias', 'init_std', 'rank_qk', 'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
 }
 
+UNLIMITED = 2 ** 31
+
 
 @dataclass
 class T5Config(ModelConfig):
-    source_size: int = 0  # context length of the encoder in tokens; 0 = block_size
+    source_size: int = 0  # context length of the encoder in tokens; 0 = block_size. With position='relative'
+    # both are lengths of rows in training alone: such a network reads and writes texts of any length
     cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: none,
     # as in T5Gemma; same: source and target both start at 0, as in ROT5; offset: the target continues the
     # source's positions
@@ -37,6 +40,16 @@ class T5Config(ModelConfig):
     def source_context(self):
         """Context length of the encoder in tokens, 0 without an encoder."""
         return (self.source_size or self.block_size) if self.n_encoder_layer else 0
+
+    @property
+    def source_limit(self):
+        """The most tokens that the encoder can read. T5's relative positions know every distance."""
+        return UNLIMITED if self.position == 'relative' else self.source_context
+
+    @property
+    def target_limit(self):
+        """The most tokens that the decoder can read."""
+        return UNLIMITED if self.position == 'relative' else self.block_size
 
     def check(self):
         """Raise ValueError for values that cannot work."""

@@ -64,6 +64,17 @@ def how_to_prepare_for(where, folder, files):
     return how_to_prepare(wanted, folder, files)
 
 
+def check_start(s, start, source):
+    """
+    check_tokenizer() of a Source for a run that begins with other weights (run.Start), or that is evaluated,
+    perhaps on other data than its own.
+    """
+    if start.state:
+        check_tokenizer(f'dataset={source.name}', s.out_dir, start.folder, source.files)
+    else:
+        check_tokenizer(f'init_from={s.init_from}', s.init_from, start.folder, source.files)
+
+
 def check_tokenizer(setting, where, folder, files):
     """
     Raise UserError unless a data set (batches.TokenFiles) has the tokenizer of the model that read_model()

@@ -36,14 +36,17 @@ def describe_folder(folder):
     return {'format': 1, 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'dtype': dtype, 'splits': splits}
 
 
-def remark(name, files):
-    """[a line] about a data set whose tokenizer is assumed or unknown, else []; files: its TokenFiles."""
-    if files.meta['tokenizer']['kind'] == 'unknown':
-        return [f'{name}: its tokenizer is not known, only its {files.vocab_size:,} tokens: '
-                'no samples are drawn']
-    if files.meta['tokenizer'] == GPT2:
-        return [f"{name}: its tokenizer is taken for GPT-2's, as nanoGPT does"]
-    return []
+def describe_sources(sources, ranks):
+    """Print a line about each Source whose tokenizer is assumed or unknown."""
+    for source in sources:
+        files = source.files
+        if 'sha256' in files.shards[0]:  # not a folder of nanoGPT
+            continue
+        if files.meta['tokenizer']['kind'] == 'unknown':
+            ranks.say(f'data: {source.name}: its tokenizer is not known, '
+                      f'only its {files.vocab_size:,} tokens: no samples are drawn')
+        elif files.meta['tokenizer'] == GPT2:
+            ranks.say(f"data: {source.name}: its tokenizer is taken for GPT-2's, as nanoGPT does")
 
 
 def identify(files):
