@@ -558,15 +558,15 @@ def main():
         tokenizer = adapters[0][1]  # lora
     model.to(device)
     is_greedy = s.temperature < GREEDY_BELOW or s.num_beams  # then rounding decides which text it is
-    dtype = pick_exact_dtype(s.dtype, device) if is_greedy else pick_dtype(s.dtype, device)
+    dtype = (pick_exact_dtype if is_greedy and not s.int8 else pick_dtype)(s.dtype, device)
     compile = s.max_new_tokens >= COMPILE_FROM if s.compile == 'auto' else s.compile
     if s.compile == 'auto' and hasattr(model, 'lora'):  # lora
         compile = False  # lora
     compile = s.use_cache and pick_compile(compile, device)
     precision = autocast(device, dtype)
-    if dtype != 'float32' or s.int8 or compile:  # lora: weights stored in dtype decode faster
+    if dtype != 'float32' or s.int8 or device.type == 'cpu':  # lora: so stored, weights are read faster
         from features.lora.packed import pack  # lora
-        pack(model, dtype, 'int8' if s.int8 else '')  # lora
+        pack(model, dtype, 'int8' if s.int8 else '', eager=not compile)  # lora
         precision = nullcontext()  # lora
     if len(adapters) > 1:  # lora
         from features.lora.sampling import select_adapters  # lora

@@ -24,7 +24,7 @@ from batches import TokenFiles, read_meta
 from configurator import UserError
 from features import build
 from features.hf.tokenizer_json import JsonTokenizer, to_json
-from features.lora.packed import Packed, pack
+from features.lora.packed import Packed, has_onednn, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
 from features.t5.beams import beam_search
@@ -158,6 +158,34 @@ def test_a_packed_model_says_what_it_said_before_up_to_rounding(settings, option
     x = torch.arange(20)[None]
     before, after = model(**settings)(x), pack(model(**settings), **options)(x)
     assert ((after - before).norm() / before.norm()) < error
+
+
+@pytest.mark.parametrize('dtype, kind', [('float32', 'float32'), ('bfloat16', 'bfloat16'),
+                                         ('bfloat16', 'int8'), ('float32', 'int8')])
+@pytest.mark.parametrize('n_in', [64, 33])
+@pytest.mark.parametrize('rows', [1, 3, 50])
+def test_a_layer_that_is_not_compiled_multiplies_by_its_weights(dtype, kind, n_in, rows):
+    torch.manual_seed(0)
+    dense, bias, x = torch.randn(7, n_in), torch.randn(7), torch.randn(rows, 1, n_in)
+    for layer in (Packed(dense, bias, dtype, kind), Packed(dense, bias, dtype, kind, eager=True)):
+        plain = torch.nn.functional.linear(x, layer.weight, bias)
+        assert ((layer.weight - dense).norm() / dense.norm()) < 0.01
+        error = 1e-5 if dtype == 'float32' else 0.01
+        with torch.no_grad():
+            y = layer(x)
+        assert y.shape == (rows, 1, 7) and y.dtype == torch.float32
+        assert (y - plain).norm() / plain.norm() < error
+        assert (layer(x) - plain).norm() / plain.norm() < error  # with gradients
+    assert layer.is_blocked == (kind != 'int8' and has_onednn(getattr(torch, kind)))
+
+
+@pytest.mark.parametrize('settings', [dict(n_kv_head=2, tie=False, mlp='swiglu', bias=True),
+                                      dict(rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
+def test_a_model_packed_for_eager_decoding_writes_what_it_wrote(settings):
+    prompts = [[1, 2, 3], [7, 8, 9, 4, 2]]
+    plain = tokens(model(**settings), prompts, 60, temperature=0, use_cache=False)
+    packed = tokens(pack(model(**settings), 'float32', eager=True), prompts, 60, temperature=0)
+    assert torch.equal(packed, plain) and len(plain.unique()) > 5
 
 
 @pytest.mark.parametrize('rows', [1, 3, 9])
