@@ -769,10 +769,8 @@ class Transformer(nn.Module):
     def flops_per_token(self):
         """Floating-point operations of training on one token (PaLM, arXiv 2204.02311, appendix B)."""
         cfg, is_trained = self.cfg, any(p.requires_grad for p in self.parameters())
-        # at full length, 12 T H D a layer; causal kernels do about half of that
-        local, context = len(cfg.window_layers), cfg.block_size
-        tokens = local * min(cfg.window, context) + (cfg.n_layer - local) * context
-        attention = (12 if is_trained else 4) * tokens * cfg.n_head * cfg.d_head
+        # at full length, 12 T H D a layer, also with a window; causal kernels do about half of that
+        attention = (12 if is_trained else 4) * cfg.n_layer * cfg.block_size * cfg.n_head * cfg.d_head
         return 2 * sum(self.multiplications().values()) + attention
 
     def multiplications(self):

@@ -35,7 +35,10 @@ KINDS = [dict(), dict(norm='layernorm', bias=True, mlp='gelu', position='learned
          dict(value_residual=True, embed_norm=True, tie=False, softcap=15.0),
          dict(rank_qk=8, rank_mlp=8, rank_vo=4, rank_act='silu'),
          dict(rank_embed=8, rank_head=8), dict(ranks={'blocks.1.attn.o': 4, 'attn.k': 3}, bias=True),
-         dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True)]
+         dict(depth_scale='norm'), dict(rank_mlp=8, mlp_norm=True),
+         dict(parallel=True, rope_dim=4, norm='layernorm', bias=True, qkv_bias='never', mlp='gelu_exact'),
+         dict(window=3, full_layers=[1], window_theta=50.0, attn_softcap=5.0, attn_scale=0.3),
+         dict(embed_scale=3.0, residual_scale=0.5, logit_scale=2.0)]
 EXPERTS = dict(n_expert=4, expert_bias=0.1)
 SHARED = dict(n_expert=4, n_expert_active=2, expert_width=24, expert_renorm=False, shared_width=40,
               shared_gate=True, dense_layers=[1])
@@ -51,7 +54,10 @@ def logits(cfg, weights):
 
 def causal(model, length):
     angles = None if model.rotary is None else model.rotary[:, :length]
-    return AttentionInputs(angles, None)
+    inputs = AttentionInputs(angles, None)
+    if model.cfg.window:
+        inputs = inputs._replace(local=model.local_inputs(inputs, torch.arange(length), length, None))
+    return inputs
 
 
 # --- depth ---
@@ -231,7 +237,13 @@ SINGLE = [(dict(), dict(block_size=24)), (dict(), dict(n_kv_head=2)), (dict(), d
           (dict(n_expert=4), dict(expert_renorm=True)), (dict(n_expert=4), dict(shared_width=24)),
           (dict(n_expert=4, shared_width=24), dict(shared_gate=True)),
           (dict(n_expert=4), dict(dense_layers=[1])),
-          (dict(), dict(softcap=5.0)), (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')),
+          (dict(), dict(rope_dim=4)), (dict(), dict(window=3)), (dict(window=3), dict(full_layers=[1])),
+          (dict(window=3), dict(window_theta=50.0)), (dict(), dict(parallel=True)),
+          (dict(), dict(post_norm='both')), (dict(), dict(attn_scale=0.3)),
+          (dict(), dict(attn_softcap=3.0)), (dict(), dict(embed_scale=3.0)),
+          (dict(), dict(residual_scale=0.5)), (dict(), dict(logit_scale=2.0)),
+          (dict(bias=True), dict(qkv_bias='never')), (dict(), dict(softcap=5.0)),
+          (dict(), dict(embed_norm=True)), (dict(), dict(depth_scale='attn')),
           (dict(), dict(depth_scale='norm')), (dict(), dict(value_residual=True)),
           (dict(), dict(tie=False)), (dict(), dict(t5_scale=True)), (dict(tie=False), dict(t5_scale=True)),
           (dict(), dict(bias=True)), (dict(), dict(qkv_bias=True)), (dict(), dict(dropout=0.1)),

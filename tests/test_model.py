@@ -61,6 +61,10 @@ VARIANTS = [
     dict(mlp_norm=True, init_std=0.02, d_ff=48),
     dict(rank_qk=8, rank_vo=16, rank_mlp=24, rank_embed=8, rank_head=16, rank_act='silu', tie=False),
     dict(rank_embed=8, rank_head=8),
+    dict(window=7, full_layers=[1], window_theta=50.0, rope_dim=4, post_norm='both', attn_softcap=5.0),
+    dict(window=4, position='learned', norm='layernorm', parallel=True, bias=True, qkv_bias='never',
+         mlp='gelu_exact', attn_scale=1.0),
+    dict(embed_scale=3.0, residual_scale=0.5, logit_scale=2.0, post_norm=True, qk_norm='head', no_rope=[1]),
     dict(rank_qk=8, rank_vo=8, rank_mlp=8, rank_act='silu'),
     dict(n_expert=4, n_expert_active=2, mlp='swiglu'),
     dict(n_expert=4, expert_width=24, expert_renorm=True, shared_width=40, shared_gate=True,
@@ -281,7 +285,27 @@ def test_the_kv_cache_gives_the_same_logits_in_pieces(variant):
         cache.extend(j - i)
         pieces.append(model(x[:, i:j], cache=cache))
     assert torch.allclose(whole, torch.cat(pieces, dim=1), atol=1e-5)
-    assert cache.buffers[0][0].shape == (3, model.cfg.kv_heads, 32, model.cfg.d_head)  # keys are not repeated
+    kept = model.cfg.window or 32  # with a window, its tokens alone; keys are not repeated
+    assert cache.buffers[0][0].shape == (3, model.cfg.kv_heads, kept, model.cfg.d_head)
+
+
+def test_a_window_hides_the_tokens_before_it_and_no_others():
+    for full_layers, reach in (([], 9), ([1], 32)):  # two blocks with a window of 5 see 4 tokens further each
+        model, (x, _) = tiny(window=5, full_layers=full_layers), batch()
+        a = model(x)[:, -1]
+        for place in (31, 27, 23, 22, 0):
+            changed = x.clone()
+            changed[:, place] = (changed[:, place] + 1) % 100
+            is_seen = 31 - place < reach
+            assert torch.equal(model(changed)[:, -1], a) != is_seen
+
+
+def test_packed_texts_with_a_window_are_those_texts_alone():
+    model, (x, _) = tiny(window=5, full_layers=[1], window_theta=50.0), batch()
+    pieces = (torch.arange(32) >= 12).long().expand(3, -1)
+    packed = model.hidden(x, pieces=pieces)
+    alone = torch.cat([model.hidden(x[:, :12]), model.hidden(x[:, 12:])], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-5)
 
 
 def test_grouped_queries_equal_full_attention_with_repeated_heads():
@@ -397,6 +421,13 @@ def test_flops_are_those_that_torch_counts(variant):
     (dict(n_layer=0), 'n_layer=0'), (dict(rank_qk=33), 'rank_qk=33 is larger'),
     (dict(rank_qk=17, n_kv_head=2), 'rank_qk=17 is larger'), (dict(rank_mlp=-1), 'rank_mlp=-1'),
     (dict(rank_head=8), 'rank_head=8 differs'), (dict(vocab_size=0), 'vocab_size=0'),
+    (dict(rope_dim=3), 'rope_dim=3: takes an even'), (dict(rope_dim=10), 'rope_dim=10: takes an even'),
+    (dict(rope_dim=4, position='learned'), "rope_dim=4: needs position='rope'"),
+    (dict(full_layers=[0]), 'full_layers=.*set window'), (dict(window=-1), 'window=-1'),
+    (dict(window=4, full_layers=[2]), 'full_layers=.*takes blocks from 0 to 1'),
+    (dict(window_theta=9.0), 'window_theta=9.0: is about blocks with a window'),
+    (dict(window=4, position='relative'), "position='relative': has no window"),
+    (dict(post_norm='both', depth_scale='norm'), "depth_scale='norm'"),
     (dict(head_dim=7), 'head_dim=7 is odd'), (dict(ranks={'attn.x': 3}), "'attn.x' is not a matrix"),
     (dict(ranks={'blocks.2.attn.q': 3}), "'blocks.2.attn.q' is not a matrix"),
     (dict(ranks={'attn.q': 40}), 'attn.q=40 is larger'),

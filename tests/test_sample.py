@@ -53,7 +53,9 @@ def tokens(model, prompts, n, **options):
 
 @pytest.mark.parametrize('settings', [dict(), dict(position='learned', qk_norm=False),
                                       dict(n_kv_head=2, softcap=5.0), dict(n_kv_head=1, position='none'),
-                                      dict(rank_qk=8, rank_head=16, tie=False)], ids=str)
+                                      dict(rank_qk=8, rank_head=16, tie=False),
+                                      dict(window=5, full_layers=[1], window_theta=50.0),
+                                      dict(window=5, position='learned'), dict(window=99)], ids=str)
 def test_greedy_cached_is_uncached_token_for_token_also_far_beyond_the_context(settings):
     m, prompts = model(**settings), [[1, 2, 3], [7, 8, 9]]
     cached, uncached = (tokens(m, prompts, 100, temperature=0, use_cache=use) for use in (True, False))
@@ -71,6 +73,7 @@ def test_a_cache_holds_one_dtype_where_autocast_has_norms_in_float32(monkeypatch
 
 @pytest.mark.parametrize('settings', [
     dict(n_kv_head=2, softcap=5.0), dict(position='learned', qk_norm=False, bias=True, norm='layernorm'),
+    dict(window=7, full_layers=[0], window_theta=50.0, attn_softcap=5.0, embed_scale=2.0, parallel=True),
     dict(position='none', rank_qk=8, rank_mlp=8, rank_embed=16, rank_head=16)], ids=str)
 def test_compiled_decoding_is_uncached_token_for_token_also_far_beyond_the_context(settings):
     prompts = [[1, 2, 3], [7, 8, 9, 4, 2]]
