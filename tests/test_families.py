@@ -19,6 +19,7 @@ from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
 from features.study.attention import measure
+from features.study.likelihoods import score
 from sample import generate
 
 transformers.logging.set_verbosity_error()
@@ -216,6 +217,19 @@ def test_layers_are_inherited_and_attention_is_measured(case, folders):
         wanted = other(x, use_cache=False).logits
         assert (part(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert len(measure(model, [x])) == model.cfg.n_layer * model.cfg.n_head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', ['llama 3.1', 'smollm3 window', 'gemma3', 'gpt_neo', 'gpt_neox', 'opt'])
+def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, folders):
+    """Their common beginning is read once, here also beyond a window."""
+    context, other = ids()[0, :20].tolist(), theirs(case)
+    choices = [ids()[1, n:n + 5].tolist() for n in range(4)]
+    found = score(ours(folders[case]), [(context, choice) for choice in choices], torch.device('cpu'), 'float32')
+    for choice, (nats, _) in zip(choices, found):
+        x = torch.tensor([context + choice])
+        logits = other(x).logits[0, 19:-1].log_softmax(-1)
+        assert abs(nats - logits.gather(1, torch.tensor(choice)[:, None]).sum()) < 1e-4
 
 
 def test_scaled_positions_are_exact_far_out_and_in_the_old_spelling(tmp_path):

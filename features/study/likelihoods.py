@@ -158,7 +158,7 @@ def score_batch(model, rows, device, dtype):
             targets += branch.targets()
     tree = None
     if any(len(row.branches) > 1 for row in rows):
-        tree = Branches(positions.to(device), owners.to(device))
+        tree = Branches(positions.to(device), owners.to(device), model.cfg.window)
     # a place in a common beginning may be asked for by several branches
     places, which = torch.tensor(asked).to(device).unique(return_inverse=True)
     targets = torch.tensor(targets).to(device)  # (all asked,)
@@ -179,13 +179,15 @@ def score_batch(model, rows, device, dtype):
 class Branches:
     """
     In the place of a KVCache: positions of the tokens and a mask, for rows with branches. Keeps nothing.
-    positions, owners: (B, T), as Row.layout() has them.
+    positions, owners: (B, T), as Row.layout() has them; window: as ModelConfig.window.
     """
 
-    def __init__(self, positions, owners):
+    def __init__(self, positions, owners, window=0):
         self.positions = positions
         seen = (owners[:, None, :] == 0) | (owners[:, None, :] == owners[:, :, None])
         self.mask = seen.tril()[:, None]  # (B, 1, T, T)
+        distance = positions[:, :, None] - positions[:, None, :]
+        self.local_mask = self.mask & (distance < window)[:, None]
 
     def update(self, layer, k, v):
         return k, v
