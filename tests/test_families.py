@@ -225,7 +225,8 @@ def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, folders)
     """Their common beginning is read once, here also beyond a window."""
     context, other = ids()[0, :20].tolist(), theirs(case)
     choices = [ids()[1, n:n + 5].tolist() for n in range(4)]
-    found = score(ours(folders[case]), [(context, choice) for choice in choices], torch.device('cpu'), 'float32')
+    pairs = [(context, choice) for choice in choices]
+    found = score(ours(folders[case]), pairs, torch.device('cpu'), 'float32')
     for choice, (nats, _) in zip(choices, found):
         x = torch.tensor([context + choice])
         logits = other(x).logits[0, 19:-1].log_softmax(-1)

@@ -77,7 +77,7 @@ def begin_alike(a, b):
 
 def can_share(cfg):
     """Whether branches can be masked from each other: position and mask of each token are given to blocks."""
-    return cfg.position in ('rope', 'learned', 'none') and not getattr(cfg, 'window', 0)
+    return cfg.position in ('rope', 'learned', 'none')
 
 
 def rows_of(branches, cfg):
