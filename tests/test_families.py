@@ -16,10 +16,12 @@ from checkpoint import fill
 from configurator import UserError
 from features.growth.networks import take_layers
 from features.hf import reading
+from features.hf.config_json import Config
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
 from features.study.attention import measure
 from features.study.likelihoods import score
+from model import make_model
 from sample import generate
 
 transformers.logging.set_verbosity_error()
@@ -284,3 +286,77 @@ def test_what_our_networks_cannot_follow_is_one_line(case, fields, words, tmp_pa
     with pytest.raises(UserError) as refused:
         reading.load(f'hf:{tmp_path}')
     assert words in str(refused.value) and '\n' not in str(refused.value)
+
+
+PUBLISHED = {  # fields of the published config.json, and the number of parameters that its authors give
+    'Pythia 70M': (70_426_624, dict(
+        model_type='gpt_neox', hidden_act='gelu', hidden_size=512, intermediate_size=2048, rotary_pct=0.25,
+        max_position_embeddings=2048, num_attention_heads=8, num_hidden_layers=6, rotary_emb_base=10000,
+        vocab_size=50304, use_parallel_residual=True, tie_word_embeddings=False)),
+    'OPT 125M': (125_239_296 - 2 * 768, dict(  # without its two rows of positions that no token has
+        model_type='opt', activation_function='relu', do_layer_norm_before=True, ffn_dim=3072,
+        hidden_size=768, max_position_embeddings=2048, num_attention_heads=12, num_hidden_layers=12,
+        vocab_size=50272, word_embed_proj_dim=768, _remove_final_layer_norm=False)),
+    'TinyStories 33M': (68_514_048, dict(
+        model_type='gpt_neo', activation_function='gelu_new', attention_types=[[['global', 'local'], 2]],
+        hidden_size=768, intermediate_size=None, max_position_embeddings=2048, num_heads=16, num_layers=4,
+        window_size=256, vocab_size=50257)),
+    'Gemma 2B': (2_506_172_416, dict(
+        model_type='gemma', attention_bias=False, head_dim=256, hidden_act='gelu', hidden_activation=None,
+        hidden_size=2048, intermediate_size=16384, max_position_embeddings=8192, num_attention_heads=8,
+        num_hidden_layers=18, num_key_value_heads=1, rope_theta=10000.0, vocab_size=256000)),
+    'Gemma 2 2B': (2_614_341_888, dict(
+        model_type='gemma2', attn_logit_softcapping=50.0, final_logit_softcapping=30.0, head_dim=256,
+        hidden_act='gelu_pytorch_tanh', hidden_size=2304, intermediate_size=9216,
+        max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
+        query_pre_attn_scalar=256, sliding_window=4096, vocab_size=256000)),
+    'Gemma 3 270M': (268_098_176, dict(
+        model_type='gemma3_text', attn_logit_softcapping=None, final_logit_softcapping=None, head_dim=256,
+        hidden_activation='gelu_pytorch_tanh', hidden_size=640, intermediate_size=2048,
+        layer_types=(['sliding_attention'] * 5 + ['full_attention']) * 3, max_position_embeddings=32768,
+        num_attention_heads=4, num_hidden_layers=18, num_key_value_heads=1, query_pre_attn_scalar=256,
+        rope_local_base_freq=10000.0, rope_scaling=None, rope_theta=1000000.0, sliding_window=512,
+        vocab_size=262144)),
+    'Gemma 3 1B': (999_885_952, dict(
+        model_type='gemma3_text', head_dim=256, hidden_activation='gelu_pytorch_tanh', hidden_size=1152,
+        intermediate_size=6912, max_position_embeddings=32768, num_attention_heads=4, num_hidden_layers=26,
+        num_key_value_heads=1, query_pre_attn_scalar=256, rope_local_base_freq=10000, rope_theta=1000000,
+        sliding_window=512, sliding_window_pattern=6, vocab_size=262144)),
+    'Phi-3 mini 4k': (3_821_079_552, dict(
+        model_type='phi3', hidden_act='silu', hidden_size=3072, intermediate_size=8192,
+        max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        original_max_position_embeddings=4096, rope_scaling=None, rope_theta=10000.0, sliding_window=2047,
+        vocab_size=32064)),
+    'Granite 3.1 2B': (2_533_531_648, dict(
+        model_type='granite', attention_multiplier=0.015625, embedding_multiplier=12.0, hidden_act='silu',
+        hidden_size=2048, intermediate_size=8192, logits_scaling=8.0, max_position_embeddings=131072,
+        num_attention_heads=32, num_hidden_layers=40, num_key_value_heads=8, residual_multiplier=0.22,
+        rope_theta=5000000.0, tie_word_embeddings=True, vocab_size=49155)),
+    'Mistral 7B': (7_241_732_096, dict(
+        model_type='mistral', hidden_act='silu', hidden_size=4096, intermediate_size=14336,
+        max_position_embeddings=32768, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8,
+        rope_theta=10000.0, sliding_window=4096, vocab_size=32000)),
+    'Qwen3 0.6B': (596_049_920, dict(
+        model_type='qwen3', attention_bias=False, head_dim=128, hidden_act='silu', hidden_size=1024,
+        intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28, num_attention_heads=16,
+        num_hidden_layers=28, num_key_value_heads=8, rope_theta=1000000, sliding_window=None,
+        tie_word_embeddings=True, use_sliding_window=False, vocab_size=151936)),
+    'SmolLM3 3B': (3_075_098_624, dict(
+        model_type='smollm3', attention_bias=False, hidden_act='silu', hidden_size=2048,
+        intermediate_size=11008, layer_types=['full_attention'] * 36, max_position_embeddings=65536,
+        mlp_bias=False, no_rope_layers=[1, 1, 1, 0] * 9, num_attention_heads=16, num_hidden_layers=36,
+        num_key_value_heads=4, rope_theta=5000000.0, sliding_window=None, vocab_size=128256)),
+    'OLMo 2 1B': (1_484_916_736, dict(
+        model_type='olmo2', attention_bias=False, hidden_act='silu', hidden_size=2048,
+        intermediate_size=8192, max_position_embeddings=4096, num_attention_heads=16, num_hidden_layers=16,
+        num_key_value_heads=16, rope_theta=500000, tie_word_embeddings=False, vocab_size=100352)),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_published_config_describes_a_network_of_the_published_size(name, tmp_path):
+    count, fields = PUBLISHED[name]
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    config = Config(tmp_path)
+    with torch.device('meta'):
+        assert make_model(reading.read_config(config, reading.family_of(config))).num_params() == count

@@ -446,6 +446,15 @@ def test_an_adapter_with_another_tokenizer_beside_it_is_refused(llama, tmp_path)
     assert 'the tokenizer beside it is not that of' in done.stderr
 
 
+def test_code_beside_a_known_family_is_named_and_not_run(tmp_path, capsys):
+    model = theirs('gpt2')
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, auto_map={'AutoModelForCausalLM': 'own.Code'})
+    (tmp_path / 'own.py').write_text('raise SystemExit("was run")')
+    assert difference(model, tmp_path) < 1e-5
+    assert 'auto_map: names code of its own, which is never run: read as gpt2' in capsys.readouterr().out
+
+
 # --- what is refused, in one line that names the field or the file ---
 
 @pytest.mark.parametrize('kind, field, value', [
@@ -455,7 +464,7 @@ def test_an_adapter_with_another_tokenizer_beside_it_is_refused(llama, tmp_path)
     ('gpt2', 'add_cross_attention', True), ('gpt2', 'n_embd', '48'), ('gpt2', 'n_layer', 0),
     ('gpt2', 'n_layer', True), ('gpt2', 'n_head', 2.0), ('gpt2', 'n_head', None), ('gpt2', 'n_head', 7),
     ('gpt2', 'layer_norm_epsilon', float('nan')), ('gpt2', 'tie_word_embeddings', 'false'),
-    ('gpt2', 'auto_map', {'AutoModelForCausalLM': 'own.Code'}), ('gpt2', 'quantization_config', {'bits': 4}),
+    ('gpt2', 'quantization_config', {'bits': 4}),
     ('llama', 'hidden_act', 'gelu'), ('llama', 'rope_scaling', {'type': 'longrope', 'factor': 2.0}),
     ('llama', 'rope_scaling', {'rope_type': 'llama3', 'factor': 8.0}),
     ('llama', 'rope_parameters', {'full_attention': {'rope_type': 'default'}}),

@@ -100,13 +100,13 @@ def load(where):
 
 
 def family_of(config):
-    """The Family of a Config. Raises UserError for an unknown family, custom code or quantized weights."""
+    """The Family of a Config. Raises UserError for an unknown family or quantized weights."""
     kind = config.get('model_type', None)
     if type(kind) is not str or kind not in FAMILIES:
         config.refuse('model_type', kind, f'takes {" or ".join(FAMILIES)}')
     is_ours = kind == 'minnow'  # its code is ours, and is here
-    if config.get('auto_map', None) and not is_ours:
-        config.refuse('auto_map', config.fields['auto_map'], 'asks for code of its own, which is never run')
+    if config.get('auto_map', None) and not is_ours:  # as Phi-3's files; transformers passes it over too
+        print(f'{config.path}: auto_map: names code of its own, which is never run: read as {kind}')
     if config.get('quantization_config', None) and not is_ours:
         config.refuse('quantization_config', config.fields['quantization_config'],
                       'quantized weights are not read')
