@@ -96,6 +96,9 @@ def load(where):
     weights = {}
     for row in rows:
         weights |= row.to_ours(slices[row.theirs][...])
+    if 'head.weight' in weights and slices.get(f'{family.head}.weight') is slices[embedding]:
+        # two matrices here: they must not share the memory of the mapped file
+        weights['head.weight'] = weights['head.weight'].clone()
     return cfg, weights
 
 
