@@ -94,8 +94,11 @@ VARIANTS = {
     'plain': {}, 'rslora': {'use_rslora': True}, 'dora': {'use_dora': True}, 'patterns': {
         'rank_pattern': {'c_fc': 2, 'q_proj': 2, 'decoder.*.q': 2}, 'alpha_pattern': {r'.*0\..*': 3}},
     'tables': {}, 'biases': {'bias': 'lora_only'}, 'all biases': {'bias': 'all'},
-    'tokens': {'trainable_token_indices': [5, 9]},
+    'tokens': {'trainable_token_indices': [5, 9]}, 'whole': {},
+    'whole head': {'modules_to_save': ['lm_head']},
 }
+WHOLE = {'gpt2': ['wte', 'mlp.c_fc', 'ln_1'], 'gpt_bigcode': ['wte', 'lm_head', 'mlp.c_fc'],
+         'llama': ['embed_tokens', 'gate_proj', 'norm'], 't5': ['wo', 'layer_norm']}
 
 
 def adapted_by_peft(folders, kind, variant):
@@ -105,8 +108,9 @@ def adapted_by_peft(folders, kind, variant):
     options = VARIANTS[variant]
     if variant == 'tokens' and kind in ('gpt2', 'gpt_bigcode'):
         options = {'trainable_token_indices': {'wte': [5, 9]}}
-    if variant == 'tokens' and kind == 't5':
-        options = {'trainable_token_indices': {'shared': [5, 9]}}
+    if variant == 'whole':
+        options = {'modules_to_save': WHOLE[kind]}
+        targets = [target for target in targets if target not in ('c_fc', 'wo')]
     model = peft.get_peft_model(theirs(folders[kind], kind),
                                 peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type=task,
                                                 fan_in_fan_out=kind == 'gpt2', **options)).eval()
@@ -119,8 +123,8 @@ def adapted_by_peft(folders, kind, variant):
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_what_peft_trains_speaks_here(folders, tmp_path, kind, variant):
-    if variant == 'tokens' and kind == 't5':
-        pytest.skip('PEFT has no such rows in T5')
+    if variant in ('tokens', 'whole head') and kind == 't5':
+        pytest.skip('PEFT has no such rows in T5, and its head is its embedding')
     model = adapted_by_peft(folders, kind, variant)
     model.save_pretrained(tmp_path / 'adapter')
     mine = ours(folders[kind])
@@ -134,7 +138,8 @@ SETTINGS = {
     'plain': {}, 'rslora': {'lora_rs': True}, 'dora': {'lora_dora': True},
     'tokens': {'tokens': [5, 9]}, 'uneven': {'places': uneven},
     'tables': {'lora_targets': 'attn,mlp,embed'}, 'fused': {'lora_targets': 'c_attn,c_proj'},
-    'norms': {'whole': 'norm'},
+    'norms': {'whole': 'norm'}, 'matrices': {'lora_targets': 'attn', 'whole': r'mlp\.up'},
+    'embedding': {'lora_targets': 'attn', 'whole': r'wte\.weight'},
     'biases': {'whole': r'(attn|mlp).*\.bias'}, 'all biases': {'whole': r'\.bias'},
 }
 
@@ -143,7 +148,7 @@ SETTINGS = {
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_what_is_trained_here_speaks_in_peft(folders, tmp_path, kind, variant):
     if (kind in ('llama', 't5') and (variant == 'fused' or 'biases' in variant)
-            or kind == 't5' and variant == 'tokens'):
+            or kind == 't5' and variant in ('tokens', 'embedding')):
         pytest.skip('they have no such thing')
     mine = ours(folders[kind])
     other = theirs(folders[kind], kind)
@@ -266,8 +271,8 @@ def test_files_that_are_not_what_their_name_says(folders, good, tmp_path):
 
 def test_what_has_no_place_in_peft_is_named_and_nothing_is_written(folders, tmp_path):
     mine = ours(folders['gpt2'])
-    adapted(mine, lora_rank=2, lora_targets='attn', whole='mlp.up.weight')
-    with pytest.raises(UserError, match='blocks.0.mlp.up.weight: is trained fully'):
+    adapted(mine, lora_rank=2, lora_targets='attn', whole='attn.o.weight')
+    with pytest.raises(UserError, match='blocks.0.attn.o.weight: is trained fully, which PEFT does not'):
         peft_files.write(str(tmp_path / 'out'), mine.cfg, adapters.take(mine), 'gpt2')
     mine.cfg.softcap = 3.0
     with pytest.raises(UserError, match='softcap=3.0: no class of transformers has this'):
@@ -294,3 +299,131 @@ def test_a_run_is_exported_and_speaks_in_peft(folders, dataset, tmp_path):
     one = one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/half',
                        '--dtype=bfloat16'))
     assert 'an adapter, which is exported to PEFT in float32' in one and not (tmp_path / 'half').exists()
+
+
+# --- tables of another size, and those that are one matrix in the base ---
+
+def folder_of(tmp_path, kind, resize=0, **options):
+    """(folder of a base, PEFT's model, folder of its adapter); resize: more tokens than the base has."""
+    config = type(FAMILIES[kind][1])(**FAMILIES[kind][1].to_dict() | options.pop('config', {}))
+    torch.manual_seed(0)
+    base = FAMILIES[kind][0](config)
+    for p in base.parameters():
+        if p.ndim > 1:
+            p.data = 0.15 * torch.randn(p.shape)
+    base.save_pretrained(tmp_path / 'base')
+    base = FAMILIES[kind][0].from_pretrained(tmp_path / 'base').eval()
+    if resize:
+        base.resize_token_embeddings(100 + resize, mean_resizing=False)
+    options = {'r': 4, 'target_modules': TARGETS[kind][:1], 'fan_in_fan_out': kind == 'gpt2'} | options
+    task = 'SEQ_2_SEQ_LM' if kind == 't5' else 'CAUSAL_LM'
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type=task, **options)).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / 'adapter')
+    return str(tmp_path / 'base'), model, str(tmp_path / 'adapter')
+
+
+TIED = {'tie_word_embeddings': True}
+
+
+@pytest.mark.parametrize('kind, options', [
+    ('llama', dict(config=TIED, modules_to_save=['embed_tokens'])),
+    ('llama', dict(config=TIED, modules_to_save=['lm_head'])),
+    ('llama', dict(config=TIED, modules_to_save=['embed_tokens', 'lm_head'])),
+    ('llama', dict(config=TIED, modules_to_save=['embed_tokens'], ensure_weight_tying=True)),
+    ('llama', dict(config=TIED, target_modules=['q_proj', 'lm_head'])),
+    ('llama', dict(config=TIED, resize=3)), ('llama', dict(resize=-7)), ('t5', dict(resize=3)),
+    ('t5', dict(config={'scale_decoder_outputs': False, 'vocab_size': 128}, target_modules=['q', 'lm_head'])),
+    ('gpt2', dict(resize=30, target_modules=['wte', 'c_attn']))], ids=str)
+def test_tables_that_are_tied_or_resized(tmp_path, kind, options):
+    base, model, adapter = folder_of(tmp_path, kind, **options)
+    mine = ours(base)
+    torch.manual_seed(3)
+    add_adapters(mine, [adapter], base)
+    x = torch.randint(90, (2, 14))
+    read = {'input_ids': x} | ({'decoder_input_ids': x} if kind == 't5' else {})
+    with torch.no_grad():
+        wanted = model(**read).logits
+        assert (mine(x, source=x) if kind == 't5' else mine(x)).shape == wanted.shape
+        for merged in (False, True):
+            if merged and not adapters.obstacle(mine):
+                adapters.merge(mine)
+            found = mine(x, source=x) if kind == 't5' else mine(x)
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(target_modules=['q', 'shared']), "shared: PEFT's changes to it have no effect"),
+    (dict(modules_to_save=['shared']), "shared: PEFT's changes to it have no effect"),
+    (dict(target_modules=['q', 'lm_head']), 'lm_head: the head of this network is its embedding')], ids=str)
+def test_tables_of_t5_that_peft_does_not_change(tmp_path, options, words):
+    base, _, adapter = folder_of(tmp_path, 't5', **options)
+    with pytest.raises(UserError, match=words):
+        add_adapters(ours(base), [adapter], base)
+
+
+def renamed(change):
+    return lambda tensors: {change(name): t for name, t in tensors.items()}
+
+
+def without(part):
+    return lambda tensors: {name: t for name, t in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize('options, change, words', [
+    (dict(target_modules=r'.*(q|v)_proj'), without('layers.0'), '0.self_attn.q_proj.lora_A.weight: not in'),
+    (dict(target_modules='all-linear'), without('layers.1.mlp.up'), '1.mlp.up_proj.lora_A.weight: not in'),
+    ({}, renamed(lambda name: '_orig_mod.' + name), 'has the prefix _orig_mod. of torch.compile: save'),
+    ({}, renamed(lambda name: name.replace('model.layers', 'module.model.layers')), 'the prefix module. of'),
+    (dict(modules_to_save=['norm']), without('model.norm'), 'modules_to_save=norm: not in')], ids=str)
+def test_files_that_lack_a_layer_or_have_other_names(tmp_path, options, change, words):
+    base, _, adapter = folder_of(tmp_path, 'llama', **options)
+    path = f'{adapter}/adapter_model.safetensors'
+    save_file(change(load_file(path)), path)
+    if 'all-linear' in options.values():  # PEFT writes the names in its place
+        config = json.loads((tmp_path / 'adapter/adapter_config.json').read_text())
+        (tmp_path / 'adapter/adapter_config.json').write_text(json.dumps(config | options))
+    with pytest.raises(UserError, match=words):
+        add_adapters(ours(base), [adapter], base)
+
+
+def test_a_pickle_and_fields_that_nobody_knows_are_named(tmp_path):
+    base, _, adapter = folder_of(tmp_path, 'llama')
+    config = json.loads((tmp_path / 'adapter/adapter_config.json').read_text())
+    (tmp_path / 'adapter/adapter_config.json').write_text(json.dumps(config | {'new_option': {'x': 1}}))
+    with pytest.raises(UserError, match="new_option={'x': 1}: minnow does not know this"):
+        add_adapters(ours(base), [adapter], base)
+    (tmp_path / 'adapter/adapter_config.json').write_text(json.dumps(config))
+    (tmp_path / 'adapter/adapter_model.safetensors').rename(tmp_path / 'adapter/adapter_model.bin')
+    with pytest.raises(UserError, match='adapter_model.bin: is a pickle, which can run code, and is not'):
+        add_adapters(ours(base), [adapter], base)
+
+
+def test_biases_that_are_missing_are_named(tmp_path):
+    base, _, adapter = folder_of(tmp_path, 'gpt2', bias='all')
+    path = f'{adapter}/adapter_model.safetensors'
+    save_file(without('h.1.mlp.c_fc.bias')(load_file(path)), path)
+    with pytest.raises(UserError, match="h.1.mlp.c_fc.bias: not in the file, which says bias='all'"):
+        add_adapters(ours(base), [adapter], base)
+
+
+def test_positions_of_a_shorter_context(folders, dataset, tmp_path):
+    """Trained at 16 of 32 positions: PEFT gets an A for all of them, and we read it again."""
+    base = folders['gpt2']
+    done = run('train.py', f'--init_from=hf:{base}', f'--dataset={dataset}', f'--out_dir={tmp_path}/run',
+               '--lora_rank=4', '--lora_targets=attn,wpe', '--block_size=16', '--learning_rate=3e-2',
+               '--max_iters=4', '--eval_interval=4', '--eval_iters=1', '--sample_tokens=0')
+    assert done.returncode == 0, done.stderr
+    assert run('hub.py', 'export', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/adapter').returncode == 0
+    model = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / 'adapter').eval()
+    x = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
+    trained, mine = load_model(str(tmp_path / 'run'))[0], ours(base)
+    add_adapters(mine, [str(tmp_path / 'adapter')], str(base))
+    with torch.no_grad():
+        wanted = trained(x)
+        assert (model(x).logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        assert (mine(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        longer = torch.randint(100, (2, 32))
+        assert torch.allclose(model(longer).logits, mine(longer), atol=1e-4)

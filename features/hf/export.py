@@ -13,6 +13,7 @@ import torch
 import checkpoint
 from checkpoint import new_folder, replace_json, write_tensors
 from configurator import UserError, from_dict
+from features.hf import reading
 from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
@@ -166,7 +167,16 @@ def export_adapter(s, folder, state, cfg):
                         'which is exported to PEFT in float32: leave them out, or surgery.py merge first')
     base = state['base']['from']
     saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
-    peft_files.write(s.to, cfg, saved, peft_files.family_of(cfg, base), base.removeprefix('hf:'))
+    positions = context_of(base) if 'wpe.lora.A' in saved.tensors else 0
+    peft_files.write(s.to, cfg, saved, peft_files.family_of(cfg, base), base.removeprefix('hf:'), positions)
+
+
+def context_of(base):
+    """The context of the model that an adapter was trained beside, which it may have used a part of."""
+    if not checkpoint.is_foreign(base):
+        return checkpoint.load_state(checkpoint.find(base, 'best'))['model']['block_size']
+    config = reading.Config(reading.find(base))
+    return reading.read_config(config, reading.family_of(config)).block_size
 
 
 # -----------------------------------------------------------------------------

@@ -105,9 +105,13 @@ def add(model, saved, where, name):
     is for another model.
     """
     others = list(model.lora.known.values()) if hasattr(model, 'lora') else []
-    if others and any('.lora.' not in tensor for each in (saved, *others) for tensor in each.tensors):
+    if others and any(each.is_more for each in (saved, *others)):
         raise UserError(f'{where}: weights were trained fully beside it, or beside the previous one: '
                         'such an adapter can only be used alone')
+    if saved.is_untied:
+        untie(model)
+    if saved.vocab_size:
+        resize(model, saved.vocab_size, saved.beside | saved.tensors)
     for tensor, t in saved.beside.items():
         found = model.get_parameter(tensor)[:len(t)]
         # in half precision, perhaps
@@ -143,7 +147,7 @@ def combine(adapters, shares):
     is the sum of theirs. Raises UserError.
     """
     for each in adapters:
-        if each.is_dora or each.tokens or any('.lora.' not in tensor for tensor in each.tensors):
+        if each.is_dora or each.tokens or each.is_more:
             raise UserError('adapter: those of DoRA, and weights trained whole beside one, do not add up: '
                             'merge one, then train the next beside that')
     groups = {}  # {layer: layers that share its A}, alone where adapters differ
@@ -220,6 +224,21 @@ def untie(model):
     if cfg.rank_embed:
         model.head_down = nn.Linear(cfg.n_embd, cfg.rank_embed, bias=False, device=wte.weight.device)
         model.head_down.weight.copy_(model.wte_up.weight.T)
+
+
+@torch.no_grad()
+def resize(model, vocab_size, rows):
+    """Give a model this many tokens. rows: {'wte.weight': …, 'head.weight': …}, tables of the new size."""
+    cfg = model.cfg
+    kept, cfg.vocab_size = min(vocab_size, cfg.vocab_size), vocab_size
+    for name in ('wte', 'head'):
+        table = getattr(model, name)
+        if table is None:
+            continue
+        weight = table.weight.new_zeros(cfg.padded_vocab, table.weight.size(1))
+        weight[:kept] = table.weight[:kept]
+        weight[kept:vocab_size] = rows[f'{name}.weight'][kept:vocab_size]
+        table.weight = nn.Parameter(weight)
 
 
 def base_state(model):

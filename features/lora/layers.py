@@ -292,6 +292,13 @@ class Saved:
     tokens: list = field(default_factory=list)  # of the embedding, trained whole
     tensors: dict = field(default_factory=dict)
     beside: dict = field(default_factory=dict)  # tensors of its base that came along
+    vocab_size: int = 0  # number of tokens, if its base was resized; 0 = as in the base
+    is_untied: bool = False  # whether the head has weights of its own, and is the embedding in the base
+
+    @property
+    def is_more(self):
+        """Whether it changes more than adapters can: then it can only be used alone."""
+        return self.is_untied or self.vocab_size > 0 or any('.lora.' not in name for name in self.tensors)
 
     def description(self):
         """Everything except the tensors, for JSON."""

@@ -1,12 +1,13 @@
 """
 Read and write adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors.
 
-    write('FOLDER', cfg, saved, family='gpt2')    # write a lora.Saved, for a model with this ModelConfig
+    write('FOLDER', cfg, saved, 'gpt2')           # write a lora.Saved, for a model with this ModelConfig
     saved = read('FOLDER', cfg)                   # read one, for adapters.add()
 
 PEFT only warns about missing tensors and ignores unknown ones, so an adapter with a wrong prefix has no
 effect. Here all names must match exactly.
 """
+import dataclasses
 import math
 import os
 import re
@@ -20,16 +21,16 @@ from features.lora import adapters
 from features.lora import layers as lora
 
 ROOT = 'base_model.model.'
-EXACT = {  # fields that change what an adapter does, and the only value that we follow
-         'lora_bias': False, 'use_qalora': False, 'use_bdlora': None, 'layer_replication': None,
-         'alora_invocation_tokens': None, 'target_parameters': None,
-         'megatron_config': None, 'kasa_config': None, 'velora_config': None, 'monteclora_config': None,
-         'arrow_config': None,
-}
+HARMLESS = (  # fields that say how it was trained or what the file holds, not what it does to the network
+         'peft_type', 'task_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path', 'revision',
+         'inference_mode', 'fan_in_fan_out', 'bias', 'init_lora_weights', 'megatron_core', 'loftq_config',
+         'eva_config', 'corda_config', 'lora_ga_config', 'qalora_group_size', 'runtime_config',
+)
 KINDS = {  # of the fields that are read; null is none
          'r': int, 'lora_alpha': (int, float), 'lora_dropout': (int, float), 'use_dora': bool,
          'use_rslora': bool, 'target_modules': (list, str),
          'exclude_modules': (list, str), 'modules_to_save': list, 'layers_to_transform': (int, list),
+         'layers_pattern': (list, str), 'ensure_weight_tying': bool,
          'rank_pattern': dict, 'alpha_pattern': dict,
          'trainable_token_indices': (list, dict),
 }
@@ -95,54 +96,56 @@ def fuse(layers, name, heads=0):
 
 
 @torch.no_grad()
-def write(folder, cfg, saved, family, base=''):
+def write(folder, cfg, saved, kind, base='', positions=0):
     """
     Write a lora.Saved, for a model of this ModelConfig, in PEFT's format for the model of transformers'
-    `family`: a new folder, complete or not at all. Raises UserError for features that PEFT does not have.
+    family `kind`: a new folder, complete or not at all. positions: the context of that model, if it is
+    longer. Raises UserError for features that PEFT does not have.
     """
     from features.hf.families import FAMILIES
+    family = FAMILIES[kind]
     model, name = adapters.blank(cfg), 'default'
     for tensor, t in saved.tensors.items():  # trained whole
-        layer, _, kind = tensor.rpartition('.')
+        layer, _, parameter = tensor.rpartition('.')
         if '.lora.' not in tensor and layer != 'wte.tokens':
-            setattr(model.get_submodule(layer), kind, torch.nn.Parameter(t.clone()))
+            setattr(model.get_submodule(layer), parameter, torch.nn.Parameter(t.clone()))
     lora.attach(model, saved)
     for p in model.parameters():
         p.requires_grad_(not p.is_meta)
     adapters.load_state(model, saved.tensors, folder)
-    tensors, scales, ranks, known, named = {}, {}, {}, modules(family, cfg), dict(model.named_modules())
+    tensors, scales, ranks, known, named = {}, {}, {}, modules(kind, cfg), dict(model.named_modules())
     places = {ours: theirs for theirs, parts in known.items() for ours in parts}
     for layer_name in (layer_name for layer_name, layer in lora.adapted(model) if name in layer.lora):
         if layer_name not in places:
             raise UserError(f'{layer_name}: has an adapter, '
-                            f'and no place in a network of the family {family}: leave it out of lora_targets')
+                            f'and no place in a network of the family {kind}: leave it out of lora_targets')
     for theirs, ours in known.items():
         layers = [named[part] for part in ours if part in named]
         if not any(name in getattr(layer, 'lora', ()) for layer in layers):
             continue
-        heads = FAMILIES[family].heads_of(f'{theirs}.weight', cfg)
-        A, B, length, scales[theirs] = fuse(layers, name, heads)
+        A, B, length, scales[theirs] = fuse(layers, name, family.heads_of(f'{theirs}.weight', cfg))
+        if ours == ['wpe']:  # nothing was learned about later positions
+            lead = rows_of(family, cfg)[f'{theirs}.weight'].lead
+            A = torch.nn.functional.pad(A, (lead, max(0, positions - A.size(1))))
         ranks[theirs] = len(A)
         keys = (('lora_embedding_A', 'lora_embedding_B') if isinstance(layers[0], torch.nn.Embedding)
                 else ('lora_A.weight', 'lora_B.weight'))
         tensors |= {f'{theirs}.{keys[0]}': A, f'{theirs}.{keys[1]}': B} | (
             {} if length is None else {f'{theirs}.lora_magnitude_vector': length})
-    whole = write_whole(model, known, ranks, tensors, FAMILIES[family])
+    whole = write_whole(model, family, known, ranks, tensors)
     r, alpha = next(iter(ranks.values())), {module: scales[module] * rank for module, rank in ranks.items()}
-    endings = sorted({module.rsplit('.', 1)[-1] for module in ranks})
     config = {
         'peft_type': 'LORA', 'task_type': 'SEQ_2_SEQ_LM' if cfg.n_encoder_layer else 'CAUSAL_LM',
         'base_model_name_or_path': base,
         # alpha says it
         'inference_mode': True, 'r': r, 'lora_alpha': alpha[next(iter(ranks))], 'lora_dropout': saved.dropout,
         'use_rslora': False,
-        'use_dora': saved.is_dora, 'bias': 'all' if any(tensor.endswith('.bias') for tensor in tensors)
-        else 'none', 'fan_in_fan_out': family == 'gpt2',
+        'use_dora': saved.is_dora, 'bias': trained_biases(family, cfg, ranks, tensors),
+        'fan_in_fan_out': kind == 'gpt2',
         'init_lora_weights': True, 'modules_to_save': whole or None,
         'rank_pattern': {module: rank for module, rank in ranks.items() if rank != r},
         'alpha_pattern': {module: a for module, a in alpha.items() if a != alpha[next(iter(ranks))]},
-        'target_modules': endings
-        if {module for module in known if is_target(module, endings)} == ranks.keys() else sorted(ranks),
+        'target_modules': endings(ranks, known),
         'trainable_token_indices': {places['wte'].rsplit('.', 1)[-1]: saved.tokens} if saved.tokens else None,
     }
     if saved.tokens:
@@ -153,26 +156,60 @@ def write(folder, cfg, saved, family, base=''):
         replace_json(os.path.join(new, 'adapter_config.json'), dict(sorted(config.items())))
 
 
-def write_whole(model, known, ranks, tensors, family):
-    """Add the fully trained tensors; returns the suffixes of the modules that PEFT must store fully."""
-    from features.hf.names import join
-    trained, whole = {name: p for name, p in model.named_parameters()
-                      if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}, set()
+def endings(wanted, known):
+    """The last parts of the names of some modules, if no other module ends so; else their names."""
+    last = sorted({module.rsplit('.', 1)[-1] for module in wanted})
+    if {module for module in known if is_target(module, last)} == set(wanted):
+        return last
+    return sorted(wanted)
+
+
+def write_whole(model, family, known, ranks, tensors):
+    """Add the fully trained tensors; returns the names of the modules that PEFT must store fully."""
+    cfg, whole = model.cfg, set()
+    trained = {name: p for name, p in model.named_parameters()
+               if p.requires_grad and '.lora.' not in name and name != 'wte.tokens.values'}
+    if cfg.tie and 'wte.weight' in trained:  # two modules there, each with a matrix that is trained
+        trained['head.weight'] = trained['wte.weight']
+    rows = rows_of(family, dataclasses.replace(cfg, tie=False, rank_head=cfg.rank_embed))
     for theirs, ours in known.items():
         for kind in ('weight', 'bias'):
             parts = [trained.pop(f'{part}.{kind}', None) for part in ours]
             if all(part is None for part in parts):
                 continue
-            if (any(part is None for part in parts)
-                    or kind == 'weight' and (theirs in ranks or parts[0].ndim > 1)):
+            row = rows.get(f'{theirs}.{kind}')
+            if any(part is None for part in parts) or row is None or kind == 'weight' and theirs in ranks:
                 raise UserError(f'{ours[0]}.{kind}: is trained fully, which PEFT does not support here')
-            tensor = f'{theirs}.{kind}'
-            t = join(parts, family.heads_of(tensor, model.cfg)) - family.shift_of(tensor)
-            tensors[f'{theirs}.base_layer.bias' if theirs in ranks else tensor] = t
-            whole |= {theirs.rsplit('.', 1)[-1]} if kind == 'weight' else set()
+            tensor = f'{theirs}.base_layer.bias' if theirs in ranks else f'{theirs}.{kind}'
+            tensors[tensor] = row.to_theirs(parts)
+            if kind == 'weight':
+                whole.add(theirs)
+                if f'{theirs}.bias' in rows and any(f'{part}.bias' not in trained for part in ours):
+                    raise UserError(f'{ours[0]}.weight: is trained fully, and its bias is not: '
+                                    'PEFT supports both or none')
     if trained:
         raise UserError(f'{min(trained)}: is trained fully, which PEFT does not support')
-    return sorted(whole)
+    return endings(whole, known)
+
+
+def trained_biases(family, cfg, ranks, tensors):
+    """PEFT's bias, which says which biases were trained: all, lora_only, or none if these are others."""
+    biases = {name for name in rows_of(family, cfg) if name.endswith('.bias')}
+    written = {name.replace('.base_layer.', '.') for name in tensors if name.endswith('.bias')}
+    of_adapters = {name for name in biases if name.removesuffix('.bias') in ranks}
+    if not written:
+        return 'none'
+    return 'all' if written == biases else 'lora_only' if written == of_adapters else 'none'
+
+
+def rows_of(family, cfg):
+    """{their tensor, with its prefix: names.Row} of a network."""
+    from features.hf.names import name_rows
+    found = {}
+    for row in name_rows(family, cfg):
+        is_head = row.theirs.startswith(f'{family.head}.')
+        found[row.theirs if is_head else family.prefix + row.theirs] = row
+    return found
 
 
 def family_of(cfg, base):
@@ -210,9 +247,10 @@ def read(folder, cfg):
     config = read_json(path)
     if config.get('peft_type') != 'LORA':
         raise UserError(f'{path}: peft_type={config.get("peft_type")!r}: takes LORA')
-    for field, plain in EXACT.items():
-        if config.get(field, plain) not in (plain, None):
-            raise UserError(f'{path}: {field}={config[field]!r}: takes {plain}: minnow does not support it')
+    for field, value in config.items():
+        if value and field not in HARMLESS and field not in KINDS:
+            raise UserError(f'{path}: {field}={value!r}: minnow does not know this, and it may change the '
+                            'network: let PEFT merge it (merge_and_unload), then load the merged folder')
     for field, kind in KINDS.items():
         value = config.get(field)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
@@ -234,12 +272,29 @@ def read(folder, cfg):
         raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: '
                         'this takes a part out of the base; let PEFT convert it to a plain adapter '
                         '(save_pretrained with path_initial_model_for_weight_conversion)')
+    pickle = os.path.join(folder, 'adapter_model.bin')
+    if os.path.exists(pickle) and not os.path.exists(weights):
+        raise UserError(f'{pickle}: is a pickle, which can run code, and is not read: if you trust it, load '
+                        'it with PEFT and write it again with save_pretrained(), as safetensors')
     try:
         file = safe_open(weights, 'pt')
-        tensors = {name.removeprefix(ROOT): file.get_slice(name) for name in file.keys()}
+        check_prefixes(weights, file.keys())
+        tensors = {}
+        for name in file.keys():  # some writers leave the name of the adapter in
+            plain = re.sub(r'\.(lora_[AB])\.default\.weight$', r'.\1.weight', name.removeprefix(ROOT))
+            tensors[plain] = file.get_slice(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{weights}: not readable as safetensors: {error}') from None
     return Reading(path, config, tensors, cfg).saved()
+
+
+def check_prefixes(weights, names):
+    """Raise UserError for names as a wrapped network has them: PEFT passes over these tensors in silence."""
+    for prefix, wrapper in (('_orig_mod', 'torch.compile'), ('module', 'DataParallel')):
+        for name in names:
+            if prefix in name.split('.'):
+                raise UserError(f'{weights}: {name}: has the prefix {prefix}. of {wrapper}: save the adapter '
+                                'of the network inside it, or take the prefix out of the names')
 
 
 class Reading:
@@ -248,6 +303,7 @@ class Reading:
     def __init__(self, path, config, tensors, cfg):
         from features.hf.families import FAMILIES, nearest
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
+        self.check_shared()
         self.left = set(tensors)
         stems = {re.sub(
             r'\.(lora_|token_adapter\.|base_layer\.|original_module\.|modules_to_save\.|weight$|bias$).*', '',
@@ -261,9 +317,68 @@ class Reading:
             raise UserError(f'{path}: {stray}: no family that we know ({", ".join(fits)}) has this: '
                             'it is an adapter for another network')
         self.modules, self.family = modules(kind, cfg), FAMILIES[kind]
+        self.head = self.family.head
+        self.is_resized = self.vocabulary() != cfg.vocab_size
+        self.has_head = self.is_untied()
+        self.cfg = dataclasses.replace(cfg, vocab_size=self.vocabulary())
+        if self.has_head:
+            if cfg.n_encoder_layer:
+                self.refuse(f'{self.head}: the head of this network is its embedding, scaled: '
+                            'weights of its own are not read')
+            self.cfg.tie, self.cfg.rank_head = False, cfg.rank_embed
 
     def refuse(self, what):
         raise UserError(f'{self.path}: {what}')
+
+    def check_shared(self):
+        """T5's embedding has three names in transformers, and PEFT changes nothing at the first."""
+        if not self.cfg.n_encoder_layer or not any(name.startswith('shared.') for name in self.tensors):
+            return
+        if self.is_saved('shared') or any(name.startswith(('shared.lora_', 'shared.token_adapter.'))
+                                          for name in self.tensors):
+            self.refuse("shared: PEFT's changes to it have no effect, because T5 reads encoder.embed_tokens "
+                        'and decoder.embed_tokens: train with target_modules=[…, "embed_tokens"]')
+        self.tensors['decoder.embed_tokens.weight'] = self.tensors.pop('shared.weight')  # resized
+
+    def is_saved(self, module):
+        """Whether modules_to_save names a module: it was trained whole."""
+        return is_target(module, self.config.get('modules_to_save') or ())
+
+    def is_saved_table(self, module):
+        """The same for an embedding or a head; one that is both is named once, with ensure_weight_tying."""
+        names = [module]
+        if self.cfg.tie and self.config.get('ensure_weight_tying'):
+            names = [theirs for theirs, ours in self.modules.items() if ours[0] in ('wte', 'head')]
+        return any(map(self.is_saved, names))
+
+    def vocabulary(self):
+        """The number of tokens, by the tables that the file holds: PEFT writes those that were resized."""
+        sizes = {}
+        for module, (layer, *_) in self.modules.items():
+            for name in (f'{module}.weight', f'{module}.base_layer.weight'):
+                if layer in ('wte', 'wte_encoder', 'head') and name in self.tensors:
+                    sizes[layer.removesuffix('_encoder')] = self.shape(name)[0]
+        found = set(sizes.values()) or {self.cfg.vocab_size}
+        if len(found) > 1:
+            self.refuse(f'its embedding has {sizes["wte"]} tokens, its head {sizes["head"]}')
+        if found != {self.cfg.vocab_size} and len(sizes) == 1 and not self.cfg.tie:
+            self.refuse(f'{min(sizes)} has {min(found)} tokens, and only one of embedding and head is in the '
+                        'file: save both with save_embedding_layers=True')
+        return found.pop()
+
+    def is_untied(self):
+        """Whether the head has weights of its own here, and is the embedding in the base."""
+        if not self.cfg.tie:
+            return False
+        if any(name.startswith(f'{self.head}.lora_') for name in self.tensors):
+            if self.config.get('ensure_weight_tying'):
+                self.refuse('ensure_weight_tying=True: an adapter of both embedding and head is not read: '
+                            'let PEFT merge it (merge_and_unload), then load the merged folder')
+            return True
+        tables = [module for module, ours in self.modules.items()
+                  if ours[0] in ('wte', 'head') and f'{module}.weight' in self.tensors]
+        is_one = self.config.get('ensure_weight_tying') and len(tables) == 2
+        return any(map(self.is_saved, tables)) and not is_one
 
     def shape(self, name):
         """The shape of a tensor, a list, by the header of the file."""
@@ -296,22 +411,31 @@ class Reading:
             self.refuse(f'{field}={value!r}: takes a number')
         return value
 
+    def is_meant(self, module, ours):
+        """Whether the file says that a module has an adapter."""
+        targets = self.config.get('target_modules') or []
+        if self.is_saved(module) or is_target(module, self.config.get('exclude_modules') or []):
+            return False
+        if targets == 'all-linear':  # all but the head
+            has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
+            return has or re.search(r'\.(attn|cross|mlp)\.[a-z]+$', ours[0]) is not None
+        blocks = self.config.get('layers_to_transform')
+        if isinstance(targets, str) or blocks in (None, []):
+            return is_target(module, targets)
+        patterns = self.config.get('layers_pattern') or [r'[^.]*']
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        numbers = [re.match(rf'(?:^|.*?\.){pattern}\.(\d+)\.', module) for pattern in patterns]
+        number = next((int(number[1]) for number in numbers if number), None)
+        return is_target(module, targets) and number in ([blocks] if isinstance(blocks, int) else blocks)
+
     def saved(self):
         sizes = adapters.sizes(self.cfg)  # {our layer: (n_out, n_in)}
         out = lora.Saved([], float(self.config.get('lora_dropout') or 0), bool(self.config.get('use_dora')))
-        targets, blocks = self.config.get('target_modules') or [], self.config.get('layers_to_transform')
-        blocks = [blocks] if isinstance(blocks, int) else blocks
         for module, ours in self.modules.items():
-            if not all(name in sizes for name in ours):
-                continue
-            number = re.search(r'\.(\d+)\.', module)
-            meant = (is_target(module, targets)
-                     and not is_target(module, self.config.get('exclude_modules') or [])
-                     and (blocks is None or number and int(number[1]) in blocks))
-            has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
-            if has and (meant or targets == 'all-linear') or meant and not isinstance(targets, str):
+            if all(name in sizes for name in ours) and self.is_meant(module, ours):
                 self.adapter(module, ours, sizes, out)
         self.whole(out)
+        self.check_biases(out)
         if self.left:
             self.refuse(f'{min(self.left)}: this model has no such tensor')
         return out
@@ -323,9 +447,13 @@ class Reading:
         keys = ('lora_embedding_A', 'lora_embedding_B') if is_table else ('lora_A.weight', 'lora_B.weight')
         rank = self.number('r', 'rank_pattern', module, 8)
         found = self.shape(f'{module}.{keys[0]}')
-        if found[1:] == [n_in] and found[0] != rank:
+        if len(found) == 2 and found[1] >= n_in and found[0] != rank:
             self.refuse(f'{module}: has rank {found[0]}, the file says {rank}')
-        A = self.take(f'{module}.{keys[0]}', None, n_in)
+        lead, longest = 0, n_in
+        if ours == ['wpe']:  # theirs may have rows before ours, and a longer context
+            lead = rows_of(self.family, self.cfg)[f'{module}.weight'].lead
+            longest = max(lead + n_in, found[1])
+        A = self.take(f'{module}.{keys[0]}', None, longest)[:, lead:lead + n_in]
         B = self.take(f'{module}.{keys[1]}', n_out, len(A))
         length = self.take(f'{module}.lora_magnitude_vector', n_out) if out.is_dora else None
         alpha = self.number('lora_alpha', 'alpha_pattern', module, 8)
@@ -341,37 +469,68 @@ class Reading:
             out.tensors[f'{name}.lora.length'] = part
 
     def whole(self, out):
-        """Everything that was trained in addition to adapters: rows of the embedding, norms and biases."""
-        from features.hf.names import split
-        tokens = self.config.get('trainable_token_indices')
-        if tokens:
-            out.tokens = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
-            if (not isinstance(out.tokens, list)
-                    or not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in out.tokens)):
-                self.refuse(f'trainable_token_indices={tokens}: '
-                            f'takes tokens from 0 to {self.cfg.vocab_size - 1}')
-            module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
-            out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta',
-                                                         len(out.tokens), self.cfg.n_embd)
+        """Everything that was trained in addition to adapters: rows of the embedding, modules and biases."""
+        out.tokens = self.tokens(out)
         for ending in self.config.get('modules_to_save') or ():
             if not any(is_target(name.rpartition('.')[0], [ending]) for name in self.tensors):
                 self.refuse(f'modules_to_save={ending}: not in the file')
-        own = adapters.blank(self.cfg).state_dict()
+        out.is_untied = self.has_head
+        if self.is_resized:
+            out.vocab_size = self.cfg.vocab_size
+        rows = rows_of(self.family, self.cfg)
         for name in sorted(self.left):
-            module, _, kind = name.rpartition('.')
             plain = re.sub(r'\.(original_module|modules_to_save)\.', '.', name)
             if plain != name and plain in self.tensors:  # with bias=all PEFT writes some of them twice
                 self.left.discard(name)
                 continue
-            module = module if kind == 'weight' else module.removesuffix('.base_layer')
-            # of an embedding that is adapted, and of its head, PEFT keeps the base too
-            if name.endswith('.base_layer.weight'):
-                layer = self.modules[module.removesuffix('.base_layer')][0].replace('wte_encoder', 'wte')
-                out.beside[f'{layer}.weight'] = self.take(name, None, self.cfg.n_embd)
-                continue
-            ours = [f'{part}.{kind}' for part in self.modules.get(module, ())]
-            if ours and len(self.shape(name)) == 1 and all(part in own for part in ours):
-                lengths = [len(own[part]) for part in ours]
-                tensor = f'{module}.{kind}'
-                t = self.take(name, sum(lengths)) + self.family.shift_of(tensor)
-                out.tensors |= zip(ours, split(t, lengths, self.family.heads_of(tensor, self.cfg)))
+            module, _, kind = name.rpartition('.')
+            is_base = module.endswith('.base_layer')  # of a module with an adapter
+            module = module.removesuffix('.base_layer')
+            table = self.modules.get(module, [''])[0].replace('wte_encoder', 'wte')
+            if self.cfg.tie and table == 'head':
+                table = 'wte'
+            if table in ('wte', 'head') and kind == 'weight':
+                self.table(name, table, is_base or not self.is_saved_table(module), out)
+            elif plain == name and kind in ('weight', 'bias') and (kind == 'bias' or not is_base):
+                row = rows.get(f'{module}.{kind}')
+                if row is not None:
+                    out.tensors |= row.to_ours(self.take(name, *row.shape))
+
+    def tokens(self, out):
+        """The tokens whose rows of the embedding were trained whole."""
+        tokens = self.config.get('trainable_token_indices')
+        if not tokens:
+            return []
+        if f'{self.head}.token_adapter.trainable_tokens_delta' in self.tensors:
+            self.refuse(f'trainable_token_indices={tokens}: rows of the head are not read, only those of the '
+                        'embedding')
+        found = tokens if isinstance(tokens, list) else next(iter(tokens.values()))
+        if (not isinstance(found, list)
+                or not all(type(n) is int and 0 <= n < self.cfg.vocab_size for n in found)):
+            self.refuse(f'trainable_token_indices={tokens}: '
+                        f'takes tokens from 0 to {self.cfg.vocab_size - 1}')
+        module = next(theirs for theirs, ours in self.modules.items() if ours == ['wte'])
+        out.tensors['wte.tokens.values'] = self.take(f'{module}.token_adapter.trainable_tokens_delta',
+                                                     len(found), self.cfg.n_embd)
+        return found
+
+    def table(self, name, table, is_base, out):
+        """An embedding or a head: that of the base (is_base), or one that was trained."""
+        t = self.take(name, self.cfg.vocab_size, self.cfg.n_embd)
+        before = (out.beside | out.tensors).get(f'{table}.weight')
+        if before is not None and not torch.equal(before[:len(t)], t):
+            self.refuse(f'{name}: differs from another table that is the same matrix in this network')
+        if is_base:
+            out.beside[f'{table}.weight'] = t
+        else:
+            padding = self.cfg.padded_vocab - self.cfg.vocab_size
+            out.tensors[f'{table}.weight'] = torch.nn.functional.pad(t, (0, 0, 0, padding))
+
+    def check_biases(self, out):
+        """Refuse a file without the biases that it says were trained."""
+        kind, own = self.config.get('bias', 'none'), adapters.blank(self.cfg).state_dict()
+        adapted = {name for place in out.places for name in place.names}
+        for module, ours in self.modules.items():
+            is_trained = kind == 'all' or kind == 'lora_only' and ours[0] in adapted
+            if is_trained and f'{ours[0]}.bias' in own and f'{ours[0]}.bias' not in out.tensors:
+                self.refuse(f'{module}.bias: not in the file, which says bias={kind!r}')

@@ -1,11 +1,14 @@
 """
 Sample with adapters: python sample.py --adapter=DIR, also several in one batch.
 """
+from contextlib import suppress
 from dataclasses import replace
 
 import checkpoint
+from configurator import UserError
 from features.lora import adapters, load, peft_files
 from sample import encode_prompt, shown_prompt, stored_format
+from tokenizer import load_tokenizer
 
 
 def add_adapters(model, tokenizer, given, where, merge=False):
@@ -14,7 +17,8 @@ def add_adapters(model, tokenizer, given, where, merge=False):
     tokenizer has the prompt format that the adapter was trained with. merge: merge a single adapter into the
     weights, if possible.
     """
-    found = []
+    from features.hf import reading
+    found, before = [], model.cfg.vocab_size
     for name, folder in load.add_adapters(model, given, where).items():
         own = tokenizer
         if not peft_files.is_one(folder):
@@ -24,6 +28,10 @@ def add_adapters(model, tokenizer, given, where, merge=False):
             own = tokenizer.with_format(replace(form, bos=form.bos or base.bos, ends=form.ends or base.ends,
                                                 chat_template=form.chat_template or base.chat_template,
                                                 names=form.names or base.names))
+        elif model.cfg.vocab_size > before:  # resized: the new tokens are written beside it
+            with suppress(UserError):  # or nowhere
+                more = load_tokenizer(*reading.tokenizer(f'hf:{folder}'))
+                own = more.with_format(tokenizer.prompt_format)
         found.append((name, own))
     if merge and len(found) == 1 and not adapters.obstacle(model):
         adapters.merge(model)
