@@ -5,8 +5,8 @@ Evaluate a model.
     python eval.py loss --out_dir=out/tinystories_cpu
     # the same for any text, and its perplexity
     python eval.py text --out_dir=out/tinystories_cpu FILE.txt
-    # zero- and few-shot tasks from files (features/study/tasks.py), or from lm-evaluation-harness
-    python eval.py tasks --out_dir=hf:FOLDER lambada.jsonl piqa.jsonl
+    # zero- and few-shot tasks from files (features/study/items.py), or from lm-evaluation-harness
+    python eval.py tasks --out_dir=hf:FOLDER lambada.jsonl arc_easy.jsonl='\\nAnswer: '
     python eval.py harness --out_dir=hf:FOLDER --tasks=lambada_openai,arc_easy
     # ROUGE of generated summaries (features/study/summaries.py); without a file, of the validation pairs
     python eval.py summaries --out_dir=out/pairs dev.jsonl --source=source --target=target
@@ -90,13 +90,16 @@ class TextSettings(ModelSettings):
 
 @dataclass
 class TaskSettings(ModelSettings):
-    files: list[FilePath] = field(default_factory=list)  # JSONL files; features/study/tasks.py has the
-    # formats
+    files: list[FilePath] = field(default_factory=list)  # JSONL files, of the shapes that docs/evaluate.md
+    # lists; FILE='\nAnswer: ' gives one file a delimiter of its own
+    delimiter: str = ' '  # text between query and choices of the other files; \n is a new line
     shots: int = 0  # number of solved examples before each item, from the same file (few-shot)
-    delimiter: str = ' '  # text between query and choices; \n is a new line: '\nAnswer: ' for Mosaic's tasks
     limit: int = 0  # use only this many items of each task, the first ones; 0 = all
     seed: int = 1337  # seed for the choice of examples
+    beside: list[FilePath] = field(default_factory=list)  # other networks to compare with: runs or hf:FOLDER
     csv: FilePath = ''  # file for the results of all items
+    table: FilePath = ''  # csv file for the results of all tasks, with their standard errors
+    picture: FilePath = ''  # file for a plot of them
 
     positional = 'files'
 

@@ -19,6 +19,7 @@ import train
 from configurator import FilePath, NumericConfig, UserError, configure, pick_device, pick_dtype, run_main
 from features import part_of
 from features.study import tasks
+from features.study.items import read_items
 from features.study.measure import alternate, section, show
 from model import ModelConfig, autocast, make_model
 from tokenizer import new_tokenizer
@@ -58,7 +59,7 @@ def main():
     if len(s.files) != 1:
         raise UserError('files: takes one task: '
                         'python experiments/lambada_speed.py lambada_openai.jsonl --tokenizer=FILE.model')
-    items = tasks.read_items(s.files[0])[:s.limit or None]
+    items = read_items(s.files[0])[:s.limit or None]
     tokenizer = new_tokenizer(s.tokenizer)
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)

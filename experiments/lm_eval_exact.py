@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-from configurator import FilePath, UserError, configure, run_main, typed_text
+from configurator import FilePath, UserError, configure, run_main
 from features.study import tasks
+from features.study.items import file_and_delimiter, read_items
 
 CPU = torch.device('cpu')
 
@@ -72,7 +73,7 @@ class Minnow:
 
     def score(self, path, delimiter):
         """{'nats': [[…] per item], 'acc': […], 'acc_norm': […], 'seconds', 'cpu_seconds'} of a task."""
-        items = tasks.read_items(path, delimiter)
+        items = read_items(path, own_delimiter=delimiter)
         score_items, seconds = timed(tasks.score_items)
         scores = score_items(self.model, self.tokenizer, items, CPU, 'float32')
         _, records = tasks.figures(items, scores)
@@ -121,7 +122,7 @@ class LmEval:
 
 
 def task_of(path, delimiter):
-    """The configuration of lm-eval's task for a JSONL file, as its own tasks of these data are."""
+    """The configuration of a task of lm-eval for a JSONL file, like its own tasks of these data."""
     fields = json.loads(open(path, encoding='utf-8').readline())
     config = {
         'task': 'chunk',
@@ -132,6 +133,7 @@ def task_of(path, delimiter):
     }
     choice = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}
     if 'query' in fields:
+        delimiter = ' ' if delimiter is None else delimiter
         before = delimiter.rstrip(' ')
         config |= choice
         config |= {
@@ -146,13 +148,13 @@ def task_of(path, delimiter):
             'doc_to_text': '',
             'doc_to_target': 0,
             'doc_to_choice': '{{[sentence_good, sentence_bad]}}',
-            'target_delimiter': '',
+            'target_delimiter': delimiter or '',
         }
     elif 'continuation' in fields:
         config |= {
             'output_type': 'loglikelihood',
             'doc_to_text': '{{context}}',
-            'doc_to_target': delimiter + '{{continuation}}',
+            'doc_to_target': (' ' if delimiter is None else delimiter) + '{{continuation}}',
             'metric_list': [{'metric': 'perplexity'}, {'metric': 'acc'}],
         }
     else:
@@ -166,11 +168,10 @@ PROGRAMS = {'lm-eval': LmEval, 'minnow': Minnow}
 # What both found
 
 def parts_of(s):
-    """[(name of the file, path of a chunk, delimiter)] of all files, and write the chunks."""
+    """[(name of the file, path of a chunk, its own delimiter or None)] of all files; writes the chunks."""
     out = []
     for given in s.files:
-        path, _, delimiter = given.partition('=')
-        delimiter = typed_text(delimiter or ' ', 'delimiter')
+        path, delimiter = file_and_delimiter(given)
         with open(path, encoding='utf-8') as f:
             lines = [line for line in f if line.strip()][:s.limit or None]
         name = Path(path).stem

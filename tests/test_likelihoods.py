@@ -138,7 +138,8 @@ def small_model(**settings):
 
 @pytest.mark.parametrize('settings', [
     {}, {'position': 'learned', 'norm': 'layernorm', 'bias': True}, {'position': 'none'}, {'n_kv_head': 1},
-    {'position': 'relative'}, {'value_residual': True, 'qk_norm': 'head'}], ids=str)
+    {'position': 'relative'}, {'window': 3}, {'window': 4, 'full_layers': [1], 'window_theta': 50.0},
+    {'attn_softcap': 5.0, 'parallel': True}, {'value_residual': True, 'qk_norm': 'head'}], ids=str)
 def test_pairs_that_begin_alike_have_the_scores_of_pairs_alone(settings):
     model = small_model(**settings)
     together = score(model, PAIRS, CPU, 'float32')

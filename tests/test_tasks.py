@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -17,19 +18,12 @@ from conftest import ROOT, one_line, run
 from test_hub import saved, theirs, write_tokenizer
 
 from configurator import UserError
+from eval import TaskSettings
 from features.study import harness
+from features.study.items import Item, file_and_delimiter, read_items, with_shots
+from features.study.likelihoods import score
 from features.study.stats import mean_and_error, show_error
-from features.study.tasks import (
-    Item,
-    encode_pair,
-    figures,
-    read_items,
-    score,
-    score_items,
-    score_text,
-    windows,
-    with_shots,
-)
+from features.study.tasks import encode_pair, figures, names_of, score_items, score_text, windows
 from sample import generate, load
 from tokenizer import ByteTokenizer, PromptFormat, new_tokenizer
 
@@ -371,6 +365,74 @@ def test_tasks_and_texts_from_the_command_line(folder, tmp_path):
     done = run('eval.py', 'text', f'--out_dir=hf:{folder}', f'{tmp_path}/a.txt')
     assert (done.returncode == 0 and '360 tokens, 360 bytes' in done.stdout
             and 'perplexity' in done.stdout), done.stderr
+
+
+@pytest.fixture(scope='module')
+def other(tmp_path_factory):
+    """The folder of another network, with the same tokenizer."""
+    folder = saved(tmp_path_factory.mktemp('other'), vocab_size=257, n_positions=96, n_layer=1)
+    write_tokenizer(folder, 257)
+    return folder
+
+
+SCHEMAS = [{'context_options': [f'the cat saw {n} dogs as the {name}' for name in ('cat', 'dogs')],
+            'continuation': word, 'gold': n % 2} for n, word in enumerate(['ran', 'was big', 'sat'])]
+WINOGRANDE = [{'sentence': f'The {n} cats saw it as the _ ran.', 'option1': 'cat', 'option2': 'dog',
+               'answer': '2'} for n in range(3)]
+SEVERAL = [{'query': f'What is {n}?', 'choices': ['a number', 'a cat', 'two words'], 'gold': [0, 2]}
+           for n in range(4)]
+
+
+def test_one_command_evaluates_a_table_beside_another_network(folder, other, tmp_path):
+    tasks = {'choices': CHOICES, 'lambada': LAMBADA, 'schemas': SCHEMAS, 'winogrande': WINOGRANDE,
+             'several': SEVERAL}
+    files = [write(tmp_path / f'{name}.jsonl', items) for name, items in tasks.items()]
+    files[0] += r'=\nAnswer: '
+    done = run('eval.py', 'tasks', f'--out_dir=hf:{folder}', *files, '--dtype=float32',
+               f'--beside=hf:{other}', f'--csv={tmp_path}/items.csv', f'--table={tmp_path}/table.csv',
+               f'--picture={tmp_path}/a.png')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    table = list(csv.DictReader(open(tmp_path / 'table.csv')))
+    measures = {}
+    for row in table:
+        measures.setdefault(os.path.basename(row['task']), []).append(row['measure'])
+    assert measures == {
+        'choices.jsonl': ['acc', 'acc_norm'] * 2, 'lambada.jsonl': ['acc', 'perplexity'] * 2,
+        'schemas.jsonl': ['acc'] * 2, 'winogrande.jsonl': ['acc'] * 2,
+        'several.jsonl': ['acc', 'acc_norm', 'mass'] * 2}
+    items = list(csv.DictReader(open(tmp_path / 'items.csv')))
+    assert len(items) == 2 * (6 + 4 + 3 + 3 + 4)
+    assert {row['network'] for row in items} == {f'hf:{folder}', f'hf:{other}'}
+    for row in table:  # the table has the means of the items, and their standard errors
+        of_items = [float(item[row['measure']]) for item in items if row['measure'] != 'perplexity'
+                    and (item['network'], item['task']) == (row['network'], row['task'])]
+        if of_items:
+            mean, error = mean_and_error(of_items)
+            assert (float(row['value']), float(row['standard_error'])) == pytest.approx((mean, error))
+            chance = {'choices': 1 / 4, 'several': 2 / 3, 'schemas': 1 / 2, 'winogrande': 1 / 2}
+            name = os.path.basename(row['task']).removesuffix('.jsonl')
+            assert row['chance'] == '' or float(row['chance']) == pytest.approx(chance[name])
+    mass = [[float(item['mass']) for item in items if item['mass'] and item['network'] == f'hf:{name}']
+            for name in (folder, other)]
+    mean, error = mean_and_error([a - b for a, b in zip(*mass)])
+    [line] = [line for line in done.stdout.splitlines() if line.split()[:2] == ['several.jsonl', 'mass']]
+    assert f'= {mean:+.4f} ± {error:.4f}  hf:{other}' in line
+    model, tokenizer = load(f'hf:{folder}')  # the delimiter of the first file alone
+    [(path, own)] = [file_and_delimiter(files[0])]
+    nats = score_items(model, tokenizer, read_items(path, own), CPU, 'float32')
+    assert own == '\nAnswer: ' and items[0]['nats'] == ' '.join(f'{value:.6f}' for value, _ in nats[0])
+
+
+def test_an_adapter_stands_beside_its_model(folder, tmp_path):
+    task = write(tmp_path / 'a.jsonl', LAMBADA)
+    assert names_of([TaskSettings(out_dir='a', adapter='x'), TaskSettings(out_dir='a')]) == ['a + x', 'a']
+    for args, words in (([f'--beside=hf:{folder}'], 'beside=.*: is evaluated already'),
+                        ([f'--table={task}'], 'table=.*: is a task: give another file'),
+                        ([f'--csv={tmp_path}/b.csv', f'--table={tmp_path}/b.csv'], 'table=.*: is the file'),
+                        ([f'--picture={task}'], 'picture=.*: is a task')):
+        message = one_line(run('eval.py', 'tasks', f'--out_dir=hf:{folder}', task, *args))
+        assert re.search(words, message), message
 
 
 @pytest.mark.parametrize('line, words', [

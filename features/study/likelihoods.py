@@ -178,16 +178,16 @@ def score_batch(model, rows, device, dtype):
 
 class Branches:
     """
-    In the place of a KVCache: positions of the tokens and a mask, for rows with branches. Keeps nothing.
-    positions, owners: (B, T), as Row.layout() has them; window: as ModelConfig.window.
+    In the place of a KVCache: positions of the tokens and masks, for rows with branches. Keeps nothing.
+    positions, owners: (B, T), as Row.layout() has them. window: as in ModelConfig.
     """
 
-    def __init__(self, positions, owners, window=0):
+    def __init__(self, positions, owners, window):
         self.positions = positions
         seen = (owners[:, None, :] == 0) | (owners[:, None, :] == owners[:, :, None])
         self.mask = seen.tril()[:, None]  # (B, 1, T, T)
         distance = positions[:, :, None] - positions[:, None, :]
-        self.local_mask = self.mask & (distance < window)[:, None]
+        self.local_mask = self.mask & (distance < window)[:, None]  # of blocks with a window
 
     def update(self, layer, k, v):
         return k, v

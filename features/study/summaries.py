@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from configurator import UserError, whole_text
+from features.study.items import read_lines
 from features.study.pictures import write_csv
 from features.study.stats import mean_and_error, show_error
-from features.study.tasks import read_lines
 from features.study.validation import validation_sources
 from model import autocast
 from sample import generate

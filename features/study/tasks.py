@@ -1,140 +1,21 @@
 """
 Zero- and few-shot tasks: which of some continuations a model finds most likely, and whether it finds a word
-by itself.
-
-A task is a JSONL file, an item per line, in one of three common shapes:
-
-    {"query": "Question: …", "choices": ["…", "…"], "gold": 0}     acc: the choice with the highest
-                                                                   log-likelihood; acc_norm: with the highest
-                                                                   one per character
-    {"sentence_good": "…", "sentence_bad": "…"}                    the same of two whole sentences (BLiMP)
-    {"context": "…", "continuation": "…"}                          acc: does greedy decoding write the
-                                                                   continuation (LAMBADA); perplexity of it
+by itself. items.py reads the files, likelihoods.py computes the scores.
 
 The rules are those of EleutherAI's lm-evaluation-harness, so that numbers can be compared: where a text is
 divided into context and continuation, to which of them a blank belongs, and what is cut off a long context.
-test_tasks.py compares every item with it.
+test_tasks.py and test_likelihoods.py compare every item with it.
 """
-import json
 import math
-import os
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from configurator import UserError, typed_text, whole_text
+from configurator import UserError, typed_text
+from features.study import task_tables
+from features.study.items import file_and_delimiter, read_tasks, with_shots
 from features.study.likelihoods import score
-from features.study.pictures import write_csv
+from features.study.pictures import figure, write_csv
 from features.study.stats import mean_and_error, show_error
 from sample import read_text
-
-# -----------------------------------------------------------------------------
-# Items
-
-@dataclass
-class Item:
-    """
-    One line of a task: which of `choices` follows `context`; with a single choice, whether the model
-    generates it.
-    """
-    context: str
-    choices: list[str]
-    gold: int
-    where: str = ''  # file:line
-
-
-def read_lines(path, convert):
-    """
-    [convert(JSON value, 'path:number')] of the lines of a JSONL file; only a newline ends a line. Raises
-    UserError with the line number for invalid JSON, and for an empty file.
-    """
-    out = []
-    try:
-        with open(path, encoding='utf-8', newline='\n') as f:
-            for number, line in enumerate(f, 1):
-                line = line.removeprefix('\ufeff')  # some editors begin a file with a byte-order mark
-                if line.strip():
-                    where = f'{path}:{number}'
-                    out.append(convert(parse(line, where), where))
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    except UnicodeDecodeError:
-        raise UserError(f'{path}: not a text in UTF-8: convert it') from None
-    if not out:
-        raise UserError(f'{path}: no items in it')
-    return out
-
-
-def parse(line, where):
-    """The value of a line of JSON. Raises UserError, with `where`, if it is invalid."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not readable as JSON: {error}') from None
-
-
-def read_items(path, delimiter=' '):
-    """
-    The Items of a JSONL file; `delimiter` is put between a query and its choices. Raises UserError with the
-    line number for an invalid item.
-    """
-    items = read_lines(path, lambda fields, where: to_item(fields, delimiter, where))
-    with_choices = [len(item.choices) > 1 for item in items]
-    if any(with_choices) and not all(with_choices):
-        raise UserError(f'{path}: holds items with choices and items without: make two files of it')
-    return items
-
-
-def to_item(fields, delimiter, where):
-    """The Item of a line's JSON value. Raises UserError, with `where`, if it is invalid."""
-    keys = fields.keys() if isinstance(fields, dict) else set()
-    gold = 0
-    if {'query', 'choices', 'gold'} <= keys:
-        context = fields['query']
-        choices = fields['choices']
-        gold = fields['gold']
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise UserError(f'{where}: choices: takes a list of two or more')
-        if type(gold) is not int or not 0 <= gold < len(choices):
-            raise UserError(f'{where}: gold={gold!r}: takes the number of a choice, from 0')
-    elif {'sentence_good', 'sentence_bad'} <= keys:
-        context = ''
-        choices = [fields['sentence_good'], fields['sentence_bad']]
-        delimiter = ''
-    elif {'context', 'continuation'} <= keys:
-        context = fields['context']
-        choices = [fields['continuation']]
-    else:
-        raise UserError(f'{where}: takes an object with query, choices and gold, '
-                        'with sentence_good and sentence_bad, or with context and continuation')
-    for text in (context, *choices):
-        if not isinstance(text, str):
-            raise UserError(f'{where}: {text!r}: takes text')
-        whole_text(text, where)
-    if not all(choices):
-        raise UserError(f'{where}: a choice or continuation is empty')
-    return Item(context + delimiter, choices, gold, where)
-
-
-def with_shots(items, shots, seed=0):
-    """
-    The items, each after `shots` solved examples: other items of the file, chosen at random by (seed, number
-    of the item). Raises UserError if the file has too few.
-    """
-    if not shots:
-        return items
-    if shots >= len(items):
-        raise UserError(f'shots={shots}: the task has {len(items)} items: lower it')
-    out = []
-    for n, item in enumerate(items):
-        examples = ''
-        for number in random.Random(f'{seed} {n}').sample(range(len(items) - 1), shots):
-            if number >= n:
-                number += 1  # the item itself is left out
-            other = items[number]
-            examples += f'{other.context}{other.choices[other.gold]}\n\n'
-        out.append(replace(item, context=examples + item.context))
-    return out
-
 
 # -----------------------------------------------------------------------------
 # Log-likelihoods
@@ -175,9 +56,9 @@ def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='sc
     T = model.cfg.block_size
     pairs = []
     for item in items:
-        for choice in item.choices:
+        for before, choice in item.pairs():
             try:
-                context, continuation = encode_pair(tokenizer, item.context, choice)
+                context, continuation = encode_pair(tokenizer, before, choice)
             except UserError as error:
                 raise UserError(f'{item.where}: {error}') from None
             if not continuation:
@@ -238,6 +119,9 @@ def score_text(model, tokenizer, text, stride, device, dtype, what='scored', rol
 # -----------------------------------------------------------------------------
 # Figures
 
+MEASURES = 'acc', 'acc_norm', 'mass'
+
+
 def figures(items, scores):
     """
     ({measure: (value, standard error)}, [one record per item]) of a task and the scores of its items. For a
@@ -245,8 +129,8 @@ def figures(items, scores):
     """
     records = [record_of(n, item, found) for n, (item, found) in enumerate(zip(items, scores))]
     measures = {}
-    for name in ('acc', 'acc_norm'):
-        if name in records[0]:
+    for name in MEASURES:
+        if all(name in record for record in records):
             measures[name] = mean_and_error([record[name] for record in records])
     if len(scores[0]) == 1:
         mean, error = mean_and_error([-record['nats'] for record in records])
@@ -258,21 +142,34 @@ def figures(items, scores):
 
 
 def record_of(n, item, scores):
-    """The result of item number n, with the scores of its choices, as a dict."""
+    """
+    The result of item number n, with the scores of its choices, as a dict.
+    acc: whether the most likely choice is right; acc_norm: the most likely per character, not for schemas,
+    where all choices are the same text; mass: where several choices may be right, their share of the
+    probability of all (TruthfulQA's MC2).
+    """
     likelihoods = [nats for nats, _ in scores]
     if len(scores) == 1:
         return {'item': n, 'acc': int(scores[0][1]), 'nats': likelihoods[0]}
-    by_length = [nats / len(choice) for nats, choice in zip(likelihoods, item.choices)]
     best = likelihoods.index(max(likelihoods))
-    best_by_length = by_length.index(max(by_length))
-    return {
-        'item': n,
-        'acc': int(best == item.gold),
-        'acc_norm': int(best_by_length == item.gold),
-        'chosen': best,
-        'gold': item.gold,
-        'nats': ' '.join(f'{nats:.6f}' for nats in likelihoods),
-    }
+    record = {'item': n, 'acc': int(best in item.right())}
+    if len({context for context, _ in item.pairs()}) == 1:
+        by_length = [nats / len(choice) for nats, choice in zip(likelihoods, item.choices)]
+        record['acc_norm'] = int(by_length.index(max(by_length)) in item.right())
+    if isinstance(item.gold, list):
+        shares = [math.exp(nats - max(likelihoods)) for nats in likelihoods]
+        record['mass'] = sum(shares[number] for number in item.gold) / sum(shares)
+    record['chosen'] = best
+    record['gold'] = ' '.join(map(str, item.right()))
+    record['nats'] = ' '.join(f'{nats:.6f}' for nats in likelihoods)
+    return record
+
+
+def chance(items):
+    """The acc of random guessing; None for a task without choices."""
+    if len(items[0].choices) == 1:
+        return None
+    return sum(len(item.right()) / len(item.choices) for item in items) / len(items)
 
 
 # -----------------------------------------------------------------------------
@@ -280,27 +177,77 @@ def record_of(n, item, scores):
 
 def run(s):
     """python eval.py tasks"""
-    if s.csv in s.files:
-        raise UserError(f'csv={s.csv}: is a task: give another file')
+    loaded = load_tasks(s)
+    taken = {file_and_delimiter(given)[0]: 'a task' for given in s.files}
+    for name in ('csv', 'table', 'picture'):
+        path = getattr(s, name)
+        if path and path in taken:
+            raise UserError(f'{name}={path}: is {taken[path]}: give another file')
+        taken[path] = f'the file of {name}'
+    if s.picture:
+        figure(1, 1)  # before the work: it says so if matplotlib is missing
+    networks = [s] + [replace(s, out_dir=path, adapter='') for path in s.beside]
+    names = names_of(networks)
+    results = []  # of every network on every task
+    for name, network in zip(names, networks):
+        results += evaluate(name, network, loaded)
+    if len(networks) > 1:
+        print('\n' + task_tables.differences(results))
+    if s.csv:
+        write_csv(task_tables.item_rows(results), s.csv)
+        print(f'written: {s.csv}')
+    if s.table:
+        write_csv(task_tables.rows(results), s.table)
+        print(f'written: {s.table}')
+    if s.picture:
+        task_tables.draw(results, s.picture)
+        print(f'drawn: {s.picture}')
+
+
+def load_tasks(s):
+    """{name of a task: its Items} of the settings' files."""
     delimiter = typed_text(s.delimiter, 'delimiter')
     loaded = {}
-    for path in s.files:
-        items = with_shots(read_items(path, delimiter), s.shots, s.seed)
-        loaded[path] = items[:s.limit or None]
-    model, tokenizer, device, dtype = s.load()
-    width = max(len(os.path.basename(path)) for path in s.files)
-    rows = []
-    print(f'{s.out_dir}, {s.shots} examples before each item; ± is the standard error\n')
+    for given in s.files:
+        path, own = file_and_delimiter(given)
+        for name, items in read_tasks(path, delimiter, own).items():
+            loaded[f'{path} {name}'.strip()] = with_shots(items, s.shots, s.seed)[:s.limit or None]
+    return loaded
+
+
+def names_of(networks):
+    """What to call each of these settings' networks in tables: each name once."""
+    names = []
+    for network in networks:
+        name = network.out_dir + (f' + {network.adapter}' if network.adapter else '')
+        if name in names:
+            raise UserError(f'beside={network.out_dir}: is evaluated already: give another one')
+        names.append(name)
+    return names
+
+
+def evaluate(name, network, loaded):
+    """[Result of every task] of a network. Prints a line for each."""
+    model, tokenizer, device, dtype = network.load()
+    print(f'{name}, {network.shots} examples before each item; ± is the standard error\n')
+    labels = task_tables.short_names(loaded)
+    width = max(map(len, labels.values()))
+    out = []
     for path, items in loaded.items():
-        measures, records = figures(items, score_items(model, tokenizer, items, device, dtype, what=path))
-        shown = [f'{name} {value:.4f} ± {show_error(error)}' for name, (value, error) in measures.items()]
-        print(f'{os.path.basename(path):{width}}  {len(items):6,} items  {"  ".join(shown)}', flush=True)
-        for record in records:
-            empty = dict.fromkeys(('acc', 'acc_norm', 'chosen', 'gold', 'nats'), '')
-            rows.append({'task': path} | empty | record)
-    if s.csv:
-        write_csv(rows, s.csv)
-        print(f'written: {s.csv}')
+        scores = score_items(model, tokenizer, items, device, dtype, what=path)
+        measures, records = figures(items, scores)
+        result = task_tables.Result(name, path, labels[path], len(items), chance(items), measures, records)
+        shown = []
+        for measure, (value, error) in measures.items():
+            if value < 1e6:
+                shown.append(f'{measure} {value:.4f} ± {show_error(error)}')
+            else:  # a perplexity that means: nothing like it
+                shown.append(f'{measure} {value:.1e}')
+        if result.chance is not None:
+            shown.append(f'chance {result.chance:.4f}')
+        print(f'{labels[path]:{width}}  {len(items):6,} items  {"  ".join(shown)}', flush=True)
+        out.append(result)
+    return out
 
 
 def run_text(s):
