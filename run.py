@@ -228,8 +228,9 @@ class Start:
 def find_start(s, ranks):
     """The Start of a run with these settings; sets the model settings of `s`. Raises UserError."""
     found = ranks.from_first(lambda: checkpoint.checkpoints(s.out_dir))
-    if found and s.init_from == 'scratch' and ranks.was_restarted(s.out_dir):
-        s.init_from = 'auto'
+    if found and s.init_from == 'scratch' and 'RANK' in os.environ:  # scale: torchrun has started it
+        if ranks.was_restarted(s.out_dir):  # scale
+            s.init_from = 'auto'  # scale
     if found and s.eval_only and ranks.from_first(lambda: began_with_others(s)):
         found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
@@ -550,10 +551,6 @@ class OneProcess:
         """The sums of some numbers over all ranks, as a list of floats."""
         return torch.tensor(values, dtype=torch.float64).tolist()
 
-    def add_up(self, tensor):
-        """Sum a tensor over all ranks, in place."""
-        return tensor
-
     def any(self, flag):
         """Whether `flag` is true on this rank or, if all ranks run in lockstep, on any rank."""
         return bool(flag)
@@ -583,10 +580,6 @@ class OneProcess:
     def job(self):
         """Names of the torchrun processes that started the ranks."""
         return []
-
-    def was_restarted(self, out_dir):
-        """Whether torchrun restarted these ranks after they began the run in out_dir."""
-        return False
 
     def end(self):
         """Disconnect from the other ranks."""

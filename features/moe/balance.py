@@ -8,7 +8,9 @@ def count_loads(run, ranks):
     Add the tokens per expert in the last step, of all ranks, to those of the interval, and update
     expert_bias.
     """
-    loads = ranks.add_up(run.model.take_loads())  # (layers, E) int64
+    loads = run.model.take_loads()  # (layers, E) int64
+    if ranks.world > 1:
+        ranks.add_up(loads)
     is_frozen = run.base is not None  # beside adapters
     if not is_frozen and not run.in_a_row:  # a skipped step changes nothing
         run.model.balance(loads)

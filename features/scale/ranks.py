@@ -101,7 +101,7 @@ class Ranks:
         return sorted(set(filter(None, self.gather(agent()))))
 
     def add_up(self, tensor):
-        """The same for a tensor on the device, asynchronously."""
+        """Sum a tensor on the device over all ranks, in place, asynchronously."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
