@@ -2,8 +2,8 @@
 Are the findings on small networks true of a real one? The originals on SmolLM2-135M-Instruct, or on another
 Hugging Face folder of a decoder:
 
-1) attention: the ranks of its attention matrices by layer. Are its deep layers lazy ("Inheritune", Sanyal et
-   al. 2024, arXiv 2404.08634)?
+1) attention: the ranks of its attention matrices by layer, and the loss without each layer. Are its deep
+   layers lazy ("Inheritune", Sanyal et al. 2024, arXiv 2404.08634)?
 2) layers: its first 15 and its first 20 blocks, and all blocks in factors with as many parameters as 15
    blocks, before and after some steps of training on stories. Beside each, the same shape with random blocks;
    embedding, which is also the head, is the trained one in both.
@@ -26,14 +26,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import prepare
 from batches import evaluate
-from checkpoint import load_model, replace_json, replace_text
+from checkpoint import fill, load_model, replace_json, replace_text
 from configurator import FilePath, UserError, configure, run_main
 from features.growth.commands import run_factorize, run_inherit
+from features.growth.networks import take_layers
 from features.study import attention
 from features.study.pictures import figure, save
 from features.study.runs import Arm, read_log, read_run, read_settings
@@ -190,18 +192,29 @@ def run_seeds(s, seeds, stories, chats):
 # Of the whole network
 
 def measure_whole(s, stories):
-    """Write attention.csv and attention.png, and whole.json: its losses on the stories as in a run."""
+    """
+    Write attention.csv and attention.png, and whole.json: its losses on the stories as in a run, and those
+    without each layer.
+    """
     where = f'hf:{s.model}'
     if not os.path.exists(f'{s.out_dir}/attention.csv'):
         attention.run(attention.AttentionSettings(
             where, stories, s.sequences, min(100, network(where).block_size),
             csv=f'{s.out_dir}/attention.csv', picture=f'{s.out_dir}/attention.png'))
-    if not os.path.exists(f'{s.out_dir}/whole.json'):
+    kept = Path(s.out_dir, 'whole.json')
+    if not kept.exists():
         model, _ = load_model(where)
-        how = SimpleNamespace(eval_iters=EVAL_ITERS, batch_size=1, dtype=COMMON['dtype'])
+        how = SimpleNamespace(eval_iters=EVAL_ITERS, batch_size=3, dtype=COMMON['dtype'])
         sources = validation_sources(where, model.cfg, stories, s.row)
         losses = evaluate(model, sources, how, OneProcess(torch.device('cpu')))
-        replace_json(f'{s.out_dir}/whole.json', losses)
+        losses['without'] = []
+        weights = model.state_dict()
+        every = range(model.cfg.n_layer)
+        for layer in tqdm(every, desc='without a layer', disable=None, leave=False):
+            cfg, taken = take_layers(model.cfg, weights, [other for other in every if other != layer])
+            less = evaluate(fill(cfg, taken, where), sources, how, OneProcess(torch.device('cpu')))
+            losses['without'].append(less['val_loss'])
+        replace_json(kept, losses)
 
 
 # -----------------------------------------------------------------------------
@@ -245,14 +258,14 @@ def heading(cells):
     return [markdown(cells), '|---' * len(cells) + '|']
 
 
-def attention_table(s):
-    """Lines of a markdown table: the attention of each layer, from attention.csv."""
+def attention_table(s, whole):
+    """Lines of a markdown table: the attention of each layer. whole: what is in whole.json, or {}."""
     layers = {}
     with open(f'{s.out_dir}/attention.csv', newline='') as rows:
         for row in csv.DictReader(rows):
             layers.setdefault(int(row['layer']), []).append(row)
     lines = heading(['layer', 'MaxRank', 'mean rank', 'AvgMass', 'share on the first token: mean',
-                     'least head', 'largest head'])
+                     'least head', 'largest head', 'loss without the layer, minus whole'])
     for layer, heads in layers.items():
         ranks, masses, firsts = ([float(head[key]) for head in heads] for key in ('rank', 'mass', 'first'))
         lines.append(markdown([
@@ -263,6 +276,7 @@ def attention_table(s):
             f'{statistics.mean(firsts):.2f}',
             f'{min(firsts):.2f}',
             f'{max(firsts):.2f}',
+            f'{whole["without"][layer] - whole["val_loss"]:+.3f}' if whole else '',
         ]))
     return lines
 
@@ -392,11 +406,14 @@ def draw_lora(arms, path):
 def write_report(s):
     """Write table.md and the pictures of what is finished, and print the table."""
     lines = []
+    whole = {}
+    kept = Path(s.out_dir, 'whole.json')
+    if kept.exists():
+        whole = json.loads(kept.read_text())
     if os.path.exists(f'{s.out_dir}/attention.csv'):
-        lines += [*attention_table(s), '']
+        lines += [*attention_table(s, whole), '']
     layers, adapters = finished(s, 'layers'), finished(s, 'lora')
-    if layers and os.path.exists(f'{s.out_dir}/whole.json'):
-        whole = json.loads(Path(s.out_dir, 'whole.json').read_text())
+    if layers and whole:
         lines += [*layers_table(layers, whole), '']
         draw_layers(layers, whole, f'{s.out_dir}/layers.png')
     if adapters:
