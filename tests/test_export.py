@@ -134,6 +134,9 @@ OLMO2 = LLAMA | dict(qk_norm='width', post_norm=True)
 GEMMA3 = dict(mlp='geglu', qk_norm='head', post_norm='both', embed_scale=32 ** 0.5)
 GPT_NEOX = GPT2 | dict(position='rope', parallel=True, rope_dim=4)
 GPT_NEO = GPT2 | dict(attn_scale=1.0, qkv_bias='never', window=8, full_layers=[0])
+MIXTRAL = LLAMA | dict(n_expert=4, n_expert_active=2)
+QWEN2_MOE = QWEN2 | dict(n_expert=4, n_expert_active=2, expert_width=16, shared_width=24, shared_gate=True)
+QWEN3_MOE = QWEN3 | dict(n_expert=4, expert_renorm=True)
 T5 = dict(n_encoder_layer=2, position='relative', mlp='relu', qk_norm=False, t5_scale=True)
 CHANGES = {'source_size': 16, 'n_kv_head': 2, 'head_dim': 16, 'd_ff': 48, 'rope_theta': 500.0,
            'norm_eps': 0.1, 'mlp_norm': True, 'n_expert': 4, 'n_expert_active': 2,
@@ -170,8 +173,10 @@ def test_the_changes_are_of_every_setting():
 
 @torch.no_grad()
 @pytest.mark.parametrize('change', CHANGES, ids=str)
-@pytest.mark.parametrize('family', [LLAMA, QWEN2, QWEN3, OLMO2, GEMMA3, GPT2, GPT_NEOX, GPT_NEO, T5], ids=[
-    'llama', 'qwen2', 'qwen3', 'olmo2', 'gemma3', 'gpt2', 'gpt_neox', 'gpt_neo', 't5'])
+@pytest.mark.parametrize('family', [
+    LLAMA, QWEN2, QWEN3, OLMO2, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT2, GPT_NEOX, GPT_NEO, T5], ids=[
+    'llama', 'qwen2', 'qwen3', 'olmo2', 'gemma3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt2', 'gpt_neox',
+    'gpt_neo', 't5'])
 def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, change):
     """Without the files: what they would hold, as transformers reads them."""
     cfg = build(ModelConfig,
@@ -183,11 +188,13 @@ def test_any_setting_is_exported_with_its_logits_or_refused_by_name(family, chan
         model = network(**family | change)
         fields, tensors = stock(*fold(model), 'run')
     except (UserError, ValueError) as error:  # ValueError: no network has this
-        # T5 without its encoder: all the rest is wrong. Of these together, which no class has, one is named
+        # T5 without its encoder, or experts in a family without: all the rest is wrong. Of these together,
+        # which no class has, one is named
         together = {'bias', 'qkv_bias', 'qk_norm', 'post_norm', 'parallel', 'attn_scale', 'embed_scale',
                     'mlp', 'embed_norm', 'window', 'full_layers', 'attn_softcap'}
         names = change.keys() | (together if together & change.keys() else set())
-        named = any(f'{name}=' in str(error) for name in names) or 'n_encoder_layer' in change
+        is_other = change.keys() & {'n_encoder_layer', 'n_expert'}
+        named = any(f'{name}=' in str(error) for name in names) or is_other
         assert named and '\n' not in str(error)
         return
     config = transformers.AutoConfig.for_model(**fields, vocab_size=257)

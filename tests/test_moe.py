@@ -491,7 +491,7 @@ def test_a_mixtures_settings_may_be_said_again_and_its_attention_factored(datase
     operate('factorize', tmp_path / 'moe', tmp_path / 'cut', '--energy=0.5')
     assert 'n_expert=4: a network with it cannot be widened' in one_line(
         run('surgery.py', 'widen', f'--from={tmp_path}/moe', f'--out_dir={tmp_path}/w', '--n_embd=64'))
-    assert 'n_expert=4' in one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/moe',
+    assert 'expert_bias=0.01' in one_line(run('hub.py', 'export', f'--out_dir={tmp_path}/moe',
                                         f'--to={tmp_path}/hf'))
     assert 'n_expert=0' in one_line(run('surgery.py', 'upcycle', f'--from={tmp_path}/moe',
                                         f'--out_dir={tmp_path}/u', '--n_expert=0'))

@@ -133,6 +133,9 @@ def stock(cfg, weights, where):
 
 def their_tensor(weights, row):
     """The tensor of a names.Row, made from ours; biases that we do not have are zero."""
+    if row.expert >= 0:
+        name, = row.ours
+        return weights[name][row.expert]
     parts = []
     for name, length in row.ours.items():
         if name.endswith('bias') and name not in weights:

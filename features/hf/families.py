@@ -1,7 +1,7 @@
 """
 The model families of transformers: their tables of names, and functions that read and write the fields of
-their config.json. gpts.py, llamas.py and t5s.py hold them; the table FAMILIES names them all. reading.py and
-export.py use it. To add a family, add an entry.
+their config.json. gpts.py, llamas.py, mixtures.py and t5s.py hold them; the table FAMILIES names them all.
+reading.py and export.py use it. To add a family, add an entry.
 """
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from configurator import from_dict
 from features import default_of
-from features.hf import gpts, llamas, t5s
+from features.hf import gpts, llamas, mixtures, t5s
 from features.hf.positions import check_rotary
 from model import ModelConfig
 
@@ -98,6 +98,8 @@ class Family:
     shifted: str = '$^'  # pattern of the weights that are stored minus 1: Gemma's norms
     lead: int = 0  # rows of the table of positions before position 0
     buffers: str = '$^'  # pattern of the tensors of old files that are passed over
+    spread: Callable | None = None  # ({name: slice} of a file, ModelConfig, folder) → the same with one
+    # tensor per expert
     copies: str = '$^'  # pattern of further names of the embedding
 
     def names_of(self, cfg):
@@ -170,6 +172,15 @@ FAMILIES = {  # of two that fit a network equally, export.py takes the first
     'opt': Family(
         'OPTForCausalLM', 'model.decoder.', gpts.opt_config, gpts.OPT, gpts.opt_fields, gpts.opt_wants,
         biases=True, lead=2),
+    'mixtral': Family(
+        'MixtralForCausalLM', 'model.', mixtures.mixtral_config, mixtures.MIXTRAL, mixtures.mixtral_fields,
+        mixtures.mixtral_wants, buffers=ROTARY, spread=mixtures.spread_mixtral),
+    'qwen2_moe': Family(
+        'Qwen2MoeForCausalLM', 'model.', mixtures.qwen2_moe_config, mixtures.qwen2_moe_names,
+        mixtures.qwen2_moe_fields, mixtures.qwen2_moe_wants, spread=mixtures.spread),
+    'qwen3_moe': Family(
+        'Qwen3MoeForCausalLM', 'model.', mixtures.qwen3_moe_config, mixtures.qwen3_moe_names,
+        mixtures.qwen3_moe_fields, mixtures.qwen3_moe_wants, spread=mixtures.spread),
     't5': Family(
         'T5ForConditionalGeneration', '', t5s.t5_config, t5s.t5_names, t5s.t5_fields, t5s.t5_wants,
         copies=r'(encoder|decoder)\.embed_tokens\.weight', buffers=UNUSED_BIAS),
@@ -199,6 +210,10 @@ def nearest(cfg):
     for name, family in FAMILIES.items():
         has_encoder = name == 't5'
         if family.write is None or has_encoder != (cfg.n_encoder_layer > 0):
+            continue
+        has_experts = family.spread is not None
+        # such a network is compared with such families only: what it lacks for them says more
+        if not has_encoder and has_experts != (cfg.n_expert > 0):
             continue
         in_the_way = obstacles(family, cfg)
         if fewest is None or len(in_the_way) < len(fewest):

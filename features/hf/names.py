@@ -5,6 +5,7 @@ The tensors of a network: the names of transformers' families and ours, and how 
         row.theirs, row.ours      # 'h.0.attn.c_attn.weight', {'blocks.0.attn.q.weight': 768, …}
 """
 import dataclasses
+import itertools
 import re
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     heads: int = 0  # above 0: ours alternate, with the rows of one of so many heads each
     shift: int = 0  # theirs is ours minus this
     lead: int = 0  # rows of theirs before those of ours
+    expert: int = -1  # from 0: ours is a stack of matrices, one for each expert, and theirs is that one's
 
     def to_ours(self, t):
         """
@@ -55,6 +57,20 @@ class Row(NamedTuple):
         return t.t() if self.is_flipped else t
 
 
+def put(weights, row, t, experts):
+    """
+    Add their tensor t of a Row to {our name: float32 tensor}. A stack of so many experts is made for its
+    first matrix, and filled by the others.
+    """
+    if row.expert < 0:
+        weights |= row.to_ours(t)
+        return
+    name, = row.ours
+    if name not in weights:
+        weights[name] = torch.empty(experts, *row.shape)
+    weights[name][row.expert] = t
+
+
 def split(t, lengths, heads=0):
     """
     The parts of a tensor, of these numbers of rows. heads: their rows alternate, those of one head of each
@@ -82,14 +98,24 @@ def name_rows(family, cfg):
         return own_rows(cfg)
     if not cfg.tie:
         names[family.head] = 'head'
-    encoder = min(1, cfg.n_encoder_layer)
-    shapes = shapes_of(dataclasses.replace(cfg, n_layer=1, n_encoder_layer=encoder, no_rope=[],
-                                           full_layers=[]))
+    shapes = shapes_of(sample(cfg))
     rows = []
     for theirs, ours in names.items():
         rows += rows_of(family, cfg, theirs, ours, 'weight', shapes)
         rows += rows_of(family, cfg, theirs, ours, 'bias', shapes)
     return rows
+
+
+def sample(cfg):
+    """
+    A ModelConfig with the blocks that rows_of() looks at: one, or where some have no experts, block 0 with
+    experts and block 1 without.
+    """
+    small = dataclasses.replace(cfg, n_layer=1, n_encoder_layer=min(1, cfg.n_encoder_layer), no_rope=[],
+                                full_layers=[])
+    if cfg.n_expert and cfg.dense_layers:
+        small.n_layer, small.dense_layers = 2, [1]
+    return small
 
 
 def own_rows(cfg):
@@ -110,15 +136,23 @@ def shapes_of(cfg):
 def rows_of(family, cfg, theirs, ours, kind, shapes):
     """
     The Rows of one module's weight or bias (`kind`) in every layer; [] for a bias that the model does not
-    have. shapes: those of the tensors of a model with one layer.
+    have. shapes: those of the tensors of a model with the blocks of sample().
     """
-    parts = [f'{part}.{kind}' for part in ours.split()]
-    part_shapes = [shapes.get(part.replace('.N.', '.0.')) for part in parts]
-    for part, shape in zip(parts, part_shapes):
-        if shape is None and kind == 'bias':
-            return []
-        if shape is None:
-            raise UserError(f'{part}: this network has no such tensor, and {family.architecture} wants one')
+    if kind == 'weight' and ours.endswith('router'):  # a parameter of its own
+        parts = [ours]
+    else:
+        parts = [f'{part}.{kind}' for part in ours.split()]
+    blocks = [n for n in (0, 1) if all(part.replace('.N.', f'.{n}.') in shapes for part in parts)]
+    if not blocks and kind == 'bias':
+        return []
+    if not blocks:
+        missing = next(part for part in parts if part.replace('.N.', '.0.') not in shapes)
+        raise UserError(f'{missing}: this network has no such tensor, and {family.architecture} wants one')
+    part_shapes = [shapes[part.replace('.N.', f'.{blocks[0]}.')] for part in parts]
+    experts = [-1]
+    if '.E.' in theirs:
+        experts = range(cfg.n_expert)
+        part_shapes = [shape[1:] for shape in part_shapes]
     lengths = [shape[0] for shape in part_shapes]
     lead = family.lead if ours == 'wpe' else 0
     length = cfg.vocab_size if ours in ('wte', 'head') else lead + sum(lengths)
@@ -127,11 +161,14 @@ def rows_of(family, cfg, theirs, ours, kind, shapes):
     count = 1
     if '.N.' in theirs:
         count = cfg.n_encoder_layer if ours.startswith('encoder.') else cfg.n_layer
+    layers = range(count)
+    if cfg.n_expert:
+        layers = [n for n in layers if int(n in cfg.dense_layers) in blocks]
     rows = []
-    for n in range(count):
-        name = f'{theirs}.{kind}'.replace('.N.', f'.{n}.')
+    for n, e in itertools.product(layers, experts):
+        name = f'{theirs}.{kind}'.replace('.N.', f'.{n}.').replace('.E.', f'.{e}.')
         named = {part.replace('.N.', f'.{n}.'): part_length for part, part_length in zip(parts, lengths)}
         is_flipped = len(shape) == 2 and re.fullmatch(family.flipped, name) is not None
         rows.append(Row(name, named, shape[::-1] if is_flipped else shape, is_flipped,
-                        family.heads_of(name, cfg), family.shift_of(name), lead))
+                        family.heads_of(name, cfg), family.shift_of(name), lead, e))
     return rows

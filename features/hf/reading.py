@@ -17,7 +17,7 @@ from configurator import UserError, check
 from features.hf import llama2c
 from features.hf.config_json import Config, read_json
 from features.hf.families import FAMILIES
-from features.hf.names import name_rows
+from features.hf.names import name_rows, put
 from tokenizer import new_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -74,6 +74,8 @@ def load(where):
 
     # 1) all checks that the headers of the files allow: nothing is allocated yet
     slices = read_headers(folder, family.prefix)
+    if family.spread is not None:
+        slices = family.spread(slices, cfg, folder)
     embedding = embedding_of(family, cfg)
     copies = copies_of_embedding(family, cfg, slices)
     if copies:
@@ -95,7 +97,7 @@ def load(where):
     # 3) the numbers
     weights = {}
     for row in rows:
-        weights |= row.to_ours(slices[row.theirs][...])
+        put(weights, row, slices[row.theirs][...], cfg.n_expert)
     if 'head.weight' in weights and slices.get(f'{family.head}.weight') is slices[embedding]:
         # two matrices here: they must not share the memory of the mapped file
         weights['head.weight'] = weights['head.weight'].clone()
@@ -157,6 +159,8 @@ def checked_rows(folder, family, cfg, slices):
     layers = cfg.n_layer + cfg.n_encoder_layer
     if layers > len(slices):
         raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {layers} layers')
+    if cfg.n_expert > len(slices) and family.spread is not None:
+        raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_expert} experts')
     rows = name_rows(family, cfg)
     for row in rows:
         found = slices[row.theirs].get_shape() if row.theirs in slices else 'not in the file'

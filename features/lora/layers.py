@@ -113,9 +113,9 @@ def is_of_experts(layer):
 
 OF_TOKENS = ('wte', 'wte_encoder', 'head')  # layers whose weight has a row for each token, and padding
 GROUPS = {'attn': ('q', 'k', 'v', 'o'), 'mlp': ('up', 'gate', 'down'), 'embed': ('wte', 'wpe'),
-          'head': ('head',)}
+          'head': ('head',), 'shared': ('mlp.shared.up', 'mlp.shared.gate', 'mlp.shared.down')}
 # the last: a factor
-MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp)\.(?:experts\.|shared\.)?'
+MATRIX = re.compile(r'((?:encoder|blocks)\.\d+\.)(attn|cross|mlp|mlp\.shared)\.(?:experts\.)?'
                     r'(q|k|v|o|up|gate|down)(?:\.(?:up|down))?')
 
 

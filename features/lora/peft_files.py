@@ -45,6 +45,8 @@ def modules(family, cfg):
     from features.hf.families import FAMILIES
     family, found = FAMILIES[family], {}
     for theirs, ours in (family.names_of(cfg) | {family.head: 'head'}).items():
+        if '.E.' in theirs:  # experts are no modules in transformers 5
+            continue
         theirs = theirs if theirs == family.head else family.prefix + theirs
         # an adapter there says nothing in transformers 5: the stacks' own names for it are looked at
         if theirs == 'shared':
@@ -285,6 +287,9 @@ def read(folder, cfg):
             tensors[plain] = file.get_slice(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{weights}: not readable as safetensors: {error}') from None
+    of_experts = [name for name in tensors if '.experts.' in name]
+    if of_experts:
+        raise UserError(f'{weights}: {min(of_experts)}: adapters of experts are not read')
     return Reading(path, config, tensors, cfg).saved()
 
 

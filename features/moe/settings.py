@@ -45,8 +45,8 @@ class MoEConfig(ModelConfig):
             raise ValueError(f'dense_layers={self.dense_layers}: takes some of the blocks 0 to '
                              f'{len(blocks) - 1}, not all of them')
         if self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name):
-            raise ValueError(f'n_expert={self.n_expert}: experts are dense: leave rank_mlp, '
-                             'and ranks of the MLP, out')
+            raise ValueError(f'n_expert={self.n_expert}, rank_mlp={self.rank_mlp}: experts are dense: leave '
+                             'rank_mlp, and ranks of the MLP, out')
 
     def check_idle(self):
         """Raise ValueError for a setting of experts that the user set without n_expert."""
