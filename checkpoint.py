@@ -13,6 +13,7 @@ A checkpoint is written under a temporary name, flushed to disk, then renamed. S
 complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. torch is
 imported where it is used: the processes of prepare.py need none.
 """
+import gc
 import hashlib
 import json
 import math
@@ -550,9 +551,13 @@ def fill(cfg, weights, where):
     float32 stay mapped into memory. Raises UserError if they differ.
     """
     from model import Unfilled, make_model
-    with Unfilled():
-        model = make_model(cfg, init=False)
-    load_weights(model, weights, where, assign=True)
+    gc.disable()  # a collection in between takes longer than the rest, as torch has a million objects
+    try:
+        with Unfilled():
+            model = make_model(cfg, init=False)
+        load_weights(model, weights, where, assign=True)
+    finally:
+        gc.enable()
     return model.eval()
 
 
