@@ -958,12 +958,12 @@ def test_a_run_with_a_setting_that_this_code_does_not_know_is_refused(dataset, t
     train(tmp_path, dataset=dataset)
     folder = checkpoint.find(str(tmp_path))
     state = checkpoint.load_state(folder)
-    state['model']['window'] = state['settings']['window'] = 5
+    state['model']['dilation'] = state['settings']['dilation'] = 5
     weights, moments = (checkpoint.read_weights(folder),
                         torch.load(f'{folder}/optimizer.pt', weights_only=True))
     checkpoint.save(str(tmp_path), state['step'], weights, moments, state)
     done = train(tmp_path, '--max_iters=20', dataset=dataset, check=False)
-    assert 'window: no such setting' in one_line(done)
+    assert 'dilation: no such setting' in one_line(done)
 
 
 def test_a_run_of_an_earlier_version_goes_on_if_its_settings_act_as_today(dataset, tmp_path):
