@@ -589,8 +589,8 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.add_blocks()
         if cfg.position == 'relative':  # t5
-            from features.t5.positions import RelativeBias  # t5
-            self.rel = RelativeBias(cfg.n_head, is_causal=True)  # t5
+            from features.t5.positions import positions_of  # t5
+            self.rel = positions_of(cfg, is_causal=True)  # t5
         self.norm_f = norm(cfg.n_embd, cfg)
         self.head_down = self.head = None  # tied: wte is the head
         if not cfg.tie and cfg.rank_head:

@@ -140,7 +140,7 @@ def kinds(model):
     tables, heads, found = table_names(model), head_names(model), []
     for name, p in model.named_parameters():
         # T5's positions and the biases of experts have two dimensions too
-        is_bias = name.endswith('.bias') or name.startswith(('rel.', 'rel_encoder.'))
+        is_bias = name.endswith(('.bias', 'rel.weight', 'rel_encoder.weight'))
         if name in heads:
             found.append('head')
         elif name.startswith(tables) and not is_bias:

@@ -6,21 +6,25 @@ nothing.
 import json
 import math
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import one_line, run, write_dataset
 from test_export import exported
 from test_hub import edit, refusal, rewrite
+from test_lora import adapted
 from test_model import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration, UMT5ForConditionalGeneration
 
 import checkpoint
 from configurator import UserError, read_config
 from features import build, part_of
 from features.hf import reading
+from features.lora import adapters, peft_files
+from features.lora.load import add_adapters
 from features.lora.packed import pack
 from features.t5.beams import beam_search
 from features.t5.positions import RelativeBias
@@ -38,15 +42,18 @@ SIZES = dict(vocab_size=100, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_deco
              n_positions=200)
 T5 = dict(feed_forward_proj='relu', tie_word_embeddings=True)
 FLAN = dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)
+MT5 = FLAN | dict(kind='MT5')
+UMT5 = FLAN | dict(kind='UMT5')
 
 OURS = dict(vocab_size=257, n_encoder_layer=3, position='relative', mlp='relu', qk_norm=False, t5_scale=True,
             zero_init=False)
 
 
-def theirs(std=0.15, **settings):
+def theirs(std=0.15, kind='T5', **settings):
     """A random T5 of transformers: the norms too, so that a mistake in any tensor shows."""
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(**SIZES | settings, decoder_start_token_id=0)).eval()
+    config = getattr(transformers, f'{kind}Config')(**SIZES | settings, decoder_start_token_id=0)
+    model = getattr(transformers, f'{kind}ForConditionalGeneration')(config).eval()
     for p in model.parameters():
         p.data = 1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 else std * torch.randn(p.shape)
     return model
@@ -74,7 +81,9 @@ def their_logits(model, sources, targets):
 
 @torch.no_grad()
 @pytest.mark.parametrize('settings', [T5, FLAN, FLAN | dict(feed_forward_proj='gated-silu', d_kv=16),
-                                      T5 | dict(num_decoder_layers=None)], ids=str)
+                                      T5 | dict(num_decoder_layers=None), MT5, UMT5,
+                                      UMT5 | dict(tie_word_embeddings=True, feed_forward_proj='relu')],
+                         ids=str)
 def test_t5_has_the_logits_of_transformers(settings, tmp_path):
     # beyond 128, where all distances are one
     model, sources, targets = theirs(**settings), texts([150, 70, 1]), texts([160] * 3, seed=2)
@@ -148,13 +157,16 @@ def test_a_head_of_its_own_is_read(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize('settings',
                          [dict(), dict(tie=False, mlp='geglu', head_dim=16), dict(rank_qk=4, rank_mlp=8),
-                          dict(depth_scale='norm'), dict(depth_scale='attn')], ids=str)
+                          dict(depth_scale='norm'), dict(depth_scale='attn'), dict(rel_per_layer=True),
+                          dict(rel_per_layer=True, tie=False, mlp='geglu')], ids=str)
 def test_transformers_has_our_logits(settings, tmp_path):
     model = tiny(**OURS | settings).eval()
     for p in model.parameters():
         if p.ndim == 1:
             torch.nn.init.normal_(p, 1, 0.3)
-    other = T5ForConditionalGeneration.from_pretrained(exported(tmp_path, model))
+    cls = UMT5ForConditionalGeneration if model.cfg.rel_per_layer else T5ForConditionalGeneration
+    other, report = cls.from_pretrained(exported(tmp_path, model), output_loading_info=True)
+    assert not any(report.values()), report
     assert other.config.decoder_start_token_id == ByteTokenizer().eot
     sources, targets = texts([30, 12]), texts([20, 20], seed=2)
     a, b = their_logits(other, sources, targets), model(torch.tensor(targets), source=pad(sources, 'cpu'))
@@ -188,7 +200,7 @@ def test_a_second_embedding_that_is_another_is_refused(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('settings, end', [(T5, 90), (FLAN, 86)], ids=str)
+@pytest.mark.parametrize('settings, end', [(T5, 90), (FLAN, 86), (MT5, 86), (UMT5, 67)], ids=str)
 def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tmp_path):
     # their cache has as many layers as the encoder
     model, sources = theirs(std=0.6, **settings, num_decoder_layers=2), texts([40, 25, 3, 40, 12, 7])
@@ -206,16 +218,50 @@ def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tm
     assert [[t for t in row if t >= 0] for row in drawn] == wanted
     # not the same for every source, and some end
     assert len(set(map(tuple, wanted))) > 3 and min(map(len, wanted)) < 50
-    for beams, penalty in ((4, 1.0), (3, 0.0), (2, 2.0), (4, -1.0)):
+    searches = (4, 1.0), (3, 0.0), (2, 2.0), (4, -1.0)
+    for beams, penalty in searches[:1 if 'kind' in settings else 4]:
         wanted = [cut(row)
                   for row in model.generate(**theirs_in, num_beams=beams, length_penalty=penalty).tolist()]
         assert [cut([0] + beam_search(Decoder(mine, [source]), [0], 50, beams, penalty, eot=end))
                 for source in sources] == wanted, (beams, penalty)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [MT5, UMT5], ids=str)
+def test_adapters_go_to_peft_and_come_back(settings, tmp_path):
+    base = tmp_path / 'base'
+    theirs(**settings).save_pretrained(base)
+    sources, targets = texts([30, 12]), texts([20, 20], seed=2)
+
+    def assert_same(model, other):
+        a, b = their_logits(other, sources, targets), model(torch.tensor(targets), source=pad(sources, 'cpu'))
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+        return b
+    plain = assert_same(ours(base), theirs(**settings))
+    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=['q', 'k', 'v', 'o', 'wi_0', 'wi_1', 'wo'],
+                           task_type='SEQ_2_SEQ_LM')
+    there = peft.get_peft_model(theirs(**settings), lora).eval()
+    for p in there.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn_like(p))
+    there.save_pretrained(tmp_path / 'theirs')
+    model = ours(base)
+    add_adapters(model, [f'x={tmp_path}/theirs'], str(base))
+    assert not torch.allclose(assert_same(model, there), plain, atol=0.1)
+
+    model = ours(base)
+    torch.manual_seed(2)
+    adapted(model, lora_alpha=6.0, lora_targets='q_proj,v_proj,mlp', whole=r'norm')
+    kind = json.load(open(base / 'config.json'))['model_type']
+    peft_files.write(str(tmp_path / 'ours'), model.cfg, adapters.take(model), kind)
+    there = peft.PeftModel.from_pretrained(theirs(**settings), tmp_path / 'ours').eval()
+    assert not torch.allclose(assert_same(model, there), plain, atol=0.1)
+
+
 # --- every kind ---
 
-KINDS = [dict(position='relative', t5_scale=True), dict(), dict(cross_rope='same', n_kv_head=2),
+KINDS = [dict(position='relative', t5_scale=True), dict(position='relative', rel_per_layer=True), dict(),
+         dict(cross_rope='same', n_kv_head=2),
          dict(cross_rope='offset', n_kv_head=1, tie=False),
          dict(position='learned', norm='layernorm', bias=True, mlp='gelu', qk_norm=False),
          dict(position='none', value_residual=True, mlp='swiglu'),
@@ -413,7 +459,9 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
 
 @pytest.mark.parametrize(
     'args, words', [(['--source_size=64'], 'source_size=64'), (['--cross_rope=same'], 'cross_rope=same'),
-                    (['--n_encoder_layer=-1'], 'n_encoder_layer=-1'), (['--t5_scale=True'], 't5_scale=True')])
+                    (['--n_encoder_layer=-1'], 'n_encoder_layer=-1'),
+                    (['--rel_per_layer=True', '--n_encoder_layer=1', '--objective=prefix'], 'rel_per_layer'),
+                    (['--t5_scale=True'], 't5_scale=True')])
 def test_settings_that_cannot_work_are_refused(args, words, dataset, tmp_path):
     assert words in one_line(run('train.py', *args, f'--dataset={dataset}', f'--out_dir={tmp_path}/x'))
 
@@ -431,6 +479,16 @@ def test_a_setting_that_its_blocks_do_not_read_has_to_be_at_its_default(monkeypa
     tiny(n_encoder_layer=1)
     with pytest.raises(ValueError, match='^softcap=5.0: an encoder-decoder does not act on it: leave it'):
         tiny(n_encoder_layer=1, softcap=5.0)
+
+
+@pytest.mark.parametrize('setting', [
+    dict(window=8), dict(full_layers=[0]), dict(window_theta=5.0), dict(rope_dim=4), dict(parallel=True),
+    dict(attn_scale=0.5), dict(attn_softcap=5.0), dict(embed_scale=2.0), dict(residual_scale=0.5),
+    dict(logit_scale=0.5), dict(post_norm='both'), dict(post_norm=True), dict(no_rope=[0])], ids=str)
+def test_a_setting_of_decoders_alone_is_refused(setting):
+    (name, value), = setting.items()
+    with pytest.raises(ValueError, match=f'^{name}='):
+        tiny(n_encoder_layer=1, **setting)
 
 
 def test_a_network_says_when_its_source_is_missing_or_too_long():

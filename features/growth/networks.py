@@ -26,12 +26,12 @@ from model import make_model, only_in_training
 # setting, such as a new one, has to be at its default. Add it here once all of these functions keep their
 # promises with it
 KNOWN = {
-    'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'n_head', 'n_kv_head', 'n_embd',
-    'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling', 'rope_dim', 'no_rope',
-    'window', 'full_layers', 'window_theta', 'norm', 'norm_eps', 'post_norm', 'parallel', 'mlp', 'mlp_norm',
-    'qk_norm', 'attn_scale', 'attn_softcap', 'embed_scale', 'residual_scale', 'logit_scale', 'softcap',
-    'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale', 'n_expert',
-    'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias', 'expert_width', 'expert_renorm',
+    'vocab_size', 'block_size', 'n_layer', 'n_encoder_layer', 'source_size', 'rel_per_layer', 'n_head',
+    'n_kv_head', 'n_embd', 'head_dim', 'd_ff', 'position', 'cross_rope', 'rope_theta', 'rope_scaling',
+    'rope_dim', 'no_rope', 'window', 'full_layers', 'window_theta', 'norm', 'norm_eps', 'post_norm',
+    'parallel', 'mlp', 'mlp_norm', 'qk_norm', 'attn_scale', 'attn_softcap', 'embed_scale', 'residual_scale',
+    'logit_scale', 'softcap', 'zero_init', 'embed_norm', 'depth_scale', 'value_residual', 'tie', 't5_scale',
+    'n_expert', 'n_expert_active', 'expert_aux', 'expert_z', 'expert_bias', 'expert_width', 'expert_renorm',
     'shared_width', 'shared_gate', 'dense_layers', 'bias', 'qkv_bias', 'dropout', 'init_std', 'rank_qk',
     'rank_vo', 'rank_mlp', 'rank_embed', 'rank_head', 'ranks', 'rank_act',
 }

@@ -18,6 +18,7 @@ from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
+from features.hf.t5s import KINDS
 from features.hf.tokenizer_json import adds_space, spelling, to_json
 from model import ModelConfig
 from sample import stored_format
@@ -30,7 +31,7 @@ def run(s):
     if kind == 'peft':
         print(f"written: {s.to}; peft.PeftModel.from_pretrained(base, {s.to!r}), or --adapter={s.to} here")
         return
-    auto = 'AutoModelForSeq2SeqLM' if kind == 't5' else 'AutoModelForCausalLM'
+    auto = 'AutoModelForSeq2SeqLM' if kind in KINDS else 'AutoModelForCausalLM'
     trust = ', trust_remote_code=True' if kind == 'minnow' else ''
     print(f'written: {s.to}, of the family {kind}; transformers.{auto}.from_pretrained({s.to!r}{trust}), '
           f'or --init_from=hf:{s.to} here')

@@ -120,6 +120,7 @@ NEO_MASKS = r'h\.\d+\.attn\.attention\.(bias|masked_bias)'
 NEOX_MASKS = r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)'
 ROTARY = r'(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
 UNUSED_BIAS = r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight'
+COPIES = r'(encoder|decoder)\.embed_tokens\.weight'
 NORMS = r'.*norm\.weight'
 
 FAMILIES = {  # of two that fit a network equally, export.py takes the first
@@ -183,7 +184,12 @@ FAMILIES = {  # of two that fit a network equally, export.py takes the first
         mixtures.qwen3_moe_fields, mixtures.qwen3_moe_wants, spread=mixtures.spread),
     't5': Family(
         'T5ForConditionalGeneration', '', t5s.t5_config, t5s.t5_names, t5s.t5_fields, t5s.t5_wants,
-        copies=r'(encoder|decoder)\.embed_tokens\.weight', buffers=UNUSED_BIAS),
+        copies=COPIES, buffers=UNUSED_BIAS),
+    'mt5': Family(
+        'MT5ForConditionalGeneration', '', t5s.mt5_config, t5s.t5_names, copies=COPIES, buffers=UNUSED_BIAS),
+    'umt5': Family(
+        'UMT5ForConditionalGeneration', '', t5s.umt5_config, t5s.umt5_names, t5s.t5_fields, t5s.umt5_wants,
+        copies=COPIES),
     'minnow': Family('MinnowForCausalLM', 'model.', minnow_config, {}),
 }
 
@@ -208,7 +214,7 @@ def nearest(cfg):
     """(the family with the fewest obstacles for a model, among those we can export; its obstacles)."""
     kind, fewest = None, None
     for name, family in FAMILIES.items():
-        has_encoder = name == 't5'
+        has_encoder = name in t5s.KINDS
         if family.write is None or has_encoder != (cfg.n_encoder_layer > 0):
             continue
         has_experts = family.spread is not None

@@ -16,7 +16,8 @@ from model import LowRank
 
 # Settings that fold() takes into account. Any other one, such as a new one, has to be at its default
 KNOWN = FREE | PLAIN.keys() | {
-    'n_kv_head', 'head_dim', 'position', 'cross_rope', 'norm', 'mlp', 'rank_embed', 'rank_head'}
+    'n_kv_head', 'head_dim', 'position', 'cross_rope', 'norm', 'mlp', 'rank_embed', 'rank_head',
+    'rel_per_layer'}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import os
 from configurator import UserError
 from features.hf import llama2c, reading
 from features.hf.config_json import config_fields, read_json
+from features.hf.t5s import KINDS
 from tokenizer import PromptFormat, Tokenizer, load_tokenizer
 
 
@@ -129,7 +130,6 @@ def token_names(folder):
 # Beside a sentencepiece file
 
 NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
-T5 = ('t5', 'mt5', 'umt5')  # their code adds the sentinels <extra_id_0>, … to the file's tokens
 
 
 def tokens_beside(path, data):
@@ -197,7 +197,7 @@ def added_tokens(folder, size):
 
 def count_sentinels(folder, fields):
     """How many sentinels T5's code adds; fields: those of tokenizer_config.json."""
-    is_t5 = optional_json(folder, 'config.json').get('model_type') in T5
+    is_t5 = optional_json(folder, 'config.json').get('model_type') in KINDS
     if not is_t5 and not str(fields.get('tokenizer_class')).startswith(('T5', 'MT5')):
         return 0
     count = fields.get('extra_ids', 100)

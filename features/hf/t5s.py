@@ -2,6 +2,8 @@
 The families of transformers with T5's layout: an encoder-decoder with relative positions.
 
     t5           T5, Flan-T5
+    mt5          mT5: T5 whose head is never scaled; load only, exported as T5, which is the same network
+    umt5         UMT5: T5 with a position bias in every layer
 
 For each: X_config reads config.json, X_fields writes it, X_names maps its modules to ours, and X_wants gives
 the settings that it needs (families.Family).
@@ -9,6 +11,7 @@ the settings that it needs (families.Family).
 from features import build
 from model import ModelConfig
 
+KINDS = ('t5', 'mt5', 'umt5')
 MLP = {  # feed_forward_proj: our mlp
     'relu': 'relu',
     'gated-gelu': 'geglu',
@@ -17,9 +20,9 @@ MLP = {  # feed_forward_proj: our mlp
 
 
 def t5_config(config):
-    from features.t5.positions import RelativeBias  # t5
-    config.one_of('relative_attention_num_buckets', RelativeBias.BUCKETS)
-    config.one_of('relative_attention_max_distance', RelativeBias.FURTHEST)
+    from features.t5.positions import BUCKETS, FURTHEST  # t5
+    config.one_of('relative_attention_num_buckets', BUCKETS)
+    config.one_of('relative_attention_max_distance', FURTHEST)
     config.one_of('is_encoder_decoder', True)
     layers = config.size('num_layers')
     context = config.size('n_positions', 512)
@@ -47,6 +50,19 @@ def t5_config(config):
         zero_init=False,
         t5_scale=True,
         tie=tie)
+
+
+def mt5_config(config):
+    config.fields.setdefault('feed_forward_proj', 'gated-gelu')
+    config.fields['scale_decoder_outputs'] = False  # whatever tie_word_embeddings says
+    return t5_config(config)
+
+
+def umt5_config(config):
+    config.fields.setdefault('feed_forward_proj', 'gated-gelu')
+    cfg = t5_config(config)
+    cfg.rel_per_layer = True
+    return cfg
 
 
 def t5_names(cfg):
@@ -83,8 +99,16 @@ def t5_stack_names(cfg, stack, ours, rel, has_cross):
     return names
 
 
+def umt5_names(cfg):
+    bias = 'layer.0.SelfAttention.relative_attention_bias'
+    names = {theirs: ours for theirs, ours in t5_names(cfg).items() if not theirs.endswith(bias)}
+    names[f'encoder.block.N.{bias}'] = 'encoder.N.attn.rel'
+    names[f'decoder.block.N.{bias}'] = 'blocks.N.attn.rel'
+    return names
+
+
 def t5_fields(cfg):
-    from features.t5.positions import RelativeBias  # t5
+    from features.t5.positions import BUCKETS, FURTHEST  # t5
     projection = {ours: theirs for theirs, ours in MLP.items()}
     return {
         'n_positions': cfg.block_size,
@@ -95,8 +119,8 @@ def t5_fields(cfg):
         'd_kv': cfg.d_head,
         'd_ff': cfg.mlp_width,
         'feed_forward_proj': projection[cfg.mlp],
-        'relative_attention_num_buckets': RelativeBias.BUCKETS,
-        'relative_attention_max_distance': RelativeBias.FURTHEST,
+        'relative_attention_num_buckets': BUCKETS,
+        'relative_attention_max_distance': FURTHEST,
         'layer_norm_epsilon': cfg.norm_eps,
         'dropout_rate': cfg.dropout,
         'is_encoder_decoder': True,
@@ -114,3 +138,7 @@ def t5_wants(cfg):
         'n_encoder_layer': max(1, cfg.n_encoder_layer),
         't5_scale': True,
     }
+
+
+def umt5_wants(cfg):
+    return t5_wants(cfg) | {'rel_per_layer': True}

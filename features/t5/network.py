@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from features.t5.positions import RelativeBias
+from features.t5.positions import BucketBias, positions_of
 from features.t5.settings import T5Config
 from model import MLP, Attention, AttentionInputs, Block, Transformer, attend, make_mlp, no_code, norm
 
@@ -36,6 +36,16 @@ class CrossInputs(NamedTuple):
 class T5Attention(Attention):
     """Self-attention of an encoder-decoder; causal if there is no mask."""
 
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
+        self.rel = BucketBias(cfg.n_head) if cfg.rel_per_layer else None
+
+    def forward(self, x, inputs, v0=None, cache=None):
+        """Like Attention.forward(); with a position bias of its own, inputs.mask holds Buckets."""
+        if self.rel is not None:
+            inputs = inputs._replace(mask=self.rel(inputs.mask))
+        return super().forward(x, inputs, v0, cache)
+
     def output(self, q, k, v, mask):
         """Like Attention.output(); with t5_scale, logits are not divided by sqrt(D)."""
         if self.cfg.depth_scale == 'attn':
@@ -53,6 +63,7 @@ class CrossAttention(T5Attention):
     def __init__(self, cfg, layer):
         super().__init__(cfg, layer)
         self.v_mix = None  # the source has values of its own
+        self.rel = None  # and no positions
 
     def forward(self, x, encoded, inputs, cache=None):
         """x (B, T, C), encoded (B, S, C), CrossInputs → (B, T, C)."""
@@ -137,7 +148,7 @@ class EncoderDecoder(Transformer):
         cfg = self.cfg
         self.wte_encoder = None  # with LoRA: a module of the same weight for the encoder
         self.encoder = nn.ModuleList(EncoderBlock(cfg, layer) for layer in range(cfg.n_encoder_layer))
-        self.rel_encoder = RelativeBias(cfg.n_head, is_causal=False) if cfg.position == 'relative' else None
+        self.rel_encoder = positions_of(cfg, is_causal=False) if cfg.position == 'relative' else None
         self.norm_encoder = norm(cfg.n_embd, cfg)
         self.blocks = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.n_layer))
 
@@ -160,7 +171,8 @@ class EncoderDecoder(Transformer):
         inputs = AttentionInputs(None if self.rotary is None else self.rotary[:, positions], mask)
         if self.rel_encoder is not None:
             bias = self.rel_encoder(positions, positions)
-            inputs = inputs._replace(mask=bias.masked_fill(~mask, -torch.inf))
+            hidden = -1 if self.cfg.rel_per_layer else -torch.inf
+            inputs = inputs._replace(mask=bias.masked_fill(~mask, hidden))
         if self.cfg.n_expert:  # moe
             inputs = inputs._replace(real=real)  # moe
         x = self.embed((self.wte_encoder or self.wte)(source.clamp(min=0)), positions)

@@ -32,6 +32,8 @@ class T5Config(ModelConfig):
     cross_rope: Literal['none', 'same', 'offset'] = 'none'  # rotary positions in cross-attention. none: none,
     # as in T5Gemma; same: source and target both start at 0, as in ROT5; offset: the target continues the
     # source's positions
+    rel_per_layer: bool = False  # for position='relative': every block has a position bias of its own, as in
+    # UMT5 (arXiv 2304.09151), instead of one for the encoder and one for the decoder
     t5_scale: bool = False  # T5's init and scaling: the embedding starts at N(0, 1); logits of a tied head
     # are divided by sqrt(n_embd); attention logits are not divided by sqrt(head_dim), so queries start
     # smaller; output matrices start at 1/sqrt(inputs) at any depth
@@ -59,6 +61,9 @@ class T5Config(ModelConfig):
         if self.cross_rope != 'none' and not (self.n_encoder_layer and self.position == 'rope'):
             raise ValueError(f'cross_rope={self.cross_rope}: turns heads between an encoder and a decoder: '
                              "set n_encoder_layer, and position='rope'")
+        if self.rel_per_layer and not (self.n_encoder_layer and self.position == 'relative'):
+            raise ValueError('rel_per_layer=True: is for the position biases of an encoder-decoder: set '
+                             "n_encoder_layer, and position='relative'")
         for f in fields(ModelConfig):
             value, is_read = getattr(self, f.name), f.name in READ or f.name in only_in_training(self)
             if self.n_encoder_layer and not is_read and value != default_of(f):
