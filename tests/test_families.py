@@ -139,17 +139,20 @@ def ids(length=64):
 
 @torch.no_grad()
 def assert_same(model, other, x=None):
-    """The same logits, to 1e-5 of the largest."""
+    """The same logits, to 1e-5 of the largest. Returns the difference, as a share of it."""
     a, b = model(ids() if x is None else x), other(ids() if x is None else x).logits
-    assert b.std() > 0.3 and (a - b).abs().max() < 1e-5 * b.abs().max()
+    difference = ((a - b).abs().max() / b.abs().max()).item()
+    assert b.std() > 0.3 and difference < 1e-5
+    return difference
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('case', CASES)
-def test_logits_and_greedy_text_are_those_of_transformers(case, folders):
+def test_logits_and_greedy_text_are_those_of_transformers(case, folders, record_property):
     model, other = ours(folders[case]), theirs(case)
     assert {name: getattr(model.cfg, name) for name in CASES[case][2]} == CASES[case][2]
-    assert_same(model, other)
+    record_property('family', other.config.model_type)  # for experiments/families.py
+    record_property('difference', assert_same(model, other))
     text = ids(6)
     greedy = other.generate(text, max_new_tokens=50, min_new_tokens=50, do_sample=False, eos_token_id=None)
     found = torch.stack(list(generate(model, text.tolist(), 50, temperature=0)), dim=1)  # with our cache
