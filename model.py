@@ -442,7 +442,7 @@ class Block(nn.Module):
             raise no_code(cfg, 'depth_scale')
         self.norm_scale = (layer + 1) ** -0.5 if cfg.depth_scale == 'norm' else 1.0
         self.parallel, self.residual_scale = cfg.parallel, cfg.residual_scale
-        self.norm_a = self.norm_m = nn.Identity()
+        self.norm_a = self.norm_m = nn.Identity()  # after attention and MLP
         self.add_layers(cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -685,7 +685,7 @@ class Transformer(nn.Module):
         return x
 
     def before_head(self, h):
-        """h (…, C) → the input of the head's matrix: scaled, after a low-rank head's inner factor."""
+        """h (…, C) → the input of the head's matrix: scaled, and through a low-rank head's inner factor."""
         if self.cfg.logit_scale != 1:
             h = h * self.cfg.logit_scale
         if self.cfg.tie:
