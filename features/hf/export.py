@@ -6,6 +6,7 @@ Write the model of a run as a Hugging Face folder: config.json, model.safetensor
     python hub.py export --out_dir=out/lora --to=FOLDER                 # an adapter, for PEFT
 """
 import dataclasses
+import json
 import os
 
 import torch
@@ -19,7 +20,7 @@ from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
 from features.hf.t5s import KINDS
-from features.hf.tokenizer_json import adds_space, spelling, to_json
+from features.hf.tokenizer_json import adds_space, keeps_text, sentencepiece_of, spelling, to_json
 from model import ModelConfig
 from sample import stored_format
 from tokenizer import load_tokenizer
@@ -83,7 +84,15 @@ def export(s):
         write_tensors(os.path.join(new, 'model.safetensors'), tensors, {'format': 'pt'})
         for name, value in files.items():
             replace_json(os.path.join(new, name), value)
-        tokenizer.save(new)  # its sentencepiece model too: llama.cpp's converter prefers it
+        tokenizer.save(new)
+        model = os.path.join(new, 'tokenizer.model')
+        if text and fields['model_type'] not in KINDS:
+            sentencepiece = for_llama_cpp(tokenizer, text, fields['model_type'])
+            if sentencepiece is not None:
+                with open(model, 'wb') as f:
+                    f.write(sentencepiece)
+            elif os.path.exists(model):
+                os.remove(model)
         if text:
             with open(os.path.join(new, 'tokenizer.json'), 'w', encoding='utf-8') as f:
                 f.write(text)
@@ -243,3 +252,20 @@ def tokenizer_config(text, ends, tokenizer, form, around, cfg):
         if [spelling(text, token) for token in added] in ([], [names[name]]):
             fields[field] = added != ()
     return fields
+
+
+def for_llama_cpp(tokenizer, text, kind):
+    """
+    The content of tokenizer.model, which llama.cpp's converter prefers to tokenizer.json; None where it would
+    read it wrongly, and must refuse the tokenizer. text: the content of tokenizer.json; kind: the model_type.
+    """
+    model = json.loads(text)['model']
+    if model['type'] != 'BPE' or not model.get('byte_fallback'):  # it would merge the pieces of Unigram, too
+        return None
+    if not keeps_text(text):  # it would not change it
+        return None
+    # the converter reads add_prefix_space for Llama's classes only, and takes one value for others
+    blank = {'llama': None, 'mistral': None, 'minnow': None}.get(kind, not kind.startswith('gemma'))
+    if blank is not None and blank != adds_space(text):
+        return None
+    return sentencepiece_of(tokenizer, text)

@@ -11,7 +11,7 @@ import os
 import secrets
 
 from configurator import UserError
-from tokenizer import EOT, Tokenizer
+from tokenizer import EOT, SentencePieceTokenizer, Tokenizer
 
 HIDDEN = '\ue000'  # a character of Unicode's private use
 # names of the end-of-text token, where no file says which it is
@@ -188,6 +188,7 @@ PRINTABLE = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *
 BYTE_CHARS = {b: chr(b) for b in PRINTABLE}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 
+BLANKS = 'A  ﬁ\tb '
 PROBE = ('Once upon a time, there was a bird.\n\n'
          '\tdef f(x):  return [x ** 2, 1234567]\n    "Naïve façade" — 你好 🙂 '
          "don't\r\n   ")
@@ -387,3 +388,67 @@ def bpe_of(tokenizers, model):
 def unigram_of(tokenizers, model):
     pieces = [(p.piece, p.score) for p in model.pieces]
     return tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
+
+
+# -----------------------------------------------------------------------------
+# For llama.cpp
+
+def keeps_text(text):
+    """Whether the tokenizer in a tokenizer.json with this content reads every blank and letter as it is."""
+    import tokenizers
+    normalizer = tokenizers.Tokenizer.from_str(text).normalizer
+    found = BLANKS if normalizer is None else normalizer.normalize_str(BLANKS)
+    return found.replace('▁', ' ').removeprefix(' ') == BLANKS
+
+
+def to_sentencepiece(text, end):
+    """
+    The content of a tokenizer.model, bytes, for a tokenizer.json with the content `text`: llama.cpp's
+    converter finds the order of merges only there. end: the text of the end-of-text token. None if it cannot
+    represent the tokenizer.
+    """
+    fields = json.loads(text)
+    model = fields['model']
+    if model['type'] != 'BPE' or not model.get('byte_fallback'):
+        return None
+    from sentencepiece import sentencepiece_model_pb2
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True
+    proto.trainer_spec.eos_piece = end
+    proto.normalizer_spec.name = 'identity'
+    proto.normalizer_spec.add_dummy_prefix = adds_space(text)
+    proto.normalizer_spec.remove_extra_whitespaces = False
+
+    vocab = {piece: i for piece, i in model['vocab'].items()}
+    added = {token['id']: token for token in fields['added_tokens']}
+    vocab |= {token['content']: i for i, token in added.items()}
+    ranks = {}
+    for rank, pair in enumerate(model['merges']):
+        ranks.setdefault(''.join(pair), rank)
+    names = {i: piece for piece, i in vocab.items()}
+    if sorted(names) != list(range(len(names))):
+        return None
+    for i in range(len(names)):
+        piece = proto.pieces.add(piece=names[i], score=-float(ranks.get(names[i], len(ranks))))
+        if names[i] == model.get('unk_token'):
+            piece.type, proto.trainer_spec.unk_id, proto.trainer_spec.unk_piece = piece.UNKNOWN, i, names[i]
+        elif i in added:
+            piece.type = piece.CONTROL if added[i]['special'] else piece.USER_DEFINED
+        elif len(names[i]) == 6 and names[i].startswith('<0x'):
+            piece.type = piece.BYTE
+    return proto.SerializeToString()
+
+
+def sentencepiece_of(tokenizer, text):
+    """
+    The content of a tokenizer.model that encodes as `tokenizer` does, whose tokenizer.json has the content
+    `text`; None if there is none.
+    """
+    data = tokenizer.files.get('tokenizer.model') or to_sentencepiece(text, tokenizer.eot_text)
+    if data is None:
+        return None
+    try:
+        same = SentencePieceTokenizer(data).encode(PROBE) == tokenizer.encode(PROBE)
+    except (RuntimeError, UserError):
+        same = False
+    return data if same else None
