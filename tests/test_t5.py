@@ -6,7 +6,6 @@ nothing.
 import json
 import math
 
-import peft
 import pytest
 import torch
 import transformers
@@ -229,6 +228,7 @@ def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tm
 @torch.no_grad()
 @pytest.mark.parametrize('settings', [MT5, UMT5], ids=str)
 def test_adapters_go_to_peft_and_come_back(settings, tmp_path):
+    peft = pytest.importorskip('peft')
     base = tmp_path / 'base'
     theirs(**settings).save_pretrained(base)
     sources, targets = texts([30, 12]), texts([20, 20], seed=2)
