@@ -261,7 +261,7 @@ def test_starcoder_as_the_blog_adapts_it():
 
 @pytest.mark.parametrize('settings, words', [
     ({'lora_targets': 'attn,c_fcc'}, "lora_targets: 'c_fcc' matches nothing: "
-     "takes attn, mlp, embed, head, or matrices of this network by name: wte, attn.q"),
+     "takes attn, mlp, embed, head, shared, or matrices of this network by name: wte, attn.q"),
     ({'lora_targets': 'head'}, "'head' matches nothing"),
     ({'lora_rank': 33}, 'lora_rank=33: is more than blocks.0.attn.q has, 32 x 32'),
 ])
