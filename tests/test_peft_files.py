@@ -377,7 +377,8 @@ def without(part):
     (dict(target_modules='all-linear'), without('layers.1.mlp.up'), '1.mlp.up_proj.lora_A.weight: not in'),
     ({}, renamed(lambda name: '_orig_mod.' + name), 'has the prefix _orig_mod. of torch.compile: save'),
     ({}, renamed(lambda name: name.replace('model.layers', 'module.model.layers')), 'the prefix module. of'),
-    (dict(modules_to_save=['norm']), without('model.norm'), 'modules_to_save=norm: not in')], ids=str)
+    (dict(modules_to_save=['norm']), without('model.norm'), 'modules_to_save=norm: not in'),
+], ids=lambda value: '' if callable(value) else str(value))
 def test_files_that_lack_a_layer_or_have_other_names(tmp_path, options, change, words):
     base, _, adapter = folder_of(tmp_path, 'llama', **options)
     path = f'{adapter}/adapter_model.safetensors'
