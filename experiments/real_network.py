@@ -13,8 +13,9 @@ Hugging Face folder of a decoder:
         --instructions=instructions.jsonl --jobs=2
 
 instructions.jsonl holds {"instruction", "input", "output"} or {"messages"} a line. All arms of seed 1 run
-first, then those of the next seed. Runs that are in out_dir are not made again, so that the same command
-continues. It writes tables and pictures of what is finished. --report writes them and runs nothing.
+first, with two learning rates; then those of the next seed. Runs that are in out_dir are not made again, so
+that the same command continues. It writes tables and pictures of what is finished. --report writes them and
+runs nothing.
 """
 import csv
 import json
@@ -59,7 +60,10 @@ class Settings:
     rank_mlp: int = 208  # of the factors of MLP matrices
     ranks: list[int] = field(default_factory=lambda: [1, 4, 16, 64])  # of the adapters
     steps: int = 200  # of training after the surgery
-    rate: float = 5e-4  # its learning rate, the same for all arms
+    rate: float = 5e-4  # its learning rate. Another one is tried with the first seed, and the better one is
+    # that of the other seeds: lower_rate for trained blocks, higher_rate for random ones
+    lower_rate: float = 1e-4
+    higher_rate: float = 2e-3
     row: int = 128  # tokens of such a step
     lora_steps: int = 60  # of the adapters
     lora_rate: float = 1e-3  # their learning rate, the same for all ranks
@@ -159,21 +163,58 @@ def layer_arms(s, stories, seed):
     return arms
 
 
+def other_rate(s, name):
+    """The second learning rate of an arm."""
+    return s.higher_rate if name.endswith('_random') else s.lower_rate
+
+
+def with_other_rates(s, arms):
+    """{arm+rate: its settings} of layer_arms() with the second learning rate of each."""
+    out = {}
+    for name, settings in arms.items():
+        rate = other_rate(s, name)
+        out[f'{name}+{rate:g}'] = settings | {'learning_rate': rate}
+    return out
+
+
+def better(s, arms, name):
+    """The name of an arm, with the rate that is better for the first seed. arms: the finished ones."""
+    other = f'{name}+{other_rate(s, name):g}'
+    if name not in arms or other not in arms:
+        return name
+    first = s.seeds[0]
+    losses = {either: ends(arms[either], -1)[first] for either in (name, other)}
+    return min(losses, key=losses.get)
+
+
 EVAL_ITERS = 3  # of 12 rows of stories
 
 
-def run_seeds(s, seeds, stories, chats):
-    """Make the missing runs of these seeds."""
-    layers = COMMON | {
+def train_layers(s, stories, seed, rates):
+    """Train the shrunk networks of a seed. rates: 'first', 'other' or the 'better' one for the first seed."""
+    arms = layer_arms(s, stories, seed)
+    if rates == 'other':
+        arms = with_other_rates(s, arms)
+    if rates == 'better':
+        both = arms | with_other_rates(s, arms)
+        done = finished(s, 'layers')
+        names = [better(s, done, name) for name in arms]
+        arms = {name: both[name] for name in names}
+    base = COMMON | {
         'dataset': stories,
         'block_size': s.row,
         'max_iters': s.steps,
         'warmup_iters': s.steps // 20,
-        'learning_rate': s.rate,
         'eval_interval': s.steps,
         'eval_iters': EVAL_ITERS,
     }
-    lora = COMMON | {
+    arms = {name: {'learning_rate': s.rate} | settings for name, settings in arms.items()}
+    tuned(base, lambda seed: arms, [{}], [seed], f'{s.out_dir}/layers', s.jobs)
+
+
+def train_adapters(s, chats, seed):
+    """Train the adapters of a seed."""
+    base = COMMON | {
         'dataset': chats,
         'init_from': f'hf:{s.model}',
         'block_size': s.lora_row,
@@ -184,8 +225,7 @@ def run_seeds(s, seeds, stories, chats):
         'eval_iters': 0,
     }
     adapters = {f'r{rank}': {'lora_rank': rank} for rank in s.ranks}
-    tuned(layers, lambda seed: layer_arms(s, stories, seed), [{}], seeds, f'{s.out_dir}/layers', s.jobs)
-    tuned(lora, lambda seed: adapters, [{}], seeds, f'{s.out_dir}/lora', s.jobs)
+    tuned(base, lambda seed: adapters, [{}], [seed], f'{s.out_dir}/lora', s.jobs)
 
 
 # -----------------------------------------------------------------------------
@@ -231,20 +271,33 @@ def finished(s, part):
     return {name: arm for name, arm in arms.items() if arm.seeds()}
 
 
-def missing(s):
-    """The names of the runs that are not finished."""
+def layer_names(s):
+    """The names of the arms of shrunk networks."""
     names = [f'first{count}' for count in s.depths]
     if s.rank_attn:
         names.append('factors')
-    wanted = {'layers': [*names, *[f'{name}_random' for name in names]],
-              'lora': [f'r{rank}' for rank in s.ranks]}
+    both = []
+    for name in names:
+        both += [name, f'{name}_random']
+    return both
+
+
+def missing(s):
+    """The names of the runs that are not finished; later seeds have the rate that is better so far."""
+    arms = finished(s, 'layers')
+    adapters = finished(s, 'lora')
+    wanted = []  # (folder, arms of the folder, name, seed)
+    for seed in s.seeds:
+        for name in layer_names(s):
+            names = [better(s, arms, name)]
+            if seed == s.seeds[0]:
+                names = [name, f'{name}+{other_rate(s, name):g}']
+            wanted += [('layers', arms, either, seed) for either in names]
+        wanted += [('lora', adapters, f'r{rank}', seed) for rank in s.ranks]
     out = []
-    for part, names in wanted.items():
-        arms = finished(s, part)
-        for name in names:
-            for seed in s.seeds:
-                if name not in arms or seed not in arms[name].seeds():
-                    out.append(f'{part}/{name},seed={seed}')
+    for part, found, name, seed in wanted:
+        if name not in found or seed not in found[name].seeds():
+            out.append(f'{part}/{name},seed={seed}')
     return out
 
 
@@ -286,23 +339,36 @@ def ends(arm, step, key='val_loss'):
     return {seed: arm.runs[seed]['val'][step][key] for seed in sorted(arm.seeds())}
 
 
-def layers_table(arms, whole):
+def at_best(s, arms):
+    """{arm: Arm with the better rate} of the finished ones."""
+    return {name: arms[better(s, arms, name)] for name in layer_names(s) if name in arms}
+
+
+def layers_table(s, arms, whole):
     """Lines of a markdown table: losses before and after training. whole: losses of the whole network."""
-    lines = heading(['arm', 'parameters', 'before', 'after', 'after, bits per byte',
-                     'after, minus random [95%]', 'seeds'])
-    lines.append(markdown(['whole', '', f'{whole["val_loss"]:.3f}', '', '', '', '']))
-    for name, arm in arms.items():
+    lines = heading(['arm', 'parameters', 'before', 'rate', 'after', 'after, bits per byte',
+                     'after, minus random [95%]', 'other rate: loss, first seed', 'seeds'])
+    lines.append(markdown(['whole', '', f'{whole["val_loss"]:.3f}', *[''] * 6]))
+    best = at_best(s, arms)
+    for name, arm in best.items():
         run = next(iter(arm.runs.values()))
         compared = ''
-        if f'{name}_random' in arms:
-            compared = difference(ends(arm, -1), ends(arms[f'{name}_random'], -1))
+        if f'{name}_random' in best:
+            compared = difference(ends(arm, -1), ends(best[f'{name}_random'], -1))
+        other = ''
+        for either in (name, f'{name}+{other_rate(s, name):g}'):
+            if either in arms and arms[either] is not arm:
+                of_other = arms[either].runs[s.seeds[0]]
+                other = f'{of_other["settings"].learning_rate:g}: {of_other["val"][-1]["val_loss"]:.3f}'
         lines.append(markdown([
             name,
             f'{run["parameters"]:,}',
             f'{statistics.mean(ends(arm, 0).values()):.3f}',
+            f'{run["settings"].learning_rate:g}',
             show_mean(*mean_and_error(ends(arm, -1).values()), digits=3),
             f'{statistics.mean(ends(arm, -1, "val_bpb").values()):.3f}',
             compared,
+            other,
             str(len(arm.seeds())),
         ]))
     return lines
@@ -361,7 +427,7 @@ def draw_layers(arms, whole, path):
     page = figure(12, 4)
     ladder, curves = page.subplots(1, 2)
     for n, (name, arm) in enumerate(arms.items()):
-        colour = f'C{n // 2}' if f'{name}_random' in arms or name.endswith('_random') else f'C{n}'
+        colour = f'C{n // 2}'  # one for each shape
         style = '--' if name.endswith('_random') else '-'
         before = statistics.mean(ends(arm, 0).values())
         after = list(ends(arm, -1).values())
@@ -414,8 +480,8 @@ def write_report(s):
         lines += [*attention_table(s, whole), '']
     layers, adapters = finished(s, 'layers'), finished(s, 'lora')
     if layers and whole:
-        lines += [*layers_table(layers, whole), '']
-        draw_layers(layers, whole, f'{s.out_dir}/layers.png')
+        lines += [*layers_table(s, layers, whole), '']
+        draw_layers(at_best(s, layers), whole, f'{s.out_dir}/layers.png')
     if adapters:
         lines += [*lora_table(adapters), '']
         draw_lora(adapters, f'{s.out_dir}/lora.png')
@@ -434,9 +500,12 @@ def main():
         write_report(s)
         return
     stories, chats = make_data(s)
-    for count in range(1, len(s.seeds) + 1):
-        run_seeds(s, s.seeds[:count], stories, chats)
-        measure_whole(s, stories)
+    for n, seed in enumerate(s.seeds):
+        train_layers(s, stories, seed, 'better' if n else 'first')
+        train_adapters(s, chats, seed)
+        if n == 0:
+            measure_whole(s, stories)
+            train_layers(s, stories, seed, 'other')
     write_report(s)
 
 

@@ -61,11 +61,17 @@ def test_shrunk_networks_inherit_blocks_and_random_ones_the_embedding_alone(stud
 def test_the_tables_have_the_figures_of_the_runs(study):
     _, out, _ = study
     text = (out / 'table.md').read_text()
-    log = [[r['val_loss'] for r in read_log(out / f'layers/first1,seed={seed}') if 'val_loss' in r]
-           for seed in (1, 2)]
+    def losses(name, seed):
+        return [r['val_loss'] for r in read_log(out / f'layers/{name},seed={seed}') if 'val_loss' in r]
+    last = {name: losses(name, 1)[-1] for name in ('first1', 'first1+0.0001')}
+    best, worse = sorted(last, key=last.get)
+    assert not (out / f'layers/{worse},seed=2').exists()
+    log = [losses(best, seed) for seed in (1, 2)]
     assert log[0][0] == log[1][0] and log[0][-1] != log[1][-1]
     line = next(line for line in text.splitlines() if line.startswith('| first1 |'))
-    assert f'| {log[0][0]:.3f} | {(log[0][-1] + log[1][-1]) / 2:.3f} ±' in line and line.endswith('| 2 |')
+    rate, other = ('0.0005', '0.0001') if best == 'first1' else ('0.0001', '0.0005')
+    assert f'| {log[0][0]:.3f} | {rate} | {(log[0][-1] + log[1][-1]) / 2:.3f} ±' in line
+    assert line.endswith(f'| {other}: {last[worse]:.3f} | 2 |')
     for name in ('whole', 'first1_random', 'factors', 'factors_random', 'none', '1', '2', '0'):
         assert f'\n| {name} |' in '\n' + text
     assert 'missing, 0 runs: none' in text
