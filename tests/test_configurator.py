@@ -246,7 +246,7 @@ def test_every_setting_that_names_a_file_or_a_folder_knows_the_home_directory():
     from features.study import attention, sweep
     from features.text import settings
     texts = {'start', 'text_key', 'source', 'prompt_template', 'target', 'layers',
-             'which', 'stop', 'part', 'split', 'errors', 'reference',
+             'which', 'stop', 'part', 'split', 'errors', 'reference', 'delimiter',
              'lora_targets', 'wandb_run_name'}  # their comments speak of files, and they are none
     modules = (analyze, attention, bench, combine, compare, eval, experts, hub, prepare, sample, settings,
                surgery, sweep, train, upcycle)
