@@ -203,6 +203,7 @@ def test_the_commands_take_such_a_folder(case, folders, tmp_path):
 
 REFUSED = [
     ('qwen2_moe', dict(num_experts=10 ** 9), 'asks for 1000000000 experts'),
+    ('mixtral', dict(num_hidden_layers=2 * 10 ** 9), 'asks for 2000000000 layers'),
     ('qwen2_moe', dict(num_experts=1), 'n_expert=1: takes 0'),
     ('qwen2_moe', dict(num_experts=7), 'layers.0.mlp.gate.weight: [6, 48], but config.json asks for [7'),
     ('qwen2_moe', dict(num_experts_per_tok=7), 'n_expert_active=7: takes 1 to n_expert=6'),

@@ -488,6 +488,7 @@ def test_a_field_that_we_cannot_follow_is_named(kind, field, value, tmp_path):
     ('llama', dict(hidden_size=10 ** 9)), ('llama', dict(num_hidden_layers=2 * 10 ** 9)),
     ('llama', dict(intermediate_size=10 ** 9)), ('llama', dict(head_dim=10 ** 6)),
     ('llama', dict(num_attention_heads=4 * 10 ** 8, head_dim=12)), ('llama', dict(num_key_value_heads=2)),
+    ('llama', dict(num_attention_heads=2 * 10 ** 9, head_dim=2, hidden_size=2 * 10 ** 9)),
     ('llama', dict(attention_bias=True, mlp_bias=True)), ('llama', dict(tie_word_embeddings=True))], ids=str)
 def test_a_config_that_asks_for_other_tensors_than_the_file_holds_is_refused_from_the_headers(
         kind, fields, tmp_path):

@@ -10,7 +10,7 @@ The families of transformers with GPT-2's layout: LayerNorms and biases.
 For each: X_config reads config.json, X_fields writes it, X names its modules, and X_wants gives the settings
 that it needs (families.Family).
 """
-from features.hf.positions import check_rotary, read_rope, rotated
+from features.hf.positions import MOST_LAYERS, check_rotary, read_rope, rotated
 from model import ModelConfig
 
 # Their names of activations: ours. Of two names for one, the last is written
@@ -175,7 +175,8 @@ def neo_layers(config, n_layer):
     kinds = []
     try:
         for some, count in types:
-            kinds += some * min(count, n_layer + 1)
+            if len(some) * count <= min(n_layer, MOST_LAYERS):
+                kinds += some * count
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) != n_layer or any(kind not in ('global', 'local') for kind in kinds):

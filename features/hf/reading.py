@@ -161,7 +161,10 @@ def checked_rows(folder, family, cfg, slices):
         raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {layers} layers')
     if cfg.n_expert > len(slices) and family.spread is not None:
         raise UserError(f'{folder}: {len(slices)} tensors, but config.json asks for {cfg.n_expert} experts')
-    rows = name_rows(family, cfg)
+    try:
+        rows = name_rows(family, cfg)
+    except RuntimeError as error:  # torch cannot describe a tensor of 2**63 bytes
+        raise UserError(f'{folder}: config.json asks for tensors that are too large: {error}') from None
     for row in rows:
         found = slices[row.theirs].get_shape() if row.theirs in slices else 'not in the file'
         if found != row.shape:

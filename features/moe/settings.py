@@ -40,10 +40,10 @@ class MoEConfig(ModelConfig):
             raise ValueError(f'n_expert_active={self.n_expert_active}: takes 1 to n_expert={self.n_expert}')
         if self.shared_gate and not self.shared_width:
             raise ValueError('shared_gate=True: scales the output of a shared expert: set shared_width too')
-        blocks = set(range(max(self.n_layer, self.n_encoder_layer)))
-        if not blocks > set(self.dense_layers):
-            raise ValueError(f'dense_layers={self.dense_layers}: takes some of the blocks 0 to '
-                             f'{len(blocks) - 1}, not all of them')
+        count = max(self.n_layer, self.n_encoder_layer)
+        if not all(0 <= n < count for n in self.dense_layers) or len(set(self.dense_layers)) == count:
+            raise ValueError(f'dense_layers={self.dense_layers}: takes some of the blocks 0 to {count - 1}, '
+                             'not all of them')
         if self.rank_mlp or any(rank for name, rank in self.ranks.items() if 'mlp.' in name):
             raise ValueError(f'n_expert={self.n_expert}, rank_mlp={self.rank_mlp}: experts are dense: leave '
                              'rank_mlp, and ranks of the MLP, out')
