@@ -295,6 +295,20 @@ def test_what_our_networks_cannot_follow_is_one_line(case, fields, words, tmp_pa
     assert words in str(refused.value) and '\n' not in str(refused.value)
 
 
+def test_fields_that_transformers_passes_over_change_nothing(tmp_path):
+    theirs('qwen2').save_pretrained(tmp_path)
+    edit(tmp_path, scaling=LINEAR)
+    cfg, _ = reading.load(f'hf:{tmp_path}')
+    assert cfg.rope_scaling == {}
+
+
+def test_a_number_in_place_of_a_boolean_is_that_boolean(tmp_path):
+    theirs('qwen2').save_pretrained(tmp_path)
+    edit(tmp_path, tie_word_embeddings=0)
+    cfg, _ = reading.load(f'hf:{tmp_path}')
+    assert cfg.tie is False
+
+
 PUBLISHED = {  # fields of the published config.json, and the number of parameters that its authors give
     'Pythia 70M': (70_426_624, dict(
         model_type='gpt_neox', hidden_act='gelu', hidden_size=512, intermediate_size=2048, rotary_pct=0.25,

@@ -51,7 +51,7 @@ class Config:
         value = self.get(name, known[0])
         if value not in known:
             self.refuse(name, value, 'takes ' + ' or '.join(repr(k) for k in known))
-        return value
+        return known[known.index(value)]  # False for a 0, which is equal
 
 
 def config_fields(folder):

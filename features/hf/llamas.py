@@ -397,8 +397,9 @@ PHI3 = {theirs: ours for theirs, ours in LLAMA.items() if not theirs.endswith(('
 def phi3_config(config):
     config.fields |= {'attention_bias': False, 'mlp_bias': False}  # fields that this family does not have
     config.fields |= {'rms_norm_eps': config.get('rms_norm_eps', 1e-5)}
-    if read_rope(config):
-        config.refuse('rope_parameters', config.fields['scaling'], 'takes rope_type=default or dynamic')
+    scaling = read_rope(config)
+    if scaling:
+        config.refuse('rope_parameters', scaling, 'takes rope_type=default or dynamic')
     share = config.fields.pop('partial_rotary_factor', None)
     for name in ('rope_parameters', 'rope_scaling'):
         config.fields[name] = None  # read above

@@ -19,6 +19,7 @@ def check_rotary(config, name, context, head_dim):
 
 def read_rope(config):
     """Move the rotary settings to the top level of config.json's fields. Returns our rope_scaling."""
+    scaling = {}
     for name in ('rope_parameters', 'rope_scaling'):  # as transformers 5 writes it, and as it was before
         rope = config.get(name, {})
         is_known = isinstance(rope, dict)
@@ -33,8 +34,8 @@ def read_rope(config):
             if key in rope:
                 config.fields[key] = rope[key]
         if kind in ROPE_SCALING:  # dynamic: the default up to max_position_embeddings, where our context ends
-            config.fields['scaling'] = scaling_of(config, name, rope, kind)
-    return config.get('scaling', {})
+            scaling = scaling_of(config, name, rope, kind)
+    return scaling
 
 
 def scaling_of(config, name, rope, kind):

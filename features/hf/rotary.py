@@ -16,7 +16,7 @@ def check_scaling(cfg):
     scaling = cfg.rope_scaling
     wanted = {'rope_type', *ROPE_SCALING.get(str(scaling.get('rope_type')), ())}
     values = [value for key, value in scaling.items() if key != 'rope_type']
-    is_number = all(type(value) in (int, float) and 0 < value < math.inf for value in values)
+    is_number = all(type(value) in (int, float) and 1e-9 < value < 1e30 for value in values)
     if scaling.keys() != wanted or not values or not is_number or cfg.rope_theta <= 1:
         raise ValueError(f'rope_scaling={scaling}: takes positive numbers for the keys of its rope_type: '
                          f'{ROPE_SCALING}, and rope_theta above 1')
