@@ -120,6 +120,7 @@ def test_half_precision_is_half_the_size(tmp_path):
 @pytest.mark.parametrize('settings, words', [
     (dict(), 'qk_norm=True, mlp=relu2'), (LLAMA | dict(softcap=15.0), 'softcap=15.0'),
     (LLAMA | dict(value_residual=True), 'value_residual=True'),
+    (LLAMA | dict(attn_scale=2.0, value_residual=True), 'value_residual=True'),
     (LLAMA | dict(rank_vo=4, rank_act='silu'), 'rank_act=silu'),
     (LLAMA | dict(norm='layernorm'), 'norm=layernorm'), (GPT2 | dict(head_dim=16), 'head_dim=16'),
     (GPT2 | dict(n_kv_head=2), 'n_kv_head=2'), (GPT2 | dict(embed_norm=True), 'embed_norm=True'),

@@ -310,22 +310,26 @@ def set_sandwich(config, cfg):
             setattr(cfg, ours, config.number(theirs, 0))
 
 
+def query_scalar(cfg):
+    """The whole number from 1 whose 1/sqrt is nearest to attn_scale, which is not 0."""
+    return max(1, round(1 / max(cfg.attn_scale ** 2, 2.0 ** -31)))
+
+
 def gemma2_fields(cfg):
     fields = gemma_fields(cfg) | window_fields(cfg)
     return fields | {
         'hidden_activation': fields.pop('hidden_act'),
         'sliding_window': cfg.window or 4096,  # transformers 5 wants one, used or not
-        'query_pre_attn_scalar': round(cfg.attn_scale ** -2) if cfg.attn_scale else cfg.d_head,
+        'query_pre_attn_scalar': query_scalar(cfg) if cfg.attn_scale else cfg.d_head,
         'final_logit_softcapping': cfg.softcap or None,
         'attn_logit_softcapping': cfg.attn_softcap or None,
     }
 
 
 def gemma2_wants(cfg):
-    scale = round(cfg.attn_scale ** -2) ** -0.5 if cfg.attn_scale else 0.0  # 1/sqrt of a whole number
     return gemma_wants(cfg) | {
         'post_norm': 'both',
-        'attn_scale': scale,
+        'attn_scale': query_scalar(cfg) ** -0.5 if cfg.attn_scale else 0.0,
         'softcap': cfg.softcap,
         'attn_softcap': cfg.attn_softcap,
         'window': cfg.window,
