@@ -184,6 +184,10 @@ def test_requests_of_olmes_are_put_together(tmp_path):
         [(f'Question: {question}\nAnswer: ', text) for text in ('hide and seek', 'soccer')]
         for question in (3, 1)]
     assert [item.gold for item in items] == [1, 1] and items[0].where.endswith('requests.jsonl:1')
+    for wrong, words in (({'doc_id': []}, 'takes whole numbers'), ({'idx': 'x'}, 'takes whole numbers'),
+                         ({'doc_id': 3}, 'doc_id=3, idx=0: is there twice')):
+        with pytest.raises(UserError, match='requests.jsonl:2: .*' + words):
+            read_items(write(tmp_path / 'requests.jsonl', [lines[0], lines[1] | wrong]))
     lines[1] = {'context': 'a', 'continuation': 'b'}
     with pytest.raises(UserError, match='requests.jsonl:2: takes an object with request, doc_id'):
         read_items(write(tmp_path / 'requests.jsonl', lines))
@@ -235,6 +239,8 @@ PIQA, ARC, MC = DATA_SETS['piqa'][1][0], DATA_SETS['arc'][1][0], TRUTHFULQA[0]
     ({'context_options': ['a', 'c'], 'continuation': '', 'gold': 0}, 'is empty'),
     ({'arguments': {'gen_args_0': {'arg_0': 'a', 'arg_1': {'until': []}}}, 'doc': {}, 'target': 'x'},
      'arguments: of a task that generates text'),
+    ({'arguments': {'a': {'arg_0': 'a', 'arg_1': 'b'}, 'b': {'arg_0': 'a', 'arg_1': 'c'}}, 'doc': {},
+      'target': '{[]: 1}'}, 'takes the number of a choice or its text'),
     ({'arguments': {}, 'doc': {}, 'target': 'x'}, 'arguments={}: takes an object'),
     ({'arguments': 3, 'doc': {}, 'target': 'x'}, 'arguments=3: takes an object'),
     ({'sentence': 'a', 'option1': 'b', 'option2': 'c', 'answer': '1'}, 'sentence: has no _'),

@@ -390,7 +390,7 @@ def of_requests(pairs, target):
     if len(choices) > 1:
         try:
             gold = gold_of(ast.literal_eval(str(target)), len(choices), 'target')
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of literal_eval
             if target not in choices or len(set(choices)) == 1:
                 raise UserError(f'target={target!r}: takes the number of a choice or its text') from None
             gold = choices.index(target)
@@ -410,8 +410,14 @@ def by_question(lines):
         request = fields['request']
         if not isinstance(request.get('context'), str) or not isinstance(request.get('continuation'), str):
             raise UserError(f'{where}: request: takes context and continuation: texts')
+        if type(fields['doc_id']) not in (int, str) or type(fields['idx']) is not int:
+            raise UserError(f'{where}: doc_id={fields["doc_id"]!r}, idx={fields["idx"]!r}: '
+                            'takes whole numbers')
         empty = {'requests': {}, 'label': fields['label']}
         question, _ = questions.setdefault(fields['doc_id'], (empty, where))
+        if fields['idx'] in question['requests']:
+            raise UserError(f'{where}: doc_id={fields["doc_id"]!r}, idx={fields["idx"]}: is there twice: '
+                            'give each task a file of its own')
         question['requests'][fields['idx']] = request['context'], request['continuation']
     return list(questions.values())
 
