@@ -210,6 +210,7 @@ REFUSED = [
     ('qwen2_moe', dict(moe_intermediate_size=23), 'config.json asks for [23, 48]'),
     ('qwen2_moe', dict(shared_expert_intermediate_size=0), 'shared_expert_intermediate_size=0: takes'),
     ('qwen2_moe', dict(mlp_only_layers=3), 'mlp_only_layers=3: takes a list'),
+    ('qwen2_moe', dict(mlp_only_layers=[0, '1']), "mlp_only_layers=[0, '1']: takes a list"),
     ('qwen2_moe', dict(mlp_only_layers=[3]), 'layers.3.mlp.gate_proj.weight: not in the file'),
     ('qwen2_moe', dict(decoder_sparse_step=5), 'dense_layers=[0, 1, 2, 3]: takes some'),
     ('qwen2_moe', dict(norm_topk_prob=1.5), 'norm_topk_prob=1.5: takes False or True'),

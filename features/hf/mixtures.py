@@ -105,8 +105,9 @@ SHARED = {
 def qwen_mixture(config, cfg, experts, active, width, **settings):
     """A ModelConfig with the experts of a Qwen. The numbers are transformers' defaults."""
     only_dense = config.get('mlp_only_layers', [])
-    if not isinstance(only_dense, list):
+    if not isinstance(only_dense, list) or any(type(n) is not int for n in only_dense):
         config.refuse('mlp_only_layers', only_dense, 'takes a list of layers')
+    only_dense = set(only_dense)
     every = config.size('decoder_sparse_step', 1)
     layers = range(min(cfg.n_layer, MOST_LAYERS))
     return mixture(
