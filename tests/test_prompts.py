@@ -527,3 +527,10 @@ def test_an_empty_context_is_the_bos_token_that_the_folder_names_as_in_lm_eval(t
         found = score(model, ids, torch.device('cpu'), 'float32')
         for ours, its in zip(found, wanted):
             assert ours[0] == pytest.approx(its[0], rel=1e-5)
+
+
+def test_a_number_of_an_added_token_that_is_too_long_is_one_line(chat_folder):
+    (chat_folder / 'tokenizer_config.json').write_text(json.dumps({
+        'added_tokens_decoder': {'9' * 5000: token_fields('<tool>', False)}}))
+    with pytest.raises(UserError, match='added token .* takes a whole number'):
+        new_tokenizer(str(chat_folder / 'tokenizer.model'))

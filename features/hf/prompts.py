@@ -181,7 +181,7 @@ def added_tokens(folder, size):
     for number, token in (decoder.items() if isinstance(decoder, dict) else ()):
         name = text_of(token)
         if name and str(number).isdecimal():
-            found[name] = int(number)
+            found[name] = int(number[:19])  # Python reads no more than 4,300 digits
             if isinstance(token, dict) and token.get('special'):
                 special.add(name)
     sentinels = count_sentinels(folder, fields)
