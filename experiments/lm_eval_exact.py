@@ -165,7 +165,7 @@ def task_of(path, delimiter):
 PROGRAMS = {'lm-eval': LmEval, 'minnow': Minnow}
 
 # -----------------------------------------------------------------------------
-# What both found
+# The results of both
 
 def parts_of(s):
     """[(name of the file, path of a chunk, its own delimiter or None)] of all files; writes the chunks."""
@@ -184,7 +184,7 @@ def parts_of(s):
 
 
 def result(s, program, path, delimiter, loaded):
-    """What a program finds in a chunk, or found in an earlier run. loaded: {program: its model}"""
+    """The result of a program on a chunk, or that of an earlier run. loaded: {program: its model}"""
     kept = Path(f'{path}.{program}')
     if not kept.exists():
         if program not in loaded:

@@ -33,7 +33,7 @@ def minnow_config(config):
 
 
 # -----------------------------------------------------------------------------
-# Which networks fit a family. A setting in none of these lists, such as a new one, has to be at its default
+# The networks that fit a family. A setting in none of these lists, such as a new one, must have its default
 
 # Settings that may have any value in every family: config.json or the shapes of the tensors hold them, or the
 # logits do not depend on them (the init, training, settings of experts without experts, rope_theta without

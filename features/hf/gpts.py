@@ -29,7 +29,7 @@ def their_activation(cfg):
 
 
 def layernorm_wants(cfg):
-    """What all families of this file want."""
+    """The settings that all families of this file need."""
     return {
         'position': 'learned',
         'norm': 'layernorm',

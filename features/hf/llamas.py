@@ -107,7 +107,8 @@ def llama_wants(cfg):
 
 def mistral_config(config):
     config.fields.setdefault('sliding_window', 4096)  # absent: transformers' default; null: no window
-    config.fields |= {'attention_bias': False, 'mlp_bias': False, 'layer_types': None}  # that it has not
+    # fields that this family does not have
+    config.fields |= {'attention_bias': False, 'mlp_bias': False, 'layer_types': None}
     config.fields.setdefault('num_key_value_heads', 8)
     cfg = llama_config(config)
     if config.fields['sliding_window'] is not None:

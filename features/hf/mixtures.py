@@ -28,7 +28,7 @@ def expert_width(cfg):
 
 
 def mixture_wants(cfg):
-    """What all of these families want of a network; its experts may have any width."""
+    """The settings that all of these families need; experts may have any width."""
     return llama_wants(cfg) | {
         'bias': False,
         'n_expert': max(2, cfg.n_expert),

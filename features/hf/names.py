@@ -31,8 +31,8 @@ class Row(NamedTuple):
 
     def to_ours(self, t):
         """
-        {our name: float32 tensor} of their tensor, with zeros as padding of the vocabulary. What is float32
-        there is a view of it, which costs nothing until it is used if the file is mapped.
+        {our name: float32 tensor} of their tensor, with zeros as padding of the vocabulary. That of a
+        float32 tensor is a view: if the file is mapped, nothing is read before it is used.
         """
         t = t.float() + self.shift if self.shift else t.float()
         if self.is_flipped:
@@ -98,7 +98,7 @@ def name_rows(family, cfg):
         return own_rows(cfg)
     if not cfg.tie:
         names[family.head] = 'head'
-    shapes = shapes_of(sample(cfg))
+    shapes = shapes_of(with_few_blocks(cfg))
     rows = []
     for theirs, ours in names.items():
         rows += rows_of(family, cfg, theirs, ours, 'weight', shapes)
@@ -106,10 +106,10 @@ def name_rows(family, cfg):
     return rows
 
 
-def sample(cfg):
+def with_few_blocks(cfg):
     """
-    A ModelConfig with the blocks that rows_of() looks at: one, or where some have no experts, block 0 with
-    experts and block 1 without.
+    The ModelConfig with one block of every kind, for rows_of(): block 0, and block 1 without experts if the
+    model has both kinds.
     """
     small = dataclasses.replace(cfg, n_layer=1, n_encoder_layer=min(1, cfg.n_encoder_layer), no_rope=[],
                                 full_layers=[])
@@ -136,7 +136,7 @@ def shapes_of(cfg):
 def rows_of(family, cfg, theirs, ours, kind, shapes):
     """
     The Rows of one module's weight or bias (`kind`) in every layer; [] for a bias that the model does not
-    have. shapes: those of the tensors of a model with the blocks of sample().
+    have. shapes: those of the tensors of a model with_few_blocks().
     """
     if kind == 'weight' and ours.endswith('router'):  # a parameter of its own
         parts = [ours]

@@ -1,6 +1,6 @@
 """
-What a Hugging Face folder says about its tokens: which one begins a text, which ones end it, and how a
-conversation is written. Never guessed from names where a file says it.
+The special tokens of a Hugging Face folder: which one begins a text, which ones end it, and the template of a
+conversation. No name is guessed if a file has it.
 
     tokenizer_config.json     bos_token, eos_token, add_bos_token, added_tokens_decoder, chat_template
     added_tokens.json         {name: id} of the tokens beside a sentencepiece file

@@ -151,7 +151,7 @@ def with_experts(network):
 
 
 class WithExperts:
-    """What a network with experts does beside: it collects Routings, adds their losses and counts loads."""
+    """The part of a network that collects the Routings of its experts, adds their losses and counts loads."""
 
     def __init__(self, cfg, init=True):
         MoEConfig.check(cfg)

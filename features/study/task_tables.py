@@ -11,7 +11,7 @@ from features.study.stats import mean_and_error, show_error
 
 @dataclass
 class Result:
-    """What a network reaches in a task."""
+    """The result of a network on a task."""
     network: str
     task: str  # the file
     label: str  # what to call it

@@ -216,7 +216,7 @@ def load_tasks(s):
 
 
 def names_of(networks):
-    """What to call each of these settings' networks in tables: each name once."""
+    """The names of these settings' networks in tables. Raises UserError for a network that is there twice."""
     names = []
     for network in networks:
         name = network.out_dir + (f' + {network.adapter}' if network.adapter else '')

@@ -62,7 +62,7 @@ class RelativeBias(BucketBias):
 
 
 def positions_of(cfg, is_causal):
-    """What a stack makes of positions: the bias of all its blocks, or the Buckets for one of each block."""
+    """The module for positions of a stack: the bias of all its blocks, or Buckets for one in each block."""
     if getattr(cfg, 'rel_per_layer', False):
         return Buckets(is_causal)
     return RelativeBias(cfg.n_head, is_causal)
