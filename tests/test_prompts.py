@@ -369,6 +369,18 @@ def test_a_special_token_beyond_the_vocabulary_of_the_network_is_refused_only_in
         encode_prompt('a[PAD]', tokenizer, model.cfg)
 
 
+def test_an_end_of_text_beyond_the_vocabulary_of_the_network_gives_way_to_the_one_of_its_config(tmp_path):
+    """An eos_token that somebody added to the tokenizer alone: eval.py stopped with an IndexError."""
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')
+    theirs.add_special_tokens({'eos_token': '<end>'})
+    theirs.save_pretrained(tmp_path / 'hf')
+    model, tokenizer = sample.load(where)
+    ends = json.loads((tmp_path / 'hf' / 'config.json').read_text())['eos_token_id']
+    assert theirs.eos_token_id == model.cfg.vocab_size
+    assert (tokenizer.eot,) == tokenizer.ends() == (ends,)
+    assert encode_prompt('', tokenizer, model.cfg) == [ends]
+
+
 @pytest.mark.parametrize('fields', [
     {'eos_token': ['</s>']}, {'eos_token': {'content': []}}, {'eos_token': 5}, {'chat_template': ['x']},
     {'chat_template': [{'name': [], 'template': 'x'}]}, {'chat_template': [{'name': 'default'}]}])

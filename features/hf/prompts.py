@@ -78,18 +78,31 @@ def end_of_text(folder, vocab):
     name = named_end(folder, vocab)
     if name is not None:
         return name
+    vocab = in_network(folder, vocab)
     names = {token: name for name, token in vocab.items()}
     ids = [token for token in end_ids(folder) if token in names]
     return names[ids[0]] if ids else None
 
 
 def named_end(folder, vocab):
-    """The eos_token of tokenizer_config.json, if it is in the vocabulary; else None."""
+    """The eos_token of tokenizer_config.json, if it is in the vocabulary of the network; else None."""
+    vocab = in_network(folder, vocab)
     for file in ('tokenizer_config.json', 'special_tokens_map.json'):
         name = text_of(optional_json(folder, file).get('eos_token'))
         if name in vocab:
             return name
     return None
+
+
+def in_network(folder, vocab):
+    """
+    {name: id} of the tokens that the network in a folder has. Tokens that were added to its tokenizer alone
+    have no row in the embedding.
+    """
+    size = optional_json(folder, 'config.json').get('vocab_size')
+    if type(size) is not int:
+        return vocab
+    return {name: token for name, token in vocab.items() if token < size}
 
 
 def text_of(token):

@@ -110,9 +110,12 @@ def end_of_text(vocab, where):
     EOT_NAMES. Raises UserError where there is neither.
     """
     from features.hf.prompts import end_of_text as named
-    name = named(os.path.dirname(where), vocab)
+    from features.hf.prompts import in_network
+    folder = os.path.dirname(where)
+    name = named(folder, vocab)
     if name is None:
-        name = next((name for name in EOT_NAMES if name in vocab), None)
+        known = in_network(folder, vocab)
+        name = next((name for name in EOT_NAMES if name in known), None)
     if name is None:
         raise UserError(f'{where}: no end-of-text token: add eos_token to tokenizer_config.json beside it '
                         f'(none of {", ".join(EOT_NAMES)} is in the vocabulary)')
