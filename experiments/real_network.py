@@ -422,6 +422,14 @@ def training_curve(arm):
     return steps, [statistics.mean(by_step[step]) for step in steps]
 
 
+def plain_ticks(axis):
+    """Numbers such as 3 and 20 on a logarithmic axis."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+    axis.set_major_locator(FixedLocator([3, 4, 5, 6, 8, 10, 15, 20, 30, 50]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(ScalarFormatter())
+
+
 def draw_layers(arms, whole, path):
     """Losses before and after training, a line per arm, and the training losses."""
     page = figure(12, 4)
@@ -439,7 +447,9 @@ def draw_layers(arms, whole, path):
     ladder.set_yticks(range(len(arms)), list(arms))
     ladder.invert_yaxis()
     ladder.set(xscale='log', xlabel='validation loss (nats per token): before (white) and after (each seed)')
-    curves.set(xlabel='step', ylabel='training loss')
+    plain_ticks(ladder.xaxis)
+    curves.set(xlabel='step', yscale='log', ylabel='training loss')
+    plain_ticks(curves.yaxis)
     for axis in (ladder, curves):
         axis.grid(alpha=0.25, which='both', linewidth=0.5)
         axis.legend(fontsize=8)
@@ -461,6 +471,7 @@ def draw_lora(arms, path):
     before = statistics.mean(ends(next(iter(found.values())), 0).values())
     ranks.axhline(before, color='0.4', linestyle=':', label='no adapter')
     ranks.set_xscale('log', base=2)
+    ranks.set_xticks(list(found), [str(rank) for rank in found])
     ranks.set(xlabel='rank', ylabel="validation loss of the assistant's tokens")
     curves.set(xlabel='step', ylabel='training loss')
     for axis in (ranks, curves):
