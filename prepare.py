@@ -195,10 +195,20 @@ def check_sides(counts, s):
 def encode(texts, tokenizer, s):
     """(ids of all texts, each followed by an end-of-text token, uint16 or uint32; ids per text)."""
     ids, lengths = tokenizer.encode_documents(texts, s.special_tokens == 'parse')
-    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # as uint16 it would be another
-        reason = f'gave a token beyond its vocabulary of {tokenizer.vocab_size}: its file is damaged'
+    size = size_of(tokenizer, s)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < size:  # as uint16 it would be another
+        reason = (f'gave a token beyond its vocabulary of {size}: its file is damaged, or '
+                  'the text has a token that the network has not: leave out --special_tokens=parse')
         raise UserError(f'tokenizer {tokenizer.kind}: {reason}')
     return ids.astype(dtype_of(tokenizer)), lengths
+
+
+def size_of(tokenizer, s):
+    """The number of tokens that prepared data can have."""
+    if os.path.isfile(s.tokenizer):  # hf
+        from features.hf.prompts import size_in_network  # hf
+        return size_in_network(tokenizer, s.tokenizer)  # hf
+    return tokenizer.vocab_size
 
 
 def dtype_of(tokenizer):
@@ -290,7 +300,8 @@ def describe(s, files):
 
 def meta_of(s, tokenizer, description, splits, source):
     """The content of meta.json."""
-    meta = {'format': 1, 'tokenizer': description, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot}
+    size = size_of(tokenizer, s)
+    meta = {'format': 1, 'tokenizer': description, 'vocab_size': size, 'eot': tokenizer.eot}
     if tokenizer.start():
         meta['bos'] = tokenizer.start()[0]
     return {**meta, 'dtype': dtype_of(tokenizer).name, 'split': s.split, 'splits': splits, 'source': source}

@@ -369,6 +369,26 @@ def test_a_special_token_beyond_the_vocabulary_of_the_network_is_refused_only_in
         encode_prompt('a[PAD]', tokenizer, model.cfg)
 
 
+def test_a_pad_token_beyond_the_vocabulary_of_the_network_does_not_stop_training(tmp_path):
+    """As [PAD] in many a fine-tuned Llama: 32,001 tokens, 32,000 rows."""
+    where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')
+    size = len(theirs)
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained(tmp_path / 'hf')
+    (tmp_path / 'text.txt').write_text('the [PAD] cat sat\n' * 200)
+    prepared = ['prepare.py', str(tmp_path / 'text.txt'), f'--tokenizer={where}']
+    done = run(*prepared, f'--out={tmp_path}/data')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'data' / 'meta.json').read_text())['vocab_size'] == size
+    for steps in (1, 2):  # from the folder, then resumed
+        done = run('train.py', f'--init_from={where}', f'--dataset={tmp_path}/data', '--block_size=16',
+                   f'--out_dir={tmp_path}/run', f'--max_iters={steps}', '--batch_size=2', '--eval_iters=1',
+                   '--device=cpu')
+        assert f'done: {steps} steps' in done.stdout, done.stderr
+    parsed = run(*prepared, f'--out={tmp_path}/parsed', '--special_tokens=parse')
+    assert 'leave out --special_tokens=parse' in one_line(parsed)
+
+
 def test_an_end_of_text_beyond_the_vocabulary_of_the_network_gives_way_to_the_one_of_its_config(tmp_path):
     """An eos_token that somebody added to the tokenizer alone: eval.py stopped with an IndexError."""
     where, theirs = write_folder(tmp_path / 'hf', byte_bpe(CHATML), '<|im_end|>')

@@ -95,15 +95,19 @@ def write(s, files, source, folder, form, origin, by_default):
 
     splits, figures, ends = {}, Figures(tokenizer), set()
     for side, parts in sides.items():
-        splits[side] = write_side(folder, side, parts, template, figures, ends)
+        size = core.size_of(tokenizer, s)
+        splits[side] = write_side(folder, side, parts, template, size, figures, ends)
     meta = core.meta_of(s, tokenizer, tokenizer.save(folder), splits, source)
     meta['chat'] = {'chat_template': template.text, 'ends': sorted(ends), 'names': template.names}
     replace_json(os.path.join(folder, 'meta.json'), meta)
     return meta, figures.summary(splits, time.monotonic() - began)
 
 
-def write_side(folder, side, conversations, template, figures, ends):
-    """Write the token file, the index and the mask of train or val. Returns its entry of meta.json."""
+def write_side(folder, side, conversations, template, size, figures, ends):
+    """
+    Write the token file, the index and the mask of train or val. size: of the vocabulary. Returns its entry
+    of meta.json.
+    """
     path = os.path.join(folder, f'{side}_00000')
     counts = {'tokens': 0, 'documents': len(conversations), 'bytes': 0, 'targets': 0}
     dtype = core.dtype_of(template.tokenizer)
@@ -111,9 +115,9 @@ def write_side(folder, side, conversations, template, figures, ends):
             open(f'{path}.mask', 'wb') as masks:
         for where, messages in tqdm(conversations, desc=f'tokenizing {side}', disable=None):
             ids, mask, own_ends = about(where, template.example, messages)
-            if ids.min() < 0 or ids.max() >= template.tokenizer.vocab_size:  # as uint16 it would be another
-                raise UserError(f'tokenizer {template.tokenizer.kind}: gave a token beyond its vocabulary of '
-                                f'{template.tokenizer.vocab_size}: its file is damaged')
+            if ids.min() < 0 or ids.max() >= size:  # as uint16 it would be another
+                raise UserError(f'{where}: gives a token beyond the vocabulary of {size}: the file of the '
+                                'tokenizer is damaged, or the network has no row for a special token')
             index.write(np.array([counts['tokens']], '<u8').tobytes())
             tokens.write(ids.astype(dtype).tobytes())
             masks.write(mask.tobytes())

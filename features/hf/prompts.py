@@ -94,6 +94,17 @@ def named_end(folder, vocab):
     return None
 
 
+def size_in_network(tokenizer, path):
+    """
+    The size of the vocabulary of a tokenizer, a file at `path`, without special tokens at its end that the
+    network in the same folder has no rows for, as [PAD]: text has none of them.
+    """
+    size = optional_json(os.path.dirname(path), 'config.json').get('vocab_size')
+    if type(size) is int and tokenizer.ordinary_size() <= size < tokenizer.vocab_size:
+        return size
+    return tokenizer.vocab_size
+
+
 def in_network(folder, vocab):
     """
     {name: id} of the tokens that the network in a folder has. Tokens that were added to its tokenizer alone
