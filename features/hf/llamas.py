@@ -341,7 +341,7 @@ def gemma2_wants(cfg):
 # -----------------------------------------------------------------------------
 # Gemma 3
 
-GEMMA3 = GEMMA2 | QWEN3 | GEMMA2
+GEMMA3 = QWEN3 | GEMMA2
 
 
 def gemma3_config(config):
