@@ -11,7 +11,7 @@ import transformers
 from conftest import give_tokenizer, run, write_dataset
 from safetensors import safe_open
 from test_export import exported
-from test_families import SMALL, YARN, assert_same, ids, keep_layers, ours
+from test_families import SMALL, YARN, assert_same, assert_same_text, ids, keep_layers, ours
 from test_hub import edit
 from test_lora import adapted
 
@@ -23,7 +23,6 @@ from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
 from features.moe.network import Mixture
 from features.study.attention import measure
-from sample import generate
 from tokenizer import load_tokenizer
 
 QWEN = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
@@ -82,12 +81,7 @@ def folders(tmp_path_factory):
 def test_logits_and_greedy_text_are_those_of_transformers(case, folders, record_property):
     model, other = ours(folders[case]), theirs(case)
     assert {name: getattr(model.cfg, name) for name in CASES[case][2]} == CASES[case][2]
-    record_property('family', other.config.model_type)  # for experiments/families.py
-    record_property('difference', assert_same(model, other))
-    text = ids(6)
-    greedy = other.generate(text, max_new_tokens=50, min_new_tokens=50, do_sample=False, eos_token_id=None)
-    found = torch.stack(list(generate(model, text.tolist(), 50, temperature=0)), dim=1)  # with our cache
-    assert torch.equal(found, greedy[:, 6:])
+    assert_same_text(model, other, record_property)
 
 
 @pytest.mark.parametrize('case', CASES)
