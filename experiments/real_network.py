@@ -472,6 +472,7 @@ def draw_lora(arms, path):
     ranks.axhline(before, color='0.4', linestyle=':', label='no adapter')
     ranks.set_xscale('log', base=2)
     ranks.set_xticks(list(found), [str(rank) for rank in found])
+    ranks.set_xticks(list(found), [str(rank) for rank in found])
     ranks.set(xlabel='rank', ylabel="validation loss of the assistant's tokens")
     curves.set(xlabel='step', ylabel='training loss')
     for axis in (ranks, curves):
