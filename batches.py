@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from checkpoint import is_file_name, open_regular, read_json
 from configurator import FilePath, UserError
 from model import autocast, zero
 
@@ -144,9 +145,9 @@ class TokenFiles:
 def open_checked(path, size, sha256):
     """Open a file and check its size, and its hash if meta.json has one. Raises UserError."""
     try:
-        file = open(path, 'rb')
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}: prepare the data set again') from None
+        file = open_regular(path)
+    except UserError as error:
+        raise UserError(f'{error}: prepare the data set again') from None
     found = os.fstat(file.fileno()).st_size
     if found != size:
         raise UserError(f'{path}: has {found} bytes where {size} are expected: prepare the data set again')
@@ -177,12 +178,11 @@ def read_meta(folder):
         raise UserError(f'{folder}: neither meta.json nor train.bin in it: '
                         'prepare it (python prepare.py --help)')
     try:
-        with open(path, encoding='utf-8-sig') as f:  # some editors put a byte-order mark before it
-            meta = json.load(f)
-        if meta['format'] != 1:
-            raise UserError(f'{path}: format {meta["format"]} is newer than this minnow: update it')
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'{path}: not a valid meta.json ({error}): prepare the data set again') from None
+        meta = read_json(path, most=2 ** 25)
+    except UserError as error:
+        raise UserError(f'{error}: prepare the data set again') from None
+    if meta.get('format') != 1:
+        raise UserError(f'{path}: format {meta.get("format")!r:.100} is newer than this minnow: update it')
     check_meta(meta, path)
     return meta
 
@@ -215,11 +215,6 @@ def check_meta(meta, path):
             check(is_count(shard.get('documents', 0)), where)
             check(not shard.get('documents') or 'idx_sha256' in shard, where)
             check(all(type(shard.get(name, '')) is str for name in ('sha256', 'idx_sha256')), where)
-
-
-def is_file_name(name):
-    return (type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name
-            and '\0' not in name)
 
 
 def is_count(value):

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 
@@ -143,6 +144,87 @@ def new_folder(path, setting='to'):
                 sync(os.path.join(folder, name))
             os.rename(folder, path)
             sync(parent)
+
+
+# -----------------------------------------------------------------------------
+# Files that somebody else may have written
+
+def open_regular(path):
+    """
+    Open a regular file to read its bytes. Raises UserError if it cannot be read, and for a folder, a named
+    pipe or a device before it is opened: reading these may never end.
+    """
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+        reason = 'is a folder, a pipe or a device, takes a regular file'
+    except OSError as error:
+        reason = error.strerror or error
+    except ValueError as error:  # a path with a null character
+        reason = error
+    raise UserError(f'{path}: {reason}')
+
+
+def own_file(folder, name, sha256=None):
+    """
+    The path of a file in `folder` whose name came out of a file. Raises UserError for a name that leads
+    elsewhere, for what is no regular file, and for another content than that of this hash.
+    """
+    if not is_file_name(name):
+        raise UserError(f'{folder}: {name!r:.100} is not the name of a file in this folder')
+    path = os.path.join(folder, name)
+    with open_regular(path) as f:
+        if sha256 is not None and hashlib.file_digest(f, 'sha256').hexdigest() != sha256:
+            raise UserError(f'{path}: does not have the hash that is written beside its name: restore it')
+    return path
+
+
+def is_file_name(name):
+    return (type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name
+            and '\0' not in name)
+
+
+def read_json(path, kind=dict, most=2 ** 23):
+    """
+    The value in a JSON file of at most `most` bytes; it must be a `kind`. A byte-order mark is dropped.
+    Raises UserError that names the file for whatever is wrong with it, such as NaN or the same field twice.
+    """
+    with open_regular(path) as f:
+        data = f.read(most + 1)
+    try:
+        if len(data) > most:
+            raise ValueError(f'it has more than {most:,} bytes')
+        value = json.loads(data.decode('utf-8-sig'), object_pairs_hook=unique)
+        check_values(value)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f'{path}: not readable as JSON: {error}') from None
+    if type(value) is not kind:
+        raise UserError(f'{path}: holds a {type(value).__name__}, takes a {kind.__name__}')
+    return value
+
+
+def unique(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError('a field is there twice')
+    return fields
+
+
+def check_values(value):
+    """Raise ValueError for NaN and numbers beyond 1e308, by the field, and for more than 100 levels."""
+    level = [('', value)]
+    for _ in range(100):
+        deeper = []
+        for name, each in level:
+            if isinstance(each, dict):
+                deeper += each.items()
+            elif isinstance(each, list):
+                deeper += [(name, item) for item in each]
+            elif type(each) in (int, float) and not abs(each) < 1e308:
+                raise ValueError(f'{name}: takes a finite number')
+        level = deeper
+    if level:
+        raise ValueError('it is nested more than 100 levels deep')
 
 
 # -----------------------------------------------------------------------------

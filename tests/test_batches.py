@@ -517,7 +517,7 @@ def flip_a_bit(folder):
     (lambda f: (f / 'train_00000.idx').write_bytes(b''), 'train_00000.idx: has 0 bytes'),
     (lambda f: (f / 'train_00000.idx').write_bytes(bytes(len((f / 'train_00000.idx').read_bytes()))),
      'train_00000.idx: its contents do not match'),
-    (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not a valid'),
+    (lambda f: (f / 'meta.json').write_text('{'), 'meta.json: not readable'),
     (lambda f: (f / 'meta.json').unlink(), 'neither meta.json nor train.bin'),
     (change_meta(vocab_size=10, eot=9), 'is beyond the vocabulary of 10'),
     (change_meta(vocab_size='64'), 'meta.json: vocab_size has an invalid value'),

@@ -4,9 +4,9 @@ Read and check the fields of an untrusted config.json.
     config = Config(folder)
     width = config.size('n_embd')      # if it is not a valid size: UserError with the file and the field
 """
-import json
 import os
 
+from checkpoint import read_json
 from configurator import UserError
 from features.hf import llama2c
 
@@ -58,17 +58,3 @@ def config_fields(folder):
     """The fields of the config.json of a folder, or those of the network of llama2.c in it."""
     model = llama2c.model_file(folder)
     return llama2c.config_fields(model) if model else read_json(os.path.join(folder, 'config.json'))
-
-
-def read_json(path):
-    """The object in a JSON file, as a dict. Raises UserError if the file has none."""
-    try:
-        with open(path, encoding='utf-8-sig') as f:  # some editors begin a file with a byte-order mark
-            value = json.load(f)
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not readable as JSON: {error}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{path}: holds a {type(value).__name__}, takes an object with fields')
-    return value

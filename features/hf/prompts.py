@@ -9,9 +9,10 @@ conversation. No name is guessed if a file has it.
 """
 import os
 
+from checkpoint import read_json
 from configurator import UserError
 from features.hf import llama2c, reading
-from features.hf.config_json import config_fields, read_json
+from features.hf.config_json import config_fields
 from features.hf.t5s import KINDS
 from tokenizer import PromptFormat, Tokenizer, load_tokenizer
 

@@ -13,9 +13,10 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint import is_file_name, open_regular, read_json
 from configurator import UserError, check
 from features.hf import llama2c
-from features.hf.config_json import Config, read_json
+from features.hf.config_json import Config
 from features.hf.families import FAMILIES
 from features.hf.names import name_rows, put
 from tokenizer import new_tokenizer
@@ -189,6 +190,7 @@ def read_headers(folder, prefix):
     slices = {}
     for file in weight_files(folder):
         path = os.path.join(folder, file)
+        open_regular(path).close()
         try:
             shard = safe_open(path, 'pt')
         except (OSError, SafetensorError) as error:
@@ -203,19 +205,18 @@ def read_headers(folder, prefix):
 
 def weight_files(folder):
     """The names of the safetensors files of a folder. Raises UserError if there are none."""
-    if os.path.exists(os.path.join(folder, 'model.safetensors')):
+    if os.path.lexists(os.path.join(folder, 'model.safetensors')):
         return ['model.safetensors']
     index = os.path.join(folder, 'model.safetensors.index.json')
-    if not os.path.exists(index):
+    if not os.path.lexists(index):
         refuse_pickles(folder)
-    weight_map = read_json(index).get('weight_map')
+    weight_map = read_json(index, most=2 ** 26).get('weight_map')
     files = []
     if isinstance(weight_map, dict):
-        files = sorted({str(file) for file in weight_map.values()})
-    leads_out = any(os.path.basename(file) != file for file in files)
-    if not files or leads_out:
-        raise UserError(f'{index}: weight_map: takes names of tensors and of files in this folder')
-    return files
+        files = list(weight_map.values())
+    if files and all(map(is_file_name, files)):
+        return sorted(set(files))
+    raise UserError(f'{index}: weight_map: takes names of tensors and of files in this folder')
 
 
 def refuse_pickles(folder):

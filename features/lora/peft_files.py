@@ -15,7 +15,7 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import new_folder, replace_json, write_tensors
+from checkpoint import new_folder, open_regular, read_json, replace_json, write_tensors
 from configurator import UserError
 from features.lora import adapters
 from features.lora import layers as lora
@@ -216,7 +216,6 @@ def rows_of(family, cfg):
 
 def family_of(cfg, base):
     """The family whose names a model of this ModelConfig has. Raises UserError if there is none."""
-    from features.hf.config_json import read_json
     from features.hf.families import FAMILIES, nearest
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
     if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
@@ -243,7 +242,6 @@ def read(folder, cfg):
     The lora.Saved of a folder, for a model of this ModelConfig. Raises a one-line UserError if it is not
     exactly an adapter for this model.
     """
-    from features.hf.config_json import read_json
     path, weights = (os.path.join(folder, name)
                      for name in ('adapter_config.json', 'adapter_model.safetensors'))
     config = read_json(path)
@@ -279,6 +277,7 @@ def read(folder, cfg):
         raise UserError(f'{pickle}: is a pickle, which can run code, and is not read: if you trust it, load '
                         'it with PEFT and write it again with save_pretrained(), as safetensors')
     try:
+        open_regular(weights).close()
         file = safe_open(weights, 'pt')
         check_prefixes(weights, file.keys())
         tensors = {}
