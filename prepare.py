@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import new_folder, replace_json, sha256
+from checkpoint import replace_json, sha256
 from configurator import FilePath, UserError, configure, run_main
 from features import extend, with_features
 from tokenizer import EOT, load_tokenizer, needs_text, new_tokenizer
@@ -251,6 +251,7 @@ def prepare(s):
         raise UserError(f'out: name the folder to make for {" ".join(s.sources)}, as in --out=data/mine')
     needs_text(s.tokenizer)  # raises UserError for a wrong name
     files = find_files(s.sources)
+    from features.folder import new_folder
     with new_folder(out, 'out') as folder:
         return out, *prepare_in_memory(s, files, folder)
 

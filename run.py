@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import optim
 from batches import Batches, Mixture, Source, describe_bos, open_data
 from configurator import UserError, check, from_dict, is_out_of_memory, peak_flops, pick_compile, pick_dtype
 from features import default_of, extend, feature_of, part_of
@@ -142,7 +141,8 @@ def set_up(s, device, ranks, left_out=()):
     # 3) The state of a run that goes on
     if state and not s.eval_only:
         describe_changes(s, state['settings'], ranks)
-        load = partial(optim.load_optimizer, start.folder, run.optimizer)
+        from features.moments import load_optimizer
+        load = partial(load_optimizer, start.folder, run.optimizer)
         if s.shard:  # all moments are rank 0's for now
             ranks.from_first(load)
         else:

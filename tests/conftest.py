@@ -158,7 +158,7 @@ def runs_here(patch):
 
 
 def pack_moments(moments):
-    """An optimizer's state, for checkpoint.save(), out of what optim.read_moments() returns."""
+    """An optimizer's state, for checkpoint.save(), out of what features/moments.read_moments() returns."""
     return {'state': dict(enumerate(moments.values())), 'param_groups': [{'param_names': list(moments)}]}
 
 

@@ -8,8 +8,8 @@ import torch
 from conftest import pack_moments
 
 import checkpoint
-import optim
 from configurator import UserError
+from features.moments import load_optimizer
 
 
 def state(value):
@@ -117,8 +117,8 @@ def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
             return os.mkdir, (str(tmp_path / 'canary'),)
     (run / 'step_00000003' / 'optimizer.pt').write_bytes(pickle.dumps(Evil()))
     with pytest.raises(Exception, match='(?i)weights.only|unsupported|magic|invalid'):
-        optim.load_optimizer(str(run / 'step_00000003'),
-                                  torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+        load_optimizer(str(run / 'step_00000003'),
+                       torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     assert not (tmp_path / 'canary').exists()
 
 
@@ -138,11 +138,11 @@ def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
                       'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
     checkpoint.save(str(tmp_path), 1, {}, pack_moments(moments), {})
     optimizer = adam(b=(2, 3), a=(2, 3))
-    optim.load_optimizer(f'{tmp_path}/step_00000001', optimizer)
+    load_optimizer(f'{tmp_path}/step_00000001', optimizer)
     assert [optimizer.state[p]['exp_avg'][0, 0] for p in optimizer.param_groups[0]['params']] == [2, 1]
     for other in (adam(a=(2, 3)), adam(a=(2, 3), c=(2, 3)), adam(a=(2, 3), b=(3, 2))):
         with pytest.raises(UserError, match='the moments of other tensors'):
-            optim.load_optimizer(f'{tmp_path}/step_00000001', other)
+            load_optimizer(f'{tmp_path}/step_00000001', other)
 
 
 def test_a_lock_that_was_removed_by_hand_is_not_taken_for_held(tmp_path):

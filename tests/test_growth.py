@@ -12,7 +12,6 @@ from conftest import TINY, one_line, read_log, run_here, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
-import optim
 from checkpoint import fill
 from configurator import UserError, read_config
 from features import build, part_of
@@ -27,6 +26,7 @@ from features.growth.networks import (
     widen,
 )
 from features.moe.upcycle import upcycle
+from features.moments import read_moments
 from model import AttentionInputs, ModelConfig, compile_all, make_model
 from train import Settings
 
@@ -327,7 +327,7 @@ def test_a_run_grows_and_can_be_interrupted_anywhere(dataset, tmp_path):
 def test_copied_blocks_get_moments_of_their_own(optimizer, dataset, tmp_path):
     train(tmp_path, '--n_layer=2', '--max_iters=6', '--grow_every=4', '--grow_to=4',
           f'--optimizer={optimizer}', dataset=dataset)
-    moments = optim.read_moments(checkpoint.find(str(tmp_path)))
+    moments = read_moments(checkpoint.find(str(tmp_path)))
     assert all(found['step'].item() == 6 for found in moments.values() if 'exp_avg' in found)
     tensors = [t for found in moments.values() for t in found.values()]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)

@@ -14,7 +14,6 @@ from conftest import ROOT, one_line, pack_moments, read_log, run, train, write_d
 from safetensors.torch import load_file
 
 import checkpoint
-import optim
 from checkpoint import load_model, read_model
 from configurator import UserError, configure
 from features import build, part_of
@@ -22,6 +21,7 @@ from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.packed import pack
 from features.lora.settings import LoraConfig
+from features.moments import read_moments
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from sample import generate
@@ -444,7 +444,7 @@ def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path, base,
 def test_checkpoints_and_the_optimizer_hold_the_adapter_alone(tmp_path, base, dataset):
     train(tmp_path / 'run', f'--init_from={base}', *LORA, dataset=dataset)
     folder = checkpoint.find(str(tmp_path / 'run'))
-    held, moments = weights(tmp_path / 'run'), optim.read_moments(folder)
+    held, moments = weights(tmp_path / 'run'), read_moments(folder)
     assert (all('.lora.' in name for name in held)
             and {name.replace('.lora.default.', '.lora.') for name in moments} == held.keys())
     assert (os.path.getsize(f'{folder}/model.safetensors')
@@ -536,7 +536,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_what_its_settings_asked_for(tm
     train(out, f'--init_from={base}', '--lora_rank=4', '--lora_targets=attn', '--max_iters=4',
           dataset=dataset)
     folder = checkpoint.find(str(out))
-    state, some = checkpoint.load_state(folder), next(iter(optim.read_moments(folder).values()))
+    state, some = checkpoint.load_state(folder), next(iter(read_moments(folder).values()))
     model = checkpoint.fill(*read_model(base))
 
     def second_block(places):

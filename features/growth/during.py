@@ -4,9 +4,9 @@ A network that gets more blocks while it trains (--grow_every).
 from dataclasses import fields
 
 import checkpoint
-import optim
 from configurator import UserError
 from features.growth.networks import grow, refuse_unknown
+from features.moments import give_moments, moments_of
 from model import make_model, only_in_training
 from optim import make_optimizer
 
@@ -40,14 +40,14 @@ def grow_run(run, s, ranks):
     """Add blocks to the model of a Run. The schedule continues, and the old blocks keep their moments."""
     n_layer = min(run.model.cfg.n_layer + s.grow_by, s.grow_to)
     cfg, weights, names = grow(run.model.cfg, run.model.state_dict(), n_layer, 'stack', run.reference)
-    moments = optim.moments_of(run.optimizer)
+    moments = moments_of(run.optimizer)
     device = run.model.wte.weight.device
     run.model = make_model(cfg, init=False)
     run.model.load_state_dict(weights)
     run.model.to(device)
     run.model.recompute = s.recompute
     run.optimizer = make_optimizer(run.model, s, run.optimizer.dtype)
-    optim.give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
+    give_moments(run.optimizer, {name: moments.get(old, {}) for name, old in names.items()})
     run.wrap(s, ranks)
     run.count()
     run.interval.loads = None  # of experts in other layers

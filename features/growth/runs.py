@@ -18,8 +18,9 @@ import torch
 
 import checkpoint
 from batches import EVAL_ROWS, Mixture, evaluate
-from checkpoint import append, fill, new_folder, read_model, replace_json
+from checkpoint import append, fill, read_model, replace_json
 from configurator import UserError
+from features.folder import new_folder
 from model import Transformer
 from run import OneProcess
 from tokenizer import PromptFormat

@@ -12,8 +12,9 @@ import os
 import torch
 
 import checkpoint
-from checkpoint import new_folder, replace_json, write_tensors
+from checkpoint import replace_json, write_tensors
 from configurator import UserError, from_dict
+from features.folder import new_folder
 from features.hf import reading
 from features.hf.code import write_code
 from features.hf.families import FAMILIES, nearest

@@ -15,8 +15,9 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import new_folder, open_regular, read_json, replace_json, write_tensors
+from checkpoint import open_regular, read_json, replace_json, write_tensors
 from configurator import UserError
+from features.folder import new_folder
 from features.lora import adapters
 from features.lora import layers as lora
 

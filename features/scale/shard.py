@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-import optim
 from configurator import UserError
+from features.moments import give_moments, moments_of
 
 
 def shard_model(model, size, dtype, ranks):
@@ -143,7 +143,7 @@ def divide(run, build_model, s, start, ranks):
     """Shard the model and the optimizer of a Run, which rank 0 has built, across all ranks."""
     from optim import make_optimizer  # optim.py imports this file
     tensors = dict([*run.model.named_parameters(), *run.model.named_buffers()])
-    moments = optim.moments_of(run.optimizer)
+    moments = moments_of(run.optimizer)
     recompute = run.model.recompute
     if ranks.first:
         run.model = build_model(s, run.data, start, is_blank=True)
@@ -159,4 +159,4 @@ def divide(run, build_model, s, start, ranks):
 
     def give_part(t, parameter):
         return give_out(t, parameter, ranks)
-    optim.give_moments(run.optimizer, moments if ranks.first else shapes, give_part)
+    give_moments(run.optimizer, moments if ranks.first else shapes, give_part)

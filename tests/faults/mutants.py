@@ -18,7 +18,7 @@ MUTANTS = [
     # resume
     ('train.py', "torch.manual_seed(splitmix(s.seed, sample) % 2 ** 63)", 'pass', 'faults/test_resume.py',
      'five_and_five'),
-    ('optim.py', 'give_moments(optimizer, moments) < sum(map(bool, moments.values()))', 'False',
+    ('features/moments.py', 'give_moments(optimizer, moments) < sum(map(bool, moments.values()))', 'False',
      'faults/test_resume.py', 'every_moment'),
     # checkpoints
     ('checkpoint.py', " or sha256(path) != entry['sha256']:", ':', 'test_checkpoint.py', 'damaged_file'),

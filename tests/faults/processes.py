@@ -15,7 +15,7 @@ from child import child
 from conftest import ROOT, TINY
 
 import checkpoint
-import optim
+from features.moments import read_moments
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed.fsdp',
@@ -91,7 +91,7 @@ def fingerprint(out_dir):
     """
     folder = checkpoint.find(str(out_dir))
     out = hashlib.sha256(str(checkpoint.load_state(folder)['step']).encode())
-    moments = optim.read_moments(folder)
+    moments = read_moments(folder)
     tensors = checkpoint.read_weights(folder) | {f'{name} {what}': t for name in moments
                                                  for what, t in moments[name].items()}
     for name in sorted(tensors):

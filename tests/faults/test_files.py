@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
-import optim
 from checkpoint import append, replace_text, write_torch
 from configurator import UserError
+from features.moments import read_moments
 from features.scale import background
 
 OFTEN = ['--checkpoint_interval=2', '--eval_interval=100']
@@ -52,7 +52,7 @@ def test_killed_at_a_point_of_saving_even_twice_the_run_ends_as_if_it_had_not_be
         assert all(checkpoint.damage(folder) is None for folder in published)
         state = checkpoint.load_state(published[0])
         assert (state['step'] == step_of(tmp_path)
-                == next(iter(optim.read_moments(published[0]).values()))['step'])
+                == next(iter(read_moments(published[0]).values()))['step'])
         if point in ('save:renamed', 'save:end', 'save:prune'):
             break
     codes, said = run_to_end(*args)

@@ -8,7 +8,7 @@ from conftest import pack_moments, read_log, train, write_dataset
 from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 
 import checkpoint
-import optim
+from features.moments import load_optimizer, read_moments
 
 
 def half(folder, dataset, *args):
@@ -31,7 +31,7 @@ def test_five_and_five_are_ten_and_without_moments_step_or_seeds_they_are_not(da
         out_dir = str(half(tmp_path / name, dataset))
         folder = checkpoint.find(out_dir)
         state, weights, moments = (checkpoint.load_state(folder), checkpoint.read_weights(folder),
-                                   optim.read_moments(folder))
+                                   read_moments(folder))
         change(state, moments)
         checkpoint.save(out_dir, 5, weights, pack_moments(moments), state)
         return go_on(name)
@@ -105,12 +105,12 @@ def test_resuming_at_every_step_across_the_end_of_an_epoch(tmp_path):
 def test_every_moment_is_restored_also_of_a_tensor_that_never_moved(dataset, tmp_path):
     half(tmp_path, dataset, '--position=learned', '--block_size=32')
     folder = checkpoint.find(str(tmp_path))
-    moments, weights = optim.read_moments(folder), checkpoint.read_weights(folder)
+    moments, weights = read_moments(folder), checkpoint.read_weights(folder)
     assert (set(moments) == set(weights)
             and all({'exp_avg', 'exp_avg_sq', 'step'} <= set(tensors) for tensors in moments.values()))
     parameters = {name: torch.nn.Parameter(t.clone()) for name, t in weights.items()}
     optimizer = torch.optim.AdamW(list(parameters.items()))
-    optim.load_optimizer(folder, optimizer)
+    load_optimizer(folder, optimizer)
     for name, p in parameters.items():
         assert all(torch.equal(optimizer.state[p][what], t) for what, t in moments[name].items())
     never = torch.nn.Parameter(torch.zeros(3))
@@ -118,7 +118,7 @@ def test_every_moment_is_restored_also_of_a_tensor_that_never_moved(dataset, tmp
     packed = {'never': {},
               'moved': {'step': torch.tensor(2.0), 'exp_avg': torch.ones(2), 'exp_avg_sq': torch.ones(2)}}
     checkpoint.save(str(tmp_path), 9, {}, pack_moments(packed), {})
-    optim.load_optimizer(f'{tmp_path}/step_00000009', optimizer)
+    load_optimizer(f'{tmp_path}/step_00000009', optimizer)
     assert not optimizer.state[never] and step_of(tmp_path) == 9
 
 
