@@ -17,7 +17,8 @@ from features.study import attention, spectra
 
 @dataclass
 class WeightsSettings:
-    out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2; '' = the last run
+    # under out/
     along: bool = False  # measure every checkpoint in out_dir and show the figures by step (keep the
     # checkpoints with train.py --keep_checkpoints=100)
     against: FilePath = ''  # measure the difference to this model, which must have the same settings

@@ -198,7 +198,7 @@ def configure(cls, argv=None):
             print(help_text(cls, arg.partition('=')[2]))
             sys.exit(0)
     positional = getattr(cls, 'positional', None)
-    given, lists, from_files = {}, {}, {}
+    given, lists, from_files, config_file = {}, {}, {}, ''
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only at the first '=': --start="a=b" works
@@ -212,12 +212,13 @@ def configure(cls, argv=None):
         elif positional:
             given.setdefault(positional, []).extend(convert([arg], find_field(cls, positional, arg), arg))
         else:
-            assigned = read_config(cls, arg)
+            assigned, config_file = read_config(cls, arg), arg
             given.update(assigned)
             from_files |= dict.fromkeys(assigned, arg)
     settings = build(cls, **given)
     settings.given = set(given)  # what the user asked for, as against what is a default
     settings.from_files = from_files  # {setting: the last config file that assigns it}
+    settings.config_file = config_file  # the last one; '' = none
     check(settings)
     return settings
 

@@ -40,14 +40,15 @@ from features.commands import configure_command
 
 @dataclass
 class LossSettings(DeviceConfig):
-    out_dir: FilePath = 'out'  # a training run or one of its checkpoints
+    out_dir: FilePath = ''  # a training run or one of its checkpoints; '' = the last run under out/
     which: Literal['best', 'last'] = 'best'  # checkpoint of out_dir: lowest validation loss or newest
     dataset: FilePath = ''  # name under data/, or a folder, with the same tokenizer; '' = data of the run
 
 
 @dataclass
 class ModelSettings(NumericConfig):  # no compile: rows of every length would be compiled anew
-    out_dir: FilePath = 'out'  # a training run, one of its checkpoints, hf:FOLDER or gpt2
+    out_dir: FilePath = ''  # a training run, one of its checkpoints, hf:FOLDER or gpt2; '' = the last run
+    # under out/
     which: Literal['best', 'last'] = 'best'  # checkpoint of a run: lowest validation loss or newest
     adapter: FilePath = ''  # LoRA adapter to apply: a run of train.py --lora_rank, or a PEFT folder
 

@@ -18,7 +18,7 @@ from features.hf import export
 
 @dataclass
 class ExportSettings:
-    out_dir: FilePath = 'out'  # a run (its best checkpoint) or a checkpoint
+    out_dir: FilePath = ''  # a run (its best checkpoint) or a checkpoint; '' = the last run under out/
     to: FilePath = ''  # folder to write; it must not exist yet
     as_: Literal['stock', 'custom'] = 'stock'  # stock: a class of transformers; custom: minnow's own class
     # for any decoder; its code is copied into the folder

@@ -461,6 +461,10 @@ def describe(s, run, ranks):
         ranks.say('derived: ' + ' '.join(f'--{name}={getattr(s, name)}' for name in run.planned))  # plan
     if run.step:
         ranks.say(f'resuming {s.out_dir} at step {run.step}')
+    elif 'out_dir' not in s.given and not s.eval_only:
+        ranks.say(f'out_dir={s.out_dir} is the default; --out_dir=DIR takes another')
+        if checkpoint.checkpoints('out'):
+            ranks.say('out itself holds a run, as it was the default once; --out_dir=out resumes that one')
 
 
 def report(s, run, step, loss, norm, ranks):

@@ -48,7 +48,7 @@ COMPILE_FROM = 4000  # tokens: compiling takes 7 to 10 s on 2 CPU cores, and sav
 
 @dataclass
 class Settings(DeviceConfig):
-    out_dir: FilePath = 'out'  # a training run, or one of its checkpoints
+    out_dir: FilePath = ''  # a training run, or one of its checkpoints; '' = the last one under out/
     init_from: FilePath = 'resume'  # resume: load out_dir; hf:FOLDER: load a Hugging Face folder; gpt2,
     # gpt2-medium, gpt2-large, gpt2-xl: download GPT-2
     which: Literal['best', 'last'] = 'best'  # best: lowest validation loss; last: newest
@@ -553,6 +553,9 @@ def converse(*more):
 def main():
     s = configure(Settings)
     device = pick_device(s.device)
+    if s.init_from == 'resume' and not s.out_dir:
+        from features.run_folders import last_run
+        s.out_dir = last_run()
     where = s.out_dir if s.init_from == 'resume' else s.init_from
     model, tokenizer = load(where, s.which, encoder=True)
     adapters = []

@@ -35,7 +35,8 @@ MAX_SKIPPED = 10  # steps in a row whose loss or gradient may be NaN or infinite
 
 @dataclass
 class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
-    out_dir: FilePath = 'out'  # folder of the run: checkpoints, log.jsonl, settings.json
+    out_dir: FilePath = ''  # folder of the run: checkpoints, log.jsonl, settings.json; '' = out/ and the name
+    # of the config file, else of the data set
     init_from: FilePath = 'auto'  # auto: resume the run in out_dir, or start a new one; resume; scratch:
     # start a new run (an old one in out_dir is moved aside). Or start from weights: a run or checkpoint DIR,
     # hf:FOLDER (Hugging Face format), gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -404,9 +405,19 @@ def read_settings():
     s = configure(Settings)
     if 'RANK' in os.environ:  # scale: torchrun has started this process
         extend(s, 'scale')  # scale
+    s.out_dir = s.out_dir or default_out_dir(s)
     if not s.plan and 'dataset' not in s.given:
         find_dataset(s, is_new=not checkpoint.checkpoints(s.out_dir))
     return s
+
+
+def default_out_dir(s):
+    """out/NAME, the name of the last config file, or else of the data set; those of a mixture joined by +."""
+    paths = [os.path.splitext(s.config_file)[0]]
+    if not s.config_file:
+        paths = s.dataset if isinstance(s.dataset, dict) else [s.dataset]
+    names = [os.path.basename(os.path.abspath(path)) for path in paths]
+    return os.path.join('out', '+'.join(names)[:100] or 'run')
 
 
 def main():

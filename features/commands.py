@@ -15,7 +15,11 @@ def configure_command(commands, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands:
         function, cls = commands[argv[0]]
-        return function, configurator.configure(cls, argv[1:])
+        s = configurator.configure(cls, argv[1:])
+        if getattr(s, 'out_dir', None) == '':
+            from features.run_folders import last_run
+            s.out_dir = last_run()
+        return function, s
     takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
     if argv and argv[0] in ('--help', '-h'):
         print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip()

@@ -18,7 +18,7 @@ from configurator import FilePath, UserError
 
 @dataclass
 class ExpertsSettings:
-    out_dir: FilePath = 'out'  # a training run
+    out_dir: FilePath = ''  # a training run; '' = the last one under out/
     csv: FilePath = ''  # file for the shares of every expert at every step of the log
     picture: FilePath = 'out/experts.png'  # file for the plot; '' = no plot
 

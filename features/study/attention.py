@@ -31,7 +31,8 @@ from features.study.validation import validation_sources
 
 @dataclass
 class AttentionSettings:
-    out_dir: FilePath = 'out'  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2
+    out_dir: FilePath = ''  # a run (its best checkpoint), a checkpoint, hf:FOLDER, gpt2; '' = the last run
+    # under out/
     dataset: FilePath = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = the data
     # of the run
     sequences: int = 100  # number of validation sequences, the same ones each time
