@@ -19,7 +19,7 @@ from tqdm import tqdm
 import checkpoint
 from batches import Batches, Mixture, Source, describe_bos, open_data
 from configurator import UserError, check, from_dict, is_out_of_memory, peak_flops, pick_compile, pick_dtype
-from features import default_of, extend, feature_of, part_of
+from features import extend, feature_of, part_of
 from model import ModelConfig, compile_all, make_model, only_in_training
 from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
 from tokenizer import PromptFormat, from_json
@@ -231,11 +231,14 @@ def find_start(s, ranks):
     if found and s.init_from == 'scratch' and 'RANK' in os.environ:  # scale: torchrun has started it
         if ranks.was_restarted(s.out_dir):  # scale
             s.init_from = 'auto'  # scale
-    if found and s.eval_only and ranks.from_first(lambda: began_with_others(s)):
-        found = []
+    if found and s.eval_only and not s.is_new:
+        from features.others import began_with_others
+        if ranks.from_first(lambda: began_with_others(s)):
+            found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
         return resume(s, ranks)
     if not s.is_new:
+        from features.others import begin_with_others
         return begin_with_others(s, ranks)
     if s.lora_rank:  # lora
         problem = 'adapters are trained beside weights that are there: give --init_from=DIR'  # lora
@@ -261,6 +264,7 @@ def resume(s, ranks):
                         f'not a run that can be resumed: give --init_from={s.out_dir} and another --out_dir')
     if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
         own = {name: stored[name] for name in state['model'] if name in stored}
+        from features.others import adopt
         adopt(s, from_dict(ModelConfig, own, folder), s.out_dir)
     start = Start(folder, state, base=state.get('base'))
     if 'prompt' in state:
@@ -280,68 +284,11 @@ def take_over(s, stored, names):
             setattr(s, name, stored[name])
 
 
-def begin_with_others(s, ranks):
-    """The Start from the weights that init_from names."""
-    if checkpoint.is_foreign(s.init_from):  # hf
-        from features.hf import reading  # hf
-        ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
-    cfg, weights, folder = checkpoint.read_model(s.init_from, encoder=True)
-    broken = checkpoint.first_not_finite(weights)
-    if broken:
-        raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
-    adopt(s, cfg, s.init_from)
-    start = Start(folder, weights=weights)
-    start.form = checkpoint.inherited_format(s.init_from, folder, cfg)
-    if s.lora_rank:  # lora
-        from features.lora.adapters import fingerprint  # lora
-        where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora
-        start.base = {'from': where, 'weights': fingerprint(weights)}  # lora
-    return start
-
-
-def began_with_others(s):
-    """Whether init_from names weights and the run in out_dir did not start from them."""
-    if s.init_from in ('auto', 'scratch', 'resume'):
-        return False
-    stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
-    return not same_place(s.init_from, stored['init_from'])
-
-
 def same_place(one, other):
     """Whether two settings name the same run, checkpoint or folder in different spellings."""
     if one.startswith('hf:') and other.startswith('hf:'):
         one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
     return os.path.realpath(one) == os.path.realpath(os.path.expanduser(other))
-
-
-def adopt(s, cfg, where):
-    """
-    Take the model settings from the ModelConfig of loaded weights. The user may set a shorter context and
-    settings that matter only in training. Raises UserError for any other setting that differs.
-    """
-    extend(s, *getattr(cfg, 'features', ()))
-    chosen = set(only_in_training(cfg))
-    if 'block_size' in s.given:
-        chosen.add('block_size')
-        if s.block_size > cfg.block_size and cfg.position != 'relative':
-            raise UserError(f'block_size={s.block_size}: '
-                            f'the weights in {where} know {cfg.block_size} positions: lower it')
-    if cfg.n_expert:  # moe
-        from features.moe.settings import may_choose  # moe
-        chosen |= may_choose(s, cfg)  # moe
-    if cfg.n_encoder_layer:  # t5
-        from features.t5.settings import adopt_source_size  # t5
-        adopt_source_size(s, cfg, where)  # t5
-        chosen.add('source_size')  # t5
-    for setting in fields(part_of(s, ModelConfig)):
-        name = setting.name
-        value = getattr(cfg, name, default_of(setting))
-        if name in chosen:
-            continue
-        if name in s.given and getattr(s, name) != value:
-            raise UserError(f'{name}={getattr(s, name)}: the weights in {where} have {name}={value}: '
-                            'leave it out')
-        setattr(s, name, value)
 
 
 def identity(s):

@@ -8,10 +8,10 @@ import checkpoint
 from batches import find_folder, read_meta
 from configurator import UserError, check, peak_flops, pick_dtype
 from features import part_of
+from features.others import adopt
 from features.plan.chinchilla import optima, table
 from features.plan.dial import REACHED, plan, size
 from model import ModelConfig, make_model
-from run import adopt
 
 
 def find_vocabulary(s):
