@@ -4,8 +4,8 @@ Token files → batches. The order of the data is a function, not a state:
     batch = f(seed, global sample number)
 
 So a resumed run needs only one integer, the global batch is the same for any number of ranks and
-micro-batches, and evaluation never affects training. In memory are open files and, if rows begin with
-documents, 8 bytes for each: 1e11 rows cost as much as ten.
+micro-batches, and evaluation never affects training. In memory are, if rows begin with documents, 8 bytes
+for each: 1e11 rows cost as much as ten.
 
     data = Mixture({'tinystories': 100, 'dolly': 20}, 'train', block_size=256, seed=1)
     x, y = data.rows(range(32))   # (32, 256) int64 each: y is x one token later, -1 where there is no target
@@ -26,10 +26,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import is_file_name, open_regular, read_json
+from checkpoint import is_file_name, open_regular, read_files, read_json
 from configurator import FilePath, UserError
 from model import autocast, zero
 
+OPEN_FILES = 64  # files of data sets that are open at a time: a corpus may have thousands of shards
 VERIFY_UP_TO = 2 ** 28  # bytes: at every start the hashes of splits up to this size are checked, in 0.2 s
 EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size
 
@@ -85,6 +86,68 @@ def mix(x):
 # -----------------------------------------------------------------------------
 # Token files
 
+class DataError(UserError):
+    """A file of a data set cannot be read, or is not the one of the start. A run can still be saved."""
+
+
+class DataFile:
+    """
+    A file of a prepared folder, opened when it is read. size: in bytes; sha256: its hash, if known, which is
+    checked at the start if is_small. Raises DataError.
+    """
+
+    def __init__(self, path, size, sha256=None, is_small=True):
+        self.path, self.size, self.sha256, self.identity = path, size, sha256, None
+        with self.open() as f:
+            if is_small and sha256 and self.hash(f) != sha256:
+                raise DataError(f'{path}: its contents do not match the hash in meta.json (damaged file): '
+                                'prepare the data set again')
+
+    def hash(self, f):
+        try:
+            return hashlib.file_digest(f, 'sha256').hexdigest()
+        except OSError as error:
+            raise self.unreadable(error) from None
+
+    def open(self):
+        """The file, open; the same one as at the start."""
+        try:
+            f = open_regular(self.path)
+        except UserError as error:
+            raise self.unreadable(error) from None
+        look = os.fstat(f.fileno())
+        found = look.st_dev, look.st_ino, look.st_size, look.st_mtime_ns
+        if found != (self.identity or found) or look.st_size != self.size:
+            from features.trouble import check_again
+            check_again(self, f)
+        self.identity = found
+        return f
+
+    def unreadable(self, error):
+        """The DataError for an error of the system."""
+        from features.trouble import advice
+        return DataError(advice(error, self))
+
+    def read(self, start, length):
+        """Bytes [start, start + length). They are not mapped: a file that is cut then ends the process."""
+        data = b''
+        while len(data) < length:
+            try:
+                more = os.pread(opened(self).fileno(), length - len(data), start + len(data))
+            except OSError as error:
+                raise self.unreadable(error) from None
+            if not more:
+                raise DataError(f'{self.path}: was truncated during the run: prepare it again')
+            data = data + more if data else more  # in one piece, up to 2 GB
+        return data
+
+
+@functools.lru_cache(OPEN_FILES)
+def opened(file):
+    """The open file of a DataFile. Those that were not read for long are closed."""
+    return file.open()
+
+
 class TokenFiles:
     """One split ('train' or 'val') of a prepared folder: its shards, read as one long array of tokens."""
 
@@ -95,17 +158,16 @@ class TokenFiles:
         info = self.meta['splits'].get(split, {'shards': []})
         self.bytes = info.get('bytes', 0)  # of text; 0 = not known
         self.shards = info['shards']
-        self.files, self.index = [], []  # index: (start of a shard, path of its .idx)
+        self.files, self.index = [], []  # DataFiles of each shard
         self.starts = [0]  # where each shard starts, and the last one ends, in tokens
         self.documents = sum(shard.get('documents', 0) for shard in self.shards)
         is_small = sum(shard['bytes_on_disk'] for shard in self.shards) <= VERIFY_UP_TO
         for shard in self.shards:
             path = os.path.join(folder, shard['file'])
-            self.files.append(open_checked(path, shard['bytes_on_disk'], is_small and shard.get('sha256')))
+            self.files.append(DataFile(path, shard['bytes_on_disk'], shard.get('sha256'), is_small))
             if shard.get('documents'):
                 path = path.removesuffix('.bin') + '.idx'
-                open_checked(path, 8 * shard['documents'], is_small and shard['idx_sha256']).close()
-                self.index.append((self.starts[-1], path))
+                self.index.append(DataFile(path, 8 * shard['documents'], shard['idx_sha256'], is_small))
             self.starts.append(self.starts[-1] + shard['bytes_on_disk'] // self.dtype.itemsize)
         self.tokens = self.starts[-1]
         if self.tokens < 2:
@@ -119,12 +181,9 @@ class TokenFiles:
             shard = bisect_right(self.starts, start) - 1
             file, offset = self.files[shard], start - self.starts[shard]
             n = min(end, self.starts[shard + 1]) - start
-            data = os.pread(file.fileno(), n * self.dtype.itemsize, offset * self.dtype.itemsize)
-            part = np.frombuffer(data, self.dtype)
-            if len(part) != n:
-                raise UserError(f'{file.name}: was truncated during the run: prepare it again')
+            part = np.frombuffer(file.read(offset * self.dtype.itemsize, n * self.dtype.itemsize), self.dtype)
             if part.max() >= self.vocab_size:
-                raise UserError(f'{file.name}: token {part.max()} near position {offset} is beyond the '
+                raise DataError(f'{file.path}: token {part.max()} near position {offset} is beyond the '
                                 f'vocabulary of {self.vocab_size}: the file is damaged or of another '
                                 'tokenizer; prepare it again')
             parts.append(part)
@@ -134,27 +193,18 @@ class TokenFiles:
     @functools.cached_property
     def bounds(self):
         """Where the documents start, and the last one ends, in tokens, (documents + 1,) int64, in memory."""
-        starts = [start + np.fromfile(path, '<i8') for start, path in self.index]
-        return np.concatenate([*starts, [self.tokens]])
+        bounds = []
+        for first, end, file in zip(self.starts, self.starts[1:], self.index):
+            starts = np.frombuffer(file.read(0, file.size), '<i8')
+            if starts[0] or starts[-1] >= end - first or (starts[:-1] >= starts[1:]).any():
+                raise DataError(f'{file.path}: does not rise from 0 to the end of its .bin (damaged file): '
+                                'prepare the data set again')
+            bounds.append(first + starts)
+        return np.concatenate([*bounds, [self.tokens]])
 
     def document(self, number):
         """(first, last + 1) token positions of a document."""
         return self.bounds[number:number + 2].tolist()
-
-
-def open_checked(path, size, sha256):
-    """Open a file and check its size, and its hash if meta.json has one. Raises UserError."""
-    try:
-        file = open_regular(path)
-    except UserError as error:
-        raise UserError(f'{error}: prepare the data set again') from None
-    found = os.fstat(file.fileno()).st_size
-    if found != size:
-        raise UserError(f'{path}: has {found} bytes where {size} are expected: prepare the data set again')
-    if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-        raise UserError(f'{path}: its contents do not match the hash in meta.json (damaged file): '
-                        'prepare the data set again')
-    return file
 
 
 def find_folder(name):
@@ -207,14 +257,21 @@ def check_meta(meta, path):
         where = f'splits.{name}'
         check(type(split) is dict and type(split.get('shards')) is list, where)
         check(is_count(split.get('bytes', 0)), where)
+        check(all(type(shard) is dict for shard in split['shards']), where)
+        has_index = any(shard.get('documents') for shard in split['shards'])
         for shard in split['shards']:
-            check(type(shard) is dict and is_file_name(shard.get('file')), where)
+            check(is_file_name(shard.get('file')), where)
             check(shard['file'].endswith('.bin'), where)
             check(is_count(shard.get('bytes_on_disk')), where)
-            check(shard['bytes_on_disk'] % np.dtype(meta['dtype']).itemsize == 0, where)
+            tokens, rest = divmod(shard['bytes_on_disk'], np.dtype(meta['dtype']).itemsize)
+            check(not rest and shard.get('tokens', tokens) == tokens, f'{where}.shards.tokens')
             check(is_count(shard.get('documents', 0)), where)
+            check(bool(shard.get('documents')) == (has_index and tokens > 0), f'{where}.shards.documents')
             check(not shard.get('documents') or 'idx_sha256' in shard, where)
             check(all(type(shard.get(name, '')) is str for name in ('sha256', 'idx_sha256')), where)
+        for name in ('tokens', 'documents') if has_index else ():
+            total = sum(shard.get(name, 0) for shard in split['shards'])
+            check(split.get(name, total) == total, f'{where}.{name}')
 
 
 def is_count(value):
@@ -243,6 +300,8 @@ class Source:
         if packing != 'stream' and not self.files.documents:
             raise UserError(f'packing={packing}: {name} has no .idx of its documents (a nanoGPT folder?): '
                             'use packing=stream')
+        if packing != 'stream':
+            self.bounds = self.files.bounds  # read now, not in the middle of a run
         if packing == 'document':
             self.rows = self.files.documents
             self.bos = start_token(self.files.meta) if bos is None else tuple(bos)
@@ -252,7 +311,7 @@ class Source:
         if self.packing != 'document':
             start = number * self.stride
             if self.packing == 'aligned':
-                document = self.files.bounds[np.searchsorted(self.files.bounds, start)]
+                document = self.bounds[np.searchsorted(self.bounds, start)]
                 if document < min(start + self.stride, self.files.tokens - 1):
                     start = int(document)
             return self.files.read(start, self.length)
@@ -352,6 +411,10 @@ class Mixture:
         rates = [source.bytes_per_token() for source in self.sources]  # of text, for each target
         targets = [share * source.tokens_per_row() for share, source in zip(shares, self.sources)]
         self.bytes_per_token = np.average(rates, weights=targets) if all(rates) else 0  # 0 = not known
+        # Now, because a checkpoint is also written when the data are gone
+        self.prints = self.fingerprint()
+        files = self.sources[0].files
+        self.tokenizer_files = read_files(files.folder, files.meta['tokenizer'].get('files', {}))
 
     def locate(self, i):
         """Sample i → (index of its source, number of earlier samples from that source)."""

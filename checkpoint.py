@@ -157,6 +157,15 @@ def own_file(folder, name, sha256=None):
     return path
 
 
+def read_files(folder, files):
+    """{name: bytes} of the files in `folder` that own_file() finds by {name: sha256}."""
+    contents = {}
+    for name, sha256 in files.items():
+        with open(own_file(folder, name, sha256), 'rb') as f:
+            contents[name] = f.read()
+    return contents
+
+
 def is_file_name(name):
     return (type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name
             and '\0' not in name)
@@ -211,15 +220,16 @@ def check_values(value):
 def write(folder, step, weights, optimizer_state, state, other_files=()):
     """
     Write a checkpoint into a new folder, and flush it to the disk. weights: {name: tensor}; state: whatever
-    json can write; other_files: paths to copy. Raises OSError.
+    json can write; other_files: {name: bytes}. Raises OSError.
     """
     os.makedirs(folder)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
     write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
     replace_json(os.path.join(folder, 'state.json'), state)
-    for path in other_files:
-        shutil.copy(path, folder)
+    for name, data in dict(other_files).items():
+        with open(os.path.join(folder, name), 'wb') as f:
+            f.write(data)
     files = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)

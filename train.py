@@ -354,10 +354,8 @@ def save(s, step, run, ranks, most=1):
     if s.shard:  # scale
         from features.scale.shard import gather  # scale
         tensors = gather(tensors, ranks)  # scale
-    files = run.data.sources[0].files
-    tokenizer_files = [os.path.join(files.folder, name) for name in files.meta['tokenizer'].get('files', ())]
     write_files(s, partial(checkpoint.save, s.out_dir, step, state=stored_state(s, step, run, ranks),
-                           other_files=tokenizer_files, keep=s.keep_checkpoints), ranks, tensors)
+                           other_files=run.data.tokenizer_files, keep=s.keep_checkpoints), ranks, tensors)
 
 
 def write_files(s, write, ranks, tensors=()):
@@ -378,7 +376,7 @@ def stored_state(s, step, run, ranks):
         'settings': asdict(s),
         'tokenizer': files.meta['tokenizer'],
         'begin': list(run.data.bos),
-        'data': run.data.fingerprint(),
+        'data': run.data.prints,
         'scaler': run.scaler.state_dict(),
         'torch': torch.__version__,
     }

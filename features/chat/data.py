@@ -11,7 +11,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from batches import VERIFY_UP_TO, Source, is_count, open_checked
+from batches import VERIFY_UP_TO, DataFile, Source, is_count
 from configurator import UserError
 
 
@@ -47,7 +47,7 @@ class ChatSource(Source):
             first, end = self.files.starts[number:number + 2]
             starts = bounds[np.searchsorted(bounds, first):np.searchsorted(bounds, end)] - first
             ends = np.minimum(np.append(starts[1:], end - first), starts + self.length)
-            mask = np.append(np.frombuffer(os.pread(file.fileno(), end - first, 0), np.uint8), 0)
+            mask = np.append(np.frombuffer(file.read(0, end - first), np.uint8), 0)
             # reduceat() sums from each number to the next: from a start to its end, and on to the next start
             spans = np.stack([np.minimum(starts + 1, ends), ends], axis=1).ravel()
             counts.append(np.add.reduceat(mask, spans, dtype=np.int64)[::2] * (ends - starts > 1))
@@ -62,7 +62,7 @@ class ChatSource(Source):
         first, end = self.files.document(number)
         tokens = self.files.read(first, min(end - first, self.length))
         shard = bisect_right(self.files.starts, first) - 1
-        data = os.pread(self.masks[shard].fileno(), len(tokens), first - self.files.starts[shard])
+        data = self.masks[shard].read(first - self.files.starts[shard], len(tokens))
         return tokens, np.frombuffer(data, np.uint8)
 
     def batch(self, rows, height=0):
@@ -111,7 +111,7 @@ def check_meta(files):
 
 
 def open_mask(files, shard):
-    """The open mask file of a shard, checked like the others."""
+    """The mask file of a shard, checked like the others."""
     path = os.path.join(files.folder, shard['file'].removesuffix('.bin') + '.mask')
     size = shard['bytes_on_disk'] // files.dtype.itemsize
-    return open_checked(path, size, size <= VERIFY_UP_TO and shard['mask_sha256'])
+    return DataFile(path, size, shard['mask_sha256'], size <= VERIFY_UP_TO)

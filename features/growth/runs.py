@@ -208,7 +208,7 @@ def write_run(out_dir, weights, state, tokenizer_folder, losses=None):
     settings.json and log.jsonl. Raises UserError if it cannot be written, or if weights are NaN or infinite.
     """
     checkpoint.check_finite(weights, out_dir)
-    tokenizer_files = [os.path.join(tokenizer_folder, name) for name in state['tokenizer'].get('files', ())]
+    tokenizer_files = checkpoint.read_files(tokenizer_folder, state['tokenizer'].get('files', {}))
     with new_folder(out_dir, 'out_dir') as folder:
         checkpoint.write(os.path.join(folder, f'step_{0:08d}'), 0, weights, {}, state, tokenizer_files)
         replace_json(os.path.join(folder, 'settings.json'), state['settings'])
