@@ -404,7 +404,9 @@ class Mixture:
                 share /= Fraction(source.tokens_per_row()).limit_denominator(10 ** 6)
             self.sources.append(source)
             shares.append(share)
-        check_alike(self.sources)
+        if len(self.sources) > 1:
+            from features.datasets import check_alike
+            check_alike(self.sources)
         self.bos, self.vocab_size = self.sources[0].bos, self.sources[0].files.vocab_size
         scale = math.lcm(*(share.denominator for share in shares))
         self.shares = [int(share * scale) for share in shares]  # integers: locate() is exact for any i
@@ -412,7 +414,7 @@ class Mixture:
         targets = [share * source.tokens_per_row() for share, source in zip(shares, self.sources)]
         self.bytes_per_token = np.average(rates, weights=targets) if all(rates) else 0  # 0 = not known
         # Now, because a checkpoint is also written when the data are gone
-        self.prints = self.fingerprint()
+        self.prints = [self.hash(source) for source in self.sources]
         files = self.sources[0].files
         self.tokenizer_files = read_files(files.folder, files.meta['tokenizer'].get('files', {}))
 
@@ -449,57 +451,23 @@ class Mixture:
 
     def fingerprint(self):
         """{name of a source: hash of its files}: the data of a resumed run must not have changed."""
-        prints = {}
-        for source in self.sources:
-            meta = {key: value for key, value in source.files.meta.items() if key != 'bos'}
-            text, data = json.dumps(meta, sort_keys=True), b''
-            if not all('sha256' in shard for shard in source.files.shards):  # text: nanoGPT's
-                from features.text.nanogpt import identify  # text
-                text, data = identify(source.files)  # text
-            if source.packing == 'pairs':  # t5: once they were padded
-                text += 'packed'  # t5
-            if source.bos:
-                text += f'begin {list(source.bos)}'
-            prints[source.name] = hashlib.sha256(text.encode() + data).hexdigest()
-        return prints
+        return {source.name: digest for source, digest in zip(self.sources, self.prints)}
 
-
-def check_alike(sources):
-    """Raise UserError unless all sources have the same tokenizer."""
-    first = sources[0]
-    for source in sources[1:]:
-        if first.files.meta.get('chat') != source.files.meta.get('chat'):  # chat
-            raise UserError(f'dataset: {first.name} and {source.name} are not conversations '  # chat
-                            'of one chat template: prepare them alike')  # chat
-        ours, theirs = [(s.files.meta['tokenizer'], s.files.vocab_size, s.bos) for s in (first, source)]
-        if ours != theirs:
-            problem = f'{first.name} and {source.name} were prepared with different tokenizers'
-            from features.text.folders import compare_tokens  # text
-            problem = compare_tokens(first, source)  # text: '' if it is one tokenizer in two formats
-            if problem:
-                raise UserError(f'dataset: {problem}')
+    def hash(self, source):
+        meta = {key: value for key, value in source.files.meta.items() if key != 'bos'}
+        text, data = json.dumps(meta, sort_keys=True), b''
+        if not all('sha256' in shard for shard in source.files.shards):  # text: nanoGPT's
+            from features.text.nanogpt import identify  # text
+            text, data = identify(source.files)  # text
+        if source.packing == 'pairs':  # t5: once they were padded
+            text += 'packed'  # t5
+        if source.bos:
+            text += f'begin {list(source.bos)}'
+        return hashlib.sha256(text.encode() + data).hexdigest()
 
 
 # -----------------------------------------------------------------------------
 # The data of a run
-
-def find_dataset(s, is_new):
-    """
-    Choose the data set if the user sets none. A config file of a whole run was not written for our default:
-    nanoGPT's for GPT-2 mean openwebtext, which is used if it exists. Raises UserError if a new run has none.
-    """
-    file = s.from_files.get('batch_size') or s.from_files.get('init_from')
-    if file and os.path.isdir('data/openwebtext'):
-        s.dataset = 'openwebtext'
-    elif file and is_new:
-        raise UserError(f'dataset: {file} names none: give --dataset=NAME ({s.dataset} is the default here, '
-                        'openwebtext in nanoGPT)')
-    elif is_new:
-        try:
-            find_folder(s.dataset)
-        except UserError as error:
-            raise UserError(f'{error} ({s.dataset} is the default: --dataset=NAME takes another)') from None
-
 
 def open_data(s, start, ranks):
     """(the Mixture to train on, [the Source to validate on, for each of its sources]). Raises UserError."""

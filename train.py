@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 import checkpoint
-from batches import DataConfig, evaluate, find_dataset, splitmix
+from batches import DataConfig, evaluate, splitmix
 from configurator import DeviceConfig, FilePath, configure, leave, pick_device, run_main, typed_text
 from features import extend
 from model import ModelConfig, autocast, zero
@@ -376,7 +376,7 @@ def stored_state(s, step, run, ranks):
         'settings': asdict(s),
         'tokenizer': files.meta['tokenizer'],
         'begin': list(run.data.bos),
-        'data': run.data.prints,
+        'data': run.data.fingerprint(),
         'scaler': run.scaler.state_dict(),
         'torch': torch.__version__,
     }
@@ -405,6 +405,7 @@ def read_settings():
         extend(s, 'scale')  # scale
     s.out_dir = s.out_dir or default_out_dir(s)
     if not s.plan and 'dataset' not in s.given:
+        from features.datasets import find_dataset
         find_dataset(s, is_new=not checkpoint.checkpoints(s.out_dir))
     return s
 
