@@ -27,11 +27,11 @@ class Processes:
     """
     A run of `ranks` processes, as torchrun would start them, but not watched over: each ends for itself.
     `each` has more arguments, `folders` the working folder of each rank; `output`: a file, pipe or terminal
-    to print to; constants and left_out: see child().
+    to print to; constants, left_out and errors: see child().
     """
 
     def __init__(self, *args, ranks=1, fault='', each=None, folders=None, output=None, constants=None,
-                 left_out=(), **environment):
+                 left_out=(), errors=None, **environment):
         self.output = output or tempfile.mktemp(prefix='minnow-')
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -42,7 +42,7 @@ class Processes:
                             'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
             own = [str(arg) for arg in (*args, *(each[rank] if each else ()))]
             given = (ROOT, own, dict(environment), self.output, folders[rank] if folders else ROOT,
-                     constants or {}, left_out)
+                     constants or {}, left_out, errors)
             self.processes.append(CONTEXT.Process(target=child, args=given, daemon=True))
         for process in self.processes:
             process.start()
