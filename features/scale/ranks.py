@@ -68,10 +68,14 @@ class Ranks:
         connections closed.
         """
         if self.world > 1:
-            if self.watch:
-                self.watch.store = None  # rank 0 may be gone before this one
+            self.unwatch()
             gc.collect()  # gloo aborts at exit if DDP is still alive when its group goes
             dist.destroy_process_group()
+
+    def unwatch(self):
+        """Ask rank 0 no more, which may be gone before this rank: torch would print a stack of its own."""
+        if self.watch:
+            self.watch.store = None
 
     def sum(self, *values):
         """Sum some numbers over all ranks; a list of floats."""
@@ -119,6 +123,7 @@ class Ranks:
             self.alive('to tell the others')
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
+            self.unwatch()
             raise box[0]
         return box[0]
 
@@ -157,6 +162,7 @@ class Ranks:
         signs = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
                  'NCCL communicator was aborted', 'remote process exited')
         if any(words in str(error) for words in signs):
+            self.unwatch()
             raise UserError('another rank has ended: its error is above; '
                             'the same command resumes from the newest checkpoint') from None
 

@@ -166,20 +166,20 @@ class Chaos:
             time.sleep(0.02)
         return False
 
-    def begin(self, chance, early=0.3):
+    def begin(self, chance, early=0.3, saving=0.3):
         """
         Let it run, and wait for a moment: a second after its start, in a step, or in a save. Returns whether
         it is at its start.
         """
         if not self.run:
             self.start()
-            if chance.random() < early:
+            if chance.random() < early and saving < 1:
                 time.sleep(chance.random() * 3)
                 self.look()
                 return True
         if not self.progress(PATIENCE):
             raise Found(f'not resumed: {self.end(0 if self.pids() else 5)}')
-        if chance.random() < 0.3:
+        if chance.random() < saving:
             end = time.monotonic() + 3
             while time.monotonic() < end and not list(self.out_dir.glob('step_*.tmp')):
                 time.sleep(0.002)
@@ -306,9 +306,9 @@ def suspend(c, chance, whom, seconds):
     return c.settle(hang=whom == 'one' and seconds > HANG)
 
 
-def fill(c, chance):
+def fill(c, chance, is_saving):
     """A disk that is full after a random number of bytes; without one of our own, files that may not grow."""
-    c.begin(chance)
+    c.begin(chance, saving=float(is_saving))
     room = int(1.5e6 * chance.random() ** 3)
     if c.small:
         c.small.leave(room)
@@ -603,12 +603,12 @@ KINDS = {
     'USR1': (send, signal.SIGUSR1),
     'USR2': (send, signal.SIGUSR2),
     'XCPU': (send, signal.SIGXCPU),
-    'stop one, 3 s': (suspend, 'one', 3),
-    'stop all, 3 s': (suspend, 'all', 3),
-    f'stop one, {HANG + 5} s': (suspend, 'one', HANG + 5),
-    f'stop all, {HANG + 5} s': (suspend, 'all', HANG + 5),
-    'full disk': (fill,),
-    'full disk, again': (fill,),
+    'one suspended for 3 s': (suspend, 'one', 3),
+    'all suspended for 3 s': (suspend, 'all', 3),
+    f'one suspended for {HANG + 5} s': (suspend, 'one', HANG + 5),
+    f'all suspended for {HANG + 5} s': (suspend, 'all', HANG + 5),
+    'full disk': (fill, False),
+    'disk full in a save': (fill, True),
     'data: EIO, ESTALE, short reads': (fail_data,),
     'open: EIO, ESTALE, ENOSPC': (fail, 'open', FILES, ERRORS),
     'read: EIO, ESTALE, short': (fail, 'read', (*CHECKPOINT, 'log.jsonl', 'best'),
@@ -620,15 +620,15 @@ KINDS = {
     'terminal closed': (vanish, 'terminal'),
     'output to /dev/full': (vanish, 'full'),
     'output closed': (vanish, 'closed'),
-    'clock': (set_clock,),
-    'clock, --minutes': (minutes,),
+    'clock jumps': (set_clock,),
+    'clock and --minutes': (minutes,),
     'data cut': (spoil_data, 'cut'),
     'data replaced': (spoil_data, 'replaced'),
     'data file gone': (spoil_data, 'gone'),
     'data folder gone': (spoil_data, 'folder gone'),
     'out_dir renamed': (rename,),
     'second run': (second, []),
-    'second run, other seed': (second, ['--seed=7']),
+    'second run with another seed': (second, ['--seed=7']),
     'second run from scratch': (second, ['--init_from=scratch', '--n_layer=3']),
     'another run after it': (second, ['--n_layer=3'], False),
     'best cut': (cut, 'best'),
@@ -788,6 +788,8 @@ def main():
     kill_left_over(folder)
     report = Report(folder / 'report.json', given.out,
                     f'seed {given.seed}, {given.disturbances} disturbances, {given.minutes:g} minutes')
+    if report.state['end']:
+        sys.exit(report.page())  # it is over
     c = Chaos(folder, given.seed)
     if report.state['out_dir']:
         c.lost = set(map(tuple, report.state['lost']))
@@ -807,6 +809,8 @@ def main():
     finally:
         c.kill()
     report.show()
+    if c.small:
+        subprocess.run(['umount', '--lazy', str(c.disk)], check=True)
     print(report.page())
     sys.exit(not is_well or bool(report.state['found']))
 

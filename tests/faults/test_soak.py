@@ -18,6 +18,19 @@ def test_a_run_under_twelve_faults_ends_as_if_there_had_been_none(tmp_path):
     assert sum(soak(tmp_path, 12, max_iters=12 * 60, seed=1).values()) == 12
 
 
+DAYS = ('kill one', 'TERM', 'HUP', 'all suspended for 3', 'disk full in a save', 'data: EIO', 'rename:',
+        'reader of the pipe', 'clock jumps', 'data cut', 'out_dir renamed', 'second run from scratch')
+
+
+@pytest.mark.slow
+def test_a_run_on_twelve_bad_days_ends_as_if_they_had_been_none(tmp_path):
+    """chaos.py with twelve of its forty kinds."""
+    command = [sys.executable, Path(__file__).with_name('chaos.py'), '--minutes=0', '--disturbances=12',
+               f'--kinds={",".join(DAYS)}', f'--folder={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and '| all | 12 |' in done.stdout, done.stdout + done.stderr
+
+
 HUGE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
