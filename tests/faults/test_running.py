@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 import checkpoint
 import run
 import train
+from configurator import UserError
 from features.scale import ranks
 from run import StopSignal, set_up
 
@@ -245,7 +247,6 @@ def test_a_skipped_step_leaves_the_bias_of_experts_and_the_schedule_of_growth(da
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    from configurator import UserError
     with pytest.raises(UserError, match='step_00000001: not written, as b is not finite'):
         checkpoint.save(str(tmp_path), 1, {'a': torch.ones(2), 'b': torch.tensor([1.0, torch.inf])}, {}, {})
     assert not os.listdir(tmp_path)
@@ -378,6 +379,19 @@ class AtOnce:
 
     def is_alive(self):
         return False
+
+
+def test_a_rank_that_ends_with_an_error_asks_rank_0_no_more():
+    """Rank 0 may be gone, and torch prints a stack of C++ for each call that finds its store closed."""
+    def refuse():
+        raise UserError('no room')
+    for end in (lambda: mine.from_first(refuse),
+                lambda: mine.check_complete(RuntimeError('Connection closed by peer'))):
+        mine = ranks.Ranks(torch.device('cpu'))
+        mine.watch = SimpleNamespace(store=ranks.dist.HashStore(), beat=lambda doing: None, quiet=0.0)
+        with pytest.raises(UserError):
+            end()
+        assert mine.watch.store is None
 
 
 @pytest.mark.parametrize('compiles, other, ends_at', [
