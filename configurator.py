@@ -14,16 +14,21 @@ import dataclasses
 import difflib
 import errno
 import glob
+import io
 import keyword
 import math
 import os
 import re
+import select
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 import types
 import typing
+from collections import deque
 from contextlib import suppress
 from importlib.util import find_spec
 
@@ -53,84 +58,150 @@ class FilePath(str):
 # -----------------------------------------------------------------------------
 # The process: how it begins, what it says, how it ends
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Characters that command a terminal (C0, C1) or change the order of its text
+CONTROLS = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked this process to stop; its argument is the signal's number."""
 
 
 def run_main(main, output_is_all=False):
     """
-    Call main(). A UserError, an old torch or a full disk becomes a one-line error and exit code 2; Ctrl-C
-    becomes exit code 130. output_is_all: main() only prints, so it stops if nobody can read its output.
+    Call main(). A UserError, an old torch or a full disk becomes a one-line error and exit code 2; a signal
+    that stops it becomes a line and exit code 128 + its number. output_is_all: main() only prints, so it
+    stops if nobody can read its output, which is exact unless it is a terminal.
     """
+    for number in range(3):  # where one was closed, the next file would take its number, and what is printed
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     stdout, stderr = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, False)
+    sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, has_bars=True)
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
+        listen(interrupt)
         check_torch()
         main()
         sys.stdout.flush()
         if sys.stdout.lost:  # the tables of compare.py, perhaps
-            raise sys.stdout.lost
+            refuse(f'stdout: {sys.stdout.lost.strerror}: some of what was printed is lost')
     except UserError as error:
         refuse(error)
-    except KeyboardInterrupt:
-        leave(130)
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*stop.args or [signal.SIGINT])
+        refuse(f'stopped by {number.name}; run the same command again', 128 + number)
     except BrokenPipeError:  # | head has seen enough
         leave(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = f'{error.filename}: ' if error.filename else ''
-            refuse(f'{where}{error.strerror}: make room, then run the same command')
+            to_do = 'make room' if error.errno in NO_ROOM else 'check the disk'
+            refuse(f'{where}{error.strerror}: {to_do}, then run the same command')
         if not among_others():
             raise
         traceback.print_exc()
         leave(1)
     finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = stdout, stderr
-        for stream in filter(None, (stdout, stderr)):
-            try:
-                stream.flush()
-            except OSError:  # or Python tries once more, and complains
-                silence(stream)
+
+
+def listen(handler):
+    """Call handler(number, frame) at the signals that ask to stop. Under nohup, SIGHUP does not."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def interrupt(number, frame, last=[-math.inf]):  # noqa: B006 - when the last one came
+    """
+    Signal handler that raises Stopped. Signals of the next five seconds are the same one: a shell, the system
+    and torchrun send several. But a second Ctrl-C counts.
+    """
+    if number == signal.SIGINT or time.monotonic() - last[0] > 5:
+        last[0] = time.monotonic()
+        raise Stopped(number)
 
 
 class Output:
     """
     stdout or stderr that may become unwritable: the terminal is closed, the program reading the pipe has
-    ended, or the disk is full. is_needed: True raises an OSError then; False drops the output and continues.
-    lost: the OSError of a full disk, reported at the end.
+    ended or stopped reading, or the disk is full. is_needed: True waits for the reader, and raises an OSError
+    then; False drops the output and continues. has_bars: tqdm may move the cursor. lost: the OSError of a
+    full disk, reported at the end. Control characters are shown as text, but in the output that is_needed,
+    unless it is a terminal.
     """
+    PATIENCE = 2.0  # seconds to wait for a reader that has stopped reading
+    BAR = re.compile(r'\r[^\x00-\x1f\x7f-\x9f]*\r?|(\n|\x1b\[A)*')
 
-    def __init__(self, stream, is_needed):
+    def __init__(self, stream, is_needed=False, has_bars=False):
         # Python has none where it was closed from the start
         self.stream = stream or open(os.devnull, 'w', encoding='utf-8')
-        self.is_needed, self.lost = is_needed, None
+        self.is_needed, self.has_bars, self.lost = is_needed, has_bars, None
+        self.is_exact = is_needed and not self.stream.isatty()
+        self.pending = deque(maxlen=10_000)  # pieces of text; of more than these the first are dropped
+        self.writer = None  # a thread, as the reader of a pipe may never read again
 
     def write(self, text):
-        return self.attempt(self.stream.write, text)
+        if not (self.is_exact or self.has_bars and self.BAR.fullmatch(text)):
+            text = visible(text)
+        self.pending.append(text)
+        if '\n' in text:
+            self.flush()
+        return len(text)
 
     def flush(self):
-        return self.attempt(self.stream.flush)
+        if self.writer and self.writer.is_alive():
+            return
+        text = ''.join(self.pending)
+        self.pending.clear()
+        if self.is_needed:
+            self.send(text)
+        elif text:
+            self.writer = threading.Thread(target=self.send, args=[text], daemon=True)
+            try:
+                self.writer.start()
+            except RuntimeError:  # no more threads on this machine
+                self.send(text)
+            else:
+                self.writer.join(self.PATIENCE)
 
-    def attempt(self, act, *args):
+    def send(self, text):
+        """Write text to the descriptor itself: a thread that waits must not hold the lock of a stream."""
         try:
-            return act(*args)
+            fd = self.stream.fileno()
+            data = text.encode(self.encoding, self.errors)
+            while data:
+                try:
+                    data = data[os.write(fd, data):]
+                except BlockingIOError:  # whoever started this process wants it so
+                    select.select([], [fd], [])
+        except io.UnsupportedOperation:  # a stream in memory
+            self.stream.write(text)
         except OSError as error:
             error.filename = 'stdout'
             if self.is_needed:
                 raise
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # there may be room again
+            if error.errno in NO_ROOM:  # there may be room again
                 self.lost = error
-            else:
-                silence(self.stream)
+                return
+            with suppress(OSError), open(os.devnull, 'wb') as null:
+                os.dup2(null.fileno(), fd)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
-def silence(stream):
-    """Redirect a stream that cannot be written to the null device."""
-    with suppress(OSError), open(os.devnull, 'wb') as null:
-        os.dup2(null.fileno(), stream.fileno())
+def visible(text):
+    r"""`text` with its CONTROLS spelled out, as \x1b; new lines and tabs stay."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def check_torch():
@@ -144,14 +215,14 @@ def check_torch():
                         f'pip install torch=={PINNED_TORCH}')
 
 
-def refuse(reason):
-    """Print a one-line error and exit with code 2."""
+def refuse(reason, code=2):
+    """Print a one-line error and exit with this code."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get('RANK', '0')
     if rank != '0':  # rank 0 finds most mistakes too: it says them, and torchrun ends the others
         time.sleep(3)
         name += f': rank {rank}'
-    print(f'{name}:', *str(reason).split(), file=sys.stderr)
-    leave(2)
+    print(f'{name}:', *visible(str(reason)).split(), file=sys.stderr)
+    leave(code)
 
 
 def among_others():

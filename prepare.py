@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -338,14 +337,10 @@ def summary(out, meta, figures, state='already prepared'):
 
 def main():
     s = configure(with_features(Settings, 'text'))
-    try:
-        if s.part or s.merge:  # text
-            from features.text import parts  # text
-            return parts.main(s)  # text
-        summary(*prepare(s))
-    except KeyboardInterrupt:
-        print('prepare.py: stopped; run the same command to continue', file=sys.stderr)
-        raise
+    if s.part or s.merge:  # text
+        from features.text import parts  # text
+        return parts.main(s)  # text
+    summary(*prepare(s))
 
 
 if __name__ == '__main__':

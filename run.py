@@ -448,30 +448,19 @@ def report(s, run, step, loss, norm, ranks):
 # -----------------------------------------------------------------------------
 # The process
 
-def stop_signals():
-    """The signals that ask a run to save and stop. Under nohup, SIGHUP does not."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        return [signal.SIGTERM, signal.SIGINT]
-    return [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-
-
 class StopSignal:
     """
-    Remembers a SIGTERM, Ctrl-C or SIGHUP (closed terminal), so that the loop ends after its step. A second
-    Ctrl-C ends the process at once; so does a SIGTERM five seconds after the first signal. Until then,
-    signals may arrive several times: torchrun forwards those that its processes have received too, and a
-    shell and the system send several SIGHUPs.
+    Remembers a signal that asks to stop, so that the loop ends after its step. A second Ctrl-C ends the
+    process at once; so does a SIGTERM five seconds after the first. Until then, signals may arrive several
+    times: torchrun forwards those that its processes have received too, a shell and the system send several
+    SIGHUPs, and a scheduler that has sent a SIGUSR1 sends a SIGTERM later.
     """
     number = 0
     since = 0.0  # time.monotonic() of the first signal
 
-    def listen(self):
-        for number in stop_signals():
-            signal.signal(number, self.remember)
-
     def remember(self, number, frame):
         is_term = number == signal.SIGTERM
-        if not self.number or (is_term and self.number == signal.SIGHUP):
+        if not self.number or (is_term and self.number not in (signal.SIGTERM, signal.SIGINT)):
             self.number, self.since = number, time.monotonic()
         elif number == signal.SIGINT or (is_term and time.monotonic() - self.since > 5):
             signal.signal(number, signal.SIG_DFL)

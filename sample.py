@@ -36,6 +36,7 @@ from configurator import (
     pick_exact_dtype,
     run_main,
     typed_text,
+    visible,
 )
 from model import autocast, window_mask
 from tokenizer import from_json, load_tokenizer
@@ -547,7 +548,7 @@ def converse(*more):
         except NotFinite:  # no other prompt would do
             raise
         except UserError as error:
-            print(error, flush=True)
+            print(visible(str(error)), flush=True)
 
 
 def main():

@@ -23,7 +23,17 @@ import torch
 
 import checkpoint
 from batches import DataConfig, evaluate, splitmix
-from configurator import DeviceConfig, FilePath, configure, leave, pick_device, run_main, typed_text
+from configurator import (
+    DeviceConfig,
+    FilePath,
+    Stopped,
+    configure,
+    leave,
+    listen,
+    pick_device,
+    run_main,
+    typed_text,
+)
 from features import extend
 from model import ModelConfig, autocast, zero
 from optim import FirstSteps, OptimConfig, clip_gradient, not_finite, set_rates
@@ -190,15 +200,16 @@ def train(s, device, ranks, stop, left_out=()):
     if not s.eval_only:
         ranks.from_first(partial(checkpoint.claim, s.out_dir))  # before it is read
     run = set_up(s, device, ranks, left_out)
-    stop.listen()
+    listen(stop.remember)
     if s.minutes and not run.step and not s.eval_only:  # plan
         from features.plan.minutes import spend_minutes  # plan
         if not spend_minutes(run, s, ranks, stop, train_step):  # plan
-            ranks.say('stopped before the first step; nothing was written')  # plan
-            return stop.number or signal.SIGTERM  # plan
+            raise Stopped(stop.number or signal.SIGTERM)  # plan
     describe(s, run, ranks)
     if s.eval_only:
-        return 0 if validate(s, run.step, run, ranks, stop) else stop.number or signal.SIGTERM
+        if validate(s, run.step, run, ranks, stop) is None:
+            raise Stopped(stop.number or signal.SIGTERM)
+        return 0
     ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, run.step, asdict(s)))
     run.log = checkpoint.Log(s, run.step, ranks)
     if run.pace:  # plan

@@ -107,11 +107,10 @@ def run(*args, nproc=1, cwd=ROOT, env=None, typed=None, timeout=300):
 
 def run_here(args):
     """A script of ours in this process, what it prints and its exit code as those of a finished one."""
-    from configurator import run_main
+    from configurator import STOP_SIGNALS, run_main
     module, printed = (importlib.import_module(args[0].removesuffix('.py')),
                        [io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True) for _ in range(2)])
-    handlers, code = {number: signal.getsignal(number)
-                      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}, 0
+    handlers, code = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
     with (redirect_stdout(printed[0]), redirect_stderr(printed[1]), chdir(ROOT),
           pytest.MonkeyPatch.context() as patch):
         patch.setattr(sys, 'argv', args)

@@ -335,7 +335,7 @@ def test_all_texts_name_the_same_oldest_torch():
         assert re.findall(pattern, texts[name]) == [OLDEST_TORCH], name
 
 
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE])
 def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(number, capsys, monkeypatch):
     monkeypatch.setattr('sys.stdout', io.TextIOWrapper(io.BytesIO()))
 
@@ -343,7 +343,8 @@ def test_a_disk_that_is_full_or_broken_is_one_line_wherever_it_is_written_to(num
         raise OSError(number, os.strerror(number), 'some/file')
     with pytest.raises(SystemExit, match='2'):
         run_main(main)
-    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: make room, '
+    to_do = 'check the disk' if number in (errno.EIO, errno.ESTALE) else 'make room'
+    assert capsys.readouterr().err.endswith(f': some/file: {os.strerror(number)}: {to_do}, '
                                             'then run the same command\n')
 
 

@@ -703,7 +703,7 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
     began = time.time()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and time.time() - began < 5
-    assert errors == 'prepare.py: stopped; run the same command to continue\n'
+    assert errors == '-c: stopped by SIGINT; run the same command again\n'
     assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
     assert contents(tmp_path / 'out') == expected
 

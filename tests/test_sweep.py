@@ -153,7 +153,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(make, tmp_path, capsys):
     while state(long.out_dir, long.settings) == 'to do' and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert 'stopped with 1 of 2 runs left' in process.stdout.read() and process.wait(60) == 130
+    assert 'stopped with 1 of 2 runs left' in process.stdout.read() and process.wait(60) == 143
     assert state(long.out_dir, long.settings).startswith('step ')
     before = os.stat(f'{short.out_dir}/log.jsonl').st_mtime_ns
     reached = read_log(long.out_dir)[-1]['step']

@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 
-from configurator import UserError, typed_text
+from configurator import UserError, typed_text, visible
 from features.chat.template import Template
 from sample import NotFinite, stream
 
@@ -41,7 +41,7 @@ def talk(model, tokenizer, s, generator, compile, adapters=()):
         except NotFinite:  # no other message would do
             raise
         except UserError as error:
-            print(error, flush=True)
+            print(visible(str(error)), flush=True)
 
 
 def check_settings(model, s, adapters):

@@ -7,7 +7,6 @@ The runs of a sweep, each in a process of its own: one per GPU, or several that 
 Runs that are done are not run again. The signals that stop a sweep let its runs save first.
 """
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import replace_text, writing
-from configurator import ROOT, UserError
+from configurator import ROOT, Stopped, UserError, interrupt, listen
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
-from run import stop_signals
+from run import StopSignal
 
 
 def run_missing(sweep, jobs=0):
@@ -98,9 +97,12 @@ def work(runs, free, lock):
     queue = list(runs)
     busy = []
     failed = []
-    handlers = {number: signal.signal(number, interrupt) for number in stop_signals()}
+    stop = StopSignal()
+    listen(stop.remember)  # an exception could come between the start of a process and its place in the list
     try:
         while queue or busy:
+            if stop:
+                raise Stopped(stop.number)
             while queue and free:
                 busy.append(start_job(queue.pop(0), free.pop(), lock))
             for job in [job for job in busy if job.process.poll() is not None]:
@@ -120,14 +122,8 @@ def work(runs, free, lock):
               flush=True)
         raise
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        listen(interrupt)
     return failed
-
-
-def interrupt(number, frame):
-    """Signal handler: end as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 class Progress:

@@ -18,7 +18,7 @@ from processes import SMALL, Processes, fingerprint, run_to_end, step_of
 import checkpoint
 import run
 import train
-from configurator import UserError
+from configurator import STOP_SIGNALS, UserError, listen
 from features.scale import ranks
 from run import StopSignal, set_up
 
@@ -77,7 +77,7 @@ def test_a_signal_while_minutes_are_measured_leaves_nothing_behind(dataset, tmp_
     args = [arg for arg in args
             if not arg.startswith(('--max_iters', '--n_', '--learning_rate', '--batch_size'))]
     codes, said = run_to_end(*args, fault='loss@3=term')
-    assert (codes == [128 + signal.SIGTERM] and 'stopped before the first step' in said
+    assert (codes == [128 + signal.SIGTERM] and 'stopped by SIGTERM; run' in said
             and not (tmp_path / 'out').exists()), said
 
 
@@ -149,15 +149,15 @@ def wait_for_line(descriptor, words):
 
 
 def test_who_ignores_sighup_as_nohup_asks_still_ignores_it():
-    stop, numbers = StopSignal(), (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    stop = StopSignal()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        stop.listen()
+        listen(stop.remember)
         assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
                 and signal.getsignal(signal.SIGTERM) == stop.remember)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop.listen()
+        listen(stop.remember)
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.number == signal.SIGHUP
         os.kill(os.getpid(), signal.SIGTERM)  # the first of its kind
