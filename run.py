@@ -3,26 +3,24 @@ A training run: what it works with, where it starts, what it prints. train.py ma
 
 `s` is train.py's Settings, `ranks` the processes of the run: OneProcess, or features/scale's Ranks.
 """
-import json
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from inspect import get_annotations
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
-from batches import Batches, Mixture, Source, describe_bos, open_data
-from configurator import UserError, check, from_dict, is_out_of_memory, peak_flops, pick_compile, pick_dtype
-from features import extend, feature_of, part_of
-from model import ModelConfig, compile_all, make_model, only_in_training
-from optim import Interval, OptimConfig, learning_rate, make_optimizer, short_warmup, step_flops
-from tokenizer import PromptFormat, from_json
+from batches import Batches, Mixture, Source, open_data
+from configurator import UserError, check, is_out_of_memory, peak_flops, pick_compile, pick_dtype
+from features import part_of
+from model import ModelConfig, compile_all, make_model
+from optim import Interval, learning_rate, make_optimizer, short_warmup, step_flops
+from tokenizer import PromptFormat
 
 
 @dataclass
@@ -140,6 +138,7 @@ def set_up(s, device, ranks, left_out=()):
 
     # 3) The state of a run that goes on
     if state and not s.eval_only:
+        from features.resuming import describe_changes
         describe_changes(s, state['settings'], ranks)
         from features.moments import load_optimizer
         load = partial(load_optimizer, start.folder, run.optimizer)
@@ -192,6 +191,7 @@ def build_model(s, data, start, is_blank=False):
                         f'the data set {s.dataset} has {data.vocab_size} tokens: {to_do}')
     check(s)  # once more, now that the vocabulary is known
     if start.state and not s.eval_only:
+        from features.resuming import check_same_run
         check_same_run(s, data, start.state)
     torch.manual_seed(s.seed)
     cfg = part_of(s, ModelConfig)
@@ -236,6 +236,7 @@ def find_start(s, ranks):
         if ranks.from_first(lambda: began_with_others(s)):
             found = []
     if s.init_from == 'resume' or (found and s.init_from != 'scratch'):
+        from features.resuming import resume
         return resume(s, ranks)
     if not s.is_new:
         from features.others import begin_with_others
@@ -244,113 +245,6 @@ def find_start(s, ranks):
         problem = 'adapters are trained beside weights that are there: give --init_from=DIR'  # lora
         raise UserError(f'lora_rank={s.lora_rank}: {problem}')  # lora
     return Start()
-
-
-def resume(s, ranks):
-    """The Start from the newest sound checkpoint in out_dir."""
-    folder = ranks.from_first(lambda: checkpoint.find(s.out_dir))
-    state = checkpoint.load_state(folder)
-    stored = state['settings']
-    if s.eval_only:  # what the losses of the run are of
-        take_over(s, stored, ['objective', 'denoisers', 'packing', 'dataset'])
-    else:
-        from features.earlier import without_removed
-        stored = without_removed(stored, os.path.join(folder, 'state.json'))
-    from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
-    if 'base' in state:
-        take_over(s, stored, [name for name in stored if name.startswith('lora_')])
-    if 'surgery' in state:
-        raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
-                        f'not a run that can be resumed: give --init_from={s.out_dir} and another --out_dir')
-    if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
-        own = {name: stored[name] for name in state['model'] if name in stored}
-        from features.others import adopt
-        adopt(s, from_dict(ModelConfig, own, folder), s.out_dir)
-    start = Start(folder, state, base=state.get('base'))
-    if 'prompt' in state:
-        start.form = from_json(state['prompt'])
-    if start.base:  # lora
-        from features.lora.load import read_base  # lora
-        start.weights = read_base(start.base, folder)  # lora
-    return start
-
-
-def take_over(s, stored, names):
-    """Copy these stored settings, unless the user set them."""
-    for name in names:
-        if name not in s.given and name in stored:
-            if not hasattr(s, name):
-                extend(s, feature_of(type(s), name))
-            setattr(s, name, stored[name])
-
-
-def same_place(one, other):
-    """Whether two settings name the same run, checkpoint or folder in different spellings."""
-    if one.startswith('hf:') and other.startswith('hf:'):
-        one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
-    return os.path.realpath(one) == os.path.realpath(os.path.expanduser(other))
-
-
-def identity(s):
-    """Names of the settings that a resumed run may not change: the model, and the rows that step n reads."""
-    network = part_of(s, ModelConfig)
-    names = [f.name for f in fields(network) if f.name not in only_in_training(network)]
-    names += ['packing', 'objective', 'seed', 'optimizer', 'lora_rank']
-    for part in getattr(s, 'parts', ()):
-        if not issubclass(part, ModelConfig):
-            names += [name for name in get_annotations(part) if name not in getattr(part, 'may_change', ())]
-    return names
-
-
-def check_same_run(s, data, state):
-    """Raise UserError unless the stored run is the same: same model, same data in the same order."""
-    stored = state['settings']
-    to_do = 'give another --out_dir, or --init_from=scratch to begin anew (the old run is moved aside)'
-
-    def refused(setting, other):
-        return UserError(f'{setting}: out_dir={s.out_dir} belongs to a run with {other}: {to_do}')
-    if s.arch == 'markov':  # markov
-        from features.markov.settings import refuse_old_table  # markov
-        refuse_old_table(stored, f'out_dir={s.out_dir}: holds', to_do)  # markov
-    unset = type(s)()
-    for name in identity(s):
-        before = stored.get(name, getattr(unset, name))  # the stored run may be older than the setting
-        is_idle = name == 'denoisers' and s.objective != 'ul2'
-        if json.dumps(getattr(s, name)) != json.dumps(before) and not is_idle:  # as text: the order counts
-            raise refused(f'{name}={getattr(s, name)}', f'{name}={before}')
-    rows = stored['batch_size'] * stored['gradient_accumulation_steps']
-    if s.rows_per_step != rows:
-        raise refused(f'batch_size * gradient_accumulation_steps = {s.rows_per_step}', f'{rows} rows a step')
-    began = stored['init_from']
-    if s.init_from not in ('auto', 'resume') and not same_place(s.init_from, began):
-        raise refused(f'init_from={s.init_from}', f'init_from={began}')
-    bos = tuple(state.get('begin', ()))
-    if data.bos != bos:
-        raise UserError(f'packing={s.packing}: rows begin {describe_bos(data.bos)} here, '
-                        f'those of the run in {s.out_dir} {describe_bos(bos)}: {to_do}')
-    # In their order, whatever their names: the files of a run may be moved, or copied to another machine
-    same_files = list(data.fingerprint().values()) == list(state['data'].values())
-    if not same_files or shares(s.dataset) != shares(stored['dataset']):
-        if s.dataset != stored['dataset']:
-            raise refused(f'dataset={s.dataset}', f'dataset={stored["dataset"]}, of other files or weights')
-        raise UserError(f'dataset={s.dataset}: '
-                        f'its files are not those that the run in {s.out_dir} was trained on: {to_do}')
-    s.init_from = began  # whatever the resuming command says
-
-
-def shares(dataset):
-    """The weights of a mixture, in order; None for a single data set."""
-    return list(dataset.values()) if isinstance(dataset, dict) else None
-
-
-def describe_changes(s, stored, ranks):
-    """Print the settings of optimizer and loss that differ from the stored ones; they apply from now on."""
-    names = [field.name for field in fields(part_of(s, OptimConfig)) if field.name != 'max_iters']
-    names += ['label_smoothing', *only_in_training(part_of(s, ModelConfig))]
-    changed = [f'{name}={getattr(s, name)} (was {stored[name]})' for name in names
-               if name in stored and stored[name] != getattr(s, name)]
-    if changed:
-        ranks.say(f'changed from here on: {", ".join(changed)}')
 
 
 # -----------------------------------------------------------------------------

@@ -3,13 +3,14 @@ A run that begins with the weights of another (--init_from=DIR, hf:FOLDER or gpt
 
 `s` is train.py's Settings, `ranks` the processes of the run.
 """
+import os
 from dataclasses import fields
 
 import checkpoint
 from configurator import UserError
 from features import default_of, extend, part_of
 from model import ModelConfig, only_in_training
-from run import Start, same_place
+from run import Start
 
 
 def begin_with_others(s, ranks):
@@ -37,6 +38,13 @@ def began_with_others(s):
         return False
     stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
     return not same_place(s.init_from, stored['init_from'])
+
+
+def same_place(one, other):
+    """Whether two settings name the same run, checkpoint or folder in different spellings."""
+    if one.startswith('hf:') and other.startswith('hf:'):
+        one, other = one.removeprefix('hf:'), other.removeprefix('hf:')
+    return os.path.realpath(one) == os.path.realpath(os.path.expanduser(other))
 
 
 def adopt(s, cfg, where):

@@ -12,8 +12,8 @@ import torch
 
 import checkpoint
 from configurator import UserError
+from features.others import same_place
 from model import cap
-from run import same_place
 
 
 @dataclass

@@ -64,8 +64,8 @@ MUTANTS = [
     ('features/text/nanogpt.py', "raise pickle.UnpicklingError(f'it refers to {module}.{name}')",
      'return super().find_class(module, name)', 'test_batches.py',
      'without_running_its_pickle'),
-    ('run.py', "list(data.fingerprint().values()) == list(state['data'].values())", 'True', 'test_train.py',
-     'data'),
+    ('features/resuming.py', "list(data.fingerprint().values()) == list(state['data'].values())", 'True',
+     'test_train.py', 'data'),
     ('features/text/reader.py', 'if task.starts:', 'if True:', 'test_tokenfiles.py', 'together_the_whole'),
 ]
 
