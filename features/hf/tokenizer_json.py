@@ -5,17 +5,23 @@ same ids for the same text. Also reads BERT's vocabularies, vocab.txt.
     tokenizer = JsonTokenizer('tokenizers', data, 'tokenizer.json')
     text = to_json(tokenizer)      # str, the content of the file
 """
+import base64
 import functools
 import json
 import os
 import secrets
 
 from configurator import UserError
+from features.hf.panics import call
 from tokenizer import EOT, SentencePieceTokenizer, Tokenizer
 
 HIDDEN = '\ue000'  # a character of Unicode's private use
 # names of the end-of-text token, where no file says which it is
 EOT_NAMES = (EOT, '</s>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '[SEP]')
+
+MOST_TOKENS = 2 ** 24
+MOST_GROWTH = 100  # times, tokens or characters
+MOST_STEPS = 100
 
 BERT_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
@@ -38,8 +44,11 @@ class JsonTokenizer(Tokenizer):
         except ImportError:
             raise UserError(f'{where}: reading it needs the tokenizers library: '
                             'pip install tokenizers') from None
-        self.tokenizer = (wordpiece(tokenizers, data, where, size) if kind == 'wordpiece'
-                          else read(tokenizers, data, where))
+        self.where = where
+        if kind == 'wordpiece':
+            self.tokenizer = wordpiece(tokenizers, data, where, size)
+        else:
+            self.tokenizer = read(tokenizers, data, where)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # of BPE and Unigram: they draw the pieces of a word at random
@@ -47,33 +56,41 @@ class JsonTokenizer(Tokenizer):
             if getattr(self.tokenizer.model, name, None) is not None:
                 setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
+        size = max(vocab.values(), default=-1) + 1
+        if not 0 < size <= MOST_TOKENS:
+            raise UserError(f'{where}: has {size:,} tokens, takes 1 to {MOST_TOKENS:,}')
         if eot is None:
             self.eot_text = end_of_text(vocab, where)
             eot = vocab[self.eot_text]
         else:
-            self.eot_text = self.tokenizer.id_to_token(eot)
+            self.eot_text = self.tokenizer.id_to_token(eot) or ''
         unk = vocab.get('[UNK]', vocab.get('<unk>', -1))
         file = 'tokenizer.json' if kind == 'tokenizers' else 'vocab.txt'
-        super().__init__(kind, max(vocab.values()) + 1, eot, {file: data}, unk)
+        super().__init__(kind, size, eot, {file: data}, unk)
 
     @functools.cached_property
     def literal(self):  # made when it is needed: prompts and decoding often need none, and it takes 0.3 s
         import tokenizers
-        return without_specials(tokenizers, self.tokenizer)
+        return without_specials(tokenizers, self.tokenizer, self.where)
 
     def encode(self, text):
-        return self.literal.encode(text, add_special_tokens=False).ids
+        return call(self.where, self.literal.encode, text, add_special_tokens=False).ids
 
     def special_tokens(self):
         added = self.tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
     def encode_special(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return call(self.where, self.tokenizer.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids):
         self.check_ids(ids)
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        return call(self.where, self.tokenizer.decode, [int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self):
+        """The text of every token on its own."""
+        ids = [[i] for i in self.tokenizer.get_vocab().values()]
+        return call(self.where, self.tokenizer.decode_batch, ids, skip_special_tokens=False)
 
     def bos(self):
         if self.kind == 'wordpiece':
@@ -95,7 +112,7 @@ class JsonTokenizer(Tokenizer):
 
     def added(self):
         """The ids that the library adds before a text, as Llama's <s>."""
-        text = self.tokenizer.encode('a')
+        text = call(self.where, self.tokenizer.encode, 'a')
         of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
         if of_text:
             return tuple(text.ids[:of_text[0]])
@@ -122,7 +139,7 @@ def end_of_text(vocab, where):
     return name
 
 
-def without_specials(tokenizers, tokenizer):
+def without_specials(tokenizers, tokenizer, where):
     """
     The same tokenizer for ordinary text: what spells a special token is text. `tokenizer` itself finds them.
     """
@@ -142,7 +159,7 @@ def without_specials(tokenizers, tokenizer):
     if 'merges' in model:  # BPE: none may make the name out of its parts
         model['merges'] = [pair for pair in model['merges'] if not special & {*pair, ''.join(pair)}]
     fields['post_processor'] = None
-    literal = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    literal = call(where, tokenizers.Tokenizer.from_str, json.dumps(fields))
     literal.encode_special_tokens = True  # as their pieces, also the one of unknown text
     return literal
 
@@ -154,10 +171,71 @@ def parsed(tokenizers, data):  # kept: a folder is read once to describe its tok
 
 def read(tokenizers, data, where):
     """The library's tokenizer from the bytes of a tokenizer.json."""
-    try:
-        return parsed(tokenizers, data)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f'{where}: not a tokenizer.json ({error})') from None
+    tokenizer = call(f'{where}: not a tokenizer.json', parsed, tokenizers, data)
+    check_growth(tokenizer, where)
+    return tokenizer
+
+
+def check_growth(tokenizer, where):
+    """
+    Raise UserError for a tokenizer that makes a long text of a short one: 30 steps that double it would fill
+    any memory. Those of published models make a text twice as long at most.
+    """
+    parts = {}
+    for name in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder'):
+        part = getattr(tokenizer, name)
+        parts[name] = None if part is None else json.loads(part.__getstate__())
+    for name in ('normalizer', 'decoder'):
+        if growth(parts[name]) > MOST_GROWTH:
+            raise UserError(f'{where}: {name}: makes a text more than {MOST_GROWTH} times as long')
+    if sum(1 for part in parts.values() for _ in steps(part)) > MOST_STEPS:
+        raise UserError(f'{where}: has more than {MOST_STEPS} steps, takes a tokenizer of fewer')
+    added = sum(len(each['ids']) for step in steps(parts['post_processor']) for each in around(step))
+    names = [getattr(tokenizer.model, name, None) or ''
+             for name in ('unk_token', 'continuing_subword_prefix', 'end_of_word_suffix')]
+    if added > MOST_GROWTH or len(max(names, key=len)) > MOST_GROWTH:
+        raise UserError(f'{where}: adds more than {MOST_GROWTH} tokens to a text, or letters to a token')
+
+
+def steps(part):
+    """The steps of a part of a tokenizer.json, also those inside of a Sequence."""
+    if isinstance(part, dict):
+        part = [part]
+    for step in part or ():
+        inner = next((step[name] for name in ('normalizers', 'pretokenizers', 'processors', 'decoders')
+                      if name in step), None)
+        if inner is None:
+            yield step
+        else:
+            yield from steps(inner)
+
+
+def growth(part):
+    """How many times as long a text can become in these steps."""
+    factor = 1
+    for step in steps(part):
+        if step['type'] in ('Replace', 'Prepend'):
+            pattern = step.get('pattern', {}).get('String') or ''
+            new = step.get('content', step.get('prepend', ''))
+            factor *= max(1, -(-len(new) // len(pattern)) if pattern else len(new))
+        if step['type'] == 'Precompiled':
+            factor *= longest_of(base64.b64decode(step['precompiled_charsmap']))
+    return factor
+
+
+def longest_of(charsmap):
+    """The length of the longest text that sentencepiece's table of normalized characters has."""
+    size = int.from_bytes(charsmap[:4], 'little')
+    return max(map(len, charsmap[4 + size:].split(b'\0')))
+
+
+def around(step):
+    """The special tokens that a step of a post_processor adds to a text, each as often as it does."""
+    if step['type'] != 'TemplateProcessing':
+        return []
+    names = [piece['SpecialToken']['id'] for piece in step['single'] if 'SpecialToken' in piece]
+    known = step['special_tokens']
+    return [known[name] for name in names if name in known]
 
 
 def wordpiece(tokenizers, data, where, size=None):
@@ -209,8 +287,8 @@ def to_json(tokenizer, around=None):
     import tokenizers
     theirs = tokenizers.Tokenizer.from_str(text)
     before, after = (list(ids) for ids in around)
-    probe = theirs.encode('a', add_special_tokens=False).ids
-    if theirs.encode('a').ids == [*before, *probe, *after]:
+    probe = call('tokenizer.json', theirs.encode, 'a', add_special_tokens=False).ids
+    if call('tokenizer.json', theirs.encode, 'a').ids == [*before, *probe, *after]:
         return text
     names = {token: spelling(text, token) for token in (*before, *after)}
     steps = [*(names[token] for token in before), '$A', *(names[token] for token in after)]
@@ -223,10 +301,13 @@ def adds_space(text):
     """Whether the tokenizer in a tokenizer.json with this content writes a blank before every text."""
     import tokenizers
     theirs = tokenizers.Tokenizer.from_str(text)
-    first = 'a' if theirs.normalizer is None else theirs.normalizer.normalize_str('a')
+    first = 'a'
+    if theirs.normalizer is not None:
+        first = call('tokenizer.json', theirs.normalizer.normalize_str, 'a')
     if theirs.pre_tokenizer is not None:
-        first = theirs.pre_tokenizer.pre_tokenize_str(first)[0][0]
-    return first[0] in (' ', '▁', BYTE_CHARS[ord(' ')])
+        words = call('tokenizer.json', theirs.pre_tokenizer.pre_tokenize_str, first)
+        first = words[0][0] if words else ''
+    return first[:1] in (' ', '▁', BYTE_CHARS[ord(' ')])
 
 
 def spelling(text, token):
@@ -252,7 +333,7 @@ def plain(tokenizer):
         return with_added(tokenizers, tokenizer)
     theirs = convert(tokenizers, tokenizer)
     probe = ''.join(tokenizer.more['chars']) if tokenizer.kind == 'char' else PROBE
-    if theirs.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+    if call('tokenizer.json', theirs.encode, probe, add_special_tokens=False).ids != tokenizer.encode(probe):
         raise UserError(f'the {tokenizer.kind} tokenizer has other ids as a tokenizer.json: '
                         'convert it by hand, with the tools of whoever made it')
     return theirs.to_str(pretty=True)
@@ -400,7 +481,7 @@ def keeps_text(text):
     """Whether the tokenizer in a tokenizer.json with this content reads every blank and letter as it is."""
     import tokenizers
     normalizer = tokenizers.Tokenizer.from_str(text).normalizer
-    found = BLANKS if normalizer is None else normalizer.normalize_str(BLANKS)
+    found = BLANKS if normalizer is None else call('tokenizer.json', normalizer.normalize_str, BLANKS)
     return found.replace('▁', ' ').removeprefix(' ') == BLANKS
 
 

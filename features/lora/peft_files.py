@@ -20,6 +20,7 @@ from configurator import UserError
 from features.folder import new_folder
 from features.lora import adapters
 from features.lora import layers as lora
+from features.lora.patterns import Patterns
 
 ROOT = 'base_model.model.'
 HARMLESS = (  # fields that say how it was trained or what the file holds, not what it does to the network
@@ -35,6 +36,7 @@ KINDS = {  # of the fields that are read; null is none
          'rank_pattern': dict, 'alpha_pattern': dict,
          'trainable_token_indices': (list, dict),
 }
+MOST = 10_000  # entries of a list of modules, patterns or layers
 PLAIN_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')  # others take something out of the weights
 
 
@@ -59,10 +61,10 @@ def modules(family, cfg):
     return found
 
 
-def is_target(module, wanted):
+def is_target(module, wanted, patterns=None):
     """Whether PEFT's target_modules, a list of suffixes or a pattern, match this module."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return patterns[wanted].matches(module)
     return any(module == ending or module.endswith('.' + ending) for ending in wanted)
 
 
@@ -254,23 +256,17 @@ def read(folder, cfg):
                             'network: let PEFT merge it (merge_and_unload), then load the merged folder')
     for field, kind in KINDS.items():
         value = config.get(field)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            raise UserError(f'{path}: {field}={value!r}: is invalid in PEFT')
-        if (isinstance(value, list)
-                and not all(type(item) is (int if field in ('layers_to_transform', 'trainable_token_indices')
-                                           else str) for item in value)):
-            raise UserError(f'{path}: {field}={value!r}: is invalid in PEFT')
+        if value is not None and not is_valid(field, value, kind):
+            raise UserError(f'{path}: {field}={value!r:.100}: is invalid in PEFT')
     if not 0 <= (config.get('lora_dropout') or 0) < 1:
         raise UserError(f'{path}: lora_dropout={config["lora_dropout"]}: takes 0 <= lora_dropout < 1')
-    patterns = [config.get(field) for field in ('target_modules', 'exclude_modules')
-                if isinstance(config.get(field), str)]
-    for pattern in (*patterns, *(config.get('rank_pattern') or ()), *(config.get('alpha_pattern') or ())):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f'{path}: {pattern!r} is not a valid pattern: {error}') from None
+    patterns = Patterns(path)
+    for field in ('target_modules', 'exclude_modules', 'rank_pattern', 'alpha_pattern'):
+        value = config.get(field) or ()
+        for pattern in (value,) if isinstance(value, str) else value if isinstance(value, dict) else ():
+            patterns[pattern]  # raises UserError for an invalid one
     if config.get('init_lora_weights', True) not in PLAIN_STARTS:
-        raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r}: '
+        raise UserError(f'{path}: init_lora_weights={config["init_lora_weights"]!r:.100}: '
                         'this takes a part out of the base; let PEFT convert it to a plain adapter '
                         '(save_pretrained with path_initial_model_for_weight_conversion)')
     pickle = os.path.join(folder, 'adapter_model.bin')
@@ -290,7 +286,19 @@ def read(folder, cfg):
     of_experts = [name for name in tensors if '.experts.' in name]
     if of_experts:
         raise UserError(f'{weights}: {min(of_experts)}: adapters of experts are not read')
-    return Reading(path, config, tensors, cfg).saved()
+    return Reading(path, config, tensors, cfg, patterns).saved()
+
+
+def is_valid(field, value, kind):
+    """Whether a field of KINDS holds what PEFT writes there."""
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        return False
+    if isinstance(value, (list, dict)) and len(value) > MOST and field != 'trainable_token_indices':
+        return False
+    if isinstance(value, list):
+        item = int if field in ('layers_to_transform', 'trainable_token_indices') else str
+        return all(type(each) is item for each in value)
+    return True
 
 
 def check_prefixes(weights, names):
@@ -305,9 +313,10 @@ def check_prefixes(weights, names):
 class Reading:
     """One folder while it is read. tensors: {name: slice}; shapes are checked before a tensor is read."""
 
-    def __init__(self, path, config, tensors, cfg):
+    def __init__(self, path, config, tensors, cfg, patterns):
         from features.hf.families import FAMILIES, nearest
         self.path, self.config, self.tensors, self.cfg = path, config, tensors, cfg
+        self.patterns = patterns
         self.check_shared()
         self.left = set(tensors)
         stems = {re.sub(
@@ -410,7 +419,7 @@ class Reading:
     def number(self, field, pattern, module, default):
         """lora_alpha or r of a module."""
         over = next((value for key, value in (self.config.get(pattern) or {}).items()
-                     if re.match(rf'(.*\.)?({key})$', module)), None)
+                     if self.patterns[key].matches_end(module)), None)
         value = over if over is not None else self.config.get(field, default)
         if type(value) not in (int, float) or not math.isfinite(value):  # one of a pattern, perhaps
             self.refuse(f'{field}={value!r}: takes a number')
@@ -419,19 +428,26 @@ class Reading:
     def is_meant(self, module, ours):
         """Whether the file says that a module has an adapter."""
         targets = self.config.get('target_modules') or []
-        if self.is_saved(module) or is_target(module, self.config.get('exclude_modules') or []):
+        excluded = self.config.get('exclude_modules') or []
+        if self.is_saved(module) or is_target(module, excluded, self.patterns):
             return False
         if targets == 'all-linear':  # all but the head
             has = any(name.startswith(f'{module}.lora_') for name in self.tensors)
             return has or re.search(r'\.(attn|cross|mlp)\.[a-z]+$', ours[0]) is not None
         blocks = self.config.get('layers_to_transform')
         if isinstance(targets, str) or blocks in (None, []):
-            return is_target(module, targets)
-        patterns = self.config.get('layers_pattern') or [r'[^.]*']
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        numbers = [re.match(rf'(?:^|.*?\.){pattern}\.(\d+)\.', module) for pattern in patterns]
-        number = next((int(number[1]) for number in numbers if number), None)
+            return is_target(module, targets, self.patterns)
+        layers = self.config.get('layers_pattern') or [r'[^.]*']
+        numbers = [self.layer(module, name) for name in ([layers] if isinstance(layers, str) else layers)]
+        number = next((number for number in numbers if number is not None), None)
         return is_target(module, targets) and number in ([blocks] if isinstance(blocks, int) else blocks)
+
+    def layer(self, module, pattern):
+        """The number of the layer of a module: that after a name that matches the pattern; None for none."""
+        parts = module.split('.')
+        for n in range(1, len(parts) - 1):
+            if parts[n].isdecimal() and self.patterns[pattern].matches_end('.'.join(parts[:n])):
+                return int(parts[n])
 
     def saved(self):
         sizes = adapters.sizes(self.cfg)  # {our layer: (n_out, n_in)}

@@ -37,9 +37,7 @@ def find_cut(tokenizer):
         sp = tokenizer.sp
         return cut_rule(sp.encode, [sp.id_to_piece(i).replace('▁', ' ') for i in range(sp.vocab_size())])
     if kind in ('tokenizers', 'wordpiece'):
-        vocab = tokenizer.tokenizer.get_vocab()
-        pieces = tokenizer.tokenizer.decode_batch([[i] for i in vocab.values()], skip_special_tokens=False)
-        return cut_rule(tokenizer.encode, pieces)
+        return cut_rule(tokenizer.encode, tokenizer.pieces())
     return None
 
 

@@ -1,0 +1,159 @@
+"""
+Files made to hang, to fill the memory or to raise what no reader expects: regular expressions, tokenizers,
+chat templates, adapters, networks. Each is one line that names the file.
+"""
+import json
+import random
+import re
+import time
+
+import pytest
+
+from configurator import UserError
+from features.hf.tokenizer_json import JsonTokenizer
+from features.lora.patterns import Patterns
+
+
+def refused(function, *args, names='', **options):
+    """The error of a call that must be refused, in one short line, within ten seconds."""
+    begun = time.monotonic()
+    with pytest.raises(UserError) as error:
+        function(*args, **options)
+    line = str(error.value)
+    assert '\n' not in line and len(line) < 800 and names in line, line[:1000]
+    assert time.monotonic() - begun < 10
+    return line
+
+
+# -----------------------------------------------------------------------------
+# Patterns of PEFT
+
+MODULES = ['model.layers.11.self_attn.q_proj', 'layers.0.mlp.up_proj', 'lm_head', 'h.3.attn.c_attn', '',
+           'ab.ab', 'encoder.block.0.layer.0.SelfAttention.q', 'aaab']
+USUAL = [r'.*\.(q|v)_proj', r'(.*\.)?layers\.(\d|1[0-5])\..*\.(q_proj|v_proj)', r'^(?!.*mlp).*_proj$',
+         r'(?:.*?(?:lang|layers).*?(?:attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.x)',
+         r'[^.]*', r'(a|aa)*b', r'a{2,3}b', r'\bab\b.*', r'.*\Bb', r'(?=.*d)l.*', r'[^a-g]+.*', r'\A.*\Z',
+         'q.proj', r'x??.?y?', r'lm_head']
+
+
+def same_as_re(pattern, name):
+    ours = Patterns('adapter_config.json')[pattern]
+    assert ours.matches(name) == (re.fullmatch(pattern, name) is not None), (pattern, name)
+    assert ours.matches_end(name) == (re.match(rf'(.*\.)?({pattern})$', name) is not None), (pattern, name)
+
+
+@pytest.mark.parametrize('pattern', USUAL)
+def test_usual_patterns_match_as_in_re(pattern):
+    for name in MODULES:
+        same_as_re(pattern, name)
+
+
+def any_pattern(draw, depth=0):
+    kind = draw.randrange(9 if depth < 3 else 4)
+    inner = [any_pattern(draw, depth + 1) for _ in range(2)] if kind > 3 else ['', '']
+    return [draw.choice('ab'), draw.choice('abc'),
+            draw.choice([r'\.', r'\w', '[ab]', '[^a]', r'\b', '^', '$', '.']),
+            'a', inner[0] + inner[1], f'({inner[0]}|{inner[1]})',
+            f'(?:{inner[0]})' + draw.choice(['*', '+', '?', '*?', '+?', '{1,2}', '{2}', '{0,3}?']),
+            f'(?={inner[0]})', f'(?!{inner[0]}){inner[1]}'][kind]
+
+
+def test_any_pattern_matches_as_in_re():
+    draw = random.Random(1)
+    for _ in range(1500):
+        same_as_re(any_pattern(draw), ''.join(draw.choice('ab.') for _ in range(draw.randrange(7))))
+
+
+SLOW = ['(a+)+$', '(a|aa)+b', '(.*)*b', '(?:a?){40}a{40}b', '(?=(\\w+)*!)x', '.*(.*a){25}!', '((\\w*)*)*!',
+        '(?:(?:a{1000}){1000}){1000}', '.{1000000000}', '(?:(?=.*)' * 30 + '.' + ')*' * 30]
+NOT_SUPPORTED = ['(', 'a**', '(\\w+)*\\1b', '(?>(\\w+)*)!', '(?i)(\\w+)+', '(?<=a)b', 'a{1,99999999999}',
+                 '(' * 3000 + 'a' + ')' * 3000, 'a' * 6000 + '*']
+
+
+@pytest.mark.parametrize('pattern', SLOW + NOT_SUPPORTED, ids=lambda pattern: pattern[:20])
+def test_no_pattern_hangs(pattern):
+    begun = time.monotonic()
+    patterns = Patterns('adapter_config.json')
+    name = 'model.layers.0.self_attn.q_proj' + 'a' * 40
+    try:
+        for n in range(20):
+            assert not patterns[pattern].matches(f'{name}{n}')
+        assert pattern in SLOW
+    except UserError as error:
+        assert str(error).startswith('adapter_config.json: ') and len(str(error)) < 400
+        assert pattern not in SLOW[:-1]
+    assert time.monotonic() - begun < 10
+
+
+# -----------------------------------------------------------------------------
+# tokenizer.json
+
+def tokenizer_json(**parts):
+    vocab = {chr(97 + n): n for n in range(26)} | {'</s>': 26, '<unk>': 27}
+    end = {'id': 26, 'content': '</s>', 'single_word': False, 'lstrip': False, 'rstrip': False,
+           'normalized': False, 'special': True}
+    model = {'type': 'BPE', 'unk_token': '<unk>', 'vocab': vocab, 'merges': []} | parts.pop('model', {})
+    fields = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [end],
+              'normalizer': None, 'pre_tokenizer': None, 'post_processor': None, 'decoder': None,
+              'model': model}
+    return json.dumps(fields | parts).encode()
+
+
+def doubled(kind, count=30):
+    step = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}
+    return {'type': 'Sequence', kind: [step] * count}
+
+
+def split_by(pattern):
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+
+
+def template(single, special_tokens):
+    return {'type': 'TemplateProcessing', 'single': single, 'pair': [], 'special_tokens': special_tokens}
+
+
+BEGIN = {'SpecialToken': {'id': 'X', 'type_id': 0}}
+TEXT = {'Sequence': {'id': 'A', 'type_id': 0}}
+BAD_TOKENIZERS = {
+    'doubles 30 times': dict(normalizer=doubled('normalizers')),
+    'doubles while decoding': dict(decoder=doubled('decoders')),
+    'a token of number 2**32 - 1': dict(model={'vocab': {'a': 2 ** 32 - 1}}),
+    'no tokens': dict(model={'vocab': {}}, added_tokens=[]),
+    'unknown token that is not there': dict(model={'unk_token': 'nope'}),
+    'unknown token of a million letters': dict(model={'unk_token': 'x' * 10 ** 6}),
+    'prefix longer than the pieces': dict(model={'continuing_subword_prefix': '日本日本',
+                                                 'merges': [['a', 'b']]}),
+    'catastrophic split': dict(pre_tokenizer=split_by('(a+)+$')),
+    'broken split': dict(pre_tokenizer=split_by('(')),
+    'chunks of nothing': dict(pre_tokenizer={'type': 'FixedLength', 'length': 0}),
+    'damaged characters': dict(normalizer={'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}),
+    'trie of nothing': dict(normalizer={'type': 'Precompiled', 'precompiled_charsmap': 'EAAAAP//////////////'
+                                        '/////2FiYwA='}),
+    'unknown special token': dict(post_processor=template([BEGIN, TEXT], {})),
+    '25 million special tokens': dict(post_processor=template([BEGIN] * 5000 + [TEXT], {
+        'X': {'id': 'X', 'ids': [5] * 5000, 'tokens': ['a'] * 5000}})),
+    'strips beyond the end': dict(decoder={'type': 'Strip', 'content': 'a', 'start': 10 ** 9,
+                                           'stop': 10 ** 9}),
+    'a list': [],
+}
+
+
+@pytest.mark.parametrize('parts', BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS.keys())
+def test_bad_tokenizer_json_is_one_line(parts, capfd):
+    """The tokenizers library panics, which is no Exception, and prints that to stderr."""
+    def use():
+        tokenizer = JsonTokenizer('tokenizers', data, 'folder/tokenizer.json')
+        for text in ('a', 'hello b', 'a' * 40 + '!', 'ab' * 1000, '日本'):
+            tokenizer.decode(tokenizer.encode(text)[:20])
+            tokenizer.encode_special(text)
+        tokenizer.bos()
+        tokenizer.pieces()
+    data = b'[]' if parts == [] else tokenizer_json(**parts)
+    refused(use, names='folder/tokenizer.json')
+    assert capfd.readouterr().err == ''
+
+
+def test_our_own_bug_shows_its_traceback():
+    tokenizer = JsonTokenizer('tokenizers', tokenizer_json(), 'folder/tokenizer.json')
+    with pytest.raises(TypeError):
+        tokenizer.decode(None)
