@@ -7,6 +7,12 @@ Analyze a checkpoint: tables and plots of its weights, attention and experts.
     python analyze.py attention --out_dir=out/run                        # ranks of attention, lazy layers
     python analyze.py experts --out_dir=out/run                          # tokens per expert
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass
 
 from configurator import FilePath, run_main

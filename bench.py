@@ -16,6 +16,11 @@ Each program runs with its own defaults, as its users run it. The programs take 
 disturbance affects all of them. The tables show medians, extremes, and ratios to minnow.
 """
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import asdict, dataclass, field
 
 from checkpoint import replace_json, writing

@@ -11,6 +11,11 @@ a run, when the learning rate has decayed: in the middle of its schedule, a run 
 compare arms of different cost, give them equal budgets (budget='flops' in a sweep).
 """
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass, field
 
 from configurator import FilePath, UserError, configure, run_main

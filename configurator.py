@@ -32,7 +32,7 @@ from collections import deque
 from contextlib import suppress
 from importlib.util import find_spec
 
-from features import all_fields, build, default_of, fields_of
+from features import build, default_of, fields_of
 
 try:
     import fcntl  # noqa: F401 — every script takes locks; Windows has none of these
@@ -80,8 +80,9 @@ def run_main(main, output_is_all=False):
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    stdout, stderr = sys.stdout, sys.stderr
+    stdout, stderr, safe_path = sys.stdout, sys.stderr, os.environ.get('PYTHONSAFEPATH', '')
     sys.stdout, sys.stderr = Output(stdout, output_is_all), Output(stderr, has_bars=True)
+    os.environ['PYTHONSAFEPATH'] = '1'  # for what libraries start: no modules out of the working folder
     sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character is no reason to stop
     try:
         listen(interrupt)
@@ -110,7 +111,7 @@ def run_main(main, output_is_all=False):
         with suppress(OSError):
             sys.stdout.flush()
         sys.stderr.flush()
-        sys.stdout, sys.stderr = stdout, stderr
+        sys.stdout, sys.stderr, os.environ['PYTHONSAFEPATH'] = stdout, stderr, safe_path
 
 
 def listen(handler):
@@ -352,6 +353,7 @@ def find_field(cls, key, where, hint=''):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     fields = fields_of(cls)
     if key not in fields:
+        from features.help import all_fields
         fields = all_fields(cls)
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)

@@ -16,6 +16,11 @@ Evaluate a model.
 `python eval.py loss --help` prints the settings of a command.
 """
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -8,6 +8,12 @@ minnow's own class.
 
 All scripts load these folders, and also Mistral's, as hf:FOLDER: --init_from=hf:FOLDER.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass
 from typing import Literal
 

@@ -17,9 +17,14 @@ globs, named corpora such as tinystories, pairs of a source and a target, and pa
 
 OUT appears when it is complete. The same command gives the same bytes every time.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import hashlib
 import json
-import os
 import re
 import time
 from dataclasses import dataclass, field, replace

@@ -10,10 +10,14 @@ generate() and its KV cache live here; other scripts import them:
     model, tokenizer = load('out/lowrank')
     for tokens in generate(model, [encode_prompt('Once', tokenizer, model.cfg)], 100): ...  # (1,) each
 """
-import functools
-import math
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import functools
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile

@@ -24,6 +24,12 @@ Make a new model from a trained one.
 Each command writes a run with one checkpoint at step 0, and prints the size and loss of the old and the new
 model.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -8,6 +8,10 @@ To resume a run, run the same command again. out_dir holds checkpoints, log.json
 Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes the step, saves a checkpoint and stops.
 """
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
 
 # Before torch is loaded: its threads wait for one another a moment, not for milliseconds. Otherwise two runs
 # on one machine slow each other down a hundredfold (120 against 8,800 tokens/s, docs/results)

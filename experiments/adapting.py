@@ -11,13 +11,16 @@ the trained parameters, the seconds, and how low the rank of the change is that 
 All settings but learning_rate and seed are those of train.py, with config/lora_code.py as defaults;
 base_config has those of the bases. Runs that are in out_dir are not made again.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import json
 import statistics
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import prepare

@@ -14,19 +14,21 @@ its faults, each as a patch of a few lines on train.py, one by one, all together
 
 Finished runs in out_dir are not made again.
 """
-import math
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import math
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import batches
 import model

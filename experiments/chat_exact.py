@@ -5,14 +5,16 @@ prompts in the model's own chat template; the prompt's ids and the answer, up to
     pip install transformers
     python experiments/chat_exact.py --init_from=hf:FOLDER
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
 from configurator import FilePath, configure, run_main

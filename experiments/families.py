@@ -5,16 +5,19 @@ each test, and the largest difference of logits beside transformers', as a share
     pip install transformers peft
     python experiments/families.py
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import re
 import subprocess
-import sys
 import tempfile
 import xml.etree.ElementTree
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configurator import UserError, configure, run_main
 

@@ -9,15 +9,17 @@ It also prints the memory in which each process begins, or resumes if out_dir ho
 steps take turns: plain, with a checkpoint at their beginning, with one in the background, plain, …; medians
 are printed. All other settings are those of train.py.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 

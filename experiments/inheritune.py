@@ -12,12 +12,14 @@ It writes a table, a picture and the ranks of the attention. All settings are th
 config/inheritune_cpu.py as defaults. Runs that are in out_dir are not made again.
 """
 import os
-import statistics
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import statistics
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from checkpoint import replace_text

@@ -6,14 +6,17 @@ time with the logits of every position.
     # a tokenizer of 32,000 tokens, as Llama's or Mistral's
     python experiments/lambada_speed.py lambada_openai.jsonl --tokenizer=FILE.model
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from configurator import FilePath, NumericConfig, UserError, configure, pick_device, pick_dtype, run_main

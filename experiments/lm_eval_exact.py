@@ -7,18 +7,20 @@ and acc_norm is compared. Results are kept in `out`, so a run that was stopped g
     python experiments/lm_eval_exact.py --init_from=hf:FOLDER lambada_openai.jsonl \\
         arc_easy.jsonl='\\nAnswer: ' piqa.jsonl='Answer: ' --texts=novel.txt
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import contextlib
 import io
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
 from configurator import FilePath, UserError, configure, run_main

@@ -8,8 +8,13 @@ Writing: tokens a second of a batch of 16 rows, by the base alone and with anoth
 
     python experiments/lora_speed.py                    # --rows=4 --length=256 --rounds=3
 """
-import json
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from configurator import DeviceConfig, UserError, configure, pick_compile, pick_device, pick_dtype, run_main

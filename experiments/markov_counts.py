@@ -5,14 +5,16 @@ of the unigrams'.
 
     python experiments/markov_counts.py --dataset=pubmed --out_dir=out/markov_pubmed
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from batches import TokenFiles, find_folder, start_token
 from checkpoint import load_model

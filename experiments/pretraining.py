@@ -13,16 +13,18 @@ Pretraining sees the sources of the training pairs and --text, but no target and
 functions are divided by their files. All settings are those of train.py, with config/rot5_cpu.py as defaults;
 max_iters is that of pretraining. Runs that are in out_dir are not made again.
 """
-import json
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import json
 import re
 import statistics
-import sys
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import prepare
 import train

@@ -5,17 +5,20 @@ fresh process that reads it. The files are in the page cache.
     pip install transformers
     python experiments/reading.py --init_from=hf:FOLDER
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import json
 import re
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configurator import FilePath, configure, run_main
 

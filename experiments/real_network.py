@@ -17,19 +17,21 @@ first, with two learning rates; then those of the next seed. Runs that are in ou
 that the same command continues. It writes tables and pictures of what is finished. --report writes them and
 runs nothing.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import csv
 import json
-import os
 import statistics
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import prepare
 from batches import evaluate

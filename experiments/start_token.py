@@ -6,14 +6,16 @@ of a run with a document per row and of one on the stream, on all validation doc
     python experiments/start_token.py --dataset=stories   # trains the runs that are missing, 300 steps each
 """
 import os
-import subprocess
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 from batches import TokenFiles, find_folder

@@ -6,15 +6,18 @@ keys), and theirs.
 
     python experiments/t5_speed.py                    # --rows=4 --rounds=3
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from configurator import DeviceConfig, UserError, configure, pick_compile, pick_device, pick_dtype, run_main

@@ -6,16 +6,52 @@ ModelConfig), its settings are added to every class that inherits the same one. 
 added to train.py's Settings, which has `features = ()`. A core field whose comment begins with [NAME]
 switches the feature on: any value except its default adds the feature's other settings.
 """
+import os
+import sys
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+ROOT = os.path.dirname(HERE)
+MODULES = set('analyze batches bench checkpoint compare configurator eval hub model optim prepare run sample '
+              'surgery tokenizer train'.split())  # at the top of this repository
+FOLDERS = {'config', 'experiments'}
+
+
+class Finder:
+    """
+    Python asks it first for every import. A module or folder of ours is the one in this repository, whatever
+    else has its name. All other names are looked up in this folder and in the working folder last.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in MODULES:
+            return spec_from_file_location(name, os.path.join(ROOT, f'{name}.py'))
+        if name in FOLDERS:
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [os.path.join(ROOT, name)]
+            return spec
+        if sys.path[:1] in ([ROOT], ['']):  # a script puts it there, so that it finds this file
+            look_here_last()
+
+
+def look_here_last():
+    """Move this repository and the working folder to the end of sys.path."""
+    last = [path for path in sys.path if os.path.exists(path or '.')
+            and any(os.path.samefile(path or '.', folder) for folder in ('.', ROOT))]
+    sys.path[:] = [path for path in sys.path if path not in last] + list(dict.fromkeys(last))
+
+
+look_here_last()
+sys.meta_path.insert(0, Finder)
+
 import dataclasses
 import functools
 import glob
 import importlib
 import inspect
-import os
 import re
-
-HERE = os.path.dirname(os.path.realpath(__file__))
-
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 
 # -----------------------------------------------------------------------------
 # Settings with those of features
@@ -70,15 +106,6 @@ def part_of(settings, cls):
     return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
-def refuse_beside(settings, name, **plain):
-    """Raise ValueError unless these other settings, which do not go with `name`, are at these values."""
-    for other, value in plain.items():
-        found = getattr(settings, other, value)
-        if found != value:
-            raise ValueError(f'{name}={getattr(settings, name)}: goes with {other}={value} alone, '
-                             f'not {found}: leave it out')
-
-
 # -----------------------------------------------------------------------------
 # Which settings there are
 
@@ -105,15 +132,6 @@ def feature_parts(core, name):
 def fields_of(cls):
     """{name: field} of the settings that `cls` has."""
     return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def all_fields(cls):
-    """{name: field} of the settings that `cls` has, then of those that features can add to it."""
-    found = fields_of(cls)
-    for name in feature_names():
-        for part in feature_parts(getattr(cls, 'core', cls), name):
-            found |= fields_of(part)
-    return found
 
 
 @functools.cache

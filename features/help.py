@@ -10,7 +10,15 @@ import textwrap
 import typing
 
 from configurator import ROOT, UserError, describe, options
-from features import all_fields, comment_of, default_of, feature_names, feature_of, with_features
+from features import (
+    comment_of,
+    default_of,
+    feature_names,
+    feature_of,
+    feature_parts,
+    fields_of,
+    with_features,
+)
 
 # The settings of a training run that --help shows; --help=all shows the others too
 FIRST = {
@@ -58,6 +66,15 @@ def help_text(cls, which=''):
     if is_short:
         lines += ['', '--help=all lists every setting of the core']
     return '\n'.join(lines)
+
+
+def all_fields(cls):
+    """{name: field} of the settings that `cls` has, then of those that features can add to it."""
+    found = fields_of(cls)
+    for name in feature_names():
+        for part in feature_parts(getattr(cls, 'core', cls), name):
+            found |= fields_of(part)
+    return found
 
 
 def about_feature(name):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 import prepare as core
 from checkpoint import replace_json, sha256
 from configurator import UserError
-from features import refuse_beside
 from features.chat.conversations import read
 from features.chat.template import Template
 from features.folder import new_folder
+from features.refusals import refuse_beside
 from tokenizer import EOT, PromptFormat, needs_text, new_tokenizer
 
 

@@ -5,7 +5,7 @@ Distillation: train on the output distribution of a teacher model (Hinton et al.
 """
 from dataclasses import dataclass
 
-from features import refuse_beside
+from features.refusals import refuse_beside
 
 
 @dataclass

@@ -6,7 +6,7 @@ Growth: add blocks to the model during training.
 from dataclasses import dataclass
 
 from configurator import FilePath
-from features import refuse_beside
+from features.refusals import refuse_beside
 
 
 @dataclass

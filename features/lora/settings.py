@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from features import refuse_beside
+from features.refusals import refuse_beside
 
 
 @dataclass

@@ -6,7 +6,7 @@ loss spikes, hanging ranks and ranks whose weights differ.
 """
 from dataclasses import dataclass
 
-from features import refuse_beside
+from features.refusals import refuse_beside
 
 
 @dataclass

@@ -216,7 +216,7 @@ def step_memory(kind, sizes, device, peer='', **more):
     {'peak memory, MiB', 'loss'} of two training steps in their own process; arguments as in two_steps().
     """
     peer = os.path.abspath(peer) if peer else ''
-    call = ('from features.study import bench_train; '
+    call = (f'import sys; sys.path.insert(0, {ROOT!r}); from features.study import bench_train; '
             f'bench_train.two_steps({kind!r}, {sizes!r}, {str(device)!r}, {peer!r}, **{more!r})')
     lines, _, _ = run([sys.executable, '-c', call])
     return json.loads(lines[-1][1])

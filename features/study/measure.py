@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from configurator import ROOT, UserError, fastest, matmul_flops
+from configurator import UserError, fastest, matmul_flops
 
 # -----------------------------------------------------------------------------
 # The machine
@@ -110,8 +110,8 @@ def run(command, device=None, tree=False, **options):
     MiB): memory of `device` if that is a GPU, else RAM; with tree=True, including its child processes.
     options: of subprocess.Popen. Raises UserError if the command fails.
     """
-    paths = [ROOT] + os.environ.get('PYTHONPATH', '').split(os.pathsep)
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONDONTWRITEBYTECODE': '1'}
+    # the scripts of others have modules in their own folder, where run_main() lets nobody look
+    environment = os.environ | {'PYTHONSAFEPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'}
     before = gpu_memory(device)
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -84,6 +85,22 @@ def leave_with(parent):
     os._exit(1)
 
 
+@contextmanager
+def inherited_by_workers():
+    """
+    Processes that start inside ignore Ctrl-C, which is for this process only. Workers get sys.path of this
+    process; before that, PYTHONPATH may lead them into the working folder.
+    """
+    paths = os.environ.pop('PYTHONPATH', None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if paths is not None:
+            os.environ['PYTHONPATH'] = paths
+
+
 def in_order(tasks, num_proc, arguments):
     """
     Yield (task, tokenize(task)) in the order of the tasks, computed by processes that are initialized with
@@ -95,14 +112,13 @@ def in_order(tasks, num_proc, arguments):
             yield task, tokenize(task)
         return
     waiting = deque()
-    # spawned, not forked: that is safe beside threads, and the same on macOS
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
+    with inherited_by_workers():
+        # spawned, not forked: that is safe beside threads, and the same on macOS
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
     try:
         for task in tasks:
-            # Ctrl-C is for this process only: workers inherit the mask
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            waiting.append((task, pool.submit(tokenize, task)))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            with inherited_by_workers():
+                waiting.append((task, pool.submit(tokenize, task)))
             if len(waiting) > 3 * num_proc:
                 task, future = waiting.popleft()
                 yield task, future.result()
