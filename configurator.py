@@ -11,9 +11,7 @@ assignments (nanoGPT's work unchanged). It is code and runs with your permission
 """
 import ast
 import dataclasses
-import difflib
 import errno
-import glob
 import io
 import keyword
 import math
@@ -309,9 +307,8 @@ def read_config(cls, path):
     """The settings that the Python file `path` assigns, as a dict. It is executed in its own namespace."""
     path = expand_home(path)
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, glob.glob('config/**/*.py', recursive=True), 1)
-        raise UserError(f'{path}: no such config file'
-                        + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
+        from features.help import no_config_file
+        raise no_config_file(path)
     namespace = {'__file__': path, '__name__': 'config'}
     try:
         with open(path, 'rb') as f:  # compile() knows byte-order marks and codings
@@ -353,12 +350,8 @@ def find_field(cls, key, where, hint=''):
         key += '_'  # --from=DIR sets the field from_, as Python cannot have one named from
     fields = fields_of(cls)
     if key not in fields:
-        from features.help import all_fields
-        fields = all_fields(cls)
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1, 0.5)
-        hint = (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint
-        raise UserError(f'{where}: no such setting{hint}')
+        from features.help import find_in_features
+        return find_in_features(cls, key, where, hint)
     return fields[key]
 
 
@@ -385,6 +378,7 @@ def convert(value, field, where):
             if kind is dict and FilePath in kinds:  # a mixture: {folder: its share}
                 value = {as_kind(key, FilePath): item for key, item in value.items()}
             return value
+    from features.help import describe
     raise UserError(f'{where}: got {value!r}, takes {describe(field.type)}')
 
 
@@ -439,22 +433,6 @@ def options(annotation):
     """int | None → (int, NoneType); Literal['a', 'b'] → (Literal['a', 'b'],)"""
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return typing.get_args(annotation) if is_union else (annotation,)
-
-
-NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a path'}
-
-
-def describe(annotation):
-    names = []
-    for kind in options(annotation):
-        inner = typing.get_args(kind)
-        if typing.get_origin(kind) is list:
-            names.append(f'a list of {describe(inner[0])}')
-        elif inner:  # the choices of a Literal
-            names += map(str, inner)
-        else:
-            names.append(NAMES.get(kind, kind.__name__))
-    return ' | '.join(names)
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """
-The text of --help: the settings of the core and of features with their defaults and the comments beside them.
+The text of --help: the settings of the core and of features with their defaults and the comments beside them;
+and the refusals of settings that are not there.
 """
+import difflib
+import glob
 import importlib
 import inspect
 import os
@@ -9,7 +12,7 @@ import sys
 import textwrap
 import typing
 
-from configurator import ROOT, UserError, describe, options
+from configurator import ROOT, FilePath, UserError, options
 from features import (
     comment_of,
     default_of,
@@ -77,6 +80,23 @@ def all_fields(cls):
     return found
 
 
+def find_in_features(cls, key, where, hint):
+    """find_field() for a setting that the core does not have."""
+    fields = all_fields(cls)
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1, 0.5)
+        hint = (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint
+        raise UserError(f'{where}: no such setting{hint}')
+    return fields[key]
+
+
+def no_config_file(path):
+    """The UserError for a config file that is not there."""
+    near = difflib.get_close_matches(path, glob.glob('config/**/*.py', recursive=True), 1)
+    return UserError(f'{path}: no such config file'
+                     + (f'; did you mean {near[0]}?' if near else ' (settings are given as --key=value)'))
+
+
 def about_feature(name):
     """The first paragraph of the docstring of a feature's settings, in one line."""
     text = importlib.import_module(f'features.{name}.settings').__doc__
@@ -96,3 +116,19 @@ def two_columns(name, text):
     text = textwrap.fill(text, 110, initial_indent=first, subsequent_indent=38 * ' ', break_long_words=False,
                          break_on_hyphens=False)
     return text or first.rstrip()
+
+
+NAMES = {type(None): 'None', bool: 'True or False', list: 'a list', FilePath: 'a path'}
+
+
+def describe(annotation):
+    names = []
+    for kind in options(annotation):
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is list:
+            names.append(f'a list of {describe(inner[0])}')
+        elif inner:  # the choices of a Literal
+            names += map(str, inner)
+        else:
+            names.append(NAMES.get(kind, kind.__name__))
+    return ' | '.join(names)
