@@ -392,7 +392,7 @@ def tensors(change):
         found = {name: t.clone() for name, t in found.items()}
         path.unlink()
         new = change(found)
-        save_file(found if new is None else new, path)
+        save_file({name: t.clone() for name, t in (found if new is None else new).items()}, path)
 
     return write
 
