@@ -220,7 +220,10 @@ def refuse(reason, code=2):
     if rank != '0':  # rank 0 finds most mistakes too: it says them, and torchrun ends the others
         time.sleep(3)
         name += f': rank {rank}'
-    print(f'{name}:', *visible(str(reason)).split(), file=sys.stderr)
+    line = ' '.join(visible(str(reason)).split())
+    if len(line) > 1000:  # a name out of a file
+        line = f'{line[:500]} … {line[-400:]}'
+    print(f'{name}: {line}', file=sys.stderr)
     leave(code)
 
 

@@ -1,6 +1,6 @@
 """
 Files that nobody honest wrote, or that a bad day left: hostile/cases.py writes them, hostile/run.py runs
-minnow on them. Here are some of them, all of them (slow), and that the runner sees harm.
+minnow's commands on them. Here are some of them, all of them (slow), and that the runner sees harm.
 """
 import json
 import os

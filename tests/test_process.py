@@ -50,6 +50,16 @@ def test_no_control_character_is_left_but_new_lines_and_tabs():
     assert {c for c in controls if c in visible(''.join(controls))} == {'\t', '\n'}
 
 
+def test_an_error_with_a_name_of_a_file_of_any_length_stays_one_line_that_a_terminal_can_show(capsys):
+    def main():
+        raise UserError(f'weights.safetensors: {"x" * 10 ** 6}: no such tensor: restore it')
+    with pytest.raises(SystemExit):
+        run_main(main)
+    line = capsys.readouterr().err
+    assert len(line) < 1000 and 'weights.safetensors: xxx' in line
+    assert line.endswith('xxx: no such tensor: restore it\n')
+
+
 def printed(monkeypatch, main, output_is_all, terminal):
     """The bytes that main() prints to stdout: a terminal, or a pipe."""
     reader, writer = pty.openpty() if terminal else os.pipe()
