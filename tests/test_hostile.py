@@ -5,11 +5,13 @@ chat templates, adapters, networks. Each is one line that names the file.
 import json
 import random
 import re
+import resource
 import time
 
 import pytest
 
 from configurator import UserError
+from features.chat.template import render
 from features.hf.tokenizer_json import JsonTokenizer
 from features.lora.patterns import Patterns
 
@@ -157,3 +159,39 @@ def test_our_own_bug_shows_its_traceback():
     tokenizer = JsonTokenizer('tokenizers', tokenizer_json(), 'folder/tokenizer.json')
     with pytest.raises(TypeError):
         tokenizer.decode(None)
+
+
+# -----------------------------------------------------------------------------
+# Chat templates
+
+TEMPLATES = {
+    'a long loop': '{% for i in range(10**9) %}x{% endfor %}',
+    'loops in loops': '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
+    'a long text': "{{ 'a' * 10**10 }}",
+    'a text that doubles': "{% set n=namespace(x='a') %}{% for i in range(60) %}{% set n.x=n.x~n.x %}"
+                           '{% endfor %}',
+    'a wide number': "{{ '%1000000000d' % 1 }}",
+    'a wide filter': "{{ 'x'|indent(10**9) }}",
+    'a long list': '{{ (range(99999)|list)*10**6 }}',
+    'recursion': '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}',
+    'depth': '{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}',
+    'blocks in blocks': '{% if 1 %}' * 3000 + '{% endif %}' * 3000,
+    'loops 30 deep': '{% for i in [1] %}' * 30 + 'x' + '{% endfor %}' * 30,
+    'classes': "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    'a module': "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    'a file': "{% include '/etc/passwd' %}",
+    'an import': "{% import 'os' as o %}",
+    'a change': '{{ messages.append(1) }}',
+    'a megabyte': 'a' * (2 ** 20 + 1),
+    'half a character': "{{ '\\ud800' }}",
+    'no time': "{{ strftime_now('%Y' * 10**7) }}",
+    'zero': '{{ 1 / 0 }}',
+}
+
+
+@pytest.mark.parametrize('template', TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_no_template_takes_the_machine(template):
+    messages = [{'role': 'user', 'content': 'hi'}]
+    refused(render, template, messages, names='the chat template refuses it')
+    assert render("{{ messages[0]['content'] }}{{ x }}", messages, x='!') == 'hi!'  # another one goes on
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 300 * 1024

@@ -4,22 +4,30 @@ Chat templates: a conversation → text → tokens, and which of the tokens are 
     messages = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
     render(DEFAULT, messages, eos_token='<|im_end|>')
 
-Templates come with downloaded models, so they run in Jinja's sandbox. The rendered text is that of
-transformers' apply_chat_template().
+Templates come with downloaded models, so they run in Jinja's sandbox, in a process with limits: jinja.py. The
+rendered text is that of transformers' apply_chat_template().
 """
 import functools
 import json
+import os
 import re
-from datetime import datetime
+import select
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
 
 import numpy as np
 
 from configurator import UserError
+from features.chat import jinja
 from tokenizer import from_json
 
 # ChatML. A marker that is no special token of the tokenizer is ordinary text; the end of a turn always is one
 DEFAULT = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
            "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LONGEST = 2 ** 20  # characters of a template; those of published models have up to 30,000
+SECONDS = 5  # for one conversation, which takes 0.0002 s
 # Signs around the number of a special token whose name stands in a message: of Unicode's private use
 BEFORE, AFTER = '\ue001', '\ue002'
 HIDDEN = re.compile(f'{BEFORE}(\\d+){AFTER}')
@@ -31,56 +39,84 @@ HIDDEN = re.compile(f'{BEFORE}(\\d+){AFTER}')
 def render(template, messages, add_generation_prompt=False, **names):
     """
     The text of messages [{'role', 'content'}, …]. add_generation_prompt: also the beginning of the
-    assistant's next turn. names: bos_token, eos_token, … Raises UserError for a template that fails.
+    assistant's next turn. names: bos_token, eos_token, … Raises UserError for a template that fails, or takes
+    too long or too much memory.
     """
-    _, TemplateError = sandbox()
-    try:
-        return compiled(template).render(messages=messages, tools=None, documents=None,
-                                         add_generation_prompt=add_generation_prompt, **names)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UserError(f'the chat template refuses it: {" ".join(str(error).split())}') from None
+    if template == DEFAULT:
+        return jinja.render(default(), messages, add_generation_prompt, names)
+    request = {'messages': messages, 'add_generation_prompt': add_generation_prompt, 'names': names}
+    return renderer(template, os.getpid()).ask(request)
+
+
+def refused(reason):
+    return UserError(f'the chat template refuses it: {reason}')
 
 
 @functools.cache
-def compiled(template):
-    return sandbox()[0].from_string(template)
+def default():
+    check_jinja()
+    return jinja.environment().from_string(DEFAULT)
 
 
-@functools.cache
-def sandbox():
-    """(an environment like that of transformers, the error that its templates raise)."""
-    try:
-        from jinja2 import ext, nodes
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError('a chat template needs the jinja2 library: pip install jinja2') from None
+def check_jinja():
+    if find_spec('jinja2') is None:
+        raise UserError('a chat template needs the jinja2 library: pip install jinja2')
 
-    def raise_exception(message):
-        raise TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+@functools.lru_cache(maxsize=2)
+def renderer(template, pid):  # pid: a process that was forked has one of its own
+    return Renderer(template)
 
-    class Generation(ext.Extension):
-        """{% generation %}…{% endgeneration %}, with which some templates mark the assistant's turns."""
-        tags = {'generation'}
 
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return nodes.CallBlock(self.call_method('written'), [], [], body).set_lineno(line)
+class Renderer:
+    """The process of jinja.py for a template from elsewhere."""
 
-        def written(self, caller):
-            return caller()
+    def __init__(self, template):
+        self.template, self.process, self.pid = template, None, os.getpid()
+        check_jinja()
+        if len(template) > LONGEST:
+            raise refused(f'it has more than {LONGEST:,} characters')
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, ext.loopcontrols])
-    environment.filters['tojson'] = tojson
-    environment.globals['raise_exception'] = raise_exception
-    environment.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
-    return environment, TemplateError
+    def start(self):
+        # -I: it imports nothing from the folder that the user works in. Of the user's variables it gets those
+        # that Python needs
+        known = {name: os.environ[name] for name in ('TZ', 'LD_LIBRARY_PATH') if name in os.environ}
+        self.process = subprocess.Popen([sys.executable, '-I', jinja.__file__], env=known,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        folders = [os.path.dirname(find_spec(name).origin) for name in ('jinja2', 'markupsafe')]
+        self.send({'path': [os.path.dirname(folder) for folder in folders], 'template': self.template})
+
+    def send(self, value):
+        self.process.stdin.write(json.dumps(value).encode() + b'\n')
+        self.process.stdin.flush()
+
+    def ask(self, request):
+        """The text of a conversation. Raises UserError."""
+        line = b''
+        with suppress(BrokenPipeError):
+            if self.process is None:
+                self.start()
+            self.send(request)
+            if not select.select([self.process.stdout], [], [], SECONDS)[0]:
+                self.end()
+                raise refused(f'it takes longer than {SECONDS} seconds')
+            line = self.process.stdout.readline()
+        if not line.endswith(b'\n'):  # the system ended it
+            self.end()
+            raise refused('it takes too much memory or time')
+        answer = json.loads(line)
+        if 'error' in answer:
+            raise refused(answer['error'])
+        return answer['text']
+
+    def end(self):
+        if self.process is not None and self.pid == os.getpid():
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    __del__ = end
 
 
 # -----------------------------------------------------------------------------

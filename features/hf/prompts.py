@@ -9,7 +9,7 @@ conversation. No name is guessed if a file has it.
 """
 import os
 
-from checkpoint import read_json
+from checkpoint import open_regular, read_json
 from configurator import UserError
 from features.hf import llama2c, reading
 from features.hf.config_json import config_fields
@@ -127,11 +127,14 @@ def text_of(token):
 def chat_template(folder):
     """The Jinja template of a conversation; '' where the folder has none."""
     path = os.path.join(folder, 'chat_template.jinja')
-    if os.path.isfile(path):
+    if os.path.lexists(path):
+        with open_regular(path) as f:
+            data = f.read(2 ** 20 + 1)
         try:
-            with open(path, encoding='utf-8') as f:
-                return f.read()
-        except (OSError, UnicodeDecodeError) as error:
+            if len(data) <= 2 ** 20:
+                return data.decode()
+            raise ValueError('it has more than 1,048,576 bytes')
+        except ValueError as error:
             raise UserError(f'{path}: not readable as text in UTF-8: {error}') from None
     found = optional_json(folder, 'tokenizer_config.json').get('chat_template')
     if isinstance(found, list):  # several, by their names
