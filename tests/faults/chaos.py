@@ -68,6 +68,7 @@ class Chaos:
         self.out_dir, self.moved = self.disk / 'run', self.disk / 'moved'
         self.run, self.max_iters = None, 10 ** 6
         self.lost = set()  # records that were cut off the log, as key()
+        self.spoilt = set()  # names of checkpoints that a disturbance has damaged
         self.shift = 0
         for path in (self.disk, self.folder):
             path.mkdir(parents=True, exist_ok=True)
@@ -243,11 +244,12 @@ class Chaos:
             if max(after, default=-1) < newest:
                 raise Found(f'the checkpoint of step {newest} was lost: {sorted(after)} are left, '
                             f'of {sorted(self.before)}; there are {sorted(os.listdir(self.disk))}')
-            name, loss = self.best_before
-            if name and int(name[5:]) in self.before and int(name[5:]) not in after:
-                better = self.best()[1]
-                if better is None or better >= loss:
-                    raise Found(f'the best checkpoint, {name} ({loss}), was lost: best is {self.best()}')
+            (name, loss), (new_name, new_loss) = self.best_before, self.best()
+            is_lost = name and int(name[5:]) in self.before and int(name[5:]) not in after
+            if is_lost and name not in self.spoilt and (new_loss or loss) >= loss:
+                raise Found(f'the best checkpoint, {name} ({loss}), was lost: best is {new_name}')
+            if new_name and new_name not in self.spoilt and int(new_name[5:]) not in after:
+                raise Found(f'best names {new_name}, which is gone: {sorted(after)}')
 
     def saved(self, is_early):
         """Raise Found if it stopped without a checkpoint of its last step."""
@@ -583,8 +585,7 @@ def spoil(c, chance):
             path.unlink()
         else:
             shutil.rmtree(newest)
-        if c.best_before[0] == newest.name:
-            c.best_before = None, None
+        c.spoilt.add(newest.name[:13])
     if is_stopped:
         c.start()
     return c.settle()
@@ -648,6 +649,7 @@ class Report:
     def __init__(self, path, out, words):
         self.path, self.out, self.words = path, out, words
         self.state = {'done': 0, 'counts': {}, 'found': [], 'seconds': 0.0, 'steps': [], 'lost': [],
+                      'spoilt': [],
                       'out_dir': None, 'end': ''}
         if path.exists():
             self.state |= json.loads(path.read_text())
@@ -658,7 +660,8 @@ class Report:
 
     def keep(self, c):
         """Save the state; every ten minutes also the page."""
-        self.state |= {'seconds': self.seconds(), 'lost': sorted(c.lost), 'out_dir': str(c.out_dir)}
+        self.state |= {'seconds': self.seconds(), 'lost': sorted(c.lost), 'spoilt': sorted(c.spoilt),
+                       'out_dir': str(c.out_dir)}
         checkpoint.replace_json(str(self.path), self.state)
         if time.monotonic() - self.shown > 600:
             self.show()
@@ -792,7 +795,7 @@ def main():
         sys.exit(report.page())  # it is over
     c = Chaos(folder, given.seed)
     if report.state['out_dir']:
-        c.lost = set(map(tuple, report.state['lost']))
+        c.lost, c.spoilt = {tuple(one) for one in report.state['lost']}, set(report.state['spoilt'])
         if not c.out_dir.exists() and c.moved.exists():
             c.out_dir, c.moved = c.moved, c.out_dir
         if (folder / 'elsewhere').exists():
