@@ -381,7 +381,7 @@ def stop(c):
 def vanish(c, chance, how):
     """Nobody can take any longer what it prints."""
     stop(c)
-    if how == 'pipe':
+    if how in ('pipe', 'full pipe'):
         pipe = c.folder / 'pipe'
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe)
@@ -398,6 +398,12 @@ def vanish(c, chance, how):
         c.start('/dev/full' if how == 'full' else 'closed')
     try:
         c.begin(chance)
+        if how == 'full pipe':  # its reader sleeps, and there is no room in it
+            reader.send_signal(signal.SIGSTOP)
+            with suppress(BlockingIOError), open(pipe, 'wb', buffering=0, opener=without_waiting) as f:
+                while f.write(bytes(4096)):
+                    pass
+            return c.settle()
     finally:
         if how == 'terminal':
             os.close(theirs)
@@ -405,6 +411,10 @@ def vanish(c, chance, how):
             reader.kill()
             reader.wait()
     return c.settle(*[signal.SIGHUP] * (how == 'terminal'))
+
+
+def without_waiting(path, flags):
+    return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
 
 
 def set_clock(c, chance):
@@ -630,6 +640,7 @@ KINDS = {
     'fsync: EIO, ESTALE, ENOSPC': (fail, 'fsync', FILES[:-1], ERRORS),
     'rename: EIO, ESTALE, ENOSPC': (fail, 'rename', FILES[:-1], ERRORS),
     'reader of the pipe killed': (vanish, 'pipe'),
+    'reader of the pipe suspended': (vanish, 'full pipe'),
     'terminal closed': (vanish, 'terminal'),
     'output to /dev/full': (vanish, 'full'),
     'output closed': (vanish, 'closed'),

@@ -19,7 +19,7 @@ def test_a_run_under_twelve_faults_ends_as_if_there_had_been_none(tmp_path):
 
 
 DAYS = ('kill one', 'TERM', 'HUP', 'all suspended for 3', 'disk full in a save', 'data: EIO', 'rename:',
-        'reader of the pipe', 'clock jumps', 'data cut', 'out_dir renamed', 'second run from scratch')
+        'reader of the pipe killed', 'clock jumps', 'data cut', 'out_dir renamed', 'second run from scratch')
 
 
 @pytest.mark.slow
