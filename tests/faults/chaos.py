@@ -96,7 +96,7 @@ class Chaos:
             path.unlink(missing_ok=True)
         self.run = Processes(*self.args(), ranks=2, output=str(output or self.said),
                              errors=None if output else str(self.errors))
-        self.output = output
+        self.output, self.is_early = output, True
         (self.folder / 'pids').write_text(' '.join(str(process.pid) for process in self.run.processes))
 
     def pids(self):
@@ -180,15 +180,16 @@ class Chaos:
 
     def begin(self, chance, early=0.3, saving=0.3):
         """
-        Let it run, and wait for a moment: a second after its start, in a step, or in a save. Returns whether
-        it is at its start.
+        Let it run, and wait for a moment: a second after its start, in a step, or in a save. is_early: it may
+        be at its start.
         """
         if not self.run:
             self.start()
             if chance.random() < early and saving < 1:
                 time.sleep(chance.random() * 3)
                 self.look()
-                return True
+                return
+        self.is_early = False
         if not self.progress(PATIENCE):
             raise Found(f'not resumed: {self.end(0 if self.pids() else 5)}')
         if chance.random() < saving:
@@ -198,14 +199,17 @@ class Chaos:
         else:
             time.sleep(chance.random())
         self.look()
-        return False
 
     def end(self, seconds=PATIENCE):
         """(exit codes, what it said, its errors) once it has ended. The code of a rank that hangs is None."""
         end = time.monotonic() + seconds
-        for process in self.run.processes:
-            process.join(max(0, end - time.monotonic()))
+        while self.pids() and time.monotonic() < end:
+            time.sleep(0.02)
+            if self.is_early and len(self.pids()) == 1:  # it waits for the other: torchrun ends it
+                end = min(end, time.monotonic() + 15)
         codes = [process.exitcode for process in self.run.processes]
+        if self.is_early and len(self.pids()) == 1:
+            codes.remove(None)
         self.run.kill()
         for process in self.run.processes:
             process.join()
@@ -262,10 +266,10 @@ class Chaos:
             if new_name and new_name not in self.spoilt and int(new_name[5:]) not in after:
                 raise Found(f'best names {new_name}, which is gone: {sorted(after)}')
 
-    def saved(self, is_early):
+    def saved(self):
         """Raise Found if it stopped without a checkpoint of its last step."""
         newest, last = max(self.sound(), default=-1), self.last_step()
-        if not is_early and newest < last:
+        if not self.is_early and newest < last:
             raise Found(f'stopped without a save: at step {last}, its newest checkpoint is of step {newest}')
 
     # --- mending ---
@@ -300,12 +304,12 @@ class Chaos:
 
 def send(c, chance, number, whom='any'):
     """A signal to all ranks or to one. Those that ask it to stop have it save first."""
-    is_early = c.begin(chance)
+    c.begin(chance)
     rank = {'all': None, 'one': chance.randrange(2), 'any': chance.choice((None, 0, 1))}[whom]
     c.run.kill(number, rank)
     outcome = c.settle(number, must_stop=True)
     if number in STOPS:
-        c.saved(is_early)
+        c.saved()
     return outcome
 
 
@@ -356,18 +360,18 @@ def fail(c, chance, call, paths, errors, is_start=None):
         c.shim.fail(call, error, path, skip, times)
     c.pass_saves(1 if is_start else skip + 1, c.shim.hits)
     c.detail = f'{"start: " * is_start}{call} {path}: {errno.errorcode.get(error, "short")} x {times}'
-    c.is_early = is_start
     outcome = c.settle()
     return outcome if c.shim.pass_all() else 'missed'
 
 
 def fail_data(c, chance):
     """The data cannot be read, or in parts. What was trained is saved first."""
-    call = chance.choice(('read', 'read', 'open'))
+    call, is_start = chance.choice(('read', 'read', 'open')), chance.random() < 0.4
     errors = (errno.EIO, errno.ESTALE, 0) if call == 'read' else (errno.EIO, errno.ESTALE, errno.EACCES)
-    outcome = fail(c, chance, call, ('.bin', '.bin', '.idx', 'meta.json'), errors)
+    paths = ('.bin', '.idx', 'meta.json') if is_start else ('.bin',)
+    outcome = fail(c, chance, call, paths, errors, is_start)
     if outcome == 'stopped':
-        c.saved(c.is_early)
+        c.saved()
     return outcome
 
 
@@ -483,7 +487,7 @@ def spoil_data(c, chance, how):
         (c.folder / 'elsewhere').rename(c.data)
     c.mend()
     if outcome == 'stopped':
-        c.saved(is_stopped)
+        c.saved()
     if is_stopped and outcome == 'on' and how != 'folder gone' and path.suffix == '.bin':
         raise Found(f'trained on {path.name}, which is {how}')
     return outcome
