@@ -4,6 +4,7 @@ The processes (ranks) of a run. torchrun starts several, which share the batches
 import gc
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,7 +20,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError
+from configurator import STOP_SIGNALS, UserError
+
+
+@contextmanager
+def ended_by_signals():
+    """
+    Context in which a signal that asks to stop ends the process at once, as no handler runs while torch waits
+    for the other ranks, up to half an hour.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in handled.items():
+        signal.signal(number, handler)
 
 
 class Ranks:
@@ -32,7 +48,8 @@ class Ranks:
         if self.world > 1:  # gloo beside nccl: counts and flags are exchanged without waiting for the GPU
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
             # the watch is to speak first
-            dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
+            with ended_by_signals():
+                dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 12 * hang_timeout)))
             self.watch = Watch(self.rank, self.world, hang_timeout) if hang_timeout else None
 
     @property

@@ -71,6 +71,25 @@ def test_a_signal_leaves_one_checkpoint_at_the_end_of_a_step_and_the_run_goes_on
     assert fingerprint(tmp_path / 'cut') == fingerprint(tmp_path / 'whole')
 
 
+def test_a_signal_ends_a_rank_that_waits_for_one_that_never_comes(monkeypatch):
+    """At the start, torch waits half an hour for it, and no handler of Python runs."""
+    def look(*args, **more):
+        seen.update({number: signal.getsignal(number) for number in STOP_SIGNALS})
+    seen, stop, before = {}, StopSignal(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(ranks.dist, 'init_process_group', look)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        listen(stop.remember)
+        ranks.Ranks(torch.device('cpu'))
+        ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) != stop.remember}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen.pop(signal.SIGHUP) == signal.SIG_IGN and ignored == {signal.SIGHUP}
+    assert set(seen.values()) == {signal.SIG_DFL}
+
+
 def test_a_signal_while_minutes_are_measured_leaves_nothing_behind(dataset, tmp_path):
     args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--minutes=1', '--depth=2',
             '--compile=False']
