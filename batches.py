@@ -562,20 +562,33 @@ def sum_losses(model, source, s, ranks, stop):
     numbers = validation_rows(source, EVAL_ROWS * s.eval_iters)
     most = -(-len(numbers) // ranks.world)  # all ranks make as many passes, some perhaps an empty one
     height = min(4 * s.batch_size, most)  # without gradients, four times the rows fit
-    nats, targets = zero(ranks.device), 0
+    nats, targets, trouble = zero(ranks.device), 0, None
     for i in range(0, most, height):
         mine = numbers[ranks.rank::ranks.world][i:i + height]
-        new_nats, new_targets = batch_loss(model, source, mine, height, ranks.device, s.dtype)
+        try:
+            batch = validation_batch(source, mine, height)
+        except (UserError, OSError) as error:
+            trouble = error
+        if ranks.any(stop or trouble):
+            break
+        new_nats, new_targets = batch_loss(model, batch, ranks.device, s.dtype)
         nats, targets = nats + new_nats, targets + new_targets
         ranks.alive()
-        if ranks.any(stop):
-            break
-    return ranks.sum(nats.item(), targets, bool(stop))
+    return sum_all(ranks, trouble, nats.item(), targets, bool(stop))
 
 
-def batch_loss(model, source, numbers, height, device, dtype):
-    """(summed loss in nats, which stays on the device; number of targets) of the rows with these numbers."""
-    x, y, *more = [torch.from_numpy(a).to(device) for a in validation_batch(source, numbers, height)]
+def sum_all(ranks, trouble, *values):
+    """ranks.sum(*values), of all ranks. Raises Trouble on all if one has met an error, `trouble`."""
+    *sums, count = ranks.sum(*values, trouble is not None)
+    if count:
+        from features.rescue import raise_together
+        raise_together(trouble, ranks)
+    return sums
+
+
+def batch_loss(model, batch, device, dtype):
+    """(summed loss in nats, which stays on the device; number of targets) of a validation_batch()."""
+    x, y, *more = [torch.from_numpy(a).to(device) for a in batch]
     inputs = {}
     if more:  # t5
         from features.t5.objectives import more_inputs  # t5

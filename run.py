@@ -33,12 +33,14 @@ class Run:
     val: list[Source]
     batches: Batches
     interval: Interval
-    step: int  # where it goes on: 0 at its beginning
+    step: int  # steps made so far
     left_out: set  # steps without data
     tokens_per_step: int
     flops: float = 0.0  # spent so far
     skipped: int = 0  # steps whose loss or gradient was NaN or infinite
     in_a_row: int = 0  # of these, up to now
+    is_whole: bool = True  # whether everything is as it was after `step` steps, so that it can be saved
+    trouble: Exception = None  # an error of this rank: all stop at the beginning of the next step
     saved: int | None = None  # step of the newest checkpoint
     best_loss: float | None = None  # of all evaluations
     to_compile: set = field(default_factory=set)  # 'step', 'evaluation': compiled when it first runs
@@ -60,6 +62,13 @@ class Run:
     def tokens(self, step):
         """The number of tokens in the first `step` steps, without skipped data."""
         return (step - sum(n < step for n in self.left_out)) * self.tokens_per_step
+
+    def record(self, step, **values):
+        """Write a record to the log."""
+        try:
+            self.log.write(step, **values)
+        except UserError as error:
+            self.trouble = error
 
     def wrap(self, s, ranks):
         """Let the network be compiled, if it is to be, and trained by all ranks."""
@@ -334,9 +343,9 @@ def report(s, run, step, loss, norm, ranks):
         parts.append(f'{int(left // 60)}m{int(left % 60):02d}s left')
     run.bar.set_postfix_str(parts[1], refresh=False)
     ranks.say(' | '.join(parts))
-    run.log.write(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
-                  tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,
-                  mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None, expert_load=expert_load)
+    run.record(step, tokens=run.tokens(step), flops=run.flops, train_loss=loss, lr=lr,
+               tokens_per_second=round(tokens_per_second, 1), grad_norm=norm,
+               mfu=round(mfu, 4) if mfu else None, skipped=run.skipped or None, expert_load=expert_load)
 
 
 # -----------------------------------------------------------------------------

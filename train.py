@@ -26,11 +26,12 @@ from functools import partial
 import torch
 
 import checkpoint
-from batches import DataConfig, evaluate, splitmix
+from batches import DataConfig, evaluate, splitmix, sum_all
 from configurator import (
     DeviceConfig,
     FilePath,
     Stopped,
+    UserError,
     configure,
     leave,
     listen,
@@ -150,8 +151,11 @@ def train_step(run, s, step, ranks, stop=False):
     """
     optimizer, scaler = run.optimizer, run.scaler
     set_rates(optimizer, step, s)
-    micro_batches, targets = run.batches(step)
-    targets, stops = ranks.sum(targets, stop)
+    try:
+        micro_batches, targets = run.batches(step)
+    except (UserError, OSError) as error:
+        micro_batches, targets, run.trouble = [], 0, error
+    targets, stops = sum_all(ranks, run.trouble, targets, stop)
     nats = zero(ranks.device)
 
     # 1) Gradients, summed over the micro-batches
@@ -186,6 +190,7 @@ def train_step(run, s, step, ranks, stop=False):
     scaler.unscale_(optimizer)
     norm = clip_gradient(run.model, s.grad_clip or math.inf)
     is_finite = math.isfinite(norm)  # waits for the device
+    run.is_whole = False
     if is_finite or scaler.is_enabled():  # a scaler (float16) finds out itself, and halves its factor
         scaler.step(optimizer)
     scaler.update()
@@ -220,7 +225,12 @@ def train(s, device, ranks, stop, left_out=()):
         run.pace.earlier = run.log.seconds  # plan
     run.saved = run.step or None
     with open_bar(s, run.step, ranks) as run.bar:
-        return make_steps(s, run, ranks, stop)
+        try:
+            return make_steps(s, run, ranks, stop)
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            from features.rescue import rescue
+            rescue(error, s, run, ranks, save)
+            raise
 
 
 def make_steps(s, run, ranks, stop):
@@ -247,6 +257,7 @@ def make_steps(s, run, ranks, stop):
             break
         if s.grow_every and step and step % s.grow_every == 0 and run.model.cfg.n_layer < s.grow_to:  # growth
             from features.growth.during import grow_run  # growth
+            run.is_whole = False  # growth: it would grow once more
             grow_run(run, s, ranks)  # growth
         if step in run.left_out:
             step += 1
@@ -280,6 +291,7 @@ def make_steps(s, run, ranks, stop):
 
         # 3) Report
         run.interval.add(done)
+        run.step, run.is_whole = step, True
         is_due = step % s.log_interval == 0 or step == 1
         if is_due:
             total, = ranks.sum(run.interval.nats.item())  # waits for the device
@@ -296,6 +308,7 @@ def make_steps(s, run, ranks, stop):
     if s.async_save:  # scale
         from features.scale import background  # scale
         ranks.from_first(background.wait)  # scale
+    sum_all(ranks, run.trouble)
     if stopping:
         number = stop.number or signal.SIGTERM
         again = 'the same command'
@@ -345,8 +358,8 @@ def evaluation(s, step, run, ranks, stop):
     if step and is_best and run.in_a_row <= 1:
         run.best_loss = loss
         write_files(s, partial(checkpoint.mark_best, s.out_dir, step, loss, s.keep_checkpoints), ranks)
-    run.log.write(step, tokens=run.tokens(step), flops=run.flops, **result,
-                  peak_memory_bytes=peak_memory(ranks.device))
+    run.record(step, tokens=run.tokens(step), flops=run.flops, **result,
+               peak_memory_bytes=peak_memory(ranks.device))
     show_sample(run.model, s, run.data, ranks, stop, run.form)
     if run.pace:  # plan
         run.pace.end_evaluation()  # plan

@@ -5,9 +5,9 @@ Faults that tests put into a run: FAULT says what happens at which points.
     FAULT=… python tests/inject.py --out_dir=… # train.py with them
 
 kill and term send this process a signal, exit leaves it at once, hang sleeps for ever, slow for half a
-second, full is a full disk. The others change a value: nan, inf and large a loss, inf a gradient, shift a
-weight. inject() wraps functions of train.py and checkpoint.py, which know nothing of it. After a restart by
-torchrun no fault happens again.
+second, full is a full disk, eio a failed one, memory is used up. The others change a value: nan, inf and
+large a loss, inf a gradient, shift a weight. inject() wraps functions of train.py, batches.py and
+checkpoint.py, which know nothing of it. After a restart by torchrun no fault happens again.
 """
 import errno
 import json
@@ -30,6 +30,14 @@ def hang(value):
 
 def full(value):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail(value):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), 'some/file')
+
+
+def exhaust(value):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
 def shift(model):
@@ -55,6 +63,8 @@ ACTIONS = {
     'hang': hang,
     'slow': lambda value: time.sleep(0.5),
     'full': full,
+    'eio': fail,
+    'memory': exhaust,
     'nan': lambda value: value + float('nan'),
     'large': lambda value: value * 100,
     'inf': infinite,
@@ -67,9 +77,10 @@ def inject(text, put=setattr):
     faults = [PATTERN.fullmatch(word).groups(default='') for word in text.split()]
     if not faults or os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
         return
+    import batches
     import checkpoint
     import train
-    now = SimpleNamespace(saving=None, out_dir=None, is_pruning=False)
+    now = SimpleNamespace(saving=None, out_dir=None, is_pruning=False, evaluating=None)
 
     def at(point, step=None, value=None):
         """`value`, as the fault for this point leaves it."""
@@ -125,8 +136,18 @@ def inject(text, put=setattr):
         original(path, text)
 
     def compiling(original, run, what, ranks):
-        at(what, sys._getframe(1).f_locals['step'], run.model)  # what: step or evaluation
+        step = sys._getframe(1).f_locals['step']
+        now.evaluating = step
+        at(what, step, run.model)  # what: step or evaluation
         return original(run, what, ranks)
+
+    def read(self, step):
+        at('batch', step)
+        return read_batch(self, step)
+
+    def validation_batch(original, *args):
+        at('val', now.evaluating)
+        return original(*args)
 
     def train_step(original, run, s, step, *args):
         handle = None
@@ -144,6 +165,9 @@ def inject(text, put=setattr):
     for wrapper in (save, write, write_tensors, write_torch, replace_json, sync, prune, append):
         name = wrapper.__name__
         put(checkpoint, name, partial(wrapper, getattr(checkpoint, name)))
+    read_batch = batches.Batches.read
+    put(batches.Batches, 'read', read)
+    put(batches, 'validation_batch', partial(validation_batch, batches.validation_batch))
     put(checkpoint, 'shutil', SimpleNamespace(copy=shutil.copy, rmtree=rmtree))
     for wrapper in (compiling, train_step, show_sample):
         name = wrapper.__name__

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import Source, batch_loss, losses
+from batches import Source, batch_loss, losses, validation_batch
 from checkpoint import load_model
 from configurator import UserError, pick_compile, pick_device, pick_exact_dtype
 from features.study.stats import PARTS, loss_and_error, show_error
@@ -50,7 +50,7 @@ def losses_on(model, source, folder, device, dtype):
     nats = []
     targets = []
     for row in range(source.rows):
-        loss, count = batch_loss(model, source, np.array([row]), 1, device, dtype)
+        loss, count = batch_loss(model, validation_batch(source, [row], 1), device, dtype)
         nats.append(loss.item())
         targets.append(count)
     nats = np.array(nats)

@@ -523,3 +523,32 @@ def test_other_data_or_settings_on_one_rank_are_noticed_before_the_first_step(da
                              folders=[tmp_path / 'a', tmp_path / 'b'])
     assert (codes == [2, 2] and 'the files of rank 1 are not those of rank 0' in said
             and not (tmp_path / 'out').exists()), said
+
+
+# --- an error outside of the steps ---
+
+@pytest.mark.parametrize('ranks, fault, step, words, more', [
+    (1, 'batch@33=eio', 33, 'some/file: Input/output error', []),
+    pytest.param(1, 'val@40=eio', 40, 'some/file: Input/output error', ['--async_save'], marks=SLOW),
+    (1, 'log@33=full', 33, 'log.jsonl: could not be written', []),
+    pytest.param(1, 'val@40=memory', 40, 'out of memory: lower batch_size', [], marks=SLOW),
+    pytest.param(2, 'batch@33/1=eio', 33, 'rank 1: some/file: Input/output error', [], marks=SLOW),
+    (2, 'val@40/1=eio', 40, 'rank 1: some/file: Input/output error', []),
+    (2, 'step@33/1=exit', 33, 'another rank has ended', []),
+    pytest.param(2, 'val@40/1=memory', 40, 'another rank has ended', [], marks=SLOW),
+    pytest.param(2, 'log@33=full', 33, 'log.jsonl: could not be written', [], marks=SLOW),
+    (2, 'batch@33/1=eio', 33, 'rank 1: some/file: Input/output error', ['--shard']),
+    pytest.param(2, 'val@40/1=eio', 40, 'rank 1: some/file: Input/output error', ['--shard'], marks=SLOW)])
+def test_an_error_outside_of_the_steps_loses_none_of_them(dataset, tmp_path, ranks, fault, step, words, more):
+    """And the run goes on bit for bit."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}', '--always_save_checkpoint=False', *more]
+    codes, said = run_to_end(*args, '--eval_interval=20', f'--out_dir={tmp_path / "cut"}', ranks=ranks,
+                             fault=fault)
+    assert codes[0] == 2 and words in said and 'Traceback' not in said, said
+    assert f'saved after step {step}, because of an error' in said and step_of(tmp_path / 'cut') == step, said
+    for name in ('cut', 'whole'):
+        assert (run_to_end(*args, f'--max_iters={step + 3}', '--eval_interval=20',
+                           f'--out_dir={tmp_path / name}', ranks=ranks)[0] == [0] * ranks)
+    assert fingerprint(tmp_path / 'cut') == fingerprint(tmp_path / 'whole')
+    if 'log' not in fault and 'memory' not in fault and 'exit' not in fault:
+        assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')

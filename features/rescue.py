@@ -1,0 +1,49 @@
+"""
+A run that meets an error outside of its steps, as data that cannot be read, is saved before it ends.
+"""
+from configurator import UserError
+from run import OneProcess
+
+
+class Trouble(UserError):
+    """An error of one rank that has stopped all of them at the same place, with the same weights."""
+
+
+def raise_together(error, ranks):
+    """Raise Trouble on all ranks, with the error of the first that has one; None = this one has none."""
+    for rank, text in enumerate(ranks.gather(error and text_of(error))):
+        if text:
+            raise Trouble(f'rank {rank}: {text}' if rank else text)
+
+
+def text_of(error):
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f'{error.filename}: ' if error.filename else ''
+    return f'{where}{error.strerror or error}: check the disk, then run the same command'
+
+
+def rescue(error, s, run, ranks, save):
+    """
+    Save the steps since the newest checkpoint, if the error leaves everything as it was after the last one.
+    After Trouble, all ranks save together. After another error of the system or of torch, such as a
+    connection that another rank has closed, rank 0 saves alone: it can, unless the network is sharded.
+    """
+    is_alone = not isinstance(error, Trouble)
+    if not run.is_whole or not run.step or run.saved == run.step:
+        return
+    if is_alone and (isinstance(error, UserError) or not ranks.first or ranks.lockstep):
+        return
+    if is_alone and ranks.world > 1:  # scale
+        from features.scale.ranks import Watch  # scale
+        ranks.beat(Watch.BUSY)  # scale: it may take long
+    try:
+        save(s, run.step, run, OneProcess(ranks.device) if is_alone else ranks)
+        if s.async_save and ranks.first:  # scale
+            from features.scale import background  # scale
+            background.wait()  # scale
+    except (UserError, OSError, RuntimeError, MemoryError) as problem:
+        ranks.say(f'the steps after the newest checkpoint are lost ({problem})')
+    else:
+        if run.saved == run.step:
+            ranks.say(f'saved after step {run.step}, because of an error')
