@@ -47,7 +47,7 @@ def prepare(s, out):
     s = replace(s, val_fraction=s.val_fraction or 0.01, split='document')
     source = core.describe(s, files)
     source |= {'messages': True, 'template': hashlib.sha256(form.chat_template.encode()).hexdigest()}
-    if os.path.lexists(out):  # text
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):  # text
         from features.text.pipeline import finished  # text
         return out, finished(out, source, s.val_fraction), None  # text
     with new_folder(out, 'out') as folder:

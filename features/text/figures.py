@@ -4,6 +4,7 @@ documents, and how often the text of an end-of-text token occurs inside of docum
 """
 import heapq
 import os
+import re
 
 import numpy as np
 
@@ -97,6 +98,22 @@ class Figures:
         progress = self.progress
         return {'unused': 1 - self.used.mean(), 'unknown': progress['unknown'] / max(tokens, 1),
                 'empty': progress['empty'], 'longest': progress['longest'], 'literal': progress['literal']}
+
+
+def is_figures(progress):
+    """Whether the record of an earlier run has figures that this one can go on with."""
+    counts = [progress.get(name, 0) for name in ('empty', 'unknown', 'length')]
+    literal, longest = progress.get('literal', {}), progress.get('longest', [])
+    if not isinstance(literal, dict) or not isinstance(longest, list):
+        return False
+    for entry in longest:
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+            return False
+        counts.append(entry[0])
+    if not all(type(count) is int for count in (*counts, *literal.values())):
+        return False
+    used = progress.get('used', '')
+    return isinstance(used, str) and re.fullmatch('([0-9a-f]{2})*', used) is not None
 
 
 def say_untrained(texts, tokenizer):

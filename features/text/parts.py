@@ -15,12 +15,12 @@ import shutil
 from tqdm import tqdm
 
 import prepare
-from checkpoint import sha256, sync
+from checkpoint import open_regular, sha256, sync
 from configurator import UserError
 from features.text.figures import print_figures
 from features.text.settings import TextConfig
 from features.text.splits import check_sides
-from features.text.tokenfiles import files_of, is_free, locked, publish, totals, work_folder
+from features.text.tokenfiles import clear, files_of, is_free, locked, publish, totals, work_folder
 from tokenizer import load_tokenizer
 
 
@@ -161,8 +161,7 @@ def merge(out):
     metas = read_parts(folders)
     try:
         with locked(out) as part:
-            for name in os.listdir(part):  # of a merge that was interrupted
-                os.unlink(os.path.join(part, name))
+            clear(part)  # of a merge that was interrupted
             meta = join(folders, metas, part)
             settings = {name: meta['source'][name] for name in ('sources', 'target', 'val_fraction')
                         if name in meta['source']}
@@ -192,22 +191,20 @@ def join(folders, metas, part):
         renamed = {**shard, 'file': f'{side}_{len(splits[side]):05d}.bin'}
         for old, new, digest in zip(files_of(shard), files_of(renamed),
                                     (shard['sha256'], shard['idx_sha256'])):
-            path = os.path.join(folder, old)
-            take(path, os.path.join(part, new))
+            take(os.path.join(folder, old), os.path.join(part, new))
             if sha256(os.path.join(part, new)) != digest:
-                raise UserError(f'{path}: its contents do not match the hash in meta.json (damaged file): '
-                                f'make {folder} again')
+                raise UserError(f'{folder}/{old}: its contents do not match the hash in meta.json (damaged '
+                                f'file): make {folder} again')
         splits[side].append(renamed)
     source = {key: value for key, value in metas[0]['source'].items() if key not in ('part', 'files')}
     return {**metas[0], 'splits': {side: totals(shards) for side, shards in splits.items()}, 'source': source}
 
 
 def take(path, to):
-    """Hard-link a file, or copy it if the file system has no links."""
+    """Hard-link a file, or copy it if the file system has no links. Raises UserError if it is no file."""
+    open_regular(path).close()
     try:
-        os.link(path, to)
-    except FileNotFoundError:
-        raise
+        os.link(os.path.realpath(path), to)
     except OSError:
         shutil.copyfile(path, to)
         sync(to)

@@ -3,7 +3,6 @@ The run of prepare.py for everything but some megabytes of plain text: a corpus 
 task by task, tokenized in several processes, and written to shards. An interrupted run is resumed where it
 stopped; neither that nor the number of processes changes a byte of the result.
 """
-import json
 import os
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -15,9 +14,9 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 import prepare as core
-from checkpoint import replace_json
+from checkpoint import read_json, replace_json
 from configurator import UserError
-from features.text.figures import Figures, say_untrained
+from features.text.figures import Figures, is_figures, say_untrained
 from features.text.pairs import PAIR, check_end_of_text, check_sections, has_pairs
 from features.text.parts import part_folder, place_of
 from features.text.pieces import ANYWHERE, cut_of
@@ -25,7 +24,18 @@ from features.text.reader import TASK_SIZE, Reader, documents
 from features.text.sources import find_files, folder_of, not_read, usual_fraction
 from features.text.splits import check_sides, choose_from, is_few, tasks_to_choose_from
 from features.text.synthetic import entropy_of
-from features.text.tokenfiles import Split, is_free, locked, move, publish, totals
+from features.text.tokenfiles import (
+    MARK,
+    Split,
+    clear,
+    files_of,
+    has_counts,
+    is_free,
+    locked,
+    move,
+    publish,
+    totals,
+)
 from features.text.tokenizers import Reserved
 from features.text.workers import cores, in_order
 from tokenizer import load_tokenizer, needs_text, new_tokenizer
@@ -120,21 +130,38 @@ def finished(out, source, unlimited):
     val_fraction before the limit for large files. Raises UserError if it was made from others.
     """
     try:
-        with open(os.path.join(out, 'meta.json'), encoding='utf-8-sig') as f:
-            meta = json.load(f)
-        found = meta['source']
-        if found.get('val_fraction') == unlimited:
-            source = source | {'val_fraction': unlimited}
-        changed = [key for key in source | found if found.get(key) != source.get(key)]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out') from None
+        meta = read_json(os.path.join(out, 'meta.json'))
+    except UserError:
+        meta = {}
+    found = meta.get('source')
+    if not isinstance(found, dict) or not os.path.isfile(os.path.join(out, 'meta.json')):
+        raise UserError(f'out={out}: exists, and was not made by prepare.py: choose another --out')
+    if found.get('val_fraction') == unlimited:
+        source = source | {'val_fraction': unlimited}
+    changed = [key for key in source | found if found.get(key) != source.get(key)]
     if changed:
         with_what = f'with {changed[0]}={found.get(changed[0])}'
         if changed[0] == 'inputs':
             with_what = 'from other input files'
         raise UserError(f'out={out}: exists, and was prepared {with_what}: delete it, '
                         'or choose another --out')
+    check_complete(out)
     return meta
+
+
+def check_complete(out):
+    """Raise UserError if a file of the data set `out` is missing or damaged, or its counts are no counts."""
+    from batches import DataFile, read_meta
+    meta = read_meta(out)
+    splits = meta['splits']
+    if meta.get('split') not in ('document', 'tail') or splits.keys() != {'train', 'val'}:
+        raise UserError(f'{out}: its meta.json is not as prepare.py writes it: prepare the data set again')
+    for split in splits.values():
+        if not all(map(has_counts, (split, *split['shards']))):
+            raise UserError(f'{out}: its meta.json has no counts: prepare the data set again')
+        for shard in split['shards']:
+            for name, size in zip(files_of(shard), (shard['bytes_on_disk'], 8 * shard['documents'])):
+                DataFile(os.path.join(out, name), size)
 
 
 # -----------------------------------------------------------------------------
@@ -144,11 +171,9 @@ def begin(s, files, source, part, by_default):
     """
     A new progress record: how documents are split, and the tokenizer, whose files are written to `part`.
     """
-    left = os.listdir(part)
-    if left:
+    if set(os.listdir(part)) - {MARK}:
         print(f'{part}: left by a run with other settings or inputs; starting over')
-    for name in left:
-        os.unlink(os.path.join(part, name))
+        clear(part)
     check_sections(s, files)
     tokenizer = None
     if not needs_text(s.tokenizer):  # a missing one is found before the text is read
@@ -202,12 +227,13 @@ def progress_bar(what, reader, items, done=0):
 
 def run(s, files, source, out, part, by_default):
     """Tokenize into the folder `part`, then make it `out`. Returns (meta.json, figures for the summary)."""
-    meta = read_json(os.path.join(part, 'meta.json'))
+    meta = recorded(os.path.join(part, 'meta.json'))
     if meta.get('source') == source:  # a run was interrupted when everything was done
         move(part, out)
+        check_complete(out)
         return meta, None
-    progress = read_json(os.path.join(part, 'progress.json'))
-    if progress.get('source') != source:
+    progress = recorded(os.path.join(part, 'progress.json'))
+    if progress.get('source') != source or not is_progress(progress):
         progress = begin(s, files, source, part, by_default)
     s = replace(s, split=progress['split'])
     chosen = progress.get('chosen')
@@ -276,11 +302,27 @@ def text_bytes(progress):
     return sum(shard['bytes'] for shards in progress['shards'].values() for shard in shards)
 
 
-def read_json(path):
-    """The dict in a JSON file; {} if there is none."""
+def recorded(path):
+    """The dict in a JSON file of an earlier run; {} if there is none."""
     try:
-        with open(path, encoding='utf-8') as f:
-            found = json.load(f)
-    except (OSError, ValueError):
+        return read_json(path, most=2 ** 30)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def is_progress(progress):
+    """Whether a record has what save() writes. Its file names must not lead out of the folder."""
+    chosen, shards = progress.get('chosen'), progress.get('shards')
+    if progress.get('split') not in ('document', 'tail') or not has_counts(progress, ('tasks', 'position')):
+        return False
+    if not (chosen is None or isinstance(chosen, list) and all(type(number) is int for number in chosen)):
+        return False
+    if not isinstance(progress.get('tokenizer'), dict) or not isinstance(shards, dict):
+        return False
+    if shards.keys() != {'train', 'val'} or not all(isinstance(entries, list) for entries in shards.values()):
+        return False
+    for side, entries in shards.items():
+        for n, shard in enumerate(entries):
+            if not has_counts(shard) or shard.get('file') != f'{side}_{n:05d}.bin':
+                return False
+    return is_figures(progress)

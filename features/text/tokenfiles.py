@@ -2,8 +2,11 @@
 Tokens → token files, which an interrupted run continues, and the folder in which they are made. batches.py
 reads them.
 """
+import errno
+import json
 import os
-import shutil
+import re
+import stat
 from contextlib import contextmanager, suppress
 
 from checkpoint import lock, replace_json, sha256, sync
@@ -91,8 +94,21 @@ def totals(shards):
     return {**counts, 'shards': shards}
 
 
+def is_count(value):
+    return type(value) is int and 0 <= value < 2 ** 62
+
+
+def has_counts(entry, names=('tokens', 'documents', 'bytes')):
+    return isinstance(entry, dict) and all(is_count(entry.get(name)) for name in names)
+
+
 # -----------------------------------------------------------------------------
 # The folder in which a data set is made
+
+MARK = '.prepare'  # a file that is written first into a folder in which a data set is made
+OWN = re.compile(r'(train|val)_\d{5,9}\.(bin|idx|mask)|(meta|progress)\.json(\..{0,40}tmp)?|'
+                 r'tokenizer\.(model|json|bin)|vocab\.txt|' + re.escape(MARK))
+
 
 def is_free(out):
     """
@@ -100,9 +116,46 @@ def is_free(out):
     """
     if not os.path.isdir(out):
         return not os.path.lexists(out)
-    names = os.listdir(out)
-    # an empty volume has that
-    return 'meta.json' not in names and ('.part' in names or set(names) <= {'lost+found'})
+    names = set(os.listdir(out)) - {'lost+found'}  # an empty volume has that
+    if '.part' in names:  # a run that was stopped while it put its files in place
+        names = {name for name in names - {'.part'} if name == 'meta.json' or not OWN.fullmatch(name)}
+    return not names
+
+
+def check_own(part):
+    """Raise UserError unless all that is in the work folder `part` was written by prepare.py, or nothing."""
+    names = os.listdir(part)
+    foreign = [name for name in sorted(names) if not OWN.fullmatch(name)
+               or not stat.S_ISREG(os.lstat(os.path.join(part, name)).st_mode)]
+    if names and not (MARK in names or has_progress(part)):
+        foreign = foreign or sorted(names)
+    if foreign:
+        raise UserError(f'{part}: holds {foreign[0]!r:.100}, which prepare.py did not write: '
+                        'move it away, or choose another --out')
+
+
+def has_progress(part):
+    """Whether a folder has a progress.json: earlier versions wrote no other mark."""
+    try:
+        with open(os.path.join(part, 'progress.json'), encoding='utf-8') as f:
+            return {'source', 'tasks'} <= json.load(f).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def clear(part):
+    """Remove what prepare.py wrote from a work folder, except the mark."""
+    for name in os.listdir(part):
+        if OWN.fullmatch(name) and name != MARK:
+            os.unlink(os.path.join(part, name))
+
+
+def remove(part):
+    """Remove a work folder, unless somebody else's files are in it by now."""
+    clear(part)
+    with suppress(OSError):
+        os.unlink(os.path.join(part, MARK))
+        os.rmdir(part)
 
 
 def work_folder(out):
@@ -117,22 +170,30 @@ def work_folder(out):
 def locked(out):
     """
     The work folder of `out`, locked for this process. After a UserError it is removed; after other errors it
-    stays for the next run.
+    stays for the next run. Raises UserError if somebody else's files are in it.
     """
     part = work_folder(out)
+    if os.path.lexists(part) and (os.path.islink(part) or not os.path.isdir(part)):
+        raise UserError(f'{part}: is no folder of prepare.py: move it away, or choose another --out')
     os.makedirs(part, exist_ok=True)
     held = lock(part)
     if held is None:
         raise UserError(f'out={out}: another process is preparing it: wait for that one, '
                         'or choose another --out')
     try:
-        yield part
-    except UserError:
-        shutil.rmtree(part)
-        if os.path.dirname(part).endswith('.parts'):
-            with suppress(OSError):  # other parts are in it
-                os.rmdir(os.path.dirname(part))
-        raise
+        check_own(part)
+        try:
+            with open(os.path.join(part, MARK), 'w') as f:
+                f.write('prepare.py makes a data set in this folder, and may delete it\n')
+            if not is_free(out) or work_folder(out) != part:
+                raise UserError(f'out={out}: was made while this command started: run it again')
+            yield part
+        except UserError:
+            remove(part)
+            if os.path.dirname(part).endswith('.parts'):
+                with suppress(OSError):  # other parts are in it
+                    os.rmdir(os.path.dirname(part))
+            raise
     finally:
         os.close(held)
 
@@ -151,19 +212,27 @@ def publish(part, out, meta, tokenizer_files):
 
 def move(part, out):
     """
-    Make a complete folder `part` the data set `out`. If `out` exists, the files are moved into it, meta.json
-    last, because a folder without it is not a data set.
+    Make a complete folder `part` the data set `out`. If `part` is inside of `out`, the files are moved up,
+    meta.json last, because a folder without it is not a data set. Raises OSError if a file is in the way.
     """
-    if not os.path.isdir(out):
-        os.rename(part, out)
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(out, 'progress.json'))
+    if os.path.basename(part) != '.part':
+        try:
+            os.rename(part, out)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, out) from None  # that is in the way, not `part`
+        for name in ('progress.json', MARK):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(out, name))
         sync(os.path.dirname(os.path.abspath(out)))
         return
-    for name in sorted(os.listdir(part), key=lambda name: (name == 'meta.json', name)):
+    names = set(os.listdir(part)) - {'progress.json', MARK}
+    names = sorted(names, key=lambda name: (name == 'meta.json', name))
+    for name in names:
+        if os.path.lexists(os.path.join(out, name)):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), os.path.join(out, name))
+    for name in names:
         if name == 'meta.json':
             sync(out)
-        if name != 'progress.json':
-            os.rename(os.path.join(part, name), os.path.join(out, name))
-    shutil.rmtree(part)
+        os.rename(os.path.join(part, name), os.path.join(out, name))
+    remove(part)
     sync(out)
