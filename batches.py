@@ -507,6 +507,14 @@ class Batches:
         self.ahead = {step + 1: self.thread.submit(self.read, step + 1)}
         return now.result()
 
+    def of_all(self, step, trouble, stop):
+        """(this rank's micro-batches, targets in those of all ranks, how many are to stop), or Trouble."""
+        try:
+            batches, targets = self(step)
+        except (UserError, OSError) as error:
+            batches, targets, trouble = [], 0, error
+        return batches, *sum_all(self.ranks, trouble, targets, stop)
+
     def read(self, step):
         batches, targets = [], 0
         for samples in micro_batches(self.s, step, self.ranks.rank, self.ranks.world):

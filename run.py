@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 from batches import Batches, Mixture, Source, open_data
-from configurator import UserError, check, is_out_of_memory, peak_flops, pick_compile, pick_dtype
+from configurator import Stopped, UserError, check, listen, peak_flops, pick_compile, pick_dtype
 from features import part_of
 from model import ModelConfig, compile_all, make_model
 from optim import Interval, learning_rate, make_optimizer, short_warmup, step_flops
@@ -361,6 +361,13 @@ class StopSignal:
     number = 0
     since = 0.0  # time.monotonic() of the first signal
 
+    def listen(self):
+        listen(self.remember)
+
+    def end(self):
+        """Stop where there is nothing to save."""
+        raise Stopped(self.number or signal.SIGTERM)
+
     def remember(self, number, frame):
         is_term = number == signal.SIGTERM
         if not self.number or (is_term and self.number not in (signal.SIGTERM, signal.SIGINT)):
@@ -426,15 +433,6 @@ class OneProcess:
 
     def end(self):
         """Disconnect from the other ranks."""
-
-
-def check_memory(error, s):
-    """Raise UserError for an error of torch or Python which says that memory is used up."""
-    if is_out_of_memory(error):
-        raise UserError('out of memory: '
-                        f'lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
-                        f'{s.gradient_accumulation_steps} as much to keep the step), '
-                        f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None
 
 
 def peak_memory(device):

@@ -27,22 +27,11 @@ import torch
 
 import checkpoint
 from batches import DataConfig, evaluate, splitmix, sum_all
-from configurator import (
-    DeviceConfig,
-    FilePath,
-    Stopped,
-    UserError,
-    configure,
-    leave,
-    listen,
-    pick_device,
-    run_main,
-    typed_text,
-)
+from configurator import DeviceConfig, FilePath, configure, leave, pick_device, run_main, typed_text
 from features import extend
 from model import ModelConfig, autocast, zero
 from optim import FirstSteps, OptimConfig, clip_gradient, not_finite, set_rates
-from run import OneProcess, StopSignal, check_memory, describe, open_bar, peak_memory, report, set_up
+from run import OneProcess, StopSignal, describe, open_bar, peak_memory, report, set_up
 from sample import show_sample
 
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient may be NaN or infinite; one more ends the run
@@ -151,11 +140,7 @@ def train_step(run, s, step, ranks, stop=False):
     """
     optimizer, scaler = run.optimizer, run.scaler
     set_rates(optimizer, step, s)
-    try:
-        micro_batches, targets = run.batches(step)
-    except (UserError, OSError) as error:
-        micro_batches, targets, run.trouble = [], 0, error
-    targets, stops = sum_all(ranks, run.trouble, targets, stop)
+    micro_batches, targets, stops = run.batches.of_all(step, run.trouble, stop)
     nats = zero(ranks.device)
 
     # 1) Gradients, summed over the micro-batches
@@ -209,15 +194,15 @@ def train(s, device, ranks, stop, left_out=()):
     if not s.eval_only:
         ranks.from_first(partial(checkpoint.claim, s.out_dir))  # before it is read
     run = set_up(s, device, ranks, left_out)
-    listen(stop.remember)
+    stop.listen()
     if s.minutes and not run.step and not s.eval_only:  # plan
         from features.plan.minutes import spend_minutes  # plan
         if not spend_minutes(run, s, ranks, stop, train_step):  # plan
-            raise Stopped(stop.number or signal.SIGTERM)  # plan
+            stop.end()  # plan
     describe(s, run, ranks)
     if s.eval_only:
         if validate(s, run.step, run, ranks, stop) is None:
-            raise Stopped(stop.number or signal.SIGTERM)
+            stop.end()
         return 0
     ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, run.step, asdict(s)))
     run.log = checkpoint.Log(s, run.step, ranks)
@@ -227,7 +212,7 @@ def train(s, device, ranks, stop, left_out=()):
     with open_bar(s, run.step, ranks) as run.bar:
         try:
             return make_steps(s, run, ranks, stop)
-        except (UserError, OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             from features.rescue import rescue
             rescue(error, s, run, ranks, save)
             raise
@@ -469,6 +454,7 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if ranks.world > 1:  # scale
             ranks.check_complete(error)  # scale
+        from features.rescue import check_memory
         check_memory(error, s)
         raise
     finally:

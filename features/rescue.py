@@ -1,7 +1,7 @@
 """
 A run that meets an error outside of its steps, as data that cannot be read, is saved before it ends.
 """
-from configurator import UserError
+from configurator import UserError, is_out_of_memory
 from run import OneProcess
 
 
@@ -32,7 +32,9 @@ def rescue(error, s, run, ranks, save):
     is_alone = not isinstance(error, Trouble)
     if not run.is_whole or not run.step or run.saved == run.step:
         return
-    if is_alone and (isinstance(error, UserError) or not ranks.first or ranks.lockstep):
+    if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError)) and ranks.first):
+        return
+    if is_alone and ranks.lockstep:
         return
     if is_alone and ranks.world > 1:  # scale
         from features.scale.ranks import Watch  # scale
@@ -47,3 +49,12 @@ def rescue(error, s, run, ranks, save):
     else:
         if run.saved == run.step:
             ranks.say(f'saved after step {run.step}, because of an error')
+
+
+def check_memory(error, s):
+    """Raise UserError for an error of torch or Python which says that memory is used up."""
+    if is_out_of_memory(error):
+        raise UserError('out of memory: '
+                        f'lower batch_size={s.batch_size} (and raise gradient_accumulation_steps='
+                        f'{s.gradient_accumulation_steps} as much to keep the step), '
+                        f'block_size={s.block_size}, n_embd={s.n_embd} or n_layer={s.n_layer}') from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import replace_text, writing
-from configurator import ROOT, Stopped, UserError, interrupt, listen
+from configurator import ROOT, UserError, interrupt, listen
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
 from run import StopSignal
@@ -98,11 +98,11 @@ def work(runs, free, lock):
     busy = []
     failed = []
     stop = StopSignal()
-    listen(stop.remember)  # an exception could come between the start of a process and its place in the list
+    stop.listen()  # an exception could come between the start of a process and its place in the list
     try:
         while queue or busy:
             if stop:
-                raise Stopped(stop.number)
+                stop.end()
             while queue and free:
                 busy.append(start_job(queue.pop(0), free.pop(), lock))
             for job in [job for job in busy if job.process.poll() is not None]:
