@@ -88,7 +88,7 @@ def run_main(main, output_is_all=False):
         main()
         sys.stdout.flush()
         if sys.stdout.lost:  # the tables of compare.py, perhaps
-            refuse(f'stdout: {sys.stdout.lost.strerror}: some of what was printed is lost')
+            refuse(f'stdout: {sys.stdout.lost.strerror}: some of what was printed is lost, nothing else')
     except UserError as error:
         refuse(error)
     except KeyboardInterrupt as stop:
@@ -150,7 +150,7 @@ class Output:
 
     def write(self, text):
         if not (self.is_exact or self.has_bars and self.BAR.fullmatch(text)):
-            text = visible(text)
+            text = visible(re.sub(r'\x1b\[[\d;]*m', '', text) if self.has_bars else text)  # wandb has colors
         self.pending.append(text)
         if '\n' in text:
             self.flush()

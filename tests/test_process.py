@@ -95,6 +95,7 @@ from tqdm import tqdm
 def main():
     with tqdm(total=2, desc=sys.argv[1]), tqdm(total=2, desc='inner') as inner:
         inner.update(1)
+    print('\\x1b[1;31mred\\x1b[0m', file=sys.stderr)
 configurator.run_main(main)"""
     for name, is_plain in (('plain', True), (CLIPBOARD, False)):
         ours, theirs = pty.openpty()
@@ -104,7 +105,7 @@ configurator.run_main(main)"""
         os.close(theirs)
         said = everything(ours)
         assert b'\x1b[A' in said and b'\rinner' in said and (b'\rplain' in said) == is_plain, said
-        assert b'\x1b]' not in said, said
+        assert b'\x1b]' not in said and b'\x1b[1' not in said and b'red' in said, said
 
 
 # --- nobody reads it ---

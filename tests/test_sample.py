@@ -6,13 +6,17 @@ import collections
 import hashlib
 import io
 import json
+import os
+import pty
 import random
 import re
+import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
-from conftest import one_line, run, train
+from conftest import ROOT, one_line, run, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from test_export import written
@@ -404,6 +408,24 @@ def test_prompts_come_from_files_and_from_the_terminal(trained, tmp_path):
                 '--temperature=0', typed='the\n' + 'x' * 100 + '\nlazy\n')
     # a prompt too long does not end the session
     assert typed.returncode == 0 and 'shorten it' in typed.stdout and 'lazy' in typed.stdout
+
+
+def test_escapes_in_a_text_are_shown_on_a_terminal_and_exact_in_a_pipe(trained):
+    """OSC 52 writes the clipboard: in the prompt here, as a model may write it."""
+    command = [sys.executable, 'sample.py', f'--out_dir={trained}', '--num_samples=2', '--max_new_tokens=5',
+               r'--start=\u001b]52;c;aGk=\u0007']
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said = b''
+        with suppress(OSError):  # at the end
+            while new := os.read(ours, 10_000):
+                said += new
+    os.close(ours)
+    assert process.returncode == 0 and said.count(rb'\x1b]52;c;aGk=\x07') == 2, said
+    assert not re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]', said), said
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert piped.stdout.count('\x1b]52;c;aGk=\x07') == 2
 
 
 def test_only_a_newline_ends_a_prompt(tmp_path, monkeypatch):

@@ -114,17 +114,20 @@ def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing_and_a_second_sigter
     assert codes == [code] and checkpoint.damage(checkpoint.find(str(tmp_path))) is None, said
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_sighup_saves_as_sigterm_does_however_often_it_comes(dataset, tmp_path, ranks):
+@pytest.mark.parametrize('ranks, number', [
+    (1, signal.SIGHUP), (2, signal.SIGUSR1), (1, signal.SIGXCPU),
+    *(pytest.param(*case, marks=SLOW)
+      for case in ((2, signal.SIGHUP), (1, signal.SIGUSR1), (1, signal.SIGUSR2), (2, signal.SIGXCPU)))])
+def test_other_signals_save_as_sigterm_does_however_often_they_come(dataset, tmp_path, ranks, number):
     processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={tmp_path}', ranks=ranks,
                           fault='save:manifest=slow')
     assert processes.wait_for('step 20/')
-    processes.kill(signal.SIGHUP)
+    processes.kill(number)
     time.sleep(0.1)
-    processes.kill(signal.SIGHUP)
+    processes.kill(number)
     codes, said = processes.wait()
-    assert (codes == [128 + signal.SIGHUP] * ranks
-            and f'stopped by SIGHUP after step {step_of(tmp_path)};' in said), said
+    assert (codes == [128 + number] * ranks
+            and f'stopped by {number.name} after step {step_of(tmp_path)};' in said), said
     assert checkpoint.damage(checkpoint.find(str(tmp_path))) is None
 
 
