@@ -5,7 +5,7 @@ Train a model.
     torchrun --nproc_per_node=2 train.py config/lowrank.py                  # data-parallel, on CPUs or GPUs
 
 To resume a run, run the same command again. out_dir holds checkpoints, log.jsonl and settings.json. On
-Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes the step, saves a checkpoint and stops.
+Ctrl-C, a closed terminal or a scheduler's signal, the run finishes the step, saves a checkpoint and stops.
 """
 import os
 import sys

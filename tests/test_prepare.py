@@ -689,7 +689,8 @@ def alive(pid):
         return False
 
 
-def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_ends_in_one_line_and_goes_on_later(corpus, tmp_path, number):
     args, expected = corpus
     command = [sys.executable, '-c', UNHURRIED, *args, f'--out={tmp_path / "out"}', '--num_proc=2']
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
@@ -699,11 +700,11 @@ def test_ctrl_c_ends_in_one_line_and_goes_on_later(corpus, tmp_path):
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and tasks_done(tmp_path) < 5:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(process.pid, number)  # as a terminal does: to the workers too
     began = time.time()
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and time.time() - began < 5
-    assert errors == '-c: stopped by SIGINT; run the same command again\n'
+    assert process.returncode == 128 + number and time.time() - began < 5
+    assert errors == f'-c: stopped by {number.name}; run the same command again\n'
     assert run('-c', SMALL, *args, f'--out={tmp_path / "out"}', '--num_proc=1').returncode == 0
     assert contents(tmp_path / 'out') == expected
 

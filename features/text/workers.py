@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from configurator import STOP_SIGNALS
 from features.text.figures import LONGEST, count_literals, longest_of
 from features.text.pairs import encode_pairs, has_pairs, target_bytes
 from features.text.reader import documents
@@ -20,6 +21,7 @@ from features.text.splits import divide
 from prepare import encode
 from tokenizer import load_tokenizer
 
+OURS = {*STOP_SIGNALS} - {signal.SIGTERM}  # for the parent; SIGTERM is how a broken pool ends its workers
 WORKER = {}  # settings and tokenizer of this process: too large to send with every task
 
 
@@ -114,7 +116,9 @@ def in_order(tasks, num_proc, arguments):
     waiting = deque()
     with inherited_by_workers():
         # spawned, not forked: that is safe beside threads, and the same on macOS
-        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
+        signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # multiprocessing starts a process of its own
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
     try:
         for task in tasks:
             with inherited_by_workers():
