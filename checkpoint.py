@@ -598,7 +598,10 @@ def read_model(where, which='best', encoder=False, untie=False):
     if 'base' in state:  # lora
         from features.lora.load import read_merged  # lora
         return *read_merged(where, folder, state, untie), folder  # lora
-    return cfg, read_weights(folder), folder
+    from features.sizes import check_sizes
+    weights = read_weights(folder)
+    check_sizes(cfg, weights, folder)
+    return cfg, weights, folder
 
 
 def load_model(where, which='best', encoder=False):

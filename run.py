@@ -208,6 +208,9 @@ def build_model(s, data, start, is_blank=False):
         for name in ('n_layer', 'ranks', 'no_rope', 'full_layers', 'dense_layers'):
             if name in start.state['model']:
                 setattr(cfg, name, start.state['model'][name])
+    if not start.state and cfg.n_layer * cfg.n_embd ** 2 + cfg.vocab_size * cfg.n_embd > 2 ** 28:
+        from features.sizes import check_memory
+        check_memory(cfg)
     with torch.device('meta' if is_blank else 'cpu'):
         model = make_model(cfg, init=not (start.state or start.weights))
     if start.weights is not None and not is_blank:

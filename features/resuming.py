@@ -14,6 +14,7 @@ from batches import describe_bos
 from configurator import UserError, from_dict
 from features import extend, feature_of, part_of
 from features.others import adopt, same_place
+from features.sizes import check_sizes
 from model import ModelConfig, only_in_training
 from optim import OptimConfig
 from run import Start
@@ -30,7 +31,9 @@ def resume(s, ranks):
     else:
         from features.earlier import without_removed
         stored = without_removed(stored, os.path.join(folder, 'state.json'))
-    from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
+    cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))  # strict
+    if 'base' not in state:
+        check_sizes(cfg, checkpoint.read_weights(folder), folder)
     if 'base' in state:
         take_over(s, stored, [name for name in stored if name.startswith('lora_')])
     if 'surgery' in state:
@@ -45,6 +48,7 @@ def resume(s, ranks):
     if start.base:  # lora
         from features.lora.load import read_base  # lora
         start.weights = read_base(start.base, folder)  # lora
+        check_sizes(cfg, start.weights, folder)  # lora
     return start
 
 

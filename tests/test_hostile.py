@@ -10,10 +10,14 @@ import time
 
 import pytest
 
+from checkpoint import fill
 from configurator import UserError
+from features import build
 from features.chat.template import render
 from features.hf.tokenizer_json import JsonTokenizer
 from features.lora.patterns import Patterns
+from features.sizes import check_memory, check_sizes
+from model import ModelConfig, make_model
 
 
 def refused(function, *args, names='', **options):
@@ -195,3 +199,38 @@ def test_no_template_takes_the_machine(template):
     refused(render, template, messages, names='the chat template refuses it')
     assert render("{{ messages[0]['content'] }}{{ x }}", messages, x='!') == 'hi!'  # another one goes on
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 300 * 1024
+
+
+# -----------------------------------------------------------------------------
+# Sizes of networks
+
+TINY = dict(vocab_size=64, n_layer=2, n_head=2, n_embd=16, block_size=8)
+CLAIMS = [dict(n_layer=10 ** 7), dict(n_layer=10 ** 4), dict(vocab_size=2 ** 40), dict(n_embd=10 ** 9),
+          dict(n_embd=2 ** 40, n_head=2), dict(n_head=10 ** 6, head_dim=2), dict(d_ff=10 ** 12),
+          dict(block_size=10 ** 12), dict(n_expert=10 ** 9), dict(n_expert=2), dict(rank_mlp=1),
+          dict(position='learned'), dict(full_layers=[0] * 10 ** 6, window=4), dict(no_rope=[1] * 10 ** 6),
+          dict(ranks={'attn.q': 3}), dict(n_encoder_layer=10 ** 6, position='relative')]
+
+
+@pytest.mark.parametrize('claim', CLAIMS, ids=lambda claim: f'{claim}'[:40])
+def test_a_network_larger_than_its_file_is_refused(claim):
+    weights = make_model(ModelConfig(**TINY)).state_dict()
+    check_sizes(ModelConfig(**TINY), weights, 'state.json')
+    fill(ModelConfig(**TINY), weights, 'state.json')
+    refused(check_sizes, build(ModelConfig, **TINY | claim), weights, 'state.json', names='state.json')
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert used < 2 ** 20 + 500 * 1024  # kB
+
+
+def test_a_context_that_weights_do_not_vouch_for_may_be_a_million_tokens():
+    cfg = ModelConfig(**TINY)
+    weights = make_model(cfg).state_dict()
+    cfg.block_size = 2 ** 20
+    check_sizes(cfg, weights, 'state.json')
+
+
+@pytest.mark.parametrize('size', [dict(n_layer=10 ** 7), dict(vocab_size=2 ** 40), dict(n_embd=10 ** 7),
+                                  dict(block_size=10 ** 12), dict(n_expert=10 ** 6, n_embd=10 ** 4)], ids=str)
+def test_a_new_network_beyond_the_memory_is_refused(size):
+    assert 'out of memory' in refused(check_memory, build(ModelConfig, **TINY | size), names=next(iter(size)))
+    check_memory(ModelConfig(**TINY))

@@ -11,6 +11,7 @@ import checkpoint
 from checkpoint import fill, read_model
 from configurator import UserError, from_dict
 from features.lora import adapters, layers, peft_files
+from features.sizes import check_sizes
 from model import ModelConfig
 
 
@@ -40,7 +41,9 @@ def load_adapted(state, folder):
 def read_adapted(state, folder):
     """The model of an adapter's checkpoint in eval mode, with the adapter as separate layers."""
     cfg = from_dict(ModelConfig, state['model'], os.path.join(folder, 'state.json'))
-    model = fill(cfg, read_base(state['base'], folder), state['base']['from'])
+    weights = read_base(state['base'], folder)
+    check_sizes(cfg, weights, folder)
+    model = fill(cfg, weights, state['base']['from'])
     saved = adapters.described(state['lora'], checkpoint.read_weights(folder))
     adapters.add(model, saved, folder, 'default')
     return model
