@@ -97,7 +97,6 @@ class Chaos:
         self.run = Processes(*self.args(), ranks=2, output=str(output or self.said),
                              errors=None if output else str(self.errors))
         self.output, self.is_early = output, True
-        (self.folder / 'pids').write_text(' '.join(str(process.pid) for process in self.run.processes))
 
     def pids(self):
         return [process.pid for process in self.run.processes if process.is_alive()] if self.run else []
@@ -791,11 +790,11 @@ def compare(c):
 
 
 def kill_left_over(folder):
-    """End the processes of a program that was killed: those that still have its shim."""
-    with suppress(OSError, ValueError):
-        for pid in map(int, (folder / 'pids').read_text().split()):
-            if os.fsencode(folder / 'shim.control') in Path(f'/proc/{pid}/environ').read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    """End the processes of a program that was killed: those that have its shim."""
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with suppress(OSError):
+            if f'SHIM={folder}/shim.control'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def main():
