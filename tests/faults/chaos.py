@@ -791,9 +791,10 @@ def compare(c):
 
 def kill_left_over(folder):
     """End the processes of a program that was killed: those that have its shim."""
+    mark = f'SHIM={folder}/shim.control'.encode()
     for pid in filter(str.isdigit, os.listdir('/proc')):
         with suppress(OSError):
-            if f'SHIM={folder}/shim.control'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'):
+            if mark in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'):
                 os.kill(int(pid), signal.SIGKILL)
 
 
