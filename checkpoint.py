@@ -107,12 +107,14 @@ def write_torch(path, value):
 
 
 def append(path, text):
-    """Append text to a file: all of it or, on an error, nothing."""
-    f = open(path, 'a', encoding='utf-8')
-    size = f.tell()
+    """Append text to a file, on a line of its own: all of it or, on an error, nothing."""
+    f = open(path, 'a+b')
+    size = f.seek(0, os.SEEK_END)
     try:
         with f:
-            f.write(text)
+            f.seek(max(0, size - 1))
+            is_cut = f.read() not in (b'', b'\n')
+            f.write(b'\n' * is_cut + text.encode())
     except OSError:
         with suppress(OSError):
             os.truncate(path, size)

@@ -13,7 +13,8 @@ def raise_together(error, ranks):
     """Raise Trouble on all ranks, with the error of the first that has one; None = this one has none."""
     for rank, text in enumerate(ranks.gather(error and text_of(error))):
         if text:
-            raise Trouble(f'rank {rank}: {text}' if rank else text)
+            is_named = rank in (0, ranks.rank)  # refuse() says which rank this is
+            raise Trouble(text if is_named else f'rank {rank}: {text}')
 
 
 def text_of(error):

@@ -223,8 +223,11 @@ class Chaos:
         say that a rank hangs; must_stop: it may not go on. Returns the outcome.
         """
         if not must_stop and self.progress(PATIENCE):
-            self.judge_files()
-            return 'on'
+            if hang:  # a rank that has found a hang lets the others speak before it ends
+                time.sleep(HANG)
+            if len(self.pids()) == 2:
+                self.judge_files()
+                return 'on'
         if not must_stop and len(self.pids()) == 2:
             raise Found(f'neither goes on nor stops: {self.end(0)}')
         self.judge(self.end(), numbers, hang)
@@ -246,8 +249,8 @@ class Chaos:
         if self.output or (hang and 'no progress for hang_timeout' in errors):
             return
         lines = [line for line in errors.splitlines() if not TORCHS_OWN.match(line)]
-        named = [re.match(r'train\.py: (rank \d+: )?', line) for line in lines]
-        if None in named or len({found[1] for found in named}) < len(lines) or (2 in codes and not lines):
+        is_ours = all(re.match(r'train\.py: ', line) for line in lines)
+        if not is_ours or len(lines) > len(codes) or (2 in codes and not lines):
             raise Found(f'not one line each: exit codes {codes}: {errors[-3000:]}')
 
     def judge_files(self):
@@ -756,7 +759,7 @@ def compare(c):
     stop(c)
     c.mend()
     c.shim.shift(0)
-    c.max_iters = max(c.sound()) + 30
+    c.max_iters = max(c.sound(), default=0) + 30
     problems = []
     codes, said = Processes(*c.args(), ranks=2).wait(300)
     if codes != [0, 0]:

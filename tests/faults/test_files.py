@@ -204,6 +204,9 @@ def test_a_file_is_appended_to_or_replaced_whole_or_not_at_all(small_disk):
     assert path.read_text() == 'old\nmore\n'
     replace_text(link, 'new\n')
     assert link.is_symlink() and path.read_text() == 'new\n'
+    os.truncate(path, 2)  # the end of a line is lost, not the next one
+    append(path, 'more\n')
+    assert path.read_text() == 'ne\nmore\n'
     replace_text(os.devnull, 'gone')
     assert not os.path.isfile(os.devnull)
 

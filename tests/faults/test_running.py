@@ -548,6 +548,7 @@ def test_an_error_outside_of_the_steps_loses_none_of_them(dataset, tmp_path, ran
     codes, said = run_to_end(*args, '--eval_interval=20', f'--out_dir={tmp_path / "cut"}', ranks=ranks,
                              fault=fault)
     assert codes[0] == 2 and words in said and 'Traceback' not in said, said
+    assert 'rank 1: rank 1' not in said, said
     assert f'saved after step {step}, because of an error' in said and step_of(tmp_path / 'cut') == step, said
     for name in ('cut', 'whole'):
         assert (run_to_end(*args, f'--max_iters={step + 3}', '--eval_interval=20',
