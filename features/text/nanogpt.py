@@ -2,12 +2,15 @@
 nanoGPT's data folders: train.bin, val.bin and perhaps meta.pkl, read as they are. Neither file says how wide
 a token is, so the width is found by looking into them. meta.pkl is read without running any code in it.
 """
+import io
 import json
 import os
 import pickle
+import pickletools
 
 import numpy as np
 
+from checkpoint import open_regular
 from configurator import UserError
 
 GPT2 = {'kind': 'gpt2'}  # the tokenizer that nanoGPT assumes where there is no meta.pkl
@@ -27,7 +30,7 @@ def describe_folder(folder):
         tokenizer, vocab_size = read_tokenizer(os.path.join(folder, 'meta.pkl'))
         width = find_width(paths.values(), vocab_size)
     except OSError as error:
-        raise UserError(f'{error.filename}: {error.strerror}: prepare the data set again') from None
+        raise UserError(f'{error.filename or folder}: {error.strerror}: prepare the data set again') from None
     splits = {}
     for split, path in paths.items():
         size = os.path.getsize(path) // width * width
@@ -84,7 +87,8 @@ def read_tokenizer(path):
         default = GPT2_TOKENS if itos is None else len(itos)
         vocab_size = pkl.get('vocab_size', default)
         if type(vocab_size) is not int or not 1 <= vocab_size <= 2 ** 32:
-            raise UserError(f'{path}: vocab_size={vocab_size!r}: takes a number of tokens: '
+            shown = vocab_size if type(vocab_size) is int else type(vocab_size).__name__
+            raise UserError(f'{path}: vocab_size={shown}: takes a number of tokens: '
                             'prepare the data again')
         names = None if itos is None else [itos[i] for i in range(vocab_size)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -97,19 +101,28 @@ def read_tokenizer(path):
     return {'kind': 'unknown', 'vocab_size': vocab_size}, vocab_size
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of dicts, lists, strings and numbers; refuses every import and every call."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+# What a pickle of dicts, lists, texts and numbers consists of. No import, no call; no tuple, as nested ones
+# overflow the stack of Python when they are hashed
+PLAIN = set('''PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1
+    UNICODE BINUNICODE SHORT_BINUNICODE EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS
+    MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET'''.split())
+PICKLED = 2 ** 23  # bytes at most: 20 times those of a vocabulary of Chinese characters
 
 
 def read_pickle(path):
-    with open(path, 'rb') as f:
-        try:
-            return PlainUnpickler(f).load()
-        except Exception as error:  # a hostile file may raise anything
-            raise UserError(f'{path}: not a plain dictionary ({error}): it is not loaded') from None
+    """The value in a pickle of plain values; memory and time grow with the file, whatever it says."""
+    with open_regular(path) as f:
+        data = f.read(PICKLED + 1)
+    try:
+        if len(data) > PICKLED:
+            raise ValueError(f'it has more than {PICKLED:,} bytes')
+        for code, argument, _ in pickletools.genops(data):
+            if code.name not in PLAIN:
+                raise ValueError(f'it has {code.name} {"" if argument is None else argument!r:.60}'.rstrip())
+        # that of Python: the one of C makes room for the largest number of a value, 8 bytes each
+        return pickle._Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # a hostile file may raise anything
+        raise UserError(f'{path}: not a plain dictionary ({error}): it is not loaded') from None
 
 
 # -----------------------------------------------------------------------------

@@ -196,7 +196,8 @@ def join(folders, metas, part):
                 raise UserError(f'{folder}/{old}: its contents do not match the hash in meta.json (damaged '
                                 f'file): make {folder} again')
         splits[side].append(renamed)
-    source = {key: value for key, value in metas[0]['source'].items() if key not in ('part', 'files')}
+    own = ('part', 'reader', 'files')
+    source = {key: value for key, value in metas[0]['source'].items() if key not in own}
     return {**metas[0], 'splits': {side: totals(shards) for side, shards in splits.items()}, 'source': source}
 
 

@@ -44,6 +44,7 @@ from tokenizer import load_tokenizer, needs_text, new_tokenizer
 IN_MEMORY = 2 ** 24
 # characters that bpe:N is trained on, spread evenly over the text: 3 s and 200 MB of memory
 SAMPLE_SIZE = 2 ** 25
+READER = 2  # parts that were made by another version of reader.py may overlap with these
 VAL_BYTES = 2_000_000  # default limit of the text for validation: about 500,000 tokens
 SAVE_EVERY = 10  # seconds between two records of the progress
 
@@ -119,6 +120,7 @@ def describe(s, files):
     source['inputs'] = inputs
     if s.part:
         source['part'] = s.part
+        source['reader'] = READER
         paths = [path for path, _ in files] + [s.tokenizer] * os.path.isfile(s.tokenizer)
         source['files'] = [[os.path.basename(path), os.path.getsize(path)] for path in paths]
     return source

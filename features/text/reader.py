@@ -5,7 +5,8 @@ Files → tasks → documents, for a corpus of any size: packed files, .parquet,
         for where, text in documents(task, s):            # 'notes/a.txt:1', 'Once …'
 
 `s`: the settings of prepare.py. Memory does not grow with the text, but with its longest line or row, and
-with its longest document if the tokenizer cannot cut it.
+with its longest document if the tokenizer cannot cut it; LONGEST limits both. A small file that unpacks to
+far more text than text ever shrinks by is refused: check_growth().
 """
 import bz2
 import codecs
@@ -16,6 +17,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 
+from checkpoint import open_regular
 from configurator import UserError
 from features.text import docs, pairs
 from features.text.pieces import ANYWHERE
@@ -24,6 +26,10 @@ from prepare import decode, divide, parse
 from tokenizer import EOT
 
 TASK_SIZE = 2 ** 20  # bytes or characters of text in a task
+LONGEST = 2 ** 27  # bytes or characters: of a line of a .jsonl, and of a document that cannot be cut
+PIECE = 2 ** 10  # bytes that are unpacked at a time: at most 32 MB, whatever the format
+GROWTH = 1000  # unpacked bytes for each packed one that are believed; text has 3 to 50
+SMALL = 2 ** 24  # unpacked bytes that are read at any rate
 
 
 @dataclass
@@ -156,7 +162,7 @@ class Reader:
 
     def marked_parts(self, path, cut):
         """parts(), with the byte-order marks."""
-        text, starts, separated, held = '', True, False, ''
+        text, starts, separated, held, tried = '', True, False, '', 0  # tried: up to where there is no cut
         for block, last in self.characters(path):
             block = held + block
             # The last line is held back if it is unfinished, or ends with a \r that a \n may follow: it may
@@ -169,11 +175,18 @@ class Reader:
             for document in whole:
                 # the separator's newline
                 yield (text + document).removesuffix('\n').removesuffix('\r'), starts, True
-                text, starts = '', True
+                text, starts, tried = '', True, 0
             text += rest
-            while cut and len(text) > 2 * TASK_SIZE and (place := cut.search(text, TASK_SIZE)):
+            while cut and len(text) > 2 * TASK_SIZE:
+                place = cut.search(text, max(TASK_SIZE, tried))
+                if not place:
+                    tried = len(text) - 1
+                    break
                 yield text[:place.start()], starts, False
-                text, starts = text[place.start():], False
+                text, starts, tried = text[place.start():], False, 0
+            if len(text) > LONGEST:
+                raise UserError(f'{path}: has a document of more than {LONGEST:,} characters, which this '
+                                'tokenizer cannot cut: separate documents by lines of <|endoftext|>')
         if text or not separated:
             yield text, starts, True
 
@@ -217,6 +230,9 @@ class Reader:
                 line += data.count(b'\n')
                 offset += end
                 blocks, size = [data[end:]], len(data) - end
+            if size > LONGEST:
+                raise UserError(f'{path}:{line}: is a line of more than {LONGEST:,} bytes: '
+                                'take a document in each line')
         if size:
             yield Task(lines=(b''.join(blocks), path, line, offset))
 
@@ -227,24 +243,32 @@ class Reader:
             import pyarrow.parquet
         except ImportError:
             raise UserError(f'{path}: reading .parquet needs pyarrow: pip install pyarrow') from None
-        keys, number, start = pairs.fields_of(self.s), 0, self.position
+        keys, made, start, size = pairs.fields_of(self.s), 0, self.position, os.path.getsize(path)
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with open_regular(path) as f, pyarrow.parquet.ParquetFile(f) as file:
                 names = file.schema_arrow.names
                 for key in keys:
                     if key not in names:
                         setting = pairs.setting_of(self.s)
                         raise UserError(f'{path}: no column {key}; it has {", ".join(names)}: '
                                         f'set --{setting}')
-                for batch in file.iter_batches(256, columns=keys):
-                    read = os.path.getsize(path) * (number + len(batch)) // file.metadata.num_rows
-                    self.position = start + read
+                check_pages(file.metadata, keys, path)
+                number = 0
+                for batch in file.iter_batches(16, columns=keys):  # a row may have 16 MB
+                    read = size * (number + len(batch)) // max(1, file.metadata.num_rows)
+                    self.position = start + min(read, size)
                     for row in batch.to_pylist():
                         number += 1
                         where = f'{path}:{number}'
-                        yield Task([(where, pairs.text_of(row, self.s, where))])
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f'{path}: not a valid .parquet ({str(error)[:80]}): restore it') from None
+                        text = pairs.text_of(row, self.s, where)
+                        made += len(text)
+                        check_growth(path, made, size)
+                        yield Task([(where, text)])
+        except UserError:
+            raise
+        except (pyarrow.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
+            reason = ' '.join(str(error).split())[:80]
+            raise UserError(f'{path}: not a valid .parquet ({reason}): restore it') from None
 
     def topics(self, path):
         """Yield pydoc's chapters on the Python language, one task each."""
@@ -271,31 +295,59 @@ class Reader:
         file.
         """
         unpack, fault = decompressor(path)
-        stream = unpack and unpack()
+        if not unpack:
+            with open(path, 'rb') as f:
+                while block := f.read(TASK_SIZE):
+                    self.position += len(block)
+                    yield block
+            return
+        stream, made, given = unpack(), 0, 0  # unpacked and packed bytes so far
         behind = False  # whether this is behind the end of a stream, with nothing unpacked yet
         with open(path, 'rb') as f:
-            while block := f.read(TASK_SIZE // 16 if stream else TASK_SIZE):
+            while block := f.read(TASK_SIZE // 16):
                 self.position += len(block)
-                while block and stream:
+                given += len(block)
+                while block:
                     if stream.eof:
                         block = block.lstrip(b'\0')  # tapes are padded with zeros
                         if not block:
                             break
                         stream, behind = unpack(), True  # pigz and cat make several streams in a file
-                    try:
-                        data = stream.decompress(block)
-                    except fault as error:
-                        if behind:
-                            raise UserError(f'{path}: has extra bytes after its end: remove them') from None
-                        raise UserError(f'{path}: damaged, or not compressed as its name says ({error}): '
-                                        'restore or rename it') from None
-                    behind = behind and not data
-                    yield data
-                    block = stream.unused_data if stream.eof else b''
-                yield block
-        if stream and not stream.eof:
+                    parts, at = [], 0
+                    while at < len(block) and not stream.eof:
+                        try:
+                            parts.append(stream.decompress(block[at:at + PIECE]))
+                        except fault as error:
+                            if behind:
+                                raise UserError(f'{path}: has extra bytes after its end: '
+                                                'remove them') from None
+                            raise UserError(f'{path}: damaged, or not compressed as its name says '
+                                            f'({error}): restore or rename it') from None
+                        at += PIECE
+                        made += len(parts[-1])
+                        behind = behind and not parts[-1]
+                        check_growth(path, made, given)
+                    block = stream.unused_data + block[at:] if stream.eof else b''
+                    yield b''.join(parts)
+        if not stream.eof:
             tail = ', or has extra bytes after its end' if behind else ''
             raise UserError(f'{path}: is truncated{tail}: copy it again')
+
+
+def check_growth(path, made, given):
+    """Raise UserError if `given` bytes of a file, which are packed, made far more text than text has."""
+    if made > SMALL and made > GROWTH * given:
+        raise UserError(f'{path}: {given:,} bytes of it unpack to more than {made:,}: '
+                        'unpack it yourself, if this is right')
+
+
+def check_pages(metadata, keys, path):
+    """check_growth() of the columns that are read of a .parquet, by its own figures: a page is read whole."""
+    for n in range(metadata.num_row_groups):
+        group = metadata.row_group(n)
+        columns = [group.column(k) for k in range(group.num_columns)]
+        columns = [column for column in columns if column.path_in_schema.partition('.')[0] in keys]
+        check_growth(path, sum(column.total_uncompressed_size for column in columns), os.path.getsize(path))
 
 
 def part_tasks(where, text, done, boundary, ends):
