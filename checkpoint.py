@@ -113,8 +113,7 @@ def append(path, text):
     try:
         with f:
             f.seek(max(0, size - 1))
-            is_cut = f.read() not in (b'', b'\n')
-            f.write(b'\n' * is_cut + text.encode())
+            f.write(b'\n' * (f.read() not in (b'', b'\n')) + text.encode())
     except OSError:
         with suppress(OSError):
             os.truncate(path, size)

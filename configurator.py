@@ -101,7 +101,7 @@ def run_main(main, output_is_all=False):
             where = f'{error.filename}: ' if error.filename else ''
             to_do = 'make room' if error.errno in NO_ROOM else 'check the disk'
             refuse(f'{where}{error.strerror}: {to_do}, then run the same command')
-        if not among_others():
+        if os.environ.get('WORLD_SIZE', '1') == '1':
             raise
         traceback.print_exc()
         leave(1)
@@ -227,11 +227,6 @@ def refuse(reason, code=2):
     leave(code)
 
 
-def among_others():
-    """Whether torchrun started this process together with others."""
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
-
-
 def process_age():
     """Seconds since this process began, imports included; else since this file was imported."""
     try:
@@ -245,7 +240,7 @@ def process_age():
 
 def leave(code):
     """Exit; one of several ranks without clean-up, in which NCCL would wait and gloo's threads may abort."""
-    if among_others():
+    if os.environ.get('WORLD_SIZE', '1') != '1':  # torchrun has started others too
         if 'wandb' in sys.modules:
             sys.modules['wandb'].finish(exit_code=code)
         sys.stdout.flush()
