@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from checkpoint import is_file_name, open_regular
 from configurator import UserError
 
 KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (made of the text), FILE.model .json .txt .bin'
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 FILES = {'.model': 'sentencepiece', '.json': 'tokenizers', '.txt': 'wordpiece', '.bin': 'llama2.c'}
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
+MOST = 2 ** 26  # bytes of a tokenizer's file; those of published models have up to 35 million
 UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
 
 
@@ -238,7 +240,8 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data or b'?')
-        except RuntimeError:
+            self.sp.id_to_piece(list(range(self.sp.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError(f'{where}: not a sentencepiece model') from None
         n, eot = self.sp.vocab_size(), self.sp.eos_id() if eot is None else eot
         if eot < 0:
@@ -305,13 +308,29 @@ def new_tokenizer(kind, texts=()):
         return CharTokenizer(sorted(set().union(*texts)))
     if kind in ('byte', *TIKTOKEN):
         return described({'kind': kind})
-    with open(kind, 'rb') as f:
-        data = f.read()
+    data = read_file(kind)
     description = {'kind': FILES[kind[kind.rindex('.'):].lower()]}
     if description['kind'] == 'sentencepiece':  # hf
         from features.hf.prompts import tokens_beside  # hf
         description |= tokens_beside(kind, data)  # hf
     return described(description, data, kind)
+
+
+def read_file(path):
+    """The bytes of a tokenizer's file. Raises UserError for what is no regular file of up to 64 MiB."""
+    with open_regular(path) as f:
+        data = f.read(MOST + 1)
+    if len(data) > MOST:
+        raise UserError(f'{path}: has more than {MOST:,} bytes, the file of a tokenizer has fewer')
+    return data
+
+
+def is_description(value):
+    """Whether the fields of a description have the types that save() returns."""
+    kinds = dict(kind=str, vocab_size=int, eot=(int, type(None)), files=dict, chars=str, reserved=int,
+                 added=dict, special=list, sha256=str)
+    return (type(value) is dict and 'kind' in value and all(is_file_name(n) for n in value.get('files') or ())
+            and all(isinstance(value[name], kinds[name]) for name in kinds.keys() & value.keys()))
 
 
 def train_bpe(texts, vocab_size):
@@ -343,13 +362,11 @@ def train_bpe(texts, vocab_size):
 def load_tokenizer(description, folder):
     """Load the tokenizer of a description from save(). Its file is read from `folder` and verified."""
     path, data = folder, b''
+    if not is_description(description):
+        raise UserError(f'{folder}: the description of its tokenizer is invalid: prepare the data again')
     for name, sha256 in description.get('files', {}).items():  # one at most
         path = os.path.join(folder, name)
-        try:
-            with open(path, 'rb') as f:
-                data = f.read()
-        except OSError as error:
-            raise UserError(f'{path}: {error.strerror}: it belongs to the data: prepare them again') from None
+        data = read_file(path)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f'{path}: not the tokenizer that this was made with (its hash differs): '
                             'restore it, or prepare the data again')

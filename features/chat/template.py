@@ -69,10 +69,10 @@ def renderer(template, pid):  # pid: a process that was forked has one of its ow
 
 
 class Renderer:
-    """The process of jinja.py for a template from elsewhere."""
+    """The process of jinja.py for a template from elsewhere. It ends with this one, when its input does."""
 
     def __init__(self, template):
-        self.template, self.process, self.pid = template, None, os.getpid()
+        self.template, self.process = template, None
         check_jinja()
         if len(template) > LONGEST:
             raise refused(f'it has more than {LONGEST:,} characters')
@@ -111,12 +111,9 @@ class Renderer:
         return answer['text']
 
     def end(self):
-        if self.process is not None and self.pid == os.getpid():
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    __del__ = end
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
 
 
 # -----------------------------------------------------------------------------

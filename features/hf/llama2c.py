@@ -11,6 +11,7 @@ import struct
 
 import torch
 
+from checkpoint import open_regular
 from configurator import UserError
 
 HEADER = 7  # int32
@@ -31,7 +32,7 @@ def model_file(folder):
 
 def is_model(path):
     """Whether a file is a model.bin, by its header and its size. Raises UserError for a later format."""
-    with open(path, 'rb') as f:
+    with open_regular(path) as f:
         start = f.read(4 * HEADER)
     if start.startswith(MAGIC):
         raise UserError(f'{path}: a later format of llama2.c: write it with its export.py --version 0')
@@ -50,7 +51,7 @@ def header(start):
 
 
 def read_header(path):
-    with open(path, 'rb') as f:
+    with open_regular(path) as f:
         return header(f.read(4 * HEADER))
 
 

