@@ -223,7 +223,7 @@ def write(folder, step, weights, optimizer_state, state, other_files=()):
     Write a checkpoint into a new folder, and flush it to the disk. weights: {name: tensor}; state: whatever
     json can write; other_files: {name: bytes}. Raises OSError.
     """
-    os.makedirs(folder)
+    os.mkdir(folder)
     tensors = {name: t.detach().contiguous() for name, t in weights.items()}
     write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
     write_torch(os.path.join(folder, 'optimizer.pt'), optimizer_state)
@@ -246,14 +246,19 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
     temporary = final + '.tmp'
     to_do = 'make room, then run the same command to resume; older checkpoints are untouched'
     check_finite(weights, final)
+    check_claim(out_dir)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
     try:
         with writing(final, to_do):
+            if out_dir not in CLAIMED:
+                os.makedirs(out_dir, exist_ok=True)
             write(temporary, step, weights, optimizer_state, state, other_files)
+            check_claim(out_dir)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
             os.rename(temporary, final)
             sync(out_dir)
     except Exception:  # half a checkpoint only takes up room
+        check_claim(out_dir)  # or it is that of another run
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     prune(out_dir, keep)
@@ -279,12 +284,14 @@ def first_not_finite(weights, size=2 ** 24):
 
 def prune(out_dir, keep):
     """Remove all but the newest `keep` sound checkpoints and the best one, and folders that a crash left."""
+    check_claim(out_dir)
     sound = 0
-    for folder in checkpoints(out_dir):
-        if sound >= keep and folder != best(out_dir)[0]:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif is_sound(folder):
-            sound += 1
+    with suppress(UserError):  # the best one is not known: all stay
+        for folder in checkpoints(out_dir):
+            if sound >= keep and folder != best(out_dir, is_sure=True)[0]:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif is_sound(folder):
+                sound += 1
     for name in os.listdir(out_dir):
         if re.fullmatch(r'step_\d{8,}\.tmp', name):
             shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
@@ -305,6 +312,7 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
 def mark_best(out_dir, step, val_loss, keep=2):
     """Name the checkpoint of `step`, if it was written, in out_dir/best; the previous best may be removed."""
     name = f'step_{step:08d}'
+    check_claim(out_dir)
     if os.path.isdir(os.path.join(out_dir, name)):
         path = os.path.join(out_dir, 'best')
         with writing(path, 'make room, then run the same command to resume'):
@@ -313,7 +321,7 @@ def mark_best(out_dir, step, val_loss, keep=2):
 
 
 # -----------------------------------------------------------------------------
-# A folder that belongs to one process, and to one run
+# A folder that belongs to one process, and to one run. For what seldom happens to it: features/run_folders.py
 
 def lock(path):
     """
@@ -321,8 +329,9 @@ def lock(path):
     None if another process holds the lock. A file system without locks (NFS: for folders) grants all.
     """
     import fcntl  # here: on Windows, which has none, configurator.py has to speak first
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     while True:
-        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+        fd = os.open(path, flags)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -336,75 +345,104 @@ def lock(path):
 
 
 def is_at(fd, path):
-    """Whether an opened file is the one at this path."""
+    """Whether an opened file or folder is the one at this path."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False
 
 
-CLAIMED = {}  # out_dir: its lock
+CLAIMED = {}  # out_dir: descriptors of the folder and of its lock, and the folders made for it
 
 
 def claim(out_dir):
-    """Lock out_dir, if it exists, until release(). Raises UserError if another process trains in it."""
-    path = os.path.join(out_dir, 'lock')
-    if not os.path.isdir(out_dir):
-        return
+    """
+    Lock out_dir until release(), and make it first if need be. Raises UserError if another process trains in
+    it, and for a folder that is neither empty nor a run's.
+    """
     if out_dir in CLAIMED:
-        if is_at(CLAIMED[out_dir], path):
-            return
-        os.close(CLAIMED.pop(out_dir))  # somebody removed the file: another process may hold a new one
+        return check_claim(out_dir)
+    made = []
+    folder = held = None
     try:
-        held = lock(path)
-    except OSError as error:
-        raise UserError(f'out_dir={out_dir}: {error.strerror}: give another') from None
-    if held is None:
-        raise UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, '
-                        'or give another')
-    CLAIMED[out_dir] = held
+        with writing(f'out_dir={out_dir}', 'give another'):
+            while folder is None:
+                made += make_folders(out_dir)
+                with suppress(FileNotFoundError):  # another start was refused, and removed what it had made
+                    folder = lock(os.path.join(out_dir, '.'))
+                    if folder is None:
+                        raise is_busy(out_dir)
+            own = os.path.realpath(out_dir)
+            if os.listdir(folder) or own in (os.getcwd(), os.path.realpath(os.path.expanduser('~'))):
+                from features.run_folders import check_own
+                check_own(out_dir)
+            held = lock(os.path.join(out_dir, 'lock'))
+            if held is None:
+                raise is_busy(out_dir)
+    finally:
+        CLAIMED[out_dir] = folder, held, made
+        if held is None:
+            release(out_dir)
 
 
-def release(out_dir, folder=None):
-    """Unlock out_dir after everything is written. folder: where it was moved to."""
+def make_folders(path):
+    """Make a folder and those above it; of a link, the folder it points to. Returns them, innermost first."""
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+        missing = [path] * (not os.path.isdir(path))
+        for folder in missing:
+            os.mkdir(folder)  # no more: its disk may not be mounted
+        return missing
+    missing = []
+    above = path.rstrip('/')
+    while above and not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(path, exist_ok=True)
+    return missing
+
+
+def is_busy(out_dir):
+    return UserError(f'out_dir={out_dir}: another process is training in it: wait for that one, '
+                     'or give another')
+
+
+def check_claim(out_dir):
+    """Raise UserError if the folder that this process has claimed is no longer the one at out_dir."""
     if out_dir in CLAIMED:
-        path, held = os.path.join(folder or out_dir, 'lock'), CLAIMED.pop(out_dir)
-        if is_at(held, path):
-            os.unlink(path)
-        os.close(held)
+        folder, held, _ = CLAIMED[out_dir]
+        if not (is_at(folder, out_dir) and is_at(held, os.path.join(out_dir, 'lock'))):
+            from features.run_folders import regain
+            regain(out_dir)
+
+
+def release(out_dir):
+    """Unlock out_dir after everything is written. Folders that were made for nothing are removed."""
+    if out_dir in CLAIMED:
+        folder, held, made = CLAIMED.pop(out_dir)
+        if held is not None:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(held), os.stat('lock', dir_fd=folder)):
+                    os.unlink('lock', dir_fd=folder)
+            os.close(held)
+        for path in made:
+            with suppress(OSError):  # it is not empty
+                os.rmdir(path)
+        if folder is not None:
+            os.close(folder)
 
 
 def prepare_out_dir(out_dir, step, settings):
     """
-    Make and lock out_dir, and write settings.json. A new run moves an existing run aside, to out_dir.old1 and
-    so on. A run that resumes after `step` renames later checkpoints, which are damaged, to step_….damaged.
+    Claim out_dir and write settings.json. A new run moves an existing run aside, to out_dir.old1 and so on. A
+    run that resumes after `step` renames later checkpoints, which are damaged, to step_….damaged.
     """
-    claim(out_dir)  # there may be one by now
+    claim(out_dir)
+    CLAIMED[out_dir][2].clear()  # from here on they stay
     with writing(f'out_dir={out_dir}', 'make room, or give another'):
-        set_aside(out_dir, step, settings)
-        os.makedirs(out_dir, exist_ok=True)
-        claim(out_dir)  # another folder, if that one was moved aside
+        if os.listdir(out_dir) != ['lock']:
+            from features.run_folders import set_aside
+            set_aside(out_dir, step, settings)
         replace_json(os.path.join(out_dir, 'settings.json'), settings)
-
-
-def set_aside(out_dir, step, settings):
-    found = checkpoints(out_dir)
-    if step and found:  # none: it goes on with the schedule of another run
-        for folder in found:
-            if step_of(folder) > step:
-                shutil.rmtree(folder + '.damaged', ignore_errors=True)
-                os.rename(folder, folder + '.damaged')
-        return
-    is_other = bool(found)
-    with suppress(OSError, ValueError), open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
-        is_other = is_other or json.load(f) != json.loads(json.dumps(settings))
-    if is_other:
-        number = 1
-        while os.path.exists(f'{out_dir.rstrip("/")}.old{number}'):
-            number += 1
-        aside = f'{out_dir.rstrip("/")}.old{number}'
-        os.rename(out_dir, aside)
-        release(out_dir, aside)
-        print(f'the run that was in {out_dir} is now in {aside}', flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -414,7 +452,10 @@ def checkpoints(out_dir):
     """Checkpoint directories of a run, newest first."""
     if not os.path.isdir(out_dir):
         return []
-    names = [name for name in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', name)]
+    try:
+        names = [name for name in os.listdir(out_dir) if re.fullmatch(r'step_\d{8,}', name)]
+    except OSError as error:
+        raise UserError(f'{out_dir}: {error.strerror}') from None
     return [os.path.join(out_dir, name) for name in sorted(names, key=step_of, reverse=True)]
 
 
@@ -423,15 +464,21 @@ def step_of(folder):
     return int(folder.rpartition('_')[2])
 
 
-def best(out_dir):
-    """(directory, validation loss) of the best checkpoint; (None, None) if there is none yet."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        with open(os.path.join(out_dir, 'best'), encoding='utf-8') as f:
-            entry = json.load(f)
-        folder = os.path.join(out_dir, entry['checkpoint'])
-        if os.path.isdir(folder):
-            return folder, entry['val_loss']
-    return None, None
+def best(out_dir, is_sure=False):
+    """
+    (directory, validation loss) of the best checkpoint; (None, None) if there is none yet. Where out_dir/best
+    does not say it, log.jsonl does. Raises UserError if neither is readable; is_sure: if the first is not.
+    """
+    found = checkpoints(out_dir)
+    with suppress(UserError, KeyError, TypeError):
+        entry = read_json(os.path.join(out_dir, 'best'))
+        folder, loss = os.path.join(out_dir, entry['checkpoint']), entry['val_loss']
+        if folder in found and type(loss) in (int, float):
+            return folder, loss
+    if not found:
+        return None, None
+    from features.run_folders import recover_best
+    return recover_best(out_dir, is_sure)
 
 
 def damage(folder):
@@ -463,8 +510,12 @@ def find(where, which='last'):
     candidates = checkpoints(where)
     if os.path.isfile(os.path.join(where, 'manifest.json')):
         candidates = [where]
-    elif which == 'best' and best(where)[0] in candidates:
-        candidates.sort(key=lambda folder: folder != best(where)[0])
+    elif which == 'best':
+        try:
+            first, _ = best(where)
+            candidates.sort(key=lambda folder: folder != first)
+        except UserError as error:
+            print(f'{error}; the last one is taken', flush=True)
     for folder in candidates:
         problem = damage(folder)
         if problem is None:
@@ -474,7 +525,7 @@ def find(where, which='last'):
         first = f'{os.path.basename(candidates[0])}: {damage(candidates[0])}'
         raise UserError(f'{where}: no checkpoint in it is undamaged ({first}): restore one from a copy, '
                         'or choose another --out_dir')
-    if os.path.isdir(where):
+    if os.path.isdir(where) and not CLAIMED.get(where, [[]])[-1]:  # claim() has made it
         raise UserError(f'{where}: no checkpoint in it')
     raise UserError(f'{where}: no such directory; give the out_dir of a training run')
 
@@ -531,6 +582,7 @@ class Log:
         self.evaluated = -1  # step of the last evaluation
         if not self.is_on:
             return
+        self.out_dir = s.out_dir
         self.path = os.path.join(s.out_dir, 'log.jsonl')
         lowest = best(s.out_dir)[1]
         records = []
@@ -540,6 +592,7 @@ class Log:
             is_lost = 'val_loss' in record and (lowest is None or record['val_loss'] < lowest)
             if record['step'] < step or (record['step'] == step > 0 and not is_lost):
                 records.append(record)
+        check_claim(s.out_dir)
         with writing(self.path, self.TO_DO):
             replace_text(self.path, ''.join(json.dumps(record) + '\n' for record in records))
         before = records[-1].get('seconds', 0.0) if records else 0.0  # of the processes before this one,
@@ -558,6 +611,7 @@ class Log:
             if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
                 record[name] = value
         record['seconds'] = round(self.seconds + process_age(), 3)
+        check_claim(self.out_dir)
         with writing(self.path, self.TO_DO):
             append(self.path, json.dumps(record) + '\n')
         if self.wandb:  # study

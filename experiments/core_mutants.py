@@ -139,7 +139,8 @@ MUTANTS = [
     # checkpoint.py
     Mutant('the hash of a checkpoint is not compared', 'checkpoint.py',
            " or sha256(path) != entry['sha256']", '', 'test_checkpoint.py::a_damaged_file_is_noticed'),
-    Mutant('the best checkpoint is pruned', 'checkpoint.py', ' and folder != best(out_dir)[0]', '',
+    Mutant('the best checkpoint is pruned', 'checkpoint.py',
+           ' and folder != best(out_dir, is_sure=True)[0]', '',
            'test_checkpoint.py::the_best_is_never_pruned'),
     Mutant('files are not flushed', 'checkpoint.py', 'sync(path) files[name] =', 'files[name] =',
            'test_checkpoint.py::every_file_is_flushed'),

@@ -822,7 +822,7 @@ def test_the_default_data_set_is_named_and_not_guessed_for_a_config_file_of_a_wh
             begin('eval_gpt2.py')
         assert not (tmp_path / 'out').exists()
         begin('rates.py')
-        begin('eval_gpt2.py', '--max_iters=2', '--batch_size=4')  # a run that is there goes on
+        begin('eval_gpt2.py', '--out_dir=out/rates', '--max_iters=2', '--batch_size=4')  # a run goes on
         (tmp_path / 'data' / 'stdlib').unlink()
         with pytest.raises(UserError, match=r'prepare.py stdlib .*\(stdlib is the default: '
                            r'--dataset=NAME takes another\)'):

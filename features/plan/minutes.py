@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from batches import EVAL_ROWS, evaluate
-from checkpoint import replace_json, writing
+from checkpoint import check_claim, replace_json, writing
 from configurator import UserError, process_age
 from features.plan.dial import intervals
 
@@ -77,6 +77,7 @@ class Pace:
                       f'max_iters={self.s.max_iters} in place of {before}')
 
     def write_settings(self):
+        check_claim(self.s.out_dir)
         with writing(f'out_dir={self.s.out_dir}', 'make room, or give another'):
             replace_json(os.path.join(self.s.out_dir, 'settings.json'), asdict(self.s))
 
