@@ -28,7 +28,8 @@ def rescue(error, s, run, ranks, save):
     """
     Save the steps since the newest checkpoint, if the error leaves everything as it was after the last one.
     After Trouble, all ranks save together. After another error of the system or of torch, such as a
-    connection that another rank has closed, rank 0 saves alone: it can, unless the network is sharded.
+    connection that another rank has closed, rank 0 saves alone: it can, unless the network is sharded. The
+    next loss in the log is then the mean of the steps after this checkpoint.
     """
     is_alone = not isinstance(error, Trouble)
     if not run.is_whole or not run.step or run.saved == run.step:
@@ -40,6 +41,7 @@ def rescue(error, s, run, ranks, save):
     if is_alone and ranks.world > 1:  # scale
         from features.scale.ranks import Watch  # scale
         ranks.beat(Watch.BUSY)  # scale: it may take long
+        run.interval.reset()  # scale: the other ranks' part of the next loss in the log is gone
     try:
         save(s, run.step, run, OneProcess(ranks.device) if is_alone else ranks)
         if s.async_save and ranks.first:  # scale

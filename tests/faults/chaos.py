@@ -40,7 +40,8 @@ import checkpoint
 HANG = 8  # hang_timeout in seconds
 PATIENCE = 300  # seconds until it neither goes on nor stops: other programs may need the machine too
 KEEP = 3  # keep_checkpoints
-LONG = ['--checkpoint_interval=25', '--eval_interval=100', f'--keep_checkpoints={KEEP}', '--log_interval=5',
+LOG_INTERVAL = 5
+LONG = ['--checkpoint_interval=25', '--eval_interval=100', f'--keep_checkpoints={KEEP}', f'--log_interval={LOG_INTERVAL}',
         '--lr_decay_iters=5000', '--warmup_iters=5', f'--hang_timeout={HANG}']
 NOISE = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}
 DISK_MB = 16
@@ -68,6 +69,7 @@ class Chaos:
         self.out_dir, self.moved = self.disk / 'run', self.disk / 'moved'
         self.run, self.max_iters = None, 10 ** 6
         self.lost = set()  # records that were cut off the log, as key()
+        self.partial = set()  # and those whose loss is of fewer steps: rank 0 saved alone before them
         self.spoilt = set()  # names of checkpoints that a disturbance has damaged
         self.shift = 0
         for path in (self.disk, self.folder):
@@ -244,6 +246,9 @@ class Chaos:
             allowed.add(1)
         if None in codes or not set(codes) <= allowed:
             raise Found(f'exit codes {codes}: {said[-1500:]} {errors[-3000:]}')
+        alone = re.search(r'saved after step (\d+), because of an error', said)
+        if alone and len(set(codes)) > 1:  # a rank was killed, or has found a hang
+            self.partial.add((-(-int(alone[1]) // LOG_INTERVAL) * LOG_INTERVAL, False))
         if 'Traceback' in errors or 'Traceback' in said:
             raise Found(f'a traceback: {errors[-3000:]}')
         if self.output or (hang and 'no progress for hang_timeout' in errors):
@@ -678,7 +683,7 @@ class Report:
     def __init__(self, path, out, words):
         self.path, self.out, self.words = path, out, words
         self.state = {'done': 0, 'counts': {}, 'found': [], 'seconds': 0.0, 'steps': [], 'lost': [],
-                      'spoilt': [], 'out_dir': None, 'end': ''}
+                      'partial': [], 'spoilt': [], 'out_dir': None, 'end': ''}
         if path.exists():
             self.state |= json.loads(path.read_text())
         self.began, self.shown = time.monotonic() - self.state['seconds'], 0.0
@@ -688,8 +693,8 @@ class Report:
 
     def keep(self, c):
         """Save the state; every ten minutes also the page."""
-        self.state |= {'seconds': self.seconds(), 'lost': sorted(c.lost), 'spoilt': sorted(c.spoilt),
-                       'out_dir': str(c.out_dir)}
+        self.state |= {'seconds': self.seconds(), 'lost': sorted(c.lost), 'partial': sorted(c.partial),
+                       'spoilt': sorted(c.spoilt), 'out_dir': str(c.out_dir)}
         checkpoint.replace_json(str(self.path), self.state)
         if time.monotonic() - self.shown > 600:
             self.show()
@@ -775,7 +780,13 @@ def compare(c):
     theirs = {key(record): record for record in c.records()}
     c.out_dir = mine
     keys = [key(record) for record in ours]
-    wrong = [record for record in ours if theirs.get(key(record)) != record]
+    wrong = []
+    for record in ours:
+        other = dict(theirs.get(key(record), {}))
+        if key(record) in c.partial:
+            other['train_loss'] = record['train_loss']
+        if other != record:
+            wrong.append(record)
     missing = set(theirs) - set(keys) - c.lost
     if wrong:
         problems.append(f'{len(wrong)} records of the log differ, the first: {wrong[0]}')
@@ -789,7 +800,8 @@ def compare(c):
     if problems:
         return '; '.join(problems), False
     return (f'after {c.max_iters} steps weights, moments, best and the {len(keys)} records of the log are '
-            f'those of the run that nobody disturbed; disturbances cut {len(c.lost)} off the log'), True
+            f'those of the run that nobody disturbed; disturbances cut {len(c.lost)} off the log, and '
+            f'{len(c.partial)} may have the loss of fewer steps, as a rank had died'), True
 
 
 def kill_left_over(folder):
@@ -824,7 +836,8 @@ def main():
         sys.exit(report.page())  # it is over
     c = Chaos(folder, given.seed)
     if report.state['out_dir']:
-        c.lost, c.spoilt = {tuple(one) for one in report.state['lost']}, set(report.state['spoilt'])
+        c.lost, c.partial = ({tuple(one) for one in report.state[name]} for name in ('lost', 'partial'))
+        c.spoilt = set(report.state['spoilt'])
         if not c.out_dir.exists() and c.moved.exists():
             c.out_dir, c.moved = c.moved, c.out_dir
         if (folder / 'elsewhere').exists():

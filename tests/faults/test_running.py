@@ -556,3 +556,16 @@ def test_an_error_outside_of_the_steps_loses_none_of_them(dataset, tmp_path, ran
     assert fingerprint(tmp_path / 'cut') == fingerprint(tmp_path / 'whole')
     if 'log' not in fault and 'memory' not in fault and 'exit' not in fault:
         assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
+
+
+def test_the_first_loss_after_a_rank_has_died_is_one_of_all_ranks(dataset, tmp_path):
+    """The steps since the last line of the log are left out: the dead rank had a part of their losses."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}', '--log_interval=10']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "cut"}', ranks=2, fault='step@38/1=exit')
+    assert 'saved after step 38, because of an error' in said, said
+    for name in ('cut', 'whole'):
+        assert run_to_end(*args, '--max_iters=40', f'--out_dir={tmp_path / name}', ranks=2)[0] == [0, 0]
+    ours, theirs = ({record['step']: record for record in read_log(tmp_path / name) if 'lr' in record}
+                    for name in ('cut', 'whole'))
+    assert ours[30] == theirs[30] and ours[40]['grad_norm'] == theirs[40]['grad_norm']
+    assert ours[40]['train_loss'] == pytest.approx(theirs[40]['train_loss'], rel=0.2)
