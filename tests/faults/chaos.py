@@ -41,8 +41,8 @@ HANG = 8  # hang_timeout in seconds
 PATIENCE = 300  # seconds until it neither goes on nor stops: other programs may need the machine too
 KEEP = 3  # keep_checkpoints
 LOG_INTERVAL = 5
-LONG = ['--checkpoint_interval=25', '--eval_interval=100', f'--keep_checkpoints={KEEP}', f'--log_interval={LOG_INTERVAL}',
-        '--lr_decay_iters=5000', '--warmup_iters=5', f'--hang_timeout={HANG}']
+LONG = ['--checkpoint_interval=25', '--eval_interval=100', f'--keep_checkpoints={KEEP}',
+        f'--log_interval={LOG_INTERVAL}', '--lr_decay_iters=5000', '--warmup_iters=5', f'--hang_timeout={HANG}']
 NOISE = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}
 DISK_MB = 16
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU}
@@ -783,7 +783,7 @@ def compare(c):
     wrong = []
     for record in ours:
         other = dict(theirs.get(key(record), {}))
-        if key(record) in c.partial:
+        if key(record) in c.partial and 'train_loss' in record:
             other['train_loss'] = record['train_loss']
         if other != record:
             wrong.append(record)
