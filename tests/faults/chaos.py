@@ -42,7 +42,8 @@ PATIENCE = 300  # seconds until it neither goes on nor stops: other programs may
 KEEP = 3  # keep_checkpoints
 LOG_INTERVAL = 5
 LONG = ['--checkpoint_interval=25', '--eval_interval=100', f'--keep_checkpoints={KEEP}',
-        f'--log_interval={LOG_INTERVAL}', '--lr_decay_iters=5000', '--warmup_iters=5', f'--hang_timeout={HANG}']
+        f'--log_interval={LOG_INTERVAL}', '--lr_decay_iters=5000', '--warmup_iters=5',
+        f'--hang_timeout={HANG}']
 NOISE = {'seconds', 'tokens_per_second', 'mfu', 'peak_memory_bytes'}
 DISK_MB = 16
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU}
