@@ -39,3 +39,7 @@ def check_alike(sources):
             problem = compare_tokens(first, source)  # text: '' if it is one tokenizer in two formats
             if problem:
                 raise UserError(f'dataset: {problem}')
+
+
+def describe_bos(bos):
+    return f'with token {bos[0]}' if bos else 'without a start token'

@@ -10,9 +10,9 @@ from dataclasses import fields
 from inspect import get_annotations
 
 import checkpoint
-from batches import describe_bos
 from configurator import UserError, from_dict
 from features import extend, feature_of, part_of
+from features.datasets import describe_bos
 from features.others import adopt, same_place
 from features.sizes import check_sizes
 from model import ModelConfig, only_in_training

@@ -9,8 +9,8 @@ from contextlib import suppress
 import numpy as np
 
 import checkpoint
-from batches import describe_bos
 from configurator import UserError
+from features.datasets import describe_bos
 from features.text.cuts import Cuts
 from features.text.tokenizers import options_of, same_ids
 
