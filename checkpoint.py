@@ -654,9 +654,7 @@ def read_model(where, which='best', encoder=False, untie=False):
         from features.lora.load import read_merged  # lora
         return *read_merged(where, folder, state, untie), folder  # lora
     from features.sizes import check_sizes
-    weights = read_weights(folder)
-    check_sizes(cfg, weights, folder)
-    return cfg, weights, folder
+    return cfg, check_sizes(cfg, read_weights(folder), folder), folder
 
 
 def load_model(where, which='best', encoder=False):

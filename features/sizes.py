@@ -14,8 +14,8 @@ ROTARY = 2 ** 28  # bytes of a table of angles that any file may ask for: a mill
 
 def check_sizes(cfg, weights, where):
     """
-    Raise UserError unless a network with this ModelConfig has the shapes of the weights {name: tensor}, which
-    are from `where`. It is described on the meta device, so its sizes take neither memory nor time.
+    Return the weights {name: tensor}, which are from `where`. Raises UserError unless a network with this
+    ModelConfig has their shapes. It is described on the meta device, where sizes take no memory.
     """
     layers = cfg.n_layer + cfg.n_encoder_layer
     if cfg.arch == 'decoder' and layers > min(MOST_LAYERS, len(weights)):
@@ -41,6 +41,7 @@ def check_sizes(cfg, weights, where):
         missing = min(own.keys() - weights.keys())
         raise UserError(f'{where}: {missing}: found no such tensor, the network has {own[missing]}: '
                         'these are the weights of another network')
+    return weights
 
 
 def described(cfg, where):

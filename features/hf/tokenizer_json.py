@@ -57,6 +57,8 @@ class JsonTokenizer(Tokenizer):
                 setattr(self.tokenizer.model, name, None)
         vocab = self.tokenizer.get_vocab()
         size = max(vocab.values(), default=-1) + 1
+        if not self.tokenizer.get_vocab(with_added_tokens=False):
+            raise UserError(f'{where}: has no tokens for text')
         if not 0 < size <= MOST_TOKENS:
             raise UserError(f'{where}: has {size:,} tokens, takes 1 to {MOST_TOKENS:,}')
         if eot is None:
