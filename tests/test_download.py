@@ -2,9 +2,14 @@
 A download goes on where it broke, is checked, and never lies half there under its own name. The server is on
 this machine.
 """
+import gzip
 import hashlib
+import json
 import os
 import threading
+import urllib.error
+import urllib.request
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -27,6 +32,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         if server.fail:
             self.send_error(server.fail.pop())
+            return
+        if self.path in server.pages:  # {path: (status, headers, body)}, and the connection closes
+            status, headers, body = server.pages[self.path]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
             return
         if self.path not in server.bodies:
             self.send_error(404)
@@ -57,6 +70,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.bodies, server.asked, server.breaks, server.fail, server.ranges, server.shift = {
         '/file': BODY}, [], [], [], True, 0
+    server.pages = {}
     server.url = f'http://127.0.0.1:{server.server_port}'
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -191,3 +205,86 @@ def test_revisions_are_pinned():
                 and any(len(part) == 40 for part in base.split('/'))), name
         assert all(size is None or size > 0 for size, _ in files.values())
     assert CORPORA['shakespeare'][1]['input.txt'][0] == 1115394
+
+
+# --- servers that give something else ---
+
+PAGE = b'<!DOCTYPE html><html><body>Please log in</body></html>'
+TENSORS = json.dumps({'a': {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}).encode()
+TENSORS = len(TENSORS).to_bytes(8, 'little') + TENSORS + bytes(16)
+WHOLE = {'model.safetensors': TENSORS, 'config.json': b'{"a": [1, 2, 3]}',
+         'a.parquet': b'PAR1' + bytes(40) + b'PAR1', 'text.jsonl.gz': gzip.compress(b'{"text": "one"}' * 99)}
+
+
+@pytest.mark.parametrize('name', [*WHOLE, 'text.txt'])
+@pytest.mark.parametrize('kind', ['text/html; charset=utf-8', 'application/octet-stream', None])
+@pytest.mark.parametrize('has_part', [False, True])
+def test_a_login_page_never_becomes_the_file(server, tmp_path, name, kind, has_part):
+    server.pages['/' + name] = 200, {'Content-Type': kind} if kind else {}, PAGE
+    if has_part:
+        (tmp_path / f'{name}.part').write_bytes(b'begun')
+    with pytest.raises(UserError, match='gave text/html from 127|gave a web page'):
+        download(f'{server.url}/{name}', str(tmp_path / name))
+    assert os.listdir(tmp_path) in ([], [f'{name}.part']) and not (tmp_path / name).exists()
+    del server.pages['/' + name]
+    server.bodies['/' + name] = b'begun' + BODY if name not in WHOLE else WHOLE[name]
+    (tmp_path / f'{name}.part').unlink(missing_ok=True)
+    download(f'{server.url}/{name}', str(tmp_path / name))  # the same command, where the network is right
+    assert (tmp_path / name).read_bytes() == server.bodies['/' + name]
+
+
+@pytest.mark.parametrize('name', WHOLE)
+@pytest.mark.parametrize('left', [0, 3, 0.5, -1])
+def test_a_body_cut_short_is_seen_without_size_and_hash(server, tmp_path, name, left):
+    """An old server that closes the connection at the end, without a Content-Length."""
+    body = WHOLE[name]
+    cut = body[:int(left * len(body)) if isinstance(left, float) else left]
+    server.pages['/' + name] = 200, {}, cut
+    with pytest.raises(UserError, match='gave (an empty file|no whole )'):
+        download(f'{server.url}/{name}', str(tmp_path / name))
+    assert os.listdir(tmp_path) == []
+    server.pages['/' + name] = 200, {}, body
+    download(f'{server.url}/{name}', str(tmp_path / name))
+    assert (tmp_path / name).read_bytes() == body
+
+
+@pytest.mark.parametrize('found', [BODY, BODY[:-1] + b'x'])
+def test_the_hash_that_the_hub_gives_is_compared(server, tmp_path, found):
+    digest = hashlib.sha256(BODY).hexdigest()
+    server.pages['/resolve'] = 302, {'Location': '/cdn', 'X-Linked-Etag': f'"{digest}"'}, b''
+    server.bodies['/cdn'] = found
+    if found == BODY:
+        download(server.url + '/resolve', str(tmp_path / 'file'))
+        assert (tmp_path / 'file').read_bytes() == BODY
+    else:
+        with pytest.raises(UserError, match='another SHA-256'):
+            download(server.url + '/resolve', str(tmp_path / 'file'))
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('status', [401, 403, 404, 410, 451])
+def test_an_error_page_is_no_file(server, tmp_path, status):
+    server.pages['/file'] = status, {'Content-Type': 'application/octet-stream'}, BODY
+    with pytest.raises(UserError, match=f'HTTP {status}'):
+        download(server.url + '/file', str(tmp_path / 'file'))
+    assert not (tmp_path / 'file').exists()
+
+
+def test_a_body_without_end_is_cut_off(server, tmp_path):
+    server.pages['/file'] = 200, {}, BODY * 8
+    with pytest.raises(UserError, match='bytes where 1048576 are expected'):
+        download(server.url + '/file', str(tmp_path / 'file'), size=len(BODY))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_page_that_an_earlier_version_kept_is_downloaded_again(server, tmp_path):
+    (tmp_path / 'config.json').write_bytes(PAGE)
+    server.bodies['/config.json'] = WHOLE['config.json']
+    download(server.url + '/config.json', str(tmp_path / 'config.json'))
+    assert (tmp_path / 'config.json').read_bytes() == WHOLE['config.json']
+
+
+def test_no_redirect_leaves_https():
+    request = urllib.request.Request('https://a/x')
+    with pytest.raises(urllib.error.HTTPError):
+        module.Redirects().redirect_request(request, None, 302, 'Found', Message(), 'http://b/x')

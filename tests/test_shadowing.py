@@ -5,6 +5,7 @@ planted in a copy of the repository, in the working folder and, for our own name
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,14 @@ OURS = sorted(features.MODULES | features.FOLDERS | {'features'})
 USERS = ('data', 'out', 'tests', 'docs', 'assets', 'launch', 'evaluate', 'datasets', 'utils', 'results')
 EXPERIMENTS = sorted(path for path in ROOT.glob('experiments/*.py')
                      if path.stem not in ('same_runs', 'core_mutants'))  # which import nothing of ours
+# what inject.py acts on, which no script of a user's reads
+FAULTS = {'FAULT': 'save:begin=kill step@1=kill loss@1=nan', 'FAULTS': '1', 'MINNOW_FAULT': '1'}
+ENVIRONMENT = {  # all that the code reads or sets
+    'CUDA_VISIBLE_DEVICES', 'CXX', 'DISABLE_MULTIPROC', 'GOMP_SPINCOUNT', 'HF_ENDPOINT', 'HF_HOME',
+    'HF_HUB_OFFLINE', 'LD_LIBRARY_PATH', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MINNOW_MIRROR',
+    'PYTHONDONTWRITEBYTECODE',
+    'PYTHONPATH', 'PYTHONSAFEPATH', 'RANK', 'TOKENIZERS_PARALLELISM', 'TORCHELASTIC_ERROR_FILE',
+    'TORCHELASTIC_RESTART_COUNT', 'TORCHELASTIC_RUN_ID', 'WANDB_ERROR_REPORTING', 'WANDB_MODE', 'WORLD_SIZE'}
 
 
 def other_names():
@@ -71,8 +80,8 @@ class Planted:
     def run(self, *args, **environment):
         """`python ARGS` in the working folder. Its output; fails if it fails, or if something planted ran."""
         # as after export PYTHONPATH=$PYTHONPATH:FOLDER: an empty part is the working folder
-        environment = os.environ | {'PYTHONPATH': f':{self.path}', 'OMP_NUM_THREADS': '1'} | environment
-        done = subprocess.run([sys.executable, *map(str, args)], cwd=self.here, env=environment,
+        start = os.environ | FAULTS | {'PYTHONPATH': f':{self.path}', 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run([sys.executable, *map(str, args)], cwd=self.here, env=start | environment,
                               capture_output=True, text=True, timeout=300)
         ran = self.ran.read_text() if self.ran.exists() else ''
         assert done.returncode == 0 and not ran, done.stdout + done.stderr + ran
@@ -105,6 +114,16 @@ def test_a_script_imports_features_before_all_else(path):
         folder = f'os.path.dirname({folder})'
     lines = [ast.unparse(node) for node in ast.parse(path.read_text()).body[1:5]]
     assert lines == ['import os', 'import sys', f'sys.path.insert(0, {folder})', 'import features']
+
+
+def test_no_variable_of_the_tests_is_read():
+    """Every literal in a subscript, an argument or a dict beside os.environ or getenv is on the list."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('features/**/*.py')]:
+        for line in path.read_text().splitlines():
+            if 'environ' in line or 'getenv' in line:
+                names = set(re.findall(r"['\"]([A-Z][A-Z_]{2,})['\"]", line))
+                assert names <= ENVIRONMENT, (path, line)
+        assert not re.search(r'\bFAULTS?\b|\binject\b', path.read_text()), path
 
 
 def test_whole_runs(planted):

@@ -5,15 +5,19 @@ Files and named corpora from the network. A file has its name only when it is co
     download_corpus('tinystories')    # all files of a named corpus; returns their paths
 
 PATH.part keeps what has arrived, so that a broken download is resumed where it stopped, in this run or the
-next.
+next. A login page, a body of another size or hash, and a file that is not of its format never become PATH.
 """
+import gzip
 import http.client
+import json
 import os
+import re
 import ssl
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from hashlib import file_digest
 
 from tqdm import tqdm
@@ -25,6 +29,7 @@ from features.text.tokenfiles import write_all
 TRIES = 5  # attempts without a new byte: about 15 s, with the waits between them
 WAIT = 1.0  # seconds before the second try, doubled each time
 TIMEOUT = 60  # seconds without a byte
+HEADER = 100_000_000  # bytes of a safetensors header, at most
 # faults that may pass
 PASSING = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
@@ -79,7 +84,9 @@ def download(url, path, size=None, sha256=None):
         if size is not None and os.path.getsize(path) != size:
             raise UserError(f'{path}: has {os.path.getsize(path)} bytes where {size} are expected: '
                             'delete it to have it downloaded again')
-        return
+        if not wrong_format(path, os.path.basename(path), size or sha256):
+            return
+        os.unlink(path)  # a login page, perhaps, which earlier versions kept
     with writing(path, 'make room; the same command continues from there'):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         # unbuffered: nothing is left to write when the disk is full
@@ -90,7 +97,7 @@ def download(url, path, size=None, sha256=None):
 def complete(url, f, path, size, sha256):
     """Finish the download into PATH.part, which is open as `f`, check it and rename it."""
     import fcntl  # here: Windows has none, and configurator.py says so first
-    tries = 0
+    tries, is_known = 0, size is not None or sha256 is not None
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,7 +105,7 @@ def complete(url, f, path, size, sha256):
     while True:
         before = f.tell()
         try:
-            size = fetch(url, f, size, os.path.basename(path))
+            size, linked = fetch(url, f, size, os.path.basename(path))
             break
         except PASSING as error:
             code = getattr(error, 'code', None)
@@ -113,7 +120,7 @@ def complete(url, f, path, size, sha256):
                                 f'or put the file at {path} yourself') from None
             time.sleep(WAIT * 2 ** (tries - 1))
     os.fsync(f.fileno())
-    fault = fault_of(f.name, size, sha256)
+    fault = fault_of(f.name, size, sha256 or linked) or wrong_format(f.name, os.path.basename(path), is_known)
     if fault:
         os.unlink(f.name)
         raise UserError(f'{url}: gave {fault}: it was changed there, or damaged on its way: '
@@ -124,6 +131,8 @@ def complete(url, f, path, size, sha256):
 def fault_of(path, size, sha256):
     """How a file differs from this size and hash (None = not known); '' if it does not."""
     found = os.path.getsize(path)
+    if not found:
+        return 'an empty file'
     if size is not None and found != size:
         return f'{found} bytes where {size} are expected'
     if sha256 is not None:
@@ -133,25 +142,86 @@ def fault_of(path, size, sha256):
     return ''
 
 
+def wrong_format(path, name, is_known=False):
+    """
+    Why the file at `path` is none of the format that its name ends with; '' if it is, or is of another.
+    is_known: its size or hash is known and was compared; a web page is found out anyway.
+    """
+    size = os.path.getsize(path)
+    with open(path, 'rb') as f:
+        start = f.read(512)
+        if re.match(rb'(\xef\xbb\xbf)?\s*(<!doctype\s+html|<html)', start, re.IGNORECASE):
+            return 'a web page (to log in?)'
+        if is_known:
+            return ''
+        if name.endswith('.parquet'):
+            f.seek(max(0, size - 4))
+            return '' if start[:4] == f.read(4) == b'PAR1' and size >= 12 else 'no whole parquet file'
+        try:
+            if name.endswith('.safetensors'):
+                length = int.from_bytes(start[:8], 'little')
+                f.seek(8)
+                header = json.loads(f.read(min(length, HEADER)))
+                ends = [item['data_offsets'][1] for key, item in header.items() if key != '__metadata__']
+                if 8 + length + max(ends, default=0) != size:
+                    return 'no whole safetensors file'
+            elif name.endswith('.json'):
+                json.loads(start + f.read())
+            elif name.endswith('.gz'):
+                f.seek(0)
+                with gzip.open(f) as unpacked:
+                    while unpacked.read(2 ** 20):
+                        pass
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError,
+                MemoryError, EOFError, gzip.BadGzipFile, zlib.error):
+            return f'no whole {name.rpartition(".")[2]} file'
+    return ''
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """
+    Follows redirects, except from https to another scheme. linked: the SHA-256 that the Hub gives for a large
+    file before it leads to it, else None.
+    """
+    linked = None
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        if request.full_url.startswith('https:') and not url.startswith('https:'):
+            raise urllib.error.HTTPError(url, 400, 'leads from https elsewhere', headers, response)
+        found = re.fullmatch(r'"([0-9a-f]{64})"', headers.get('X-Linked-Etag', ''))
+        if found:
+            self.linked = found[1]
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
 def fetch(url, f, size, name):
     """
-    Append the rest of the file at `url` to the open file `f`. Returns the size of the whole file, None if not
-    known.
+    Append the rest of the file at `url` to the open file `f`. Returns (the size of the whole file, its
+    SHA-256 if the Hub gives one), None where not known. Raises UserError for a web page.
     """
     have = f.tell()
     if have == size:
-        return size
+        return size, None
     headers = {'User-Agent': 'minnow'}
     if have:
         headers['Range'] = f'bytes={have}-'
+    redirects = Redirects()
+    opener = urllib.request.build_opener(redirects)
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the file is shorter than what is here
             empty(f)
             raise ConnectionError('what was downloaded before is of another file; starting over') from None
         raise
     with response:
+        kind = response.headers.get_content_type()
+        if kind in ('text/html', 'application/xhtml+xml') or response.headers.get('Content-Encoding'):
+            if not have:
+                os.unlink(f.name)
+            raise UserError(f'{url}: gave {kind} from {urllib.parse.urlsplit(response.url).netloc}, not the '
+                            'file: a network that wants a login, perhaps: run the same command again in '
+                            'another, or put the file in its place yourself')
         content_range = response.headers.get('Content-Range', '')
         if response.status == 206 and content_range.startswith(f'bytes {have}-'):
             total = content_range.rpartition('/')[2]
@@ -164,9 +234,11 @@ def fetch(url, f, size, name):
             while block := response.read(2 ** 20):
                 write_all(f, block)
                 bar.update(len(block))
-    if total is not None and f.tell() < total:
+                if size is not None and f.tell() > size:
+                    break  # it may never end
+    if total is not None and f.tell() < min(total, size or total):
         raise ConnectionError(f'the connection broke after {f.tell()} of {total} bytes')
-    return total if size is None else size
+    return (total if size is None else size), redirects.linked
 
 
 def empty(f):

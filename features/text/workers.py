@@ -90,15 +90,15 @@ def leave_with(parent):
 @contextmanager
 def inherited_by_workers():
     """
-    Processes that start inside ignore Ctrl-C, which is for this process only. Workers get sys.path of this
+    Processes that start inside leave signals that stop a run to this process. Workers get sys.path of this
     process; before that, PYTHONPATH may lead them into the working folder.
     """
     paths = os.environ.pop('PYTHONPATH', None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         if paths is not None:
             os.environ['PYTHONPATH'] = paths
 
@@ -116,9 +116,7 @@ def in_order(tasks, num_proc, arguments):
     waiting = deque()
     with inherited_by_workers():
         # spawned, not forked: that is safe beside threads, and the same on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # multiprocessing starts a process of its own
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), start_worker, arguments)
     try:
         for task in tasks:
             with inherited_by_workers():
