@@ -349,7 +349,8 @@ def fill(c, chance, is_saving):
 
 
 CHECKPOINT = ('model.safetensors', 'optimizer.pt', 'state.json', 'manifest.json')
-FILES = (*CHECKPOINT, 'log.jsonl', 'best', 'settings.json', 'step_', 'lock')
+# .tmp/.tmp: model.safetensors, until it is complete
+WRITTEN = ('.tmp/.tmp', *CHECKPOINT[1:], 'step_', 'log.jsonl', 'best', 'settings.json')
 ERRORS = (errno.EIO, errno.ESTALE, errno.ENOSPC)
 
 
@@ -645,12 +646,12 @@ KINDS = {
     'full disk': (fill, False),
     'disk full in a save': (fill, True),
     'data: EIO, ESTALE, short reads': (fail_data,),
-    'open: EIO, ESTALE, ENOSPC': (fail, 'open', FILES, ERRORS),
+    'open: EIO, ESTALE, ENOSPC': (fail, 'open', (*WRITTEN, 'lock'), ERRORS),
     'read: EIO, ESTALE, short': (fail, 'read', (*CHECKPOINT, 'log.jsonl', 'best'),
                                  (errno.EIO, errno.ESTALE, 0), True),
-    'write: EIO, ESTALE, ENOSPC, short': (fail, 'write', FILES[:-2], (*ERRORS, 0)),
-    'fsync: EIO, ESTALE, ENOSPC': (fail, 'fsync', FILES[:-1], ERRORS),
-    'rename: EIO, ESTALE, ENOSPC': (fail, 'rename', FILES[:-1], ERRORS),
+    'write: EIO, ESTALE, ENOSPC, short': (fail, 'write', WRITTEN, (*ERRORS, 0)),
+    'fsync: EIO, ESTALE, ENOSPC': (fail, 'fsync', WRITTEN, ERRORS),
+    'rename: EIO, ESTALE, ENOSPC': (fail, 'rename', (*WRITTEN, 'model.safetensors'), ERRORS),
     'reader of the pipe killed': (vanish, 'pipe'),
     'reader of the pipe suspended': (vanish, 'full pipe'),
     'terminal closed': (vanish, 'terminal'),
