@@ -336,7 +336,8 @@ def fill(c, chance, is_saving):
     c.begin(chance, saving=float(is_saving))
     room = int(1.5e6 * chance.random() ** 3)
     if c.small:
-        c.small.leave(room)
+        with c.held():  # or it takes the room before we do
+            c.small.leave(min(room, shutil.disk_usage(c.disk).free - 4096))
     else:
         for pid in c.pids():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))

@@ -3,6 +3,7 @@ What a process of processes.py does. It imports nothing of ours before its envir
 """
 import importlib
 import os
+import signal
 import sys
 from functools import partial
 
@@ -14,6 +15,7 @@ def child(root, args, environment, output, folder, constants, left_out, errors=N
     0.
     """
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.environ.update(environment)
     os.chdir(folder)
     if output == 'closed':  # <&- >&- 2>&-, where Python has None
