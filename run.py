@@ -68,7 +68,7 @@ class Run:
         try:
             self.log.write(step, **values)
         except UserError as error:
-            self.trouble = error
+            self.trouble, error.write_again = error, partial(self.log.write, step, **values)
 
     def wrap(self, s, ranks):
         """Let the network be compiled, if it is to be, and trained by all ranks."""

@@ -1,6 +1,8 @@
 """
 A run that meets an error outside of its steps, as data that cannot be read, is saved before it ends.
 """
+from contextlib import suppress
+
 from configurator import UserError, is_out_of_memory
 from run import OneProcess
 
@@ -50,6 +52,9 @@ def rescue(error, s, run, ranks, save):
     except (UserError, OSError, RuntimeError, MemoryError) as problem:
         ranks.say(f'the steps after the newest checkpoint are lost ({problem})')
     else:
+        if hasattr(run.trouble, 'write_again'):  # the log has no record of this step, which is not made again
+            with suppress(UserError):
+                run.trouble.write_again()
         if run.saved == run.step:
             ranks.say(f'saved after step {run.step}, because of an error')
 

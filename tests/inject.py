@@ -32,6 +32,12 @@ def full(value):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def full_once(value, times=[]):  # noqa: B006 - lasts as long as the process
+    if not times:
+        times.append(1)
+        full(value)
+
+
 def fail(value):
     raise OSError(errno.EIO, os.strerror(errno.EIO), 'some/file')
 
@@ -63,6 +69,7 @@ ACTIONS = {
     'hang': hang,
     'slow': lambda value: time.sleep(0.5),
     'full': full,
+    'full_once': full_once,
     'eio': fail,
     'memory': exhaust,
     'nan': lambda value: value + float('nan'),

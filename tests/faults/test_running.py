@@ -558,6 +558,16 @@ def test_an_error_outside_of_the_steps_loses_none_of_them(dataset, tmp_path, ran
         assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
 
 
+def test_a_record_that_was_not_written_at_first_is_in_the_log(dataset, tmp_path):
+    """The step that it is of is saved, and not made again."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "cut"}', fault='log@33=full_once')
+    assert codes == [2] and 'saved after step 33, because of an error' in said, said
+    for name in ('cut', 'whole'):
+        assert run_to_end(*args, '--max_iters=36', f'--out_dir={tmp_path / name}')[0] == [0]
+    assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
+
+
 def test_the_first_loss_after_a_rank_has_died_is_one_of_all_ranks(dataset, tmp_path):
     """The steps since the last line of the log are left out: the dead rank had a part of their losses."""
     args = [*SMALL, *LONG, f'--dataset={dataset}', '--log_interval=10']
