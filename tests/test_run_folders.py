@@ -99,7 +99,8 @@ def tree(folder):
 
 @pytest.mark.parametrize('files', [
     {'settings.json': '{"editor": "vi", "n_layer": 3}'}, {'settings.json': ''},
-    {'settings.json': '[' * 10 ** 5}, {'notes.md': 'mine'}, {'best': ''}, {'log.jsonl': '{"step": 1}'}, {'step_00000005/notes': 'mine'},
+    {'settings.json': '[' * 10 ** 5}, {'notes.md': 'mine'}, {'best': ''},
+    {'log.jsonl': '{"step": 1}'}, {'step_00000005/notes': 'mine'},
     {'requirements.txt': 'torch'}, {'lock': 'mine'}, {'src/main.py': 'x'}, {'a/settings.json': SETTINGS},
     {'train_00000.bin': 'data', 'meta.json': '{}'}, {'.git/config': ''},
     {'x.log': 'fine', 'thesis.tex': 'no'},
