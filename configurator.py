@@ -386,8 +386,8 @@ def as_kind(value, kind):
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, (list, tuple)) else [value]
         return [as_kind(item, inner[0]) for item in items]
-    if kind is FilePath and type(value) is str:
-        return expand_home(value)
+    if kind is FilePath and type(value) is str and '\0' not in value:
+        return expand_home(whole_text(value, repr(value)))  # other libraries read no path that is not UTF-8
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # --max_iters=1e4

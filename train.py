@@ -18,6 +18,7 @@ import features  # noqa: F401, I001 — first: your random.py or data/ then hide
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import math
+import shlex
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -27,7 +28,16 @@ import torch
 
 import checkpoint
 from batches import DataConfig, evaluate, splitmix, sum_all
-from configurator import DeviceConfig, FilePath, configure, leave, pick_device, run_main, typed_text
+from configurator import (
+    DeviceConfig,
+    FilePath,
+    configure,
+    leave,
+    pick_device,
+    run_main,
+    typed_text,
+    whole_text,
+)
 from features import extend
 from model import ModelConfig, autocast, zero
 from optim import FirstSteps, OptimConfig, clip_gradient, not_finite, set_rates
@@ -302,7 +312,7 @@ def make_steps(s, run, ranks, stop):
         ranks.say(f'stopped by {signal.Signals(number).name} after step {step}; {again} continues from there')
         return number
     reached = ', target_val_loss reached' if is_reached else ''
-    ranks.say(f'done: {step} steps{reached}; python sample.py --out_dir={s.out_dir}')
+    ranks.say(f'done: {step} steps{reached}; python sample.py ' + shlex.quote(f'--out_dir={s.out_dir}'))
     return 0
 
 
@@ -429,7 +439,7 @@ def default_out_dir(s):
     if not s.config_file:
         paths = s.dataset if isinstance(s.dataset, dict) else [s.dataset]
     names = [os.path.basename(os.path.abspath(path)) for path in paths]
-    return os.path.join('out', '+'.join(names)[:100] or 'run')
+    return whole_text(os.path.join('out', '+'.join(names)[:100] or 'run'), 'out_dir')
 
 
 def main():

@@ -4,6 +4,7 @@ A run that meets an error outside of its steps, as data that cannot be read, is 
 from contextlib import suppress
 
 from configurator import UserError, is_out_of_memory
+from features.run_folders import Moved, follow
 from run import OneProcess
 
 
@@ -30,13 +31,18 @@ def rescue(error, s, run, ranks, save):
     """
     Save the steps since the newest checkpoint, if the error leaves everything as it was after the last one.
     After Trouble, all ranks save together. After another error of the system or of torch, such as a
-    connection that another rank has closed, rank 0 saves alone: it can, unless the network is sharded. The
-    next loss in the log is then the mean of the steps after this checkpoint.
+    connection that another rank has closed, and if out_dir was renamed, rank 0 saves alone: it can, unless
+    the network is sharded. The next loss in the log is then the mean of the steps after this checkpoint.
     """
     is_alone = not isinstance(error, Trouble)
+    moved = run.trouble if isinstance(run.trouble, Moved) else error
+    if isinstance(moved, Moved) and ranks.first:
+        follow(moved, s)
+        if is_alone:  # it may have been about to save
+            run.saved = None
     if not run.is_whole or not run.step or run.saved == run.step:
         return
-    if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError)) and ranks.first):
+    if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError, Moved)) and ranks.first):
         return
     if is_alone and ranks.lockstep:
         return

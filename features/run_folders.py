@@ -164,10 +164,24 @@ def new_number(base):
 REGAIN = threading.Lock()  # --async_save has a thread that writes
 
 
+class Moved(UserError):
+    """The folder of the run that trains in out_dir was renamed. .folder: where it is now"""
+    folder = ''
+
+
+def follow(error, s):
+    """Let a run write into the folder to which its out_dir was moved: it is still locked."""
+    CLAIMED[error.folder] = CLAIMED.pop(s.out_dir)
+    s.out_dir = error.folder
+    if s.async_save:  # scale
+        from features.scale import background  # scale
+        background.close()  # scale: it met the same error
+
+
 def regain(out_dir):
     """
     Lock a claimed out_dir again whose lock was removed by hand. Raises UserError if another process holds it,
-    and if the folder was renamed or removed: then the line says where it is.
+    Moved if the folder was renamed, and UserError if it was removed.
     """
     with REGAIN:
         folder, held, made = CLAIMED[out_dir]
@@ -187,8 +201,10 @@ def regain(out_dir):
         other = ', and another folder is there now' * os.path.lexists(out_dir)
         raise UserError(f'out_dir={out_dir}: was removed while this run trained in it{other}: '
                         'its checkpoints are gone')
-    raise UserError(f'out_dir={out_dir}: was renamed while this run trained in it: its checkpoints are in '
-                    f'{where} now: go on with {shlex.quote(f"--out_dir={where}")}')
+    error = Moved(f'out_dir={out_dir}: was renamed while this run trained in it: its checkpoints are in '
+                  f'{where} now: go on with {shlex.quote(f"--out_dir={where}")}')
+    error.folder = where
+    raise error
 
 
 def place_of(fd):

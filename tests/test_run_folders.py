@@ -4,6 +4,7 @@ The folders of runs: their default, what may become one, what is moved aside, an
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_nothing_is_written_where_another_run_may_be(how, what, tmp_path):
 def test_a_run_whose_folder_is_renamed_stops_and_goes_on_there(dataset, tmp_path):
     """With real processes: another run that begins at the old place has none of it."""
     args = [sys.executable, ROOT / 'train.py', *TINY, f'--dataset={dataset}', '--max_iters=100000',
-            '--eval_interval=5', '--eval_iters=1']
+            '--eval_interval=50', '--eval_iters=1']
     first = subprocess.Popen([*args, f'--out_dir={tmp_path}/run'], stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True)
     while first.poll() is None and not (tmp_path / 'run' / 'best').exists():
@@ -252,6 +253,8 @@ def test_a_run_whose_folder_is_renamed_stops_and_goes_on_there(dataset, tmp_path
     assert first.returncode == 2 and said.count('\n') == 1 and f'--out_dir={tmp_path}/moved' in said, said
     assert os.listdir(tmp_path / 'run') == []
     step = int(checkpoint.find(str(tmp_path / 'moved'))[-8:])
+    last = json.loads((tmp_path / 'moved' / 'log.jsonl').read_text().splitlines()[-1])['step']
+    assert step > last  # no step is lost: the one that could not be logged was saved
     done = run('train.py', *args[2:], f'--out_dir={tmp_path}/moved', f'--max_iters={step + 2}')
     assert done.returncode == 0 and f'at step {step}' in done.stdout, done.stderr
 
@@ -339,3 +342,38 @@ def test_if_neither_best_nor_the_log_is_readable_nothing_is_guessed(tmp_path, ca
     checkpoint.prune(str(tmp_path), 1)
     assert len(list(tmp_path.glob('step_*'))) == 3
     assert checkpoint.find(str(tmp_path), 'best').endswith('step_00000015')
+
+
+# --- names ---
+
+@pytest.mark.parametrize('setting', ['out_dir', 'dataset', 'init_from', 'teacher'])
+@pytest.mark.parametrize('name', ['b\udcff', 'a\0b'])
+def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_read(name, setting):
+    with pytest.raises(UserError, match='not UTF-8|takes a path'):
+        configure(training.Settings, [f'--{setting}=data/{name}'])
+
+
+def test_the_name_of_a_config_file_is_no_way_around(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open(b'b\xff.py', 'w') as f:
+        f.write('n_layer = 1')
+    with pytest.raises(UserError, match='out_dir: not UTF-8'):
+        training.default_out_dir(configure(training.Settings, [os.fsdecode(b'b\xff.py')]))
+
+
+def test_names_with_quotes_and_new_lines_work_and_the_printed_command_is_quoted(dataset, tmp_path):
+    out_dir = f'{tmp_path}/it\'s "a\nb"'
+    for steps in (2, 4):
+        done = run('train.py', *TINY, f'--max_iters={steps}', f'--dataset={dataset}', f'--out_dir={out_dir}')
+        assert done.returncode == 0, done.stderr
+    command = done.stdout.split('done: 4 steps; ')[1]
+    assert shlex.split(command) == ['python', 'sample.py', f'--out_dir={out_dir}']
+
+
+def test_a_sweep_whose_folder_is_renamed_makes_no_other(tmp_path):
+    from features.study.jobs import check_place, locked
+    with locked(str(tmp_path / 'sweep')) as lock:
+        check_place(str(tmp_path / 'sweep'), lock)
+        os.rename(tmp_path / 'sweep', tmp_path / 'moved')
+        with pytest.raises(UserError, match='was renamed or removed while the sweep was running'):
+            check_place(str(tmp_path / 'sweep'), lock)

@@ -11,6 +11,7 @@ run of train.py.
 import dataclasses
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -177,7 +178,8 @@ def write(s, command, old, cfg, weights):
     state['prompt'] = old.form.as_json()
     write_run(s.out_dir, weights, state, old.tokenizer_folder, {} if is_short else after)
     print(f'written: {s.out_dir}; '
-          f'python train.py --init_from={s.out_dir} --out_dir={s.out_dir.rstrip("/")}_tuned')
+          + shlex.join(['python', 'train.py', f'--init_from={s.out_dir}',
+                        f'--out_dir={s.out_dir.rstrip("/")}_tuned']))
 
 
 def report(old, new, before, after):

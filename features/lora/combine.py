@@ -6,6 +6,7 @@ several adapters into one.
     python surgery.py combine --from=out/base --adapter=A --adapter=B --out_dir=out/both   # one adapter
 """
 import dataclasses
+import shlex
 
 import checkpoint
 from checkpoint import fill
@@ -55,7 +56,7 @@ def run_combine(s):
     state['base'] = base
     state['lora'] = both.description()
     write_run(s.out_dir, both.tensors, state, old.tokenizer_folder)
-    print(f'written: {s.out_dir}; python sample.py --out_dir={s.out_dir}')
+    print(f'written: {s.out_dir}; python sample.py', shlex.quote(f'--out_dir={s.out_dir}'))
 
 
 def common_settings(states):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import replace_text, writing
+from checkpoint import is_at, replace_text, writing
 from configurator import ROOT, UserError, interrupt, listen
 from features.study.runs import read_log, state
 from features.study.sweep import Run, expand, is_ended
@@ -60,6 +60,13 @@ def locked(folder):
             raise UserError(f'out={folder}: another sweep is running there: wait for it, '
                             'or give another out') from None
         yield lock
+
+
+def check_place(folder, lock):
+    """Raise UserError if the folder of a sweep is no longer the one that was locked."""
+    if not is_at(lock.fileno(), os.path.join(folder, '.lock')):
+        raise UserError(f'out={folder}: was renamed or removed while the sweep was running: start it again '
+                        'where its runs are now, or anew')
 
 
 def places(jobs):
@@ -108,6 +115,7 @@ def work(runs, free, lock):
             for job in [job for job in busy if job.process.poll() is not None]:
                 busy.remove(job)
                 free.append(job.place)
+                check_place(os.path.dirname(job.run.out_dir), lock)
                 result = outcome(job.run, job.process.returncode)
                 if result.startswith('failed'):
                     failed.append((job.run, result))
@@ -154,6 +162,7 @@ def start_job(run, place, lock):
 
 def start(run, place, lock):
     """The process of a Run. It has its own session, so that it gets a Ctrl-C only once, from work()."""
+    check_place(os.path.dirname(run.out_dir), lock)
     os.makedirs(run.out_dir, exist_ok=True)
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *run.args]
     with open(os.path.join(run.out_dir, 'output.txt'), 'a', encoding='utf-8') as output:
