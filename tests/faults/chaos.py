@@ -233,8 +233,12 @@ class Chaos:
                 return 'on'
         if not must_stop and len(self.pids()) == 2:
             raise Found(f'neither goes on nor stops: {self.end(0)}')
-        self.judge(self.end(), numbers, hang)
+        ended = self.end()
+        self.judge(ended, numbers, hang)
         self.judge_files()
+        stopped = re.search(r'stopped by \w+ after step (\d+)', ended[1])
+        if stopped and int(stopped[1]) not in self.sound():
+            raise Found(f'{stopped[0]} without a save: there are {sorted(self.sound())}')
         return 'stopped'
 
     def judge(self, ended, numbers=(), hang=False):
