@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,10 +30,17 @@ from checkpoint import is_file_name, open_regular, read_files, read_json
 from configurator import FilePath, UserError
 from model import autocast, zero
 
-# Files of data sets that are open at a time: a corpus may have thousands of shards. Opening one takes 11 µs
-OPEN_FILES = max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096))
 VERIFY_UP_TO = 2 ** 28  # bytes: at every start the hashes of splits up to this size are checked, in 0.2 s
 EVAL_ROWS = 12  # rows of each of eval_iters, nanoGPT's default batch: the loss does not depend on batch_size
+
+
+def most_open_files():
+    """Files of data sets that are open at a time: a corpus may have thousands of shards."""
+    import resource  # not on Windows
+    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096))
+
+
+OPEN_FILES = most_open_files()  # opening one more takes 11 µs
 
 
 @dataclass
