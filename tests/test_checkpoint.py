@@ -26,7 +26,7 @@ def run(tmp_path):
 
 def test_what_was_saved_comes_back(run):
     folder = checkpoint.find(str(run))
-    assert (checkpoint.load_state(folder) == {'step': 3}
+    assert (checkpoint.read_json(f'{folder}/state.json') == {'step': 3}
             and torch.equal(checkpoint.read_weights(folder)['w'], torch.full((4, 4), 3.0)))
     assert sorted(os.listdir(folder)) == ['manifest.json', 'model.safetensors', 'optimizer.pt', 'state.json']
 
@@ -116,7 +116,7 @@ def test_a_pickle_in_place_of_the_optimizer_is_not_run(run, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'canary'),)
     (run / 'step_00000003' / 'optimizer.pt').write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(Exception, match='(?i)weights.only|unsupported|magic|invalid'):
+    with pytest.raises(UserError, match='optimizer.pt: not readable'):
         load_optimizer(str(run / 'step_00000003'),
                        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     assert not (tmp_path / 'canary').exists()
@@ -134,7 +134,7 @@ def test_moments_go_by_name_and_those_of_another_tensor_are_refused(tmp_path):
     def adam(**shapes):
         return torch.optim.AdamW([(name, torch.nn.Parameter(torch.zeros(shape)))
                                   for name, shape in shapes.items()])
-    moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), n),
+    moments = {name: {'step': torch.tensor(3.0), 'exp_avg': torch.full((2, 3), float(n)),
                       'exp_avg_sq': torch.ones(2, 3)} for n, name in enumerate('ab', 1)}
     checkpoint.save(str(tmp_path), 1, {}, pack_moments(moments), {})
     optimizer = adam(b=(2, 3), a=(2, 3))
