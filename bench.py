@@ -81,7 +81,7 @@ def main():
             if s.json:
                 with writing(f'json={s.json}', 'give another path, or make room'):
                     os.makedirs(os.path.dirname(s.json) or '.', exist_ok=True)
-                    replace_json(s.json, report)
+                    replace_json(s.json, report, is_given=True)
 
 
 if __name__ == '__main__':

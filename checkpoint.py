@@ -13,6 +13,7 @@ A checkpoint is written under a temporary name, flushed to disk, then renamed. S
 complete, unless it was damaged later. Loading verifies it and falls back to the newest sound one. torch is
 imported where it is used: the processes of prepare.py need none.
 """
+import errno
 import gc
 import hashlib
 import json
@@ -52,20 +53,23 @@ def sync(path):
 
 
 @contextmanager
-def replacing(path, mode='w', suffix='.tmp'):
+def replacing(path, mode='w', suffix='.tmp', is_given=False):
     """
     Open a file that replaces `path` once it is complete and on disk ('w': text, 'wb': bytes). On any error,
-    the old file stays and no other file is left. suffix: ending of the temporary name.
+    the old file stays and no other file is left. suffix: ending of the temporary name. is_given: the user
+    gave this path, so a link is followed, and a device is written to; else both are replaced.
     """
     encoding = None if 'b' in mode else 'utf-8'
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: nothing can take its place
+    if is_given and os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout
         with open(path, mode, encoding=encoding) as f:
             yield f
         return
-    path = os.path.realpath(path)  # a link stays a link
+    path = os.path.realpath(path) if is_given else os.fspath(path)
     temporary = path + suffix
     try:
-        with open(temporary, mode, encoding=encoding) as f:
+        with suppress(FileNotFoundError):  # left by a crash
+            os.unlink(temporary)
+        with open(temporary, mode.replace('w', 'x'), encoding=encoding) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -76,13 +80,13 @@ def replacing(path, mode='w', suffix='.tmp'):
         raise
 
 
-def replace_text(path, text):
-    with replacing(path) as f:
+def replace_text(path, text, is_given=False):
+    with replacing(path, is_given=is_given) as f:
         f.write(text)
 
 
-def replace_json(path, value):
-    replace_text(path, json.dumps(value, indent=1))
+def replace_json(path, value, is_given=False):
+    replace_text(path, json.dumps(value, indent=1), is_given)
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -169,7 +173,7 @@ def read_files(folder, files):
 
 def is_file_name(name):
     return (type(name) is str and name not in ('', '.', '..') and os.path.basename(name) == name
-            and '\0' not in name)
+            and '\0' not in name and len(name) < 256)
 
 
 def read_json(path, kind=dict, most=2 ** 23):
@@ -248,6 +252,8 @@ def save(out_dir, step, weights, optimizer_state, state, other_files=(), keep=2)
     check_finite(weights, final)
     check_claim(out_dir)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
+    with suppress(OSError):
+        os.unlink(temporary)
     try:
         with writing(final, to_do):
             if out_dir not in CLAIMED:
@@ -484,16 +490,20 @@ def best(out_dir, is_sure=False):
 def damage(folder):
     """A short description of what is wrong with a checkpoint directory; None if it is undamaged."""
     try:
-        with open(os.path.join(folder, 'manifest.json'), encoding='utf-8') as f:
-            files = json.load(f)['files']
-        for name, entry in files.items():
-            path = os.path.join(folder, name)
+        files = read_json(os.path.join(folder, 'manifest.json'))['files']
+        for name in ('model.safetensors', 'optimizer.pt', 'state.json', *files):
+            if name not in files:
+                return f'{name} is not in manifest.json'
+            entry = files[name]
+            path = own_file(folder, name)
             if os.path.getsize(path) != entry['size'] or sha256(path) != entry['sha256']:
                 return f'{name} does not match the manifest'
+    except UserError as error:
+        return str(error).removeprefix(folder).lstrip('/: ')
     except OSError as error:
         return f'{os.path.basename(error.filename or folder)}: {error.strerror or error}'
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return 'manifest.json is not readable'
+    except (KeyError, TypeError, AttributeError):
+        return 'manifest.json is not that of a checkpoint'
     return None
 
 
@@ -520,6 +530,8 @@ def find(where, which='last'):
         problem = damage(folder)
         if problem is None:
             return folder
+        if os.strerror(errno.EACCES) in problem:
+            raise UserError(f'{folder}: {problem}: ask its owner to run chmod -R a+rX on it')
         print(f'{folder}: {problem}; skipped', flush=True)
     if candidates:
         first = f'{os.path.basename(candidates[0])}: {damage(candidates[0])}'
@@ -531,20 +543,17 @@ def find(where, which='last'):
 
 
 def load_state(folder):
-    """Read state.json of a checkpoint. Raises UserError for a model that this version cannot compute."""
+    """Read state.json of a checkpoint. Raises UserError that names the first field that is invalid."""
+    from features.stored import checked
     path = os.path.join(folder, 'state.json')
-    with open(path, encoding='utf-8') as f:
-        state = json.load(f)
-    if 'model' in state:
-        from features.earlier import without_removed
-        state['model'] = without_removed(state['model'], path)
-    return state
+    return checked(read_json(path), path)
 
 
 def read_weights(folder):
-    """{name: tensor} of a checkpoint."""
-    import safetensors.torch
-    return safetensors.torch.load_file(os.path.join(folder, 'model.safetensors'))
+    """{name: tensor} of a checkpoint. Raises UserError for a file that cannot be read."""
+    from features.tensors import open_tensors
+    file = open_tensors(os.path.join(folder, 'model.safetensors'))
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def load_weights(model, weights, where, assign=False):
@@ -620,14 +629,10 @@ class Log:
 
 def read_records(path):
     """The records of a log.jsonl, without truncated or damaged lines; [] if there is no file."""
-    records = []
-    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace', newline='\n') as f:
-        for line in f:
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and 'step' in record:
-                    records.append(record)
-    return records
+    if not os.path.lexists(path):
+        return []
+    from features.records import read
+    return read(path)
 
 
 # -----------------------------------------------------------------------------

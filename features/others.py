@@ -37,7 +37,7 @@ def began_with_others(s):
     if s.init_from in ('auto', 'scratch', 'resume'):
         return False
     stored = checkpoint.load_state(checkpoint.find(s.out_dir))['settings']
-    return not same_place(s.init_from, stored['init_from'])
+    return not same_place(s.init_from, stored.get('init_from', 'scratch'))
 
 
 def same_place(one, other):

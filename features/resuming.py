@@ -15,6 +15,7 @@ from features import extend, feature_of, part_of
 from features.datasets import describe_bos
 from features.others import adopt, same_place
 from features.sizes import check_sizes
+from features.stored import check_resumable
 from model import ModelConfig, only_in_training
 from optim import OptimConfig
 from run import Start
@@ -39,6 +40,7 @@ def resume(s, ranks):
     if 'surgery' in state:
         raise UserError(f'out_dir={s.out_dir}: holds the work of surgery.py {state["surgery"]}, '
                         f'not a run that can be resumed: give --init_from={s.out_dir} and another --out_dir')
+    check_resumable(state, folder)
     if s.eval_only or stored['init_from'] not in ('auto', 'scratch'):  # as it began: it may have grown since
         own = {name: stored[name] for name in state['model'] if name in stored}
         adopt(s, from_dict(ModelConfig, own, folder), s.out_dir)

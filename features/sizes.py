@@ -3,6 +3,7 @@ Sizes of networks, before anything of that size is made: a file may claim any.
 """
 import os
 import re
+from contextlib import contextmanager
 
 import torch
 
@@ -47,9 +48,18 @@ def check_sizes(cfg, weights, where):
 def described(cfg, where):
     """{name: shape} of the tensors of a network, of which none is made. Raises UserError beyond 2**63."""
     from model import Unfilled, make_model
+    with within_limits(cfg, where), torch.device('meta'), Unfilled():
+        return {name: list(t.shape) for name, t in make_model(cfg, init=False).state_dict().items()}
+
+
+@contextmanager
+def within_limits(cfg, where):
+    """Raise UserError if a network with this ModelConfig, which is described inside, would be too large."""
+    layers = cfg.n_layer + cfg.n_encoder_layer
+    if layers > MOST_LAYERS:
+        raise UserError(f'{where}: n_layer={layers}: takes at most {MOST_LAYERS:,} layers')
     try:
-        with torch.device('meta'), Unfilled():
-            return {name: list(t.shape) for name, t in make_model(cfg, init=False).state_dict().items()}
+        yield
     except (RuntimeError, OverflowError, TypeError) as error:
         if not re.search('overflow|too large|storage size|must be tuple of ints', str(error), re.IGNORECASE):
             raise

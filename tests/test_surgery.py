@@ -211,7 +211,8 @@ def test_what_cannot_be_factorized_is_refused_and_nothing_is_written(dense, tmp_
     assert ('low: seed 1337 has no loss: surgery.py measures one'
             in table(group([read_run(dense), read_run(low)])))
     checkpoint.save(f'{tmp_path}/chain', 0, chain.state_dict(), {},
-                    {'step': 0, 'model': dataclasses.asdict(chain.cfg), 'settings': {}})
+                    {'step': 0, 'model': dataclasses.asdict(chain.cfg), 'settings': {}, 'surgery': 'test',
+                     'tokenizer': {'kind': 'byte'}})
     for args, words in [(dict(from_='nowhere', energy=0.9), 'nowhere: no such directory'),
                         (dict(from_=f'{tmp_path}/chain', energy=0.9), 'a Markov chain'),
                         (dict(from_=low, energy=0.9), 'is low-rank already'),

@@ -22,6 +22,7 @@ from features.hf.folding import fold
 from features.hf.names import name_rows
 from features.hf.t5s import KINDS
 from features.hf.tokenizer_json import adds_space, keeps_text, sentencepiece_of, spelling, to_json
+from features.sizes import check_sizes
 from model import ModelConfig
 from sample import stored_format
 from tokenizer import load_tokenizer
@@ -55,7 +56,7 @@ def export(s):
     refuse_kind(s, folder, cfg)
 
     # 1) the network, in their names
-    model = checkpoint.fill(cfg, checkpoint.read_weights(folder), folder)
+    model = checkpoint.fill(cfg, check_sizes(cfg, checkpoint.read_weights(folder), folder), folder)
     if s.as_ == 'custom':
         fields, tensors = custom(cfg, model.state_dict())
     else:

@@ -49,6 +49,9 @@ def read_adapted(state, folder):
     return model
 
 
+READING = []  # the bases that are being read: an adapter may stand beside another one
+
+
 def read_base(base, adapter):
     """
     The base weights of the adapter in the folder `adapter`; base: its state.json's entry.
@@ -59,9 +62,18 @@ def read_base(base, adapter):
     if not checkpoint.is_foreign(where) and not os.path.isdir(where):
         where = os.path.dirname(where)
         if not os.path.isdir(where):
-            raise UserError(f'{adapter}: is an adapter beside {base["from"]}, '
+            raise UserError(f'{os.path.join(adapter, "state.json")}: is an adapter beside {base["from"]}, '
                             'which does not exist: restore it')
-    _, weights, _ = read_model(where, encoder=True)
+    path = os.path.join(adapter, 'state.json')
+    if where in READING:
+        raise UserError(f'{path}: base: {where} is an adapter beside itself')
+    READING.append(where)
+    try:
+        _, weights, _ = read_model(where, encoder=True)
+    except UserError as error:
+        raise UserError(f'{path}: base: {error}') from None
+    finally:
+        READING.pop()
     adapters.check_base(weights, base['weights'], where, adapter)
     return weights
 

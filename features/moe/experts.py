@@ -36,8 +36,8 @@ def read_shares(out_dir):
     (steps [n], shares (n, layers, E) of the tokens since the last record) from a run's log. Raises UserError
     if it has none.
     """
-    records = read_records(os.path.join(out_dir, 'log.jsonl'))
-    records = [record for record in records if 'expert_load' in record]
+    path = os.path.join(out_dir, 'log.jsonl')
+    records = [record for record in read_records(path) if type(record.get('expert_load')) is list]
     if not records:
         raise UserError(f'out_dir={out_dir}: no expert_load in its log.jsonl: '
                         'give a run that was trained with n_expert')
@@ -45,7 +45,10 @@ def read_shares(out_dir):
     records = [record for record in records if len(record['expert_load']) == layers]  # since it last grew
     steps = [record['step'] for record in records]
     shares = [record['expert_load'] for record in records]
-    return steps, torch.tensor(shares, dtype=torch.float64)
+    try:
+        return steps, torch.tensor(shares, dtype=torch.float64).reshape(len(steps), layers, -1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{path}: expert_load is not a table: {error}') from None
 
 
 def table(shares):

@@ -33,7 +33,7 @@ def save(page, path):
     try:
         with writing(f'picture={path}', 'give another path, or make room'):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            with replacing(path, 'wb') as f:
+            with replacing(path, 'wb', is_given=True) as f:
                 page.savefig(f, format=kind, dpi=120)
     except ValueError as error:  # a format that matplotlib does not know
         raise UserError(f'picture={path}: {error}') from None
@@ -46,7 +46,7 @@ def write_csv(rows, path):
     """
     with writing(f'csv={path}', 'give another path, or make room'):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with replacing(path) as f:
+        with replacing(path, is_given=True) as f:
             out = csv.DictWriter(f, rows[0])
             out.writeheader()
             out.writerows(rows)

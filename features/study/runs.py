@@ -7,7 +7,6 @@ Training runs in their folders: settings, log, state, size. Runs that differ onl
 """
 import dataclasses
 import glob
-import json
 import math
 import os
 import re
@@ -18,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 
 from batches import find_folder
-from checkpoint import read_records
-from configurator import UserError, convert, find_field
+from checkpoint import read_json, read_records
+from configurator import UserError, check, convert, find_field
 from features import build, default_of, part_of
+from features.sizes import within_limits
 from features.study.stats import mean_and_error, paired_difference
 from model import ModelConfig, make_model
 from train import Settings
@@ -38,13 +38,12 @@ NEUTRAL = {
 def read_settings(out_dir):
     """
     The Settings of the run in `out_dir`, None if it has none. Settings that an older run did not store get
-    their defaults; removed settings are ignored.
+    their defaults; removed settings are ignored. Raises UserError for a file that is damaged.
     """
-    try:
-        with open(os.path.join(out_dir, 'settings.json'), encoding='utf-8') as f:
-            stored = json.load(f)
-    except (OSError, ValueError):
+    path = os.path.join(out_dir, 'settings.json')
+    if not os.path.lexists(path):
         return None
+    stored = read_json(path)
     values = {}
     for key, value in stored.items():
         try:
@@ -215,14 +214,16 @@ def read_run(out_dir):
     {'out_dir', 'settings', 'state', 'parameters', 'blocks', 'trained', 'val': the records with a val_loss} of
     a training run. Raises UserError if `out_dir` holds none.
     """
-    try:
-        settings = read_settings(out_dir)
-        log = read_log(out_dir)
-        if settings is None:
-            raise ValueError('no settings.json')
+    settings = read_settings(out_dir)
+    if settings is None:
+        raise UserError(f'{out_dir}: not a training run (no settings.json): give the out_dir of one')
+    path = os.path.join(out_dir, 'settings.json')
+    log = read_log(out_dir)
+    check(settings, path)
+    if not settings.vocab_size:
+        raise UserError(f'{path}: vocab_size is missing: restore it')
+    with within_limits(settings, path):
         parameters, blocks, trained = sizes(settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{out_dir}: not a training run ({error}): give the out_dir of one') from None
     return {
         'out_dir': out_dir,
         'settings': settings,

@@ -191,7 +191,7 @@ def test_figures_and_tables_are_written_whole_or_not_at_all(small_disk, whole_ru
 
 
 def test_a_file_is_appended_to_or_replaced_whole_or_not_at_all(small_disk):
-    """Also through a link, which stays one; what is no file is written to as it is."""
+    """Also through a link that the user gave, which stays one; a device is then written to as it is."""
     path, link = small_disk.folder / 'a', small_disk.folder / 'link'
     replace_text(path, 'old\n')
     link.symlink_to(path)
@@ -200,14 +200,18 @@ def test_a_file_is_appended_to_or_replaced_whole_or_not_at_all(small_disk):
         with pytest.raises(OSError, match='No space left'):
             write(link, 'x' * 20_000)
         assert path.read_text() == 'old\n' and files(small_disk.folder) == ['a', 'link']
+    with pytest.raises(OSError, match='No space left'):
+        replace_text(link, 'x' * 20_000, is_given=True)
     append(link, 'more\n')
     assert path.read_text() == 'old\nmore\n'
-    replace_text(link, 'new\n')
+    replace_text(link, 'new\n', is_given=True)
     assert link.is_symlink() and path.read_text() == 'new\n'
+    replace_text(link, 'own\n')
+    assert not link.is_symlink() and path.read_text() == 'new\n'
     os.truncate(path, 2)  # the end of a line is lost, not the next one
     append(path, 'more\n')
     assert path.read_text() == 'ne\nmore\n'
-    replace_text(os.devnull, 'gone')
+    replace_text(os.devnull, 'gone', is_given=True)
     assert not os.path.isfile(os.devnull)
 
 
