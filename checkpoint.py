@@ -2,7 +2,7 @@
 Checkpoints: atomic, verified, without pickle.
 
     out_dir/step_00001000/model.safetensors   the weights
-                          optimizer.pt        tensors only, loaded with weights_only=True
+                          optimizer.pt        the moments, read without torch.load()
                           state.json          step, settings, tokenizer: whatever else resuming needs
                           manifest.json       sizes and sha256 of the rest, written last
                           tokenizer.…         the tokenizer's files, if any: a checkpoint can be moved alone
@@ -90,10 +90,13 @@ def replace_json(path, value, is_given=False):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors."""
+    """Write {name: tensor} as safetensors. The library's file is for its owner alone, whatever the umask."""
     import safetensors.torch
+    with open(path, 'wb') as f:
+        mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
     try:
         safetensors.torch.save_file(tensors, path, metadata)
+        os.chmod(path, mode)
     except safetensors.SafetensorError as error:  # the system's error is in its text alone
         raise OSError(str(error)) from None
 

@@ -118,7 +118,7 @@ def read_moments(folder):
         names = [name for group in stored.get('param_groups', ()) for name in group.get('param_names', ())]
         moments = {name: dict(stored['state'].get(n, {})) for n, name in enumerate(names)}
         tensors = {f'{what} of {name}': t for name, own in moments.items() for what, t in own.items()}
-        is_right = (all(type(name) is str for name in names)
+        is_right = (type(stored.get('state', {})) is dict and all(type(name) is str for name in names)
                     and all(not own or own.keys() in KINDS for own in moments.values())
                     and all(isinstance(t, torch.Tensor) for t in tensors.values()))
     except (AttributeError, KeyError, TypeError, ValueError):
