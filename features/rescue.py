@@ -1,6 +1,7 @@
 """
 A run that meets an error outside of its steps, as data that cannot be read, is saved before it ends.
 """
+import os
 from contextlib import suppress
 
 from configurator import UserError, is_out_of_memory
@@ -38,6 +39,7 @@ def rescue(error, s, run, ranks, save):
     moved = run.trouble if isinstance(run.trouble, Moved) else error
     if isinstance(moved, Moved) and ranks.first:
         follow(moved, s)
+        run.log.out_dir, run.log.path = s.out_dir, os.path.join(s.out_dir, 'log.jsonl')
         if is_alone:  # it may have been about to save
             run.saved = None
     if not run.is_whole or not run.step or run.saved == run.step:

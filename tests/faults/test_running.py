@@ -568,6 +568,20 @@ def test_a_record_that_was_not_written_at_first_is_in_the_log(dataset, tmp_path)
     assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
 
 
+def test_the_log_of_a_run_whose_folder_was_renamed_has_all_records(dataset, tmp_path):
+    """Also the one whose writing found that out: the step that it is of is saved in the new place."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}']
+    processes = Processes(*args, f'--out_dir={tmp_path / "cut"}')
+    assert processes.wait_for('step 20/')
+    (tmp_path / 'cut').rename(tmp_path / 'new')
+    codes, said = processes.wait()
+    step = step_of(tmp_path / 'new')
+    assert codes == [2] and step >= 20 and not (tmp_path / 'cut').exists(), said
+    for name in ('new', 'whole'):
+        assert run_to_end(*args, f'--max_iters={step + 3}', f'--out_dir={tmp_path / name}')[0] == [0]
+    assert read_log(tmp_path / 'new') == read_log(tmp_path / 'whole')
+
+
 def test_the_first_loss_after_a_rank_has_died_is_one_of_all_ranks(dataset, tmp_path):
     """The steps since the last line of the log are left out: the dead rank had a part of their losses."""
     args = [*SMALL, *LONG, f'--dataset={dataset}', '--log_interval=10']
