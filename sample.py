@@ -48,6 +48,7 @@ from tokenizer import from_json, load_tokenizer
 # Why numbers are NaN or infinite, and what to do
 NOT_FINITE = 'the weights are damaged, or float16 is too narrow for them: try --dtype=float32'
 GREEDY_BELOW = 1e-9  # temperature: logits divided by it would be infinite
+LONGEST = 2 ** 27  # bytes of a text file
 COMPILE_FROM = 4000  # tokens: compiling takes 7 to 10 s on 2 CPU cores, and saves 1.9 ms a token (10.6M)
 
 
@@ -406,10 +407,11 @@ def stored_format(state, tokenizer):
 def read_text(path):
     """The text of a UTF-8 file without its byte-order mark; line ends are kept. Raises UserError."""
     try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            return f.read()
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
+        with checkpoint.open_regular(path) as f:
+            data = f.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise UserError(f'{path}: has more than {LONGEST:,} bytes: give a shorter text')
+        return data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{path}: not a text in UTF-8 (byte {error.start}): convert it') from None
 

@@ -205,6 +205,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, name):
         import tiktoken
+
+        from features.text.tokenizers import check_cache  # text
+        check_cache()  # text
         try:
             self.encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network; a damaged file

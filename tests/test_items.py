@@ -8,6 +8,7 @@ import os
 import pytest
 
 from configurator import UserError
+from features.study import items
 from features.study.items import Item, file_and_delimiter, read_items, read_tasks, with_shots
 from features.study.tasks import chance, figures
 
@@ -230,6 +231,8 @@ PIQA, ARC, MC = DATA_SETS['piqa'][1][0], DATA_SETS['arc'][1][0], TRUTHFULQA[0]
     (ARC | {'question_concept': 'a'}, 'no known task has'),
     (ARC | {'choices': {}}, 'choices={}: takes an object'),
     (ARC | {'choices': {'text': ['a']}}, 'choices.text: takes a list'),
+    (ARC | {'choices': {'text': ['a', 'b'], 'label': ['A', 'B', 'C']}, 'answerKey': 'C'},
+     'choices: 2 texts, 3 labels'),
     (MC | {'mc1_targets': {'choices': ['a', 'b'], 'labels': [0, 0]}}, r'mc1_targets.labels=\[0, 0\]: takes'),
     (MC | {'mc2_targets': {'choices': ['a', 'b'], 'labels': [0, 0, 1]}}, 'mc2_targets.labels='),
     ({'query': 'a', 'choices': ['b', 'c'], 'gold': []}, r'gold=\[\]: takes'),
@@ -251,3 +254,14 @@ def test_a_line_that_cannot_be_read_is_named(line, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         read_tasks(path)
     assert '\n' not in str(caught.value) and str(caught.value).startswith(f'{path}:1: ')
+
+
+def test_a_file_that_is_none_or_has_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / 'task.jsonl'
+    os.mkfifo(path)
+    with pytest.raises(UserError, match='task.jsonl: is a folder, a pipe'):
+        read_tasks(path)
+    path = write(tmp_path / 'long.jsonl', [PIQA, PIQA | {'goal': 'a' * 1000}])
+    monkeypatch.setattr(items, 'LONGEST', 1000)
+    with pytest.raises(UserError, match='long.jsonl:2: a line of more than 1,000 bytes'):
+        read_tasks(path)

@@ -436,6 +436,12 @@ def test_only_a_newline_ends_a_prompt(tmp_path, monkeypatch):
     assert prompts == ['a\rb', 'c\u2028d\x85e\x0c', '', 'f']
     (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfa\r\nb\r')
     assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'a\r\nb\r'
+    os.mkfifo(tmp_path / 'pipe')
+    with open(tmp_path / 'hole', 'wb') as f:
+        f.truncate(2 ** 32)
+    for name, words in (('pipe', 'is a folder, a pipe'), ('hole', 'has more than 134,217,728 bytes')):
+        with pytest.raises(UserError, match=words):
+            sample.read_prompt(f'FILE:{tmp_path}/{name}')
 
 
 def test_a_new_line_is_typed_as_a_shell_gives_it(trained, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import random
 import struct
 
@@ -536,6 +537,11 @@ def test_refusals_say_what_to_change(files, tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     with pytest.raises(UserError, match='cl100k_base: tiktoken could not load it'):
         new_tokenizer('cl100k_base')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(files))
+    os.mkfifo(files / ('0' * 40))  # tiktoken would wait for it
+    with pytest.raises(UserError, match='0: is a folder, a pipe'):
+        new_tokenizer('cl100k_base')
+    (files / ('0' * 40)).unlink()
     monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
     with pytest.raises(UserError, match='pip install tokenizers'):
         new_tokenizer(str(files / 'tokenizer.json'))

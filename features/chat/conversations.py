@@ -7,7 +7,10 @@ Read conversations from .jsonl, one a line, in the usual shapes:
 import re
 
 import prepare
+from checkpoint import open_regular
 from configurator import UserError
+
+LONGEST = 2 ** 24  # bytes of a line
 
 SHAPES = {'messages': ('role', 'content'), 'conversations': ('from', 'value')}
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
@@ -15,9 +18,12 @@ ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assi
 
 def read(path, s):
     """Yield (where, messages) of each line; where is for example 'chats.jsonl:2'. Raises UserError."""
-    with open(path, 'rb') as f:
+    with open_regular(path) as f:
         offset = 0  # of the line in the file, in bytes
-        for number, data in enumerate(f, 1):
+        for number, data in enumerate(iter(lambda: f.readline(LONGEST + 1), b''), 1):
+            if len(data) > LONGEST:
+                raise UserError(f'{path}:{number}: a line of more than {LONGEST:,} bytes: '
+                                'take a conversation in each line')
             line = prepare.decode(data, s, path, offset).removeprefix('\ufeff')
             offset += len(data)
             if line and not line.isspace():

@@ -72,7 +72,7 @@ class Renderer:
     """The process of jinja.py for a template from elsewhere. It ends with this one, when its input does."""
 
     def __init__(self, template):
-        self.template, self.process = template, None
+        self.template, self.process, self.is_slow = template, None, False
         check_jinja()
         if len(template) > LONGEST:
             raise refused(f'it has more than {LONGEST:,} characters')
@@ -94,12 +94,15 @@ class Renderer:
     def ask(self, request):
         """The text of a conversation. Raises UserError."""
         line = b''
+        if self.is_slow:  # once: the next conversation has to wait no more
+            raise refused(f'it takes longer than {SECONDS} seconds')
         with suppress(BrokenPipeError):
             if self.process is None:
                 self.start()
             self.send(request)
             if not select.select([self.process.stdout], [], [], SECONDS)[0]:
                 self.end()
+                self.is_slow = True
                 raise refused(f'it takes longer than {SECONDS} seconds')
             line = self.process.stdout.readline()
         if not line.endswith(b'\n'):  # the system ended it

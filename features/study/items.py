@@ -12,7 +12,10 @@ import random
 import re
 from dataclasses import dataclass, replace
 
+from checkpoint import open_regular
 from configurator import UserError, typed_text, whole_text
+
+LONGEST = 2 ** 24  # bytes of a line
 
 # -----------------------------------------------------------------------------
 # Items
@@ -69,17 +72,17 @@ def read_lines(path, convert):
     UserError with the line number for invalid JSON, and for an empty file.
     """
     out = []
-    try:
-        with open(path, encoding='utf-8', newline='\n') as f:
-            for number, line in enumerate(f, 1):
-                line = line.removeprefix('\ufeff')  # some editors begin a file with a byte-order mark
-                if line.strip():
-                    where = f'{path}:{number}'
-                    out.append(convert(parse(line, where), where))
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    except UnicodeDecodeError:
-        raise UserError(f'{path}: not a text in UTF-8: convert it') from None
+    with open_regular(path) as f:
+        for number, data in enumerate(iter(lambda: f.readline(LONGEST + 1), b''), 1):
+            where = f'{path}:{number}'
+            if len(data) > LONGEST:
+                raise UserError(f'{where}: a line of more than {LONGEST:,} bytes: take an item in each line')
+            try:
+                line = data.decode().removeprefix('\ufeff')  # some editors begin a file with it
+            except UnicodeDecodeError:
+                raise UserError(f'{where}: not a text in UTF-8: convert it') from None
+            if line.strip():
+                out.append(convert(parse(line, where), where))
     if not out:
         raise UserError(f'{path}: no items in it')
     return out
@@ -268,6 +271,8 @@ def labelled(choices):
     choices = object_of(choices, 'choices')
     texts = texts_of(choices.get('text'), 'choices.text')
     labels = texts_of(choices.get('label'), 'choices.label')
+    if len(labels) != len(texts):
+        raise UserError(f'choices: {len(texts)} texts, {len(labels)} labels: takes one for each')
     return texts, labels
 
 

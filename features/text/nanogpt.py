@@ -80,7 +80,7 @@ def read_tokenizer(path):
     UserError for an invalid meta.pkl.
     """
     pkl = {}
-    if os.path.exists(path):
+    if os.path.lexists(path):  # a broken link is an error
         pkl = read_pickle(path)
     try:
         itos = pkl.get('itos')

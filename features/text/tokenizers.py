@@ -5,9 +5,13 @@ advice.
 import itertools
 import os
 import re
+import tempfile
 
+from checkpoint import open_regular
 from configurator import UserError
 from tokenizer import TIKTOKEN, Tokenizer, described, load_tokenizer
+
+CACHED = 2 ** 26  # bytes of a file in the cache of tiktoken; the largest has 4 MB
 
 
 class Extended(Tokenizer):
@@ -124,6 +128,23 @@ def described_here(description, data, path):
         from features.text.llama2c import Llama2c
         return Llama2c(data, path)
     return UnknownTokenizer(description['vocab_size'])
+
+
+def check_cache():
+    """
+    Raise UserError if a file in tiktoken's cache, by default in the folder for temporary files, is none:
+    tiktoken would wait for a named pipe, and read a device to its end. It compares the hashes of the files.
+    """
+    default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    folder = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get('DATA_GYM_CACHE_DIR', default))
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if not re.fullmatch('[0-9a-f]{40}', name):
+            continue
+        path = os.path.join(folder, name)
+        with open_regular(path) as f:
+            if f.seek(0, os.SEEK_END) > CACHED:
+                raise UserError(f'{path}: has more than {CACHED:,} bytes, more than any file of tiktoken: '
+                                'delete it')
 
 
 # -----------------------------------------------------------------------------
