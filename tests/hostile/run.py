@@ -381,8 +381,11 @@ def make_honest(folder):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def run(cases, work, jobs=2, say=print):
-    """Run Cases in the folder `work`. Returns their results, dicts as Running.result() gives them."""
+def run(cases, work, jobs=2, say=print, then=''):
+    """
+    Run Cases in the folder `work`. Returns their results, dicts as Running.result() gives them. then: code
+    that takes a protection out, once the honest files have been measured.
+    """
     work, results, growths, active = Path(work), [], {}, []
     honest = work / 'honest'
     if not honest.exists():
@@ -397,6 +400,7 @@ def run(cases, work, jobs=2, say=print):
                 if running.command.code != 0:
                     raise RuntimeError(f'{" ".join(args)}: refused with honest files: {running.command.err}')
                 running.remove()
+    exec(then, {})
     todo = [
         (case, args, (case.like or case.commands)[n])
         for case in cases
@@ -478,10 +482,9 @@ def main():
     work = options.get('work') or tempfile.mkdtemp(prefix='hostile-', dir=where)
     os.environ['MPLCONFIGDIR'] = os.path.join(work, 'matplotlib')
     os.makedirs(os.environ['MPLCONFIGDIR'], exist_ok=True)
-    exec(options.get('break', ''), {})  # takes a protection out, to see that the cases need it
     began = time.monotonic()
     try:
-        results = run(cases, work, int(options.get('jobs', 2)))
+        results = run(cases, work, int(options.get('jobs', 2)), then=options.get('break', ''))
     finally:
         if 'work' not in options:
             shutil.rmtree(work, ignore_errors=True)
