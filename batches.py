@@ -458,15 +458,18 @@ class Mixture:
 
     def hash(self, source):
         meta = {key: value for key, value in source.files.meta.items() if key != 'bos'}
-        text, data = json.dumps(meta, sort_keys=True), b''
+        text, pieces = json.dumps(meta, sort_keys=True), ()
         if not all('sha256' in shard for shard in source.files.shards):  # text: nanoGPT's
             from features.text.nanogpt import identify  # text
-            text, data = identify(source.files)  # text
+            text, pieces = identify(source.files)  # text
         if source.packing == 'pairs':  # t5: once they were padded
             text += 'packed'  # t5
         if source.bos:
             text += f'begin {list(source.bos)}'
-        return hashlib.sha256(text.encode() + data).hexdigest()
+        found = hashlib.sha256(text.encode())
+        for piece in pieces:
+            found.update(piece)
+        return found.hexdigest()
 
 
 # -----------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def run_here(args):
           pytest.MonkeyPatch.context() as patch):
         patch.setattr(sys, 'argv', args)
         try:
-            run_main(module.main)
+            run_main(module.main, output_is_all=args[0] in ('sample.py', 'analyze.py'))
         except SystemExit as stop:
             code = stop.code or 0
         except Exception:

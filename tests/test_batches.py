@@ -479,7 +479,7 @@ def test_a_run_that_took_an_unknown_tokenizer_for_gpt2s_still_finds_its_data_unc
         split: {'shards': [{'file': f'{split}.bin', 'bytes_on_disk': 2000}]} for split in ('train', 'val')}}
     text, pieces = identify(data.sources[0].files)
     assert text == json.dumps(before, sort_keys=True)
-    wanted = hashlib.sha256(text.encode() + pieces).hexdigest()
+    wanted = hashlib.sha256(text.encode() + b''.join(pieces)).hexdigest()
     assert list(data.fingerprint().values()) == [wanted]
 
 

@@ -54,20 +54,20 @@ def describe_sources(sources, ranks):
 
 def identify(files):
     """
-    (text, bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes: the data of a meta.json,
-    and 64 pieces of 64 KB of each file.
+    (text, iterator over bytes) that Mixture.fingerprint() hashes for TokenFiles without hashes: the data of a
+    meta.json, and 64 pieces of 64 KB of each file.
     """
     meta = {key: value for key, value in files.meta.items() if key != 'bos'}
     if meta['tokenizer']['kind'] == 'unknown':  # it was once taken for GPT-2's: those runs still resume
         meta['tokenizer'] = GPT2
-    size, pieces = 2 ** 16, []
+    return json.dumps(meta, sort_keys=True), pieces_of(files)
+
+
+def pieces_of(files, size=2 ** 16):
     for file, shard in zip(files.files, files.shards):
-        if 'sha256' in shard:
-            continue
-        room = max(0, file.size - size)
-        for n in range(64):
-            pieces.append(file.read(room * n // 63, min(size, file.size)))
-    return json.dumps(meta, sort_keys=True), b''.join(pieces)
+        if 'sha256' not in shard:
+            for n in range(64):
+                yield file.read(max(0, file.size - size) * n // 63, min(size, file.size))
 
 
 # -----------------------------------------------------------------------------
