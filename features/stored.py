@@ -122,8 +122,12 @@ def checked(state, path):
     if not vocab_size > state['tokenizer'].get('reserved', 0):
         refuse(path, 'model: vocab_size', f'is {vocab_size}, too small for the tokenizer')
     from train import Settings
-    settings = converted(Settings, state['settings'], f'{path}: settings', is_strict=False)
-    return state | {'model': model, 'settings': settings}
+    optimizer = {name: value for name, value in state['settings'].items() if name == 'optimizer'}
+    if not all(map(is_text, optimizer.values())):  # perhaps one that is gone: it is read, and not resumed
+        refuse(path, 'settings: optimizer', f'has an invalid value ({shown(optimizer["optimizer"])})')
+    others = {name: value for name, value in state['settings'].items() if name != 'optimizer'}
+    settings = converted(Settings, others, f'{path}: settings', is_strict=False)
+    return state | {'model': model, 'settings': settings | optimizer}
 
 
 def check_resumable(state, folder):

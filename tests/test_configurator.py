@@ -326,11 +326,10 @@ def test_a_setting_of_an_earlier_version_is_left_out_at_the_value_that_is_built_
 
 def test_all_texts_name_the_same_oldest_torch():
     texts = {name: (ROOT / name).read_text()
-             for name in ('requirements.txt', 'README.md', 'SECURITY.md', 'Makefile')}
+             for name in ('requirements.txt', 'README.md', 'Makefile')}
     assert re.search(r'^torch==(\S+) .*oldest', texts['requirements.txt'], re.M)[1] == PINNED_TORCH
     for name, pattern in (('requirements.txt', r'; ([\d.]+) is the oldest version'),
                           ('README.md', r'oldest version supported is torch ([\d.]*\d)'),
-                          ('SECURITY.md', r'refuses a torch older than ([\d.]*\d)'),
                           ('Makefile', r'torch==([\d.]+)\.0/')):
         assert re.findall(pattern, texts[name]) == [OLDEST_TORCH], name
 

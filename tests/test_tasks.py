@@ -478,7 +478,7 @@ def test_text_that_cannot_be_encoded_or_read_is_named(model, tmp_path):
     with pytest.raises(UserError, match="^a.txt: character 'Z' is not among"):
         score_text(model[0], tokenizer, 'aZ', 8, CPU, 'float32', 'a.txt')
     (tmp_path / 'task.jsonl').write_bytes('{"context": "a", "continuation": "b"}'.encode('utf-16'))
-    with pytest.raises(UserError, match=f'^{path}: not a text in UTF-8: convert it'):
+    with pytest.raises(UserError, match=f'^{path}:1: not a text in UTF-8: convert it'):
         read_items(path)
 
 
@@ -530,6 +530,7 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
             ('tasks', [], 'files: none is given'), ('tasks', [f'{tmp_path}/no.jsonl'], 'No such file'),
             ('tasks', [task, '--shots=9'], 'shots=9'), ('text', [], 'files: none is given'),
             ('text', [f'{tmp_path}/no.txt'], 'No such file'), ('text', [task, '--stride=97'], 'stride=97'),
-            ('text', ['/dev/null'], '/dev/null: is empty'), ('tasks', [task, f'--csv={task}'], 'is a task'),
+            ('text', ['/dev/null'], '/dev/null: is a folder, a pipe or a device'),
+            ('tasks', [task, f'--csv={task}'], 'is a task'),
             ('harness', [], 'tasks: none is given'), ('harness', ['--tasks=a', '--shots=-1'], 'shots=-1')]:
         assert words in one_line(run('eval.py', command, f'--out_dir=hf:{folder}', *args))
