@@ -181,7 +181,9 @@ class Output:
                 try:
                     data = data[os.write(fd, data):]
                 except BlockingIOError:  # whoever started this process wants it so
-                    select.select([], [fd], [])
+                    room = select.poll()  # select() takes no descriptor above 1,023
+                    room.register(fd, select.POLLOUT)
+                    room.poll()
         except io.UnsupportedOperation:  # a stream in memory
             self.stream.write(text)
         except OSError as error:

@@ -1,6 +1,8 @@
 """How a process of ours begins, prints and ends: its descriptors, signals and terminal."""
+import fcntl
 import os
 import pty
+import resource
 import select
 import signal
 import subprocess
@@ -133,7 +135,10 @@ def test_a_reader_that_stops_reading_does_not_stop_a_run(monkeypatch):
 @pytest.mark.parametrize('output_is_all', [False, True])
 def test_a_pipe_that_does_not_wait_gets_everything(output_is_all, monkeypatch):
     """Whoever starts a process may give it a pipe that is not blocking: BlockingIOError."""
-    reader, writer = os.pipe()
+    reader, low = os.pipe()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    writer = fcntl.fcntl(low, fcntl.F_DUPFD, min(1024, most - 1))  # as in a process with many open files
+    os.close(low)
     os.set_blocking(writer, False)
     found = []
 

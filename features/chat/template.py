@@ -100,7 +100,9 @@ class Renderer:
             if self.process is None:
                 self.start()
             self.send(request)
-            if not select.select([self.process.stdout], [], [], SECONDS)[0]:
+            answer = select.poll()  # select() takes no descriptor above 1,023
+            answer.register(self.process.stdout, select.POLLIN)
+            if not answer.poll(1000 * SECONDS):
                 self.end()
                 self.is_slow = True
                 raise refused(f'it takes longer than {SECONDS} seconds')
