@@ -265,7 +265,7 @@ def test_of_five_starts_in_one_folder_one_trains(is_there, dataset, tmp_path):
         run('train.py', *TINY, f'--dataset={dataset}', '--max_iters=2', f'--out_dir={tmp_path}/out')
     starts = [subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, f'--dataset={dataset}',
                                 '--max_iters=1000000', '--eval_interval=1000000', f'--batch_size={rows}',
-                                *['--init_from=scratch'] * (rows % 2), f'--out_dir={tmp_path}/out'],
+                                *['--init_from=scratch'] * is_there, f'--out_dir={tmp_path}/out'],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
               for rows in range(2, 7)]
     try:
