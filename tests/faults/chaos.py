@@ -54,6 +54,17 @@ class Found(Exception):
     """A promise that the run did not keep."""
 
 
+def wait_until_stopped(pid, seconds=5):
+    """Until no thread of a suspended process runs: a signal does not end a call of the kernel at once."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError):  # a thread that has just ended
+            threads = [path.read_text() for path in Path(f'/proc/{pid}/task').glob('*/stat')]
+            if all(thread.rpartition(')')[2].split()[0] in 'TtZX' for thread in threads):
+                return
+        time.sleep(0.01)
+
+
 # -----------------------------------------------------------------------------
 # The run, and what is there of it
 
@@ -133,6 +144,7 @@ class Chaos:
         """Suspend it for a moment."""
         for pid in self.pids():
             os.kill(pid, signal.SIGSTOP)
+            wait_until_stopped(pid)
         try:
             yield
         finally:
