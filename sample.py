@@ -382,12 +382,13 @@ def load(where, which='best', encoder=False):
     (model in eval mode, its tokenizer) of a checkpoint, of a run's `which` checkpoint, or of hf:FOLDER.
     encoder: whether the caller supports encoder-decoders. Raises UserError.
     """
-    model, folder = checkpoint.load_model(where, which, encoder)
-    tokenizer = load_tokenizer(*checkpoint.tokenizer_of(where, folder))
+    from features.networks import is_foreign, load_model, tokenizer_of
+    model, folder = load_model(where, which, encoder)
+    tokenizer = load_tokenizer(*tokenizer_of(where, folder))
     if tokenizer.ordinary_size() > model.cfg.vocab_size:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, the network '
                         f'{model.cfg.vocab_size}: they do not belong together')
-    if checkpoint.is_foreign(where):  # hf
+    if is_foreign(where):  # hf
         from features.hf.prompts import prompt_format  # hf
         return model, tokenizer.with_format(prompt_format(where, model.cfg, tokenizer))  # hf
     return model, tokenizer.with_format(stored_format(checkpoint.load_state(folder), tokenizer))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from batches import TokenFiles, find_folder, start_token
-from checkpoint import load_model
+from features.networks import load_model
 from configurator import FilePath, configure, run_main
 from features.markov.ngrams import look_up
 

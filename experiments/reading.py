@@ -49,11 +49,11 @@ def read(s):
         if s.arm == 'transformers and tokenizer':
             kept.append(AutoTokenizer.from_pretrained(folder))
     else:
-        import checkpoint
         import model  # noqa: F401 — what a program imports before it reads a network
         import sample
+        from features.networks import load_model
         imported = time.perf_counter()
-        load = sample.load if s.arm == 'sample.load' else checkpoint.load_model
+        load = sample.load if s.arm == 'sample.load' else load_model
         kept = load(s.init_from)
     done = time.perf_counter()
     figures = {'seconds to read': done - imported, 'with imports': done - began, 'peak memory, MiB': peak()}

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import prepare
 from batches import evaluate
-from checkpoint import fill, load_model, replace_json, replace_text
+from checkpoint import replace_json, replace_text
+from features.networks import fill, load_model
 from configurator import FilePath, UserError, configure, run_main
 from features.growth.commands import run_factorize, run_inherit
 from features.growth.networks import take_layers

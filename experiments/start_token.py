@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from features.networks import load_model
 from batches import TokenFiles, find_folder
 from configurator import FilePath, UserError, configure, run_main
 
@@ -62,7 +63,7 @@ def main():
         out_dir = os.path.join(s.out, packing)
         if not checkpoint.checkpoints(out_dir):
             train(s, packing, out_dir)
-        model, _ = checkpoint.load_model(out_dir)
+        model, _ = load_model(out_dir)
         losses = first_losses(model, files)
         error = losses.std() / len(losses) ** 0.5
         print(f'{packing:8}  first token of {len(losses)} documents: {losses.mean():.4f} ± {error:.4f} nats')

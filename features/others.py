@@ -9,25 +9,26 @@ from dataclasses import fields
 import checkpoint
 from configurator import UserError
 from features import default_of, extend, part_of
+from features.networks import inherited_format, is_foreign, read_model
 from model import ModelConfig, only_in_training
 from run import Start
 
 
 def begin_with_others(s, ranks):
     """The Start from the weights that init_from names."""
-    if checkpoint.is_foreign(s.init_from):  # hf
+    if is_foreign(s.init_from):  # hf
         from features.hf import reading  # hf
         ranks.from_first(lambda: reading.find(s.init_from))  # hf: one rank downloads
-    cfg, weights, folder = checkpoint.read_model(s.init_from, encoder=True)
+    cfg, weights, folder = read_model(s.init_from, encoder=True)
     broken = checkpoint.first_not_finite(weights)
     if broken:
         raise UserError(f'init_from={s.init_from}: {broken} is not finite: give other weights')
     adopt(s, cfg, s.init_from)
     start = Start(folder, weights=weights)
-    start.form = checkpoint.inherited_format(s.init_from, folder, cfg)
+    start.form = inherited_format(s.init_from, folder, cfg)
     if s.lora_rank:  # lora
         from features.lora.adapters import fingerprint  # lora
-        where = s.init_from if checkpoint.is_foreign(s.init_from) else folder  # lora
+        where = s.init_from if is_foreign(s.init_from) else folder  # lora
         start.base = {'from': where, 'weights': fingerprint(weights)}  # lora
     return start
 

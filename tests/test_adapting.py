@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import read_log, runs_here, write_dataset
 
-from checkpoint import read_model, read_weights
+from checkpoint import read_weights
 from experiments import adapting
+from features.networks import read_model
 from features.study import tuning
 from features.study.runs import changed_settings, read_settings
 

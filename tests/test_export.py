@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import sample
-from checkpoint import fill, load_model
 from configurator import UserError
 from features import build, feature_names, with_features
 from features.hf import reading
@@ -29,6 +28,7 @@ from features.hf.families import FAMILIES, nearest
 from features.hf.folding import fold
 from features.hf.names import name_rows
 from features.hf.tokenizer_json import to_json
+from features.networks import fill, load_model
 from hub import ExportSettings
 from model import ModelConfig, make_model
 from sample import generate

@@ -12,13 +12,13 @@ from test_export import exported
 from test_hub import ENDS, edit
 from test_lora import adapted
 
-from checkpoint import fill
 from configurator import UserError
 from features.growth.networks import take_layers
 from features.hf import reading
 from features.hf.config_json import Config
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
+from features.networks import fill
 from features.study.attention import measure
 from features.study.likelihoods import score
 from model import make_model

@@ -15,13 +15,13 @@ from test_families import SMALL, YARN, assert_same, assert_same_text, ids, keep_
 from test_hub import edit
 from test_lora import adapted
 
-from checkpoint import fill
 from configurator import UserError
 from features.growth.networks import take_layers
 from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
 from features.moe.network import Mixture
+from features.networks import fill
 from features.study.attention import measure
 from tokenizer import load_tokenizer
 

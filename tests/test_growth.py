@@ -12,7 +12,6 @@ from conftest import TINY, one_line, read_log, run_here, train
 from test_surgery import ids, operate, random_model
 
 import checkpoint
-from checkpoint import fill
 from configurator import UserError, read_config
 from features import build, part_of
 from features.growth.factorize import factorize
@@ -27,6 +26,7 @@ from features.growth.networks import (
 )
 from features.moe.upcycle import upcycle
 from features.moments import read_moments
+from features.networks import fill
 from model import AttentionInputs, ModelConfig, compile_all, make_model
 from train import Settings
 

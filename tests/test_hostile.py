@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from checkpoint import fill
 from configurator import UserError
 from features import build
 from features.chat.template import render
 from features.hf.tokenizer_json import JsonTokenizer
 from features.lora.patterns import Patterns
+from features.networks import fill
 from features.sizes import check_memory, check_sizes
 from model import ModelConfig, make_model
 

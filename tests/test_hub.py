@@ -32,6 +32,7 @@ import sample
 from configurator import UserError
 from features.hf import reading
 from features.hf.tokenizer_json import to_json
+from features.networks import load_model
 from model import make_model
 from sample import generate
 from tokenizer import load_tokenizer, new_tokenizer, train_bpe
@@ -597,7 +598,7 @@ def test_a_float32_folder_is_read_without_a_copy_and_never_changed(tmp_path):
     with open(tmp_path / 'model.safetensors', 'rb') as f:
         before = f.read()
     random = torch.get_rng_state()
-    model, _ = checkpoint.load_model(f'hf:{folder}')
+    model, _ = load_model(f'hf:{folder}')
     assert torch.equal(torch.get_rng_state(), random)  # nothing was filled that is replaced
     # all of them lie in the mapped file, one after the other
     size = sum(p.nbytes for p in model.parameters())
@@ -614,15 +615,15 @@ def test_a_float32_folder_is_read_without_a_copy_and_never_changed(tmp_path):
 def test_a_bfloat16_folder_becomes_float32(tmp_path):
     folder = saved(tmp_path, 'llama')
     rewrite(folder, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
-    model, _ = checkpoint.load_model(f'hf:{folder}')
+    model, _ = load_model(f'hf:{folder}')
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_reading_does_not_import_the_compiler(tmp_path):
     """It takes longer than the rest; torch's arithmetic on the meta device imports it."""
     folder = saved(tmp_path, 'llama')
-    code = ('import sys, checkpoint; '
-            f'model, _ = checkpoint.load_model("hf:{folder}"); '
+    code = ('import sys; from features.networks import load_model; '
+            f'model, _ = load_model("hf:{folder}"); '
             'assert model.rotary.abs().sum() > 0; '
             'print("torch._dynamo" in sys.modules)')
     assert run('-c', code).stdout.split() == ['False']

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import read_log, runs_here, write_dataset
 
-from checkpoint import read_model
 from experiments import inheritune
+from features.networks import read_model
 from features.study import tuning
 from features.study.runs import read_settings
 

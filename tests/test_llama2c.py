@@ -13,6 +13,7 @@ from test_tokenizer import LONG, llama2c_encode, read_llama2c, write_llama2c
 import sample
 from configurator import UserError
 from features.hf import reading
+from features.networks import fill
 from sample import encode_prompt, generate
 from tokenizer import new_tokenizer
 
@@ -101,7 +102,7 @@ def folder(tokenizer_bin, tmp_path):
 def test_logits_are_those_of_llama2c(changed, tmp_path):
     tensors = write_model(tmp_path / 'model.bin', **changed)
     cfg, weights = reading.load(f'hf:{tmp_path}')
-    model = sample.checkpoint.fill(cfg, weights, 'test')
+    model = fill(cfg, weights, 'test')
     ids = torch.randint(500, (64,), generator=torch.Generator().manual_seed(1))
     wanted = llama2c_logits(tensors, ids, cfg.n_head, cfg.kv_heads)
     found = model(ids[None])[0]

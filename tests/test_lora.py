@@ -14,7 +14,6 @@ from conftest import ROOT, one_line, pack_moments, read_log, run, train, write_d
 from safetensors.torch import load_file
 
 import checkpoint
-from checkpoint import load_model, read_model
 from configurator import UserError, configure
 from features import build, part_of
 from features.lora import adapters
@@ -22,6 +21,7 @@ from features.lora import layers as lora
 from features.lora.packed import pack
 from features.lora.settings import LoraConfig
 from features.moments import read_moments
+from features.networks import fill, load_model, read_model
 from model import ModelConfig, make_model
 from optim import make_optimizer
 from sample import generate
@@ -537,7 +537,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_what_its_settings_asked_for(tm
           dataset=dataset)
     folder = checkpoint.find(str(out))
     state, some = checkpoint.load_state(folder), next(iter(read_moments(folder).values()))
-    model = checkpoint.fill(*read_model(base))
+    model = fill(*read_model(base))
 
     def second_block(places):
         return [place for place in places if 'blocks.1.' in place.names[0]]

@@ -22,13 +22,13 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 import checkpoint
-from checkpoint import fill
 from configurator import UserError, read_config
 from features import build, part_of
 from features.lora.packed import pack
 from features.moe.experts import in_use
 from features.moe.network import Mixture
 from features.moe.upcycle import upcycle
+from features.networks import fill
 from model import MLP, ModelConfig, make_model, only_in_training
 from optim import OptimConfig, make_optimizer
 from train import Settings

@@ -23,11 +23,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from checkpoint import fill, load_model
 from configurator import UserError
 from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
+from features.networks import fill, load_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -20,6 +20,7 @@ from configurator import UserError
 from features.hf import tokenizer_json
 from features.hf.export import export
 from features.hf.prompts import bos_beside, chat_template, end_of_text
+from features.networks import read_model
 from features.study.tasks import encode_pair, score
 from features.study.validation import validation_sources
 from features.t5.beams import beam_search
@@ -502,7 +503,7 @@ def test_a_t5_goes_on_from_the_token_that_its_folder_names_in_training_too(tmp_p
     state = checkpoint.load_state(checkpoint.find(f'{tmp_path}/run', 'last'))
     assert state['prompt']['bos'] == [1] and state['prompt']['ends'] == [2]
     assert sample.load(f'{tmp_path}/run', encoder=True)[1].prompt_format.bos == (1,)
-    cfg, _, _ = checkpoint.read_model(f'{tmp_path}/run', encoder=True)
+    cfg, _, _ = read_model(f'{tmp_path}/run', encoder=True)
     source, = validation_sources(f'{tmp_path}/run', cfg)
     x, _, _ = source.batch([source.row(0)])
     assert x[0, 0] == 1

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from batches import Mixture
-from checkpoint import fill, load_model
 from configurator import UserError
 from features import build
 from features.commands import configure_command
@@ -22,6 +21,7 @@ from features.growth import runs
 from features.growth.commands import run_factorize
 from features.growth.factorize import decompose, factorize, factors, input_moments
 from features.hf import reading
+from features.networks import fill, load_model
 from features.study.runs import group, read_run
 from features.study.tables import table
 from model import LowRank, ModelConfig, Transformer, make_model

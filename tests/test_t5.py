@@ -25,6 +25,7 @@ from features.hf import reading
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters
 from features.lora.packed import pack
+from features.networks import read_model
 from features.t5.beams import beam_search
 from features.t5.positions import RelativeBias
 from features.t5.sampling import Decoder, pad, read_sources
@@ -138,7 +139,7 @@ def test_the_scripts_read_write_and_train_on_more_tokens_than_n_positions(tmp_pa
                f'--out_dir={tmp_path}/tuned', '--source_size=170', '--block_size=60', '--batch_size=2',
                '--max_iters=1', '--eval_iters=1', '--sample_tokens=70', '--device=cpu', '--dtype=float32')
     assert done.returncode == 0 and 'cut to' not in done.stdout, done.stdout + done.stderr
-    cfg, _, _ = checkpoint.read_model(f'{tmp_path}/tuned', encoder=True)
+    cfg, _, _ = read_model(f'{tmp_path}/tuned', encoder=True)
     assert (cfg.block_size, cfg.source_size) == (60, 170)
 
 

@@ -30,6 +30,7 @@ import sample
 import train as training
 from batches import Batches, Mixture, Source, evaluate, validation_batch, validation_rows
 from configurator import UserError
+from features.networks import read_model
 from features.scale.ranks import Ranks
 from model import ChunkedCrossEntropy, ModelConfig, Transformer, compile_all
 from optim import FirstSteps, Interval, Muon
@@ -137,7 +138,7 @@ def test_the_run_of_a_deleted_optimizer_is_read_but_not_resumed(dataset, tmp_pat
                              ('spectron', "got 'spectron', takes adamw | muon | counts")):
         done = train(tmp_path, '--max_iters=3', f'--optimizer={optimizer}', dataset=dataset, check=False)
         assert words in one_line(done)
-    checkpoint.read_model(str(tmp_path))
+    read_model(str(tmp_path))
 
 
 def moments(out_dir):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
 from configurator import UserError
+from features.networks import is_foreign, load_model
 from features.others import same_place
 from model import cap
 
@@ -49,10 +49,10 @@ def find_teacher(s, data, ranks):
     """
     if same_place(s.teacher, s.out_dir):
         raise UserError(f'teacher={s.teacher}: is the out_dir of this run: name another')
-    if checkpoint.is_foreign(s.teacher):
+    if is_foreign(s.teacher):
         from features.hf import reading
         ranks.from_first(lambda: reading.find(s.teacher))  # one rank downloads
-    teacher, folder = checkpoint.load_model(s.teacher)
+    teacher, folder = load_model(s.teacher)
     cfg = teacher.cfg
     files = data.sources[0].files
     if cfg.arch == 'markov':

@@ -9,8 +9,6 @@ from contextlib import suppress
 
 import torch
 
-import checkpoint
-from checkpoint import read_model
 from configurator import UserError, check
 from features.growth.factorize import factorize, input_moments, table
 from features.growth.networks import (
@@ -22,6 +20,7 @@ from features.growth.networks import (
     widen,
 )
 from features.growth.runs import read, write
+from features.networks import is_foreign, read_model, tokenizer_of
 from model import LowRank, make_model
 
 
@@ -120,10 +119,10 @@ def run_average(s):
 def has_tokenizer_of(old, where, folder):
     """Whether the model of `where` has the same tokenizer as an Old one; True if this is not known."""
     with suppress(UserError):  # it is not known, or its files are not here
-        theirs = checkpoint.tokenizer_of(where, folder)
+        theirs = tokenizer_of(where, folder)
         own = old.tokenizer, old.tokenizer_folder
         from features.text.tokenizers import same_ids  # text
-        return same_ids(own, theirs, is_padded=checkpoint.is_foreign(where))  # text
+        return same_ids(own, theirs, is_padded=is_foreign(where))  # text
     return True
 
 

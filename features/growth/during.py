@@ -3,10 +3,10 @@ A network that gets more blocks while it trains (--grow_every).
 """
 from dataclasses import fields
 
-import checkpoint
 from configurator import UserError
 from features.growth.networks import grow, refuse_unknown
 from features.moments import give_moments, moments_of
+from features.networks import read_model
 from model import make_model, only_in_training
 from optim import make_optimizer
 
@@ -60,7 +60,7 @@ def find_reference(s, cfg):
     """
     (ModelConfig, weights) of s.grow_from, whose blocks are to be copied. Raises UserError if they do not fit.
     """
-    other, weights, _ = checkpoint.read_model(s.grow_from)
+    other, weights, _ = read_model(s.grow_from)
     where = f'grow_from={s.grow_from}'
     if other.n_layer < s.grow_to:
         raise UserError(f'{where}: has {other.n_layer} blocks, fewer than grow_to={s.grow_to}: lower it')

@@ -19,9 +19,10 @@ import torch
 
 import checkpoint
 from batches import EVAL_ROWS, Mixture, evaluate
-from checkpoint import append, fill, read_model, replace_json
+from checkpoint import append, replace_json
 from configurator import UserError
 from features.folder import new_folder
+from features.networks import fill, inherited_format, is_foreign, read_model, tokenizer_of
 from model import Transformer
 from run import OneProcess
 from tokenizer import PromptFormat
@@ -57,7 +58,7 @@ def sample_tokens(model):
 def read(s, where, encoder=False, untie=False):
     """
     The Old model of `where`. encoder: whether the command supports encoder-decoders; untie: as in
-    checkpoint.read_model(). Raises UserError for a model without layers and for data of another tokenizer.
+    read_model(). Raises UserError for a model without layers and for data of another tokenizer.
     """
     if os.path.isdir(s.out_dir) and os.listdir(s.out_dir):
         raise UserError(f'out_dir={s.out_dir}: holds something already: give a new directory')
@@ -65,9 +66,9 @@ def read(s, where, encoder=False, untie=False):
     if cfg.arch == 'markov':
         raise UserError(f'from={where}: a Markov chain has no layers: give a transformer')
     state = {}
-    if not checkpoint.is_foreign(where):
+    if not is_foreign(where):
         state = checkpoint.load_state(folder)
-    form = checkpoint.inherited_format(where, folder, cfg)
+    form = inherited_format(where, folder, cfg)
     data, val = open_data(s, where, cfg, state, form)
 
     if state:
@@ -78,7 +79,7 @@ def read(s, where, encoder=False, untie=False):
         tokenizer, tokenizer_folder = files.meta['tokenizer'], files.folder
         begin = ()
     else:
-        tokenizer, tokenizer_folder = checkpoint.tokenizer_of(where, folder)
+        tokenizer, tokenizer_folder = tokenizer_of(where, folder)
         begin = () if cfg.n_encoder_layer else form.bos
     model = fill(cfg, weights, where)
     return Old(model, state.get('settings', {}), state, data, val, tokenizer, tokenizer_folder,

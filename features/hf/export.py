@@ -22,6 +22,7 @@ from features.hf.folding import fold
 from features.hf.names import name_rows
 from features.hf.t5s import KINDS
 from features.hf.tokenizer_json import adds_space, keeps_text, sentencepiece_of, spelling, to_json
+from features.networks import fill, is_foreign
 from features.sizes import check_sizes
 from model import ModelConfig
 from sample import stored_format
@@ -56,7 +57,7 @@ def export(s):
     refuse_kind(s, folder, cfg)
 
     # 1) the network, in their names
-    model = checkpoint.fill(cfg, check_sizes(cfg, checkpoint.read_weights(folder), folder), folder)
+    model = fill(cfg, check_sizes(cfg, checkpoint.read_weights(folder), folder), folder)
     if s.as_ == 'custom':
         fields, tensors = custom(cfg, model.state_dict())
     else:
@@ -188,7 +189,7 @@ def export_adapter(s, folder, state, cfg):
 
 def context_of(base):
     """The context of the model that an adapter was trained beside, which it may have used a part of."""
-    if not checkpoint.is_foreign(base):
+    if not is_foreign(base):
         return checkpoint.load_state(checkpoint.find(base, 'best'))['model']['block_size']
     config = reading.Config(reading.find(base))
     return reading.read_config(config, reading.family_of(config)).block_size

@@ -24,7 +24,7 @@ from tokenizer import new_tokenizer
 # -----------------------------------------------------------------------------
 # Where the folder is
 
-PINNED = {  # checkpoint.GPT2_NAMES: revisions of openai-community/NAME, which the hub can never change
+PINNED = {  # features.networks.GPT2_NAMES: revisions of openai-community/NAME, which the hub can never change
     'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e',
     'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
     'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519',

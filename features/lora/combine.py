@@ -9,10 +9,10 @@ import dataclasses
 import shlex
 
 import checkpoint
-from checkpoint import fill
 from configurator import UserError
 from features.lora import adapters, peft_files
 from features.lora.load import add_adapters, read_saved, split_name
+from features.networks import fill
 
 
 def run_merge(s):

@@ -8,9 +8,9 @@ from contextlib import suppress
 import torch
 
 import checkpoint
-from checkpoint import fill, read_model
 from configurator import UserError, from_dict
 from features.lora import adapters, layers, peft_files
+from features.networks import fill, is_foreign, read_model, tokenizer_of
 from features.sizes import check_sizes
 from model import ModelConfig
 
@@ -59,7 +59,7 @@ def read_base(base, adapter):
     """
     where = base['from']
     # that checkpoint is gone: the run's best one may be the same
-    if not checkpoint.is_foreign(where) and not os.path.isdir(where):
+    if not is_foreign(where) and not os.path.isdir(where):
         where = os.path.dirname(where)
         if not os.path.isdir(where):
             raise UserError(f'{os.path.join(adapter, "state.json")}: is an adapter beside {base["from"]}, '
@@ -130,9 +130,9 @@ def check_adapter(where, base):
     is_same = True
     with suppress(UserError):  # most have none
         own = reading.tokenizer(f'hf:{where}')
-        folder = '' if checkpoint.is_foreign(base) else checkpoint.find(base, 'best')
+        folder = '' if is_foreign(base) else checkpoint.find(base, 'best')
         from features.text.tokenizers import same_ids  # text
-        is_same = same_ids(checkpoint.tokenizer_of(base, folder), own, is_padded=True)  # text
+        is_same = same_ids(tokenizer_of(base, folder), own, is_padded=True)  # text
     if not is_same:
         raise UserError(f'adapter={where}: the tokenizer beside it is not that of {base}: give its own base')
 

@@ -4,10 +4,10 @@ without training.
 """
 import torch
 
-import checkpoint
 from batches import find_folder, read_meta
 from configurator import UserError, check, peak_flops, pick_dtype
 from features import part_of
+from features.networks import read_model
 from features.others import adopt
 from features.plan.chinchilla import optima, table
 from features.plan.dial import REACHED, plan, size
@@ -71,7 +71,7 @@ def show_plan(s, device):
     chinchilla.py, and the settings that plan() derives for the last law.
     """
     if s.init_from not in ('auto', 'scratch', 'resume'):
-        cfg, _, _ = checkpoint.read_model(s.init_from, encoder=True)
+        cfg, _, _ = read_model(s.init_from, encoder=True)
         adopt(s, cfg, s.init_from)
     s.dtype = pick_dtype(s.dtype, device)
     vocab_size = find_vocabulary(s)

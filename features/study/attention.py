@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import model as networks
 from batches import validation_batch, validation_rows
-from checkpoint import load_model
 from configurator import FilePath, UserError
+from features.networks import load_model
 from features.study.pictures import figure, save, write_csv
 from features.study.validation import validation_sources
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 import checkpoint
-from checkpoint import fill, read_model
 from configurator import UserError
+from features.networks import fill, read_model
 from features.study.pictures import figure, save, write_csv
 from model import LowRank
 

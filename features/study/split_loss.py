@@ -13,8 +13,8 @@ import torch
 
 import checkpoint
 from batches import Source, batch_loss, losses, validation_batch
-from checkpoint import load_model
 from configurator import UserError, pick_compile, pick_device, pick_exact_dtype
+from features.networks import load_model
 from features.study.stats import PARTS, loss_and_error, show_error
 from features.study.validation import validation_sources
 from model import compile_all

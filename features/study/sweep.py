@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 
 from batches import Mixture
-from checkpoint import read_model
 from configurator import FilePath, UserError, check, configure, find_field, options, read_config
 from features import default_of, with_features
+from features.networks import read_model
 from features.others import adopt
 from features.study.runs import NEUTRAL, blank_model, read_settings, real_folders, sizes, state
 from model import make_model

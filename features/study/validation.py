@@ -4,6 +4,7 @@ The validation data of a network: what it was trained on, or another data set of
 import checkpoint
 from batches import open_source
 from configurator import UserError
+from features.networks import inherited_format, is_foreign
 
 
 def validation_sources(where, cfg, dataset='', block_size=0):
@@ -13,7 +14,7 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     none, or one of another tokenizer.
     """
     state = {}
-    if checkpoint.is_foreign(where):
+    if is_foreign(where):
         from features.hf import reading
         folder = reading.find(where)
     else:
@@ -29,7 +30,7 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     objective = None
     if not block_size and (settings.get('objective', 'causal') != 'causal' or cfg.n_encoder_layer):  # t5
         from features.t5.objectives import find_objective  # t5
-        objective = find_objective(settings, cfg, checkpoint.inherited_format(where, folder, cfg))  # t5
+        objective = find_objective(settings, cfg, inherited_format(where, folder, cfg))  # t5
     bos = tuple(state.get('begin', ()))
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:

@@ -11,6 +11,7 @@ import numpy as np
 import checkpoint
 from configurator import UserError
 from features.datasets import describe_bos
+from features.networks import is_foreign, tokenizer_of
 from features.text.cuts import Cuts
 from features.text.tokenizers import options_of, same_ids
 
@@ -60,7 +61,7 @@ def how_to_prepare(wanted, folder, files):
 
 def how_to_prepare_for(where, folder, files):
     """how_to_prepare() with the tokenizer of a model; arguments as in check_tokenizer()."""
-    wanted = {} if checkpoint.is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
+    wanted = {} if is_foreign(where) else checkpoint.load_state(folder)['tokenizer']
     return how_to_prepare(wanted, folder, files)
 
 
@@ -82,8 +83,8 @@ def check_tokenizer(setting, where, folder, files):
     compared.
     """
     try:
-        wanted, found = checkpoint.tokenizer_of(where, folder), (files.meta['tokenizer'], files.folder)
-        is_same = same_ids(wanted, found, is_padded=checkpoint.is_foreign(where))
+        wanted, found = tokenizer_of(where, folder), (files.meta['tokenizer'], files.folder)
+        is_same = same_ids(wanted, found, is_padded=is_foreign(where))
     except UserError as error:
         print(f'{setting}: the tokenizers of {where} and of {files.folder} were not compared ({error}): '
               'make sure that they are the same', flush=True)

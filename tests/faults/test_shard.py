@@ -13,7 +13,7 @@ from conftest import ROOT, one_line, read_log, train
 from processes import SMALL, fingerprint, run_to_end
 
 import checkpoint
-from checkpoint import load_model
+from features.networks import load_model
 
 ARGS = [*SMALL, '--warmup_iters=0', '--lr_decay_iters=10', '--batch_size=1',
         '--gradient_accumulation_steps=4']
