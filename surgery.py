@@ -2,6 +2,7 @@
 Make a new model from a trained one.
 
     python surgery.py inherit --from=out/big --out_dir=out/small --layers=0-11
+    python surgery.py inherit --from=hf:T5 --out_dir=out/small --layers=0-5 --encoder_layers=0-11
     python surgery.py grow --from=out/small --out_dir=out/big --n_layer=12 --how=zero
     python surgery.py widen --from=out/small --out_dir=out/wide --n_embd=512 --n_head=8
     python surgery.py average --from='out/run/step_*' --out_dir=out/mean
@@ -58,6 +59,7 @@ class SurgerySettings:
 @dataclass
 class InheritSettings(SurgerySettings):
     layers: str = ''  # blocks to copy: 0-11, 0,2,4, first:6, last:6 or middle:6; in any order, also repeated
+    encoder_layers: str = ''  # blocks to copy of an encoder-decoder's encoder; '' = as layers
     fresh: str = ''  # parts to re-initialize instead, separated by commas: attn, mlp, norm, norm_f, wpe.
     # Inheritune's own code forgets wpe,norm_f
     seed: int = 1337  # seed for the re-initialized parts

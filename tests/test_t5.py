@@ -447,7 +447,7 @@ def test_sample_writes_what_transformers_writes(tmp_path):
 @pytest.mark.parametrize('args, words', [
     (['hub.py', 'export', '--out_dir={}/../run', '--to={}x', '--as=custom'], 'is an encoder-decoder'),
     (['eval.py', 'text', '--out_dir=hf:{}', '{}/../text.txt'], 'is an encoder-decoder'),
-    (['surgery.py', 'inherit', '--from=hf:{}', '--layers=0', '--out_dir={}/x'], 'is an encoder-decoder'),
+    (['surgery.py', 'grow', '--from=hf:{}', '--n_layer=9', '--out_dir={}/x'], 'is an encoder-decoder'),
     (['train.py', '--init_from=hf:{}', '--dataset={}/../pairs'], 'objective=causal')], ids=str)
 def test_what_an_encoder_decoder_cannot_do_is_refused(args, words, tmp_path):
     folder = exported(tmp_path, tiny(**OURS))

@@ -26,20 +26,36 @@ from model import LowRank, make_model
 
 def run_inherit(s):
     """python surgery.py inherit"""
-    old = read(s, s.from_)
-    weights = old.model.state_dict()
-    layers = parse_layers(s.layers, old.model.cfg.n_layer)
-    cfg, taken = take_layers(old.model.cfg, weights, layers)
+    old = read(s, s.from_, encoder=True)
+    cfg = old.model.cfg
+    encoder = encoder_layers(s, cfg)
+    whose = 'the network' if encoder is None else 'the decoder'
+    layers = parse_layers(s.layers, cfg.n_layer, whose=whose)
+    said = f'blocks {", ".join(map(str, layers))} of {cfg.n_layer}'
+    if encoder is not None:
+        said += f'; of the encoder {", ".join(map(str, encoder))} of {cfg.n_encoder_layer}'
+    cfg, taken = take_layers(cfg, old.model.state_dict(), layers, encoder=encoder)
     torch.manual_seed(s.seed)
     drawn = make_model(cfg).state_dict()
     fresh = fresh_names(s.fresh, taken)
-    said = f'blocks {", ".join(map(str, layers))} of {old.model.cfg.n_layer}'
     if fresh:
         said += f'; drawn anew: {s.fresh}, {len(fresh)} tensors'
     print(said)
     for name in fresh:
         taken[name] = drawn[name]
     write(s, 'inherit', old, cfg, taken)
+
+
+def encoder_layers(s, cfg):
+    """The blocks to copy of an encoder, those of s.layers by default; None for a decoder."""
+    if not cfg.n_encoder_layer:
+        if s.encoder_layers:
+            raise UserError(f'encoder_layers={s.encoder_layers}: {s.from_} has no encoder: leave it out')
+        return None
+    if s.encoder_layers:
+        return parse_layers(s.encoder_layers, cfg.n_encoder_layer, 'encoder_layers', 'the encoder')
+    return parse_layers(s.layers, cfg.n_encoder_layer, whose='without encoder_layers, they are also those of '
+                                                             'the encoder, which')
 
 
 def fresh_names(fresh, weights):
@@ -50,7 +66,7 @@ def fresh_names(fresh, weights):
     for part in fresh.split(','):
         if not part:
             continue
-        names = {name for name in weights if re.search(rf'(^|\.){re.escape(part)}(_\d)?\.', name)}
+        names = {name for name in weights if re.search(rf'(^|\.){re.escape(part)}(_[\dx])?\.', name)}
         if not names:
             raise UserError(f'fresh={fresh}: {part!r} is no part of this network: '
                             f'takes {", ".join(parts_of(weights))}')
@@ -64,7 +80,7 @@ def parts_of(weights):
     for name in weights:
         for part in name.split('.')[:-1]:
             if not part.isdecimal():
-                parts.add(re.sub(r'_\d$', '', part))
+                parts.add(re.sub(r'_[\dx]$', '', part))
     return sorted(parts - {'blocks'})
 
 

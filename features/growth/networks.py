@@ -3,6 +3,7 @@ Make the settings and tensors of a new model from those of another.
 
     cfg, weights = take_layers(cfg, weights, [0, 1, 2, 3])                  # the first four blocks
     cfg, weights = take_layers(cfg, weights, [0, 0, 1, 1], silent={1, 3})   # twice as many, the same function
+    cfg, weights = take_layers(cfg, weights, [0, 1], encoder=[0, 1, 2])     # of an encoder-decoder
     cfg, weights = widen(cfg, weights, n_embd=512, n_head=8)                # the same function
     cfg, weights = average(cfgs, weights, names)                            # the mean of several networks
 
@@ -61,22 +62,23 @@ def refuse_unknown(cfg, what, but=()):
 # -----------------------------------------------------------------------------
 # Depth
 
-def parse_layers(text, n_layer):
+def parse_layers(text, n_layer, name='layers', whose='the network'):
     """
     [block index, …] from '0-11', '0,2,4', 'first:6', 'last:6', 'middle:6', or several of these separated by
-    commas. A block may be repeated. Raises UserError for any other text, and for a block beyond n_layer.
+    commas. A block may be repeated. name, whose: the setting and the stack of blocks, for messages. Raises
+    UserError for any other text, and for a block beyond n_layer.
     """
     layers = []
     for part in text.replace(' ', '').split(','):
         found = parse_range(part, n_layer)
         if found is None:
-            raise UserError(f'layers={text}: {part!r}: takes blocks as 0-11, 0,2,4, first:6, '
+            raise UserError(f'{name}={text}: {part!r}: takes blocks as 0-11, 0,2,4, first:6, '
                             'last:6 or middle:6')
         start, stop = found
         if start >= stop:
-            raise UserError(f'layers={text}: {part!r}: has no block in it: the first number is the lower one')
+            raise UserError(f'{name}={text}: {part!r}: has no block in it: the first number is the lower one')
         if start < 0 or stop > n_layer:
-            raise UserError(f'layers={text}: the network has the blocks 0 to {n_layer - 1}')
+            raise UserError(f'{name}={text}: {whose} has the blocks 0 to {n_layer - 1}')
         layers += range(start, stop)
     return layers
 
@@ -122,15 +124,18 @@ def grown_layers(cfg, target, how):
     return layers, copies if how == 'zero' else set()
 
 
-def layer_names(names, layers):
-    """{new name: old name} of the tensors of a model whose block n is block layers[n] of the old model."""
-    out = {name: name for name in names if not name.startswith('blocks.')}
+def layer_names(names, layers, stack='blocks'):
+    """
+    {new name: old name} of the tensors of a model whose block n is block layers[n] of the old model. stack:
+    blocks or encoder; the tensors of other stacks keep their names.
+    """
+    out = {name: name for name in names if not name.startswith(f'{stack}.')}
     for n, layer in enumerate(layers):
-        prefix = f'blocks.{layer}.'
+        prefix = f'{stack}.{layer}.'
         for name in names:
             if name.startswith(prefix):
-                out[f'blocks.{n}.{name.removeprefix(prefix)}'] = name
-    out.pop('blocks.0.attn.v_mix', None)  # the first block has no values before its own to mix in
+                out[f'{stack}.{n}.{name.removeprefix(prefix)}'] = name
+    out.pop(f'{stack}.0.attn.v_mix', None)  # the first block has no values before its own to mix in
     return out
 
 
@@ -138,38 +143,69 @@ def layer_names(names, layers):
 OUTPUT = r'(attn\.o|mlp\.(experts\.|shared\.)?down)\.(?!down\.)'
 
 
-def take_layers(cfg, weights, layers, silent=()):
+def take_layers(cfg, weights, layers, silent=(), encoder=None):
     """
     (ModelConfig, weights) of a model whose block n is block layers[n] of this one; the rest is unchanged. The
     output matrices (post_norm: the norms) of the blocks in `silent` are zero, so that these blocks add
-    nothing at first. Raises UserError for a model with an encoder or with settings that are not KNOWN.
+    nothing at first. encoder: the same as `layers` for the blocks of an encoder. Raises UserError for a model
+    with an encoder if `encoder` is None, with settings that are not KNOWN, or whose `ranks` or dense_layers
+    cannot name the blocks of both stacks.
     """
-    refuse_unknown(cfg, 'grown or cut in its layers', but=('n_encoder_layer',))
+    refuse_unknown(cfg, 'grown or cut in its layers', but=() if encoder else ('n_encoder_layer',))
     general = {name: rank for name, rank in cfg.ranks.items() if not name.startswith('blocks.')}
     no_rope = [n for n, layer in enumerate(layers) if layer in cfg.no_rope]
     full_layers = [n for n, layer in enumerate(layers) if layer in cfg.full_layers]
     new = dataclasses.replace(cfg, n_layer=len(layers), ranks=general, no_rope=no_rope,
                               full_layers=full_layers)
     if cfg.n_expert:
-        new.dense_layers = [n for n, layer in enumerate(layers) if layer in cfg.dense_layers]
-        if len(new.dense_layers) == len(layers):
+        stacks = layers, encoder or []
+        dense = {n for stack in stacks for n, layer in enumerate(stack) if layer in cfg.dense_layers}
+        new.dense_layers = sorted(dense)
+        if all(layer in cfg.dense_layers for stack in stacks for layer in stack):
             raise UserError(f'dense_layers={cfg.dense_layers}: blocks {sorted(set(layers))} alone have no '
                             'experts: take one that has')
     for n, layer in enumerate(layers):
         for name in cfg.sizes():
             if cfg.rank(layer, name) != new.rank(n, name):
                 new.ranks[f'blocks.{n}.{name}'] = cfg.rank(layer, name)
+    if encoder:
+        new.n_encoder_layer = len(encoder)
+        refuse_other_blocks(cfg, new, layers, encoder)
 
-    out = {name: weights[old].clone() for name, old in layer_names(weights, layers).items()}
+    origins = layer_names(weights, layers)
+    if encoder:
+        blocks = {name: old for name, old in origins.items() if name.startswith('blocks.')}
+        origins = blocks | layer_names([name for name in weights if not name.startswith('blocks.')], encoder,
+                                       'encoder')
+    out = {name: weights[old].clone() for name, old in origins.items()}
     written = r'norm_[am]\.' if cfg.post_norm else OUTPUT
     for n in silent:
         for name in out:
             if re.match(rf'blocks\.{n}\.{written}', name):
                 out[name].zero_()
-    for n, layer in enumerate(layers):
-        if cfg.value_residual and layer == 0 and n > 0:
-            out[f'blocks.{n}.attn.v_mix'] = torch.zeros(())  # the first block had only its own values
+    for stack, taken in (('blocks', layers), ('encoder', encoder or [])):
+        for n, layer in enumerate(taken):
+            if cfg.value_residual and layer == 0 and n > 0:
+                out[f'{stack}.{n}.attn.v_mix'] = torch.zeros(())  # the first block had only its own values
     return new, out
+
+
+def refuse_other_blocks(cfg, new, layers, encoder):
+    """
+    Raise UserError if a block of the encoder or the decoder would change: `ranks` and dense_layers name the
+    blocks of both by one number.
+    """
+    for n, layer in enumerate(encoder):
+        for name in cfg.sizes():
+            if cfg.rank(layer, name) != new.rank(n, name):
+                raise UserError(f'ranks={cfg.ranks}: block {n} of the encoder, taken from {layer}, has rank '
+                                f'{cfg.rank(layer, name)} for {name}, that of the decoder '
+                                f'{new.rank(n, name)}: take the same blocks of both')
+    for stack in (layers, encoder) if cfg.n_expert else ():
+        for n, layer in enumerate(stack):
+            if (layer in cfg.dense_layers) != (n in new.dense_layers):
+                raise UserError(f'dense_layers={cfg.dense_layers}: block {n} would have experts in the '
+                                'encoder or the decoder alone: take the same blocks of both')
 
 
 def grow(cfg, weights, n_layer, how, other=None):

@@ -98,10 +98,12 @@ class Objective:
 def find_objective(settings, cfg, form=None):
     """
     The Objective of a run; None for next-token prediction in a decoder. settings: train.py's as a dict, or
-    those of a stored run; a run from before there were objectives is causal. cfg: the ModelConfig, or
-    train.py's settings. form: the PromptFormat of the model that the run began with; None = random weights.
+    those of a stored run; a run from before there were objectives is causal. Weights of others have none: an
+    encoder-decoder then reads pairs. cfg: the ModelConfig, or train.py's settings. form: the PromptFormat of
+    the model that the run began with; None = random weights.
     """
-    kind, source_size = settings.get('objective', 'causal'), getattr(cfg, 'source_context', 0)
+    source_size = getattr(cfg, 'source_context', 0)
+    kind = settings.get('objective', 'seq2seq' if source_size else 'causal')
     if kind == 'causal' and not source_size:
         return None
     start = form.bos[0] if form is not None and form.bos else None
