@@ -451,6 +451,9 @@ def prepare_out_dir(out_dir, step, settings):
             from features.run_folders import set_aside
             set_aside(out_dir, step, settings)
         replace_json(os.path.join(out_dir, 'settings.json'), settings)
+    if 'RANK' in os.environ:  # scale: torchrun has started this process
+        from features.scale import restarts  # scale
+        restarts.remember(out_dir)  # scale
 
 
 # -----------------------------------------------------------------------------

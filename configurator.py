@@ -106,6 +106,7 @@ def run_main(main, output_is_all=False):
         traceback.print_exc()
         leave(1)
     finally:
+        listen(signal.SIG_DFL)  # a traceback of Python's own end says nothing
         with suppress(OSError):
             sys.stdout.flush()
         sys.stderr.flush()
@@ -220,6 +221,7 @@ def refuse(reason, code=2):
     """Print a one-line error and exit with this code."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get('RANK', '0')
     if rank != '0':  # rank 0 finds most mistakes too: it says them, and torchrun ends the others
+        listen(signal.SIG_DFL)
         time.sleep(3)
         name += f': rank {rank}'
     line = ' '.join(visible(str(reason)).split())

@@ -452,6 +452,7 @@ def main():
     if 'RANK' in os.environ:  # scale
         from features.scale.ranks import Ranks  # scale
         ranks = Ranks(device, s.hang_timeout)  # scale
+        ranks.check_restart(s.out_dir)  # scale
     try:
         if s.wandb_log and not s.eval_only:  # study
             from features.study import wandb_log  # study

@@ -44,6 +44,12 @@ def look_here_last():
 look_here_last()
 sys.meta_path.insert(0, Finder)
 
+import signal
+
+if os.path.dirname(os.path.realpath(getattr(sys.modules['__main__'], '__file__', None) or '')) == ROOT:
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a script: until run_main(), Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it as other signals do, without a traceback
+
 import dataclasses
 import functools
 import glob

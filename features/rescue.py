@@ -3,6 +3,7 @@ A run that meets an error outside of its steps, as data that cannot be read, is 
 """
 import os
 from contextlib import suppress
+from functools import partial
 
 from configurator import UserError, is_out_of_memory
 from features.run_folders import Moved, follow
@@ -31,20 +32,18 @@ def text_of(error):
 def rescue(error, s, run, ranks, save):
     """
     Save the steps since the newest checkpoint, if the error leaves everything as it was after the last one.
-    After Trouble, all ranks save together. After another error of the system or of torch, such as a
-    connection that another rank has closed, and if out_dir was renamed, rank 0 saves alone: it can, unless
-    the network is sharded. The next loss in the log is then the mean of the steps after this checkpoint.
+    After Trouble, and if out_dir was renamed, all ranks save together. After another error of the system or
+    of torch, such as a connection that another rank has closed, rank 0 saves alone: it can, unless the
+    network is sharded. The next loss in the log is then the mean of the steps after this checkpoint.
     """
-    is_alone = not isinstance(error, Trouble)
+    is_alone = not isinstance(error, (Trouble, Moved))  # rank 0 tells the others that the folder was moved
     moved = run.trouble if isinstance(run.trouble, Moved) else error
-    if isinstance(moved, Moved) and ranks.first:
-        follow(moved, s)
-        run.log.out_dir, run.log.path = s.out_dir, os.path.join(s.out_dir, 'log.jsonl')
-        if is_alone:  # it may have been about to save
-            run.saved = None
+    if not is_alone and run.is_whole:
+        ranks.from_first(partial(settle, moved, s, run))
+        run.saved = ranks.from_first(lambda: run.saved)
     if not run.is_whole or not run.step or run.saved == run.step:
         return
-    if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError, Moved)) and ranks.first):
+    if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError)) and ranks.first):
         return
     if is_alone and ranks.lockstep:
         return
@@ -65,6 +64,20 @@ def rescue(error, s, run, ranks, save):
                 run.trouble.write_again()
         if run.saved == run.step:
             ranks.say(f'saved after step {run.step}, because of an error')
+
+
+def settle(error, s, run):
+    """On rank 0: find out whether the step that was saved last is on disk, and follow a folder that moved."""
+    if isinstance(error, Moved):
+        follow(error, s)
+        run.log.out_dir, run.log.path = s.out_dir, os.path.join(s.out_dir, 'log.jsonl')
+        run.saved = None  # it may have been about to save
+    elif s.async_save:  # scale
+        from features.scale import background  # scale
+        try:  # scale
+            background.wait()  # scale
+        except (UserError, OSError):  # scale
+            run.saved = None  # scale
 
 
 def check_memory(error, s):

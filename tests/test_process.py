@@ -203,6 +203,23 @@ configurator.run_main(main)"""
     assert said == f'-c: stopped by {number.name}; run the same command again\n'
 
 
+@pytest.mark.parametrize('script', sorted(path.name for path in ROOT.glob('*.py')
+                                          if "__name__ == '__main__'" in path.read_text()))
+def test_ctrl_c_while_a_script_is_loaded_is_no_traceback(script, tmp_path):
+    (tmp_path / 'dataclasses.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n'
+                                             'for _ in range(1000): pass\n')
+    done = subprocess.run([sys.executable, ROOT / script], cwd=ROOT, text=True,
+                          env=os.environ | {'PYTHONPATH': str(tmp_path)}, capture_output=True, timeout=60,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, ''), done
+
+
+def test_importing_minnow_leaves_ctrl_c_as_it_is(tmp_path):
+    code = 'import signal, sample; assert signal.getsignal(signal.SIGINT) == signal.default_int_handler'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True,
+                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 def test_a_script_under_nohup_goes_on_after_sighup():
     code = """
 def main():

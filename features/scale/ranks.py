@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import STOP_SIGNALS, UserError
+from features.scale import restarts
 
 
 @contextmanager
@@ -173,6 +174,10 @@ class Ranks:
                 return False
             return bool(set(job) & set(state.get('job', ())))
         return self.from_first(look)
+
+    def check_restart(self, out_dir):
+        """Raise UserError if torchrun has started this run again, and its folder is no longer at out_dir."""
+        restarts.check(out_dir, self)
 
     def check_complete(self, error):
         """Raise UserError if an error is the one that gloo or NCCL raise when another process has gone."""

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -488,6 +489,97 @@ def test_from_scratch_a_job_that_is_started_again_goes_on_with_what_it_began_and
     code, said = attempt(0, 'b')  # as it was told
     assert (code == 0 and 'resuming' not in said
             and sorted(os.listdir(tmp_path)) == ['out', 'out.old1', 'out.old2']), said
+
+
+@pytest.mark.parametrize('how, ranks', [
+    ('renamed', 2), ('made anew', 1), ('renamed and killed', 1), pytest.param('removed', 1, marks=SLOW)])
+def test_a_job_that_is_started_again_begins_no_new_run_where_its_folder_was(dataset, tmp_path, how, ranks):
+    out_dir, moved, job = tmp_path / 'out' / 'run', tmp_path / 'out' / 'moved', tmp_path / 'torchelastic_x'
+    job.mkdir()
+    args = [*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={out_dir}', '--checkpoint_interval=20']
+
+    def attempt(number):
+        return Processes(*args, ranks=ranks, TORCHELASTIC_RESTART_COUNT=str(number),
+                         TORCHELASTIC_ERROR_FILE=f'{job}/attempt_{number}/0/error.json')
+    first = attempt(0)
+    assert first.wait_for('step 25/')
+    if how == 'removed':
+        shutil.rmtree(out_dir, ignore_errors=True)
+        shutil.rmtree(out_dir, ignore_errors=True)  # a file may have been made in between
+    else:
+        os.rename(out_dir, moved)
+    if how == 'renamed and killed':
+        first.kill()
+    codes, said = first.wait()
+    assert codes == [-9 if 'killed' in how else 2] * ranks, said
+    if how == 'made anew':
+        out_dir.mkdir()
+    codes, said = attempt(1).wait()
+    assert codes == [2] * ranks and said.count('\n') == ranks and 'was renamed or removed' in said, said
+    assert how == 'removed' or f'go on with --out_dir={moved}\n' in said
+    assert os.listdir(out_dir) == [] if how == 'made anew' else not out_dir.exists()
+
+
+def test_a_job_that_is_started_again_in_its_folder_goes_on(dataset, tmp_path):
+    """Also behind a link, and where no checkpoint is there yet."""
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'link').symlink_to('disk')
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "link"}']
+    more = {'TORCHELASTIC_ERROR_FILE': f'{tmp_path}/attempt_1/0/error.json'}
+    assert run_to_end(*args, fault='step@3=kill', TORCHELASTIC_RESTART_COUNT='0', **more)[0] == [-9]
+    assert json.loads((tmp_path / 'out_dir.json').read_text())
+    for expected in ('step 1/', 'resuming'):
+        codes, said = run_to_end(*args, TORCHELASTIC_RESTART_COUNT='1', **more)
+        assert codes == [0] and expected in said, said
+
+
+@pytest.mark.parametrize('more', [['--async_save'], ['--shard'],
+                                  pytest.param(['--shard', '--async_save'], marks=SLOW)])
+def test_a_folder_that_is_renamed_during_a_save_gets_it_whatever_the_ranks_hold(dataset, tmp_path, more):
+    out_dir, moved = tmp_path / 'out' / 'run', tmp_path / 'out' / 'moved'
+    processes = Processes(*SMALL, *LONG, f'--dataset={dataset}', f'--out_dir={out_dir}', *more,
+                          '--checkpoint_interval=20', ranks=2, fault='save:optimizer@20=slow')
+    end = time.monotonic() + 60
+    while not list(out_dir.glob('step_00000020.tmp/optimizer.pt')) and time.monotonic() < end:
+        time.sleep(0.005)
+    os.rename(out_dir, moved)
+    codes, said = processes.wait()
+    assert codes == [2, 2] and said.count(f'go on with --out_dir={moved}\n') == 2, said
+    assert os.listdir(tmp_path / 'out') == ['moved'] and 'Traceback' not in said
+    steps = [int(name) for name in re.findall(r'step (\d+)/', said)]
+    assert step_of(moved) >= max(steps) and not list(moved.glob('*.tmp'))
+
+
+@pytest.mark.parametrize('is_there', [True, pytest.param(False, marks=SLOW)])
+def test_of_two_jobs_of_two_ranks_in_one_folder_one_trains(dataset, tmp_path, is_there):
+    args = [*SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}', '--max_iters=40',
+            '--eval_interval=20']
+    if is_there:
+        assert run_to_end(*args, '--max_iters=20')[0] == [0]
+    jobs = [Processes(*args, f'--batch_size={rows}', *['--init_from=scratch'] * is_there, ranks=2)
+            for rows in (2, 6)]
+    ended = [job.wait() for job in jobs]
+    codes = [codes for codes, _ in ended]
+    assert sorted(codes) == [[0, 0], [2, 2]], ended
+    won, lost = codes.index([0, 0]), codes.index([2, 2])
+    lines = ended[lost][1].splitlines()
+    assert len(lines) == 2 and all('another process is training in it' in line for line in lines), lines
+    assert json.loads((tmp_path / 'out' / 'settings.json').read_text())['batch_size'] == (2, 6)[won]
+    state = checkpoint.load_state(checkpoint.find(str(tmp_path / 'out')))
+    assert state['settings']['batch_size'] == (2, 6)[won] and state['step'] == 40
+    assert sorted(os.listdir(tmp_path)) == ['out', *['out.old1'] * is_there]
+
+
+def test_a_rank_that_waits_to_say_its_line_is_ended_by_torchrun_without_another(tmp_path):
+    code = "import configurator; print('begun', flush=True); configurator.run_main(main)"
+    code = f"def main(): raise configurator.UserError('said by rank 0')\n{code}"
+    rank = os.environ | {'RANK': '1', 'WORLD_SIZE': '2'}
+    with subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE, env=rank) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.terminate()
+        assert process.communicate(timeout=30)[1] == '' and process.returncode == -signal.SIGTERM
 
 
 def test_who_stops_a_run_from_scratch_is_told_how_it_goes_on(dataset, tmp_path):
