@@ -264,11 +264,6 @@ def configure(cls, argv=None):
     unknown key, a wrong type, an invalid choice, and for the errors of cls.check().
     """
     argv = sys.argv[1:] if argv is None else argv
-    for arg in argv:
-        if arg in ('--help', '-h') or arg.startswith('--help='):
-            from features.help import help_text
-            print(help_text(cls, arg.partition('=')[2]))
-            sys.exit(0)
     positional = getattr(cls, 'positional', None)
     given, lists, from_files, config_file = {}, {}, {}, ''
     for arg in argv:

@@ -19,7 +19,9 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
+if __name__ == '__main__':
+    features.answer_help(__file__)
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -202,15 +204,18 @@ def run_ladder(s):
     ladder.run(s)
 
 
+COMMANDS = {
+    'loss': (run_loss, LossSettings),
+    'text': (run_text, TextSettings),
+    'tasks': (run_tasks, TaskSettings),
+    'harness': (run_harness, HarnessSettings),
+    'summaries': (run_summaries, SummarySettings),
+    'ladder': (run_ladder, LadderSettings),
+}
+
+
 def main():
-    run, s = configure_command({
-        'loss': (run_loss, LossSettings),
-        'text': (run_text, TextSettings),
-        'tasks': (run_tasks, TaskSettings),
-        'harness': (run_harness, HarnessSettings),
-        'summaries': (run_summaries, SummarySettings),
-        'ladder': (run_ladder, LadderSettings),
-    })
+    run, s = configure_command(COMMANDS)
     run(s)
 
 

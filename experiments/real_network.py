@@ -21,7 +21,9 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
+if __name__ == '__main__':
+    features.answer_help(__file__)
 
 import csv
 import json
@@ -36,10 +38,10 @@ from tqdm import tqdm
 import prepare
 from batches import evaluate
 from checkpoint import replace_json, replace_text
-from features.networks import fill, load_model
 from configurator import FilePath, UserError, configure, run_main
 from features.growth.commands import run_factorize, run_inherit
 from features.growth.networks import take_layers
+from features.networks import fill, load_model
 from features.study import attention
 from features.study.pictures import figure, save
 from features.study.runs import Arm, read_log, read_run, read_settings

@@ -55,9 +55,23 @@ import functools
 import glob
 import importlib
 import inspect
+import itertools
+import linecache
 import re
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
+
+
+def answer_help(path):
+    """If a script is asked for --help, print it and exit. It takes 0.2 s before torch is imported."""
+    if any(map(asks_for_help, sys.argv[1:])):
+        from features.help import answer
+        answer(path)
+
+
+def asks_for_help(arg):
+    return arg in ('--help', '-h') or arg.startswith('--help=')
+
 
 # -----------------------------------------------------------------------------
 # Settings with those of features
@@ -125,8 +139,8 @@ def feature_parts(core, name):
     """The dataclasses in features/NAME/settings.py that are added to the dataclass `core`."""
     if name not in feature_names():
         return []
-    module = importlib.import_module(f'features.{name}.settings')
-    parts = []
+    read = getattr(core, '_read_settings', importlib.import_module)  # of an outline (declared.py): outlines
+    module, parts = read(f'features.{name}.settings'), []
     for part in vars(module).values():
         if dataclasses.is_dataclass(part) and part.__module__ == module.__name__:
             base = part.__mro__[1]
@@ -165,11 +179,14 @@ def comment_of(cls, key):
 @functools.cache
 def comments_of(part):
     """{name: comment} of the settings that are declared in the body of the dataclass `part` itself."""
-    comments, name = {}, None
-    for line in inspect.getsource(part).split('\n')[1:]:
+    comments, name, names = {}, None, inspect.get_annotations(part)
+    lines = iter(linecache.getlines(vars(part).get('_path') or inspect.getsourcefile(part)))
+    class_line = re.compile(rf'( *)class {part.__name__}\b')
+    [indent] = next(filter(None, map(class_line.match, lines))).groups()
+    for line in itertools.takewhile(re.compile(rf'{indent}[\s)]|$').match, lines):  # inspect would parse all
         code, _, comment = line.partition('  # ')
         head = code.strip().partition(':')[0]
-        if head in inspect.get_annotations(part):
+        if head in names:
             name = head
             comments[name] = comment.strip()
         elif name and comment and not code.strip():  # a comment that goes on in the next line

@@ -20,9 +20,13 @@ def configure_command(commands, argv=None):
             from features.run_folders import last_run
             s.out_dir = last_run()
         return function, s
-    takes = f'takes {" or ".join(commands)}, then its settings; --help after it lists them'
-    if argv and argv[0] in ('--help', '-h'):
-        print(sys.modules[next(iter(commands.values()))[1].__module__].__doc__.strip()
-              + f'\n\nThe first argument {takes}')
-        sys.exit(0)
-    raise UserError(f'{argv[0] if argv else "no command given"}: {takes}')
+    raise no_command(argv, commands)
+
+
+def no_command(argv, commands):
+    """The UserError for a first argument that names no command."""
+    return UserError(f'{argv[0] if argv else "no command given"}: {takes(commands)}')
+
+
+def takes(commands):
+    return f'takes {" or ".join(commands)}, then its settings; --help after it lists them'

@@ -1,10 +1,10 @@
 """
-The text of --help: the settings of the core and of features with their defaults and the comments beside them;
-and the refusals of settings that are not there.
+The text of --help: the settings of the core and of features with their defaults and the comments beside them,
+from the sources (declared.py); and the refusals of settings that are not there.
 """
+import ast
 import difflib
 import glob
-import importlib
 import inspect
 import os
 import re
@@ -12,8 +12,9 @@ import sys
 import textwrap
 import typing
 
-from configurator import ROOT, FilePath, UserError, options
+from configurator import FilePath, UserError, options, run_main
 from features import (
+    asks_for_help,
     comment_of,
     default_of,
     feature_names,
@@ -22,6 +23,8 @@ from features import (
     fields_of,
     with_features,
 )
+from features.commands import no_command, takes
+from features.declared import parse, read, read_script
 
 # The settings of a training run that --help shows; --help=all shows the others too
 FIRST = {
@@ -36,11 +39,56 @@ FIRST = {
 }
 
 
+def answer(path):
+    """Print the help of a script that sys.argv asks for, and exit."""
+    run_main(lambda: print(script_help(path, sys.argv[1:])), output_is_all=True)
+    sys.exit(0)
+
+
+def script_help(path, argv):
+    """
+    The help of a script for these arguments: of the settings that it configures, or, if it has commands and
+    argv names none, its docstring. Raises UserError for a command or a feature that is not there.
+    """
+    script = read_script(path)
+    settings, has_commands = find_settings(path)
+    if has_commands:
+        commands = commands_in(script, settings)
+        if argv[0] in ('--help', '-h'):
+            return f'{script.__doc__.strip()}\n\nThe first argument {takes(commands)}'
+        if argv[0] not in commands:
+            raise no_command(argv, commands)
+        settings = commands[argv[0]]
+    which = next(arg.partition('=')[2] for arg in argv if asks_for_help(arg))
+    return help_text(script.evaluate(settings), which)
+
+
+def find_settings(path):
+    """
+    (the first argument of the script's call of configure() or configure_command() for the command line,
+    whether it is the second one), from its source.
+    """
+    for node in ast.walk(parse(path)):
+        name = ast.unparse(node.func).rpartition('.')[2] if isinstance(node, ast.Call) else ''
+        is_whole = name and (len(node.args) == 1 or 'sys.argv' in ast.unparse(node))
+        if name in ('configure', 'configure_command') and is_whole:
+            return node.args[0], name == 'configure_command'
+    raise RuntimeError(f'{path}: calls neither configure(SETTINGS) nor configure_command(COMMANDS)')
+
+
+def commands_in(script, node):
+    """{command: the expression for its dataclass} in the argument of configure_command()."""
+    if isinstance(node, ast.Name):
+        node = script.nodes[node.id].value
+    return {key.value: value.elts[1] for part in ast.walk(node) if isinstance(part, ast.Dict)
+            for key, value in zip(part.keys, part.values, strict=True)}
+
+
 def help_text(cls, which=''):
     """
-    The text of --help: of a training run the settings in FIRST, else all of the core; then the names of the
-    features. which='all': all of the core; which=NAME: those of the feature NAME. Raises UserError for
-    another name.
+    The text of --help for the outline `cls` of a dataclass: of a training run the settings in FIRST, else all
+    of the core; then the names of the features. which='all': all of the core; which=NAME: those of the
+    feature NAME. Raises UserError for another name.
     """
     fields, features = all_fields(cls), {}
     for name in fields:
@@ -58,9 +106,9 @@ def help_text(cls, which=''):
         groups = {}
         for part in reversed(cls.__mro__):
             if inspect.get_annotations(part):
-                file = os.path.relpath(inspect.getsourcefile(part), ROOT)
+                file = f'{part.__module__.replace(".", os.sep)}.py'
                 groups[f'{part.__name__} ({file})'] = inspect.get_annotations(part)
-    lines = [(sys.modules[cls.__module__].__doc__ or '').strip()]
+    lines = [(read(cls.__module__).__doc__ or '').strip()]
     for title, names in groups.items():
         lines += ['', title, *(help_line(cls, fields[name]) for name in names)]
     if features:
@@ -99,7 +147,7 @@ def no_config_file(path):
 
 def about_feature(name):
     """The first paragraph of the docstring of a feature's settings, in one line."""
-    text = importlib.import_module(f'features.{name}.settings').__doc__
+    text = read(f'features.{name}.settings').__doc__
     return ' '.join(text.strip().partition('\n\n')[0].split())
 
 

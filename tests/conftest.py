@@ -96,7 +96,7 @@ def run(*args, nproc=1, cwd=ROOT, env=None, typed=None, timeout=300):
     """
     args = [str(arg) for arg in args]
     if (args[0] in SCRIPTS and (nproc, cwd, env, typed) == (1, ROOT, None, None)
-            and not any(arg.startswith(('--compile', '--minutes')) for arg in args)):
+            and not any(arg.startswith(('--compile', '--minutes', '--help', '-h')) for arg in args)):
         return run_here(args)
     start = [sys.executable] if nproc == 1 else [sys.executable, '-m', 'torch.distributed.run',
                                                  '--standalone', f'--nproc_per_node={nproc}']

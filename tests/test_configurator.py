@@ -1,6 +1,5 @@
 """Settings: what is accepted, what is refused, and with which words."""
 import errno
-import importlib
 import io
 import os
 import pty
@@ -28,6 +27,7 @@ from configurator import (
 )
 from features import comment_of, earlier
 from features.commands import configure_command
+from features.declared import read
 from features.help import help_text
 
 
@@ -109,7 +109,7 @@ def test_escapes_are_read_in_typed_texts_and_other_backslashes_kept(typed, meant
     ('features.text.settings', 'TextConfig', ['prompt_template']), ('eval', 'TaskSettings', ['delimiter']),
     ('eval', 'SummarySettings', ['prompt_template'])])
 def test_help_says_how_a_new_line_is_typed(module, cls, names):
-    settings = help_text(getattr(importlib.import_module(module), cls), 'all').split('\n  --')
+    settings = help_text(getattr(read(module), cls), 'all').split('\n  --')
     for name in names:
         about, = [' '.join(setting.split()) for setting in settings if setting.startswith(f'{name}=')]
         assert r'\n is a new line' in about
@@ -160,22 +160,6 @@ def test_a_mistake_in_a_config_file_names_the_file(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         configure(Settings, [str(config)])
     assert words in str(error.value) and str(config) in str(error.value)
-
-
-def test_help_shows_every_setting_with_default_and_comment():
-    text = help_text(Settings)
-    assert '--learning_rate=0.001' in text and 'the rate' in text
-    assert 'the prompt, which may be anything' in text  # a comment over two lines
-
-
-def test_every_script_has_help_for_all_its_settings():
-    import prepare
-    import sample
-    import train
-    for module in (train, sample, prepare):
-        text = help_text(module.Settings, 'all')
-        lines = [line for line in text.splitlines() if line.startswith('  --')]
-        assert len(lines) == len(module.Settings.__dataclass_fields__)
 
 
 def test_on_windows_a_script_says_in_one_line_where_it_runs():
@@ -271,7 +255,7 @@ class Copy:
 def test_a_setting_may_be_named_as_a_word_of_python():
     s = configure(Copy, ['--from=a', '--stop=x', '--stop=y'])
     assert ((s.from_, s.stop, s.given) == ('a', ['x', 'y'], {'from_', 'stop'})
-            and "--from=''" in help_text(Copy))
+            and "--from=''" in help_text(read('tests.test_configurator').Copy))
     with pytest.raises(UserError, match='--import: no such setting'):
         configure(Copy, ['--import=a'])
 

@@ -994,12 +994,6 @@ def test_errors_replace_goes_on(command):
     assert train[0].startswith('plain, then caf\ufffd ole ') and train[1].startswith('x\ufffdy')
 
 
-def test_help_lists_every_setting(command):
-    code, out, _ = command('--help')
-    assert (code == 0 and all(f'--{name}' in out for name in TextConfig.__dataclass_fields__)
-            and 'shakespeare' in out)
-
-
 def test_settings_of_this_feature_load_no_torch():
     """Loading it takes a second and 300 MB; the settings of other features do."""
     code = ("import sys, prepare; from configurator import configure; from features import with_features; "

@@ -127,6 +127,11 @@ def test_no_variable_of_the_tests_is_read():
         assert not re.search(r'\bFAULTS?\b|\binject\b', path.read_text()), path
 
 
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_runs_nothing_planted(planted, name):
+    assert planted.run(planted.tree / f'{name}.py', '--help')
+
+
 def test_whole_runs(planted):
     """prepare.py's processes, a config file that imports another, and a user who sets PYTHONSAFEPATH."""
     text, tiny = planted.here / 'text.txt', planted.here / 'tiny.py'
