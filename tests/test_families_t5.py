@@ -2,6 +2,7 @@
 Encoder-decoders that people use, T5, Flan-T5, mT5 and UMT5: what users do with the decoders of
 test_families.py they do with these too. Their logits, exports and adapters are in test_t5.py.
 """
+import csv
 import json
 
 import pytest
@@ -9,15 +10,24 @@ import torch
 import transformers
 from conftest import one_line, read_log, run, train
 from test_hub import write_tokenizer
+from test_prompts import T5 as WORDS
+from test_prompts import sentencepiece_file
 from test_surgery import random_model
 from test_t5 import FLAN, MT5, T5, UMT5, ours, pad, texts, theirs
 
 import checkpoint
-from checkpoint import fill
+import sample
 from configurator import UserError
 from features.growth.networks import take_layers
 from features.hf import reading
+from features.networks import fill, load_model
+from features.study.items import Item, read_items, with_shots
+from features.study.likelihoods import score
+from features.study.tasks import encode_source, score_items
+from features.t5.sampling import read_sources
+from tokenizer import ByteTokenizer, PromptFormat
 
+CPU = torch.device('cpu')
 CASES = {'t5': T5, 'flan-t5': FLAN, 'mt5': MT5, 'umt5': UMT5}
 DEEP = dict(num_layers=3, num_decoder_layers=4)
 
@@ -105,10 +115,10 @@ def test_an_inherited_network_trains_on_and_goes_back_to_transformers(case, pair
         assert not any(report.values()), report
         assert (loaded.config.num_layers, loaded.config.num_decoder_layers) == (2, 2)
         assert loaded.config.decoder_start_token_id == 0
-        assert_same(checkpoint.load_model(f'{tmp_path}/{name}', encoder=True)[0], loaded)
+        assert_same(load_model(f'{tmp_path}/{name}', encoder=True)[0], loaded)
     other = theirs(**CASES[case] | DEEP | dict(vocab_size=257))
     keep_layers(other, [0, 2], [0, 1])
-    assert_same(checkpoint.load_model(f'{tmp_path}/small', encoder=True)[0], other)
+    assert_same(load_model(f'{tmp_path}/small', encoder=True)[0], other)
 
 
 OWN = dict(vocab_size=64, n_encoder_layer=3, n_layer=3, n_head=4)
@@ -196,3 +206,124 @@ def test_a_decoder_has_no_encoder_layers(dataset, tmp_path):
     done = run('surgery.py', 'inherit', f'--from={tmp_path}/run', f'--out_dir={tmp_path}/x', '--layers=0',
                '--encoder_layers=0')
     assert 'encoder_layers=0: ' in one_line(done) and not (tmp_path / 'x').exists()
+
+
+# --- tasks ---
+
+def folder_of_words(folder, case, **fields):
+    """The folder of a random network and a sentencepiece model with T5's sentinels, by transformers."""
+    folder.mkdir()
+    sentencepiece_file(folder / 'spiece.model', **WORDS)
+    (folder / 'config.json').write_text(json.dumps({'model_type': 't5', 'vocab_size': 256}))
+    tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+    model = theirs(0.2, **CASES[case] | dict(vocab_size=256, pad_token_id=0, eos_token_id=1) | fields)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder), model, tokenizer
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+    """{case: what folder_of_words() returns}"""
+    folder = tmp_path_factory.mktemp('words')
+    return {case: folder_of_words(folder / case, case) for case in CASES}
+
+
+ASKED = [
+    Item('the cat sat on ', ['the mat', 'the cat', 'Hi', 'the mat, user Hi'], 0),  # one source for all
+    Item('', ['the cat sat on the mat', 'the mat sat on the cat'], 0),  # BLiMP
+    Item('', ['the mat', 'the mat'], 0, contexts=['the cat sat on', ' the user\n sat on\n\n']),
+    Item('  ', ['cat'], 0),
+    Item('the cat <extra_id_0> the mat', ['<extra_id_0> sat on'], 0),
+    Item('the cat sat on the mat ' * 40, [' zzz  qq', 'Hi'], 0),  # longer than n_positions, and unknown text
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', CASES)
+def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, words):
+    folder, other, theirs_too = words[case]
+    model, tokenizer = sample.load(f'hf:{folder}', encoder=True)
+    wanted = []
+    for context, choice in [pair for item in ASKED for pair in item.pairs()]:
+        stripped = context.rstrip()
+        source = theirs_too(stripped, return_tensors='pt').input_ids
+        labels = theirs_too(context[len(stripped):] + choice, add_special_tokens=False,
+                            return_tensors='pt').input_ids
+        logits = other(input_ids=source, labels=labels).logits[0].log_softmax(-1)
+        assert source[0, -1] == 1
+        wanted.append((logits.gather(1, labels[0][:, None]).sum(), torch.equal(logits.argmax(-1), labels[0])))
+    for batch_tokens in (1, 100, 0):
+        scores = score_items(model, tokenizer, ASKED, CPU, 'float32', batch_tokens)
+        assert [len(found) for found in scores] == [len(item.choices) for item in ASKED]
+        for found, (nats, greedy) in zip([found for item in scores for found in item], wanted, strict=True):
+            assert abs(found[0] - nats) < 1e-4 and found[1] == greedy and nats < -5
+    source, _ = encode_source(tokenizer, 'the cat sat on', 'x')
+    decoder, prompts = read_sources(model, tokenizer, [source], 6)
+    written = torch.cat(list(sample.generate(decoder, prompts, 6, temperature=0))).tolist()
+    assert score(model, [(source, written)], CPU, 'float32')[0][1]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_item_by_item_the_numbers_are_those_of_the_harness(case, words):
+    pytest.importorskip('lm_eval')
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    folder, _, _ = words[case]
+    # it cuts every source to n_positions, 200, if it may
+    lm = HFLM(pretrained=folder, dtype='float32', device='cpu', batch_size=3, max_length=2000)
+    assert lm.backend == 'seq2seq'
+    pairs = [pair for item in ASKED for pair in item.pairs()]
+    wanted = lm.loglikelihood([Instance('loglikelihood', {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    scores = score_items(*sample.load(f'hf:{folder}', encoder=True), ASKED, CPU, 'float32')
+    for (nats, greedy), response in zip([found for item in scores for found in item], wanted, strict=True):
+        assert nats == pytest.approx(response[0], abs=1e-4) and greedy == response[1]
+
+
+def test_a_table_of_tasks_beside_an_inherited_network(words, tmp_path):
+    folder, _, _ = words['flan-t5']
+    done = run('surgery.py', 'inherit', f'--from=hf:{folder}', f'--out_dir={tmp_path}/small', '--layers=0')
+    assert done.returncode == 0, done.stderr
+    lines = [{'query': f'the {word}', 'choices': ['cat sat', 'mat', 'user Hi'], 'gold': n % 3}
+             for n, word in enumerate(['cat', 'mat', 'user', 'sat'])]
+    task = tmp_path / 'task.jsonl'
+    task.write_text('\n'.join(map(json.dumps, lines)))
+    done = run('eval.py', 'tasks', f'--out_dir=hf:{folder}', f'--beside={tmp_path}/small', '--shots=1', task,
+               f'--csv={tmp_path}/items.csv', '--device=cpu')
+    assert done.returncode == 0 and 'acc_norm' in done.stdout and 'minus the others' in done.stdout, done
+    rows = list(csv.DictReader(open(tmp_path / 'items.csv')))
+    items = with_shots(read_items(str(task)), 1, 1337)
+    for name, found in (('flan-t5', f'hf:{folder}'), ('small', f'{tmp_path}/small')):
+        scores = score_items(*sample.load(found, encoder=True), items, CPU, 'float32')
+        wanted = [' '.join(f'{nats:.6f}' for nats, _ in item) for item in scores]
+        assert [row['nats'] for row in rows if row['network'].endswith(name)] == wanted
+
+
+def test_our_own_encoder_decoder_reads_the_end_of_a_long_context_and_a_line_says_so(capsys):
+    model = random_model(vocab_size=257, n_encoder_layer=2, source_size=12, cross_rope='same')
+    tokenizer = ByteTokenizer().with_format(PromptFormat((), (7,), (256,)))  # as of a run with modes
+    items = [Item('a b c d e f g h i j ', ['yes', 'no'], 0), Item('', ['yes'], 0)]
+    scores = score_items(model, tokenizer, items, CPU, 'float32', what='file')
+    assert ('file: the encoder reads 12 tokens: 2 of 3 contexts (one for each choice) cut to 12'
+            in capsys.readouterr().out)
+    sources = [[*b' e f g h i j'[-11:], 256], [7, 256]]
+    for source, choice, (nats, _) in zip(sources, [b' yes', b'yes'], [scores[0][0], scores[1][0]]):
+        with torch.no_grad():
+            logits = model(torch.tensor([[256, *choice[:-1]]]), source=torch.tensor([source]))[0]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(list(choice))[:, None]).sum()
+        assert abs(nats - wanted) < 1e-4
+
+
+def test_what_an_encoder_decoder_cannot_score_is_one_line(tmp_path):
+    folder, _, _ = folder_of_words(tmp_path / 'hf', 't5', vocab_size=80)
+    model, tokenizer = sample.load(f'hf:{folder}', encoder=True)
+    own = random_model(vocab_size=257, n_encoder_layer=1)
+    for network, its, item, words in [
+            (model, tokenizer, Item('the', ['cat', ' '], 0, 'f:1'), "f:1: ' ' has no token: leave it out"),
+            (model, tokenizer, Item('the <extra_id_0>', ['cat'], 0, 'f:2'), 'beyond the 80 tokens of the'),
+            (own, ByteTokenizer(), Item('a', ['x' * 33], 0, 'f:3'), 'f:3: a continuation of 33 tokens: the')]:
+        with pytest.raises(UserError) as refused:
+            score_items(network, its, [item], CPU, 'float32')
+        assert words in str(refused.value)
+    with pytest.raises(UserError, match='a continuation of 33 tokens is longer than the 32'):
+        score(own, [([1], [2] * 33)], CPU, 'float32')

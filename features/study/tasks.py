@@ -47,36 +47,66 @@ def encode_pair(tokenizer, context, continuation):
     return first_ids(tokenizer, start), whole[len(start):]
 
 
+def encode_source(tokenizer, context, continuation):
+    """
+    (ids that the encoder of an encoder-decoder reads, ids that its decoder writes), two lists. Spaces at the
+    end of the context move to the continuation, as in encode_pair(), but each is encoded by itself. The
+    special tokens that the model saw around a source in training stand around the context. The name of a
+    special token is that token: a task may ask for the text of T5's <extra_id_0>.
+    """
+    from features.t5.sampling import source_format
+    stripped = context.rstrip()
+    source = source_format(tokenizer).add_to(tokenizer.encode_special(stripped), tokenizer.eot or 0)
+    return source, tokenizer.encode_special(context[len(stripped):] + continuation)
+
+
 def score_items(model, tokenizer, items, device, dtype, batch_tokens=0, what='scored'):
     """
     [[(log-likelihood, greedy) of every choice] of every Item], as returned by score().
     Raises UserError with the line number for text that the tokenizer cannot encode, and for a choice that has
     no tokens, has more than the model can read, or leaves one token of a longer context.
     """
-    T = model.cfg.block_size
+    encode = encode_source if model.cfg.n_encoder_layer else encode_pair
     pairs = []
     for item in items:
         for before, choice in item.pairs():
             try:
-                context, continuation = encode_pair(tokenizer, before, choice)
+                context, continuation = encode(tokenizer, before, choice)
+                check_pair(model.cfg, context, continuation, choice)
             except UserError as error:
                 raise UserError(f'{item.where}: {error}') from None
-            if not continuation:
-                raise UserError(f'{item.where}: {choice!r} begins inside a token and has no token of its own '
-                                'after this context: give another delimiter')
-            if len(continuation) > T:
-                raise UserError(f'{item.where}: a continuation of {len(continuation)} tokens: '
-                                f'the network reads {T}')
-            if len(continuation) == T and len(context) > 1:
-                raise UserError(f'{item.where}: a continuation of {T} tokens: the network reads {T}, which '
-                                f'leaves one of the {len(context)} tokens before it: shorten it')
             pairs.append((context, continuation))
-    scores = score(model, pairs, device, dtype, batch_tokens, what)
+    start = 0
+    if model.cfg.n_encoder_layer:
+        from features.t5.sampling import decoder_start
+        start = decoder_start(tokenizer)
+    scores = score(model, pairs, device, dtype, batch_tokens, what, start=start)
     out = []
     for item in items:
         out.append(scores[:len(item.choices)])
         scores = scores[len(item.choices):]
     return out
+
+
+def check_pair(cfg, context, continuation, choice):
+    """Raise UserError for the ids of a choice that cannot be scored after the ids of its context."""
+    if cfg.n_encoder_layer:
+        T = cfg.target_limit
+        if not continuation:
+            raise UserError(f'{choice!r} has no token: leave it out')
+        if max(context + continuation) >= cfg.vocab_size:
+            raise UserError(f'{choice!r}, or the text before it, has a special token beyond the '
+                            f'{cfg.vocab_size} tokens of the network: leave it out')
+    else:
+        T = cfg.block_size
+        if not continuation:
+            raise UserError(f'{choice!r} begins inside a token and has no token of its own after this '
+                            'context: give another delimiter')
+        if len(continuation) == T and len(context) > 1:
+            raise UserError(f'a continuation of {T} tokens: the network reads {T}, which leaves one of the '
+                            f'{len(context)} tokens before it: shorten it')
+    if len(continuation) > T:
+        raise UserError(f'a continuation of {len(continuation)} tokens: the network reads {T}')
 
 
 # -----------------------------------------------------------------------------
@@ -228,7 +258,7 @@ def names_of(networks):
 
 def evaluate(name, network, loaded):
     """[Result of every task] of a network. Prints a line for each."""
-    model, tokenizer, device, dtype = network.load()
+    model, tokenizer, device, dtype = network.load(encoder=True)
     print(f'{name}, {network.shots} examples before each item; ± is the standard error\n')
     labels = task_tables.short_names(loaded)
     width = max(map(len, labels.values()))

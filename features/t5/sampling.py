@@ -35,8 +35,14 @@ def read_sources(model, tokenizer, sources, max_new_tokens):
     (the decoder of an encoder-decoder that has read the sources, its prompts), for generate() of
     max_new_tokens. sources: lists of token ids.
     """
-    start = list(tokenizer.prompt_format.bos) or [tokenizer.eot or 0]
-    return Decoder(model, sources, len(start) + max_new_tokens), [start] * len(sources)
+    start = decoder_start(tokenizer)
+    return Decoder(model, sources, 1 + max_new_tokens), [[start]] * len(sources)
+
+
+def decoder_start(tokenizer):
+    """The token with which the decoder of an encoder-decoder begins."""
+    bos = tokenizer.prompt_format.bos
+    return bos[0] if bos else tokenizer.eot or 0
 
 
 class Decoder:
