@@ -11,6 +11,8 @@ Measure speed and memory, and compare them with the limits of the machine and wi
     sample     tokens/s for 500 tokens from the 10.6M model, one row, and the share of the memory bandwidth
     prepare    MB/s with GPT-2's BPE, and peak memory by size of the text
     scale      how the cost grows with data size (1 MB to 100 GB), context, width, vocabulary and ranks
+    race       bits per byte on held-out text after some minutes of training, beside nanoGPT and nanochat;
+               takes an hour or more, so it is not a part of all
 
 Each program runs with its own defaults, as its users run it. The programs take turns (A B A B), so that a
 disturbance affects all of them. The tables show medians, extremes, and ratios to minnow.
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from checkpoint import replace_json, writing
 from configurator import FilePath, configure, pick_device, run_main
 from features.study.bench_prepare import bench_prepare
+from features.study.bench_race import bench_race
 from features.study.bench_sample import bench_sample
 from features.study.bench_scale import bench_scale
 from features.study.bench_train import bench_loss, bench_train
@@ -35,19 +38,23 @@ from features.study.measure import measure_machine, show
 
 # each yields sections of the report
 BENCHES = {'train': bench_train, 'loss': bench_loss, 'sample': bench_sample, 'prepare': bench_prepare,
-           'scale': bench_scale}
+           'scale': bench_scale, 'race': bench_race}
+ALONE = {'race'}  # only by its name, not as a part of all
 
 
 @dataclass
 class Settings:
     positional = 'what'
-    what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, or all
+    what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, race, or all
     peer: FilePath = ''  # a clone of nanoGPT to compare with; '' = none
     json: FilePath = ''  # file for all results: the machine, every sample, medians, ratios
     rounds: int = 3  # number of measurements of each program
     device: str = 'auto'  # cpu, cuda, cuda:1, mps; auto = the fastest available
-    text: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # text for the prepare benchmark:
-    # sources as in prepare.py
+    text: list[FilePath] = field(default_factory=lambda: ['stdlib'])  # text for the prepare benchmark and the
+    # race: sources as in prepare.py
+    nanochat: FilePath = ''  # race: a clone of nanochat to compare with; '' = none
+    minutes: float = 5.0  # race: time of a whole training process
+    tokens: float = 0.0  # race: then train each on this many tokens too; 0 = no
     quick: bool = False  # tiny sizes: checks in a minute that everything runs; the figures mean nothing
 
     def check(self):
@@ -58,11 +65,22 @@ class Settings:
                              'as in python bench.py all')
         if self.rounds < 1:
             raise ValueError(f'rounds={self.rounds}: must be at least 1')
+        if self.minutes <= 0 or self.tokens < 0:
+            raise ValueError(f'minutes={self.minutes:g}, tokens={self.tokens:g}: take minutes above 0, '
+                             'and tokens of at least 0')
         if not os.path.isdir(os.path.dirname(self.json) or '.'):
             raise ValueError(f'json={self.json}: its folder does not exist: make it, or choose another')
         if self.peer and not os.path.isfile(os.path.join(self.peer, 'config', 'train_shakespeare_char.py')):
             raise ValueError(f'peer={self.peer}: not a clone of nanoGPT: '
                              'git clone https://github.com/karpathy/nanoGPT, and give its folder')
+        if self.nanochat and not os.path.isfile(os.path.join(self.nanochat, 'scripts', 'base_train.py')):
+            raise ValueError(f'nanochat={self.nanochat}: not a clone of nanochat: '
+                             'git clone https://github.com/karpathy/nanochat, and give its folder')
+
+
+def parts_of(what):
+    """The benches that these names stand for, each once."""
+    return [name for name in BENCHES if name in what or 'all' in what and name not in ALONE]
 
 
 def main():
@@ -75,8 +93,7 @@ def main():
     ceilings = [f'{name} matmul {flops / 1e12:.3g} TFLOP/s' for name, flops in machine['flops'].items()]
     print(f'ceilings: {", ".join(ceilings)}; copying {machine["bandwidth"] / 1e9:.3g} GB/s', flush=True)
     report = {'settings': asdict(s), 'machine': machine, 'parts': []}
-    names = BENCHES if 'all' in s.what else dict.fromkeys(s.what)
-    for name in names:
+    for name in parts_of(s.what):
         for part in BENCHES[name](s, device, machine):
             show(part)
             report['parts'].append(part)

@@ -104,14 +104,15 @@ def seconds(function, device, least=3, budget=1.0):
     return statistics.median(times[1:])
 
 
-def run(command, device=None, tree=False, **options):
+def run(command, device=None, tree=False, env=None, **options):
     """
     Run a command. Returns ([(seconds since its start, line)] of its output, its seconds, its peak memory in
     MiB): memory of `device` if that is a GPU, else RAM; with tree=True, including its child processes.
-    options: of subprocess.Popen. Raises UserError if the command fails.
+    env: {name: value} added to the environment; options: of subprocess.Popen. Raises UserError if the command
+    fails.
     """
     # the scripts of others have modules in their own folder, where run_main() lets nobody look
-    environment = os.environ | {'PYTHONSAFEPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'}
+    environment = os.environ | {'PYTHONSAFEPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'} | (env or {})
     before = gpu_memory(device)
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
