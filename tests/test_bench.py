@@ -48,6 +48,13 @@ def test_the_memory_of_a_command_is_its_own_and_on_request_its_children_s():
     assert parent < 60 and both > 128 and len(ballast) == 2 ** 28
 
 
+def test_a_command_begins_without_what_our_scripts_set_for_themselves(monkeypatch):
+    monkeypatch.setenv('GOMP_SPINCOUNT', '1000')  # as train.py does
+    monkeypatch.setenv('THP_MEM_ALLOC_ENABLE', '0')  # as a user may
+    code = 'import os; print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("THP_MEM_ALLOC_ENABLE"))'
+    assert measure.run([sys.executable, '-c', code])[0][0][1] == 'None 0'
+
+
 def test_lines_come_with_the_time_they_were_printed_at():
     lines, _, _ = measure.run([sys.executable, '-uc', 'import time; print(1); time.sleep(0.3); print(2)'])
     assert [text for _, text in lines] == ['1', '2'] and lines[1][0] - lines[0][0] > 0.25

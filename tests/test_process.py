@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT
@@ -24,6 +25,13 @@ def start(code, **options):
     """A started process that runs these lines as a script of ours does."""
     command = [sys.executable, '-c', 'import os, sys, time\nimport configurator\n' + code]
     return subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)}, text=True, **options)
+
+
+def large_pages():
+    """When the kernel gives pages of 2 MiB: 'always [madvise] never', the choice in brackets."""
+    with suppress(OSError), open('/sys/kernel/mm/transparent_hugepage/enabled') as f:
+        return f.read()
+    return '[never]'
 
 
 def everything(descriptor):
@@ -231,3 +239,15 @@ configurator.run_main(main)"""
         process.stdout.readline()
         process.send_signal(signal.SIGHUP)
         assert process.wait(30) == 0
+
+
+@pytest.mark.skipif('[never]' in large_pages(), reason='this kernel gives no large pages')
+@pytest.mark.parametrize('by_user, most', [({}, 4096), ({'THP_MEM_ALLOC_ENABLE': '0'}, 20_000)])
+def test_a_run_takes_large_pages_of_memory(by_user, most):
+    """Of 16,384 pages of 4 KiB, less than a quarter: the kernel may be out of large ones now and then."""
+    code = ('import train, torch; from resource import getrusage\n'
+            'before = getrusage(0).ru_minflt; torch.ones(2 ** 24); print(getrusage(0).ru_minflt - before)')
+    environment = {name: value for name, value in os.environ.items() if name != 'THP_MEM_ALLOC_ENABLE'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True,
+                          env=environment | by_user)
+    assert int(done.stdout) < most

@@ -74,6 +74,10 @@ def memory_bandwidth(device, size=2 ** 28, seconds=0.3):
 # -----------------------------------------------------------------------------
 # Time and memory
 
+# Our scripts set these for themselves when they are imported, as here. Other programs begin without them
+SET_BY_SCRIPTS = {'GOMP_SPINCOUNT': '1000', 'THP_MEM_ALLOC_ENABLE': '1'}
+
+
 def alternate(arms, rounds):
     """
     Call each of the functions `arms` ({name: function}) in turn, `rounds` times. Each returns {metric:
@@ -111,8 +115,9 @@ def run(command, device=None, tree=False, env=None, **options):
     env: {name: value} added to the environment; options: of subprocess.Popen. Raises UserError if the command
     fails.
     """
+    inherited = {name: value for name, value in os.environ.items() if SET_BY_SCRIPTS.get(name) != value}
     # the scripts of others have modules in their own folder, where run_main() lets nobody look
-    environment = os.environ | {'PYTHONSAFEPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'} | (env or {})
+    environment = inherited | {'PYTHONSAFEPATH': '', 'PYTHONDONTWRITEBYTECODE': '1'} | (env or {})
     before = gpu_memory(device)
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
