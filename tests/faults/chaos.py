@@ -120,6 +120,11 @@ class Chaos:
         return [{name: value for name, value in record.items() if name not in NOISE}
                 for record in checkpoint.read_records(self.out_dir / 'log.jsonl')]
 
+    def seconds(self):
+        """The seconds in its log."""
+        return [record['seconds'] for record in checkpoint.read_records(self.out_dir / 'log.jsonl')
+                if 'seconds' in record]
+
     def last_step(self):
         """The step of the last record of its log; -1 without one."""
         with suppress(OSError), open(self.out_dir / 'log.jsonl', 'rb') as f:
@@ -453,15 +458,15 @@ def without_waiting(path, flags):
 def set_clock(c, chance):
     """The wall clock jumps by hours. The seconds in the log are those that went by."""
     c.begin(chance, early=0)
-    c.shift += int(chance.choice((-1, 1)) * chance.uniform(600, 12 * 3600))
-    c.shim.shift(c.shift)
-    outcome, began = c.settle(), time.monotonic()
     with c.held():
-        seconds = [record['seconds'] for record in checkpoint.read_records(c.out_dir / 'log.jsonl')
-                   if 'seconds' in record]
-    steps = zip(seconds, seconds[1:])
-    if any(later < earlier - 1 or later > earlier + 120 for earlier, later in steps):
-        raise Found(f'the seconds in the log jump: up to {max(seconds)}, {began:.0f}')
+        before = len(c.seconds())  # the log may have been cut earlier
+        c.shift += int(chance.choice((-1, 1)) * chance.uniform(600, 12 * 3600))
+        c.shim.shift(c.shift)
+    outcome = c.settle()
+    with c.held():
+        seconds = c.seconds()[max(0, before - 1):]
+    if any(later < earlier - 1 or later > earlier + 120 for earlier, later in zip(seconds, seconds[1:])):
+        raise Found(f'the seconds in the log jump: {seconds}')
     return outcome
 
 
@@ -515,6 +520,8 @@ def spoil_data(c, chance, how):
     if how == 'folder gone':
         (c.folder / 'elsewhere').rename(c.data)
     c.mend()
+    if outcome == 'on' and not c.progress(PATIENCE, times=2):  # it met the file later
+        outcome = c.settle(must_stop=True)
     if outcome == 'stopped':
         c.saved()
     if is_stopped and outcome == 'on' and how != 'folder gone' and path.suffix == '.bin':
