@@ -117,15 +117,17 @@ def turn(name, side, seeds, folder, **budget):
 
 
 def leads(samples):
-    """A line for every other program: its bits per byte less ours, round by round."""
+    """Lines with the bits per byte of every side, and those of the others less ours, round by round."""
     lines = []
     for metric in (IN_ROWS, ALONE):
         ours = samples['ours'][metric]
-        for name in list(samples)[1:]:
-            values = samples[name]
-            differences = [other - own for own, other in zip(ours, values[metric], strict=True)]
-            lines.append(f'{name}: {statistics.median(differences):+.3f} {metric} beside ours '
-                         f'({min(differences):+.3f} to {max(differences):+.3f})')
+        for name in samples:
+            found = samples[name][metric]
+            line = f'{metric}: {name} {statistics.median(found):.4f} ({min(found):.4f} to {max(found):.4f})'
+            if name != 'ours':
+                more = [other - own for own, other in zip(ours, found, strict=True)]
+                line += f', {statistics.median(more):+.4f} ({min(more):+.4f} to {max(more):+.4f})'
+            lines.append(line)
     return lines
 
 
