@@ -36,6 +36,8 @@ class OptimConfig:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # maximum norm of the gradient; 0 = no clipping
 
+    bend = None  # plan: where max_iters was changed, and the share of the schedule before
+
     def check(self):
         """Raise ValueError for values that cannot work."""
         for name in ('beta1', 'beta2'):
@@ -281,6 +283,9 @@ def learning_rate(step, cfg, peak=None):
     The learning rate of update number `step`, counted from 0: linear warm-up, then cfg.schedule down to
     min_lr. peak: the peak rate of another group of tensors; its schedule has the same shape.
     """
+    if cfg.bend:  # plan
+        from features.plan.minutes import bent  # plan
+        step = bent(step, cfg)  # plan
     warmup, end = cfg.warmup, cfg.decay_end
     high = cfg.learning_rate if peak is None else peak
     if cfg.min_lr is None or not cfg.learning_rate:

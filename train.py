@@ -84,8 +84,8 @@ class Settings(ModelConfig, DataConfig, OptimConfig, DeviceConfig):
     # train.py derives and prints the rest; 0 = not set
     params: float = 0.0  # [plan] approximate number of parameters; 0 = not set
     tokens: float = 0.0  # [plan] approximate number of training tokens; 0 = not set: 20 per parameter
-    minutes: float = 0.0  # [plan] total time of the run in minutes. Steps are timed before training and at
-    # every evaluation, and max_iters is adjusted; --max_iters sets an upper limit
+    minutes: float = 0.0  # [plan] total time of the run in minutes. Steps are timed before training and
+    # on the way, and max_iters is adjusted; --max_iters sets an upper limit
     plan: bool = False  # [plan] print parameters, FLOPs and memory of the model, then stop. With tokens or
     # minutes: print the sizes that scaling laws recommend, and settings with 20 tokens per parameter
     shard: bool | int = False  # [scale] shard weights, gradients and moments across all processes (FSDP2), or
@@ -220,8 +220,6 @@ def train(s, device, ranks, stop, left_out=()):
         return 0
     ranks.from_first(partial(checkpoint.prepare_out_dir, s.out_dir, run.step, asdict(s)))
     run.log = checkpoint.Log(s, run.step, ranks)
-    if run.pace:  # plan
-        run.pace.earlier = run.log.seconds  # plan
     run.saved = run.step or None
     with open_bar(s, run.step, ranks) as run.bar:
         try:
@@ -250,7 +248,6 @@ def make_steps(s, run, ranks, stop):
         if step and s.checkpoint_interval and step % s.checkpoint_interval == 0:
             save(s, step, run, ranks, most=0)
         is_reached = s.target_val_loss and run.best_loss is not None and run.best_loss <= s.target_val_loss
-        is_last = step >= s.max_iters  # with minutes, max_iters may have changed
         if is_last or is_reached or stopping:
             save(s, step, run, ranks, most=run.in_a_row)
             break
@@ -276,8 +273,6 @@ def make_steps(s, run, ranks, stop):
             ranks.say(f'step {step}: the loss or its gradient is not finite; no weight was changed')
         if run.in_a_row > MAX_SKIPPED:
             raise not_finite(s, step)
-        if run.pace:  # plan
-            run.pace.end_step()  # plan
         if s.n_expert:  # moe
             from features.moe.balance import count_loads  # moe
             count_loads(run, ranks)  # moe
@@ -303,6 +298,8 @@ def make_steps(s, run, ranks, stop):
         run.bar.update(step - run.bar.n)
         if s.optimizer != 'counts':  # counting has neither a rate nor a gradient
             first_steps.add(step, done, max(group['lr'] for group in run.optimizer.param_groups), s, ranks)
+        if run.pace:  # plan
+            run.pace.end_step(step, run, ranks)  # plan: max_iters may change
 
     if s.async_save:  # scale
         from features.scale import background  # scale
@@ -341,8 +338,6 @@ def validate(s, step, run, ranks, stop):
 
 def evaluation(s, step, run, ranks, stop):
     """Every eval_interval steps: validation loss, checkpoint, sample. Returns False if a signal ended it."""
-    if run.pace:  # plan
-        run.pace.begin_evaluation(step, run, ranks)  # plan: fits max_iters again
     if step and s.always_save_checkpoint:
         save(s, step, run, ranks, most=0)  # first: whatever goes wrong in an evaluation, it is not lost
     result = validate(s, step, run, ranks, stop)
@@ -361,7 +356,7 @@ def evaluation(s, step, run, ranks, stop):
                peak_memory_bytes=peak_memory(ranks.device))
     show_sample(run.model, s, run.data, ranks, stop, run.form)
     if run.pace:  # plan
-        run.pace.end_evaluation()  # plan
+        run.pace.end_evaluation(step, run)  # plan
     return True
 
 

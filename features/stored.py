@@ -74,6 +74,11 @@ def is_place(value):
             and is_count(value[1]) and is_number(value[2]))
 
 
+def is_fit(value):
+    return (type(value) is list and len(value) in (2, 3) and is_list(is_count)(value[:2])
+            and all(is_number(share) and 0 <= share <= 1 for share in value[2:]))
+
+
 is_tokens = is_list(is_count, most=1)
 FIELDS = {
     'step': is_count,
@@ -88,7 +93,7 @@ FIELDS = {
     'base': is_record(**{'from': is_text, 'weights': is_dict(is_count)}),
     'lora': is_record(places=is_list(is_place), tokens=is_list(is_count), is_dora=is_flag,
                       dropout=lambda value: is_number(value) and 0 <= value < 1),
-    'fits': is_list(lambda value: is_list(is_count)(value) and len(value) == 2),
+    'fits': is_list(is_fit),
     'left_out': is_list(is_count),
     'losses': is_list(is_number),
     'interval': lambda value: value is None or is_interval(value),

@@ -8,6 +8,8 @@ import re
 import signal
 import time
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from checkpoint import Log
 from configurator import UserError, configure
 from features import build
 from features.plan.dial import batch_tokens, derive, most_steps, plan, shape, size
-from features.plan.minutes import Pace, fit_minutes
+from features.plan.minutes import ENDING, Pace, evaluation_steps, fit_minutes
+from optim import learning_rate
 from run import OneProcess
 from train import Settings
 
@@ -113,7 +116,17 @@ def test_an_evaluation_is_of_twenty_micro_batches_and_its_time_is_planned_for(ba
     assert 20 * batch_size <= EVAL_ROWS * s.eval_iters < 20 * batch_size + EVAL_ROWS
     rows = EVAL_ROWS * s.eval_iters
     fit_minutes(s, derived, 1.0, 0.0)
-    assert s.max_iters == round(600 - 6 * rows / batch_size / 3)
+    assert EVAL_ROWS * s.eval_iters == rows and s.max_iters == round(600 - ENDING - 6 * rows / batch_size / 3)
+
+
+def test_evaluations_take_little_of_the_minutes():
+    s, derived = planned(depth=1, minutes=2, batch_size=16, gradient_accumulation_steps=1)
+    fit_minutes(s, derived, 1.0, 10.0)
+    steps = 120 - ENDING - 10
+    assert 0.015 * steps < evaluation_steps(s) <= 0.02 * steps
+    assert s.max_iters == round(steps - 6 * evaluation_steps(s))
+    fit_minutes(s, derived, 4.0, 10.0)
+    assert s.eval_iters == 4
 
 
 def test_tokens_and_minutes_take_the_place_of_a_config_files_steps():
@@ -143,57 +156,175 @@ def test_steps_on_the_command_line_are_a_limit_beside_minutes(dataset, tmp_path)
         derived = derive(s, None, CPU, OneProcess(CPU))
         fit_minutes(s, derived, 1.0, 0.0, most)
         assert s.max_iters == 50 if most == 50 else 500 < s.max_iters < 600
-        pace = Pace(s, most=most, clock=iter(range(100)).__next__)
-        pace.ends = [0, 1, 2]
-        assert pace.fit(2) <= most
+        pace = Pace(s, most=most)
+        pace.times.extend([1.0, 1.0])
+        assert pace.fit(2, 2.0)[0] <= most
 
 
 # --- minutes: the clock is not real ---
 
-MACHINES = {'steady': lambda now: 0.5, 'half as fast midway': lambda now: 0.5 if now < 150 else 1.0,
-            'twice as fast midway': lambda now: 0.5 if now < 150 else 0.25, 'busy at first': lambda now: 2.0
-            if now < 40 else 0.3, 'noisy': lambda now: 0.3 + 0.4 * (now % 1.7) / 1.7,
-            'a pause': lambda now: 40 if 100 < now < 120 else 0.5}
+RECIPE = {'schedule': 'wsd', 'cooldown': 0.6, 'warmup_iters': 0, 'min_lr': 0.0}
+# How many times as long things take at a time, in seconds; the run has 300 of them
+MACHINES = {
+    'steady': lambda now: 1, 'half as fast midway': lambda now: 1 if now < 150 else 2,
+    'three times as fast midway': lambda now: 1 if now < 150 else 1 / 3,
+    'three times as fast at the end': lambda now: 1 if now < 270 else 1 / 3,
+    'three times as slow at the end': lambda now: 1 if now < 285 else 3,
+    'slow for the last steps': lambda now: 8 if 290 < now < 296 else 1,
+    'slow for a third of the time': lambda now: 3 if 100 < now < 200 else 1,
+    'slow now and then': lambda now: 3 if now % 30 < 10 else 1,
+    'slower and slower': lambda now: 1 + now / 100, 'busy at first': lambda now: 3 if now < 40 else 0.6,
+    'noisy': lambda now: 0.5 + 1.5 * (now * 7.13 % 1), 'a pause': lambda now: 800 if 148 < now < 150 else 1,
+    'a pause at the end': lambda now: 20 if 289 < now < 294 else 1}
+# Seconds of evaluation number n
+EVALUATIONS = {'cheap': lambda n: 0.1, 'usual': lambda n: 3.3, 'slow at first': lambda n: 3.3 if n else 25,
+               'slow once': lambda n: 20 if n == 1 else 2}
 
 
+class Silent(OneProcess):
+    def say(self, text):
+        pass
+
+
+class Simulation:
+    """A run of five minutes on a machine of that pace, as train() makes it; the clock is not real."""
+    def __init__(self, patch, pace_at, seconds_of, per_step=0.5, fits=None, ranks=None, **given):
+        patch.setattr(Pace, 'write_settings', lambda self: None)
+        self.now, self.pace_at = 10.0, pace_at
+        self.s = s = Settings(minutes=5, gradient_accumulation_steps=1, eval_iters=20, **given)
+        self.pace = Pace(s, clock=lambda: self.now)
+        if fits:  # those of another run
+            made = {step: count for step, count, *_ in fits[1:]}
+            patch.setattr(Pace, 'fit', lambda pace, step, now: (made.get(step, s.max_iters), s.eval_interval))
+        run, step, self.rates, self.evaluations = SimpleNamespace(log=None, to_compile=set()), 0, [], []
+        first = [per_step * pace_at(self.now) for _ in range(5)]
+        self.work(8 * per_step)
+
+        def fit():
+            fit_minutes(s, {'max_iters', 'eval_interval', 'log_interval'}, median(first), self.now)
+            return s.max_iters, s.eval_interval
+        ranks = ranks or Silent(CPU)
+        s.max_iters, s.eval_interval = ranks.from_first(fit)
+        self.pace.begin(first)
+        while True:
+            if step % s.eval_interval == 0 or step >= s.max_iters:
+                self.work(seconds_of(len(self.evaluations)))
+                self.evaluations.append(step)
+                self.pace.end_evaluation(step, run)
+            if step >= s.max_iters:
+                break
+            self.rates.append(learning_rate(step, s, 1.0))
+            self.work(per_step)
+            step += 1
+            self.pace.end_step(step, run, ranks)
+
+    def work(self, seconds):
+        for _ in range(10):
+            self.now += seconds / 10 * self.pace_at(self.now)
+
+
+@pytest.mark.parametrize('schedule', ['wsd', 'cosine'])
 @pytest.mark.parametrize('machine', MACHINES)
-@pytest.mark.parametrize('seconds_per_evaluation', [0.1, 3.3, 8.0])
-def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, seconds_per_evaluation):
-    now, step, fits, seconds_per_step = 10.0, 0, [], MACHINES[machine]
-    s = Settings(minutes=5, gradient_accumulation_steps=1, eval_iters=20)
-    pace = Pace(s, clock=lambda: now)
-    fit_minutes(s, {'max_iters', 'eval_interval', 'log_interval'}, seconds_per_step(now), now)
-    while True:  # as train() does
-        if step % s.eval_interval == 0 or step >= s.max_iters:
-            pace.began = now
-            if step < s.max_iters:
-                fits.append(pace.fit(step))
-                s.max_iters = fits[-1]
-            now += seconds_per_evaluation
-            pace.end_evaluation()
-        if step >= s.max_iters:
-            break
-        now, step = now + seconds_per_step(now), step + 1
-        pace.end_step()
-    assert now == pytest.approx(300, rel=0.05), fits
-    # as fit_minutes() expects
-    assert (machine, seconds_per_evaluation) != ('steady', 3.3) or len(set(fits)) == 1
+@pytest.mark.parametrize('evaluations', EVALUATIONS)
+def test_the_minutes_are_kept_on_a_machine_whose_pace_changes(machine, evaluations, schedule, monkeypatch):
+    given, low = (RECIPE, 0.0) if schedule == 'wsd' else ({}, 0.1)
+    run = Simulation(monkeypatch, MACHINES[machine], EVALUATIONS[evaluations], **given)
+    assert run.now + ENDING == pytest.approx(300, rel=0.05), run.pace.fits
+    # The rate rises and falls evenly, to its end value
+    after = run.rates[len(run.rates) // 8:]
+    changes = [b - a for a, b in zip(after, after[1:])]
+    assert max(changes) < 1e-9 and min(changes) > -0.06 and run.rates[-1] < low + 0.06
+    # No evaluation is just before the last one
+    assert run.evaluations[-1] - run.evaluations[-2] > 0.45 * run.evaluations[1]
+    if machine == 'steady' and evaluations == 'usual':  # as fit_minutes() expects
+        assert len(run.pace.fits) == 1
+    if machine == 'a pause':  # it takes steps, but does not make the others slow
+        assert min(changes) > -0.01
 
 
-def test_a_compilation_is_not_the_pace_of_what_follows():
-    now = 0.0
-    s = Settings(minutes=1, max_iters=100, eval_interval=20, gradient_accumulation_steps=1)
+@pytest.mark.parametrize('warmup', [None, 40])
+def test_a_warm_up_is_not_bent(warmup, monkeypatch):
+    run = Simulation(monkeypatch, MACHINES['busy at first'], EVALUATIONS['usual'], warmup_iters=warmup)
+    peak = run.rates.index(max(run.rates))
+    assert len(run.pace.fits) > 3 and run.rates[peak] > 0.99
+    assert run.rates[:peak] == sorted(run.rates[:peak]) and run.rates[peak:] == sorted(run.rates[peak:])[::-1]
+    assert warmup is None or peak in (39, 40) and run.rates[9] == pytest.approx(10 / 41)
+
+
+def test_a_cooldown_of_given_length_is_left_alone(monkeypatch):
+    given = RECIPE | {'lr_decay_iters': 2000, 'min_lr': 0.1}
+    run = Simulation(monkeypatch, MACHINES['busy at first'], EVALUATIONS['usual'], **given)
+    assert len(run.pace.fits) > 3
+    assert run.rates == [learning_rate(n, Settings(**given), 1.0) for n in range(len(run.rates))]
+
+
+def test_the_same_fits_make_the_same_run(monkeypatch):
+    """Whatever the clock says: the rates are functions of the step and the fits."""
+    one = Simulation(monkeypatch, MACHINES['noisy'], EVALUATIONS['usual'], **RECIPE)
+    other = Simulation(monkeypatch, MACHINES['noisy'], EVALUATIONS['usual'], fits=one.pace.fits, **RECIPE)
+    assert one.rates == other.rates and one.pace.fits == other.pace.fits and len(one.pace.fits) > 5
+    s = Settings(minutes=5, max_iters=one.pace.fits[-1][1], **RECIPE)
+    Pace(s, json.loads(json.dumps(one.pace.fits)))  # of a run that goes on after the last fit
+    at = one.pace.fits[-1][0]
+    assert one.rates[at:] == [learning_rate(n, s, 1.0) for n in range(at, s.max_iters)]
+
+
+def test_the_time_of_earlier_processes_counts_and_that_of_compiling_does_not(monkeypatch):
+    now, silent = 0.0, Silent(CPU)
+    run = SimpleNamespace(log=SimpleNamespace(seconds=20.0), to_compile={'evaluation'})
+    s = Settings(minutes=1, max_iters=100, eval_interval=60, gradient_accumulation_steps=1)
     pace = Pace(s, clock=lambda: now)
-    assert pace.fit(0) == 100  # nothing is known yet
-    for seconds in (20.0, 0.1):  # to compile, to evaluate
-        pace.began, pace.is_compiling, now = now, seconds > 1, now + seconds
-        pace.end_evaluation()
-    for _ in range(20):
+    now = 15.0
+    pace.end_step(30, run, silent)  # the first one compiled
+    assert not pace.times and s.max_iters == 100
+    for step in range(31, 36):
         now += 0.5
-        pace.end_step()
-    assert pace.evaluation == pytest.approx(0.1) and pace.fit(20) == pytest.approx(20 + 2 * (60 - now), abs=1)
-    pace.earlier = 45.0  # another process has taken these
-    assert pace.fit(20) == 20
+        pace.end_step(step, run, silent)
+    assert s.max_iters < 80 and pace.fits[-1][1] == s.max_iters
+    now += 20.0
+    pace.end_evaluation(35, run)
+    assert not pace.costs
+    run.to_compile.clear()
+    pace.end_step(36, run, silent)
+    now += 1.0
+    pace.end_evaluation(36, run)
+    assert len(pace.costs) == 1
+
+
+def test_a_run_that_goes_on_after_its_time_lands(monkeypatch):
+    """A process that was ended late has few steps left for the rest of the schedule."""
+    monkeypatch.setattr(Pace, 'write_settings', lambda self: None)
+    now, step = 70.0, 150
+    run = SimpleNamespace(log=SimpleNamespace(seconds=55.0), to_compile=set())
+    s = Settings(minutes=1, max_iters=200, eval_interval=40, gradient_accumulation_steps=1, eval_iters=1,
+                 **RECIPE)
+    pace = Pace(s, clock=lambda: now)
+    rates = []
+    while step < s.max_iters:
+        rates.append(learning_rate(step, s, 1.0))
+        now, step = now + 0.1, step + 1
+        pace.end_step(step, run, Silent(CPU))
+    assert 4 <= len(rates) <= 10 and rates[-1] < 0.15 < rates[0] and rates == sorted(rates)[::-1]
+
+
+def test_all_ranks_follow_the_first_one(monkeypatch):
+    """Whatever their clocks say, they ask it at the same steps, and have the same rates."""
+    answers = []
+
+    class First(Silent):
+        def from_first(self, compute):
+            answers.append(compute())
+            return answers[-1]
+
+    class Other(Silent):
+        def from_first(self, compute):
+            return answers.pop(0)
+
+    first, other = (
+        Simulation(monkeypatch, pace_at, EVALUATIONS['usual'], ranks=ranks, **RECIPE)
+        for ranks, pace_at in ((First(CPU), MACHINES['noisy']), (Other(CPU), MACHINES['steady'])))
+    assert first.rates == other.rates and first.evaluations == other.evaluations and not answers
+    assert first.pace.fits == other.pace.fits and len(first.pace.fits) > 5
 
 
 class Machine:
@@ -226,18 +357,29 @@ def end_of(out_dir):
 def test_a_run_of_minutes_that_slows_down_is_the_same_when_it_goes_on(dataset, tmp_path, monkeypatch):
     machine = Machine(monkeypatch, lambda now: 0.3 if now < 15 else 0.6)
     done = machine.run(dataset, tmp_path / 'whole')
-    assert done.returncode == 0 and machine.now == pytest.approx(30, rel=0.05), done.stderr
+    assert done.returncode == 0 and machine.now + ENDING == pytest.approx(30, rel=0.05), done.stderr
     state, weights = end_of(tmp_path / 'whole')
     fits, settings = state['fits'], json.loads((tmp_path / 'whole' / 'settings.json').read_text())
-    assert (len(fits) > 1
+    assert (len(fits) > 4
             and fits[-1][1] == state['step'] == state['settings']['max_iters'] == settings['max_iters'])
-    assert f'max_iters={fits[-1][1]} in place of {fits[-2][1]}' in done.stdout
+    assert re.findall(r'seconds are gone, max_iters=(\d+) in place of', done.stdout)[-1] == str(state['step'])
     losses = {r['step']: r['train_loss'] for r in read_log(tmp_path / 'whole') if 'train_loss' in r}
 
-    interval = settings['eval_interval']
-    with monkeypatch.context() as patch:  # after the last evaluation that could fit again
-        inject(f'step@{(state["step"] - 1) // interval * interval + 1}=term', patch.setattr)
+    # The same fits, in two processes that need other times. The first one ends between two evaluations
+    machine = Machine(monkeypatch, lambda now: 0.1)
+    made = {step: count for step, count, *_ in fits[1:]}
+    monkeypatch.setattr(Pace, 'fit', lambda pace, step, now: (made.get(step, pace.s.max_iters),
+                                                              pace.s.eval_interval))
+    monkeypatch.setattr(Pace, 'OFTEN', 1000)  # asks for a fit after every step
+    monkeypatch.setattr('features.plan.minutes.fit_minutes',
+                        lambda s, *args: setattr(s, 'max_iters', fits[0][1]))
+    at = fits[-2][0]
+    with monkeypatch.context() as patch:
+        inject(f'step@{at + 1}=term', patch.setattr)
         assert machine.run(dataset, tmp_path / 'parts').returncode == 128 + signal.SIGTERM
+    begun, _ = end_of(tmp_path / 'parts')
+    assert at < begun['step'] < state['step'] and begun['step'] % begun['settings']['eval_interval']
+    assert begun['fits'] == [fit for fit in fits if fit[0] <= begun['step']]
     assert machine.run(dataset, tmp_path / 'parts').returncode == 0
     again, same_weights = end_of(tmp_path / 'parts')
     assert again['fits'] == fits and again['step'] == state['step']
@@ -292,6 +434,7 @@ def test_minutes_are_those_of_the_whole_process(dataset, tmp_path):
 
 
 def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pace, 'SMALL', math.inf)  # max_iters stays
     done = Machine(monkeypatch, lambda now: 0.3).run(dataset, tmp_path / 'a')
     assert done.returncode == 0, done.stderr
     derived = dict(re.findall(r'--(\w+)=(\S+)', re.search('derived: (.*)', done.stdout).group(1)))
@@ -299,10 +442,9 @@ def test_the_timed_steps_leave_no_trace_in_the_weights(dataset, tmp_path, monkey
         derived | {'batch_size': 4, 'gradient_accumulation_steps': 1, 'log_interval': 1}).items()]
     plain = run_here(['train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/b', *again, *DIAL])
     assert plain.returncode == 0, plain.stderr
-    until = int(derived['eval_interval'])  # where max_iters is fitted again
-    losses = [{r['step']: r['train_loss'] for r in read_log(tmp_path / name)
-               if 'train_loss' in r and r['step'] <= until} for name in 'ab']
-    assert losses[0] == losses[1] and len(losses[0]) == until
+    losses = [{r['step']: r['train_loss'] for r in read_log(tmp_path / name) if 'train_loss' in r}
+              for name in 'ab']
+    assert losses[0] == losses[1] and len(losses[0]) == int(derived['max_iters']) > 10
 
 
 def test_another_dial_or_a_step_that_cannot_be_shared_is_refused(dataset, tmp_path):
