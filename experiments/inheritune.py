@@ -109,7 +109,7 @@ def attention(s, arms, names=('whole', 'whole_attn', 'whole_norm', 'random', 'fi
     for name in names:
         seeds = []  # [[figures of each layer] of each seed]
         for run in arms[name].runs.values():
-            _, layers, _ = look(AttentionSettings(run['out_dir'], length=min(100, s.block_size)))
+            _, layers, _, _ = look(AttentionSettings(run['out_dir'], length=min(100, s.block_size)))
             seeds.append(layers)
         out[name] = []
         for same in zip(*seeds):

@@ -3,6 +3,7 @@ What attention does: the golden values of the definitions, matrices equal to tra
 sees of a run.
 """
 import csv
+import json
 
 import pytest
 import torch
@@ -155,3 +156,17 @@ def test_what_cannot_be_analysed_is_one_line(dataset, tmp_path):
     assert (run('analyze.py', *hub, f'--dataset={dataset}').returncode == 0
             and isinstance(ours(tmp_path / 'hf'), Transformer))
     assert not (tmp_path / 'a.png').exists()
+
+
+def test_rows_of_conversations_are_one_line(tmp_path):
+    with open(tmp_path / 'chat.jsonl', 'w') as f:
+        for n in range(30):
+            turns = [{'role': 'user', 'content': f'hi {n}'}, {'role': 'assistant', 'content': 'hello'}]
+            f.write(json.dumps({'messages': turns}) + '\n')
+    done = run('prepare.py', tmp_path / 'chat.jsonl', '--messages', '--tokenizer=byte', '--val_fraction=0.4',
+               f'--out={tmp_path}/chat')
+    assert done.returncode == 0, done.stderr
+    theirs('gpt2', vocab_size=257, n_positions=64).save_pretrained(tmp_path / 'hf')
+    done = run('analyze.py', 'attention', f'--out_dir=hf:{tmp_path}/hf', f'--dataset={tmp_path}/chat',
+               '--length=60', '--sequences=1', '--picture=')
+    assert 'holds conversations, several in a row' in one_line(done)

@@ -4,6 +4,8 @@ test_families.py they do with these too. Their logits, exports and adapters are 
 """
 import csv
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -21,6 +23,17 @@ from configurator import UserError
 from features.growth.networks import take_layers
 from features.hf import reading
 from features.networks import fill, load_model
+from features.study.attention import (
+    attentions,
+    first_share,
+    gradient_norms,
+    mass,
+    mean_nulls,
+    measure,
+    nulls,
+    rank,
+    watching,
+)
 from features.study.items import Item, read_items, with_shots
 from features.study.likelihoods import score
 from features.study.tasks import encode_source, score_items
@@ -327,3 +340,104 @@ def test_what_an_encoder_decoder_cannot_score_is_one_line(tmp_path):
         assert words in str(refused.value)
     with pytest.raises(UserError, match='a continuation of 33 tokens is longer than the 32'):
         score(own, [([1], [2] * 33)], CPU, 'float32')
+
+
+# --- attention ---
+
+def their_attention(model, source, target):
+    """[{kind: [A (1, H, T, S) of each layer]} of each pair] of a model of transformers."""
+    model.set_attn_implementation('eager')
+    found = []
+    for read, write in zip(source, target):
+        out = model(input_ids=torch.tensor([read]), decoder_input_ids=torch.tensor([write]), use_cache=False,
+                    output_attentions=True)
+        found.append({'encoder': out.encoder_attentions, 'decoder': out.decoder_attentions,
+                      'cross': out.cross_attentions})
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', CASES)
+def test_attention_is_that_of_transformers_and_is_measured(case, tmp_path):
+    other = theirs(**CASES[case])
+    other.save_pretrained(tmp_path)
+    model, source, target = ours(tmp_path), texts([40, 12, 1]), texts([9, 30, 1], seed=2)
+    wanted = their_attention(other, source, target)
+    batches = [(torch.tensor([write]), torch.tensor([read])) for read, write in zip(source, target)]
+    for (x, read), theirs_too in zip(batches, wanted):
+        seen, logits = [], model(x, source=read)
+        with watching(seen.append):
+            watched = model(x, source=read)
+        torch.testing.assert_close(watched, logits, rtol=1e-4, atol=1e-4)
+        for (kind, layer, _), A in zip(attentions(model), seen, strict=True):
+            torch.testing.assert_close(A, theirs_too[kind][layer], rtol=1e-4, atol=1e-5)
+    records = measure(model, batches)
+    assert len(records) == 4 * (2 + 3 + 3)  # of 4 heads
+    for record in records:
+        found = [pair[record['attention']][record['layer']][0, record['head']] for pair in wanted]
+        for name, figure in (('rank', rank), ('mass', mass), ('first', first_share)):
+            mean = sum(figure(A).item() for A in found) / 3
+            assert record[name] == pytest.approx(mean, abs=0.34 if name == 'mass' else 1e-4), record
+
+
+def test_simple_patterns_of_attention_that_is_not_causal():
+    wanted = {'uniform': (1, 90, 0.01), 'sink': (1, 1, 1), 'identity': (90, 90, 0.01)}
+    assert nulls(100, kind='encoder') == {name: pytest.approx(values) for name, values in wanted.items()}
+    wanted = {'uniform': (1, 36, 1 / 40), 'sink': (1, 1, 1), 'diagonal': (9, 9, 0.1)}
+    assert nulls(10, S=40, kind='cross') == {name: pytest.approx(values) for name, values in wanted.items()}
+    A, B = (nulls(T, 0.8, S, 'cross') for T, S in ((7, 20), (30, 4)))
+    means = mean_nulls([(7, 20), (30, 4), (7, 20)], 0.8, 'cross')
+    assert means.keys() == A.keys()
+    for name, values in means.items():
+        assert values == pytest.approx([(2 * a + b) / 3 for a, b in zip(A[name], B[name])])
+
+
+def test_zero_queries_attend_as_the_uniform_patterns_and_gradients_are_autograds():
+    model = random_model(**OWN, cross_rope='same')
+    pairs = [(torch.tensor([write]), torch.tensor([write]).roll(-1, 1), torch.tensor([read]) % 64)
+             for read, write in zip(texts([20, 7]), [list(range(9)), list(range(30))])]
+    parts = [model.encoder[1].attn.q.weight, model.blocks[2].attn.k.weight, model.blocks[0].cross.q.weight]
+    total = sum(model(x, y, source=read, reduction='sum') for x, y, read in pairs) / 39
+    wanted = [g.norm().item() for g in torch.autograd.grad(total, parts)]
+    found = {(kind, n): norms for (kind, n, _), norms in zip(attentions(model), gradient_norms(model, pairs))}
+    assert ([found['encoder', 1][0], found['decoder', 2][1], found['cross', 0][0]]
+            == pytest.approx(wanted, rel=1e-4))
+    for name, p in model.named_parameters():
+        if name.endswith('.q.weight'):
+            p.data.zero_()
+    shapes = {'encoder': [(20, 20), (7, 7)], 'decoder': [(9, 9), (30, 30)], 'cross': [(9, 20), (30, 7)]}
+    for record in measure(model, [(x, read) for x, _, read in pairs]):
+        kind = record['attention']
+        assert ((record['rank'], record['mass'], record['first'])
+                == pytest.approx(mean_nulls(shapes[kind], 0.9, kind)['uniform']))
+
+
+def test_the_command_has_a_table_for_each_kind_of_attention(pairs, dataset, tmp_path):
+    theirs(**UMT5 | dict(vocab_size=257)).save_pretrained(tmp_path / 'hf')
+    folder = f'hf:{tmp_path}/hf'
+    look = ['attention', '--sequences=8', f'--csv={tmp_path}/a.csv', f'--picture={tmp_path}/a.png']
+    done = run('analyze.py', *look, f'--out_dir={folder}', f'--dataset={pairs}', '--length=300', '--lazy=40')
+    assert done.returncode == 0, done.stderr
+    assert '8 pairs of up to 300 + 300 tokens' in done.stdout
+    tables = done.stdout.split('\n\n')
+    headings = [table.split('\n')[0] for table in tables if '\nlayer ' in table]
+    assert headings == ["encoder's self-attention", "decoder's self-attention", 'cross-attention']
+    assert re.findall('up to 40: (.*)', done.stdout) == ['0, 1', '0, 1, 2', '0, 1, 2']
+    rows = list(csv.DictReader(open(tmp_path / 'a.csv')))
+    assert (Counter(row['attention'] for row in rows) == {'encoder': 8, 'decoder': 12, 'cross': 12}
+            and all(float(row['grad_q']) > 0 for row in rows))
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+    # the pairs are cut where they would be in training
+    done = run('analyze.py', *look, f'--out_dir={folder}', f'--dataset={pairs}', '--length=3')
+    sources = [line for line in done.stdout.splitlines() if line.startswith('sink')]
+    assert done.returncode == 0 and len(sources) == 3, done.stderr
+    for args, words in [([f'--dataset={pairs}', '--batch_averaged'], 'batch_averaged: is the mean'),
+                        ([f'--dataset={pairs}', '--sequences=9999'], 'pairs to validate on: lower it'),
+                        ([f'--dataset={dataset}'], 'there are no pairs in it'), ([], 'give --dataset=NAME')]:
+        assert words in one_line(run('analyze.py', *look, f'--out_dir={folder}', *args))
+    # a run knows its data, and rows of a denoising run are masked as in validation
+    train(tmp_path / 'run', '--n_encoder_layer=1', '--objective=prefix', '--max_iters=1', dataset=dataset)
+    done = run('analyze.py', *look, f'--out_dir={tmp_path}/run', '--length=20')
+    assert done.returncode == 0 and 'cross-attention' in done.stdout, done.stderr
+    assert 'length=33: the network' in one_line(run('analyze.py', *look, f'--out_dir={tmp_path}/run',
+                                                    '--length=33'))

@@ -13,8 +13,16 @@ All are means over sequences. MaxRank of a layer is the largest rank of its head
 its heads. A layer with MaxRank 1 is called lazy: all its heads attend in the same way at all positions. For
 comparison, the table also lists three simple patterns: attend to all tokens equally (uniform), only to the
 first token (sink), only to itself (identity).
+
+An encoder-decoder has three tables: the encoder's self-attention, the decoder's self-attention, and
+cross-attention, whose A is (T, S), from T tokens of the target to S of the source. Each source–target pair is
+read by itself, so A has no padding. The patterns are means over the same lengths. Encoder and cross-attention
+are not causal: there, uniform attention has rank 1 too, and a lazy layer may look at all tokens equally; its
+mass tells. In the place of identity, cross-attention has the token at the same share of the source
+(diagonal).
 """
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from statistics import mean
 
@@ -36,7 +44,7 @@ class AttentionSettings:
     dataset: FilePath = ''  # name under data/, or a folder, prepared with the same tokenizer; '' = the data
     # of the run
     sequences: int = 100  # number of validation sequences, the same ones each time
-    length: int = 100  # length of each sequence in tokens
+    length: int = 100  # length of each sequence in tokens; the most of a source, and of a target
     tau: float = 0.9  # share of the energy for rank and mass
     lazy: float = 1.0  # a layer is lazy if its MaxRank is at most this
     batch_averaged: bool = False  # analyze the mean of the matrices over the sequences, as in the notebook of
@@ -80,16 +88,32 @@ def first_share(A):
     return A[..., 0].double().mean(-1)
 
 
-def nulls(T, tau=0.9):
-    """{name: (rank, mass, share on the first token)} of the three simple attention patterns."""
-    uniform = torch.ones(T, T).tril()
+def nulls(T, tau=0.9, S=0, kind='decoder'):
+    """
+    {name: (rank, mass, share on the first token)} of the three simple attention patterns, (T, S), S = T by
+    default. kind: as in KINDS.
+    """
+    S = S or T
+    uniform = torch.ones(T, S)
+    if kind == 'decoder':
+        uniform = uniform.tril()
     matrices = {
         'uniform': uniform / uniform.sum(1, keepdim=True),
-        'sink': torch.eye(T)[:1].expand(T, T),
-        'identity': torch.eye(T),
+        'sink': torch.eye(S)[:1].expand(T, S),
+        'diagonal' if kind == 'cross' else 'identity': torch.eye(S)[torch.arange(T) * S // T],
     }
     return {name: (rank(A, tau).item(), mass(A, tau).item(), first_share(A).item())
             for name, A in matrices.items()}
+
+
+def mean_nulls(shapes, tau, kind):
+    """The means of nulls() over matrices of these shapes [(T, S), …]."""
+    sums = Counter()
+    for (T, S), count in Counter(shapes).items():
+        for name, values in nulls(T, tau, S, kind).items():
+            for n, value in enumerate(values):
+                sums[name, n] += count * value / len(shapes)
+    return {name: tuple(sums[name, n] for n in range(3)) for name in dict.fromkeys(name for name, _ in sums)}
 
 
 # -----------------------------------------------------------------------------
@@ -113,6 +137,23 @@ def watching(see):
         networks.attend = fused
 
 
+KINDS = {
+    'encoder': "encoder's self-attention",
+    'decoder': "decoder's self-attention",
+    'cross': 'cross-attention',
+}
+
+
+def attentions(model):
+    """[(kind, layer, its module)] of all attention of a network, in the order in which it runs."""
+    found = [('encoder', n, block.attn) for n, block in enumerate(getattr(model, 'encoder', ()))]
+    for n, block in enumerate(model.blocks):
+        found.append(('decoder', n, block.attn))
+        if hasattr(block, 'cross'):
+            found.append(('cross', n, block.cross))
+    return found
+
+
 class Sums:
     """Sums over the sequences for one layer: ranks, masses, first shares (H,); matrices A (H, T, T)."""
 
@@ -122,75 +163,89 @@ class Sums:
         self.firsts = 0
         self.A = 0
 
-    def add(self, A, tau):
-        """A (B, H, T, T)"""
+    def add(self, A, tau, of_one_size):
+        """A (B, H, T, S). of_one_size: whether all A are, so that they have a mean."""
         self.ranks = self.ranks + rank(A, tau).sum(0)
         self.masses = self.masses + mass(A, tau).sum(0)
         self.firsts = self.firsts + first_share(A).sum(0)
-        self.A = self.A + A.double().sum(0)
+        if of_one_size:
+            self.A = self.A + A.double().sum(0)
 
 
 @torch.no_grad()
 def measure(model, batches, tau=0.9):
     """
-    [{layer, head, rank, mass, first, averaged_rank, averaged_mass}] of every head: means over the sequences
-    of `batches`, which yields x (B, T), and the figures of the mean matrix. Memory does not grow with the
+    [{attention, layer, head, rank, mass, first, averaged_rank, averaged_mass}] of every head: means over the
+    sequences of `batches`, which yields x (B, T), and the figures of the mean matrix. For an encoder-decoder
+    it yields (x, source), both without padding, and there is no mean matrix. Memory does not grow with the
     number of batches.
     """
-    layers = [Sums() for _ in model.blocks]
+    found = attentions(model)
+    layers = [Sums() for _ in found]
+    has_encoder = model.cfg.n_encoder_layer > 0
     count = 0  # sequences
-    for x in batches:
+    for batch in batches:
         seen = []
         with watching(seen.append):
-            model.hidden(x)
-        for sums, A in zip(layers, seen):
-            sums.add(A, tau)
+            if has_encoder:
+                x, source = batch
+                model.hidden(x, encoded=model.encode(source))
+            else:
+                x = batch
+                model.hidden(x)
+        for sums, A in zip(layers, seen, strict=True):
+            sums.add(A, tau, not has_encoder)
         count += len(x)
     records = []
-    for layer, sums in enumerate(layers):
-        averaged_ranks, averaged_masses = rank(sums.A / count, tau), mass(sums.A / count, tau)
-        for head in range(len(sums.A)):
+    for (kind, layer, _), sums in zip(found, layers):
+        means = {}
+        if not has_encoder:
+            means = {'averaged_rank': rank(sums.A / count, tau), 'averaged_mass': mass(sums.A / count, tau)}
+        for head in range(len(sums.ranks)):
             records.append({
+                'attention': kind,
                 'layer': layer,
                 'head': head,
                 'rank': sums.ranks[head].item() / count,
                 'mass': sums.masses[head].item() / count,
                 'first': sums.firsts[head].item() / count,
-                'averaged_rank': averaged_ranks[head].item(),
-                'averaged_mass': averaged_masses[head].item(),
-            })
+            } | {name: values[head].item() for name, values in means.items()})
     return records
 
 
 def gradient_norms(model, batches):
     """
-    [(norm of the gradient of the queries' weights, of the keys') for each layer], of the mean loss over
-    `batches`, which yields x, y (B, T).
+    [(norm of the gradient of the queries' weights, of the keys')] of attentions(), of the mean loss over
+    `batches`, which yields x, y (B, T), and for an encoder-decoder also source (B, S).
     """
     model.zero_grad()
     count = 0
-    for x, y in batches:
-        model(x, y, reduction='sum').backward()
+    for x, y, *source in batches:
+        inputs = {'source': source[0]} if source else {}
+        model(x, y, reduction='sum', **inputs).backward()
         count += int((y >= 0).sum())  # batches may differ in size
 
     def norm(layer):
         gradients = [p.grad.flatten() for p in layer.parameters() if p.ndim > 1]
         return torch.cat(gradients).norm().item() / count
-    return [(norm(block.attn.q), norm(block.attn.k)) for block in model.blocks]
+    return [(norm(module.q), norm(module.k)) for _, _, module in attentions(model)]
 
 
 def by_layer(records, gradients, averaged):
     """
-    [{layer, max_rank, mean_rank, mass, first, grad_q, grad_k}] of each layer. averaged: rank and mass of the
-    mean matrices.
+    [{attention, layer, max_rank, mean_rank, mass, first, grad_q, grad_k}] of each layer. averaged: rank and
+    mass of the mean matrices.
     """
     prefix = 'averaged_' if averaged else ''
+    heads_of = {}
+    for record in records:
+        heads_of.setdefault((record['attention'], record['layer']), []).append(record)
     layers = []
-    for layer, (grad_q, grad_k) in enumerate(gradients):
-        heads = [record for record in records if record['layer'] == layer]
+    for ((kind, layer), heads), (grad_q, grad_k) in zip(heads_of.items(), gradients, strict=True):
         ranks = [head[f'{prefix}rank'] for head in heads]
         masses = [head[f'{prefix}mass'] for head in heads]
         layers.append({
+            'attention': kind,
             'layer': layer,
             'max_rank': max(ranks),
             'mean_rank': mean(ranks),
@@ -200,6 +255,11 @@ def by_layer(records, gradients, averaged):
             'grad_k': grad_k,
         })
     return layers
+
+
+def of_kind(rows, kind):
+    """Those of the records or layers that are of this kind of attention."""
+    return [row for row in rows if row['attention'] == kind]
 
 
 # -----------------------------------------------------------------------------
@@ -253,13 +313,25 @@ def cells(name, row):
 
 def draw(records, layers, null, averaged, title):
     """
-    Four panels by layer: ranks, masses and shares on the first token, with heads as points, the layer as a
-    line and the simple patterns for comparison; norms of the gradient.
+    Four panels by layer for each kind of attention: ranks, masses and shares on the first token, with heads
+    as points, the layer as a line and the simple patterns for comparison; norms of the gradient. null: {kind:
+    its nulls}.
     """
-    page = figure(16, 4)
+    page = figure(16, 4 * len(null))
+    panels = page.subplots(len(null), 4, squeeze=False)
+    for row, kind in zip(panels, null):
+        draw_row(row, of_kind(records, kind), of_kind(layers, kind), null[kind], averaged)
+        if len(null) > 1:
+            row[0].set_title(KINDS[kind], loc='left', fontsize=10)
+    page.suptitle(title, fontsize=11)
+    return page
+
+
+def draw_row(panels, records, layers, null, averaged):
+    """Fill four panels with what draw() says, for one kind of attention."""
     prefix = 'averaged_' if averaged else ''
     numbers = [layer['layer'] for layer in layers]
-    of_rank, of_mass, of_first, of_gradient = page.subplots(1, 4)
+    of_rank, of_mass, of_first, of_gradient = panels
     for n, (axis, key, line, line_label, label) in enumerate((
             (of_rank, prefix + 'rank', 'max_rank', 'MaxRank', 'rank: singular values of A'),
             (of_mass, prefix + 'mass', 'mass', 'AvgMass', 'mass: columns of A'),
@@ -274,13 +346,12 @@ def draw(records, layers, null, averaged, title):
     of_first.set(yscale='linear', ylim=(0, 1.02))
     for key, label in (('grad_q', 'queries'), ('grad_k', 'keys')):
         of_gradient.plot(numbers, [layer[key] for layer in layers], 'o-', label=label)
-    of_gradient.set(xlabel='layer', ylabel='norm of the gradient', yscale='log')
-    for axis in (of_rank, of_mass, of_first, of_gradient):
+    is_zero = not any(layer['grad_q'] or layer['grad_k'] for layer in layers)  # as before the first step
+    of_gradient.set(xlabel='layer', ylabel='norm of the gradient', yscale='linear' if is_zero else 'log')
+    for axis in panels:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
         axis.set_xticks(numbers if len(numbers) < 13 else numbers[::4])
-    page.suptitle(title, fontsize=11)
-    return page
 
 
 # -----------------------------------------------------------------------------
@@ -289,62 +360,96 @@ def draw(records, layers, null, averaged, title):
 BATCH = 4  # sequences at a time
 
 
-def windows(sources, s):
+def windows(sources, s, has_encoder=False):
     """
-    [(Source, its row numbers)]: s.sequences full rows, shared by the sources. Raises UserError if there are
-    fewer.
+    [(Source, its row numbers)]: s.sequences full rows, shared by the sources; for an encoder-decoder pairs of
+    any length. Raises UserError if there are fewer.
     """
     out = []
     left = s.sequences
+    what = 'pairs' if has_encoder else f'windows of {s.length} tokens'
     for n, source in enumerate(sources):
         wanted = -(-left // (len(sources) - n))
         numbers = validation_rows(source, wanted + 1)
-        # the last row may be short
-        numbers = [number for number in numbers if number < source.rows - 1][:wanted]
+        # the last window may be short
+        count = source.rows if has_encoder else source.rows - 1
+        numbers = [number for number in numbers if number < count][:wanted]
         if len(numbers) < wanted:
-            raise UserError(f'sequences={s.sequences}: {source.name} has {len(numbers)} windows of '
-                            f'{s.length} tokens to validate on: lower it or length')
+            raise UserError(f'sequences={s.sequences}: {source.name} has {len(numbers)} {what} to validate '
+                            'on: lower it' + ' or length' * (not has_encoder))
         out.append((source, numbers))
         left -= wanted
     return out
 
 
+def read_batch(source, numbers):
+    """
+    x, y (B, T) of these rows of a Source; for an encoder-decoder x, y (1, T), source (1, S), without padding.
+    """
+    x, y, *more = (torch.from_numpy(array) for array in validation_batch(source, numbers, 0))
+    if not more:
+        return x, y
+    T, S = int((y >= 0).sum()), int((more[0] >= 0).sum())
+    return x[:, :T], y[:, :T], more[0][:, :S]
+
+
 def look(s):
     """
-    (the figures of every head, of every layer, a title) of the model in s.out_dir; s: AttentionSettings.
+    (the figures of every head, of every layer, {kind of attention: its nulls}, a title) of the model in
+    s.out_dir; s: AttentionSettings.
     """
-    model, folder = load_model(s.out_dir)
-    if model.cfg.arch == 'markov':
+    model, folder = load_model(s.out_dir, encoder=True)
+    cfg = model.cfg
+    if cfg.arch == 'markov':
         raise UserError(f'out_dir={s.out_dir}: a Markov chain has no attention')
-    if s.length > model.cfg.block_size:
-        raise UserError(f'length={s.length}: '
-                        f'the network in {s.out_dir} reads {model.cfg.block_size} tokens: lower it')
+    has_encoder = cfg.n_encoder_layer > 0
+    if has_encoder and s.batch_averaged:
+        raise UserError('batch_averaged: is the mean of matrices of one size; the pairs of an '
+                        'encoder-decoder differ in length: leave it out')
+    most = min(cfg.source_limit, cfg.target_limit) if has_encoder else cfg.block_size
+    if s.length > most:
+        raise UserError(f'length={s.length}: the network in {s.out_dir} reads {most} tokens: lower it')
     batches = []
-    for source, numbers in windows(validation_sources(s.out_dir, model.cfg, s.dataset, s.length), s):
-        for i in range(0, len(numbers), BATCH):
-            batches.append((source, numbers[i:i + BATCH]))
+    size = 1 if has_encoder else BATCH
+    for source, numbers in windows(validation_sources(s.out_dir, cfg, s.dataset, s.length), s, has_encoder):
+        if 'chat' in source.files.meta:
+            raise UserError(f'dataset={source.name}: holds conversations, several in a row, and each row is '
+                            'to be one text: give another')
+        for i in range(0, len(numbers), size):
+            batches.append((source, numbers[i:i + size]))
 
     def read(what):
         for source, numbers in tqdm(batches, desc=what, disable=None, leave=False):
-            x, y = validation_batch(source, numbers, 0)
-            yield torch.from_numpy(x), torch.from_numpy(y)
-    records = measure(model, (x for x, _ in read('attention')), s.tau)
+            yield read_batch(source, numbers)
+    if has_encoder:
+        records = measure(model, ((x, source) for x, _, source in read('attention')), s.tau)
+        shapes = [(x.size(1), source.size(1)) for x, _, source in read('lengths')]
+        null = {'encoder': mean_nulls([(S, S) for _, S in shapes], s.tau, 'encoder'),
+                'decoder': mean_nulls([(T, T) for T, _ in shapes], s.tau, 'decoder'),
+                'cross': mean_nulls(shapes, s.tau, 'cross')}
+        title = f'{folder}: {s.sequences} pairs of up to {s.length} + {s.length} tokens, {s.tau:.0%}'
+    else:
+        records = measure(model, (x for x, _ in read('attention')), s.tau)
+        null = {'decoder': nulls(s.length, s.tau)}
+        title = f'{folder}: {s.sequences} sequences of {s.length} tokens, {s.tau:.0%}'
     gradients = gradient_norms(model, read('gradients'))
-    title = f'{folder}: {s.sequences} sequences of {s.length} tokens, {s.tau:.0%}'
     if s.batch_averaged:
         title += ', of their mean'
-    return records, by_layer(records, gradients, s.batch_averaged), title
+    return records, by_layer(records, gradients, s.batch_averaged), null, title
 
 
 def run(s):
     """python analyze.py attention"""
-    records, layers, title = look(s)
-    null = nulls(s.length, s.tau)
-    print(f'{title}\n\n{table(layers, null, s.lazy)}')
+    records, layers, null, title = look(s)
+    print(title)
+    for kind in null:
+        heading = f'{KINDS[kind]}\n' if len(null) > 1 else ''
+        print(f'\n{heading}{table(of_kind(layers, kind), null[kind], s.lazy)}')
     if s.csv:
+        gradients = {(layer['attention'], layer['layer']): layer for layer in layers}
         rows = []
         for record in records:
-            layer = layers[record['layer']]
+            layer = gradients[record['attention'], record['layer']]
             rows.append(record | {'grad_q': layer['grad_q'], 'grad_k': layer['grad_k']})
         write_csv(rows, s.csv)
         print(f'written: {s.csv}')

@@ -1,6 +1,8 @@
 """
 The validation data of a network: what it was trained on, or another data set of its tokenizer.
 """
+import dataclasses
+
 import checkpoint
 from batches import open_source
 from configurator import UserError
@@ -10,8 +12,8 @@ from features.networks import inherited_format, is_foreign
 def validation_sources(where, cfg, dataset='', block_size=0):
     """
     The validation split of every corpus that the model of `where` was trained on, or of `dataset`, as
-    batches.Sources with rows of block_size, or of the model's context length. Raises UserError if there is
-    none, or one of another tokenizer.
+    batches.Sources with rows of block_size, or of the model's context length; an encoder reads as many.
+    Raises UserError if there is none, or one of another tokenizer.
     """
     state = {}
     if is_foreign(where):
@@ -28,9 +30,11 @@ def validation_sources(where, cfg, dataset='', block_size=0):
     if block_size:
         packing = 'stream'
     objective = None
-    if not block_size and (settings.get('objective', 'causal') != 'causal' or cfg.n_encoder_layer):  # t5
+    if cfg.n_encoder_layer or not block_size and settings.get('objective', 'causal') != 'causal':  # t5
         from features.t5.objectives import find_objective  # t5
         objective = find_objective(settings, cfg, inherited_format(where, folder, cfg))  # t5
+        if block_size:  # t5
+            objective = dataclasses.replace(objective, source_size=block_size)  # t5
     bos = tuple(state.get('begin', ()))
     sources = []
     for name in dataset if isinstance(dataset, dict) else [dataset]:

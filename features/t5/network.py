@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from features.t5.positions import BucketBias, positions_of
 from features.t5.settings import T5Config
-from model import MLP, Attention, AttentionInputs, Block, Transformer, attend, make_mlp, no_code, norm
+from model import MLP, Attention, AttentionInputs, Block, Transformer, make_mlp, no_code, norm
 
 # -----------------------------------------------------------------------------
 # Blocks
@@ -48,13 +48,9 @@ class T5Attention(Attention):
 
     def output(self, q, k, v, mask):
         """Like Attention.output(); with t5_scale, logits are not divided by sqrt(D)."""
-        if self.cfg.depth_scale == 'attn':
-            q = q / (self.layer + 1)
         if self.cfg.t5_scale:
             q = q * self.cfg.d_head ** 0.5
-        is_causal = mask is None and q.size(2) > 1
-        y = attend(q, k, v, mask, is_causal, self.cfg.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).flatten(2))
+        return super().output(q, k, v, mask)
 
 
 class CrossAttention(T5Attention):
