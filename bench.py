@@ -13,6 +13,8 @@ Measure speed and memory, and compare them with the limits of the machine and wi
     scale      how the cost grows with data size (1 MB to 100 GB), context, width, vocabulary and ranks
     race       bits per byte on held-out text after some minutes of training, beside nanoGPT and nanochat;
                takes an hour or more, so it is not a part of all
+    gpu        a GPU in eight minutes, as a markdown table: does it compute what a CPU does, and how fast? Not
+               a part of all
 
 Each program runs with its own defaults, as its users run it. The programs take turns (A B A B), so that a
 disturbance affects all of them. The tables show medians, extremes, and ratios to minnow.
@@ -29,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 
 from checkpoint import replace_json, writing
 from configurator import FilePath, configure, pick_device, run_main
+from features.study.bench_gpu import SECTIONS, bench_gpu
 from features.study.bench_prepare import bench_prepare
 from features.study.bench_race import bench_race
 from features.study.bench_sample import bench_sample
@@ -38,14 +41,14 @@ from features.study.measure import measure_machine, show
 
 # each yields sections of the report
 BENCHES = {'train': bench_train, 'loss': bench_loss, 'sample': bench_sample, 'prepare': bench_prepare,
-           'scale': bench_scale, 'race': bench_race}
-ALONE = {'race'}  # only by its name, not as a part of all
+           'scale': bench_scale, 'race': bench_race, 'gpu': bench_gpu}
+ALONE = {'race', 'gpu'}  # only by their names, not as a part of all
 
 
 @dataclass
 class Settings:
     positional = 'what'
-    what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, race, or all
+    what: list[str] = field(default_factory=list)  # train, loss, sample, prepare, scale, race, gpu, or all
     peer: FilePath = ''  # a clone of nanoGPT to compare with; '' = none
     json: FilePath = ''  # file for all results: the machine, every sample, medians, ratios
     rounds: int = 3  # number of measurements of each program
@@ -56,6 +59,9 @@ class Settings:
     minutes: float = 5.0  # race: time of a whole training process
     tokens: float = 0.0  # race: then train each on this many tokens too; 0 = no
     quick: bool = False  # tiny sizes: checks in a minute that everything runs; the figures mean nothing
+    only: list[str] = field(default_factory=list)  # of gpu, only these sections: gradients, losses, sampling,
+    # resume, training, decoding, adapters, T5, kernels; can be repeated
+    record: bool = False  # of gpu: record the losses of this machine, a CPU, to compare GPUs with
 
     def check(self):
         """Raise ValueError for values that cannot work."""
@@ -63,6 +69,14 @@ class Settings:
         if unknown or not self.what:
             raise ValueError(f'what={"".join(unknown[:1])}: takes {", ".join(BENCHES)} or all, '
                              'as in python bench.py all')
+        unknown = [name for name in self.only if name not in SECTIONS]
+        if unknown:
+            raise ValueError(f'only={unknown[0]}: takes {", ".join(SECTIONS)}')
+        for name in ('only', 'record'):
+            if getattr(self, name) and 'gpu' not in self.what:
+                raise ValueError(f'{name}: is about gpu: python bench.py gpu')
+        if self.json and 'gpu' in self.what:
+            raise ValueError(f'json={self.json}: gpu prints a table: python bench.py gpu > gpu.md')
         if self.rounds < 1:
             raise ValueError(f'rounds={self.rounds}: must be at least 1')
         if self.minutes <= 0 or self.tokens < 0:

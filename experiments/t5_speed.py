@@ -1,8 +1,8 @@
 """
 How fast is training of ROT5-mini here, against transformers' T5 of its size? AdamW, forward and backward on
 the same batch, in turn: tokens of source and target a second. Four networks: ours as ROT5 has it (rotary
-positions, 4 heads with keys), the same with experts, ours as transformers' T5 (T5's positions, all heads with
-keys), and theirs.
+positions, 4 heads with keys), ours as transformers' T5 (T5's positions, all heads with keys), theirs, and
+ours with experts.
 
     python experiments/t5_speed.py                    # --rows=4 --rounds=3
 """
@@ -16,7 +16,7 @@ if __name__ == '__main__':
 
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -39,11 +39,13 @@ class Settings(DeviceConfig):
     target: int = 128  # tokens of each target
     rounds: int = 3  # of each network, in turn
     steps: int = 3  # of each round
+    layers: int = 10  # of the encoder, and as many of the decoder
 
 
-def our_settings(**changes):
+def our_settings(s, **changes):
     """The settings of train.py for ROT5-mini."""
-    given = {'vocab_size': VOCAB, 'dropout': 0, 'objective': 'ul2'} | changes
+    given = {'vocab_size': VOCAB, 'dropout': 0, 'objective': 'ul2', 'n_layer': s.layers,
+             'n_encoder_layer': s.layers} | changes
     return configure(train.Settings, [CONFIG, *[f'--{key}={value}' for key, value in given.items()]])
 
 
@@ -51,7 +53,7 @@ class Ours:
     """Our network, its optimizer and its loss of a batch."""
 
     def __init__(self, s, device, **changes):
-        settings = our_settings(**changes)
+        settings = our_settings(s, **changes)
         self.model = make_model(part_of(settings, ModelConfig)).to(device)
         if pick_compile(s.compile, device):
             self.model.compile(dynamic=False)
@@ -64,12 +66,12 @@ class Ours:
 class Theirs:
     """transformers' T5 of the size of ROT5-mini."""
 
-    def __init__(self, device):
+    def __init__(self, s, device):
         try:
             from transformers import T5Config, T5ForConditionalGeneration
         except ImportError:
             raise UserError('transformers: is compared with: pip install transformers') from None
-        cfg = part_of(our_settings(), ModelConfig)
+        cfg = part_of(our_settings(s), ModelConfig)
         self.model = T5ForConditionalGeneration(T5Config(
             vocab_size=cfg.vocab_size,
             d_model=cfg.n_embd,
@@ -97,36 +99,46 @@ def step(side, batch, device, dtype):
     loss.item()  # waits for the device
 
 
-def speed(side, batch, s, device, dtype):
-    """{'tokens/s'} of s.steps training steps."""
+def speed(make, batch, s, device, dtype):
+    """{'tokens/s'} of s.steps training steps of the side that make() returns, after one that may compile."""
+    side = make()
+    step(side, batch, device, dtype)
     began = time.perf_counter()
     for _ in range(s.steps):
         step(side, batch, device, dtype)
     return {'tokens/s': s.steps * s.rows * (s.source + s.target) / (time.perf_counter() - began)}
 
 
-def main():
-    s = configure(Settings)
-    device = pick_device(s.device)
-    dtype = pick_dtype(s.dtype, device)
+def sides_of(s, device):
+    """{name: a function that returns Ours or Theirs, made at its first call}."""
+    sides = {
+        'ours, rotary, 4 heads with keys': partial(Ours, s, device),
+        "ours, T5's positions": partial(Ours, s, device, position='relative', cross_rope='none', n_kv_head=0),
+        'transformers': partial(Theirs, s, device),
+        'ours, rotary, 8 experts': partial(Ours, s, device, n_expert=8),
+    }
+    return {name: cache(make) for name, make in sides.items()}
+
+
+def arms_of(s, device, sides):
+    """{name: a function that times the training of a side}, all on the same batch."""
     torch.manual_seed(1)
     source = torch.randint(1, VOCAB, (s.rows, s.source), device=device)  # (B, S)
     y = torch.randint(1, VOCAB, (s.rows, s.target), device=device)  # (B, T)
     x = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], dim=1)
-    batch = source, x, y
-    sides = {
-        'ours, rotary, 4 heads with keys': Ours(s, device),
-        'the same, 8 experts': Ours(s, device, n_expert=8),
-        "ours, T5's positions": Ours(s, device, position='relative', cross_rope='none', n_kv_head=0),
-        'transformers': Theirs(device),
-    }
-    arms = {}
-    for name, side in sides.items():
-        print(f'{name}: {sum(p.numel() for p in side.model.parameters()):,} parameters')
-        step(side, batch, device, dtype)  # warms up
-        arms[name] = partial(speed, side, batch, s, device, dtype)
-    title = f'{s.rows} rows of {s.source} and {s.target} tokens, {dtype}, {torch.get_num_threads()} thread(s)'
-    show(section(title, alternate(arms, s.rounds)))
+    dtype = pick_dtype(s.dtype, device)
+    return {name: partial(speed, make, (source, x, y), s, device, dtype) for name, make in sides.items()}
+
+
+def main():
+    s = configure(Settings)
+    device = pick_device(s.device)
+    sides = sides_of(s, device)
+    for name, make in sides.items():
+        print(f'{name}: {sum(p.numel() for p in make().model.parameters()):,} parameters')
+    title = (f'{s.rows} rows of {s.source} and {s.target} tokens, {pick_dtype(s.dtype, device)}, '
+             f'{torch.get_num_threads()} thread(s)')
+    show(section(title, alternate(arms_of(s, device, sides), s.rounds)))
 
 
 if __name__ == '__main__':

@@ -106,6 +106,9 @@ def test_every_part_runs_and_writes_json(tmp_path, part):
 @pytest.mark.parametrize(
     'args, names', [([], 'what'), (['trian'], 'what=trian'), (['train', '--peer=nowhere'], 'peer=nowhere'),
                     (['loss', '--rounds=0'], 'rounds=0'), (['loss', '--device=tpu'], 'device=tpu'),
-                    (['loss', '--json=no/such/a.json'], 'json=no/such/a.json')])
+                    (['loss', '--json=no/such/a.json'], 'json=no/such/a.json'),
+                    (['gpu', '--only=loss'], 'only=loss: takes gradients'),
+                    (['gpu', '--json=a.json'], 'json=a.json: gpu prints a table'),
+                    (['train', '--only=T5'], 'only: is about gpu')])
 def test_bad_input_is_one_line(args, names):
     assert names in one_line(run('bench.py', *args))

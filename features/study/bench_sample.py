@@ -52,21 +52,21 @@ def bench_sample(s, device, machine):
                   f'ours {dtype} and int8, compiled', alternate(arms, s.rounds), notes)
 
 
-def sample_figures(model, write, count, device, machine):
-    """{metric: value} of one call of write(), which generates `count` tokens with the model `model`."""
+def sample_figures(model, write, count, device, machine, rows=1):
+    """{metric: value} of one call of write(), which generates `count` tokens in each row with `model`."""
     start = time.perf_counter()
     write()
     if device.type == 'cuda':
         torch.cuda.synchronize()
     rate = count / (time.perf_counter() - start)
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())  # bytes
-    return {'tokens/s': rate, 'share of the bandwidth': rate * weights / machine['bandwidth']}
+    return {'tokens/s': rows * rate, 'share of the bandwidth': rate * weights / machine['bandwidth']}
 
 
-def write_ours(model, count):
-    """Generate `count` tokens like sample.py."""
+def write_ours(model, count, rows=1):
+    """Generate `count` tokens in each row like sample.py."""
     generator = torch.Generator().manual_seed(0)
-    for _ in sample.generate(model, [[0]], count, temperature=0.8, top_k=200, generator=generator,
+    for _ in sample.generate(model, [[0]] * rows, count, temperature=0.8, top_k=200, generator=generator,
                              compile=True):
         pass
 

@@ -129,13 +129,15 @@ def step_time(step, count, device, quick):
     return {'µs a token': 1e6 * took / count}
 
 
-def training_step(sizes, tokens, device):
+def training_step(sizes, tokens, device, compile=False):
     """
     (a function that does one training step of a model of these sizes, its tokens: at most `tokens`, at least
     one row).
     """
     s = Settings(**sizes)
     model = make_model(part_of(s, ModelConfig)).to(device)
+    if compile:
+        model.compile(dynamic=False)
     dtype = pick_dtype('auto', device)
     optimizer = make_optimizer(model, s)
     rows = max(1, tokens // s.block_size)

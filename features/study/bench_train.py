@@ -30,6 +30,8 @@ NETWORKS = {
               'vocab_size': 65},
     'GPT-2 124M': {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024, 'batch_size': 12,
                    'vocab_size': 50257},
+    'GPT-2 350M': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024, 'block_size': 1024, 'batch_size': 12,
+                   'vocab_size': 50257},
     'tiny': {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'block_size': 64, 'batch_size': 4, 'vocab_size': 65},
 }
 WARM_UP = 5  # steps that are not counted: they compile and allocate
@@ -54,24 +56,29 @@ def bench_train(s, device, machine):
     if s.quick:
         names = ['tiny']
     for name in names:
-        sizes = dict(NETWORKS[name])
-        flops = flops_per_token(sizes)
-        if device.type != 'cuda':
-            shrink_batch(sizes, flops, machine)
         with tempfile.TemporaryDirectory() as folder:
-            random_tokens(folder, sizes['vocab_size'], 2 ** 20)
-            options = train_options(sizes, WARM_UP + timed_steps(s, device), folder, device)
-            sides = {'ours': partial(train_ours, options, folder, device)}
-            if s.peer:
-                config = 'train_gpt2' if name == 'GPT-2 124M' else 'train_shakespeare_char'
-                tokens = sizes['batch_size'] * sizes['block_size']
-                sides['nanoGPT'] = partial(bench_peers.train, s.peer, config, tokens, options, folder, device)
-            arms = {side: partial(train_figures, call, flops, machine) for side, call in sides.items()}
+            title, arms = train_arms(name, s, device, machine, folder)
             samples = alternate(arms, s.rounds)
-        title = (f'train: {name} network, {sizes["batch_size"]} x {sizes["block_size"]} tokens a step, '
-                 'each with its own defaults')
         yield section(title, samples,
                       ['MFU: share of the measured matmul ceiling of the dtype that the side runs in'])
+
+
+def train_arms(name, s, device, machine, folder):
+    """(title, {side: a function that trains one of NETWORKS in `folder` and returns {metric: value}})."""
+    sizes = dict(NETWORKS[name])
+    flops = flops_per_token(sizes)
+    if device.type != 'cuda':
+        shrink_batch(sizes, flops, machine)
+    random_tokens(folder, sizes['vocab_size'], 2 ** 20)
+    options = train_options(sizes, WARM_UP + timed_steps(s, device), folder, device)
+    sides = {'ours': partial(train_ours, options, folder, device)}
+    if s.peer:
+        config = 'train_gpt2' if name.startswith('GPT-2') else 'train_shakespeare_char'
+        tokens = sizes['batch_size'] * sizes['block_size']
+        sides['nanoGPT'] = partial(bench_peers.train, s.peer, config, tokens, options, folder, device)
+    title = (f'train: {name} network, {sizes["batch_size"]} x {sizes["block_size"]} tokens a step, '
+             'each with its own defaults')
+    return title, {side: partial(train_figures, call, flops, machine) for side, call in sides.items()}
 
 
 def flops_per_token(sizes):
