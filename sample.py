@@ -18,7 +18,6 @@ import features  # noqa: I001 — first: your random.py or data/ then hides no m
 if __name__ == '__main__':
     features.answer_help(__file__)
 
-import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -240,22 +239,12 @@ def next_logits(model, window, cache):
     new = window[:, cache.length:]
     if not cache.extend(new.size(1)):
         return step(model, new, cache)
-    # contiguous: with other strides it would be compiled again
-    return compiled_step(new.device.type)(model, new.clone(memory_format=torch.contiguous_format), cache)
+    from features.compiled import compiled_step
+    return compiled_step(step, model, new, cache)
 
 
 def step(model, idx, cache):
     return model.logits(model.hidden(idx, cache)[:, -1])
-
-
-@functools.cache
-def compiled_step(device_type):
-    """step() of one token as one graph. CUDA replays it: launching kernels takes longer than running them."""
-    if device_type == 'cuda':
-        return torch.compile(step, dynamic=False, mode='reduce-overhead')
-    # or a norm would be computed again for each row of the matrix after it: int8 14.5 -> 10.7 ms a token.
-    # Below 6, the matrices would be converted to float32 before they are multiplied
-    return torch.compile(step, dynamic=False, options={'realize_opcount_threshold': 8})
 
 
 def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, generator):

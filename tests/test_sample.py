@@ -26,7 +26,7 @@ import configurator
 import sample
 from batches import TokenFiles, read_meta
 from configurator import UserError
-from features import build
+from features import build, compiled
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.lora.packed import Packed, has_onednn, pack
 from features.lora.sampling import add_adapters
@@ -93,6 +93,29 @@ def test_one_graph_is_compiled_whatever_the_lengths():
     for prompt, n in (([1, 2, 3], 5), ([4], 9), ([5] * 9, 40)):
         tokens(m, [prompt], n, temperature=0, compile=True)
     assert counts['stats']['unique_graphs'] == 1 and not counts['graph_break']
+
+
+def test_guards_are_skipped_while_one_text_is_written_and_no_other_is_begun():
+    """Two texts of two models in turns: neither may run the graph of the other."""
+    models = [pack(model(n_layer=1, mlp=mlp), 'float32') for mlp in ('gelu', 'relu2')]
+    alone = [tokens(m, [[1, 2, 3]], 12, temperature=0, compile=True) for m in models]
+    assert not torch.equal(*alone)
+    texts = [generate(m, [[1, 2, 3]], 12, temperature=0, compile=True) for m in models]
+    turns = [torch.stack(column, dim=1) for column in zip(*zip(*texts))]
+    assert all(torch.equal(*pair) for pair in zip(turns, alone))
+
+
+def test_guards_are_run_at_the_first_step_alone(monkeypatch):
+    skipped = []
+
+    def graph_of(step, device_type):
+        skipped.append(torch._dynamo.eval_frame._stance.skip_guard_eval_unsafe)
+        return step
+    monkeypatch.setattr(compiled, 'graph_of', graph_of)
+    m = model(n_layer=1)
+    for _ in range(2):
+        tokens(m, [[1, 2, 3]], 5, temperature=0, compile=True)
+    assert skipped == 2 * [False, True, True, True]
 
 
 def test_a_compiled_step_reads_a_cache_of_the_length_of_the_text(monkeypatch):
