@@ -5,10 +5,13 @@ import bz2
 import gzip
 import lzma
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_prepare import do, story, write_jsonl
 
 from batches import read_meta
@@ -117,6 +120,45 @@ def test_a_parquet_of_nothing_or_of_something_else_is_one_line(tmp_path):
         (tmp_path / 'z.parquet').write_bytes(whole[:end])
         with pytest.raises(UserError, match='z.parquet: not a valid .parquet'):
             do(tmp_path / 'out', tmp_path / 'z.parquet')
+
+
+READ = """
+import sys
+from configurator import UserError
+from features.text.reader import Reader
+from features.text.settings import TextConfig
+for path in sys.argv[1:]:
+    try:
+        print(sum(1 for _ in Reader([(path, 'parquet')], TextConfig(sources=[path])).parquet(path)))
+    except UserError as error:
+        print(str(error).replace('\\n', 'TWO LINES'))
+"""
+
+
+def test_a_parquet_whose_footer_lies_is_one_line_and_never_fewer_rows(tmp_path):
+    """In a process of its own: where a type contradicts the figures of its column, pyarrow may abort."""
+    pa = pytest.importorskip('pyarrow')
+    pq = pytest.importorskip('pyarrow.parquet')
+    pq.write_table(pa.table({'text': [f'a small cat {n}' for n in range(300)]}), tmp_path / 'x')
+    data = (tmp_path / 'x').read_bytes()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], 'little')
+    body, footer = data[:begin], data[begin:]
+    column, rows = b'\x15\x0c\x25\x02\x18\x04text', b'\x16\xd8\x04'  # its type and repetition; 300
+    lies = [footer.replace(column, b'\x15' + bytes([kind]) + column[2:]) for kind in range(0, 16, 2)]
+    lies += [footer.replace(column, column[:3] + bytes([kind]) + column[4:]) for kind in (0, 4, 6, 127)]
+    assert footer.count(column) == 1 and footer.count(rows) >= 3
+    places = [place for place in range(len(footer)) if footer[place:].startswith(rows)]
+    lies += [footer[:place] + b'\x16' + other + footer[place + 3:] for place in places
+             for other in (b'\xd6\x04', b'\xda\x04', b'\x81\x00', b'\xfe\x7f')]
+    for number, lie in enumerate(lies):
+        (tmp_path / f'{number}.parquet').write_bytes(body + lie)
+    paths = [str(tmp_path / f'{number}.parquet') for number in range(len(lies))]
+    done = subprocess.run([sys.executable, '-c', READ, *paths], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(paths), done
+    for path, line in zip(paths, lines):
+        assert line == '300' or line.startswith(f'{path}: ') and 'restore it' in line, line
+    assert any('has 300 rows where it says' in line for line in lines), lines
 
 
 @pytest.mark.parametrize('data', [

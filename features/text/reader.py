@@ -252,7 +252,7 @@ class Reader:
                         setting = pairs.setting_of(self.s)
                         raise UserError(f'{path}: no column {key}; it has {", ".join(names)}: '
                                         f'set --{setting}')
-                check_pages(file.metadata, keys, path)
+                check_pages(file.metadata, path)
                 number = 0
                 for batch in file.iter_batches(16, columns=keys):  # a row may have 16 MB
                     read = size * (number + len(batch)) // max(1, file.metadata.num_rows)
@@ -264,6 +264,9 @@ class Reader:
                         made += len(text)
                         check_growth(path, made, size)
                         yield Task([(where, text)])
+                if number != file.metadata.num_rows:
+                    raise UserError(f'{path}: has {number:,} rows where it says {file.metadata.num_rows:,}: '
+                                    'restore it')
         except UserError:
             raise
         except (pyarrow.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
@@ -341,13 +344,13 @@ def check_growth(path, made, given):
                         'unpack it yourself, if this is right')
 
 
-def check_pages(metadata, keys, path):
-    """check_growth() of the columns that are read of a .parquet, by its own figures: a page is read whole."""
+def check_pages(metadata, path):
+    """
+    check_growth() of a .parquet by its own figures, as a page is read whole. They are those of all columns:
+    pyarrow ends the process where the figures of one column contradict its type.
+    """
     for n in range(metadata.num_row_groups):
-        group = metadata.row_group(n)
-        columns = [group.column(k) for k in range(group.num_columns)]
-        columns = [column for column in columns if column.path_in_schema.partition('.')[0] in keys]
-        check_growth(path, sum(column.total_uncompressed_size for column in columns), os.path.getsize(path))
+        check_growth(path, metadata.row_group(n).total_byte_size, os.path.getsize(path))
 
 
 def part_tasks(where, text, done, boundary, ends):
