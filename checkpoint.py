@@ -64,11 +64,13 @@ def replacing(path, mode='w', suffix='.tmp', is_given=False):
             yield f
         return
     path = os.path.realpath(path) if is_given else os.fspath(path)
-    temporary = path + suffix
-    try:
-        with suppress(FileNotFoundError):  # left by a crash
+    temporary = path + (f'.{os.getpid()}' if is_given else '') + suffix
+    if not is_given:  # it is ours, left by a crash
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
-        with open(temporary, mode.replace('w', 'x'), encoding=encoding) as f:
+    f = open(temporary, mode.replace('w', 'x'), encoding=encoding)
+    try:
+        with f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -178,17 +180,18 @@ def is_file_name(name):
             and '\0' not in name and len(name) < 256)
 
 
-def read_json(path, kind=dict, most=2 ** 23):
+def read_json(path, kind=dict, most=2 ** 23, **how):
     """
     The value in a JSON file of at most `most` bytes; it must be a `kind`. A byte-order mark is dropped.
     Raises UserError that names the file for whatever is wrong with it, such as NaN or the same field twice.
+    how: json.loads() takes it, for a file of others: features/foreign_json.py.
     """
     with open_regular(path) as f:
         data = f.read(most + 1)
     try:
         if len(data) > most:
             raise ValueError(f'it has more than {most:,} bytes')
-        value = json.loads(data.decode('utf-8-sig'), object_pairs_hook=unique)
+        value = json.loads(data.decode('utf-8-sig'), **{'object_pairs_hook': unique, **how})
         check_values(value)
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f'{path}: not readable as JSON: {error}') from None

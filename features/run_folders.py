@@ -22,7 +22,7 @@ from configurator import ROOT, UserError
 
 # What minnow writes into the folder of a run. All else in it is the user's and stays where it is
 OURS = re.compile(r'step_\d{8,}(\.tmp|\.damaged)?|(settings\.json|log\.jsonl|best|wandb_id)(\.tmp)?|'
-                  r'diverged\.txt|lock|wandb')
+                  r'diverged\.txt(\.tmp)?|lock|wandb')
 # The mark of a run: a settings.json that has all of these, or a checkpoint with a manifest
 SETTINGS = {'out_dir', 'init_from', 'max_iters', 'n_layer', 'n_embd', 'block_size'}
 # Files of a shell or a scheduler, which may be there before a run begins: nohup.out, slurm-7.log, job.o7

@@ -328,6 +328,21 @@ def test_a_byte_order_mark_before_config_json_and_tokenizer_json_is_taken_off(tm
     assert sample.load(f'hf:{tmp_path}')[1].decode([0, 1]) == '!"'
 
 
+def test_a_folder_that_transformers_reads_is_read_with_numbers_that_are_none_and_fields_twice(tmp_path):
+    folder = saved(tmp_path, 'llama')
+    text = (tmp_path / 'config.json').read_text()
+    odd = '{"hidden_size": 7, "initializer_range": NaN, "unknown": [1e999, -Infinity],' + text.lstrip('{')
+    (tmp_path / 'config.json').write_text(odd)
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": 9, "top_p": NaN, "eos_token_id": 2}')
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert model.config.hidden_size == 48 and difference(model, folder) < 1e-5
+    for name in ('rms_norm_eps', 'hidden_size', 'num_hidden_layers'):
+        for number in ('NaN', 'Infinity', '-1e999'):
+            (tmp_path / 'config.json').write_text(text.rstrip().rstrip('}') + f', "{name}": {number}' + '}')
+            with pytest.raises(UserError, match=rf'config.json: .*{name}.*{number}'):
+                reading.load(f'hf:{folder}')
+
+
 def test_sentencepiece_is_read_when_there_is_no_tokenizer_json(tmp_path):
     wanted = train_bpe(['once upon a time there was a cat'] * 20, 300)
     wanted.save(tmp_path)

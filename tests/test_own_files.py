@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import socket
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import checkpoint
 from checkpoint import open_regular, own_file, read_json
 from configurator import UserError
 from features.folder import new_folder
+from features.foreign_json import read_foreign
 from features.moments import read_archive, read_moments
 from features.records import read
 from features.stored import checked
@@ -296,3 +298,53 @@ def test_records_of_a_log_that_are_none_are_passed_over(tmp_path):
         f.truncate(2 ** 31)
     with pytest.raises(UserError, match='move it away'):
         read(str(tmp_path / 'log.jsonl'))
+
+
+@pytest.mark.parametrize('text, value', [
+    ('{"a": 1, "a": 2}', {'a': 2}), ('{"a": {"b": 1}, "a": 3}', {'a': 3}), ('{"a": NaN}', {'a': 'NaN'}),
+    ('{"a": [-Infinity, 1]}', {'a': ['-Infinity', 1]}), ('{"a": 1e999}', {'a': '1e999'}),
+    ('{"a": 1' + '0' * 400 + '}', {'a': '1' + '0' * 400})])
+def test_a_file_of_others_means_what_it_means_to_json_load_and_one_of_ours_is_strict(tmp_path, text, value):
+    (tmp_path / 'x.json').write_text(text)
+    assert read_foreign(str(tmp_path / 'x.json')) == value
+    with pytest.raises(UserError, match='not readable as JSON'):
+        checkpoint.read_json(str(tmp_path / 'x.json'))
+
+
+@pytest.mark.parametrize('is_given', [False, True])
+def test_a_file_of_the_user_beside_one_that_is_written_stays(tmp_path, is_given):
+    """A name that the user gives may stand beside anything; our own temporary names are taken over."""
+    for name in ('x', 'x.tmp', f'x.{os.getpid()}.tmp'):
+        (tmp_path / name).write_text('mine')
+    before = set(os.listdir(tmp_path))
+    if is_given:
+        with pytest.raises(OSError, match='exists'), checkpoint.replacing(tmp_path / 'x', is_given=True):
+            pass
+        assert {name: (tmp_path / name).read_text() for name in before} == dict.fromkeys(before, 'mine')
+        os.unlink(tmp_path / f'x.{os.getpid()}.tmp')
+    checkpoint.replace_text(tmp_path / 'x', 'new', is_given)
+    assert (tmp_path / 'x').read_text() == 'new'
+    assert (tmp_path / 'x.tmp').exists() == is_given and len(list(tmp_path.glob('x.*.tmp'))) == (not is_given)
+
+
+@pytest.mark.parametrize('how', ['renamed', 'made anew', 'removed', 'error'])
+def test_nothing_is_left_of_a_new_folder_whose_parent_goes(tmp_path, how):
+    parent, moved = tmp_path / 'a' / 'b', tmp_path / 'moved'
+    with pytest.raises(UserError, match='could not be written|an error') as error:
+        with new_folder(str(parent / 'new')) as folder:
+            checkpoint.replace_text(os.path.join(folder, 'file'), 'text')
+            if how == 'removed':
+                shutil.rmtree(parent)
+            elif how == 'error':
+                raise UserError('an error')
+            else:
+                os.rename(parent, moved)
+            if how == 'made anew':
+                parent.mkdir()
+                (parent / 'mine').write_text('mine')
+            checkpoint.replace_text(os.path.join(folder, 'more'), 'text')
+    assert '\n' not in str(error.value)
+    if how in ('renamed', 'made anew'):
+        assert os.listdir(moved) == []
+    assert [path.name for path in (tmp_path / 'a').rglob('*')] == ['b', 'mine'] * (how == 'made anew') \
+        if (tmp_path / 'a').exists() else how != 'made anew'

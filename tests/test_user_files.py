@@ -197,6 +197,38 @@ def test_files_that_appear_in_the_folder_during_the_run_are_not_overwritten(tmp_
     assert contents(out) == contents(tmp_path / 'ref')
 
 
+@pytest.mark.parametrize('how', ['renamed', 'made anew', 'removed'])
+def test_a_folder_above_that_goes_during_the_run_is_one_line_and_nothing_is_made_elsewhere(
+        tmp_path, monkeypatch, how):
+    path, encode = write_jsonl(tmp_path / 'x.jsonl', map(story, range(50))), pipeline.publish
+    parent = tmp_path / 'data'
+    parent.mkdir()
+
+    def goes(*args):
+        if how == 'removed':
+            shutil.rmtree(parent)
+        else:
+            os.rename(parent, tmp_path / 'moved')
+        if how == 'made anew':
+            parent.mkdir()
+            (parent / 'mine').write_text('mine')
+        encode(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, 'publish', goes)
+        with pytest.raises(UserError, match='data/out.*could not be written|No such file') as error:
+            do(parent / 'out', path, val_fraction=0.3)
+    assert '\n' not in str(error.value)
+    left = {'renamed': ['moved', 'x.jsonl'], 'removed': ['x.jsonl']}
+    assert sorted(os.listdir(tmp_path)) == left.get(how, ['data', 'moved', 'x.jsonl'])
+    if how == 'made anew':
+        assert os.listdir(parent) == ['mine']
+    if how != 'removed':  # what is there goes on
+        do(tmp_path / 'moved' / 'out', path, val_fraction=0.3)
+        do(tmp_path / 'ref', path, val_fraction=0.3)
+        assert contents(tmp_path / 'moved' / 'out') == contents(tmp_path / 'ref')
+        assert os.listdir(tmp_path / 'moved') == ['out']
+
+
 @pytest.mark.parametrize('harm, words', [
     (lambda out: os.unlink(out / 'train_00000.bin'), 'train_00000.bin: No such file'),
     (lambda out: (out / 'val_00000.idx').write_bytes(b'1'), 'val_00000.idx: has 1 bytes'),

@@ -6,8 +6,8 @@ Read and check the fields of an untrusted config.json.
 """
 import os
 
-from checkpoint import read_json
 from configurator import UserError
+from features.foreign_json import read_foreign
 from features.hf import llama2c
 
 
@@ -57,4 +57,4 @@ class Config:
 def config_fields(folder):
     """The fields of the config.json of a folder, or those of the network of llama2.c in it."""
     model = llama2c.model_file(folder)
-    return llama2c.config_fields(model) if model else read_json(os.path.join(folder, 'config.json'))
+    return llama2c.config_fields(model) if model else read_foreign(os.path.join(folder, 'config.json'))

@@ -9,8 +9,9 @@ conversation. No name is guessed if a file has it.
 """
 import os
 
-from checkpoint import open_regular, read_json
+from checkpoint import open_regular
 from configurator import UserError
+from features.foreign_json import read_foreign
 from features.hf import llama2c, reading
 from features.hf.config_json import config_fields
 from features.hf.t5s import KINDS
@@ -235,4 +236,4 @@ def count_sentinels(folder, fields):
 def optional_json(folder, file):
     """The object in a JSON file of a folder; {} where there is no such file."""
     path = os.path.join(folder, file)
-    return read_json(path) if os.path.isfile(path) else {}
+    return read_foreign(path) if os.path.isfile(path) else {}

@@ -13,8 +13,9 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import is_file_name, open_regular, read_json
+from checkpoint import is_file_name, open_regular
 from configurator import UserError, check
+from features.foreign_json import read_foreign
 from features.hf import llama2c
 from features.hf.config_json import Config
 from features.hf.families import FAMILIES
@@ -210,7 +211,7 @@ def weight_files(folder):
     index = os.path.join(folder, 'model.safetensors.index.json')
     if not os.path.lexists(index):
         refuse_pickles(folder)
-    weight_map = read_json(index, most=2 ** 26).get('weight_map')
+    weight_map = read_foreign(index, most=2 ** 26).get('weight_map')
     files = []
     if isinstance(weight_map, dict):
         files = list(weight_map.values())

@@ -15,9 +15,10 @@ import re
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import open_regular, read_json, replace_json, write_tensors
+from checkpoint import open_regular, replace_json, write_tensors
 from configurator import UserError
 from features.folder import new_folder
+from features.foreign_json import read_foreign
 from features.lora import adapters
 from features.lora import layers as lora
 from features.lora.patterns import Patterns
@@ -221,7 +222,7 @@ def family_of(cfg, base):
     """The family whose names a model of this ModelConfig has. Raises UserError if there is none."""
     from features.hf.families import FAMILIES, nearest
     config = os.path.join(base.removeprefix('hf:'), 'config.json')
-    if (os.path.isfile(config) and (kind := read_json(config).get('model_type')) in FAMILIES
+    if (os.path.isfile(config) and (kind := read_foreign(config).get('model_type')) in FAMILIES
             and FAMILIES[kind].names_of(cfg)):
         return kind
     kind, in_the_way = nearest(cfg)
@@ -247,7 +248,7 @@ def read(folder, cfg):
     """
     path, weights = (os.path.join(folder, name)
                      for name in ('adapter_config.json', 'adapter_model.safetensors'))
-    config = read_json(path)
+    config = read_foreign(path)
     if config.get('peft_type') != 'LORA':
         raise UserError(f'{path}: peft_type={config.get("peft_type")!r}: takes LORA')
     for field, value in config.items():
