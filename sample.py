@@ -533,14 +533,24 @@ def shown_prompt(text, tokenizer, cfg):
     return text.removeprefix(tokenizer.eot_text)
 
 
-def converse(*more):
-    """Call print_samples() for each line of the terminal. An invalid prompt does not end the program."""
+def typed_lines(setting):
+    """The lines that are typed on the terminal, as they come. Raises UserError if it is closed."""
     if sys.stdin is None:  # Python has none where it was closed from the start
-        raise UserError('interactive=True: its input is closed: give --start=TEXT in its place')
+        raise UserError(f'{setting}=True: its input is closed')
     # only a newline ends a line; typed_text() refuses what invalid UTF-8 becomes
     sys.stdin.reconfigure(newline='\n', errors='surrogateescape')
     for line in sys.stdin:
-        text = line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
+        size = len(line.encode('utf-8', 'surrogateescape'))
+        if size == 4096 and sys.stdin.isatty():  # Linux drops the rest of a longer line
+            print('a terminal takes no longer line than 4,095 bytes: shorten it, or type it into a file and '
+                  f'give that with <: --{setting} < FILE', flush=True)
+        else:
+            yield line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
+
+
+def converse(*more):
+    """Call print_samples() for each line of the terminal. An invalid prompt does not end the program."""
+    for text in typed_lines('interactive'):
         try:
             print_samples(typed_text(text, 'start'), *more)
         except NotFinite:  # no other prompt would do

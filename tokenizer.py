@@ -242,8 +242,10 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=data or b'?')
-            self.sp.id_to_piece(list(range(self.sp.vocab_size())))
-        except (RuntimeError, UnicodeDecodeError):
+            pieces = self.sp.id_to_piece(list(range(self.sp.vocab_size())))
+            if max(map(len, [*pieces, self.sp.decode([max(0, self.sp.unk_id())])]), default=0) > 2 ** 16:
+                raise RuntimeError('a token of megabytes')
+        except (RuntimeError, UnicodeDecodeError, IndexError):
             raise UserError(f'{where}: not a sentencepiece model') from None
         n, eot = self.sp.vocab_size(), self.sp.eos_id() if eot is None else eot
         if eot < 0:

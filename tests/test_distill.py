@@ -2,12 +2,19 @@
 Distillation: loss and gradient are those of the definition, in chunks or at once; a run learns from its
 teacher and says which it cannot have.
 """
+import os
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_line, read_log, train, write_dataset
+from conftest import ROOT, TINY, one_line, read_log, train, write_dataset
 from test_surgery import random_model
 
+import checkpoint
 import model as model_module
 from features import build
 from features.distill.teacher import ask
@@ -87,6 +94,28 @@ def test_two_ranks_and_their_teacher(dataset, tmp_path):
         train(tmp_path / str(nproc), f'--teacher={tmp_path}/teacher', dataset=dataset, nproc=nproc)
     for a, b in zip(*(read_log(tmp_path / str(nproc)) for nproc in (1, 2))):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_files_that_are_cut_in_the_middle_lose_no_step(dataset, tmp_path):
+    """Those of the data, and those of the teacher, which no longer matter."""
+    train(tmp_path / 'teacher', dataset=dataset)
+    shutil.copytree(dataset, tmp_path / 'data')
+    args = ['train.py', *TINY, f'--dataset={tmp_path}/data', f'--teacher={tmp_path}/teacher',
+            '--max_iters=100000', '--eval_interval=100000', f'--out_dir={tmp_path}/out']
+    with subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step 5/'):
+                for path in (tmp_path / 'teacher').glob('step_*/model.safetensors'):
+                    os.truncate(path, 10)
+            if line.startswith('step 25/'):
+                for path in (tmp_path / 'data').glob('train*.bin'):
+                    os.truncate(path, 10)
+                break
+        said, problem = process.communicate(timeout=120)
+    assert process.returncode == 2 and problem.count('\n') == 1 and '.bin: ' in problem, problem
+    step = int(re.search(r'saved after step (\d+), because of an error', said)[1])
+    assert step >= 25 and checkpoint.find(str(tmp_path / 'out')).endswith(f'step_{step:08d}')
 
 
 def test_a_teacher_that_cannot_be_had_is_one_line(dataset, tmp_path):

@@ -3,6 +3,7 @@ Text out of a checkpoint: cached = uncached, batched = one by one, every knob do
 is never cut.
 """
 import collections
+import fcntl
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 
 import pytest
@@ -449,6 +451,54 @@ def test_escapes_in_a_text_are_shown_on_a_terminal_and_exact_in_a_pipe(trained):
     assert not re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]', said), said
     piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert piped.stdout.count('\x1b]52;c;aGk=\x07') == 2
+
+
+def typed_on_a_terminal(args, *typed):
+    """
+    (exit code, what is shown) of sample.py on a terminal, where each of `typed` is typed once the text before
+    it in (text, bytes) is shown.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, 'sample.py', '--device=cpu', *args], cwd=ROOT, stdin=theirs,
+                               stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    said, place = b'', 0
+
+    def read():
+        with suppress(OSError):  # at the end
+            return os.read(ours, 10_000)
+    for words, data in typed:
+        while words not in said[place:] and (new := read()):
+            said += new
+        place = len(said)
+        os.write(ours, data)
+    while new := read():
+        said += new
+    os.close(ours)
+    return process.wait(60), said
+
+
+@pytest.mark.parametrize('mode, more', [
+    ('interactive', ['--num_samples=1', '--max_new_tokens=5']), ('chat', ['--max_new_tokens=1'])])
+def test_whatever_is_typed_on_a_terminal_the_session_goes_on_until_it_is_ended(trained, mode, more):
+    args = [f'--{mode}', f'--out_dir={trained}', *more]
+    code, said = typed_on_a_terminal(
+        args, (b'Ctrl-D ends', b'\xff\xfe\n'), (b'not UTF-8', b'a' * 6000 + b'\n'),
+        (b'no longer line than 4,095 bytes', b'a' * 200 + b'\n'), (b'shorten it', b'\x1b]52;c;aGk=\x07\n'),
+        (b'---' if mode == 'interactive' else b'shorten it', b'\x04'))
+    assert code == 0 and b'Traceback' not in said, said
+    assert not re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]', said.replace(b'\x07', b'')), said
+    assert mode == 'chat' or rb'\x1b]52;c;aGk=\x07' in said
+    code, said = typed_on_a_terminal(args, (b'Ctrl-D ends', b'\x03'))
+    assert code == 130 and said.count(b'stopped by SIGINT') == 1 and b'Traceback' not in said, said
+
+
+def test_ctrl_c_while_text_is_generated_is_one_line(trained):
+    args = ['--interactive', f'--out_dir={trained}', '--max_new_tokens=1000000', '--num_samples=1',
+            '--compile=False']
+    code, said = typed_on_a_terminal(args, (b'Ctrl-D ends', b'the quick\n'), (b'quick brown', b'\x03'))
+    assert code == 130 and said.count(b'stopped by SIGINT') == 1 and b'Traceback' not in said, said
 
 
 def test_only_a_newline_ends_a_prompt(tmp_path, monkeypatch):

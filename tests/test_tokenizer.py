@@ -545,3 +545,19 @@ def test_refusals_say_what_to_change(files, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
     with pytest.raises(UserError, match='pip install tokenizers'):
         new_tokenizer(str(files / 'tokenizer.json'))
+
+
+def test_a_sentencepiece_model_whose_tokens_have_megabytes_is_one_line(tmp_path):
+    """Each character that it does not know would be decoded to a megabyte."""
+    from sentencepiece import sentencepiece_model_pb2
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(train_bpe(['a small cat'] * 20, 270).files['tokenizer.model'])
+    new = {'an unknown one': lambda: setattr(proto.trainer_spec, 'unk_surface', 'x' * 10 ** 6),
+           'a piece': lambda: setattr(proto.pieces[-1], 'piece', 'x' * 10 ** 6)}
+    for name, change in new.items():
+        change()
+        path = tmp_path / f'{name}.model'
+        path.write_bytes(proto.SerializeToString())
+        proto.trainer_spec.unk_surface = ' '
+        with pytest.raises(UserError, match='not a sentencepiece model'):
+            new_tokenizer(str(path))

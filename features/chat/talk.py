@@ -1,13 +1,12 @@
 """
 python sample.py --chat: hold a conversation on the terminal.
 """
-import sys
 from contextlib import suppress
 from dataclasses import replace
 
 from configurator import UserError, typed_text, visible
 from features.chat.template import Template
-from sample import NotFinite, stream
+from sample import NotFinite, stream, typed_lines
 
 
 def talk(model, tokenizer, s, generator, compile, adapters=()):
@@ -16,9 +15,6 @@ def talk(model, tokenizer, s, generator, compile, adapters=()):
     does not end the program.
     """
     check_settings(model, s, adapters)
-    if sys.stdin is None:  # Python has none where it was closed from the start
-        raise UserError('chat=True: its input is closed')
-    sys.stdin.reconfigure(newline='\n', errors='surrogateescape')
     form = tokenizer.prompt_format
     if not form.chat_template:
         print('no chat template is known of this model: the default one is used', flush=True)
@@ -28,8 +24,7 @@ def talk(model, tokenizer, s, generator, compile, adapters=()):
     if s.system:
         messages = [{'role': 'system', 'content': typed_text(s.system, 'system')}]
     print('a message a line, \\n in it is a new line; Ctrl-D ends', flush=True)
-    for line in sys.stdin:
-        text = line.removesuffix('\n').removesuffix('\r').removeprefix('\ufeff')
+    for text in typed_lines('chat'):
         try:
             asked = [*messages, {'role': 'user', 'content': typed_text(text, 'chat')}]
             asked, prompt, dropped = fit(asked, template, model.cfg.block_size, s.max_new_tokens)

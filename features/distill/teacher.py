@@ -68,4 +68,6 @@ def find_teacher(s, data, ranks):
     if cfg.block_size < s.block_size:
         raise UserError(f'teacher={s.teacher}: knows {cfg.block_size} positions, '
                         f'fewer than block_size={s.block_size}: lower it')
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        tensor.data = tensor.data.clone()  # not mapped from a file: if that is truncated, the system ends us
     return teacher.requires_grad_(False)

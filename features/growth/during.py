@@ -81,4 +81,4 @@ def find_reference(s, cfg):
         own = getattr(cfg, name, None)
         if found != own:
             raise UserError(f'{where}: has {name}={found}, this network {own}: its blocks do not fit')
-    return other, weights
+    return other, {name: t.clone() for name, t in weights.items()}  # not mapped from a file that may be cut
