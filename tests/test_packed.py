@@ -11,7 +11,7 @@ from test_lora import adapted, ids, network
 import checkpoint
 from configurator import build
 from features.lora.layers import how_stored
-from features.lora.packed import BLOCK, Packed, nf4_pairs, pack_frozen
+from features.lora.packed import BLOCK, Packed, nf4_pairs, pack, pack_frozen
 from train import Settings
 
 QLORA = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -36,6 +36,16 @@ def test_nf4_takes_four_bits_and_the_nearest_of_sixteen():
     # of normal numbers
     assert ((layer.weight - weight).norm() / weight.norm()).item() == pytest.approx(0.091, abs=0.01)
     assert torch.equal(Packed(layer.weight, None, 'float32', 'nf4').weight, layer.weight)
+
+
+@pytest.mark.parametrize('dtype, kind', [('float32', ''), ('bfloat16', ''), ('bfloat16', 'int8')])
+def test_nothing_is_unpacked_while_a_network_is_packed(dtype, kind, monkeypatch):
+    def fail(layer):
+        raise AssertionError('unpacked: for 135M parameters, that took as long as the packing')
+
+    monkeypatch.setattr(Packed, 'dense', fail)
+    packed = pack(network(), dtype, kind, eager=True)
+    assert any(isinstance(module, Packed) for module in packed.modules())
 
 
 @pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'nf4'])

@@ -105,7 +105,8 @@ def multiply(x, weight, *counts):
 
 def is_of_experts(layer):
     """Whether the weight of a layer is a stack of matrices, one per expert."""
-    return not isinstance(layer, nn.Linear) and getattr(layer, 'weight', torch.empty(0)).ndim == 3
+    weight = layer._parameters.get('weight')  # not the property of a Packed, which unpacks it
+    return not isinstance(layer, nn.Linear) and weight is not None and weight.ndim == 3
 
 
 # -----------------------------------------------------------------------------
