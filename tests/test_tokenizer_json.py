@@ -3,6 +3,7 @@ import pytest
 import tokenizers
 
 from configurator import UserError
+from features.hf import tokenizer_json
 from features.hf.tokenizer_json import JsonTokenizer, last_merge, to_json
 from tokenizer import (
     ByteTokenizer,
@@ -108,3 +109,5 @@ def test_a_file_is_parsed_once_and_its_second_form_made_when_it_is_needed(monkey
     assert len(read) == 1
     assert second.encode('<|endoftext|>') == list(b'<|endoftext|>')
     assert len(read) == 2
+    _, vocab = tokenizer_json.read(tokenizers, data, 'tokenizer.json')
+    assert vocab is tokenizer_json.read(tokenizers, data, 'tokenizer.json')[1]  # neither is made twice
