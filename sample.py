@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
 if __name__ == '__main__':
-    features.answer_help(__file__)
+    features.start(__file__)
 
 import math
 from contextlib import nullcontext
@@ -34,7 +34,6 @@ from configurator import (
     FilePath,
     UserError,
     configure,
-    is_out_of_memory,
     pick_compile,
     pick_device,
     pick_dtype,
@@ -603,6 +602,7 @@ def main():
     except NotFinite as error:
         raise UserError(f'{where}: {error}') from None
     except (RuntimeError, MemoryError) as error:
+        from features.sizes import is_out_of_memory
         if not is_out_of_memory(error):
             raise
         raise UserError(f'out of memory: lower num_samples={s.num_samples} or '

@@ -13,7 +13,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
 if __name__ == '__main__':
-    features.answer_help(__file__)
+    features.start(__file__)
 
 # Before torch is loaded. Its threads wait for one another a moment, not for milliseconds: otherwise two runs
 # on one machine slow each other down a hundredfold. Linux gives out large buffers in pages of 2 MiB: in those

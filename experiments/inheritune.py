@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
 if __name__ == '__main__':
-    features.answer_help(__file__)
+    features.start(__file__)
 
 import statistics
 from dataclasses import dataclass, field, fields

@@ -14,7 +14,7 @@ import typing
 
 from configurator import FilePath, UserError, options, run_main
 from features import (
-    asks_for_help,
+    HELP,
     comment_of,
     default_of,
     feature_names,
@@ -59,7 +59,7 @@ def script_help(path, argv):
         if argv[0] not in commands:
             raise no_command(argv, commands)
         settings = commands[argv[0]]
-    which = next(arg.partition('=')[2] for arg in argv if asks_for_help(arg))
+    which = next(filter(HELP.fullmatch, argv)).partition('=')[2]
     return help_text(script.evaluate(settings), which)
 
 

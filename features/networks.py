@@ -5,7 +5,8 @@ import gc
 import os
 
 from checkpoint import find, load_state, load_weights, read_weights
-from configurator import UserError, from_dict
+from configurator import UserError
+from features.stored import from_dict
 
 
 def read_model(where, which='best', encoder=False, untie=False):

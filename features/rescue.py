@@ -5,8 +5,9 @@ import os
 from contextlib import suppress
 from functools import partial
 
-from configurator import UserError, is_out_of_memory
+from configurator import UserError
 from features.run_folders import Moved, follow
+from features.sizes import is_out_of_memory
 from run import OneProcess
 
 

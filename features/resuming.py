@@ -10,12 +10,12 @@ from dataclasses import fields
 from inspect import get_annotations
 
 import checkpoint
-from configurator import UserError, from_dict
+from configurator import UserError
 from features import extend, feature_of, part_of
 from features.datasets import describe_bos
 from features.others import adopt, same_place
 from features.sizes import check_sizes
-from features.stored import check_resumable
+from features.stored import check_resumable, from_dict
 from model import ModelConfig, only_in_training
 from optim import OptimConfig
 from run import Start

@@ -93,3 +93,9 @@ def free_memory():
     except (OSError, TypeError):
         with_pages = 'SC_PHYS_PAGES' in os.sysconf_names
         return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if with_pages else None
+
+
+def is_out_of_memory(error):
+    """Whether an error of torch or Python means that memory is used up."""
+    text = str(error)
+    return isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate memory" in text

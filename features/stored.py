@@ -6,7 +6,8 @@ import os
 import re
 
 from checkpoint import is_file_name, step_of
-from configurator import UserError, convert, find_field, from_dict
+from configurator import UserError, check, convert, find_field
+from features import build, default_of, fields_of
 from features.earlier import without_removed
 from model import ModelConfig
 
@@ -173,3 +174,19 @@ def converted(cls, values, where, is_strict=True):
 def shown(value):
     text = repr(value)
     return text if len(text) < 100 else text[:100] + '…'
+
+
+def from_dict(cls, values, where):
+    """
+    An instance of `cls` from a dict (settings.json, a checkpoint's). Raises UserError as configure() does.
+    Settings of unused features are left out: checkpoints from before features had folders hold all.
+    """
+    converted = {}
+    for key, value in values.items():
+        field = find_field(cls, key, f'{where}: {key}')
+        value = convert(value, field, f'{where}: {key}')
+        if field.name in fields_of(cls) or value != default_of(field):
+            converted[field.name] = value
+    settings = build(cls, **converted)
+    check(settings, where)
+    return settings

@@ -18,7 +18,6 @@ from configurator import (
     UserError,
     check_torch,
     configure,
-    from_dict,
     options,
     read_config,
     run_main,
@@ -29,6 +28,7 @@ from features import comment_of, earlier
 from features.commands import configure_command
 from features.declared import read
 from features.help import help_text
+from features.stored import from_dict
 
 
 @dataclass

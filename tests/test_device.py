@@ -4,6 +4,7 @@ import torch
 
 import configurator
 from configurator import UserError
+from features.sizes import is_out_of_memory
 from model import autocast
 
 
@@ -64,4 +65,4 @@ def test_a_device_that_is_not_there_is_named(name):
     (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (torch.OutOfMemoryError('CUDA out of memory.'), True), (RuntimeError('shape mismatch'), False)])
 def test_out_of_memory_is_told_from_other_errors(error, is_it):
-    assert configurator.is_out_of_memory(error) is is_it
+    assert is_out_of_memory(error) is is_it

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
-from features import asks_for_help
+from features import HELP
 from features.help import script_help
 
 README = ROOT / 'README.md'
@@ -136,7 +136,7 @@ def accept(patch, script, args):
     assert path.is_file(), f'{script}: no such script'
     if script.startswith('tests/'):
         return
-    if any(map(asks_for_help, args)):
+    if any(map(HELP.fullmatch, args)):
         return script_help(path, args)
     module = importlib.import_module(script.removesuffix('.py').replace('/', '.'))
     configure = configurator.configure

@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, one_line
+from conftest import ROOT, one_line, run, train, write_dataset
 
+import features
 import prepare
 from features import comment_of, default_of, feature_names, feature_parts, fields_of, with_features
 from features.declared import read
@@ -173,3 +174,80 @@ if torch.__version__:
 class ModelConfig""")
     shown = start('train.py', '--help=all', cwd=tree)
     assert shown.returncode == 0 and re.search('--width=65 +a new one', shown.stdout), shown.stderr
+
+
+# -----------------------------------------------------------------------------
+# What a script imports
+
+COMPILER = {'torch._dynamo', 'torch._inductor', 'sympy', 'triton'}
+NEEDED = {'numpy', 'tqdm', 'safetensors', 'sentencepiece', '_sentencepiece', 'tokenizers'}
+
+# What runs of scripts import, and whether garbage is collected then: each in a process of its own, forked
+# after torch is imported
+RUNS = """
+import gc, json, os, runpy, sys
+import torch
+loaded, count = {*sys.modules}, len(gc.get_objects())
+torch.set_num_threads(1)
+for args in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        out = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            sys.argv = args
+            if args[0].endswith('.py'):
+                runpy.run_path(args[0], run_name='__main__')
+            else:
+                __import__(args[0])
+        finally:
+            sys.stdout.flush()
+            found = sorted({*sys.modules} - loaded), gc.isenabled(), gc.get_freeze_count() >= count
+            os.write(out, (json.dumps(found) + '\\n').encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+    """{run: (the modules that it imports beyond those of torch, whether garbage is collected, frozen)}"""
+    folder = tmp_path_factory.mktemp('models')
+    write_dataset(folder / 'data', vocab_size=257, documents=20)
+    train(folder / 'run', '--max_iters=1', dataset=folder / 'data')
+    exported = run('hub.py', 'export', f'--out_dir={folder}/run', f'--to={folder}/hf', '--as=custom')
+    assert exported.returncode == 0, exported.stderr
+    sample = ['sample.py', '--max_new_tokens=2', '--start=a', '--device=cpu']
+    runs = {script: [script] for script in SCRIPTS} | {
+        'run, float32': [*sample, f'--out_dir={folder}/run', '--dtype=float32'],
+        'run, bfloat16': [*sample, f'--out_dir={folder}/run', '--dtype=bfloat16'],
+        'hf, float32': [*sample, f'--init_from=hf:{folder}/hf', '--dtype=float32'],
+        'hf, int8': [*sample, f'--init_from=hf:{folder}/hf', '--int8'],
+    }
+    done = start('-c', RUNS, json.dumps(list(runs.values())))
+    assert done.stderr.count('---------------') == 4 * 3, done.stderr
+    return dict(zip(runs, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize('name', ['run, float32', 'run, bfloat16', 'hf, float32', 'hf, int8'])
+def test_sampling_imports_no_compiler_and_few_libraries(name, imported):
+    modules, is_collecting, is_frozen = imported[name]
+    assert not COMPILER & {*modules}
+    assert {name for name in modules if name.startswith('torch.')} <= {'torch.utils._device'}
+    others = {name.partition('.')[0] for name in modules} - {*sys.stdlib_module_names} - features.MODULES
+    assert others <= NEEDED | {'features', 'torch'}
+    assert is_collecting and is_frozen  # what the imports made is not looked at again
+
+
+@pytest.mark.parametrize('script, most', [('sample', 12), ('train', 25), ('prepare', 40), ('eval', 12)])
+def test_importing_a_script_imports_little(script, most, imported):
+    modules, is_collecting, is_frozen = imported[script]
+    assert len(modules) <= most
+    assert is_collecting and not is_frozen  # a notebook that imports it goes on as before
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_no_script_imports_what_only_some_commands_need(script, imported):
+    others = {name.partition('.')[0] for name in imported[script][0]} - {*sys.stdlib_module_names}
+    assert others <= NEEDED | {'features', 'torch', 'tiktoken'} | features.MODULES
+    assert not COMPILER & {*imported[script][0]}

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 from checkpoint import replace_json, write_tensors
-from configurator import UserError, from_dict
+from configurator import UserError
 from features.folder import new_folder
 from features.hf import reading
 from features.hf.code import write_code
@@ -24,6 +24,7 @@ from features.hf.t5s import KINDS
 from features.hf.tokenizer_json import adds_space, keeps_text, sentencepiece_of, spelling, to_json
 from features.networks import fill, is_foreign
 from features.sizes import check_sizes
+from features.stored import from_dict
 from model import ModelConfig
 from sample import stored_format
 from tokenizer import load_tokenizer

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configurator import from_dict
 from features import default_of
 from features.hf import gpts, llamas, mixtures, t5s
 from features.hf.positions import check_rotary
+from features.stored import from_dict
 from model import ModelConfig
 
 # -----------------------------------------------------------------------------

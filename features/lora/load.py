@@ -8,10 +8,11 @@ from contextlib import suppress
 import torch
 
 import checkpoint
-from configurator import UserError, from_dict
+from configurator import UserError
 from features.lora import adapters, layers, peft_files
 from features.networks import fill, is_foreign, read_model, tokenizer_of
 from features.sizes import check_sizes
+from features.stored import from_dict
 from model import ModelConfig
 
 

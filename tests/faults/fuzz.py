@@ -29,11 +29,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batches import Mixture, read_meta
-from configurator import UserError, configure, from_dict
+from configurator import UserError, configure
 from features import build
 from features.hf import reading
 from features.lora import peft_files
 from features.lora.layers import begin
+from features.stored import from_dict
 from features.text import reader
 from features.text.settings import TextConfig
 from model import make_model
