@@ -2,6 +2,7 @@
 Files that somebody else may have written: refused in one line, before anything of them is copied or read
 without an end.
 """
+import ast
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import one_line, run_here, train
+from conftest import ROOT, one_line, run_here, train
 
 import checkpoint
 from checkpoint import open_regular, own_file, read_json
@@ -348,3 +349,30 @@ def test_nothing_is_left_of_a_new_folder_whose_parent_goes(tmp_path, how):
         assert os.listdir(moved) == []
     assert [path.name for path in (tmp_path / 'a').rglob('*')] == ['b', 'mine'] * (how == 'made anew') \
         if (tmp_path / 'a').exists() else how != 'made anew'
+
+
+# What runs code, or reads what may; SECURITY.md says where
+RISKY = {'exec', 'eval', 'compile', '__import__', 'torch.load', 'pickle.load', 'pickle.loads', 'os.system',
+         'pickle.Unpickler', 'pickle._Unpickler', 'runpy.run_path', 'np.load', 'marshal.loads', 'os.popen'}
+KNOWN = {
+    'configurator.py': {'exec', 'compile'},  # config files
+    'features/declared.py': {'exec', 'eval', 'compile'},  # our own settings, for --help
+    'features/text/nanogpt.py': {'pickle._Unpickler'},  # of the opcodes that it has looked at
+    'features/study/bench_race.py': {'torch.load'},  # of its own peer
+}
+
+
+def risky_calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func) in RISKY:
+                yield ast.unparse(node.func)
+            for keyword in node.keywords:
+                if keyword.arg in ('allow_pickle', 'shell', 'trust_remote_code'):
+                    yield ast.unparse(keyword)
+
+
+def test_code_is_run_only_where_it_is_trusted():
+    found = {str(path.relative_to(ROOT)): set(risky_calls(path))
+             for path in [*ROOT.glob('*.py'), *ROOT.glob('features/**/*.py')]}
+    assert {name: calls for name, calls in found.items() if calls} == KNOWN
