@@ -30,6 +30,7 @@ from batches import TokenFiles, read_meta
 from configurator import UserError
 from features import build, compiled
 from features.hf.tokenizer_json import JsonTokenizer, to_json
+from features.interactive import converse
 from features.lora.packed import Packed, has_onednn, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
@@ -37,7 +38,7 @@ from features.t5.beams import beam_search
 from features.text.settings import TextConfig
 from model import ModelConfig, make_model
 from prepare import prepare
-from sample import KVCache, NotFinite, Row, converse, draw, encode_prompt, generate, load, step, stream
+from sample import KVCache, NotFinite, Row, draw, encode_prompt, generate, load, step, stream
 from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
 
 
@@ -574,7 +575,7 @@ def test_bad_input_is_one_line(trained, args, words):
 def test_without_any_input_there_are_no_prompts(monkeypatch):
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(UserError, match='interactive=True: its input is closed'):
-        sample.converse()
+        converse()
 
 
 def test_greedy_text_and_evaluations_are_in_float32_where_bfloat16_is_faster(trained, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from configurator import UserError, typed_text, visible
 from features.chat.template import Template
-from sample import NotFinite, stream, typed_lines
+from features.interactive import typed_lines
+from sample import NotFinite, stream
 
 
 def talk(model, tokenizer, s, generator, compile, adapters=()):
