@@ -24,12 +24,13 @@ from pathlib import Path
 from configurator import UserError, configure, run_main
 
 ROOT = Path(__file__).parent.parent
-FILES = ('tests/test_families.py', 'tests/test_families_moe.py')
+FILES = ('tests/test_families.py', 'tests/test_families_moe.py', 'tests/test_families_t5.py')
 COLUMNS = {  # test: its column
     'test_logits_and_greedy_text_are_those_of_transformers': 'logits, greedy text',
     'test_the_export_loads_in_transformers_with_nothing_missing': 'export',
     'test_adapters_go_to_peft_and_come_back': 'LoRA',
     'test_layers_are_inherited_and_attention_is_measured': 'inherit, attention',
+    'test_choices_of_a_task_are_scored_as_transformers_scores_them': 'tasks',
 }
 
 

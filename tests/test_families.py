@@ -231,17 +231,19 @@ def test_layers_are_inherited_and_attention_is_measured(case, folders):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('case', ['llama 3.1', 'smollm3 window', 'gemma3', 'gpt_neo', 'gpt_neox', 'opt'])
-def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, folders):
-    """Their common beginning is read once, here also beyond a window."""
-    context, other = ids()[0, :20].tolist(), theirs(case)
+def assert_same_scores(model, other):
+    """The log-likelihoods of four choices: their common beginning is read once, here also beyond a window."""
+    context = ids()[0, :20].tolist()
     choices = [ids()[1, n:n + 5].tolist() for n in range(4)]
-    pairs = [(context, choice) for choice in choices]
-    found = score(ours(folders[case]), pairs, torch.device('cpu'), 'float32')
+    found = score(model, [(context, choice) for choice in choices], torch.device('cpu'), 'float32')
     for choice, (nats, _) in zip(choices, found):
-        x = torch.tensor([context + choice])
-        logits = other(x).logits[0, 19:-1].log_softmax(-1)
+        logits = other(torch.tensor([context + choice])).logits[0, 19:-1].log_softmax(-1)
         assert abs(nats - logits.gather(1, torch.tensor(choice)[:, None]).sum()) < 1e-4
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, folders):
+    assert_same_scores(ours(folders[case]), theirs(case))
 
 
 def test_scaled_positions_are_exact_far_out_and_in_the_old_spelling(tmp_path):

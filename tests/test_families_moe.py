@@ -11,7 +11,16 @@ import transformers
 from conftest import give_tokenizer, run, write_dataset
 from safetensors import safe_open
 from test_export import exported
-from test_families import SMALL, YARN, assert_same, assert_same_text, ids, keep_layers, ours
+from test_families import (
+    SMALL,
+    YARN,
+    assert_same,
+    assert_same_scores,
+    assert_same_text,
+    ids,
+    keep_layers,
+    ours,
+)
 from test_hub import edit
 from test_lora import adapted
 
@@ -175,6 +184,11 @@ def test_layers_are_inherited_and_attention_is_measured(case, folders):
     wanted = other(x, use_cache=False).logits
     assert (part(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert len(measure(model, [x])) == model.cfg.n_layer * model.cfg.n_head
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_choices_of_a_task_are_scored_as_transformers_scores_them(case, folders):
+    assert_same_scores(ours(folders[case]), theirs(case))
 
 
 @pytest.mark.parametrize('case', ['mixtral switch', 'qwen2_moe sparse', 'qwen3_moe'])

@@ -12,7 +12,6 @@ import transformers
 from conftest import one_line, run, write_dataset
 from test_export import exported
 from test_hub import edit, refusal, rewrite
-from test_lora import adapted
 from test_model import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,8 +21,6 @@ import checkpoint
 from configurator import UserError, read_config
 from features import build, part_of
 from features.hf import reading
-from features.lora import adapters, peft_files
-from features.lora.load import add_adapters
 from features.lora.packed import pack
 from features.networks import read_model
 from features.t5.beams import beam_search
@@ -224,39 +221,6 @@ def test_greedy_and_beam_search_write_what_transformers_writes(settings, end, tm
                   for row in model.generate(**theirs_in, num_beams=beams, length_penalty=penalty).tolist()]
         assert [cut([0] + beam_search(Decoder(mine, [source]), [0], 50, beams, penalty, eot=end))
                 for source in sources] == wanted, (beams, penalty)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('settings', [MT5, UMT5], ids=str)
-def test_adapters_go_to_peft_and_come_back(settings, tmp_path):
-    peft = pytest.importorskip('peft')
-    base = tmp_path / 'base'
-    theirs(**settings).save_pretrained(base)
-    sources, targets = texts([30, 12]), texts([20, 20], seed=2)
-
-    def assert_same(model, other):
-        a, b = their_logits(other, sources, targets), model(torch.tensor(targets), source=pad(sources, 'cpu'))
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
-        return b
-    plain = assert_same(ours(base), theirs(**settings))
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=['q', 'k', 'v', 'o', 'wi_0', 'wi_1', 'wo'],
-                           task_type='SEQ_2_SEQ_LM')
-    there = peft.get_peft_model(theirs(**settings), lora).eval()
-    for p in there.parameters():
-        if p.requires_grad:
-            p.add_(0.1 * torch.randn_like(p))
-    there.save_pretrained(tmp_path / 'theirs')
-    model = ours(base)
-    add_adapters(model, [f'x={tmp_path}/theirs'], str(base))
-    assert not torch.allclose(assert_same(model, there), plain, atol=0.1)
-
-    model = ours(base)
-    torch.manual_seed(2)
-    adapted(model, lora_alpha=6.0, lora_targets='q_proj,v_proj,mlp', whole=r'norm')
-    kind = json.load(open(base / 'config.json'))['model_type']
-    peft_files.write(str(tmp_path / 'ours'), model.cfg, adapters.take(model), kind)
-    there = peft.PeftModel.from_pretrained(theirs(**settings), tmp_path / 'ours').eval()
-    assert not torch.allclose(assert_same(model, there), plain, atol=0.1)
 
 
 # --- every kind ---
