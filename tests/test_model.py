@@ -21,6 +21,7 @@ from model import (
     ModelConfig,
     Transformer,
     attend,
+    attention_matrix,
     linear,
     make_model,
     rotary_table,
@@ -106,6 +107,18 @@ def test_plain_attention_of_short_rows_in_bfloat16_is_torchs(T, kv_heads):
     for a, b in zip(torch.autograd.grad(ours.float().square().sum(), (q, k, v)),
                     torch.autograd.grad(theirs.square().sum(), (q, k, v))):
         assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_causal_mask_is_added_and_changes_no_bit(dtype):
+    """As a mask of booleans would; a backward pass through one reads it again."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, 40, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    ours, theirs = attention_matrix(q, k, None, True), attention_matrix(q, k, mask, False)
+    up = torch.randn_like(ours)
+    both = [(A, *torch.autograd.grad(A, (q, k), up, retain_graph=True)) for A in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*both))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
