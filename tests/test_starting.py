@@ -13,6 +13,7 @@ from conftest import ROOT, one_line, run, train, write_dataset
 
 import features
 import prepare
+from experiments import starting
 from features import comment_of, default_of, feature_names, feature_parts, fields_of, with_features
 from features.declared import read
 from features.help import commands_in, find_settings
@@ -251,3 +252,9 @@ def test_no_script_imports_what_only_some_commands_need(script, imported):
     others = {name.partition('.')[0] for name in imported[script][0]} - {*sys.stdlib_module_names}
     assert others <= NEEDED | {'features', 'torch', 'tiktoken'} | features.MODULES
     assert not COMPILER & {*imported[script][0]}
+
+
+def test_the_experiment_tells_the_first_line_from_the_end():
+    figures = starting.first_line('-c', 'print(1, flush=True); import time; time.sleep(0.5)')
+    assert figures['seconds'] + 0.3 < figures['seconds to the end']
+    assert 0 < figures['processor seconds to the end'] < 0.4
