@@ -33,7 +33,6 @@ from features.study.bench_scale import training_step
 from features.study.bench_train import NETWORKS, flops_per_token, network, train_arms
 from features.study.gpu_checks import check_gradients, check_losses, check_resume, check_sampling
 from features.study.measure import number, seconds
-from features.text.workers import cores
 from model import make_model
 from run import peak_memory
 
@@ -235,6 +234,7 @@ def run_sections(names, given, end, warming=()):
         counts = dict.fromkeys(names, 1)
     parts = [(name, part, count, None) for name, count in counts.items() for part in range(count)]
     parts += [(name, 0, 1, subprocess.DEVNULL) for name in warming]
+    from features.text.workers import cores
     threads = str(max(2, cores() // max(1, len(parts))))
     environment = {'OMP_NUM_THREADS': threads, 'TORCHINDUCTOR_COMPILE_THREADS': threads}
     processes, bad = [], []
