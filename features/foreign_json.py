@@ -23,4 +23,5 @@ def finite(text):
 
 
 def whole(text):
-    return int(text) if len(text) < 300 else text
+    value = int(text)  # of more than 4,300 digits: ValueError
+    return value if abs(value) < 10 ** 300 else text
