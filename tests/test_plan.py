@@ -406,6 +406,35 @@ def test_an_older_run_of_minutes_goes_on(dataset, tmp_path, monkeypatch):
     assert end_of(tmp_path)[0]['step'] == end_of(tmp_path)[0]['fits'][-1][1]
 
 
+# --- the sweep around its choice ---
+
+def test_the_sweep_varies_one_thing_at_a_time_and_counts_each_step_time_once(tmp_path, monkeypatch):
+    import experiments.dial as sweep
+    asked = []
+    chosen = {'n_layer': 3, 'n_embd': 192, 'n_head': 4, 'block_size': 256, 'batch_size': 8,
+              'dtype': 'float32', 'gradient_accumulation_steps': 2, **dict.fromkeys(sweep.RATES, 0.03)}
+    monkeypatch.setattr(sweep, 'choice', lambda folder, minutes: chosen)
+    monkeypatch.setattr(sweep, 'count_steps', lambda folder, minutes, arm, out_dir: asked.append(arm) or (
+        0 if arm['n_layer'] == 4 else 100 + len(asked)))
+    s = sweep.Settings(sets=['a', 'b'], minutes=[1.0], rounds=3, busy=True, out_dir=str(tmp_path))
+    counted = sweep.count_all(s)
+    assert len(asked) == 3 * 7  # rates cost no time, and the sets have the same choice
+    arms = counted['a', 1.0]
+    assert arms == counted['b', 1.0] and len(arms) == 8 and 'larger' not in arms  # its minutes do not suffice
+    for name, arm in arms.items():
+        changed = {key for key in chosen if arm[key] != chosen[key]}
+        assert changed == {'dial': set(), 'smaller': {'n_layer', 'n_embd', 'head_lr'}}.get(
+            name, set(sweep.RATES) if 'rates' in name else
+            {'batch_size', 'block_size'} if 'context' in name else {'batch_size'})
+        tokens = arm['batch_size'] * arm['block_size']
+        assert tokens == 8 * 256 * {'batch_x2': 2, 'batch_half': 0.5}.get(name, 1)
+    assert arms['rates_x1.5']['max_iters'] == arms['dial']['max_iters'] == 108  # the median of three
+    assert sweep.count_all(s) == counted and len(asked) == 3 * 7  # it continues from its file
+    monkeypatch.setattr(sweep.os, 'getloadavg', lambda: (99.0, 0, 0))
+    with pytest.raises(UserError, match='busy=False'):
+        sweep.count_all(sweep.Settings(sets=['c'], minutes=[1.0], out_dir=str(tmp_path)))
+
+
 # --- as a user runs it ---
 
 DIAL = ['--device=cpu', '--dtype=float32', '--sample_tokens=0', '--block_size=32', '--compile=False']
