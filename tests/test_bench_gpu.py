@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import sample
 from configurator import UserError
+from features import compiled
 from features.study import bench_gpu, gpu_checks
 from features.study.bench_gpu import CHECKS, SECTIONS, Section
 
@@ -47,7 +47,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu_checks, 'CONFIGS', configs)
     monkeypatch.setenv('TORCH_COMPILE_DISABLE', '1')  # of processes that are started
     monkeypatch.setattr(gpu_checks, 'compile_all', lambda model: None)
-    monkeypatch.setattr(sample, 'compiled_step', lambda device_type: sample.step)
+    monkeypatch.setattr(compiled, 'graph_of', lambda step, device_type: step)
 
 
 def work(capsys, name, **given):
@@ -121,7 +121,7 @@ def test_a_gradient_of_zero_is_noticed(quick, monkeypatch, capsys):
 
 def test_a_section_that_dies_or_takes_too_long_is_a_line_and_the_others_run(monkeypatch, capfd):
     monkeypatch.setitem(SECTIONS, 'nothing', Section(None, 99))  # its process does not know it
-    s = SimpleNamespace(quick=True, peer='', record=False, only=['T5', 'nothing'])
+    s = SimpleNamespace(quick=False, peer='', record=False, only=['T5', 'nothing'])
     monkeypatch.setitem(CHECKS, 'nothing', SECTIONS['nothing'])
     monkeypatch.setattr(SECTIONS['T5'], 'limit', 0.1)
     with pytest.raises(UserError, match='nothing, T5'):
@@ -133,7 +133,7 @@ def test_a_section_that_dies_or_takes_too_long_is_a_line_and_the_others_run(monk
 @pytest.mark.parametrize('number', [
     signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_killed_run_leaves_a_table_and_no_process(number, tmp_path):
-    environment = os.environ | {'TORCH_COMPILE_DISABLE': '1', 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
     command = [sys.executable, str(ROOT / 'bench.py'), 'gpu', '--quick', '--device=cpu', '--only=gradients']
     table = tmp_path / 'gpu.md'
     with open(table, 'w') as f:
@@ -155,7 +155,7 @@ def test_a_killed_run_leaves_a_table_and_no_process(number, tmp_path):
 
 @pytest.mark.full
 def test_the_whole_table(tmp_path):
-    """Compiled, and with all kinds and config files."""
+    """With all kinds and config files."""
     done = run('bench.py', 'gpu', '--quick', '--device=cpu', timeout=600)
     rows = rows_of(done.stdout)[2:]
     assert done.returncode == 0, done.stdout + done.stderr

@@ -66,7 +66,7 @@ def ceiling(s, device, sizes):
                for _ in range(3))
 
     def attention():
-        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), v.detach())
     of_attention = 12 * sizes['block_size'] * sizes['n_embd']  # FLOPs per token and layer, as in MFU
     took = seconds(attention, device, budget=0.1 if s.quick else 1) / (shape[0] * shape[2])  # per token
     rest = flops_per_token(sizes) - sizes['n_layer'] * of_attention
@@ -227,16 +227,17 @@ def run_sections(names, given, end, warming=()):
     Run sections side by side, up to their limits and the moment `end`. warming: sections that run beside
     them, whose rows are thrown away. Returns the names of sections in which something went wrong.
     """
-    if not given['record']:
+    is_rehearsal = given['quick'] or given['record']  # of unknown length
+    if not is_rehearsal:
         end = min(end, time.perf_counter() + max((SECTIONS[name].limit for name in names), default=0))
-    counts = {name: SECTIONS[name].processes for name in names}
-    if given['quick'] or given['record']:
-        counts = dict.fromkeys(names, 1)
+    counts = {name: 1 if is_rehearsal else SECTIONS[name].processes for name in names}
     parts = [(name, part, count, None) for name, count in counts.items() for part in range(count)]
     parts += [(name, 0, 1, subprocess.DEVNULL) for name in warming]
     from features.text.workers import cores
     threads = str(max(2, cores() // max(1, len(parts))))
     environment = {'OMP_NUM_THREADS': threads, 'TORCHINDUCTOR_COMPILE_THREADS': threads}
+    if given['quick'] and given['device'] == 'cpu':
+        environment['TORCH_COMPILE_DISABLE'] = '1'  # it would take an hour
     processes, bad = [], []
     try:
         for name, part, of, output in parts:

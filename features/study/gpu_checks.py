@@ -155,7 +155,9 @@ def check_losses(s, device):
         for config in CONFIGS:
             yield config, partial(compare_losses, s, device, config, folder, recorded)
     if s.record:
-        checkpoint.replace_json(RECORDED, recorded)
+        lines = [f'"{config}": {losses}' for config, losses in recorded.items() if config in CONFIGS]
+        with open(RECORDED, 'w') as f:
+            f.write('{' + ',\n'.join(lines) + '}\n')
 
 
 def compare_losses(s, device, config, folder, recorded):
