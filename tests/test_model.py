@@ -23,6 +23,7 @@ from model import (
     attend,
     attention_matrix,
     linear,
+    loss_and_gradient,
     make_model,
     rotary_table,
     rotate,
@@ -227,6 +228,21 @@ def test_the_compiled_loss_on_a_gpu_is_one_graph_and_the_same(monkeypatch):
     # once, as in training: torch may reuse what it saved
     compiled = torch.autograd.grad(compiled_loss, weights)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(eager, compiled))
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_the_compiled_loss_is_the_same_bit_for_bit_and_scatters_nothing(smoothing):
+    torch.manual_seed(0)
+    logits, targets, seen = torch.randn(40, 64), torch.randint(-1, 60, (40,)), []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+    arguments = (targets, 60, 0.0, smoothing, True)
+    ours, compiled = logits.clone(), logits.clone()
+    loss = loss_and_gradient(ours, *arguments)
+    assert torch.equal(loss, torch.compile(loss_and_gradient, backend=look)(compiled, *arguments))
+    assert torch.equal(ours, compiled) and not any('scatter' in name for name in seen) and seen
 
 
 @pytest.mark.parametrize('function', ['ChunkedCrossEntropy', 'BigramLoss', 'FrozenLinear'])
