@@ -214,21 +214,27 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(moments, grads, 1 - group['momentum'])
             torch._foreach_lerp_(grads, moments, group['momentum'])  # Nesterov: look ahead along the momentum
             if hasattr(same[0], 'full_tensor'):  # scale: divided among ranks
-                from features.scale.shard import part, whole  # scale
+                from features.scale.shard import whole  # scale
                 grads = [whole(g) for g in grads]  # scale
             wide = [(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in grads]
             counts = [p.numel() // (short * long) for p in same]
-            updates = orthogonalize(torch.cat(wide), self.dtype).split(counts)
-            for p, update in zip(same, updates):
-                rows, cols = p.shape[-2:]
-                update = (update if rows <= cols else update.mT).reshape(p.shape).to(p.dtype)
-                if hasattr(p, 'full_tensor'):  # scale
-                    update = part(update, p)  # scale
-                scale = max(1, rows / cols) ** 0.5  # a tall one: more entries
-                if group['weight_decay']:  # where the update shrinks the weight too (arXiv 2510.12402)
-                    p.sub_((update * p > 0) * p, alpha=group['lr'] * group['weight_decay'])
-                p.sub_(update.mul_(scale), alpha=group['lr'])
+            updates = orthogonalize(torch.cat(wide), self.dtype).to(same[0].dtype).split(counts)
+            updates = [(update if p.size(-2) <= p.size(-1) else update.mT).reshape(p.shape).contiguous()
+                       for p, update in zip(same, updates)]
+            for p in same:
                 p.grad = None
+            scales = [max(1, p.size(-2) / p.size(-1)) ** 0.5 for p in same]  # a tall one: more entries
+            if hasattr(same[0], 'full_tensor'):  # scale
+                from features.scale.shard import own_parts  # scale
+                updates, same = own_parts(updates, same)  # scale
+            if group['weight_decay']:  # where the update shrinks the weight too (arXiv 2510.12402)
+                decay = torch._foreach_mul(updates, same)
+                torch._foreach_sign_(decay)
+                torch._foreach_clamp_min_(decay, 0)
+                torch._foreach_mul_(decay, same)
+                torch._foreach_sub_(same, decay, alpha=group['lr'] * group['weight_decay'])
+            torch._foreach_mul_(updates, scales)
+            torch._foreach_sub_(same, updates, alpha=group['lr'])
 
 
 def orthogonalize(g, dtype, steps=5):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError, read_config
@@ -186,6 +187,27 @@ def test_a_stack_of_matrices_is_updated_matrix_by_matrix():
     with torch.no_grad():
         optimizer.orthogonal_step([stack, *single], optimizer.param_groups[0] | {'lr': 1.0})
     assert torch.allclose(stack, torch.stack(list(single)), atol=1e-5)
+
+
+def test_a_step_of_more_matrices_calls_no_more_operations():
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function).split('.')[1]
+            if 'foreach' in name or name.strip('_') in ('mul', 'sub', 'add', 'gt'):
+                self.names.append(name)
+            return function(*args, **(kwargs or {}))
+    counts = []
+    for layers in (1, 4):
+        model = Transformer(ModelConfig(vocab_size=64, block_size=8, n_layer=layers, n_head=2, n_embd=16))
+        optimizer = make_optimizer(model, OptimConfig(optimizer='muon'))
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        calls = Calls()
+        calls.names = []
+        with calls:
+            optimizer.step()
+        counts.append(len(calls.names))
+    assert counts[0] == counts[1] < 150
 
 
 # --- low-rank factors ---

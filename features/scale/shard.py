@@ -89,12 +89,12 @@ def whole(t):
     return t.full_tensor() if is_divided(t) else t
 
 
-def part(t, like):
-    """This rank's shard of a full tensor t, sharded like the parameter `like`, if that is sharded."""
-    if not is_divided(like):
-        return t
+def own_parts(tensors, parameters):
+    """This rank's shards, as plain tensors: of full tensors sharded like the parameters, and of these."""
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    own = [distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+           for t, p in zip(tensors, parameters)]
+    return [t.to_local() for t in own], [p.to_local() for p in parameters]
 
 
 def clip_divided(params, most):
