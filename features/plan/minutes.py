@@ -88,7 +88,7 @@ class Pace:
         self.fits = list(fits or ())  # [step, the max_iters set there, progress() there]
         self.clock = clock or process_age
         self.times = deque(maxlen=1000)  # seconds of the last steps, with what was done between them
-        self.costs = deque(maxlen=3)  # of the last evaluations, with checkpoint and sample, in steps
+        self.costs = deque(maxlen=3)  # of the last evaluations, with checkpoint and sample: seconds, steps
         self.since = None  # when the last step or evaluation ended
         self.is_compiling = False  # whether the next evaluation is compiled first
         self.due = 0  # the step of the next fit
@@ -144,7 +144,7 @@ class Pace:
     def end_evaluation(self, step, run):
         now = self.elapsed(run)
         if self.times and not self.is_compiling:
-            self.costs.append((now - self.since) / self.seconds_per_step(step))
+            self.costs.append((now - self.since, (now - self.since) / self.seconds_per_step(step)))
         self.since = now
 
     def seconds_per_step(self, step):
@@ -160,8 +160,9 @@ class Pace:
         """
         s, interval = self.s, self.s.eval_interval
         per_step = self.seconds_per_step(step)
-        # One slow evaluation is no sign of what follows, either
-        evaluation = per_step * (median_low(self.costs) if self.costs else evaluation_steps(s))
+        # One slow evaluation is no sign of what follows, nor are a few slow steps of how slow the next one is
+        evaluation = (median_low((seconds + steps * per_step) / 2 for seconds, steps in self.costs)
+                      if self.costs else evaluation_steps(s) * per_step)
         done = step % interval  # steps since the last evaluation
         if not done:  # one follows at once
             now += evaluation
