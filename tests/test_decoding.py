@@ -26,6 +26,15 @@ def test_arms_write_the_same_text_and_missing_peers_are_named(tmp_path):
     assert 'arms=minnow int3' in one_line(run(*args, '--arms=minnow int3'))
 
 
+def test_rows_and_long_prompts(tmp_path):
+    folder = saved(tmp_path / 'hf', 'llama', vocab_size=300)
+    (tmp_path / 'hf' / 'tokenizer.json').write_text(to_json(ByteTokenizer()))
+    done = run('experiments/decoding.py', f'--init_from=hf:{folder}', '--tokens=3', '--rounds=1',
+               '--prompt=abc', '--rows=2', '--prompt_tokens=7', f'--work={tmp_path}/work', '--arms=minnow int4',
+               '--arms=transformers float32')
+    assert done.returncode == 0 and '3 tokens after 7, 2 row(s)' in done.stdout, done.stdout + done.stderr
+
+
 def test_equal_tokens_are_counted_up_to_the_first_that_differs():
     assert decoding.equal([1, 2, 3, 4], [1, 2, 4, 4]) == 2
     assert decoding.equal([1, 2], [1, 2]) == 2

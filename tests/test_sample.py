@@ -31,7 +31,8 @@ from configurator import UserError
 from features import build, compiled
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.interactive import converse
-from features.lora.packed import Packed, has_onednn, pack
+from features.lora import packed
+from features.lora.packed import Int4, Packed, has_onednn, pack
 from features.lora.sampling import add_adapters
 from features.study import tasks
 from features.t5.beams import beam_search
@@ -184,7 +185,8 @@ def test_the_seed_decides():
 # --- packed weights ---
 
 @pytest.mark.parametrize('options, error', [(dict(dtype='float32'), 1e-5), (dict(dtype='bfloat16'), 0.03),
-                                            (dict(dtype='float32', kind='int8'), 0.05)], ids=str)
+                                            (dict(dtype='float32', kind='int8'), 0.05),
+                                            (dict(kind='int4'), 0.5)], ids=str)
 @pytest.mark.parametrize('settings', [dict(), dict(rank_qk=8, rank_embed=16, rank_head=16, bias=True),
                                       dict(tie=False, mlp='swiglu')], ids=str)
 def test_a_packed_model_says_what_it_said_before_up_to_rounding(settings, options, error):
@@ -234,6 +236,54 @@ def test_int8_takes_a_byte_a_weight_and_is_half_a_step_off_at_most():
         assert layer.stored.dtype == torch.int8
         assert ((layer.weight - weight).abs() <= 0.501 * layer.scale).all()
     assert torch.equal(packed.wte.weight, m.wte.weight)  # the look-up stays exact
+
+
+@pytest.mark.parametrize('n_out, n_in', [(7, 33), (64, 64), (40, 96)])
+@pytest.mark.parametrize('rows', [1, 5, 200])
+@pytest.mark.parametrize('dtype, error', [('bfloat16', 0.01), ('float32', 0.01)])
+def test_int4_multiplies_by_the_matrix_that_it_says(n_out, n_in, rows, dtype, error):
+    torch.manual_seed(0)
+    dense, bias, x = torch.randn(n_out, n_in), torch.randn(n_out), torch.randn(rows, 1, n_in)
+    layer = Int4(dense, bias, dtype)
+    with torch.no_grad():
+        y, plain = layer(x), torch.nn.functional.linear(x, layer.weight, bias)
+        compiled = torch.compile(layer)(x)
+    assert y.shape == (rows, 1, n_out) and y.dtype == torch.float32
+    assert (y - plain).norm() < error * plain.norm()
+    assert (compiled - plain).norm() < error * plain.norm()
+    # 16 steps from the lowest to the highest of 32 normal numbers
+    assert 0.06 < ((layer.weight - dense).norm() / dense.norm()) < 0.08
+
+
+def test_int4_takes_five_bits_a_weight_and_keeps_what_16_steps_can_say():
+    torch.manual_seed(0)
+    step, lowest = torch.rand(16, 2).bfloat16().float() + 0.5, torch.randn(16, 2).bfloat16().float()
+    code = torch.randint(16, (16, 2, 32))
+    code[..., 0], code[..., 1] = 0, 15
+    weight = (code * step[..., None] + lowest[..., None]).flatten(1)
+    layer = Int4(weight, None, 'float32')
+    assert 8 * sum(t.nbytes for t in layer.buffers()) == 5 * weight.numel()
+    assert (layer.weight - weight).abs().max() < 0.01 * weight.abs().max()
+    assert Int4(torch.zeros(16, 32), None, 'float32').weight.abs().max() < 1e-7
+
+
+def test_int4_and_int8_are_not_given_together():
+    with pytest.raises(ValueError, match='int4=True, int8=True: choose one'):
+        sample.Settings(int4=True, int8=True).check()
+
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_a_model_in_int4_has_an_int8_head_and_writes(tie):
+    m = pack(model(tie=tie), kind='int4')
+    assert isinstance(m.blocks[1].mlp.down, Int4) and m.head.stored.dtype == torch.int8
+    cached, uncached = (tokens(m, [[1, 2, 3]], 20, temperature=0, use_cache=use) for use in (True, False))
+    assert torch.equal(cached[:, :3], uncached[:, :3])  # up to rounding
+
+
+def test_int4_is_refused_where_torch_cannot_multiply_by_it(monkeypatch):
+    monkeypatch.setattr(packed, 'has_int4', lambda: False)
+    with pytest.raises(UserError, match='int4=True: .* use --int8'):
+        pack(model(), kind='int4')
 
 
 # --- the knobs of draw(), against what they are defined as ---

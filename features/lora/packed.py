@@ -1,7 +1,7 @@
 """
 Store matrices in fewer bits: those of a whole model, for decoding, or frozen ones while adapters are trained.
 
-    pack(model, 'bfloat16')           # or kind='int8'; then sample.generate(model, …)
+    pack(model, 'bfloat16')           # or kind='int8' or 'int4'; then sample.generate(model, …)
     pack_frozen(model, 'nf4')         # after lora.begin(model, s)
 """
 import functools
@@ -75,7 +75,7 @@ class FrozenLinear(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
-# A layer, a network
+# A layer
 
 def has_onednn(dtype):
     """Whether torch can multiply by a matrix in oneDNN's layout on this CPU."""
@@ -87,6 +87,12 @@ def has_onednn(dtype):
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     return supported.get(dtype, False)
+
+
+def has_int4():
+    """Whether this torch has the kernels for Int4, which are not part of its documented functions."""
+    names = '_convert_weight_to_int4pack_for_cpu', '_weight_int4pack_mm_for_cpu'
+    return all(hasattr(torch.ops.aten, name) for name in names)
 
 
 class Packed(nn.Module):
@@ -150,6 +156,81 @@ class Packed(nn.Module):
         return FrozenLinear.apply(x, bias, self.dense(), self.scale, self.pairs)
 
 
+class Int4(nn.Module):
+    """
+    A linear layer of a decoding copy on a CPU, in four bits: every GROUP numbers of a row are rounded to 16
+    equal steps from their lowest to their highest, 5 bits a weight with the two numbers that say where these
+    are. Torch's kernel multiplies in bfloat16 (in float32 it is 40 times slower); many rows are multiplied in
+    `dtype`. Its layout of the weights depends on the CPU.
+    """
+    GROUP = 32
+
+    def __init__(self, weight, bias, dtype):
+        super().__init__()
+        self.n_out, n_in = weight.shape
+        self.dtype = getattr(torch, dtype)
+        self.padding = -n_in % self.GROUP  # columns; the kernel takes whole groups, and 16 rows at a time
+        weight = F.pad(weight.float(), (0, self.padding, 0, -self.n_out % 16))
+        code, scale, middle = to_steps(weight.unflatten(1, (-1, self.GROUP)))
+        pack_code = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        self.register_buffer('stored', pack_code(code.flatten(1).int(), 1))
+        # (groups, n_out, 2)
+        self.register_buffer('scale', torch.cat([scale, middle], 2).transpose(0, 1).contiguous())
+        self.register_buffer('bias', None if bias is None else bias.detach())
+
+    def forward(self, x):  # (…, n_in)
+        mixed = torch.is_autocast_enabled(x.device.type)
+        rows = F.pad(x.reshape(-1, x.size(-1)), (0, self.padding))
+        if len(rows) > 2 * rows.size(1):  # unpacking costs as much as that many rows do
+            y = F.linear(rows.to(self.dtype), self.padded_weight().to(self.dtype))
+        else:
+            y = self.multiply(rows.bfloat16())
+        y = y[:, :self.n_out].unflatten(0, x.shape[:-1])
+        y = y if self.bias is None else y + self.bias.type_as(y)
+        return y if mixed else y.float()
+
+    def multiply(self, rows):  # (rows, n_in with padding), bfloat16
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.stored, self.GROUP, self.scale)
+
+    def padded_weight(self):
+        """The matrix in bfloat16, with padding: its products with all unit vectors."""
+        return self.multiply(torch.eye(self.GROUP * len(self.scale), dtype=torch.bfloat16)).T
+
+    @property
+    def weight(self):
+        """The matrix (n_out, n_in), float32."""
+        weight = self.padded_weight()
+        return weight[:self.n_out, :weight.size(1) - self.padding].float()
+
+
+def to_steps(groups):
+    """
+    (code from 0 to 15, scale, middle) of groups (…, numbers): a number is about (code - 8)·scale + middle,
+    with both in bfloat16. Of six ranges, the one with the smallest squared error: without its outermost
+    numbers, a group has finer steps.
+    """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    best = None
+    for share in (1, 0.95, 0.9, 0.85, 0.8, 0.75):
+        scale = ((high - low) * share / 15).clamp(min=1e-8).bfloat16()
+        middle = ((high + low - 15 * scale.float()) / 2 + 8 * scale.float()).bfloat16()
+        code = ((groups - middle.float()) / scale.float() + 8).round().clamp(0, 15)
+        error = ((code - 8) * scale.float() + middle.float() - groups).square().sum(-1, keepdim=True)
+        if best is None:
+            best, least = [code, scale, middle], error
+            continue
+        best = [torch.where(error < least, new, old) for new, old in zip((code, scale, middle), best)]
+        least = torch.minimum(error, least)
+    return best
+
+
+def packed_layer(weight, bias, dtype, kind, eager):
+    return Int4(weight, bias, dtype) if kind == 'int4' else Packed(weight, bias, dtype, kind, eager)
+
+
+# -----------------------------------------------------------------------------
+# A network
+
 def replace_layers(model, module, dtype, kind, which, eager=False):
     """
     Replace every linear layer in `module` for which which(layer) is true by a Packed, and move its hooks.
@@ -158,7 +239,7 @@ def replace_layers(model, module, dtype, kind, which, eager=False):
         for name, child in parent.named_children():
             # a tied head multiplies by that one's transpose
             if isinstance(child, nn.Linear) and name != 'wte_up' and which(child):
-                packed = Packed(child.weight, child.bias, dtype, kind, eager)
+                packed = packed_layer(child.weight, child.bias, dtype, kind, eager)
                 lora.move(model, child, packed)
                 setattr(parent, name, packed)
 
@@ -167,20 +248,26 @@ def replace_layers(model, module, dtype, kind, which, eager=False):
 def pack(model, dtype='bfloat16', kind='', eager=False):
     """
     Convert `model`, in place, to one for decoding only, and return it: its matrices are stored in dtype
-    ('float32', 'bfloat16', 'float16'), or in int8 and multiplied in dtype if there are many rows. A tied head
-    gets a copy; the embedding stays float32, and experts always use dtype. eager: the model will not be
-    compiled; on a CPU its products are then 2 to 3 times faster.
+    ('float32', 'bfloat16', 'float16'), or as `kind`, int8 or int4, and multiplied in dtype if there are many
+    rows. With int4, the head is in int8. A tied head gets a copy; the embedding stays float32, and experts
+    always use dtype. eager: the model will not be compiled; on a CPU its products are then 2 to 3 times
+    faster. Raises UserError where torch has no kernel for int4.
     """
+    if kind == 'int4' and (next(model.parameters()).device.type != 'cpu' or not has_int4()):
+        raise UserError('int4=True: torch multiplies by such weights on CPUs alone: use --int8')
+    of_head = 'int8' if kind == 'int4' else kind  # SmolLM2: in int4, 4.156 in place of 4.095 nats a token
     if model.cfg.tie and model.cfg.arch == 'decoder':
         # rows that lora.py has trained
         weight = model.wte.tokens.put(model.wte.weight) if hasattr(model.wte, 'tokens') else model.wte.weight
-        model.head = Packed(weight, None, dtype, kind or dtype, eager)
+        model.head = Packed(weight, None, dtype, of_head or dtype, eager)
     wide = set()
     if getattr(model.cfg, 't5_scale', False):  # t5
         mlps = [module for module in model.modules() if isinstance(module, MLP)]  # t5
         wide = {layer for mlp in mlps for layer in mlp.down.modules()}  # t5
     if dtype == 'float16':  # which is too narrow for what these are multiplied by
         replace_layers(model, model, 'float32', kind or 'float32', lambda layer: layer in wide, eager)
+    if getattr(model, 'head', None) is not None:
+        replace_layers(model, model, dtype, of_head or dtype, lambda layer: layer is model.head, eager)
     replace_layers(model, model, dtype, kind or dtype, lambda layer: True, eager)
     for module in model.modules():
         if lora.is_of_experts(module) and not (dtype == 'float16' and module in wide):
