@@ -24,7 +24,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # both: before torch is loaded, see train.py
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 import torch
 
@@ -70,8 +71,7 @@ class Settings(DeviceConfig):
     # 2407.01082)
     repetition_penalty: float = 1.0  # above 1: make tokens that already occurred less likely (arXiv
     # 1909.05858)
-    stop: list[str] = field(default_factory=list)  # end a sample before this text; can be repeated; \n is a
-    # new line
+    stop: list[str] = field(default_factory=list)  # end before this text; can be repeated; \n is a new line
     seed: int = 1337  # seed for sampling
     interactive: bool = False  # read prompts from the terminal, one by one
     chat: bool = False  # [chat] hold a conversation on the terminal
@@ -79,10 +79,8 @@ class Settings(DeviceConfig):
     use_cache: bool = True  # False: recompute all keys and values for each token; slow, for comparison
     adapter: list[FilePath] = field(default_factory=list)  # [lora] LoRA adapters to apply: runs of train.py
     # --lora_rank or PEFT folders. Several as --adapter=name=DIR: num_samples of each, in one batch
-    int8: bool = False  # [lora] int8 matrices with one scale per row: up to 1.8 times as fast as bfloat16;
-    # rounding may change the text
-    int4: bool = False  # [lora] int4 matrices with a scale and an offset per 32 numbers, an int8 head; CPUs
-    # only. Faster than int8 if decoding is not compiled
+    int8: bool = False  # [lora] int8 matrices: up to 1.8 times as fast as bfloat16; may change the text
+    int4: bool = False  # [lora] int4 matrices, on a CPU: less memory, not as exact; may change the text
     num_beams: int = 0  # [t5] above 0: beam search with this many beams; gives one text, the most likely one
     # found
     length_penalty: float = 1.0  # [t5] for beam search: above 0 favors longer texts, below 0 shorter ones
@@ -98,8 +96,6 @@ class Settings(DeviceConfig):
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f'{name}={getattr(self, name)}: takes a number between {low:.0f} and {high}')
-        if self.int8 and self.int4:
-            raise ValueError('int4=True, int8=True: choose one of them')
         if '' in self.stop:
             raise ValueError('stop: an empty text would end every sample at once')
         for text in self.stop:
@@ -272,8 +268,7 @@ def draw(logits, past, temperature, top_k, top_p, min_p, repetition_penalty, gen
         likelier = p.cumsum(-1) - p  # probability of all likelier tokens
         cut = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, likelier >= top_p)
         logits = logits.masked_fill(cut, -torch.inf)
-    # The token with the largest p / Exp(1) is a draw from p; on every device the same, by the CPU's random
-    # numbers
+    # The token with the largest p / Exp(1) is a draw from p; the CPU's noise makes it the same everywhere
     noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
     highest, tokens = (logits.softmax(-1) / noise).max(-1)
     return torch.where(highest.isnan(), -1, tokens)
@@ -549,17 +544,16 @@ def main():
         adapters = add_adapters(model, tokenizer, s.adapter, where, merge=True)  # lora
         tokenizer = adapters[0][1]  # lora
     model.to(device)
-    bits = 'int4' if s.int4 else 'int8' if s.int8 else ''
     is_greedy = s.temperature < GREEDY_BELOW or s.num_beams  # then rounding decides which text it is
-    dtype = (pick_exact_dtype if is_greedy and not bits else pick_dtype)(s.dtype, device)
+    dtype = (pick_exact_dtype if is_greedy and not (s.int8 or s.int4) else pick_dtype)(s.dtype, device)
     compile = s.max_new_tokens >= COMPILE_FROM if s.compile == 'auto' else s.compile
     if s.compile == 'auto' and hasattr(model, 'lora'):  # lora
         compile = False  # lora
     compile = s.use_cache and pick_compile(compile, device)
     precision = autocast(device, dtype)
-    if dtype != 'float32' or bits or device.type == 'cpu':  # lora: so stored, weights are read faster
-        from features.lora.packed import pack  # lora
-        pack(model, dtype, bits, eager=not compile)  # lora
+    if dtype != 'float32' or s.int8 or s.int4 or device.type == 'cpu':  # lora: weights are read faster so
+        from features.lora.packed import pack_for  # lora
+        pack_for(model, s, dtype, eager=not compile)  # lora
         precision = nullcontext()  # lora
     if len(adapters) > 1:  # lora
         from features.lora.sampling import select_adapters  # lora

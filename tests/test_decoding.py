@@ -30,8 +30,8 @@ def test_rows_and_long_prompts(tmp_path):
     folder = saved(tmp_path / 'hf', 'llama', vocab_size=300)
     (tmp_path / 'hf' / 'tokenizer.json').write_text(to_json(ByteTokenizer()))
     done = run('experiments/decoding.py', f'--init_from=hf:{folder}', '--tokens=3', '--rounds=1',
-               '--prompt=abc', '--rows=2', '--prompt_tokens=7', f'--work={tmp_path}/work', '--arms=minnow int4',
-               '--arms=transformers float32')
+               '--prompt=abc', '--rows=2', '--prompt_tokens=7', f'--work={tmp_path}/work',
+               '--arms=minnow int4', '--arms=transformers float32')
     assert done.returncode == 0 and '3 tokens after 7, 2 row(s)' in done.stdout, done.stdout + done.stderr
 
 

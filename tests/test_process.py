@@ -242,10 +242,11 @@ configurator.run_main(main)"""
 
 
 @pytest.mark.skipif('[never]' in large_pages(), reason='this kernel gives no large pages')
-@pytest.mark.parametrize('by_user, most', [({}, 4096), ({'THP_MEM_ALLOC_ENABLE': '0'}, 20_000)])
-def test_a_run_takes_large_pages_of_memory(by_user, most):
+@pytest.mark.parametrize('script, by_user, most', [('train', {}, 4096), ('sample', {}, 4096),
+                                                   ('train', {'THP_MEM_ALLOC_ENABLE': '0'}, 20_000)])
+def test_a_script_takes_large_pages_of_memory(script, by_user, most):
     """Of 16,384 pages of 4 KiB, less than a quarter: the kernel may be out of large ones now and then."""
-    code = ('import train, torch; from resource import getrusage\n'
+    code = (f'import {script}, torch; from resource import getrusage\n'
             'before = getrusage(0).ru_minflt; torch.ones(2 ** 24); print(getrusage(0).ru_minflt - before)')
     environment = {name: value for name, value in os.environ.items() if name != 'THP_MEM_ALLOC_ENABLE'}
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True,

@@ -25,6 +25,7 @@ from test_export import written
 
 import checkpoint
 import configurator
+import model as network
 import sample
 from batches import TokenFiles, read_meta
 from configurator import UserError
@@ -155,6 +156,32 @@ def test_when_the_context_is_full_the_newer_half_is_read_afresh():
         assert m(torch.tensor([out[start:end]]))[0, -1].argmax() == out[end]
 
 
+@pytest.mark.parametrize('heads, T, softcap', [((6, 2), 300, 0.0), ((2, 2), 128, 5.0), ((3, 1), 5, 0.0)])
+def test_a_prompt_is_attended_in_parts(heads, T, softcap):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, T, 16).bfloat16().float() for n in (heads[0], heads[1], heads[1]))
+    whole = network.attend(q, k, v, None, True, 0.0, softcap)
+    assert torch.equal(packed.attend_prompt(q, k, v, None, True, 0.0, softcap), whole)  # with gradients
+    with torch.no_grad():
+        parts = packed.attend_prompt(q, k, v, None, True, 0.0, softcap)
+    assert parts.dtype == torch.bfloat16 and (parts - whole).norm() < 0.01 * whole.norm()
+
+
+def test_a_packed_model_attends_a_prompt_in_bfloat16_and_keeps_its_cache_in_float32():
+    m, prompt = model(block_size=400, n_kv_head=2), torch.tensor([[n % 250 for n in range(300)]])
+    plain = m(prompt)[0, -1]
+    pack(m, 'bfloat16')
+    cache, seen = KVCache(m, 310), []
+    for block in m.blocks:
+        block.attn.o.register_forward_pre_hook(lambda layer, args: seen.append(args[0].dtype))
+    with torch.no_grad():
+        cache.extend(300)
+        assert (step(m, prompt, cache)[0] - plain).norm() < 0.05 * plain.norm()
+        cache.extend(1)
+        step(m, prompt[:, :1], cache)
+    assert seen == 2 * [torch.bfloat16] + 2 * [torch.float32] and cache.buffers[0][0].dtype == torch.float32
+
+
 # --- batches ---
 
 def test_a_batch_of_prompts_of_different_lengths_is_one_by_one():
@@ -268,8 +295,8 @@ def test_int4_takes_five_bits_a_weight_and_keeps_what_16_steps_can_say():
 
 
 def test_int4_and_int8_are_not_given_together():
-    with pytest.raises(ValueError, match='int4=True, int8=True: choose one'):
-        sample.Settings(int4=True, int8=True).check()
+    with pytest.raises(UserError, match='int4=True, int8=True: choose one'):
+        packed.pack_for(model(), sample.Settings(int4=True, int8=True), 'float32', eager=True)
 
 
 @pytest.mark.parametrize('tie', [True, False])
