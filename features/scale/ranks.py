@@ -156,7 +156,8 @@ class Ranks:
             return model
         with warnings.catch_warnings():  # torch 2.13 calls it forward_sync_buffers, which 2.11 does not know
             warnings.simplefilter('ignore', FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            # bucket views: no copies of gradients between DDP's buffers and the parameters
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def was_restarted(self, out_dir):
         """
