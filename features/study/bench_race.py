@@ -226,7 +226,7 @@ class Peer:
     """
     Another program. Its number of steps for some minutes follows from a short run. A subclass has `folder`
     (its clone), `tokens` (of a step), `time` (a regular expression of a step's milliseconds in its output),
-    and command(seed, steps) -> (code of a Python program that trains, environment).
+    and command(seed, steps) -> (code of a Python program that trains, variables).
     """
     is_compiled = False  # whether its compiled code is on disk
 
@@ -253,9 +253,9 @@ class Peer:
 
     def run(self, seed, steps):
         """(lines, seconds, peak memory) of a run with this many steps, as of measure.run()."""
-        code, environment = self.command(seed, steps)
+        code, variables = self.command(seed, steps)
         return run([sys.executable, '-c', code], self.device, cwd=self.folder,
-                   env={'TORCHINDUCTOR_CACHE_DIR': self.cache, **environment})
+                   env={'TORCHINDUCTOR_CACHE_DIR': self.cache, **variables})
 
 
 # runs a script whose seed is a constant with another seed
@@ -331,12 +331,12 @@ class Nanochat(Peer):
         self.tokens = sizes['device-batch-size'] * sizes['max-seq-len']
         self.cache = os.path.join(folder, 'compiled')
         self.place = os.path.join(folder, 'nanochat')
-        self.environment = {'NANOCHAT_BASE_DIR': self.place, 'NANOCHAT_DTYPE': pick_dtype('auto', device)}
+        self.variables = {'NANOCHAT_BASE_DIR': self.place, 'NANOCHAT_DTYPE': pick_dtype('auto', device)}
         self.documents = {split: documents_of(os.path.join(folder, 'data'), split)
                           for split in ('train', 'val')}
         self.write(seed=0)
         run([sys.executable, '-m', 'scripts.tok_train', f'--vocab-size={vocab_size}'], cwd=peer,
-            env=self.environment)
+            env=self.variables)
 
     def write(self, seed):
         """
@@ -372,7 +372,7 @@ class Nanochat(Peer):
         }
         argv = ['base_train'] + [f'--{key}={value}' for key, value in settings.items()]
         call = 'run_module("scripts.base_train", run_name="__main__", alter_sys=True)'
-        return SEEDED.format(seed=seed, argv=argv, run=call), self.environment
+        return SEEDED.format(seed=seed, argv=argv, run=call), self.variables
 
     @staticmethod
     def load(place, folder, peer):
