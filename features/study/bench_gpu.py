@@ -235,16 +235,16 @@ def run_sections(names, given, end, warming=()):
     parts += [(name, 0, 1, subprocess.DEVNULL) for name in warming]
     from features.text.workers import cores
     threads = str(max(2, cores() // max(1, len(parts))))
-    environment = {'OMP_NUM_THREADS': threads, 'TORCHINDUCTOR_COMPILE_THREADS': threads}
+    variables = {'OMP_NUM_THREADS': threads, 'TORCHINDUCTOR_COMPILE_THREADS': threads}
     if given['quick'] and given['device'] == 'cpu':
-        environment['TORCH_COMPILE_DISABLE'] = '1'  # it would take an hour
+        variables['TORCH_COMPILE_DISABLE'] = '1'  # it would take an hour
     processes, bad = [], []
     try:
         for name, part, of, output in parts:
             code = (f'import sys; sys.path.insert(0, {ROOT!r}); from features.study import bench_gpu; '
                     f'bench_gpu.work({name!r}, {part}, {of}, {given!r})')
             processes.append(subprocess.Popen([sys.executable, '-c', code], stdout=output, process_group=0,
-                                              env=environment | os.environ))
+                                              env=variables | os.environ))
         for process, (name, _, _, output) in zip(processes, parts):
             problem = problem_of(process, end)
             if problem is not None and output is None:
