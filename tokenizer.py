@@ -10,7 +10,6 @@ Text ↔ token ids: bytes, characters, tiktoken, sentencepiece; with features/hf
 """
 import copy
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -27,7 +26,6 @@ KINDS = 'byte, char, gpt2, cl100k_base, o200k_base, bpe:4096 (made of the text),
 TIKTOKEN = ('gpt2', 'cl100k_base', 'o200k_base')
 FILES = {'.model': 'sentencepiece', '.json': 'tokenizers', '.txt': 'wordpiece', '.bin': 'llama2.c'}
 EOT = '<|endoftext|>'  # the end-of-text token of kinds that have no other name for it
-UNTRAINED = '\u2585'  # sentencepiece's trainer drops each text that has this sign, so it gets them without it
 
 
 @dataclass(frozen=True)
@@ -307,6 +305,7 @@ def needs_text(kind):
 def new_tokenizer(kind, texts=()):
     """Make a tokenizer of a kind, see KINDS. `char` and `bpe:N` are made from `texts`, an iterable of str."""
     if needs_text(kind) and kind != 'char':
+        from features.bpe import train_bpe
         return train_bpe(texts, int(kind[4:]))
     if kind == 'char':
         return CharTokenizer(sorted(set().union(*texts)))
@@ -327,32 +326,6 @@ def read_file(path):
     if len(data) > 2 ** 26:  # those of published models have up to 35 million bytes
         raise UserError(f'{path}: has more than 64 MiB: not the file of a tokenizer')
     return data
-
-
-def train_bpe(texts, vocab_size):
-    """
-    Train a sentencepiece BPE that can encode any text: it has tokens for all 256 bytes, keeps all spaces, and
-    splits numbers into digits. Equal texts in the same order give the same model.
-    """
-    import sentencepiece
-    # In pieces of 10,000 characters: it aborts at a word of 65,536. Not in lines, so that ".\n" can become a
-    # token: 4% fewer tokens on stories, 7% on Python
-    stretches = (text[i:i + 10_000] for text in texts for i in range(0, len(text), 10_000))
-    pieces = (piece for stretch in stretches for piece in stretch.split(UNTRAINED) if piece)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=pieces, model_writer=model, model_type='bpe', vocab_size=vocab_size,
-            byte_fallback=True, character_coverage=0.9995, normalization_rule_name='identity',
-            add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            split_digits=True, unk_id=0, eos_id=1, eos_piece=EOT, bos_id=-1, pad_id=-1,
-            max_sentence_length=2 ** 20, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        reason = f'sentencepiece could not train it ({error})'
-        from features.text.tokenizers import explain  # text
-        reason = explain(str(error)) or reason  # text
-        raise UserError(f'tokenizer=bpe:{vocab_size}: {reason}') from None
-    return SentencePieceTokenizer(model.getvalue())
 
 
 def load_tokenizer(description, folder):

@@ -29,9 +29,10 @@ from batches import (
     validation_rows,
 )
 from configurator import UserError
+from features.bpe import train_bpe
 from features.hf.tokenizer_json import to_json
 from features.text.nanogpt import identify
-from tokenizer import new_tokenizer, train_bpe
+from tokenizer import new_tokenizer
 
 # --- the shuffle ---
 

@@ -259,7 +259,8 @@ def test_the_file_of_a_tokenizer_is_a_regular_one_of_bounded_size(tmp_path):
 
 
 def test_pieces_that_are_no_text_are_refused(tmp_path):
-    from tokenizer import SentencePieceTokenizer, train_bpe
+    from features.bpe import train_bpe
+    from tokenizer import SentencePieceTokenizer
     model = train_bpe(['a bird sang to a girl'] * 30, 280).files['tokenizer.model']
     damaged = model.replace(b'<0x41>', b'\xff\xfe\xff\xfe\xff\xfe')
     refused(SentencePieceTokenizer, damaged, 'x/tokenizer.model', names='x/tokenizer.model')

@@ -30,12 +30,13 @@ from transformers import (
 import checkpoint
 import sample
 from configurator import UserError
+from features.bpe import train_bpe
 from features.hf import reading
 from features.hf.tokenizer_json import to_json
 from features.networks import load_model
 from model import make_model
 from sample import generate
-from tokenizer import load_tokenizer, new_tokenizer, train_bpe
+from tokenizer import load_tokenizer, new_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -30,6 +30,7 @@ import sample
 from batches import TokenFiles, read_meta
 from configurator import UserError
 from features import build, compiled
+from features.bpe import train_bpe
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.interactive import converse
 from features.lora import packed
@@ -41,7 +42,7 @@ from features.text.settings import TextConfig
 from model import ModelConfig, make_model
 from prepare import prepare
 from sample import KVCache, NotFinite, Row, draw, encode_prompt, generate, load, step, stream
-from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer, train_bpe
+from tokenizer import EOT, CharTokenizer, PromptFormat, new_tokenizer
 
 
 def model(**settings):

@@ -19,11 +19,12 @@ import tokenizers
 from tiktoken_ext import openai_public
 
 from configurator import UserError
+from features.bpe import train_bpe
 from features.hf.tokenizer_json import JsonTokenizer, to_json
 from features.text import pieces as module
 from features.text.pieces import cut_of, encode_long
 from features.text.tokenizers import Reserved, same_ids
-from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer, train_bpe
+from tokenizer import CharTokenizer, load_tokenizer, new_tokenizer
 
 STORY = ('One day, a little girl named Lily found a needle in her room.\n'
          'She knew it was sharp.  "Mom," she said, "look!"\n\n\tIt\'s 1234 o\'clock.\n')

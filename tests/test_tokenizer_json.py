@@ -3,16 +3,10 @@ import pytest
 import tokenizers
 
 from configurator import UserError
+from features.bpe import train_bpe
 from features.hf import tokenizer_json
 from features.hf.tokenizer_json import JsonTokenizer, last_merge, to_json
-from tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    new_tokenizer,
-    train_bpe,
-)
+from tokenizer import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, TiktokenTokenizer, new_tokenizer
 
 TEXTS = ['Once upon a time there was a cat.', '  two  blanks,\n\n\ttabs   ', "it's 12345 <|endof",
          'naïve façade — 你好 🙂', '\r\n \x00', '']

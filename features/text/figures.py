@@ -9,9 +9,10 @@ import re
 import numpy as np
 
 import prepare
+from features.bpe import UNTRAINED
 from features.text.sources import printable
 from features.text.splits import divide
-from tokenizer import EOT, UNTRAINED
+from tokenizer import EOT
 
 LONGEST = 5  # documents that are listed
 

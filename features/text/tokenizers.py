@@ -198,22 +198,6 @@ def same_ids(wanted, found, is_padded=False):
 # -----------------------------------------------------------------------------
 # Advice
 
-def explain(error):
-    """
-    An explanation of this error of sentencepiece's trainer, and what to do; '' if the error is not known.
-    """
-    low = re.search(r'smaller than required_chars. \d+ vs (\d+)', error)
-    high = re.search(r'too high .* <= (\d+)', error)
-    if low:
-        return (f'too small for the bytes and the common characters of this text, which take {low[1]}: '
-                f'use a larger one, bpe:{max(512, 2 * int(low[1]))} for instance')
-    if high:
-        return f'too large for so little text: use at most bpe:{high[1]}, or byte'
-    if 'sentences_.empty()' in error:  # it drops the newlines at the end of a piece
-        return 'the text has nothing to be trained on: use byte'
-    return ''
-
-
 def options_of(description, folder):
     """
     The options of prepare.py that give data this tokenizer, whose files are in `folder`: ['--tokenizer=…',
