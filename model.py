@@ -554,8 +554,7 @@ def loss_and_gradient(logits, targets, n_vocab, softcap, smoothing, with_grad, t
     if with_grad:  # softmax - target distribution
         d = (z - log_sum).exp_()
         if torch.compiler.is_compiling():  # fused, where scatter_add_ writes d to memory: 0.65 of the time
-            is_target = torch.arange(n_vocab, device=y.device) == y  # (rows, n_vocab)
-            d += torch.where(is_target, smoothing - 1, 0.0)
+            d += torch.where(torch.arange(n_vocab, device=y.device) == y, smoothing - 1, 0.0)
         else:
             d.scatter_add_(1, y, torch.full_like(log_sum, smoothing - 1))
         if smoothing:

@@ -217,13 +217,12 @@ class Muon(torch.optim.AdamW):
                 from features.scale.shard import whole  # scale
                 grads = [whole(g) for g in grads]  # scale
             wide = [(g if g.size(-2) <= g.size(-1) else g.mT).reshape(-1, short, long) for g in grads]
-            counts = [p.numel() // (short * long) for p in same]
-            updates = orthogonalize(torch.cat(wide), self.dtype).to(same[0].dtype).split(counts)
+            updates = orthogonalize(torch.cat(wide), self.dtype).to(same[0].dtype).split([*map(len, wide)])
             updates = [(update if p.size(-2) <= p.size(-1) else update.mT).reshape(p.shape).contiguous()
                        for p, update in zip(same, updates)]
             for p in same:
                 p.grad = None
-            scales = [max(1, p.size(-2) / p.size(-1)) ** 0.5 for p in same]  # a tall one: more entries
+            torch._foreach_mul_(updates, [max(1, p.size(-2) / p.size(-1)) ** 0.5 for p in same])  # tall: more
             if hasattr(same[0], 'full_tensor'):  # scale
                 from features.scale.shard import own_parts  # scale
                 updates, same = own_parts(updates, same)  # scale
@@ -233,7 +232,6 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_clamp_min_(decay, 0)
                 torch._foreach_mul_(decay, same)
                 torch._foreach_sub_(same, decay, alpha=group['lr'] * group['weight_decay'])
-            torch._foreach_mul_(updates, scales)
             torch._foreach_sub_(same, updates, alpha=group['lr'])
 
 

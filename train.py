@@ -15,9 +15,8 @@ import features  # noqa: I001 — first: your random.py or data/ then hides no m
 if __name__ == '__main__':
     features.start(__file__)
 
-# Before torch is loaded. Its threads wait for one another a moment, not for milliseconds: otherwise two runs
-# on one machine slow each other down a hundredfold. Linux gives out large buffers in pages of 2 MiB: in those
-# of 4 KiB, a sixth of a step's time goes into 100,000 page faults. Both: docs/results/speed.md
+# Before torch is loaded. Its threads wait a moment, not for milliseconds, which slows two runs on one machine
+# a hundredfold. Large pages: else a sixth of a step's time is page faults. Both: docs/results/speed.md
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
