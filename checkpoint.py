@@ -6,6 +6,7 @@ Checkpoints: atomic, verified, without pickle.
                           state.json          step, settings, tokenizer: whatever else resuming needs
                           manifest.json       sizes and sha256 of the rest, written last
                           tokenizer.…         the tokenizer's files, if any: a checkpoint can be moved alone
+                          val_loss.json       the validation loss of one that was the best, if `best` is lost
     out_dir/best                              which checkpoint has the lowest validation loss, and that loss
     out_dir/log.jsonl                         losses and speed, one JSON object per line
 
@@ -312,7 +313,8 @@ def is_sound(folder, known={}):  # noqa: B006 — what was found out lasts as lo
     """Whether damage() finds nothing. The files are read again only if a size or a time has changed."""
     try:
         with os.scandir(folder) as entries:
-            look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+            look = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries
+                          if not entry.name.startswith('val_loss.json'))
     except OSError:
         return False
     if known.get(folder, (None,))[0] != look:
@@ -327,6 +329,7 @@ def mark_best(out_dir, step, val_loss, keep=2):
     if os.path.isdir(os.path.join(out_dir, name)):
         path = os.path.join(out_dir, 'best')
         with writing(path, 'make room, then run the same command to resume'):
+            replace_json(os.path.join(out_dir, name, 'val_loss.json'), {'val_loss': val_loss})
             replace_json(path, {'checkpoint': name, 'val_loss': val_loss})
         prune(out_dir, keep)
 
@@ -481,7 +484,8 @@ def step_of(folder):
 def best(out_dir, is_sure=False):
     """
     (directory, validation loss) of the best checkpoint; (None, None) if there is none yet. Where out_dir/best
-    does not say it, log.jsonl does. Raises UserError if neither is readable; is_sure: if the first is not.
+    does not say it, log.jsonl and val_loss.json do. Raises UserError if none is readable; is_sure: if the
+    first is not.
     """
     found = checkpoints(out_dir)
     with suppress(UserError, KeyError, TypeError):

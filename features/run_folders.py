@@ -225,9 +225,9 @@ def place_of(fd):
 
 def recover_best(out_dir, is_sure=False):
     """
-    (directory, validation loss) of the best checkpoint that is there, by log.jsonl; (None, None) if none was
-    evaluated. Raises UserError if out_dir/best is damaged and the log says nothing; is_sure: also if
-    out_dir/best could not be read for now.
+    (directory, validation loss) of the best checkpoint that is there, by log.jsonl and, where that was cut,
+    by val_loss.json; (None, None) if none was evaluated. Raises UserError if out_dir/best is damaged and the
+    others say nothing; is_sure: also if out_dir/best could not be read for now.
     """
     path = os.path.join(out_dir, 'best')
     problem = None
@@ -252,7 +252,8 @@ def recover_best(out_dir, is_sure=False):
         loss = record.get('val_loss')
         if type(loss) in (int, float) and math.isfinite(loss):
             losses[record['step']] = loss
-    found = {folder: losses.get(checkpoint.step_of(folder)) for folder in checkpoints(out_dir)}
+    found = {folder: losses.get(checkpoint.step_of(folder), stored_loss(folder))
+             for folder in checkpoints(out_dir)}
     found = {folder: loss for folder, loss in found.items() if loss is not None}
     if found:
         folder = min(found, key=found.get)
@@ -261,6 +262,15 @@ def recover_best(out_dir, is_sure=False):
         raise UserError(f'{problem}; nor does log.jsonl say which checkpoint is the best: '
                         f'remove {path} to go on without')
     return None, None
+
+
+def stored_loss(folder):
+    """The loss in val_loss.json of a checkpoint that was the best once; None without one."""
+    with suppress(UserError):
+        loss = read_json(os.path.join(folder, 'val_loss.json')).get('val_loss')
+        if type(loss) in (int, float):
+            return loss
+    return None
 
 
 DEPTH = 4  # of a run under out/: out/sweeps/NAME/RUN has three

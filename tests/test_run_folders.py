@@ -344,6 +344,27 @@ def test_if_neither_best_nor_the_log_is_readable_nothing_is_guessed(tmp_path, ca
     assert checkpoint.find(str(tmp_path), 'best').endswith('step_00000015')
 
 
+@pytest.mark.parametrize('log', ['', '{"step": 15, "val_loss": 2.0}\n', 'damaged'])
+def test_a_best_is_known_if_the_log_was_cut_too(log, tmp_path):
+    path = evaluated(tmp_path)
+    checkpoint.mark_best(str(tmp_path), 5, 1.0, keep=5)
+    path.write_text('')
+    (tmp_path / 'log.jsonl').write_text(log)
+    checkpoint.save(str(tmp_path), 20, {}, {}, {}, keep=1)
+    assert sorted(p.name for p in tmp_path.glob('step_*')) == ['step_00000005', 'step_00000020']
+    assert checkpoint.best(str(tmp_path)) == (str(tmp_path / 'step_00000005'), 1.0)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"val_loss": NaN}', '{"val_loss": "1"}', '{}'])
+def test_a_damaged_loss_of_a_checkpoint_is_none(content, tmp_path):
+    evaluated(tmp_path).write_text('')
+    (tmp_path / 'step_00000010' / 'val_loss.json').write_text(content)
+    assert checkpoint.best(str(tmp_path)) == (str(tmp_path / 'step_00000005'), 1.0)
+    (tmp_path / 'log.jsonl').unlink()
+    with pytest.raises(UserError, match='which checkpoint is the best'):
+        checkpoint.best(str(tmp_path))
+
+
 # --- names ---
 
 @pytest.mark.parametrize('setting', ['out_dir', 'dataset', 'init_from', 'teacher'])

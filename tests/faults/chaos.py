@@ -186,6 +186,13 @@ class Chaos:
             time.sleep(0.02)
         return False
 
+    def pass_steps(self, count):
+        """Whether it makes so many steps before it ends."""
+        end, wanted = time.monotonic() + PATIENCE, self.last_step() + count
+        while time.monotonic() < end and len(self.pids()) == 2 and self.last_step() < wanted:
+            time.sleep(0.02)
+        return self.last_step() >= wanted
+
     def pass_saves(self, times, is_over=lambda: False, seconds=60):
         """Wait until it has saved so many times, or has ended, or is_over()."""
         end, newest = time.monotonic() + seconds, None
@@ -520,7 +527,7 @@ def spoil_data(c, chance, how):
     if how == 'folder gone':
         (c.folder / 'elsewhere').rename(c.data)
     c.mend()
-    if outcome == 'on' and not c.progress(PATIENCE, times=2):  # it met the file later
+    if outcome == 'on' and not c.pass_steps(150):  # a file that is open stays cut: it is read once an epoch
         outcome = c.settle(must_stop=True)
     if outcome == 'stopped':
         c.saved()
