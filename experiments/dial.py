@@ -19,7 +19,9 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-import features  # noqa: F401, I001 — first: your random.py or data/ then hides no module of ours or of a library
+import features  # noqa: I001 — first: your random.py or data/ then hides no module of ours or of a library
+if __name__ == '__main__':
+    features.start(__file__)
 
 import json
 import re

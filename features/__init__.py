@@ -67,8 +67,9 @@ HELP = re.compile('-h|--help(=.*)?', re.DOTALL)  # an argument that asks for it
 
 def start(path):
     """
-    Begin a script, before it imports torch. With --help, print that and exit, in 0.2 s. Otherwise nothing is
-    garbage-collected until run_main(): that takes a tenth of the time of importing torch.
+    Begin a script, before it imports torch. With --help, print that and exit, in 0.2 s, if the sources tell
+    it; else configure() does. Nothing is garbage-collected until run_main(): that takes a tenth of the time
+    of importing torch.
     """
     if any(map(HELP.fullmatch, sys.argv[1:])):
         from features.help import answer
@@ -179,21 +180,28 @@ def comment_of(cls, key):
             return comments_of(part).get(key, '')
 
 
+def source_of(part):
+    """The path of the file that declares the dataclass `part`, which may be an outline (declared.py)."""
+    return vars(part).get('_path') or inspect.getsourcefile(part)
+
+
 @functools.cache
 def comments_of(part):
     """{name: comment} of the settings that are declared in the body of the dataclass `part` itself."""
-    comments, name, names = {}, None, inspect.get_annotations(part)
-    lines = iter(linecache.getlines(vars(part).get('_path') or inspect.getsourcefile(part)))
-    class_line = re.compile(rf'( *)class {part.__name__}\b')
+    comments, name, column, names = {}, None, 0, inspect.get_annotations(part)
+    lines = iter(linecache.getlines(source_of(part)))
+    class_line = re.compile(rf'( *)class {part.__name__}\s*[(:]')  # inspect would parse the whole file
     [indent] = next(filter(None, map(class_line.match, lines))).groups()
-    for line in itertools.takewhile(re.compile(rf'{indent}[\s)]|$').match, lines):  # inspect would parse all
+    # A comment or a docstring may stand at the margin, within the class
+    is_next = re.compile(rf' {{0,{len(indent)}}}(@\w|class \w+\s*[(:]|(async )?def \w+\()').match
+    for line in itertools.takewhile(lambda line: not is_next(line), lines):
         code, _, comment = line.partition('  # ')
         head = code.strip().partition(':')[0]
         if head in names:
-            name = head
+            name, column = head, line.index(head)
             comments[name] = comment.strip()
-        elif name and comment and not code.strip():  # a comment that goes on in the next line
-            comments[name] += ' ' + comment.strip()
+        elif name and line.strip() and line[column:column + 1] in tuple(' #)]}'):  # it goes on in this line
+            comments[name] = f'{comments[name]} {comment.strip()}'.strip()
         else:
             name = None
     return comments

@@ -3,7 +3,7 @@ The settings that a script declares, from its source: it is not run, as importin
 
 The outline of a dataclass is this dataclass without its methods; its bases are outlines too. The names that
 it uses are looked up in the source: imports, constants, other dataclasses. Any other name, such as a class
-that is no dataclass or a name bound in an `if`, comes from its module, which then is imported after all.
+that is no dataclass or a name bound twice or in an `if`, comes from its module, which then is imported.
 """
 import ast
 import functools
@@ -44,7 +44,10 @@ class Outlines:
         tree = parse(path)
         self.__name__, self._path = name, path
         self.__doc__ = ast.get_docstring(tree, clean=False)
-        self.nodes = dict(bound(tree))
+        self.nodes = {}
+        for name, node in bound(tree):
+            is_changed = name in self.nodes and not isinstance(node, (ast.Import, ast.ImportFrom))
+            self.nodes[name] = None if is_changed else node
 
     def __getattr__(self, name):
         if name not in self.nodes:
@@ -118,7 +121,7 @@ def bound_by(alias):
 def is_dataclass(node):
     """Whether a statement is a class decorated with @dataclass, @dataclasses.dataclass or @dataclass(…)."""
     names = [ast.unparse(part).partition('(')[0] for part in getattr(node, 'decorator_list', ())]
-    return isinstance(node, ast.ClassDef) and bool({'dataclass', 'dataclasses.dataclass'} & {*names})
+    return isinstance(node, ast.ClassDef) and 'dataclass' in [name.rpartition('.')[2] for name in names]
 
 
 def imported(module, name):

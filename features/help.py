@@ -11,8 +11,9 @@ import re
 import sys
 import textwrap
 import typing
+from functools import partial
 
-from configurator import FilePath, UserError, options, run_main
+from configurator import ROOT, FilePath, UserError, options, refuse, run_main
 from features import (
     HELP,
     comment_of,
@@ -21,6 +22,7 @@ from features import (
     feature_of,
     feature_parts,
     fields_of,
+    source_of,
     with_features,
 )
 from features.commands import no_command, takes
@@ -40,9 +42,30 @@ FIRST = {
 
 
 def answer(path):
-    """Print the help of a script that sys.argv asks for, and exit."""
-    run_main(lambda: print(script_help(path, sys.argv[1:])), output_is_all=True)
+    """
+    Print the help of a script that sys.argv asks for, and exit. Returns if the sources do not tell it: names
+    that come from import *, settings chosen at run time. After its imports, the script calls configure(), and
+    that answer_after_all().
+    """
+    try:
+        say = partial(print, script_help(path, sys.argv[1:]))
+    except UserError as error:
+        say = partial(refuse, error)
+    except Exception:  # a mistake in a setting is shown by its import
+        return
+    run_main(say, output_is_all=True)
     sys.exit(0)
+
+
+def answer_after_all(cls):
+    """Print the help of the dataclass `cls` itself that sys.argv asks for, and exit."""
+    print(help_text(cls, asked(sys.argv)))
+    sys.exit(0)
+
+
+def asked(argv):
+    """'all', a feature or '': what --help in argv asks for."""
+    return next(filter(HELP.fullmatch, argv)).partition('=')[2]
 
 
 def script_help(path, argv):
@@ -59,8 +82,7 @@ def script_help(path, argv):
         if argv[0] not in commands:
             raise no_command(argv, commands)
         settings = commands[argv[0]]
-    which = next(filter(HELP.fullmatch, argv)).partition('=')[2]
-    return help_text(script.evaluate(settings), which)
+    return help_text(script.evaluate(settings), asked(argv))
 
 
 def find_settings(path):
@@ -69,11 +91,11 @@ def find_settings(path):
     whether it is the second one), from its source.
     """
     for node in ast.walk(parse(path)):
-        name = ast.unparse(node.func).rpartition('.')[2] if isinstance(node, ast.Call) else ''
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ''
         is_whole = name and (len(node.args) == 1 or 'sys.argv' in ast.unparse(node))
-        if name in ('configure', 'configure_command') and is_whole:
+        if name.removeprefix('configurator.') in ('configure', 'configure_command') and is_whole:
             return node.args[0], name == 'configure_command'
-    raise RuntimeError(f'{path}: calls neither configure(SETTINGS) nor configure_command(COMMANDS)')
+    raise LookupError(f'{path}: calls neither configure(SETTINGS) nor configure_command(COMMANDS)')
 
 
 def commands_in(script, node):
@@ -86,9 +108,9 @@ def commands_in(script, node):
 
 def help_text(cls, which=''):
     """
-    The text of --help for the outline `cls` of a dataclass: of a training run the settings in FIRST, else all
-    of the core; then the names of the features. which='all': all of the core; which=NAME: those of the
-    feature NAME. Raises UserError for another name.
+    The text of --help of a dataclass or its outline: of a training run the settings in FIRST, else all of the
+    core; then the names of the features. which='all': all of the core; which=NAME: those of the feature NAME.
+    Raises UserError for another name.
     """
     fields, features = all_fields(cls), {}
     for name in fields:
@@ -106,11 +128,13 @@ def help_text(cls, which=''):
         groups = {}
         for part in reversed(cls.__mro__):
             if inspect.get_annotations(part):
-                file = f'{part.__module__.replace(".", os.sep)}.py'
+                file = os.path.relpath(source_of(part), ROOT)
                 groups[f'{part.__name__} ({file})'] = inspect.get_annotations(part)
-    lines = [(read(cls.__module__).__doc__ or '').strip()]
+    core = getattr(cls, 'core', cls)
+    is_outline = '_path' in vars(core)
+    lines = [((read if is_outline else sys.modules.get)(core.__module__).__doc__ or '').strip()]
     for title, names in groups.items():
-        lines += ['', title, *(help_line(cls, fields[name]) for name in names)]
+        lines += ['', title, *(help_line(cls, fields[name]) for name in names if name in fields)]
     if features:
         lines += ['', 'Features: --help=NAME lists their settings']
         lines += [two_columns(name, about_feature(name)) for name in features]
@@ -131,6 +155,8 @@ def all_fields(cls):
 def find_in_features(cls, key, where, hint):
     """find_field() for a setting that the core does not have."""
     fields = all_fields(cls)
+    if key == 'help':
+        answer_after_all(cls)
     if key not in fields:
         near = difflib.get_close_matches(key, fields, 1, 0.5)
         hint = (f'; did you mean {near[0].rstrip("_")}?' if near else '; --help lists all') + hint

@@ -177,6 +177,52 @@ class ModelConfig""")
     assert shown.returncode == 0 and re.search('--width=65 +a new one', shown.stdout), shown.stderr
 
 
+@pytest.mark.parametrize('old, new', [  # each makes the setting mine=8, with a comment
+    ('', '    mine: int = 8  # a new one\n#   was: int = 7\n'),  # a line that an editor has commented out
+    ('', '    """\nclass Settings,\nat the margin\n    """\n    mine: int = 8  # a new one\n'),
+    ('', "    mine: Literal[\n        7,\n        8,\n    ] = 8  # a new one\n"),
+    ('', '    mine: int = (4 +\n                 4)  # a new one\n'),
+    ('SIZE = 4\nSIZE = SIZE * 2\n', '    mine: int = SIZE  # a new one\n'),
+    ('', '    kind: ClassVar[int] = 3\n    mine: int = 8  # a new one\n'),
+    ('from fractions import *\n', '    mine: int = int(Fraction(16, 2))  # a new one\n'),
+    ('', '    mine: int = 8 if os.path.isfile(__file__) else 7  # a new one\n'),
+    ('def speak(client):\n    client.configure(client)\n', '    mine: int = 8  # a new one\n'),
+    ('def pick():\n    return Settings\n', '    mine: int = 8  # a new one\n')],
+    ids='margin docstring literal long twice ClassVar star file configure chosen'.split())
+def test_help_and_marks_of_a_script_that_a_user_has_edited(old, new, tree, tmp_path):
+    """The [lora] behind the new setting still adds LoRA's settings."""
+    edit(tree / 'train.py', '@dataclass\nclass Settings', f'from typing import ClassVar, Literal\n{old}\n\n'
+         '@dataclass\nclass Settings')
+    edit(tree / 'train.py', '    seed: int =', f'{new}    seed: int =')
+    if 'pick' in old:
+        edit(tree / 'train.py', 's = configure(Settings)', 's = configure(pick())')
+    shown = start('train.py', '--help=all', cwd=tree)
+    assert (shown.returncode, shown.stderr) == (0, ''), shown.stderr
+    assert shown.stdout.startswith('Train a model.') and '\nSettings (train.py)\n' in shown.stdout
+    assert re.search(r'--mine=8 +(7 \| 8: )?a new one\n', shown.stdout)
+    assert re.search('--lora_rank=0 +rank of adapters', shown.stdout)
+    refused = start('train.py', '--lora_rank=2', '--lora_targets=', f'--out_dir={tmp_path}/out', cwd=tree)
+    assert 'no such setting' not in one_line(refused)
+
+
+def test_a_script_outside_of_the_repository_answers_help(tmp_path):
+    """Also one that does not call features.start()."""
+    head = f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport features\n'
+    body = ('from dataclasses import dataclass\nfrom configurator import configure, run_main\n@dataclass\n'
+            'class Settings:\n    mine: int = 8  # a new one\nrun_main(lambda: configure(Settings))\n')
+    for call in ('features.start(__file__)\n', ''):
+        (tmp_path / 'my.script.py').write_text(f'"""Mine."""\n{head}{call}{body}')
+        shown = start('my.script.py', '--help', cwd=tmp_path)
+        assert (shown.returncode, shown.stderr) == (0, ''), shown.stderr
+        assert shown.stdout.startswith('Mine.\n') and '--mine=8                            ' in shown.stdout
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('experiments/*.py')), ids=lambda path: path.stem)
+def test_experiments_call_start(path):
+    text = path.read_text()
+    assert ('configure(' in text) == ('features.start(__file__)' in text)
+
+
 # -----------------------------------------------------------------------------
 # What a script imports
 
