@@ -3,12 +3,10 @@ No file of a user's runs, or hides a module of ours or of a library, because of 
 planted in a copy of the repository, in the working folder and, for our own names, on PYTHONPATH.
 """
 import ast
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -36,14 +34,18 @@ ENVIRONMENT = {  # all that the code reads or sets
 def other_names():
     """
     The names at the top of the standard library and of all libraries that are installed here, without what
-    Python loads before it runs a script.
+    Python loads before it runs a script. In a process of its own: to look for distutils imports setuptools.
     """
-    loaded = subprocess.run([sys.executable, '-c', 'import sys; print(*sys.modules)'], capture_output=True,
-                            text=True, check=True).stdout.split()
-    installed = [name.partition('.')[0] for name in os.listdir(sysconfig.get_path('purelib'))]
-    names = {name for name in (*sys.stdlib_module_names, *installed)
-             if name.isidentifier() and name not in OURS and name not in loaded}
-    return sorted(name for name in names if importlib.util.find_spec(name) is not None)
+    code = """
+import sys
+loaded = {*sys.modules}
+import importlib.util, os, sysconfig
+installed = [name.partition('.')[0] for name in os.listdir(sysconfig.get_path('purelib'))]
+names = {name for name in (*sys.stdlib_module_names, *installed) if name.isidentifier()}
+print(*(name for name in sorted(names - loaded) if importlib.util.find_spec(name) is not None))
+"""
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    return [name for name in found.split() if name not in OURS]
 
 
 def plant(folder, names, ran):
