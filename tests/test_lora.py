@@ -213,6 +213,21 @@ def test_cached_generation_is_uncached_with_adapters():
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize('kind', ['', 'int8', 'int4'])
+@pytest.mark.parametrize('settings', [{}, {'lora_dora': True}, {'lora_targets': 'attn,head'}])
+def test_adapters_of_each_row_and_of_all_are_used_beside_matrices_in_bfloat16(kind, settings):
+    model = network(tie=False)
+    adapters.add(model, adapters.take(adapted(network(tie=False), **settings)), 'a', 'a')
+    model.lora.shares = {'a': 1.0}
+    with torch.no_grad():
+        plain = logits(model)
+        packed = pack(model, 'bfloat16', kind, eager=True)
+        assert (logits(packed) - plain).norm() < (0.3 if kind == 'int4' else 0.05) * plain.norm()
+    if 'lora_dora' not in settings:
+        adapters.select(packed, ['a', 'a'])
+        assert len(list(generate(packed, [[1, 2, 3]] * 2, 3, temperature=0))) == 3
+
+
 @pytest.mark.parametrize('target', ['q', 'k', 'v'])
 def test_beside_one_of_three_matrices_with_biases_dora_keeps_the_dtype_that_a_cache_wants(target):
     model = adapted(network(bias=True), lora_targets=target, lora_dora=True).eval()

@@ -157,6 +157,11 @@ def test_when_the_context_is_full_the_newer_half_is_read_afresh():
         assert m(torch.tensor([out[start:end]]))[0, -1].argmax() == out[end]
 
 
+def rounded(numbers):
+    """Whether float32 numbers have been in bfloat16."""
+    return numbers.dtype == torch.float32 and torch.equal(numbers, numbers.bfloat16().float())
+
+
 @pytest.mark.parametrize('heads, T, softcap', [((6, 2), 300, 0.0), ((2, 2), 128, 5.0), ((3, 1), 5, 0.0)])
 def test_a_prompt_is_attended_in_parts(heads, T, softcap):
     torch.manual_seed(0)
@@ -165,7 +170,7 @@ def test_a_prompt_is_attended_in_parts(heads, T, softcap):
     assert torch.equal(packed.attend_prompt(q, k, v, None, True, 0.0, softcap), whole)  # with gradients
     with torch.no_grad():
         parts = packed.attend_prompt(q, k, v, None, True, 0.0, softcap)
-    assert parts.dtype == torch.bfloat16 and (parts - whole).norm() < 0.01 * whole.norm()
+    assert rounded(parts) and (parts - whole).norm() < 0.01 * whole.norm()
 
 
 def test_a_packed_model_attends_a_prompt_in_bfloat16_and_keeps_its_cache_in_float32():
@@ -174,13 +179,13 @@ def test_a_packed_model_attends_a_prompt_in_bfloat16_and_keeps_its_cache_in_floa
     pack(m, 'bfloat16')
     cache, seen = KVCache(m, 310), []
     for block in m.blocks:
-        block.attn.o.register_forward_pre_hook(lambda layer, args: seen.append(args[0].dtype))
+        block.attn.o.register_forward_pre_hook(lambda layer, args: seen.append(rounded(*args)))
     with torch.no_grad():
         cache.extend(300)
         assert (step(m, prompt, cache)[0] - plain).norm() < 0.05 * plain.norm()
         cache.extend(1)
         step(m, prompt[:, :1], cache)
-    assert seen == 2 * [torch.bfloat16] + 2 * [torch.float32] and cache.buffers[0][0].dtype == torch.float32
+    assert seen == [True, True, False, False] and cache.buffers[0][0].dtype == torch.float32
 
 
 # --- batches ---
