@@ -113,7 +113,8 @@ def attention(s, arms, names=('whole', 'whole_attn', 'whole_norm', 'random', 'fi
             seeds.append(layers)
         out[name] = []
         for same in zip(*seeds):
-            out[name].append({key: statistics.mean(layer[key] for layer in same) for key in same[0]})
+            figures = [key for key in same[0] if key != 'attention']  # which is 'decoder'
+            out[name].append({key: statistics.mean(layer[key] for layer in same) for key in figures})
     return out
 
 
