@@ -129,6 +129,13 @@ def test_evaluations_take_little_of_the_minutes():
     assert s.eval_iters == 4
 
 
+def test_eval_iters_that_are_given_stay():
+    """Or runs that are compared, as those of make demo, would be validated on other tokens each."""
+    s, derived = planned(depth=1, minutes=2, batch_size=16, gradient_accumulation_steps=1, eval_iters=14)
+    fit_minutes(s, derived, 1.0, 10.0)
+    assert s.eval_iters == 14 and 'eval_iters' not in derived
+
+
 def test_tokens_and_minutes_take_the_place_of_a_config_files_steps():
     assert planned(depth=1, tokens=1e6, max_iters=7)[0].max_iters > 100
 

@@ -90,7 +90,7 @@ def plan(s, vocab_size, data_tokens, device, world):
     if 'n_layer' in s.given and (s.depth or s.params):
         raise UserError(f'n_layer={s.n_layer}: depth and params choose it: leave one of them out')
     derived, kept = {}, s.given - ({'max_iters'} if s.tokens
-                                   else {'max_iters', 'eval_interval', 'eval_iters'} if s.minutes else set())
+                                   else {'max_iters', 'eval_interval'} if s.minutes else set())
 
     def derive(settings):
         for name, value in settings.items():
