@@ -276,7 +276,8 @@ class Chaos:
         if None in codes or not set(codes) <= allowed:
             raise Found(f'exit codes {codes}: {said[-1500:]} {errors[-3000:]}')
         alone = re.search(r'saved after step (\d+), because of an error', said)
-        if alone and len(set(codes)) > 1:  # a rank was killed, or has found a hang
+        # a rank was killed or has found a hang, or the log could not be written the second time either
+        if alone and (len(set(codes)) > 1 or 'write log.jsonl' in self.detail):
             self.partial.add((-(-int(alone[1]) // LOG_INTERVAL) * LOG_INTERVAL, False))
         if 'Traceback' in errors or 'Traceback' in said:
             raise Found(f'a traceback: {errors[-3000:]}')
