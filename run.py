@@ -68,7 +68,8 @@ class Run:
         try:
             self.log.write(step, **values)
         except UserError as error:
-            self.trouble, error.write_again = error, partial(self.log.write, step, **values)
+            error.records = [*getattr(self.trouble, 'records', ()), partial(self.log.write, step, **values)]
+            self.trouble = error
 
     def wrap(self, s, ranks):
         """Let the network be compiled, if it is to be, and trained by all ranks."""

@@ -42,6 +42,8 @@ def rescue(error, s, run, ranks, save):
     if not is_alone and run.is_whole:
         ranks.from_first(partial(settle, moved, s, run))
         run.saved = ranks.from_first(lambda: run.saved)
+    if run.saved == run.step:
+        write_again(run)
     if not run.is_whole or not run.step or run.saved == run.step:
         return
     if is_alone and not (isinstance(error, (OSError, RuntimeError, MemoryError)) and ranks.first):
@@ -60,11 +62,16 @@ def rescue(error, s, run, ranks, save):
     except (UserError, OSError, RuntimeError, MemoryError) as problem:
         ranks.say(f'the steps after the newest checkpoint are lost ({problem})')
     else:
-        if hasattr(run.trouble, 'write_again'):  # the log has no record of this step, which is not made again
-            with suppress(UserError):
-                run.trouble.write_again()
+        write_again(run)
         if run.saved == run.step:
             ranks.say(f'saved after step {run.step}, because of an error')
+
+
+def write_again(run):
+    """Write the records that the log lacks: the step that they are of is saved, and not made again."""
+    with suppress(UserError):
+        for write in getattr(run.trouble, 'records', ()):
+            write()
 
 
 def settle(error, s, run):

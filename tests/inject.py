@@ -32,8 +32,8 @@ def full(value):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_once(value, times=[]):  # noqa: B006 - lasts as long as the process
-    if not times:
+def full_once(value, times=[], most=1):  # noqa: B006 - lasts as long as the process
+    if len(times) < most:
         times.append(1)
         full(value)
 
@@ -70,6 +70,7 @@ ACTIONS = {
     'slow': lambda value: time.sleep(0.5),
     'full': full,
     'full_once': full_once,
+    'full_twice': partial(full_once, most=2),
     'eio': fail,
     'memory': exhaust,
     'nan': lambda value: value + float('nan'),

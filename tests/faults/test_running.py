@@ -650,13 +650,15 @@ def test_an_error_outside_of_the_steps_loses_none_of_them(dataset, tmp_path, ran
         assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
 
 
-def test_a_record_that_was_not_written_at_first_is_in_the_log(dataset, tmp_path):
-    """The step that it is of is saved, and not made again."""
-    args = [*SMALL, *LONG, f'--dataset={dataset}']
-    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "cut"}', fault='log@33=full_once')
-    assert codes == [2] and 'saved after step 33, because of an error' in said, said
+@pytest.mark.parametrize('fault', ['log@33=full_once', 'log@40=full_twice'])
+def test_a_record_that_was_not_written_at_first_is_in_the_log(dataset, tmp_path, fault):
+    """The step that it is of is saved, and not made again. Step 40 has two, and is saved before both."""
+    args = [*SMALL, *LONG, f'--dataset={dataset}', '--eval_interval=20']
+    codes, said = run_to_end(*args, f'--out_dir={tmp_path / "cut"}', fault=fault)
+    assert codes == [2] and 'log.jsonl: could not be written' in said, said
+    assert step_of(tmp_path / 'cut') == int(fault[4:6])
     for name in ('cut', 'whole'):
-        assert run_to_end(*args, '--max_iters=36', f'--out_dir={tmp_path / name}')[0] == [0]
+        assert run_to_end(*args, '--max_iters=43', f'--out_dir={tmp_path / name}')[0] == [0]
     assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'whole')
 
 
