@@ -556,7 +556,8 @@ def test_of_two_jobs_of_two_ranks_in_one_folder_one_trains(dataset, tmp_path, is
             '--eval_interval=20']
     if is_there:
         assert run_to_end(*args, '--max_iters=20')[0] == [0]
-    jobs = [Processes(*args, f'--batch_size={rows}', *['--init_from=scratch'] * is_there, ranks=2)
+    slow = ' '.join(f'step@{step}=slow' for step in range(5, 25))  # else one may end before the other begins
+    jobs = [Processes(*args, f'--batch_size={rows}', *['--init_from=scratch'] * is_there, ranks=2, fault=slow)
             for rows in (2, 6)]
     ended = [job.wait() for job in jobs]
     codes = [codes for codes, _ in ended]
