@@ -396,7 +396,9 @@ class Attention(nn.Module):
             q = q * (self.cfg.attn_scale * self.cfg.d_head ** 0.5)
         is_causal = mask is None and q.size(2) > 1  # a single token may look at all that there is
         dropout = self.cfg.dropout if self.training else 0.0
-        attends = self.attend_prompt if is_causal and hasattr(self, 'attend_prompt') else attend
+        attends = attend
+        if is_causal and hasattr(self, 'attend_prompt'):  # lora: packed in bfloat16
+            attends = self.attend_prompt  # lora
         y = attends(q, k, v, mask, is_causal, dropout, self.cfg.attn_softcap)
         return self.o(y.transpose(1, 2).flatten(2))
 

@@ -102,6 +102,8 @@ class Settings(DeviceConfig):
             typed_text(text, 'stop')
         if not self.start.startswith('FILE:'):
             typed_text(self.start, 'start')
+        if self.int8 and self.int4:  # lora
+            raise ValueError('int4=True, int8=True: choose one of them')  # lora
         if self.num_beams:  # t5
             from features.t5.beams import check_settings  # t5
             check_settings(self)  # t5
@@ -552,8 +554,8 @@ def main():
     compile = s.use_cache and pick_compile(compile, device)
     precision = autocast(device, dtype)
     if dtype != 'float32' or s.int8 or s.int4 or device.type == 'cpu':  # lora: weights are read faster so
-        from features.lora.packed import pack_for  # lora
-        pack_for(model, s, dtype, eager=not compile)  # lora
+        from features.lora.packed import pack  # lora
+        pack(model, dtype, 'int4' if s.int4 else 'int8' if s.int8 else '', eager=not compile)  # lora
         precision = nullcontext()  # lora
     if len(adapters) > 1:  # lora
         from features.lora.sampling import select_adapters  # lora

@@ -182,17 +182,22 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
            'c_proj', 'fc1', 'fc2', 'c_attn']
 
 
+def with_random_adapters(there, folder, task_type='CAUSAL_LM', **settings):
+    """A network of transformers with PEFT's adapters, random ones, which are also saved to a folder."""
+    there = peft.get_peft_model(there, peft.LoraConfig(r=4, lora_alpha=6, task_type=task_type, **settings))
+    for p in there.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn_like(p))
+    there.save_pretrained(folder)
+    return there.eval()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('case', CASES)
 def test_adapters_go_to_peft_and_come_back(case, folders, tmp_path):
     base, there = ours(folders[case]), theirs(case)
     targets = [name for name in TARGETS if any(f'.{name}.' in module for module in there.state_dict())]
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, bias='lora_only', task_type='CAUSAL_LM')
-    there = peft.get_peft_model(there, lora).eval()
-    for p in there.parameters():
-        if p.requires_grad:
-            p.add_(0.1 * torch.randn_like(p))
-    there.save_pretrained(tmp_path / 'theirs')
+    there = with_random_adapters(there, tmp_path / 'theirs', target_modules=targets, bias='lora_only')
     model = ours(folders[case])
     add_adapters(model, [f'x={tmp_path}/theirs'], folders[case])
     assert_same(model, there)

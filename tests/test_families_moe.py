@@ -20,6 +20,7 @@ from test_families import (
     ids,
     keep_layers,
     ours,
+    with_random_adapters,
 )
 from test_hub import edit
 from test_lora import adapted
@@ -140,12 +141,7 @@ def test_adapters_go_to_peft_and_come_back(case, folders, tmp_path):
     if 'qwen2' in case:  # of the shared expert
         targets += ['gate_proj', 'up_proj', 'down_proj']
         mine += ',shared'
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, bias='lora_only', task_type='CAUSAL_LM')
-    there = peft.get_peft_model(there, lora).eval()
-    for p in there.parameters():
-        if p.requires_grad:
-            p.add_(0.1 * torch.randn_like(p))
-    there.save_pretrained(tmp_path / 'theirs')
+    there = with_random_adapters(there, tmp_path / 'theirs', target_modules=targets, bias='lora_only')
     model = ours(folders[case])
     add_adapters(model, [f'x={tmp_path}/theirs'], folders[case])
     assert_same(model, there)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import one_line, read_log, run, train
 from test_export import exported
+from test_families import with_random_adapters
 from test_hub import write_tokenizer
 from test_lora import adapted
 from test_prompts import T5 as WORDS
@@ -119,12 +120,7 @@ def test_adapters_go_to_peft_and_come_back(case, folders, tmp_path):
     base, there = ours(folders[case]), network(case)
     plain = logits_of(base)
     targets = ['q', 'k', 'v', 'o', 'wo', *(['wi'] if case == 't5' else ['wi_0', 'wi_1'])]
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type='SEQ_2_SEQ_LM')
-    there = peft.get_peft_model(there, lora).eval()
-    for p in there.parameters():
-        if p.requires_grad:
-            p.add_(0.1 * torch.randn_like(p))
-    there.save_pretrained(tmp_path / 'theirs')
+    there = with_random_adapters(there, tmp_path / 'theirs', 'SEQ_2_SEQ_LM', target_modules=targets)
     model = ours(folders[case])
     add_adapters(model, [f'x={tmp_path}/theirs'], folders[case])
     assert_same(model, there)

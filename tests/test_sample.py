@@ -301,8 +301,8 @@ def test_int4_takes_five_bits_a_weight_and_keeps_what_16_steps_can_say():
 
 
 def test_int4_and_int8_are_not_given_together():
-    with pytest.raises(UserError, match='int4=True, int8=True: choose one'):
-        packed.pack_for(model(), sample.Settings(int4=True, int8=True), 'float32', eager=True)
+    with pytest.raises(ValueError, match='int4=True, int8=True: choose one'):
+        sample.Settings(int4=True, int8=True).check()
 
 
 @pytest.mark.parametrize('tie', [True, False])

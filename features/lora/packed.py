@@ -300,13 +300,6 @@ def pack(model, dtype='bfloat16', kind='', eager=False):
     return model
 
 
-def pack_for(model, s, dtype, eager):
-    """pack() as the settings of sample.py say. Raises UserError."""
-    if s.int8 and s.int4:
-        raise UserError('int4=True, int8=True: choose one of them')
-    pack(model, dtype, 'int4' if s.int4 else 'int8' if s.int8 else '', eager)
-
-
 @torch.no_grad()
 def pack_frozen(model, kind):
     """

@@ -230,6 +230,13 @@ class Peer:
     """
     is_compiled = False  # whether its compiled code is on disk
 
+    def __init__(self, peer, sizes, tokens, folder, device):
+        self.folder = peer
+        self.sizes = sizes
+        self.tokens = tokens
+        self.cache = os.path.join(folder, 'compiled')
+        self.device = device
+
     def train(self, seed, minutes=0, tokens=0):
         """The Trained of a run."""
         steps = self.steps_within(60 * minutes, seed) if minutes else max(1, round(tokens / self.tokens))
@@ -272,11 +279,7 @@ class NanoGPT(Peer):
     time = r'iter \d+: .*time ([\d.]+)ms'
 
     def __init__(self, peer, sizes, folder, device):
-        self.folder = peer
-        self.sizes = sizes
-        self.device = device
-        self.tokens = sizes['batch_size'] * sizes['block_size']
-        self.cache = os.path.join(folder, 'compiled')
+        super().__init__(peer, sizes, sizes['batch_size'] * sizes['block_size'], folder, device)
         self.place = os.path.join(folder, 'nanogpt')
         self.data = os.path.join(folder, 'nanogpt_data')
         if not os.path.exists(self.data):
@@ -325,11 +328,7 @@ class Nanochat(Peer):
     time = r'step \d+/\d+ .*dt: ([\d.]+)ms'
 
     def __init__(self, peer, sizes, vocab_size, folder, device):
-        self.folder = peer
-        self.sizes = sizes
-        self.device = device
-        self.tokens = sizes['device-batch-size'] * sizes['max-seq-len']
-        self.cache = os.path.join(folder, 'compiled')
+        super().__init__(peer, sizes, sizes['device-batch-size'] * sizes['max-seq-len'], folder, device)
         self.place = os.path.join(folder, 'nanochat')
         self.variables = {'NANOCHAT_BASE_DIR': self.place, 'NANOCHAT_DTYPE': pick_dtype('auto', device)}
         self.documents = {split: documents_of(os.path.join(folder, 'data'), split)
