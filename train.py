@@ -15,10 +15,9 @@ import features  # noqa: I001 — first: your random.py or data/ then hides no m
 if __name__ == '__main__':
     features.start(__file__)
 
-# Before torch is loaded. Its threads wait a moment, not for milliseconds, which slows two runs on one machine
-# a hundredfold. Large pages: else a sixth of a step's time is page faults. Both: docs/results/speed.md
+# Before torch is loaded: its threads wait a moment, not for milliseconds, which slows two runs on one machine
+# a hundredfold (docs/results/speed.md)
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 import math
 import shlex
